@@ -1,0 +1,1 @@
+"""nanochat, functional: parameters are data, behaviour is pure functions, devices are placements."""

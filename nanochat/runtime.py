@@ -1,0 +1,107 @@
+"""What torchrun and the machine give a process, read once into a frozen value and passed on explicitly."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nanochat.config import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """The process's place in the job.
+
+    Attributes:
+        rank, local_rank, world_size: torchrun's numbers; 0, 0, 1 without it.
+        device: where this process computes.
+        mesh: one-dimensional mesh over all ranks, or None in a single process.
+        compute_dtype: dtype of activations (and of the embedding tables' storage, float16 apart).
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+    compute_dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes logs."""
+        return self.rank == 0
+
+
+def base_dir() -> Path:
+    """Return the folder for data, tokenizers and runs: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+
+
+def create(device: str = "auto", dtype: str = "auto") -> Runtime:
+    """Read torchrun's environment, choose device and compute dtype, and join the process group if there is one.
+
+    Args:
+        device: auto (CUDA, else MPS, else CPU), cpu, cuda or mps.
+        dtype: auto (bfloat16 on CUDA of capability 8.0 and above, else float32), float32, bfloat16 or float16.
+
+    Raises:
+        UserError: the machine has no such device, or the device cannot compute in that dtype.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    place = _device(device, local_rank)
+    compute_dtype = _dtype(dtype, place)
+    mesh = None
+    if world_size > 1:
+        if place.type == "mps":
+            raise UserError("device=mps runs in one process: drop --nproc_per_node or set device=cpu")
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        mesh = init_device_mesh(place.type, (world_size,))
+    return Runtime(rank, local_rank, world_size, place, mesh, compute_dtype)
+
+
+def close() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                "device=cuda: this machine or this torch build has no CUDA; set device=cpu or install a CUDA build"
+            )
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(f"rank {local_rank} has no GPU: {count} here; lower --nproc_per_node to {count}")
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+        return place
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device=mps: this machine or this torch build has no MPS; set device=cpu")
+        return torch.device("mps")
+    if name == "cpu":
+        return torch.device("cpu")
+    raise UserError(f"device={name}: expected auto, cpu, cuda or mps")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if name == "auto":
+        return torch.bfloat16 if capability >= (8, 0) else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"dtype={name}: expected auto, {', '.join(DTYPES)}")
+    if name == "bfloat16" and device.type == "cuda" and capability < (8, 0):
+        raise UserError("dtype=bfloat16: this GPU is older than Ampere; set dtype=float16 or dtype=float32")
+    return DTYPES[name]
