@@ -1,0 +1,387 @@
+"""The model: one table of parameters, and pure functions from parameters and tokens to logits.
+
+`spec(config)` names every parameter once, with its shape, logical axes, initial distribution and optimizer group;
+initial values, placements, optimizer groups, counts and FLOPs all derive from it.
+
+Letters in names: B batch, T time (tokens), L layers, C width, N query heads, K key/value heads, H head width,
+V vocabulary (padded in the tables), F hidden width of the MLP. RMS normalisation has no scale, linear layers have no bias.
+Source: nanochat's GPT, July 2026.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor
+
+from nanochat import attention, tree
+from nanochat.attention import Attend
+from nanochat.linear import Linear, dense
+
+Params = TensorDict
+ROTARY_BASE = 100_000.0
+LOGIT_CAP = 15.0
+QK_SCALE = 1.2
+SMEAR_WIDTH = 24  # leading channels that decide how much of the previous token is smeared in
+VALUE_GATE_WIDTH = 12  # leading channels that gate the value embedding
+VOCAB_MULTIPLE = 64  # tables are padded to it, for fast kernels and even shards
+CONTEXT_LIMIT = 10  # in units of sequence_len: how far the rotation is extrapolated before it is an error
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the model.
+
+    Attributes:
+        sequence_len: training context in tokens, T.
+        vocab_size: V; the tables are padded to a multiple of 64, the logits are cut back to V.
+        n_layer, n_head, n_kv_head, n_embd: L, N, K, C; the head width is C / N, N is a multiple of K.
+        window_pattern: letters S (short window) and L (full), tiled over the layers; the last layer is always L.
+    """
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model {name}={getattr(self, name)}: must be at least 1")
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"model n_embd={self.n_embd}: must be n_head={self.n_head} times an even head width")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"model n_head={self.n_head}: must be a multiple of n_kv_head={self.n_kv_head}")
+        if self.n_embd < SMEAR_WIDTH:
+            raise ValueError(f"model n_embd={self.n_embd}: must be at least {SMEAR_WIDTH}")
+        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
+            raise ValueError(f"model window_pattern={self.window_pattern!r}: letters S and L only")
+
+    @property
+    def head_dim(self) -> int:
+        """Head width H."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding tables: the vocabulary rounded up to a multiple of 64."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The attention window of each layer, in tokens: query i sees keys i - window … i."""
+        short = -(-self.sequence_len // 4 // 128) * 128
+        pattern = self.window_pattern.upper()
+        windows = [short if pattern[i % len(pattern)] == "S" else self.sequence_len for i in range(self.n_layer)]
+        return (*windows[:-1], self.sequence_len)
+
+    def has_value_embed(self, layer: int) -> bool:
+        """Whether the layer mixes a value embedding in: every second one, the last included."""
+        return layer % 2 == (self.n_layer - 1) % 2
+
+
+def from_depth(
+    depth: int,
+    *,
+    vocab_size: int = 32768,
+    sequence_len: int = 2048,
+    aspect_ratio: int = 64,
+    head_dim: int = 128,
+    window_pattern: str = "SSSL",
+) -> ModelConfig:
+    """Return the configuration that the one dial gives: width depth·aspect_ratio, rounded up to whole heads."""
+    n_head = -(-depth * aspect_ratio // head_dim)
+    return ModelConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How to compute, apart from what: an argument to swap, not a property of the parameters.
+
+    Attributes:
+        dtype: of the activations; None takes that of the embedding table.
+        attend: the attention kernel. linear: the matrix product.
+    """
+
+    dtype: torch.dtype | None = None
+    attend: Attend = attention.sdpa
+    linear: Linear = dense
+
+
+Initializer = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One row of the table.
+
+    Attributes:
+        shape: sizes. axes: a logical name for each, for placement rules.
+        init: (empty float32 tensor, generator) -> initial values.
+        group: optimizer group, one of optim's.
+        matmul: whether every token is multiplied by it (counts in the FLOPs).
+        table: whether it is only looked up, and so stored in the compute dtype.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: Initializer
+    group: str
+    matmul: bool = False
+    table: bool = False
+
+
+def normal(std: float) -> Initializer:
+    """Return an initialiser of independent normal values."""
+    return lambda x, generator: x.normal_(0, std, generator=generator)
+
+
+def uniform(low: float, high: float) -> Initializer:
+    """Return an initialiser of independent values, uniform in [low, high)."""
+    return lambda x, generator: x.uniform_(low, high, generator=generator)
+
+
+def constant(*values: float) -> Initializer:
+    """Return an initialiser with given values, broadcast to the shape."""
+    return lambda x, _: x.copy_(torch.tensor(values).expand_as(x))
+
+
+def spec(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Return the table of all parameters by dotted name, in a fixed order."""
+    c, v, f = config.n_embd, config.padded_vocab, 4 * config.n_embd
+    n, k = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    s = 3**0.5 * c**-0.5  # a uniform distribution of ±s has standard deviation 1/sqrt(C)
+    last = max(config.n_layer - 1, 1)
+    layers = range(config.n_layer)
+
+    def matrix(shape: tuple[int, int], axes: tuple[str, str], init: Initializer) -> ParamSpec:
+        return ParamSpec(shape, axes, init, "matrix", matmul=True)
+
+    rows = {
+        "wte": ParamSpec((v, c), ("vocab", "embed"), normal(0.8), "embedding", table=True),
+        "lm_head": ParamSpec((v, c), ("vocab", "embed"), normal(0.001), "unembedding", matmul=True),
+        "resid_lambdas": ParamSpec(
+            (config.n_layer,), ("layer",), constant(*[1.15 - 0.10 * i / last for i in layers]), "resid"
+        ),
+        "x0_lambdas": ParamSpec(
+            (config.n_layer,), ("layer",), constant(*[0.20 - 0.15 * i / last for i in layers]), "x0"
+        ),
+        "smear_gate": ParamSpec((1, SMEAR_WIDTH), ("one", "gate"), uniform(0, 0.02), "smear", matmul=True),
+        "smear_lambda": ParamSpec((1,), ("one",), constant(0.0), "smear"),
+        "backout_lambda": ParamSpec((1,), ("one",), constant(0.2), "smear"),
+    }
+    for i in layers:
+        rows |= {
+            f"layers.{i}.attn.q": matrix((n, c), ("heads", "embed"), uniform(-s, s)),
+            f"layers.{i}.attn.k": matrix((k, c), ("kv_heads", "embed"), uniform(-s, s)),
+            f"layers.{i}.attn.v": matrix((k, c), ("kv_heads", "embed"), uniform(-s, s)),
+            f"layers.{i}.attn.proj": matrix((c, n), ("embed", "heads"), constant(0.0)),
+            f"layers.{i}.mlp.fc": matrix((f, c), ("hidden", "embed"), uniform(-0.4 * s, 0.4 * s)),
+            f"layers.{i}.mlp.proj": matrix((c, f), ("embed", "hidden"), constant(0.0)),
+        }
+        if config.has_value_embed(i):
+            gate = matrix((config.n_kv_head, VALUE_GATE_WIDTH), ("kv_heads_count", "gate"), uniform(0, 0.02))
+            rows[f"layers.{i}.attn.value_gate"] = gate
+            rows[f"layers.{i}.attn.value_embed"] = ParamSpec(
+                (v, k), ("vocab", "kv_heads"), uniform(-s, s), "value_embedding", table=True
+            )
+    return rows
+
+
+def init(
+    config: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Params:
+    """Return the initial parameters: a function of the seed and each parameter's name, whatever the device or order.
+
+    Args:
+        config: the shape. seed: any int.
+        device: where they go; "meta" allocates nothing and draws nothing.
+        dtype: the compute dtype, in which the embedding tables are stored (float32 when it is float16).
+    """
+    device = torch.device(device)
+    flat = {}
+    for name, row in spec(config).items():
+        stored = storage_dtype(row, dtype)
+        if device.type == "meta":
+            flat[name] = torch.empty(row.shape, dtype=stored, device=device)
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        flat[name] = row.init(torch.empty(row.shape), generator).to(device, stored)
+    return tree.unflatten(flat)
+
+
+def storage_dtype(row: ParamSpec, compute_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a parameter is stored: float32, or the compute dtype for a table."""
+    return compute_dtype if row.table and compute_dtype != torch.float16 else torch.float32
+
+
+def apply(
+    params: Params, tokens_BT: Tensor, *, config: ModelConfig = ModelConfig(), compute: Compute = Compute()
+) -> Tensor:
+    """Return the logits of the next token at every position.
+
+    Args:
+        params: as from `init`. tokens_BT: (B, T) integer ids.
+        config: the shape that the parameters were made with. compute: dtype and kernels.
+
+    Returns:
+        (B, T, V) float32 logits, within ±15.
+
+    Raises:
+        ValueError: the parameters are not of that configuration, or T is over its limit.
+    """
+    return unembed(features(params, tokens_BT, config=config, compute=compute), params["lm_head"], config, compute)
+
+
+def unembed(x_BTC: Tensor, lm_head_VC: Tensor, config: ModelConfig, compute: Compute = Compute()) -> Tensor:
+    """Return the (…, V) float32 logits of final activations, softly capped at ±15."""
+    logits_BTV = compute.linear(x_BTC, lm_head_VC)[..., : config.vocab_size].float()
+    return LOGIT_CAP * torch.tanh(logits_BTV / LOGIT_CAP)
+
+
+def features(
+    params: Params, tokens_BT: Tensor, *, config: ModelConfig = ModelConfig(), compute: Compute = Compute()
+) -> Tensor:
+    """Return the final normalised activations (B, T, C), before the unembedding; arguments as for `apply`."""
+    check(params, config)
+    n_time = tokens_BT.shape[1]
+    if n_time > CONTEXT_LIMIT * config.sequence_len:
+        raise ValueError(
+            f"sequence of {n_time} tokens: over the limit of {CONTEXT_LIMIT} x sequence_len={config.sequence_len}"
+        )
+    x_BTC = embed(params, tokens_BT, compute)
+    x_BTC = smear(params, x_BTC, compute)
+    rotary = rotation(n_time, config.head_dim, x_BTC.device, x_BTC.dtype)
+    first_BTC, middle_BTC = x_BTC, x_BTC
+    for i, window in enumerate(config.windows):
+        layer = params["layers", str(i)]
+        x_BTC = params["resid_lambdas"][i] * x_BTC + params["x0_lambdas"][i] * first_BTC
+        x_BTC = x_BTC + attend(layer["attn"], rms(x_BTC), tokens_BT, rotary, window, config, compute)
+        x_BTC = x_BTC + mlp(layer["mlp"], rms(x_BTC), compute)
+        if i == config.n_layer // 2:
+            middle_BTC = x_BTC
+    return rms(x_BTC - params["backout_lambda"].to(x_BTC.dtype) * middle_BTC)
+
+
+def embed(params: Params, tokens_BT: Tensor, compute: Compute) -> Tensor:
+    """Return the normalised token embeddings (B, T, C) in the compute dtype."""
+    x_BTC = F.embedding(tokens_BT, params["wte"])
+    return rms(x_BTC if compute.dtype is None else x_BTC.to(compute.dtype))
+
+
+def smear(params: Params, x_BTC: Tensor, compute: Compute) -> Tensor:
+    """Add to each position a gated share of the one before it; position 0 stays as it is."""
+    now, before = x_BTC[:, 1:], x_BTC[:, :-1]
+    gate_BT1 = torch.sigmoid(compute.linear(now[..., :SMEAR_WIDTH], params["smear_gate"]))
+    smeared = now + params["smear_lambda"].to(x_BTC.dtype) * gate_BT1 * before
+    return torch.cat([x_BTC[:, :1], smeared], dim=1)
+
+
+def attend(
+    layer: Params,
+    x_BTC: Tensor,
+    tokens_BT: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    window: int,
+    config: ModelConfig,
+    compute: Compute,
+) -> Tensor:
+    """Return the attention's contribution (B, T, C) for normalised activations."""
+    q_BTNH, k_BTKH, v_BTKH = project_qkv(layer, x_BTC, tokens_BT, rotary, config, compute)
+    return compute.linear(compute.attend(q_BTNH, k_BTKH, v_BTKH, window).flatten(2), layer["proj"])
+
+
+def project_qkv(
+    layer: Params,
+    x_BTC: Tensor,
+    tokens_BT: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    config: ModelConfig,
+    compute: Compute,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rotated, normalised queries (B,T,N,H) and keys (B,T,K,H), and values (B,T,K,H) with their embedding."""
+    heads = config.head_dim
+    q_BTNH = compute.linear(x_BTC, layer["q"]).unflatten(-1, (-1, heads))
+    k_BTKH = compute.linear(x_BTC, layer["k"]).unflatten(-1, (-1, heads))
+    v_BTKH = compute.linear(x_BTC, layer["v"]).unflatten(-1, (-1, heads))
+    if "value_embed" in layer.keys():  # noqa: SIM118 (a TensorDict is not a container of its keys)
+        embed_BTKH = F.embedding(tokens_BT, layer["value_embed"]).to(x_BTC.dtype).unflatten(-1, (-1, heads))
+        gate_BTK = 3 * torch.sigmoid(compute.linear(x_BTC[..., :VALUE_GATE_WIDTH], layer["value_gate"]))
+        v_BTKH = v_BTKH + gate_BTK[..., None] * embed_BTKH
+    return QK_SCALE * rms(rotate(q_BTNH, rotary)), QK_SCALE * rms(rotate(k_BTKH, rotary)), v_BTKH
+
+
+def mlp(layer: Params, x_BTC: Tensor, compute: Compute) -> Tensor:
+    """Return the MLP's contribution (B, T, C): proj(relu(fc x)²)."""
+    return compute.linear(F.relu(compute.linear(x_BTC, layer["fc"])).square(), layer["proj"])
+
+
+def rms(x: Tensor) -> Tensor:
+    """Normalise the last axis to a root mean square of one."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotation(n_time: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the rotary angles of positions 0 … T-1, each (T, 1, H/2)."""
+    frequency = ROTARY_BASE ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(n_time, device=device, dtype=torch.float32), frequency)[:, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x_BTNH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the two halves of every head by its position. Source: RoFormer (arXiv 2104.09864)."""
+    cos, sin = rotary
+    x1, x2 = x_BTNH.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+def check(params: Params, config: ModelConfig) -> None:
+    """Raise ValueError, naming the first difference, where `params` do not have the shapes of `config`."""
+    n_layer = len(params["layers"].keys())
+    found: dict[str, Any] = {
+        "n_layer": n_layer,
+        "n_embd": params["wte"].shape[1],
+        "padded vocabulary": params["wte"].shape[0],
+    }
+    wanted = {"n_layer": config.n_layer, "n_embd": config.n_embd, "padded vocabulary": config.padded_vocab}
+    last = params["layers", str(n_layer - 1), "attn"]
+    found |= {"n_kv_head": last["value_gate"].shape[0], "n_head x head_dim": last["q"].shape[0]}
+    found["n_kv_head x head_dim"] = last["k"].shape[0]
+    wanted |= {"n_kv_head": config.n_kv_head, "n_head x head_dim": config.n_head * config.head_dim}
+    wanted["n_kv_head x head_dim"] = config.n_kv_head * config.head_dim
+    for name, value in found.items():
+        if value != wanted[name]:
+            raise ValueError(
+                f"parameters have {name} {value}, the config {wanted[name]}: pass the config they were made with"
+            )
+
+
+def count(config: ModelConfig) -> dict[str, int]:
+    """Return the number of parameters by optimizer group, their `total`, and the `scaling` parameters.
+
+    The scaling parameters (all matrices and the unembedding) are those that the scaling rules go by.
+    """
+    counts: dict[str, int] = {}
+    for row in spec(config).values():
+        counts[row.group] = counts.get(row.group, 0) + torch.Size(row.shape).numel()
+    total = sum(counts.values())
+    return counts | {"total": total, "scaling": counts["matrix"] + counts["unembedding"]}
+
+
+def flops_per_token(config: ModelConfig, n_time: int | None = None) -> int:
+    """Return the FLOPs of one token's forward and backward pass, at `n_time` tokens (default: sequence_len).
+
+    6 per parameter of every matrix product, and 12·N·H per key that a layer's window lets a token see.
+    """
+    n_time = n_time or config.sequence_len
+    dense_params = sum(torch.Size(row.shape).numel() for row in spec(config).values() if row.matmul)
+    keys = sum(min(window, n_time) for window in config.windows)
+    return 6 * dense_params + 12 * config.n_head * config.head_dim * keys

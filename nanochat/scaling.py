@@ -1,0 +1,108 @@
+"""From one number, depth, to all hyperparameters: the scaling rules as a pure function of parameter counts.
+
+Source: the reference's rules, July 2026; the batch-size exponent is that of arXiv 2505.13738.
+"""
+
+import dataclasses
+import math
+
+from nanochat.config import UserError
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH_TOKENS = 2**19
+BATCH_EXPONENT = 0.383
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the rules give for one run.
+
+    Attributes:
+        train_tokens: D, the tokens that the model's size asks for. total_batch_size: tokens a step, B.
+        num_steps: optimizer steps. batch_scale: factor on the learning rates, sqrt(B / B_ref).
+        weight_decay: of the matrices, at the first step. flops_per_token: forward and backward.
+    """
+
+    train_tokens: int
+    total_batch_size: int
+    num_steps: int
+    batch_scale: float
+    weight_decay: float
+    flops_per_token: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that the run sees."""
+        return self.num_steps * self.total_batch_size
+
+    @property
+    def total_flops(self) -> float:
+        """FLOPs of the run, forward and backward."""
+        return float(self.flops_per_token) * self.total_tokens
+
+
+def plan(
+    scaling_params: int,
+    reference_params: int,
+    flops_per_token: int,
+    *,
+    target_param_data_ratio: float = 12.0,
+    target_flops: float | None = None,
+    num_iterations: int | None = None,
+    total_batch_size: int | None = None,
+    weight_decay: float = 0.28,
+) -> Plan:
+    """Return batch size, steps, learning-rate factor and weight decay.
+
+    D = ratio·params; B = 2^round(log2(B_ref·(D / D_ref)^0.383)); rates × sqrt(B / B_ref);
+    decay = base·sqrt(B / B_ref)·D_ref / D; steps = num_iterations, else target_flops / (FLOPs·B), else D / B.
+
+    Args:
+        scaling_params, reference_params: matrices and unembedding of this model, and of the same at depth 12.
+        flops_per_token: forward and backward. target_param_data_ratio: tokens per scaling parameter.
+        target_flops, num_iterations, total_batch_size (tokens): given numbers replace the rule's.
+        weight_decay: base value, at the reference.
+    """
+    tokens = target_param_data_ratio * scaling_params
+    reference_tokens = target_param_data_ratio * reference_params
+    if total_batch_size is None:
+        wanted = REFERENCE_BATCH_TOKENS * (tokens / reference_tokens) ** BATCH_EXPONENT
+        total_batch_size = 2 ** round(math.log2(wanted))
+    batch_scale = (total_batch_size / REFERENCE_BATCH_TOKENS) ** 0.5
+    if num_iterations is not None:
+        num_steps = num_iterations
+    elif target_flops is not None:
+        num_steps = round(target_flops / (flops_per_token * total_batch_size))
+    else:
+        num_steps = int(tokens // total_batch_size)
+    if num_steps < 1:
+        raise UserError(
+            f"total_batch_size={total_batch_size}: larger than all {int(tokens)} tokens of the run; "
+            "lower it, or set num_iterations"
+        )
+    decay = weight_decay * batch_scale * reference_tokens / tokens
+    return Plan(int(tokens), total_batch_size, num_steps, batch_scale, decay, flops_per_token)
+
+
+def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
+    """Return the micro-batches of one step: total tokens / (rows per device · tokens per row · ranks).
+
+    Raises:
+        UserError: it does not divide; the message says which numbers would.
+    """
+    if total_batch_size % (sequence_len * world_size):
+        near = max(round(total_batch_size / (sequence_len * world_size)), 1) * sequence_len * world_size
+        raise UserError(
+            f"total_batch_size={total_batch_size}: not a multiple of sequence_len {sequence_len} x {world_size} "
+            f"ranks; set total_batch_size={near}"
+        )
+    rows = total_batch_size // (sequence_len * world_size)
+    if rows % device_batch_size:
+        fit = [n for n in range(1, rows + 1) if rows % n == 0]
+        near = sorted(fit, key=lambda n: abs(n - device_batch_size))[:3]
+        raise UserError(
+            f"device_batch_size={device_batch_size}: does not divide the {rows} rows that total_batch_size="
+            f"{total_batch_size} gives each of {world_size} ranks at sequence_len {sequence_len}; "
+            f"set device_batch_size={' or '.join(map(str, sorted(near)))}"
+        )
+    return rows // device_batch_size

@@ -1,0 +1,47 @@
+"""Gradients of pure functions for training, with the contract of `torch.func` and none of its blind spots.
+
+`torch.func.grad` ignores a custom backward under torch.compile without a word, and fails on DTensor leaves,
+activation checkpointing and flex_attention. `torch.autograd.grad` works with all of them, so training goes through
+`value_and_grad` below; for per-example gradients, Jacobians and curvature use `torch.func` itself on the same loss.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nanochat import tree
+
+
+def value_and_grad(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
+    """Return a function that computes the gradient and the value of `f` with respect to its first argument.
+
+    The contract is that of `torch.func.grad_and_value`: the result is (grads, value), or (grads, (value, aux)) with
+    `has_aux`; `grads` has the structure of the first argument, with zeros where `f` does not depend on a leaf; the
+    arguments are not changed, and nothing returned is attached to a graph.
+
+    Args:
+        f: a function of a tree of floating-point tensors, and of anything else, that returns a 0-d tensor, or
+            (0-d tensor, aux) with `has_aux`. It may be compiled.
+        has_aux: whether `f` returns auxiliary data beside the value.
+
+    Source: jax.value_and_grad; torch.func.grad_and_value, whose order of results it keeps.
+    """
+
+    def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        # Fresh leaves: the caller's tensors keep their requires_grad and never get a .grad.
+        params = tree.map(lambda p: p.detach().requires_grad_(), params)
+        with torch.enable_grad():
+            out = f(params, *args, **kwargs)
+        value, aux = out if has_aux else (out, None)
+        flat = torch.autograd.grad(value, tree.leaves(params), allow_unused=True, materialize_grads=True)
+        iterator = iter(flat)
+        grads = tree.map(lambda _: next(iterator), params)
+        value = value.detach()
+        return grads, ((value, tree.map(_detach, aux)) if has_aux else value)
+
+    return wrapped
+
+
+def _detach(x: Any) -> Any:
+    return x.detach() if isinstance(x, torch.Tensor) else x
