@@ -6,11 +6,11 @@ K key/value heads (N a multiple of K), H head width.
 
 import math as _math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -21,6 +21,11 @@ def mask(n_time: int, window: int, device: torch.device | str = "cpu") -> Tensor
     i = torch.arange(n_time, device=device)[:, None]
     j = torch.arange(n_time, device=device)[None, :]
     return (j <= i) & (j >= i - window)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return `x` in float32, or as it is in float64 (for derivatives checked by finite differences)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def math(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, window: int) -> Tensor:
@@ -38,7 +43,7 @@ def math(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, window: int) -> Tensor:
     n_time, n_head, width = q_BTNH.shape[1:]
     groups = n_head // k_BTKH.shape[2]
     k_BTNH, v_BTNH = k_BTKH.repeat_interleave(groups, 2), v_BTKH.repeat_interleave(groups, 2)
-    scores_BNTS = torch.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH).float() / _math.sqrt(width)
+    scores_BNTS = at_least_float32(torch.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH)) / _math.sqrt(width)
     scores_BNTS = scores_BNTS.masked_fill(~mask(n_time, window, q_BTNH.device), -torch.inf)
     return torch.einsum("bnts,bsnh->btnh", scores_BNTS.softmax(-1).to(v_BTNH.dtype), v_BTNH)
 
@@ -156,7 +161,7 @@ def probe_flex(heads: tuple[int, int, int], device: torch.device, dtype: torch.d
     shapes = [(1, n_time, n, width) for n in (n_head, n_kv_head, n_kv_head)]
     inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
     try:
-        compiled = torch.compile(make_flex(n_time, (window,), device), fullgraph=True)
+        compiled: Any = torch.compile(make_flex(n_time, (window,), device), fullgraph=True)
         outputs = compiled(*inputs, window)
         grads = torch.autograd.grad(outputs.float().square().sum(), inputs)
     except Exception as error:  # whatever a compiler or driver raises, the answer is: not here
@@ -169,6 +174,3 @@ def probe_flex(heads: tuple[int, int, int], device: torch.device, dtype: torch.d
         if not torch.allclose(got.float(), want.float(), atol=tolerance * want.float().abs().max().item(), rtol=0):
             return "its numbers differ from the plain ones"
     return None
-
-
-__all__ = ["Attend", "SDPBackend", "choose", "make_flex", "mask", "math", "probe_flex", "sdpa", "sdpa_kernel"]

@@ -63,7 +63,8 @@ def from_reference(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Par
     flat, filled = {}, []
     for name, row in rows.items():
         if name in given:
-            value = given[name].detach().reshape(row.shape) if given[name].dim() == 0 else given[name].detach()
+            value = given[name].detach()
+            value = value[None] if value.dim() == 0 else value  # scalars of the reference's were once 0-d
         else:
             value = torch.full(row.shape, _neutral(name))
             filled.append(name)
@@ -98,12 +99,21 @@ def to_reference(params: Params, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def config_from_reference(model_config: Mapping[str, object]) -> ModelConfig:
-    """Return the configuration of a reference meta file's `model_config`; window pattern L where it has none."""
+    """Return the configuration of a reference meta file's `model_config`; window pattern L where it has none.
+
+    Raises:
+        UserError: another field is missing, or the fields make no model.
+    """
     known = {field: model_config[field] for field in ModelConfig.__dataclass_fields__ if field in model_config}
     if "window_pattern" not in known:
         print("reference checkpoint: older format, window_pattern L")
         known["window_pattern"] = "L"
-    return ModelConfig(**known)  # pyright: ignore[reportArgumentType]
+    if missing := [field for field in ModelConfig.__dataclass_fields__ if field not in known]:
+        raise UserError(f"reference checkpoint: its model_config has no {missing[0]}")
+    try:
+        return ModelConfig(**known)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"reference checkpoint: {error}") from None
 
 
 def load_reference(path: Path, config: ModelConfig) -> Params:
@@ -117,5 +127,8 @@ def load_reference(path: Path, config: ModelConfig) -> Params:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds for files that are not plain tensors
-        raise UserError(f"{path}: not a file of tensors ({str(error).splitlines()[0]})") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: not a file of tensors ({reason})") from None
+    if not isinstance(state_dict, Mapping) or not all(isinstance(x, Tensor) for x in state_dict.values()):
+        raise UserError(f"{path}: no state_dict, that is, no mapping of names to tensors")
     return from_reference(state_dict, config)

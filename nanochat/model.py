@@ -4,7 +4,8 @@
 initial values, placements, optimizer groups, counts and FLOPs all derive from it.
 
 Letters in names: B batch, T time (tokens), L layers, C width, N query heads, K key/value heads, H head width,
-V vocabulary (padded in the tables), F hidden width of the MLP. RMS normalisation has no scale, linear layers have no bias.
+V vocabulary (padded in the tables), F hidden width of the MLP. RMS normalisation has no scale, linear layers have no
+bias.
 Source: nanochat's GPT, July 2026.
 """
 
@@ -97,6 +98,8 @@ def from_depth(
     window_pattern: str = "SSSL",
 ) -> ModelConfig:
     """Return the configuration that the one dial gives: width depth·aspect_ratio, rounded up to whole heads."""
+    if head_dim < 1:
+        raise ValueError(f"model head_dim={head_dim}: must be at least 1")
     n_head = -(-depth * aspect_ratio // head_dim)
     return ModelConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
 
@@ -236,14 +239,15 @@ def apply(
         (B, T, V) float32 logits, within ±15.
 
     Raises:
-        ValueError: the parameters are not of that configuration, or T is over its limit.
+        ValueError: the parameters are not of that configuration, T is over its limit, or an id is over the table
+            (the last on the CPU only: elsewhere it would cost a wait for the device in every step).
     """
     return unembed(features(params, tokens_BT, config=config, compute=compute), params["lm_head"], config, compute)
 
 
 def unembed(x_BTC: Tensor, lm_head_VC: Tensor, config: ModelConfig, compute: Compute = Compute()) -> Tensor:
-    """Return the (…, V) float32 logits of final activations, softly capped at ±15."""
-    logits_BTV = compute.linear(x_BTC, lm_head_VC)[..., : config.vocab_size].float()
+    """Return the (…, V) logits of final activations, softly capped at ±15; float32, or float64 for such activations."""
+    logits_BTV = attention.at_least_float32(compute.linear(x_BTC, lm_head_VC)[..., : config.vocab_size])
     return LOGIT_CAP * torch.tanh(logits_BTV / LOGIT_CAP)
 
 
@@ -252,6 +256,8 @@ def features(
 ) -> Tensor:
     """Return the final normalised activations (B, T, C), before the unembedding; arguments as for `apply`."""
     check(params, config)
+    if tokens_BT.dim() != 2:
+        raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected (batch, time)")
     n_time = tokens_BT.shape[1]
     if n_time > CONTEXT_LIMIT * config.sequence_len:
         raise ValueError(
@@ -273,7 +279,14 @@ def features(
 
 def embed(params: Params, tokens_BT: Tensor, compute: Compute) -> Tensor:
     """Return the normalised token embeddings (B, T, C) in the compute dtype."""
-    x_BTC = F.embedding(tokens_BT, params["wte"])
+    try:
+        x_BTC = F.embedding(tokens_BT, params["wte"])
+    except IndexError:  # of the kernels, the CPU's alone checks; the ids themselves are not read here: vmap forbids it
+        last = params["wte"].shape[0] - 1
+        raise ValueError(
+            f"token id outside of 0 … {last}, the rows of the embedding table: "
+            "the tokenizer is not the one that the model was made for"
+        ) from None
     return rms(x_BTC if compute.dtype is None else x_BTC.to(compute.dtype))
 
 

@@ -129,17 +129,15 @@ def update(
 
     Args:
         grads: like `params`. opt_state: from `init` or the last `update`.
-        hparams: lr, beta1, beta2 and weight_decay of each AdamW group; lr, momentum, beta2 and weight_decay of Muon.
+        hparams: for each group of the state: lr, beta1, beta2 and weight_decay of AdamW; lr, momentum, beta2 and
+            weight_decay of Muon.
         muon_dtype: dtype of the orthogonalisation; None keeps that of the momentum (float32).
     """
     flat_params, flat_grads = tree.flatten(params), tree.flatten(grads)
     step = opt_state["step"] + 1
     new_params: dict[str, Tensor] = {}
     new_state: dict[str, Tensor] = {"step": step}
-    for group in opt_state.keys():  # noqa: SIM118 (a TensorDict iterates over its batch)
-        if group == "step":
-            continue
-        h = hparams[group]
+    for group, h in hparams.items():
         if group == MATRIX:
             momentum, second = (tree.flatten(opt_state[group, part]) for part in ("momentum", "second"))
             for names in _by_shape(momentum):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ class Runtime:
 
 def base_dir() -> Path:
     """Return the folder for data, tokenizers and runs: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+    folder = os.environ.get("NANOCHAT_BASE_DIR")
+    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "nanochat"
 
 
 def create(device: str = "auto", dtype: str = "auto") -> Runtime:
@@ -105,3 +107,53 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bfloat16" and device.type == "cuda" and capability < (8, 0):
         raise UserError("dtype=bfloat16: this GPU is older than Ampere; set dtype=float16 or dtype=float32")
     return DTYPES[name]
+
+
+# Dense matmul limits in FLOP/s of the vendors' data sheets, without sparsity: name prefix -> (16-bit, float32/tf32 off).
+PEAK_FLOPS = {
+    "NVIDIA GB200": (2500e12, 80e12),
+    "NVIDIA B200": (2250e12, 75e12),
+    "NVIDIA H200": (989e12, 67e12),
+    "NVIDIA H100 PCIe": (756e12, 51e12),
+    "NVIDIA H100": (989e12, 67e12),
+    "NVIDIA A100": (312e12, 19.5e12),
+    "NVIDIA L40S": (362e12, 91.6e12),
+    "NVIDIA L4": (121e12, 30.3e12),
+    "NVIDIA GeForce RTX 4090": (165e12, 82.6e12),
+    "NVIDIA GeForce RTX 3090": (71e12, 35.6e12),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the matmul limit of `device` in FLOP/s, and where the figure is from.
+
+    A known GPU has its data sheet's; anything else is measured, by the best of a few large products.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for prefix, (half, single) in PEAK_FLOPS.items():
+            if name.startswith(prefix):
+                return (single if dtype == torch.float32 else half), f"data sheet of {prefix.removeprefix('NVIDIA ')}"
+    size = 4096 if device.type == "cuda" else 1024
+    return measure_matmul(size, device, dtype), f"measured, {size}x{size}x{size} matmul"
+
+
+def measure_matmul(size: int, device: torch.device, dtype: torch.dtype, tries: int = 8) -> float:
+    """Return FLOP/s of the fastest of `tries` products of two (size, size) matrices."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(tries):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -62,26 +62,37 @@ def plan(
         flops_per_token: forward and backward. target_param_data_ratio: tokens per scaling parameter.
         target_flops, num_iterations, total_batch_size (tokens): given numbers replace the rule's.
         weight_decay: base value, at the reference.
+
+    Raises:
+        UserError: a number is not positive, or the run would be shorter than one step.
     """
+    numbers = {
+        "target_param_data_ratio": target_param_data_ratio,
+        "target_flops": target_flops,
+        "num_iterations": num_iterations,
+        "total_batch_size": total_batch_size,
+    }
+    for name, number in numbers.items():
+        if number is not None and number <= 0:
+            raise UserError(f"{name}={number}: must be more than 0")
     tokens = target_param_data_ratio * scaling_params
     reference_tokens = target_param_data_ratio * reference_params
-    if total_batch_size is None:
-        wanted = REFERENCE_BATCH_TOKENS * (tokens / reference_tokens) ** BATCH_EXPONENT
-        total_batch_size = 2 ** round(math.log2(wanted))
-    batch_scale = (total_batch_size / REFERENCE_BATCH_TOKENS) ** 0.5
+    wanted = REFERENCE_BATCH_TOKENS * (tokens / reference_tokens) ** BATCH_EXPONENT
+    batch_tokens = total_batch_size or 2 ** round(math.log2(wanted))
+    batch_scale = (batch_tokens / REFERENCE_BATCH_TOKENS) ** 0.5
     if num_iterations is not None:
         num_steps = num_iterations
     elif target_flops is not None:
-        num_steps = round(target_flops / (flops_per_token * total_batch_size))
+        num_steps = round(target_flops / (flops_per_token * batch_tokens))
     else:
-        num_steps = int(tokens // total_batch_size)
+        num_steps = int(tokens // batch_tokens)
     if num_steps < 1:
+        asked = f"target_flops={target_flops:g}" if target_flops is not None else f"{int(tokens)} tokens in all"
         raise UserError(
-            f"total_batch_size={total_batch_size}: larger than all {int(tokens)} tokens of the run; "
-            "lower it, or set num_iterations"
+            f"total_batch_size={batch_tokens}: one step is more than {asked}; lower it, or set num_iterations"
         )
     decay = weight_decay * batch_scale * reference_tokens / tokens
-    return Plan(int(tokens), total_batch_size, num_steps, batch_scale, decay, flops_per_token)
+    return Plan(int(tokens), batch_tokens, num_steps, batch_scale, decay, flops_per_token)
 
 
 def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
@@ -90,6 +101,8 @@ def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_l
     Raises:
         UserError: it does not divide; the message says which numbers would.
     """
+    if device_batch_size < 1:
+        raise UserError(f"device_batch_size={device_batch_size}: must be at least 1")
     if total_batch_size % (sequence_len * world_size):
         near = max(round(total_batch_size / (sequence_len * world_size)), 1) * sequence_len * world_size
         raise UserError(

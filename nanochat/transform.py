@@ -23,6 +23,9 @@ def value_and_grad(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[
     Args:
         f: a function of a tree of floating-point tensors, and of anything else, that returns a 0-d tensor, or
             (0-d tensor, aux) with `has_aux`. It may be compiled.
+
+    Raises:
+        ValueError: the value is not 0-d.
         has_aux: whether `f` returns auxiliary data beside the value.
 
     Source: jax.value_and_grad; torch.func.grad_and_value, whose order of results it keeps.
@@ -34,7 +37,13 @@ def value_and_grad(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[
         with torch.enable_grad():
             out = f(params, *args, **kwargs)
         value, aux = out if has_aux else (out, None)
-        flat = torch.autograd.grad(value, tree.leaves(params), allow_unused=True, materialize_grads=True)
+        if value.dim():
+            raise ValueError(f"value_and_grad: the function returned shape {tuple(value.shape)}, expected a 0-d tensor")
+        leaves = tree.leaves(params)
+        if value.requires_grad:
+            flat = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        else:  # it does not depend on any of them
+            flat = [torch.zeros_like(p) for p in leaves]
         iterator = iter(flat)
         grads = tree.map(lambda _: next(iterator), params)
         value = value.detach()

@@ -1,0 +1,18 @@
+"""Pretrain at depth 12: the reference's run, all else by the scaling rules.
+
+    torchrun launch.py --experiment=pretrain_d12
+
+Settings and output are those of --experiment=pretrain.
+"""
+
+import dataclasses
+
+from experiments import pretrain
+from experiments.pretrain import Config
+
+run = pretrain.run
+
+
+def config() -> Config:
+    """Return the reference's settings at depth 12."""
+    return dataclasses.replace(pretrain.config(), depth=12)

@@ -1,0 +1,358 @@
+"""One training stage as a run: its folder, its state new or resumed, and what happens around the steps.
+
+A stage (pretraining, fine-tuning) brings a loss, batches and hyperparameters; `train.fit` loops; what is here opens
+the run's folder, compiles the functions, and logs, saves, evaluates and samples as is due.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import (
+    attention,
+    checkpoint,
+    dataloader,
+    evaluate,
+    generate,
+    loss,
+    metrics,
+    model,
+    plots,
+    progress,
+    tokenizer,
+    train,
+)
+from nanochat import config as configs
+from nanochat import runtime as runtimes
+from nanochat.checkpoint import CheckpointConfig
+from nanochat.config import UserError
+from nanochat.dataset import DataConfig
+from nanochat.metrics import MetricsConfig
+from nanochat.model import Compute, ModelConfig
+from nanochat.optim import MATRIX, Hparams
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import Progress, TrainConfig, TrainState
+from nanochat.units import duration, human
+
+UNTIMED_STEPS = 10  # of every start: they compile and warm up
+NOT_COMPARED = ("resume", "overwrite", "dry_run")
+PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation along the way.
+
+    Attributes:
+        every_steps: between evaluations of bits per byte; none: at the end only. tokens: of the validation split.
+        sample_every_steps: between samples; none: at the end only. sample_tokens: of each sample.
+        prompts: what the samples begin with. temperature, top_k: of the samples; temperature 0 is greedy.
+    """
+
+    every_steps: int | None = 250
+    tokens: int = 80 * 2**19
+    sample_every_steps: int | None = 2000
+    sample_tokens: int = 16
+    prompts: tuple[str, ...] = PROMPTS
+    temperature: float = 0.0
+    top_k: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """Settings that every training stage has.
+
+    Attributes:
+        name: of the run's folder. seed: of initial values and data order.
+        device, dtype: auto, or as in `runtime.create`. compile: by torch.compile.
+        resume: go on from the run's last checkpoint. overwrite: delete the run that has this name.
+        device_batch_size: rows of a micro-batch. tokenizer: its folder; none: the default one.
+    """
+
+    name: str | None = None
+    seed: int = 42
+    device: str = "auto"
+    dtype: str = "auto"
+    compile: bool = True
+    resume: bool = False
+    overwrite: bool = False
+    device_batch_size: int = 32
+    tokenizer: str | None = None
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig(every_steps=1000)
+    metrics: MetricsConfig = MetricsConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the phases of a run share.
+
+    Attributes:
+        config: resolved. shape, tok, runtime: the model's, the tokenizer, the process's place.
+        num_steps, step_tokens, flops_per_token: length of the run, tokens of a step (all ranks), cost of a token.
+        hparams_at: step -> hyperparameters. peak_flops: matmul limit of a device, for the MFU.
+        folder, manager, log: where the run's files are, its open checkpoints, its open metrics.
+        seconds: of the steps that this process has done; the one thing in here that grows.
+    """
+
+    config: StageConfig
+    shape: ModelConfig
+    tok: Tokenizer
+    runtime: Runtime
+    num_steps: int
+    step_tokens: int
+    flops_per_token: int
+    hparams_at: Callable[[int], Hparams]
+    peak_flops: float
+    folder: Path
+    manager: checkpoint.Manager
+    log: metrics.Log
+    seconds: list[float]
+
+
+def run_folder(name: str) -> Path:
+    """Return where the run called `name` keeps its files."""
+    return runtimes.base_dir() / "runs" / name
+
+
+def tokenizer_folder(config: StageConfig) -> Path:
+    """Return the folder of the tokenizer that `config` names."""
+    return Path(config.tokenizer) if config.tokenizer else tokenizer.default_dir()
+
+
+def open_checkpoints(folder: Path, config: StageConfig) -> checkpoint.Manager:
+    """Open the checkpoints of a run: new, resumed, or with `overwrite` in the place of an old run.
+
+    Raises:
+        UserError: the folder holds a run, and the command says neither resume nor overwrite.
+    """
+    checkpoints = folder / "checkpoints"
+    done = checkpoint.steps(checkpoints) if checkpoints.exists() else []
+    if done and not config.resume:
+        if not config.overwrite:
+            raise UserError(
+                f"run {folder} has checkpoints up to step {done[-1]}: --resume goes on with it, --set name=<other> "
+                "starts another, --set overwrite=true deletes it"
+            )
+        shutil.rmtree(checkpoints)
+    if config.resume and not done:
+        print(f"nothing to resume in {checkpoints}: starting at step 0")
+    return checkpoint.open(checkpoints, config.checkpoint)
+
+
+def start(
+    config: StageConfig, shape: ModelConfig, manager: checkpoint.Manager, runtime: Runtime
+) -> tuple[TrainState, Progress]:
+    """Return the state and progress to begin with: freshly drawn, or those of the last checkpoint."""
+    dtype, spec = runtime.compute_dtype, model.spec(shape)
+    if checkpoint.latest_step(manager) is None:
+        params = model.init(shape, config.seed, device=runtime.device, dtype=dtype)
+        return train.init(params, spec, dtype), Progress(0, None, None, 0.0)
+    abstract = train.init(model.init(shape, config.seed, device="meta", dtype=dtype), spec, dtype)
+    state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
+    torch.set_rng_state(torch.from_numpy(arrays["random_state"]))
+    now = json.loads(json.dumps(dict(configs.flatten(config))))
+    for name, value in now.items():
+        before = meta["config"].get(name, value)
+        if before != value and name not in NOT_COMPARED:
+            print(f"changed since the checkpoint: {name} = {value} (was {before})")
+    loader = {"position": meta["loader"], "tokens": arrays["loader_tokens"], "lengths": arrays["loader_lengths"]}
+    print(f"resumed from step {int(state.step)} in {manager.folder}")
+    return state, Progress(int(state.step), loader, meta["ema"], meta["train_seconds"])
+
+
+def functions(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> tuple[Callable, Callable, str]:
+    """Return (the train step, the loss for evaluation, the attention kernel's name), compiled where asked for.
+
+    Raises:
+        UserError: the attention kernel does not run here, or train.grad=func would meet a custom backward.
+    """
+    heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
+    asked = "sdpa" if config.train.grad == "func" and config.train.attention == "auto" else config.train.attention
+    if not config.compile and asked in ("auto", "flex"):
+        if asked == "flex":
+            raise UserError("train.attention=flex needs compile=true: uncompiled it is slow and holds all scores")
+        asked = "sdpa"
+    try:
+        kernel, attend = attention.choose(
+            asked, shape.sequence_len, shape.windows, heads, runtime.device, runtime.compute_dtype
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    chunk_tokens: int | None = config.train.chunk_tokens
+    if config.train.grad == "func":
+        if kernel == "flex":
+            raise UserError(
+                "train.grad=func: flex_attention has a custom backward, which torch.func.grad ignores when compiled; "
+                "set train.attention=sdpa"
+            )
+        chunk_tokens = None  # the chunked loss has a custom backward too; the plain one has the same value
+    compute = Compute(dtype=runtime.compute_dtype, attend=attend)
+    loss_fn = functools.partial(loss.next_token, config=shape, compute=compute, chunk_tokens=chunk_tokens)
+    step_fn = functools.partial(
+        train.train_step,
+        value_and_grad=train.gradient(loss_fn, grad=config.train.grad, compile=config.compile),
+        update=train.make_update(compute_dtype=runtime.compute_dtype, compile=config.compile, donate=True),
+    )
+    return step_fn, (torch.compile(loss_fn, fullgraph=True) if config.compile else loss_fn), kernel
+
+
+def after_step(
+    job: Job, loss_fn: Callable, show: progress.Bar, state: TrainState, at: Progress, numbers: dict[str, float]
+) -> Progress:
+    """Log a step; then save, evaluate and sample if they are due, in that order. Return the progress, updated."""
+    config, step, last = job.config, at.step, at.step == job.num_steps
+    ema, smooth = metrics.ema(at.ema, numbers["loss"])
+    seconds = numbers["step_seconds"]
+    job.seconds.append(seconds)
+    timed = seconds if len(job.seconds) > UNTIMED_STEPS else 0.0
+    at = at._replace(ema=ema, train_seconds=at.train_seconds + timed)
+    speed = job.step_tokens / seconds
+    mfu = speed * job.flops_per_token / (job.peak_flops * job.runtime.world_size)
+    show.update(1, loss=f"loss {smooth:.4f}", speed=f"{human(speed)} tok/s", mfu=f"mfu {mfu:.0%}")
+    if step % config.metrics.every_steps == 0 or step == 1 or last:
+        h = job.hparams_at(step - 1)
+        row = {
+            "train/loss": numbers["loss"],
+            "train/loss_ema": smooth,
+            "train/grad_norm": numbers["grad_norm"],
+            "train/tokens": step * job.step_tokens,
+            "train/epoch": numbers["epoch"],
+            "train/tokens_cut_fraction": numbers["tokens_cut_fraction"],
+            "train/matrix_lr": float(h[MATRIX]["lr"]),
+            "train/muon_momentum": float(h[MATRIX]["momentum"]),
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_second": speed,
+            "perf/mfu": mfu,
+            "perf/data_wait_seconds": numbers["data_wait_seconds"],
+            "perf/peak_memory_bytes": metrics.peak_memory_bytes(job.runtime.device),
+        }
+        metrics.write(job.log, step, row)
+    saving = last or due(step, config.checkpoint.every_steps)
+    if saving:
+        save(job, state, at)  # before the evaluation, which may take long, or fail
+    if last or due(step, config.eval.every_steps):
+        bpb = validate(job, state, loss_fn)
+        metrics.write(job.log, step, {"val/bpb": bpb})
+        show.write(f"step {step}: validation {bpb:.4f} bits per byte")
+        if saving:
+            checkpoint.add_metrics(job.manager, step, {"val/bpb": bpb})
+    if last or due(step, config.eval.sample_every_steps):
+        show.write("\n".join(samples(job, state)))
+    return at
+
+
+def due(step: int, every_steps: int | None) -> bool:
+    """Return whether something that happens every so many steps, or never, happens after this one."""
+    return bool(every_steps) and step % (every_steps or 1) == 0
+
+
+def save(job: Job, state: TrainState, at: Progress) -> None:
+    """Checkpoint the state with all that a resumed run, a chat or a person needs beside it."""
+    loader = at.loader
+    meta = {
+        "config": dict(configs.flatten(job.config)),
+        "model": dataclasses.asdict(job.shape),
+        "loader": loader["position"],
+        "ema": at.ema,
+        "train_seconds": at.train_seconds,
+        "tokens": at.step * job.step_tokens,
+        "num_steps": job.num_steps,
+        "torch": torch.__version__,
+    }
+    arrays = {
+        "loader_tokens": loader["tokens"],
+        "loader_lengths": loader["lengths"],
+        "random_state": torch.get_rng_state(),
+    }
+    folder = tokenizer_folder(job.config)
+    files = {name: folder / name for name in tokenizer.FILES}
+    checkpoint.save(job.manager, state, meta, arrays=arrays, files=files)
+
+
+def validate(job: Job, state: TrainState, loss_fn: Callable) -> float:
+    """Return bits per byte on the first `eval.tokens` tokens of the validation split."""
+    config, shape, runtime = job.config, job.shape, job.runtime
+    rows = config.device_batch_size * runtime.world_size
+    steps = max(config.eval.tokens // (rows * shape.sequence_len), 1)
+    stream = dataloader.batches(
+        config.data,
+        job.tok,
+        split="val",
+        rows_per_step=rows,
+        sequence_len=shape.sequence_len,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+    )
+    token_bytes = torch.from_numpy(tokenizer.token_bytes(job.tok)).to(runtime.device)
+    with contextlib.closing(stream):
+        taken: Iterator[Any] = itertools.islice(stream, steps)
+        return evaluate.bits_per_byte(state.params, (batch for batch, *_ in taken), token_bytes, loss_fn)
+
+
+def samples(job: Job, state: TrainState) -> list[str]:
+    """Return one line a prompt: the prompt and what the model makes of it."""
+    config = job.config.eval
+    compute = Compute(dtype=job.runtime.compute_dtype)
+    logits_fn = functools.partial(model.apply, config=job.shape, compute=compute)
+    lines = []
+    for i, prompt in enumerate(config.prompts):
+        tokens = generate.sample(
+            state.params,
+            [job.tok.bos, *job.tok.encode(prompt)],
+            logits_fn,
+            max_tokens=config.sample_tokens,
+            stop={job.tok.bos},
+            temperature=config.temperature,
+            top_k=config.top_k,
+            seed=i,
+        )
+        lines.append(f"  {prompt!r} → {job.tok.decode(tokens)!r}")
+    return lines
+
+
+def finish(job: Job, at: Progress) -> None:
+    """Draw the curves beside the metrics, and print the validation curve, the totals and where everything is."""
+    rows = metrics.read(job.folder)
+    draw(job.folder, rows)
+    steps, bpb = metrics.curve(rows, "val/bpb")
+    if len(steps) > 1:
+        print(plots.ascii_chart(steps, bpb, title="validation bits per byte, by step"))
+    timed = max(at.step - UNTIMED_STEPS, 0) * job.step_tokens
+    print(f"done {at.step} of {job.num_steps} steps, {human(at.step * job.step_tokens)} tokens")
+    if timed and at.train_seconds:
+        print(f"training took {duration(at.train_seconds)} ({human(timed / at.train_seconds)} tokens/s)")
+    print(f"run folder: {job.folder} (checkpoints/, metrics.jsonl, config.json, loss.svg, bpb.svg)")
+
+
+def draw(folder: Path, rows: list[Any]) -> None:
+    """Draw loss.svg and, once there is an evaluation, bpb.svg into the run's folder."""
+    curves = {"each step": metrics.curve(rows, "train/loss"), "smoothed": metrics.curve(rows, "train/loss_ema")}
+    if curves["each step"][0]:
+        title = f"{folder.name}: training loss"
+        plots.line_chart(folder / "loss.svg", curves, title=title, x_label="step", y_label="nats per token")
+    bpb = metrics.curve(rows, "val/bpb")
+    if bpb[0]:
+        title = f"{folder.name}: validation"
+        plots.line_chart(folder / "bpb.svg", {"val": bpb}, title=title, x_label="step", y_label="bits per byte")

@@ -1,0 +1,269 @@
+"""Training as a pure step on a state, and the one loop around it that every stage uses."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from nanochat import optim, transform, tree
+from nanochat.config import UserError
+from nanochat.optim import Hparams, OptState
+
+Batch = Mapping[str, Tensor]
+LossFn = Callable[[TensorDict, Batch], tuple[Tensor, dict[str, Tensor]]]
+MAX_SKIPPED_STEPS = 50  # consecutive steps without a finite loss before skipping gives up
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a step is computed.
+
+    Attributes:
+        grad: autograd (torch.autograd.grad over the compiled loss) or func (torch.func.grad_and_value itself).
+        attention: kernel, one of attention.choose's. chunk_tokens: tokens whose logits live at once in the loss.
+        skip_nonfinite: go on after a step whose loss or gradient is not finite, leaving it out, instead of stopping.
+    """
+
+    grad: Literal["autograd", "func"] = "autograd"
+    attention: Literal["auto", "sdpa", "flex", "math"] = "auto"
+    chunk_tokens: int = 1024
+    skip_nonfinite: bool = False
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and changes; a checkpoint holds it whole.
+
+    Attributes:
+        step: 0-d int64, steps done. params: nested TensorDict. opt_state: optim's TensorDict.
+        scaler: {"scale": 0-d float32 factor on the loss, "good_steps": 0-d int64}; 1 unless computing in float16.
+    """
+
+    step: Tensor
+    params: TensorDict
+    opt_state: OptState
+    scaler: TensorDict
+
+
+def init(params: TensorDict, spec: Mapping[str, optim.Row], compute_dtype: torch.dtype = torch.float32) -> TrainState:
+    """Return the state before the first step; on the device of `params`, the meta device included."""
+    device = tree.leaves(params)[0].device
+    scale = 2.0**16 if compute_dtype == torch.float16 else 1.0
+    scaler = {
+        "scale": torch.full((), scale, device=device),
+        "good_steps": torch.zeros((), dtype=torch.int64, device=device),
+    }
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    return TrainState(step, params, optim.init(params, spec), TensorDict(scaler, batch_size=[]))
+
+
+ValueAndGrad = Callable[[TensorDict, Batch, Tensor], tuple[TensorDict, tuple[Tensor, dict[str, Tensor]]]]
+Update = Callable[[TrainState, TensorDict, Tensor, Tensor, Hparams], tuple[TrainState, dict[str, Tensor]]]
+
+
+def train_step(
+    state: TrainState, batches: Sequence[Batch], hparams: Hparams, *, value_and_grad: ValueAndGrad, update: Update
+) -> tuple[TrainState, dict[str, Tensor]]:
+    """Return the state after one optimizer step, and its metrics; what changes in place is up to `update`.
+
+    Args:
+        state: before the step. batches: micro-batches of equal size, whose gradients are averaged.
+        hparams: 0-d tensors by group, see `optim.update`.
+        value_and_grad, update: from `gradient` and `make_update`.
+
+    Returns:
+        The new state, unchanged but for `step` and `scaler` where loss or gradient are not finite; and
+        {"loss", "grad_norm": 0-d float32, "finite": 0-d bool}.
+    """
+    scale = state.scaler["scale"]
+    grads, (loss, _) = value_and_grad(state.params, batches[0], scale)
+    for batch in batches[1:]:
+        more, (value, _) = value_and_grad(state.params, batch, scale)
+        tree.map(lambda total, g: total.add_(g), grads, more)  # the sum is ours alone: in place
+        loss = loss + value
+    n = len(batches)
+    return update(state, grads, 1 / (n * scale), loss / n, hparams)
+
+
+def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: bool = False) -> ValueAndGrad:
+    """Return (params, batch, scale) -> (gradients of scale·loss, (loss, aux)).
+
+    Args:
+        loss_fn: (params, batch) -> (0-d loss, aux). grad: see `TrainConfig`. compile: whether to compile.
+    """
+
+    def scaled(params: TensorDict, batch: Batch, scale: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+        loss, aux = loss_fn(params, batch)
+        return loss * scale, (loss, aux)
+
+    if grad == "func":
+        whole = torch.func.grad_and_value(scaled, has_aux=True)
+        whole = torch.compile(whole, fullgraph=True) if compile else whole
+    else:
+        # Only the loss is compiled: AOTAutograd keeps its partitioner, and custom backwards work.
+        whole = transform.value_and_grad(torch.compile(scaled, fullgraph=True) if compile else scaled, has_aux=True)
+
+    def value_and_grad(params: TensorDict, batch: Batch, scale: Tensor) -> Any:
+        grads, (_, aux) = whole(params, batch, scale)
+        return grads, aux
+
+    return value_and_grad
+
+
+def make_update(*, compute_dtype: torch.dtype = torch.float32, compile: bool = False, donate: bool = False) -> Update:
+    """Return (state, grads, grad_scale, loss, hparams) -> (state, metrics), which leaves a non-finite step out.
+
+    Args:
+        compute_dtype: Muon orthogonalises in bfloat16 when it is that; float16 has a dynamic loss scale.
+        compile: whether to compile. donate: write the new state into the buffers of the old one, which the caller
+            gives up, instead of allocating a second one (as jax.jit's donate_argnums).
+    """
+    muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
+
+    def update(
+        state: TrainState, grads: TensorDict, grad_scale: Tensor, loss: Tensor, hparams: Hparams
+    ) -> tuple[TrainState, dict[str, Tensor]]:
+        grads = tree.map(lambda g: g.float() * grad_scale, grads)
+        grad_norm = torch.stack([g.square().sum() for g in tree.leaves(grads)]).sum().sqrt()
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        params, opt_state = optim.update(grads, state.opt_state, state.params, hparams, muon_dtype=muon_dtype)
+        scaler = _rescale(state.scaler, finite) if compute_dtype == torch.float16 else state.scaler
+        kept = tree.map(lambda new, old: torch.where(finite, new, old), (params, opt_state), state[1:3])
+        new = TrainState(state.step + 1, *kept, scaler)
+        if donate:
+            tree.map(lambda old, fresh: old.copy_(fresh), state, new)
+            new = state
+        return new, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
+
+    if not compile:
+        return torch.no_grad()(update)
+    compiled: Any = torch.compile(update, fullgraph=True)
+    return torch.no_grad()(compiled)
+
+
+def _rescale(scaler: TensorDict, finite: Tensor, patience: int = 2000) -> TensorDict:
+    """Return the loss scale halved after a non-finite step, doubled after `patience` finite ones."""
+    good = torch.where(finite, scaler["good_steps"] + 1, 0)
+    grown = good >= patience
+    scale = torch.where(finite, torch.where(grown, scaler["scale"] * 2, scaler["scale"]), scaler["scale"] / 2)
+    return TensorDict({"scale": scale, "good_steps": torch.where(grown, 0, good)}, batch_size=[])
+
+
+class NonFiniteLossError(UserError):
+    """The loss or the gradient stopped being finite; the state is still that of before the step."""
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT: the loop finishes its step, saves and returns."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.since = 0.0
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Within, the first SIGTERM or SIGINT only sets the flag; a SIGINT more than two seconds later interrupts at once.
+
+    torchrun passes a Ctrl-C on that the terminal has already sent, hence the two seconds.
+    """
+    flag = StopFlag()
+
+    def handle(number: int, _frame: Any) -> None:
+        if flag and number == signal.SIGINT and time.monotonic() - flag.since > 2:
+            raise KeyboardInterrupt
+        if not flag:
+            flag.signal, flag.since = signal.Signals(number), time.monotonic()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Progress(NamedTuple):
+    """What the loop knows beside the state; saved with it, so that a resumed run goes on as if it never stopped.
+
+    Attributes:
+        step: steps done. loader: the data loader's state. ema: running loss (see metrics.ema).
+        train_seconds: of the steps, the first ten of each start left out.
+    """
+
+    step: int
+    loader: Any
+    ema: Any
+    train_seconds: float
+
+
+def split(batch: Batch, rows: int) -> list[dict[str, Tensor]]:
+    """Return micro-batches of `rows` rows each of a whole batch."""
+    parts = {name: x.split(rows) for name, x in batch.items()}
+    return [dict(zip(parts, values)) for values in zip(*parts.values())]
+
+
+def fit(
+    state: TrainState,
+    progress: Progress,
+    batches: Iterator[tuple[Batch, Any, dict[str, float]]],
+    *,
+    num_steps: int,
+    rows: int,
+    step_fn: Callable[[TrainState, Sequence[Batch], Hparams], tuple[TrainState, dict[str, Tensor]]],
+    hparams_at: Callable[[int], Hparams],
+    after_step: Callable[[TrainState, Progress, dict[str, float]], Progress],
+    save: Callable[[TrainState, Progress], None],
+    stop: StopFlag,
+    skip_nonfinite: bool = False,
+) -> tuple[TrainState, Progress]:
+    """Run steps `progress.step` … num_steps - 1; return the last state and progress.
+
+    Args:
+        state, progress: where to begin; `state` is given up to `step_fn`.
+        batches: (batch of a whole step, loader state after it, statistics), endless.
+        rows: of a micro-batch. step_fn: `train_step` with its functions bound. hparams_at: step -> hyperparameters.
+        after_step: logs, evaluates and saves as is due, given the step's numbers; returns the progress, updated.
+        save: called before a stop, by a signal or by a non-finite loss. stop: set by a signal.
+
+    Raises:
+        NonFiniteLossError: after saving the state of before the step, unless `skip_nonfinite`.
+    """
+    skipped = 0
+    while progress.step < num_steps and not stop:
+        started = time.perf_counter()
+        batch, loader, stats = next(batches)
+        waited = time.perf_counter() - started
+        state, tensors = step_fn(state, split(batch, rows), hparams_at(progress.step))
+        numbers = {
+            name: float(value) for name, value in tensors.items()
+        }  # waits for the device: the one sync of a step
+        seconds = time.perf_counter() - started
+        if not numbers.pop("finite"):
+            skipped += 1
+            if not skip_nonfinite or skipped > MAX_SKIPPED_STEPS:
+                state = state._replace(step=torch.full_like(state.step, progress.step))
+                save(state, progress)
+                what = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
+                raise NonFiniteLossError(
+                    f"step {progress.step}: the {what} is not finite; the state of before it is saved as step "
+                    f"{progress.step}. Go on from there with --resume and a lower rate (--set optim.matrix_lr=…, "
+                    "optim.embedding_lr=…), dtype=float32, or train.skip_nonfinite=true"
+                )
+        else:
+            skipped = 0
+        progress = progress._replace(step=progress.step + 1, loader=loader)
+        timing = {"step_seconds": seconds, "data_wait_seconds": waited, "skipped": float(skipped > 0)}
+        progress = after_step(state, progress, numbers | stats | timing)
+    if stop and progress.step < num_steps:
+        save(state, progress)
+    return state, progress
