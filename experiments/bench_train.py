@@ -14,11 +14,19 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
 
-from nanochat import attention, loss, metrics, model, optim, runtime, train
+from nanochat import metrics, model, optim, runtime, stage, train
+from nanochat.model import ModelConfig
 from nanochat.runtime import Runtime
+from nanochat.train import TrainConfig, TrainState
+
+Step = Callable[[TrainState], TrainState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Config:
     profile: bool = True
     device: str = "auto"
     dtype: str = "auto"
-    train: train.TrainConfig = train.TrainConfig()
+    train: TrainConfig = TrainConfig()
 
 
 def config() -> Config:
@@ -47,10 +55,10 @@ def config() -> Config:
     return Config()
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, here: Runtime) -> None:
     """Measure, and print what was measured."""
     n_head = config.width // config.head_dim
-    shape = model.ModelConfig(
+    shape = ModelConfig(
         sequence_len=config.sequence_len,
         vocab_size=config.vocab_size,
         n_layer=config.depth,
@@ -61,46 +69,109 @@ def run(config: Config, runtime: Runtime) -> None:
     )
     tokens = config.batch_size * config.sequence_len
     flops = model.flops_per_token(shape)
-    kernel, step, state, batch = prepare(config, shape, runtime)
-    print(f"model: depth {config.depth}, width {config.width}, {model.count(shape)['total']:,} parameters, ")
-    print(f"       {flops / 1e6:.4g} MFLOP per token; batch {config.batch_size} x {config.sequence_len} tokens")
-    print(f"       {runtime.device.type}, {runtime.compute_dtype}, attention {kernel}, compile={config.compile}")
-
+    kernel, step, state = prepare(config, shape, here)
+    name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else here.device.type
+    print(f"depth {config.depth}, width {config.width}, {model.count(shape)['total']:,} parameters")
+    print(f"{flops / 1e6:.4g} MFLOP per token, batch {config.batch_size} x {config.sequence_len} tokens")
+    print(f"{name}, {here.compute_dtype}, attention {kernel}, compile={config.compile}", flush=True)
     start = time.perf_counter()
-    state = step(state, [batch])
-    state = step(state, [batch])
-    synchronize(runtime)
+    state = step(step(state))
+    runtime.synchronize(here.device)
     compile_seconds = time.perf_counter() - start
-    print(f"first two steps (compilation included): {compile_seconds:.1f} s")
+    print(f"first two steps, with compilation: {compile_seconds:.1f} s", flush=True)
 
-    ceilings, seconds = [], []
-    for _ in range(config.rounds):
-        ceilings.append(matmul_ceiling(runtime))
-        for _ in range(config.steps_per_round):
-            start = time.perf_counter()
-            state = step(state, [batch])
-            synchronize(runtime)
-            seconds.append(time.perf_counter() - start)
-    ceilings.append(matmul_ceiling(runtime))
-    ceiling, second = statistics.median(ceilings), statistics.median(seconds)
-    shapes = shape_ceiling(shape, tokens, runtime)
-    datasheet, source = peak(runtime)
-    result = {
-        "tokens_per_second": tokens / second,
-        "step_seconds": second,
-        "model_tflops_per_second": flops * tokens / second / 1e12,
-        "matmul_2048_tflops_per_second": ceiling / 1e12,
-        "share_of_matmul_2048": flops * tokens / second / ceiling,
-        "seconds_of_the_models_matmuls": shapes,
-        "share_of_step_that_they_need": shapes / second,
-        "mfu": flops * tokens / second / datasheet,
-        "mfu_of": source,
-        "peak_memory_gib": metrics.peak_memory_bytes(runtime.device) / 2**30,
+    seconds, squares, shapes = measure(config, shape, step, state, here)
+    limit, limit_from = runtime.peak_flops(here.device, here.compute_dtype)
+    speed = flops * tokens / seconds
+    square = 2 * 2048**3 / squares
+    result: dict[str, float | str] = {
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "model_flops_per_second": speed,
+        "matmul_2048_flops_per_second": square,
+        "share_of_matmul_2048": speed / square,
+        "seconds_of_its_matmuls_alone": shapes,
+        "share_of_step_for_its_matmuls": shapes / seconds,
+        "mfu": speed / limit,
+        "mfu_limit": limit_from,
+        "peak_memory_bytes": metrics.peak_memory_bytes(here.device),
         "compile_seconds": compile_seconds,
         "attention": kernel,
     }
-    for name, value in result.items():
-        print(f"  {name:32} {value:.4g}" if isinstance(value, float) else f"  {name:32} {value}")
+    for key, value in result.items():
+        print(f"  {key:32}{value:.4g}" if isinstance(value, float) else f"  {key:32}{value}")
     if config.profile:
-        print(profile(lambda: step(state, [batch]), runtime))
-    print(json.dumps({"bench": "train", "config": dataclasses.asdict(config), **result}))
+        print("where the time of a step goes, by operation:")
+        print("\n".join(breakdown(step, state, here)))
+    print(json.dumps({"bench": "train", **dataclasses.asdict(config), **result}))
+
+
+def prepare(config: Config, shape: ModelConfig, here: Runtime) -> tuple[str, Step, TrainState]:
+    """Return the attention kernel's name, a function that does one full step on a fixed batch, and the state."""
+    settings = stage.StageConfig(compile=config.compile, train=config.train)
+    step_fn, _, kernel = stage.functions(settings, shape, here)
+    params = model.init(shape, 0, device=here.device, dtype=here.compute_dtype)
+    state = train.init(params, model.spec(shape), here.compute_dtype)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(shape.vocab_size, (config.batch_size, shape.sequence_len + 1), generator=generator)
+    rows = rows.to(here.device)
+    batch = {"inputs": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
+    # Rates of zero: the work of a step is the same, and the numbers stay what they are on random tokens.
+    rates = optim.rates(optim.OptimConfig(), shape.n_embd, batch_scale=0.0)
+    hparams = optim.as_hparams(rates)
+    return kernel, lambda state: step_fn(state, [batch], hparams)[0], state
+
+
+def measure(
+    config: Config, shape: ModelConfig, step: Step, state: TrainState, here: Runtime
+) -> tuple[float, float, float]:
+    """Return median seconds of a step, of a 2048³ matmul, and of the model's own matmuls, taken in turns."""
+    a, b = (torch.randn(2048, 2048, device=here.device).to(here.compute_dtype) for _ in range(2))
+    own = matmuls(shape, config.batch_size * config.sequence_len, here)
+    steps, squares, shapes = [], [], []
+    for _ in range(config.rounds):
+        squares += [timed(lambda: a @ b, here) for _ in range(5)]
+        steps += [timed(lambda: step(state), here) for _ in range(config.steps_per_round)]
+        shapes.append(timed(own, here))
+    return statistics.median(steps), statistics.median(squares), statistics.median(shapes[1:] or shapes)
+
+
+def timed(f: Callable[[], Any], here: Runtime) -> float:
+    """Return the seconds that one call takes, the device's work included."""
+    runtime.synchronize(here.device)
+    start = time.perf_counter()
+    f()
+    runtime.synchronize(here.device)
+    return time.perf_counter() - start
+
+
+def matmuls(shape: ModelConfig, tokens: int, here: Runtime) -> Callable[[], None]:
+    """Return a function that does the step's dense products and nothing else: forward and both gradients."""
+    rows = [row.shape for row in model.spec(shape).values() if row.matmul and min(row.shape) >= 64]
+    sizes = {size: rows.count(size) for size in set(rows)}
+    rand = functools.partial(torch.randn, device=here.device, dtype=here.compute_dtype)
+    operands = [
+        (rand(tokens, inner), rand(outer, inner), rand(tokens, outer), n) for (outer, inner), n in sizes.items()
+    ]
+
+    def run() -> None:
+        for x, weight, grad, n in operands:
+            for _ in range(n):
+                x @ weight.T
+                grad @ weight
+                grad.T @ x
+
+    return run
+
+
+def breakdown(step: Step, state: TrainState, here: Runtime, rows: int = 14) -> list[str]:
+    """Return lines of the operations that take most of a step, with their share."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (here.device.type == "cuda")
+    with torch_profile(activities=activities) as profiler:
+        step(state)
+        runtime.synchronize(here.device)
+    kind = "self_device_time_total" if here.device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, kind), reverse=True)
+    total = sum(getattr(event, kind) for event in events) or 1
+    shares = [(getattr(event, kind) / total, event.key) for event in events[:rows]]
+    return [f"  {share:6.1%}  {key[:100]}" for share, key in shares]

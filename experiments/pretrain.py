@@ -12,8 +12,8 @@ import contextlib
 import dataclasses
 import functools
 
-from nanochat import config as configs
 from nanochat import checkpoint, dataloader, metrics, model, optim, progress, scaling, schedule, stage, tokenizer, train
+from nanochat import config as configs
 from nanochat.config import UserError
 from nanochat.model import ModelConfig
 from nanochat.optim import OptimConfig
@@ -117,7 +117,12 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
         device=runtime.device,
     )
     show = progress.bar(plan.num_steps, initial=at.step, label=str(config.name))
-    with contextlib.closing(stream), train.stop_on_signals() as stop, show:
+    with contextlib.ExitStack() as stack:
+        stack.callback(metrics.close, log)
+        stack.callback(checkpoint.close, manager)  # waits for the last save, after an error too
+        stack.enter_context(contextlib.closing(stream))
+        stop = stack.enter_context(train.stop_on_signals())
+        stack.enter_context(show)
         state, at = train.fit(
             state,
             at,
@@ -131,8 +136,6 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
             stop=stop,
             skip_nonfinite=config.train.skip_nonfinite,
         )
-        checkpoint.close(manager)
-    metrics.close(log)
     stage.finish(job, at)
     if stop.signal and at.step < plan.num_steps:
         print(f"stopped by {stop.signal.name}; step {at.step} is saved: the same command with --resume goes on")

@@ -11,7 +11,7 @@ import dataclasses
 import time
 
 from experiments import pretrain
-from nanochat import checkpoint, dataset, stage, tokenizer
+from nanochat import dataset, stage, tokenizer
 from nanochat.checkpoint import CheckpointConfig
 from nanochat.dataset import DataConfig
 from nanochat.optim import OptimConfig

@@ -14,7 +14,6 @@ another shape or dtype, a leaf that is not there) is found here and ends in one 
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
@@ -31,19 +30,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from nanochat import store, tree
+from nanochat import manifest, store, tree
 from nanochat.config import UserError
-from nanochat.fingerprint import fingerprint
 
-FORMAT = 1
 BEST_METRIC = "val/bpb"  # the lower the better
 LEAF_DTYPES = ("float32", "bfloat16", "float16", "int32", "int64", "uint8", "bool")
 
 State = TypeVar("State", bound=tuple)
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint whose bytes cannot be read or are not those that were saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +85,7 @@ def open(folder: Path, config: CheckpointConfig = CheckpointConfig()) -> Manager
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"checkpoint folder {folder} cannot be made: {_reason(error)}") from error
+        raise UserError(f"checkpoint folder {folder} cannot be made: {manifest.reason(error)}") from error
     return Manager(folder, config, _open_orbax(folder, config))
 
 
@@ -129,11 +122,12 @@ def save(
     step, leaves = int(state.step), _leaves(state)
     buffers = {n: store.to_numpy(a) if isinstance(a, Tensor) else np.array(a) for n, a in (arrays or {}).items()}
     contents = {name: Path(path).read_bytes() for name, path in (files or {}).items()}
-    header = _header(step, meta, leaves, buffers, contents)
+    header = manifest.build(step, meta, leaves, buffers, contents)
     manager.orbax.reload()  # a step may have been deleted by hand
     if step in manager.orbax.all_steps():
-        if _is_sound_copy(manager.folder, step, header):
-            add_metrics(manager, step, metrics)
+        if manifest.is_sound_copy(manager.folder / str(step), header):
+            if metrics:
+                add_metrics(manager, step, metrics)
             return
         manager.orbax.delete(step)
         store.clear(manager.folder)
@@ -153,6 +147,18 @@ def save(
             raise OSError("orbax declined to write it")
     if not manager.config.asynchronous:
         wait(manager)
+
+
+def add_metrics(manager: Manager, step: int, metrics: Mapping[str, float]) -> None:
+    """Give a step that was saved before it was evaluated its metrics; one that has some keeps them."""
+    wait(manager)
+    path = _metrics_path(manager.folder, step)
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(dict(metrics)))
+        partial.replace(path)
+        manager.orbax.reload()
 
 
 def wait(manager: Manager) -> None:
@@ -182,10 +188,7 @@ def close(manager: Manager) -> None:
 
 def steps(source: Manager | Path) -> list[int]:
     """Return the complete steps in rising order."""
-    folder = _folder(source)
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    return store.steps(_folder(source))
 
 
 def latest_step(source: Manager | Path) -> int | None:
@@ -208,7 +211,8 @@ def describe(source: Manager | Path) -> dict[int, dict[str, float]]:
         try:
             found[step] = dict(json.loads(path.read_text())) if path.exists() else {}
         except (OSError, ValueError, TypeError) as error:
-            raise _damaged(_folder(source), step, f"{path} cannot be read ({_reason(error)})") from error
+            at = _folder(source) / str(step)
+            raise manifest.damaged(at, f"{path} cannot be read ({manifest.reason(error)})") from error
     return found
 
 
@@ -236,16 +240,16 @@ def restore(
 
     Raises:
         UserError: no such step, or the checkpoint of another model.
-        DamagedCheckpoint: a byte has changed or is missing; names the leaf, the step, and the step to go on from.
+        UserError: a byte has changed or is missing (`manifest.DamagedCheckpoint`); names leaf, step, and way out.
     """
     _require_one_process(mesh)
-    folder, step = _locate(source, step)
-    header = _read_header(folder, step)
-    wanted = {name: _spec(leaf) for name, leaf in _leaves(abstract_state).items()}
-    _compare_specs(folder / str(step), header["state"], wanted)
-    leaves = _read_state(folder, step, header["state"], device)
+    path = _locate(source, step)
+    header = manifest.read(path)
+    wanted = {name: manifest.spec(leaf) for name, leaf in _leaves(abstract_state).items()}
+    manifest.compare(path, header["state"], wanted)
+    leaves = manifest.read_leaves(path, header["state"], device)
     fields = {name: _rebuild(value, leaves, name) for name, value in _fields(abstract_state).items()}
-    return type(abstract_state)(**fields), header["meta"], _read_arrays(folder, step, header["arrays"])
+    return type(abstract_state)(**fields), header["meta"], manifest.read_arrays(path, header["arrays"])
 
 
 def load_params(
@@ -263,17 +267,16 @@ def load_params(
         (params, meta, {name: path of the file inside the checkpoint}).
 
     Raises:
-        UserError: no such step.
-        DamagedCheckpoint: as `restore`.
+        UserError: no such step, or damaged bytes.
     """
-    folder, step = _locate(folder, step)
-    header = _read_header(folder, step)
-    specs = {name: spec for name, spec in header["state"].items() if name.startswith("params.")}
-    leaves = _read_state(folder, step, specs, device)
+    path = _locate(folder, step)
+    header = manifest.read(path)
+    saved = {name: spec for name, spec in header["state"].items() if name.startswith("params.")}
+    leaves = manifest.read_leaves(path, saved, device)
     if dtype is not None:
         leaves = {name: x.to(dtype) if x.is_floating_point() else x for name, x in leaves.items()}
     params = tree.unflatten({name.removeprefix("params."): x for name, x in leaves.items()})
-    return params, header["meta"], _check_files(folder, step, header["files"])
+    return params, header["meta"], manifest.check_files(path, header["files"])
 
 
 # What is in a state
@@ -292,13 +295,9 @@ def _leaves(state: Any) -> dict[str, Tensor]:
             raise TypeError(f"{name} is a {type(leaf).__name__}, not a tensor")
         if isinstance(leaf, DTensor):
             raise UserError(f"{name} is sharded: checkpoints hold whole tensors, written by one process")
-        if _spec(leaf)["dtype"] not in LEAF_DTYPES:
-            raise UserError(f"{name} is {_spec(leaf)['dtype']}: checkpoints hold {', '.join(LEAF_DTYPES)}")
+        if manifest.spec(leaf)["dtype"] not in LEAF_DTYPES:
+            raise UserError(f"{name} is {manifest.spec(leaf)['dtype']}: checkpoints hold {', '.join(LEAF_DTYPES)}")
     return leaves
-
-
-def _spec(value: Tensor | np.ndarray) -> dict[str, Any]:
-    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
 
 
 def _rebuild(like: Any, leaves: Mapping[str, Tensor], name: str) -> Any:
@@ -308,186 +307,29 @@ def _rebuild(like: Any, leaves: Mapping[str, Tensor], name: str) -> Any:
     return TensorDict(fields, like.batch_size) if isinstance(like, TensorDictBase) else fields
 
 
-def _fingerprint_hex(leaf: Tensor) -> str:
-    return f"{fingerprint(leaf):016x}"
+# Where it lies
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _folder(source: Manager | Path) -> Path:
+    return source.folder if isinstance(source, Manager) else Path(source).absolute()
 
 
-# The header: the item `meta`
-
-
-def _header(
-    step: int,
-    meta: Mapping[str, Any],
-    leaves: Mapping[str, Tensor],
-    buffers: Mapping[str, np.ndarray],
-    contents: Mapping[str, bytes],
-) -> dict[str, Any]:
-    for name, array in buffers.items():
-        if array.dtype.kind not in "biuf" and array.dtype != store.numpy_dtype("bfloat16"):
-            raise UserError(f"array {name} is {array.dtype}: checkpoints hold numbers")
-    for name in contents:
-        if Path(name).name != name:
-            raise UserError(f"file {name}: expected a name without folders")
-    return _seal(
-        {
-            "format": FORMAT,
-            "step": step,
-            "meta": dict(meta),
-            "state": {name: {**_spec(leaf), "fingerprint": _fingerprint_hex(leaf)} for name, leaf in leaves.items()},
-            "arrays": {name: {**_spec(array), "sha256": _sha256(array.tobytes())} for name, array in buffers.items()},
-            "files": {name: {"sha256": _sha256(content)} for name, content in contents.items()},
-        }
-    )
-
-
-def _seal(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the header as JSON will give it back, with a checksum over the rest of it."""
-    sealed = json.loads(json.dumps({name: value for name, value in header.items() if name != "sha256"}))
-    return {**sealed, "sha256": _sha256(json.dumps(sealed, sort_keys=True).encode())}
-
-
-def _read_header(folder: Path, step: int) -> dict[str, Any]:
-    path = folder / str(step) / "meta" / "metadata"
-    try:
-        header = json.loads(path.read_text())
-        version = header["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, step, f"{path} cannot be read ({_reason(error)})") from error
-    if isinstance(version, int) and version > FORMAT:
-        raise UserError(
-            f"checkpoint {folder / str(step)} has format {version}, this nanochat reads {FORMAT}: update it"
-        )
-    if version != FORMAT or header != _seal(header):
-        raise _damaged(folder, step, f"{path} is not as it was written")
-    return header
-
-
-def _compare_specs(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    def show(spec: Mapping[str, Any]) -> str:
-        return f"({', '.join(map(str, spec['shape']))}) {spec['dtype']}"
-
-    differences = []
-    for name in {**wanted, **saved}:
-        if name not in saved:
-            differences.append(f"has no {name}, this model wants {show(wanted[name])}")
-        elif name not in wanted:
-            differences.append(f"has {name} {show(saved[name])}, which this model lacks")
-        elif show(saved[name]) != show(wanted[name]):
-            differences.append(f"has {name} {show(saved[name])}, this model wants {show(wanted[name])}")
-    if differences:
-        more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
-        raise UserError(f"checkpoint {path} {'; it '.join(differences[:3])}{more}")
-
-
-# Reading
-
-
-def _locate(source: Manager | Path, step: int | None) -> tuple[Path, int]:
+def _locate(source: Manager | Path, step: int | None) -> Path:
     if isinstance(source, Manager):
         wait(source)
-    folder = _folder(source)
-    there = steps(folder)
+    folder, there = _folder(source), steps(source)
     if not there:
         raise UserError(f"no checkpoint in {folder}")
-    if step is None:
-        return folder, there[-1]
-    if step not in there:
+    if step is not None and step not in there:
         raise UserError(f"no checkpoint of step {step} in {folder}; there are steps {', '.join(map(str, there))}")
-    return folder, step
-
-
-def _read_item(folder: Path, step: int, item: str, specs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Read the arrays that `specs` names, and no others, each of the shape and dtype that it was saved with."""
-    path = folder / str(step) / item
-    try:
-        found = store.read_arrays(path, [name for name, spec in specs.items() if math.prod(spec["shape"])])
-    except MemoryError:
-        raise
-    except Exception as error:  # orbax and tensorstore raise whatever the damage leads them to
-        raise _damaged(folder, step, f"{path} cannot be read ({_reason(error)})") from error
-    arrays = {}
-    for name, spec in specs.items():
-        if not math.prod(spec["shape"]):  # orbax stores no empty arrays
-            found[name] = np.empty(spec["shape"], store.numpy_dtype(spec["dtype"]))
-        arrays[name] = found.pop(name, None)
-        if not isinstance(arrays[name], np.ndarray) or not _spec(arrays[name]).items() <= spec.items():
-            raise _damaged(folder, step, f"{name} in {path} is missing or of another shape or dtype than was saved")
-    return arrays
-
-
-def _read_state(folder: Path, step: int, specs: Mapping[str, Any], device: torch.device | str) -> dict[str, Tensor]:
-    found = _read_item(folder, step, "state", specs)
-    leaves = {}
-    for name, spec in specs.items():
-        leaves[name] = store.to_tensor(found.pop(name)).to(device)
-        if _fingerprint_hex(leaves[name]) != spec["fingerprint"]:
-            raise _damaged(folder, step, f"{name} is damaged: bytes in {folder / str(step) / 'state'} have changed")
-    return leaves
-
-
-def _read_arrays(folder: Path, step: int, specs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    found = _read_item(folder, step, "arrays", specs)
-    for name, spec in specs.items():
-        if _sha256(found[name].tobytes()) != spec["sha256"]:
-            raise _damaged(folder, step, f"{name} is damaged: bytes in {folder / str(step) / 'arrays'} have changed")
-    return found
-
-
-def _check_files(folder: Path, step: int, specs: Mapping[str, Any]) -> dict[str, Path]:
-    paths = {name: folder / str(step) / "files" / name for name in specs}
-    for name, path in paths.items():
-        if not path.is_file() or _sha256(path.read_bytes()) != specs[name]["sha256"]:
-            raise _damaged(folder, step, f"{path} is missing or damaged")
-    return paths
-
-
-def _damaged(folder: Path, step: int, problem: str) -> DamagedCheckpoint:
-    others = [other for other in steps(folder) if other != step]
-    good = max([other for other in others if other < step] or others, default=None)
-    way_out = "no other step is there"
-    if good is not None:
-        way_out = f"step {good} is there too: delete {folder / str(step)} to go on from it"
-    return DamagedCheckpoint(f"checkpoint {folder / str(step)}: {problem}; {way_out}")
-
-
-# Writing
-
-
-def _is_sound_copy(folder: Path, step: int, header: Mapping[str, Any]) -> bool:
-    """Return whether the step holds what `header` tells of, byte for byte; False if it is damaged."""
-    try:
-        saved = _read_header(folder, step)
-        for item in ("state", "arrays", "files"):
-            for name in {**saved[item], **header[item]}:
-                if saved[item].get(name) != header[item].get(name):
-                    there = f"checkpoint {folder / str(step)} exists with another {name}"
-                    raise UserError(f"{there}: delete it, or save to another folder")
-        _read_state(folder, step, saved["state"], "cpu")
-        _read_arrays(folder, step, saved["arrays"])
-        _check_files(folder, step, saved["files"])
-    except DamagedCheckpoint:
-        return False
-    return True
-
-
-def add_metrics(manager: Manager, step: int, metrics: Mapping[str, float] | None) -> None:
-    """Give a step that was saved before it was evaluated its metrics; one that has some keeps them."""
-    wait(manager)
-    path = _metrics_path(manager.folder, step)
-    if metrics and not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dict(metrics)))
-        partial.replace(path)
-        manager.orbax.reload()
+    return folder / str(there[-1] if step is None else step)
 
 
 def _metrics_path(folder: Path, step: int) -> Path:
     return folder / str(step) / "metrics" / "metrics"  # where CheckpointManager keeps them
+
+
+# What a save does besides
 
 
 def _make_room(manager: Manager, step: int, needed_bytes: int, metrics: Mapping[str, float] | None) -> None:
@@ -496,7 +338,7 @@ def _make_room(manager: Manager, step: int, needed_bytes: int, metrics: Mapping[
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes >= needed_bytes:
         return
-    infos = [types.SimpleNamespace(step=s, metrics=m) for s, m in {**describe(folder), step: metrics}.items()]
+    infos = [types.SimpleNamespace(step=s, metrics=m or None) for s, m in {**describe(folder), step: metrics}.items()]
     stays = _policy(manager.config).should_preserve(infos, context=None)
     latest = latest_step(folder)
     doomed = [info.step for info, stay in zip(infos, stays) if not (stay or info.step in (step, latest))]
@@ -524,7 +366,7 @@ def _reporting_failure(manager: Manager) -> Iterator[None]:
         manager.orbax = _open_orbax(manager.folder, manager.config)
         free_bytes = shutil.disk_usage(manager.folder).free
         raise UserError(
-            f"checkpoint of step {step} could not be written to {manager.folder} ({_reason(error)}); it needs "
+            f"checkpoint of step {step} could not be written to {manager.folder} ({manifest.reason(error)}); it needs "
             f"{needed_bytes / 1e6:.1f} MB, {free_bytes / 1e6:.1f} MB are free; {_last_good(manager.folder)}"
         ) from error
 
@@ -559,16 +401,3 @@ def _require_one_process(mesh: DeviceMesh | None = None) -> None:
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if max(processes, mesh.size() if mesh is not None else 1) > 1:
         raise UserError("checkpoints are written and resumed by one process: start with --nproc_per_node=1")
-
-
-def _folder(source: Manager | Path) -> Path:
-    return source.folder if isinstance(source, Manager) else Path(source).absolute()
-
-
-def _reason(error: BaseException) -> str:
-    """Return the part of a message that says why: tensorstore nests `CODE: what: what: why [details]`."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).split(" [")[0].strip().splitlines()
-    why = lines[0].rsplit(": ", 1)[-1][:200] if lines else ""
-    return why if isinstance(error, ValueError) else f"{type(error).__name__} {why}".rstrip()

@@ -126,9 +126,13 @@ def load_reference(path: Path, config: ModelConfig) -> Params:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # torch raises many kinds for files that are not plain tensors
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path}: not a file of tensors ({reason})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception:  # torch raises many kinds, and advises to switch its guard off
+        raise UserError(
+            f"{path}: not a file of plain tensors: it is damaged, or has code in it, which is never run; "
+            "get the file again, or save its tensors alone with torch.save"
+        ) from None
     if not isinstance(state_dict, Mapping) or not all(isinstance(x, Tensor) for x in state_dict.values()):
         raise UserError(f"{path}: no state_dict, that is, no mapping of names to tensors")
     return from_reference(state_dict, config)

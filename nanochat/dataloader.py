@@ -221,7 +221,6 @@ def _steps(
 ) -> Iterator[tuple[Tensor, LoaderState, dict[str, float]]]:
     """Yield (int64 (2, this rank's rows, T): inputs and targets; state; statistics) of each step."""
     rank, world_size, row_tokens = stream.rank, stream.world_size, stream.row_tokens
-    place = dataclasses.replace(place)
     held: dict[int, _Held] = {}  # by number of arrival, in that order
     with contextlib.closing(_reader(stream, check)) as reader:
         arrivals = _arrivals(stream, place, restored, held, _blocks(stream, place, reader))

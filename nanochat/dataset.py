@@ -8,29 +8,22 @@ group, or 1000 lines of jsonl.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat import corpus
+from nanochat import corpus, hub
 from nanochat.config import UserError, nearest
 from nanochat.runtime import base_dir
 
 JSONL_BLOCK_LINES = 1000
 CLIMBMIX_VAL = "shard_06542.parquet"
 DATA_COMMAND = "torchrun launch.py --experiment=data"
-SHARD_CHARS = 250_000_000
-VAL_CHARS = 10_000_000
-Rows = Iterable[Any]  # mappings from column to value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +110,12 @@ def folder_of(config: DataConfig) -> Path:
     source = config.source
     if source == "embedded":
         folder = base_dir() / "embedded" / corpus.key()
-        _build_once(folder, "the embedded corpus", corpus.build)
+        hub.build_once(folder, "the embedded corpus", corpus.build)
         return folder
     if source == "climbmix":
         return _climbmix()
     if source.startswith(("hub:", "hf:")):
-        return _materialise_hub(source, config.text_column)
+        return hub.from_hub(source, config.text_column)
     path = Path(source).expanduser()
     if not path.exists():
         near = nearest(source, ["embedded", "climbmix"])
@@ -131,8 +124,8 @@ def folder_of(config: DataConfig) -> Path:
             " (embedded, climbmix, hub:<dataset> or a path)"
         )
     if path.is_file():
-        return path if path.suffix in (".parquet", ".jsonl") else _materialise_local(path, config.text_column)
-    return path if _shard_paths(path) else _materialise_local(path, config.text_column)
+        return path if path.suffix in (".parquet", ".jsonl") else hub.from_disk(path, config.text_column)
+    return path if _shard_paths(path) else hub.from_disk(path, config.text_column)
 
 
 def _climbmix() -> Path:
@@ -222,7 +215,7 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise BadShardError(path, f"unreadable parquet ({_first_line(error)})") from None
+        raise BadShardError(path, f"unreadable parquet ({hub.first_line(error)})") from None
 
 
 def _read_parquet(shard: Shard, index: int, text_column: str) -> list[str]:
@@ -257,7 +250,7 @@ def _jsonl_offsets(path: Path, fingerprint: str) -> tuple[int, ...]:
                     offsets.append(position)
                 position += len(line)
     except OSError as error:
-        raise BadShardError(path, _first_line(error)) from None
+        raise BadShardError(path, hub.first_line(error)) from None
     return tuple(offsets)
 
 
@@ -269,14 +262,14 @@ def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
             file.seek(_jsonl_offsets(path, shard.fingerprint)[index])
             lines = list(itertools.islice(file, JSONL_BLOCK_LINES))
     except OSError as error:
-        raise BadShardError(path, _first_line(error)) from None
+        raise BadShardError(path, hub.first_line(error)) from None
     for number, line in enumerate(lines, start=index * JSONL_BLOCK_LINES + 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:  # JSON and UTF-8 errors alike
-            raise BadShardError(path, f"line {number} is not JSON ({_first_line(error)})") from None
+            raise BadShardError(path, f"line {number} is not JSON ({hub.first_line(error)})") from None
         if not isinstance(record, dict):
             raise BadShardError(path, f"line {number} is not a JSON object")
         if text_column not in record:
@@ -287,141 +280,3 @@ def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
         if text:
             texts.append(text)
     return texts
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Sources that `datasets` loads are written as a folder of shards once.
-
-
-def _materialise_hub(source: str, text_column: str) -> Path:
-    name, *rest = source.split(":")[1:]
-    if not name or len(rest) > 2:
-        raise UserError(f"data.source={source}: expected hub:<dataset>[:<config>[:<split>]]")
-    subset, split = [*rest, "", ""][:2]
-    load = functools.partial(_load_dataset, name, subset or None, split=split or "train")
-    folder = base_dir() / "hub" / _slug(f"{name}:{subset}:{split or 'train'}:{text_column}")
-    _build_once(folder, source, lambda target: _write_rows(load, target, source, text_column))
-    return folder
-
-
-def _materialise_local(path: Path, text_column: str) -> Path:
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"data.source={path}: the folder is empty")
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(json.dumps([str(path.resolve()), text_column, stats]).encode()).hexdigest()[:16]
-    folder = base_dir() / "hub" / f"{_slug(path.stem)}-{digest}"
-    load = functools.partial(_load_local, path)
-    _build_once(folder, str(path), lambda target: _write_rows(load, target, str(path), text_column))
-    return folder
-
-
-def _load_dataset(*args: Any, **options: Any) -> Rows:
-    import datasets  # takes seconds to import, and few sources need it
-
-    return datasets.load_dataset(*args, streaming=True, **options)
-
-
-def _load_local(path: Path) -> Rows:
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        import datasets
-
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.Dataset):
-            return saved
-        if "train" not in saved:
-            raise UserError(f"data.source={path}: no split train; name one of {', '.join(saved)}: {path}/<split>")
-        return saved["train"]
-    if path.is_dir():
-        return _load_dataset(str(path), split="train")
-    kinds = {".csv": "csv", ".json": "json", ".txt": "text"}
-    if path.suffix not in kinds:
-        raise UserError(f"data.source={path}: expected a folder or a file of .parquet, .jsonl, {', '.join(kinds)}")
-    return _load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "__", text).strip("_") or "data"
-
-
-def _write_rows(load: Callable[[], Rows], folder: Path, source: str, text_column: str) -> None:
-    """Write documents as shards. Every hundredth, up to 10 million characters in all, goes to the validation shard."""
-    train: list[str] = []
-    val: list[str] = []
-    shards, train_chars, val_chars = 0, 0, 0
-    for number, text in enumerate(_loaded(load, source, text_column)):
-        if number % 100 == 1 and val_chars < VAL_CHARS:
-            val.append(text)
-            val_chars += len(text)
-            continue
-        train.append(text)
-        train_chars += len(text)
-        if train_chars >= SHARD_CHARS:
-            corpus.write_shard(folder / f"shard_{shards:05d}.parquet", train, column=text_column)
-            shards, train_chars = shards + 1, 0
-            train.clear()
-    if not val:
-        raise UserError(f"data.source={source}: needs two documents at least, one to train and one to validate")
-    for texts in [train, val]:
-        if texts:
-            corpus.write_shard(folder / f"shard_{shards:05d}.parquet", texts, column=text_column)
-            shards += 1
-
-
-def _loaded(load: Callable[[], Rows], source: str, text_column: str) -> Iterator[str]:
-    try:
-        for row in load():
-            if text_column not in row:
-                raise _no_column(f"data.source={source}", text_column, row)
-            text = row[text_column]
-            if not isinstance(text, str | None):
-                raise UserError(f"data.source={source}: column {text_column!r} is not text: set data.text_column")
-            if text:
-                yield text
-    except UserError:
-        raise
-    except Exception as error:  # the hub, its caches and its readers fail in dozens of ways: one line for all
-        raise UserError(
-            f"data.source={source} cannot be read ({type(error).__name__}: {_first_line(error)}); check the name and "
-            "the network, or use --set data.source=embedded"
-        ) from error
-
-
-def _build_once(folder: Path, what: str, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a temporary folder that becomes `folder` when complete; one process builds, others wait."""
-    if folder.is_dir():
-        return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(f".{folder.name}.lock")):
-            if folder.is_dir():
-                return
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            print(f"writing {what} as parquet shards into {folder} (only this once)", flush=True)
-            build(temporary)
-            os.replace(temporary, folder)
-    except OSError as error:
-        if not folder.is_dir():  # else a process without our lock was quicker, which is as good
-            raise UserError(
-                f"{folder} cannot be written ({_first_line(error)}): make room, or set NANOCHAT_BASE_DIR elsewhere"
-            ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on `path`; the system drops it when the process dies."""
-    with path.open("w") as file:
-        with contextlib.suppress(ImportError):  # Windows has no fcntl: there every process builds its own copy
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

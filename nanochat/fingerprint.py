@@ -31,20 +31,22 @@ def fingerprint(shard: Tensor, offsets: Sequence[int] | None = None) -> int:
     else:
         bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[bits.element_size()])
     # Large enough to amortise the launches, small enough for the cache (CPU) and for bounded memory (GPU).
-    chunk_elements = 2**24 if bits.is_cuda else 2**20
-    return int(_weighted_sum(bits, begin, chunk_elements)) % 2**64
+    chunk_elements = min(2**24 if bits.is_cuda else 2**19, bits.numel())
+    # One buffer for all chunks: the first touch of fresh memory costs more than the sums.
+    scratch = torch.empty(chunk_elements, dtype=torch.int64, device=bits.device)
+    return int(_weighted_sum(bits, begin, scratch)) % 2**64
 
 
-def _weighted_sum(bits: Tensor, begin: list[int], chunk_elements: int) -> Tensor:
-    if bits.numel() > chunk_elements:
+def _weighted_sum(bits: Tensor, begin: list[int], scratch: Tensor) -> Tensor:
+    if bits.numel() > scratch.numel():
         dim = next(d for d, n in enumerate(bits.shape) if n > 1)
         half = bits.shape[dim] // 2
         middle = [b + half if d == dim else b for d, b in enumerate(begin)]
-        first = _weighted_sum(bits.narrow(dim, 0, half), begin, chunk_elements)
-        return first + _weighted_sum(bits.narrow(dim, half, bits.shape[dim] - half), middle, chunk_elements)
-    total = bits.to(torch.int64)
+        first = _weighted_sum(bits.narrow(dim, 0, half), begin, scratch)
+        return first + _weighted_sum(bits.narrow(dim, half, bits.shape[dim] - half), middle, scratch)
+    total = scratch[: bits.numel()].view(bits.shape).copy_(bits)
     for dim in reversed(range(bits.ndim)):
-        total = (total * _odd_weights(dim, begin[dim], bits.shape[dim], bits.device)).sum(-1)
+        total = total.mul_(_odd_weights(dim, begin[dim], bits.shape[dim], bits.device)).sum(-1)
     return total
 
 

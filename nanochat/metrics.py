@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -188,6 +189,10 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
+    # Linux tells of this process alone; what getrusage tells starts at the peak of the process that started this one.
+    status = Path("/proc/self/status")
+    if found := status.exists() and re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE):
+        return int(found[1]) * 1024
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -238,9 +243,8 @@ def _explained(path: Path) -> Iterator[None]:
 def _need(module: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError:
-        package = module.rpartition(".")[2]
-        raise UserError(f'the package {package} is missing: pip install -e ".[track]"') from None
+    except ModuleNotFoundError as error:
+        raise UserError(f'the package {error.name} is missing: pip install -e ".[track]"') from None
 
 
 def _wandb_run(package: Any, folder: Path, project: str, config: Any, resume: bool) -> Any:

@@ -6,8 +6,8 @@ update does not recompile for that.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tensordict import TensorDict
@@ -17,6 +17,8 @@ from nanochat import tree
 
 OptState = TensorDict
 Hparams = Mapping[str, Mapping[str, Tensor]]  # group -> name -> 0-d float32 tensor
+ADAM_EPS = 1e-10
+SMALL = 2**16  # elements below which an update is not worth compiling
 MATRIX = "matrix"  # the group that Muon updates; AdamW has the others
 
 # (a, b, c) of five Polar Express steps. Source: arXiv 2505.16932, 5 iterations, safety 2e-2, cushion 2.
@@ -87,9 +89,7 @@ def rates(
 
 def as_hparams(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Tensor]]:
     """Return `rates` with every number as a 0-d float32 tensor on the CPU, as `update` takes them."""
-    return {
-        group: {k: torch.tensor(v, dtype=torch.float32) for k, v in row.items()} for group, row in rates.items()
-    }
+    return {group: {k: torch.tensor(v, dtype=torch.float32) for k, v in row.items()} for group, row in rates.items()}
 
 
 def init(params: TensorDict, spec: Mapping[str, Row]) -> OptState:
@@ -117,12 +117,21 @@ def init(params: TensorDict, spec: Mapping[str, Row]) -> OptState:
     return tree.unflatten(state)
 
 
+class Rules(NamedTuple):
+    """The two update rules, to be swapped for compiled or in-place ones; see `adamw`, `muon` and `compiled`."""
+
+    adamw: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    muon: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
 def update(
     grads: TensorDict,
     opt_state: OptState,
     params: TensorDict,
     hparams: Hparams,
     *,
+    grad_scale: Tensor | None = None,
+    keep: Tensor | None = None,
     muon_dtype: torch.dtype | None = None,
 ) -> tuple[TensorDict, OptState]:
     """Return (new parameters, new state) after one step; the arguments are not changed.
@@ -131,36 +140,83 @@ def update(
         grads: like `params`. opt_state: from `init` or the last `update`.
         hparams: for each group of the state: lr, beta1, beta2 and weight_decay of AdamW; lr, momentum, beta2 and
             weight_decay of Muon.
+        grad_scale: 0-d factor on the gradients. keep: 0-d bool; where True, everything stays as it was.
         muon_dtype: dtype of the orthogonalisation; None keeps that of the momentum (float32).
     """
+    new: dict[str, Tensor] = {}
+    for _, names, tensors in _results(
+        Rules(adamw, muon), grads, opt_state, params, hparams, grad_scale, keep, muon_dtype
+    ):
+        new.update(zip(names, tensors))
+    # In the order of the arguments, whatever the order of the groups.
+    flat_params = {name: new[f"params.{name}"] for name in tree.flatten(params)}
+    return tree.unflatten(flat_params), tree.unflatten({name: new[name] for name in tree.flatten(opt_state)})
+
+
+def update_(
+    grads: TensorDict,
+    opt_state: OptState,
+    params: TensorDict,
+    hparams: Hparams,
+    *,
+    grad_scale: Tensor | None = None,
+    keep: Tensor | None = None,
+    muon_dtype: torch.dtype | None = None,
+    rules: Rules | None = None,
+) -> None:
+    """Do what `update` does in the memory of `params` and `opt_state`, which the caller gives up.
+
+    Args:
+        rules: None for the plain ones, or those of `compiled`. The rest is as for `update`.
+    """
+    results = _results(rules or Rules(adamw_, muon), grads, opt_state, params, hparams, grad_scale, keep, muon_dtype)
+    for old, _, new in results:
+        for before, after in zip(old, new):
+            if after is not before:
+                before.copy_(after)
+
+
+def compiled() -> Rules:
+    """Return the update rules, compiled: once for each shape and not for each parameter, at any depth.
+
+    What is small stays uncompiled: its time is that of a few launches, and compiling takes seconds.
+    """
+    fast = [torch.compile(rule, fullgraph=True, dynamic=False) for rule in (adamw_, muon)]
+
+    def choose(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda p, *rest: (fast if p.numel() >= SMALL else plain)(p, *rest)
+
+    return Rules(choose(adamw_, fast[0]), choose(muon, fast[1]))
+
+
+def _results(
+    rules: Rules,
+    grads: TensorDict,
+    opt_state: OptState,
+    params: TensorDict,
+    hparams: Hparams,
+    grad_scale: Tensor | None,
+    keep: Tensor | None,
+    muon_dtype: torch.dtype | None,
+) -> Iterator[tuple[list[Tensor], list[str], list[Tensor]]]:
+    """Yield (old tensors, their names, new tensors), a few at a time; parameters are named params.<name>."""
     flat_params, flat_grads = tree.flatten(params), tree.flatten(grads)
     step = opt_state["step"] + 1
-    new_params: dict[str, Tensor] = {}
-    new_state: dict[str, Tensor] = {"step": step}
     for group, h in hparams.items():
-        if group == MATRIX:
-            momentum, second = (tree.flatten(opt_state[group, part]) for part in ("momentum", "second"))
-            for names in _by_shape(momentum):
-                p, buf, v = muon(
-                    torch.stack([flat_params[n] for n in names]),
-                    torch.stack([flat_grads[n] for n in names]),
-                    torch.stack([momentum[n] for n in names]),
-                    torch.stack([second[n] for n in names]),
-                    h,
-                    dtype=muon_dtype,
-                )
-                for i, name in enumerate(names):
-                    new_params[name] = p[i]
-                    new_state[f"{group}.momentum.{name}"], new_state[f"{group}.second.{name}"] = buf[i], v[i]
-        else:
-            ms, vs = (tree.flatten(opt_state[group, part]) for part in ("m", "v"))
-            for name in ms:
-                new_params[name], new_state[f"{group}.m.{name}"], new_state[f"{group}.v.{name}"] = adamw(
-                    flat_params[name], flat_grads[name], ms[name], vs[name], step, h
-                )
-    ordered_params = {name: new_params[name] for name in flat_params}
-    ordered_state = {name: new_state[name] for name in tree.flatten(opt_state)}
-    return tree.unflatten(ordered_params), tree.unflatten(ordered_state)
+        first_name, second_name = ("momentum", "second") if group == MATRIX else ("m", "v")
+        first, second = tree.flatten(opt_state[group, first_name]), tree.flatten(opt_state[group, second_name])
+        for names in _by_shape(first) if group == MATRIX else [[name] for name in first]:
+            old = [[source[n] for n in names] for source in (flat_params, flat_grads, first, second)]
+            if group == MATRIX:
+                new = rules.muon(*(torch.stack(part) for part in old), h, grad_scale, keep, muon_dtype)
+                parts = [list(part.unbind()) for part in new]
+            else:
+                new = rules.adamw(*(part[0] for part in old), step, h, grad_scale, keep)
+                parts = [[part] for part in new]
+            labels = ("params", f"{group}.{first_name}", f"{group}.{second_name}")
+            for label, before, after in zip(labels, (old[0], old[2], old[3]), parts):
+                yield before, [f"{label}.{name}" for name in names], after
+    yield [opt_state["step"]], ["step"], [step if keep is None else torch.where(keep, opt_state["step"], step)]
 
 
 def _by_shape(matrices: Mapping[str, Tensor]) -> list[list[str]]:
@@ -171,21 +227,41 @@ def _by_shape(matrices: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def adamw(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, h: Mapping[str, Tensor], eps: float = 1e-10
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    h: Mapping[str, Tensor],
+    grad_scale: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (p, m, v) after one step of AdamW, computed in float32 and returned in the dtype of `p`.
 
     p ← p·(1 - lr·wd); m ← lerp(m, g, 1-β1); v ← lerp(v, g², 1-β2); p ← p - lr·m̂ / (sqrt(v̂) + eps).
-    `step` counts from 1. Source: arXiv 1711.05101.
+
+    Args:
+        p, g: of one shape. m, v: the same in float32. step: 0-d, counts from 1.
+        h: lr, beta1, beta2, weight_decay as 0-d tensors. grad_scale: factor on `g`. keep: where True, no change.
+
+    Source: arXiv 1711.05101.
     """
     lr, beta1, beta2 = h["lr"], h["beta1"], h["beta2"]
-    p32, g32 = p.float(), g.float()
-    m = m + (g32 - m) * (1 - beta1)
-    v = v + (g32 * g32 - v) * (1 - beta2)
+    g32 = g.float() if grad_scale is None else g.float() * grad_scale
+    new_m = m + (g32 - m) * (1 - beta1)
+    new_v = v + (g32 * g32 - v) * (1 - beta2)
     t = step.float()
-    denominator = (v / (1 - beta2**t)).sqrt() + eps
-    p32 = p32 * (1 - lr * h["weight_decay"]) - (lr / (1 - beta1**t)) * (m / denominator)
-    return p32.to(p.dtype), m, v
+    denominator = (new_v / (1 - beta2**t)).sqrt() + ADAM_EPS
+    decayed = p.float() * (1 - lr * h["weight_decay"])
+    new_p = (decayed - (lr / (1 - beta1**t)) * (new_m / denominator)).to(p.dtype)
+    return _unless(keep, (p, m, v), (new_p, new_m, new_v))
+
+
+def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `adamw` does in the memory of `p`, `m` and `v`; return them."""
+    for old, new in zip((p, m, v), adamw(p, g, m, v, *rest)):
+        old.copy_(new)
+    return p, m, v
 
 
 def muon(
@@ -194,6 +270,8 @@ def muon(
     momentum: Tensor,
     second: Tensor,
     h: Mapping[str, Tensor],
+    grad_scale: Tensor | None = None,
+    keep: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (p, momentum, second) after one step of Muon, for a stack of matrices of one shape.
@@ -203,20 +281,32 @@ def muon(
 
     Args:
         p, g, momentum: (n, r, c). second: (n, r, 1) or (n, 1, c).
-        h: lr, momentum, beta2, weight_decay as 0-d tensors. dtype: of the orthogonalisation.
+        h: lr, momentum, beta2, weight_decay as 0-d tensors. grad_scale: factor on `g`. keep: where True, no change.
+        dtype: of the orthogonalisation; None: float32.
 
     Source: https://kellerjordan.github.io/posts/muon/; NorMuon, arXiv 2510.05491.
     """
     rows, columns = p.shape[-2:]
     lr = h["lr"] * max(1.0, rows / columns) ** 0.5
-    g = g.float()
-    momentum = momentum + (g - momentum) * (1 - h["momentum"])
-    u = g + (momentum - g) * h["momentum"]
+    g32 = g.float() if grad_scale is None else g.float() * grad_scale
+    new_momentum = momentum + (g32 - momentum) * (1 - h["momentum"])
+    u = g32 + (new_momentum - g32) * h["momentum"]
     u = orthogonalize(u if dtype is None else u.to(dtype)).float()
-    u, second = reduce_variance(u, second, h["beta2"])
+    u, new_second = reduce_variance(u, second, h["beta2"])
     p32 = p.float()
     decay = p32 * ((u * p32) >= 0) * h["weight_decay"]
-    return (p32 - lr * (u + decay)).to(p.dtype), momentum, second
+    new_p = (p32 - lr * (u + decay)).to(p.dtype)
+    return _unless(keep, (p, momentum, second), (new_p, new_momentum, new_second))
+
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _unless(keep: Tensor | None, old: Three, new: Three) -> Three:
+    if keep is None:
+        return new
+    p, first, second = (torch.where(keep, before, after) for before, after in zip(old, new))
+    return p, first, second
 
 
 def orthogonalize(x: Tensor) -> Tensor:
@@ -258,6 +348,3 @@ def reduce_variance(u: Tensor, second: Tensor, beta2: Tensor) -> tuple[Tensor, T
     before = (size * mean_square.sum((-2, -1), keepdim=True)).sqrt()
     after = (size * mean_square * scale.square()).sum((-2, -1), keepdim=True).sqrt()
     return u * (scale * (before / after.clamp_min(1e-10))), second
-
-
-Update = Callable[[TensorDict, OptState, TensorDict, Hparams], tuple[TensorDict, OptState]]

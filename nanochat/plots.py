@@ -223,8 +223,8 @@ def _svg(curves: Mapping[str, list[list[Point]]], texts: tuple[str, str, str], l
         out.extend(_strokes(runs, x_axis, y_axis, _stroke(index)))
     for index, _, x, y, name, value in legend_rows:
         out.append(f'<path class="line" d="M{x} {y - 4}h20" {_stroke(index)}/>')
-        out.append(f'<text x="{x + 28}" y="{y}">{escape(name)}')
-        out.append(f'<tspan class="value" dx="6">{value}</tspan></text>')
+        last = f'<tspan class="value" dx="8">{value}</tspan>'
+        out.append(f'<text x="{x + 28}" y="{y}">{escape(name)}{last}</text>')
     return "\n".join([*out, "</svg>", ""])
 
 
@@ -253,7 +253,7 @@ def _legend(
     x, row = left, 0
     for index, (name, runs) in enumerate(curves.items()):
         value = f"{runs[-1][-1][1]:.4g}" if runs else "-"
-        width = math.ceil(28 + _text_width(name) + 6 + 1.1 * _text_width(value) + 22)
+        width = math.ceil(28 + _text_width(name) + 8 + 1.1 * _text_width(value) + 22)
         if x > left and x + width > WIDTH - 24:
             x, row = left, row + 1
         yield index, row, x, top + 22 * row, name, value

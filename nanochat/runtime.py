@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import time
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-# Dense matmul limits in FLOP/s of the vendors' data sheets, without sparsity: name prefix -> (16-bit, float32/tf32 off).
+# Dense matmul limits of the vendors' data sheets in FLOP/s, without sparsity: name -> (16-bit, float32 without TF32).
 PEAK_FLOPS = {
     "NVIDIA GB200": (2500e12, 80e12),
     "NVIDIA B200": (2250e12, 75e12),
@@ -132,7 +133,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for prefix, (half, single) in PEAK_FLOPS.items():
-            if name.startswith(prefix):
+            if re.match(rf"{prefix}\b", name):  # an L40 is no L4
                 return (single if dtype == torch.float32 else half), f"data sheet of {prefix.removeprefix('NVIDIA ')}"
     size = 4096 if device.type == "cuda" else 1024
     return measure_matmul(size, device, dtype), f"measured, {size}x{size}x{size} matmul"
@@ -145,7 +146,7 @@ def measure_matmul(size: int, device: torch.device, dtype: torch.dtype, tries: i
     for _ in range(tries):
         synchronize(device)
         start = time.perf_counter()
-        a @ b
+        torch.matmul(a, b)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best

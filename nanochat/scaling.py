@@ -104,7 +104,8 @@ def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_l
     if device_batch_size < 1:
         raise UserError(f"device_batch_size={device_batch_size}: must be at least 1")
     if total_batch_size % (sequence_len * world_size):
-        near = max(round(total_batch_size / (sequence_len * world_size)), 1) * sequence_len * world_size
+        unit = device_batch_size * sequence_len * world_size
+        near = max(round(total_batch_size / unit), 1) * unit
         raise UserError(
             f"total_batch_size={total_batch_size}: not a multiple of sequence_len {sequence_len} x {world_size} "
             f"ranks; set total_batch_size={near}"
@@ -112,7 +113,7 @@ def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_l
     rows = total_batch_size // (sequence_len * world_size)
     if rows % device_batch_size:
         fit = [n for n in range(1, rows + 1) if rows % n == 0]
-        near = sorted(fit, key=lambda n: abs(n - device_batch_size))[:3]
+        near = sorted(fit, key=lambda n: abs(n - device_batch_size))[:2]
         raise UserError(
             f"device_batch_size={device_batch_size}: does not divide the {rows} rows that total_batch_size="
             f"{total_batch_size} gives each of {world_size} ranks at sequence_len {sequence_len}; "

@@ -211,7 +211,7 @@ def functions(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> tupl
     step_fn = functools.partial(
         train.train_step,
         value_and_grad=train.gradient(loss_fn, grad=config.train.grad, compile=config.compile),
-        update=train.make_update(compute_dtype=runtime.compute_dtype, compile=config.compile, donate=True),
+        update=train.make_update(compute_dtype=runtime.compute_dtype, donate=True, compile=config.compile),
     )
     return step_fn, (torch.compile(loss_fn, fullgraph=True) if config.compile else loss_fn), kernel
 

@@ -107,6 +107,13 @@ def open_manager(folder: Path, policy: Any, score: Callable[[Any], float], *, as
     return ocp.CheckpointManager(folder, options=options, item_handlers={**items, "files": _files_item()[0]()})
 
 
+def steps(folder: Path) -> list[int]:
+    """Return the complete steps in `folder`, in rising order; orbax gives a step its name when it is complete."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
 def clear(folder: Path) -> None:
     """Remove deleted steps, and the temporary folders of saves that were killed or failed.
 

@@ -128,7 +128,7 @@ class BlockReader:
         self._encode, self._bos, self._token_type = encode, bos, token_type
         self._check = check
         self._rank, self._sharers = rank, list(range(world_size))
-        self._writing = True
+        self._writing, self._lock = True, threading.Lock()
         self._block_threads = ThreadPoolExecutor(BLOCKS_AT_ONCE, "read-block")
         self._encode_threads = ThreadPoolExecutor(threads or _cores(), "tokenize")
 
@@ -140,8 +140,9 @@ class BlockReader:
 
     def result(self, request: Request, started: Future[Block] | None) -> Block:
         """Return the block, waiting for it; raises what `request.texts` raises."""
-        if started or request.path is None:
-            return started.result() if started else self._tokenize(request)
+        if started:
+            return started.result()
+        assert request.path, "start() has started it"
         whose = self._whose(request)
         deadline = time.monotonic() + OTHERS_WAIT_SECONDS
         # Reading is quick, and quicker here than in a thread that has to get hold of the interpreter first.
@@ -174,11 +175,15 @@ class BlockReader:
             try:
                 write(request.path, block)
             except OSError as error:
-                if self._writing:  # the other thread may just have said so
-                    self._writing = False
-                    why = f"{request.path.parent} cannot be written ({error.strerror})"
-                    print(f"warning: tokens are no longer cached: {why}", file=sys.stderr, flush=True)
+                self._give_up_writing(request.path.parent, error)
         return block
+
+    def _give_up_writing(self, folder: Path, error: OSError) -> None:
+        with self._lock:
+            told, self._writing = not self._writing, False
+        if not told:
+            why = f"{folder} cannot be written ({error.strerror})"
+            print(f"warning: tokens are no longer cached: {why}", file=sys.stderr, flush=True)
 
     def _encode_chunk(self, texts: Sequence[str]) -> list[np.ndarray]:
         self._check()

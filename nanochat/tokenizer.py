@@ -100,15 +100,21 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`. Text that spells a special token is encoded as the plain text that it is."""
-        return [i for part in _bounded(text) for i in self.encoding.encode_ordinary(part)]
+        ids: list[int] = []
+        for part in _bounded(text):
+            ids += self.encoding.encode_ordinary(part)
+        return ids
 
     def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
         """Return the ids of each text, computed on `num_threads` threads (None: one per core)."""
-        num_threads = min(num_threads or os.cpu_count() or 1, len(texts))
-        if num_threads <= 1:
+        threads = min(num_threads or os.cpu_count() or 1, len(texts))
+        if threads <= 1:
             return [self.encode(text) for text in texts]
-        with ThreadPoolExecutor(num_threads) as pool:
-            return list(pool.map(self.encode, texts))
+        # Runs of documents, not single ones: handing over a short one takes as long as encoding it.
+        run = max(1, len(texts) // (8 * threads))
+        runs = [texts[start : start + run] for start in range(0, len(texts), run)]
+        with ThreadPoolExecutor(threads) as pool:
+            return [ids for part in pool.map(lambda part: [self.encode(text) for text in part], runs) for ids in part]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the bytes that `ids` stand for; specials give their names. ValueError for an id out of range."""

@@ -36,6 +36,10 @@ class TrainConfig:
     chunk_tokens: int = 1024
     skip_nonfinite: bool = False
 
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 1:
+            raise UserError(f"train.chunk_tokens={self.chunk_tokens}: must be at least 1")
+
 
 class TrainState(NamedTuple):
     """Everything that a step reads and changes; a checkpoint holds it whole.
@@ -121,30 +125,30 @@ def make_update(*, compute_dtype: torch.dtype = torch.float32, compile: bool = F
 
     Args:
         compute_dtype: Muon orthogonalises in bfloat16 when it is that; float16 has a dynamic loss scale.
-        compile: whether to compile. donate: write the new state into the buffers of the old one, which the caller
-            gives up, instead of allocating a second one (as jax.jit's donate_argnums).
+        donate: write the new state into the memory of the old one, which the caller gives up, instead of allocating
+            a second one (as jax.jit's donate_argnums). compile: whether the donating update is compiled.
     """
     muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
+    rules = optim.compiled() if compile and donate else None
 
+    @torch.no_grad()
     def update(
         state: TrainState, grads: TensorDict, grad_scale: Tensor, loss: Tensor, hparams: Hparams
     ) -> tuple[TrainState, dict[str, Tensor]]:
-        grads = tree.map(lambda g: g.float() * grad_scale, grads)
-        grad_norm = torch.stack([g.square().sum() for g in tree.leaves(grads)]).sum().sqrt()
+        grad_norm = torch.nn.utils.get_total_norm(tree.leaves(grads)).float() * grad_scale
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        params, opt_state = optim.update(grads, state.opt_state, state.params, hparams, muon_dtype=muon_dtype)
         scaler = _rescale(state.scaler, finite) if compute_dtype == torch.float16 else state.scaler
-        kept = tree.map(lambda new, old: torch.where(finite, new, old), (params, opt_state), state[1:3])
-        new = TrainState(state.step + 1, *kept, scaler)
+        how: dict[str, Any] = {"grad_scale": grad_scale, "keep": ~finite, "muon_dtype": muon_dtype}
         if donate:
-            tree.map(lambda old, fresh: old.copy_(fresh), state, new)
-            new = state
+            optim.update_(grads, state.opt_state, state.params, hparams, rules=rules, **how)
+            new = TrainState(state.step + 1, state.params, state.opt_state, scaler)
+        else:
+            new = TrainState(
+                state.step + 1, *optim.update(grads, state.opt_state, state.params, hparams, **how), scaler
+            )
         return new, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
 
-    if not compile:
-        return torch.no_grad()(update)
-    compiled: Any = torch.compile(update, fullgraph=True)
-    return torch.no_grad()(compiled)
+    return update
 
 
 def _rescale(scaler: TensorDict, finite: Tensor, patience: int = 2000) -> TensorDict:

@@ -23,10 +23,10 @@ def value_and_grad(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[
     Args:
         f: a function of a tree of floating-point tensors, and of anything else, that returns a 0-d tensor, or
             (0-d tensor, aux) with `has_aux`. It may be compiled.
+        has_aux: whether `f` returns auxiliary data beside the value.
 
     Raises:
         ValueError: the value is not 0-d.
-        has_aux: whether `f` returns auxiliary data beside the value.
 
     Source: jax.value_and_grad; torch.func.grad_and_value, whose order of results it keeps.
     """

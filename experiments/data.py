@@ -1,0 +1,61 @@
+"""Fetch pretraining data: download ClimbMix shards, or write another source as parquet shards.
+
+    torchrun launch.py --experiment=data                                 170 shards of about 100 MB, and the last one
+    torchrun launch.py --experiment=data --set num_shards=8              a few, to try things out; -1 for all 6542
+    torchrun launch.py --experiment=data --set data.source=embedded      text of the Python installation, no network
+    torchrun launch.py --experiment=data --set data.source=hub:roneneldan/TinyStories
+
+170 shards take a few minutes on a fast line. A download that was stopped goes on when the command is given again. Any
+folder of parquet or jsonl files with a text column is used as it is (`--set data.source=<folder>`): nothing to fetch,
+but this command shows what is in it. Prints the folder, its shards and the next command.
+"""
+
+import dataclasses
+
+from nanochat import dataset, download, tokenizer
+from nanochat.dataset import DataConfig
+from nanochat.download import Options
+from nanochat.runtime import Runtime, base_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to fetch, and how.
+
+    Attributes:
+        num_shards: ClimbMix shards to train on, -1 for all; the one that validates comes on top.
+        base_url: address of the folder that holds ClimbMix's shards.
+        download: workers, attempts and times.
+    """
+
+    data: DataConfig = DataConfig()
+    num_shards: int = 170
+    base_url: str = download.CLIMBMIX_URL
+    download: Options = Options()
+
+
+def config() -> Config:
+    """Return the defaults."""
+    return Config()
+
+
+def run(config: Config, runtime: Runtime) -> None:
+    """Fetch what is missing and describe what is there."""
+    if not runtime.is_main:
+        return
+    source = config.data.source
+    if source == "climbmix":
+        folder = base_dir() / "climbmix"
+        print(f"climbmix: {config.num_shards if config.num_shards >= 0 else 'all'} shards into {folder}", flush=True)
+        fetched = download.climbmix(folder, config.num_shards, config.download, base_url=config.base_url)
+        print(f"{fetched} files fetched now" if fetched else "all of them were there already")
+    for split in ("train", "val"):
+        shards = dataset.resolve(config.data, split)
+        size = sum(shard.path.stat().st_size for shard in shards)
+        of_it = " (part of it)" if shards[0].part != "all" else ""
+        print(f"{split:<6}{len(shards):>6} shards  {size / 1e6:>10,.1f} MB{of_it}")
+    first = dataset.read_block(dataset.resolve(config.data, "train")[0], 0, config.data.text_column)
+    print(f"in {dataset.folder_of(config.data)}; the first document begins: {first[0][:60]!r}")
+    setting = "" if source == DataConfig().source else f" --set data.source={source}"
+    trained = (tokenizer.default_dir() / tokenizer.TOKENS_FILE).exists()
+    print(f"next: torchrun launch.py --experiment={'pretrain_d20' if trained else 'tokenizer'}{setting}")

@@ -1,0 +1,270 @@
+"""The shape of the code base: import order, purity of imports, forbidden calls, docstrings, experiments."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "nanochat"
+
+# A file imports only from rows above its own. A new file takes its place here.
+ROWS = [
+    {"config"},  # the errors that all the others raise
+    {"corpus", "runtime", "tree", "units"},
+    {
+        *("attention", "background", "download", "fingerprint", "hub", "linear", "metrics", "packing", "plots"),
+        *("progress", "schedule", "store", "token_cache", "tokenizer", "transform"),
+    },
+    {"dataset", "manifest"},
+    {"dataloader", "model", "optim", "scaling"},
+    {"checkpoint", "convert", "generate", "loss"},
+    {"evaluate", "train"},
+    {"stage"},
+]
+ROW = {name: number for number, row in enumerate(ROWS) for name in row}
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
+SOURCES = [*sorted(PACKAGE.glob("**/*.py")), *sorted((ROOT / "experiments").glob("**/*.py")), ROOT / "launch.py"]
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes(), str(path))
+
+
+def internal_imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the names of nanochat's own modules that a file imports, inside functions as well."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("nanochat."))
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide the order: write `from nanochat import …`"
+            if node.module == "nanochat":
+                yield from (a.name for a in node.names)
+            elif (node.module or "").startswith("nanochat."):
+                yield str(node.module).split(".")[1]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_come_from_rows_above(name: str) -> None:
+    assert name in ROW, f"nanochat/{name}.py has no row in the table of tests/test_layout.py"
+    for imported in internal_imports(parse(PACKAGE / f"{name}.py")):
+        assert imported in ROW, f"nanochat/{name}.py imports {imported}, which has no row"
+        assert ROW[imported] < ROW[name], f"{name} (row {ROW[name]}) imports {imported} (row {ROW[imported]})"
+
+
+def test_the_check_of_imports_sees_every_form() -> None:
+    code = "import nanochat.a\nfrom nanochat import b, c\ndef f():\n    from nanochat.d import e\nimport torch.nn"
+    assert list(internal_imports(ast.parse(code))) == ["a", "b", "c", "d"]
+
+
+def test_nanochat_does_not_import_experiments_or_launch() -> None:
+    for path in PACKAGE.glob("**/*.py"):
+        for node in ast.walk(parse(path)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.split(".")[0] in ("experiments", "launch")], path
+
+
+# Imports one module after the other and reports what each of them did beside defining names.
+PROBE = """
+import importlib, json, os, sys, threading
+sys.path.insert(0, sys.argv[1])
+package, names = os.path.join(sys.argv[1], sys.argv[2]), sys.argv[3:]
+import signal
+import tensordict, torch  # what these do on import is theirs
+done = []
+
+def from_us():
+    frame = sys._getframe(2)
+    while "_collections_abc" in frame.f_code.co_filename or frame.f_code.co_filename in (os.__file__, "<frozen os>"):
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(package)
+
+class Spy(type(os.environ)):
+    def __getitem__(self, key):
+        if from_us():
+            done.append(f"reads the environment variable {key}")
+        return super().__getitem__(key)
+
+def watch(event, args):
+    if event == "open" and isinstance(args[0], str) and args[0] != os.devnull:
+        writes = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) if isinstance(args[2], int) else 0
+        if writes or set(str(args[1])) & set("wax+"):
+            done.append(f"opens {args[0]} for writing")
+    elif event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen", "socket.connect", "os.system"):
+        done.append(f"{event} {args[:1]}")
+
+def state():
+    return {
+        "threads": sorted(t.name for t in threading.enumerate()),
+        "CUDA": torch.cuda.is_initialized(),
+        "process group": torch.distributed.is_initialized(),
+        "random state": torch.get_rng_state().sum().item(),
+        "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        "torch threads": torch.get_num_threads(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "grad": torch.is_grad_enabled(),
+        "signals": str([signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]),
+    }
+
+os.environ.__class__ = Spy
+sys.addaudithook(watch)
+report = {}
+for name in names:
+    before = state()
+    done.clear()
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        done.append(f"fails: {type(error).__name__}: {error}")
+    after = state()
+    changed = [f"changes {k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k]]
+    report[name] = [*done, *changed]
+print("REPORT" + json.dumps(report))
+"""
+
+
+def import_effects(root: Path, package: str, names: list[str], tmp_path: Path) -> tuple[dict[str, list[str]], str]:
+    """Return ({module: what importing it did}, what was printed), from a process of its own."""
+    home = tmp_path / "home"
+    home.mkdir()
+    env = os.environ | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", "NANOCHAT_BASE_DIR": str(home / "base")}
+    command = [sys.executable, "-c", PROBE, str(root), package, *names]
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    printed, _, report = done.stdout.partition("REPORT")
+    return json.loads(report), printed
+
+
+def test_importing_nanochat_does_nothing(tmp_path: Path) -> None:
+    effects, printed = import_effects(ROOT, "nanochat", [f"nanochat.{name}" for name in MODULES], tmp_path)
+    assert set(effects) == {f"nanochat.{name}" for name in MODULES}
+    assert {name: did for name, did in effects.items() if did} == {}
+    assert printed == ""
+
+
+@pytest.mark.skipif(not EXPERIMENTS, reason="no experiment yet")
+def test_importing_an_experiment_runs_nothing(tmp_path: Path) -> None:
+    effects, printed = import_effects(ROOT, "experiments", [f"experiments.{name}" for name in EXPERIMENTS], tmp_path)
+    assert {name: did for name, did in effects.items() if did} == {}
+    assert printed == ""
+
+
+def test_the_check_of_purity_can_fail(tmp_path: Path) -> None:
+    thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(1,), daemon=True).start()"
+    cases = {
+        "a": ("import os\nx = os.environ.get('NANOCHAT_BASE_DIR')", "reads the environment variable NANOCHAT_BASE_DIR"),
+        "b": ("import os\nx = os.getenv('RANK', 0)", "reads the environment variable RANK"),
+        "c": ("open('made.txt', 'w').close()", "opens made.txt for writing"),
+        "d": ("import torch\ntorch.manual_seed(1)", "changes random state"),
+        "e": (thread, "changes threads"),
+        "f": ("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)", "changes signals"),
+        "g": ("1 / 0", "fails: ZeroDivisionError"),
+        "h": ("import os\nos.mkdir('made')", "os.mkdir"),
+    }
+    (tmp_path / "impure").mkdir()
+    for name, (code, _) in cases.items():
+        (tmp_path / "impure" / f"{name}.py").write_text(code)
+    effects, _ = import_effects(tmp_path, "impure", [f"impure.{name}" for name in cases], tmp_path)
+    for name, (_, expected) in cases.items():
+        assert any(did.startswith(expected) for did in effects[f"impure.{name}"]), (name, effects)
+
+
+def forbidden(tree: ast.AST) -> Iterator[str]:
+    """Yield what a source file must not do: run text as code, a shell, or unpickle."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            yield from (f"imports {m}" for m in modules if m.split(".")[0] in ("pickle", "marshal", "shelve", "dill"))
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if called in ("eval", "exec", "os.system", "os.popen"):
+            yield f"{called}()"
+        if given.get("shell", "False") != "False":
+            yield "shell=True"
+        if given.get("allow_pickle", "False") != "False":
+            yield "allow_pickle=True"
+        if "weights_only" in given and given["weights_only"] != "True":
+            yield f"weights_only={given['weights_only']}"
+        if called == "torch.load" and given.get("weights_only") != "True":
+            yield "torch.load without weights_only=True"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sources_run_no_text_and_load_no_pickle(path: Path) -> None:
+    assert list(forbidden(parse(path))) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import load",
+        "eval('1')",
+        "exec(text)",
+        "subprocess.run(c, shell=True)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "os.system('ls')",
+    ],
+)
+def test_the_check_of_calls_can_fail(code: str) -> None:
+    assert list(forbidden(ast.parse(code)))
+    assert not list(forbidden(ast.parse("model.eval(); torch.load(path, weights_only=True); np.load(path)")))
+
+
+def undocumented(tree: ast.Module) -> Iterator[str]:
+    """Yield public functions, classes and methods that have no docstring."""
+    for node in tree.body:
+        members = [(node, "")]
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            members += [(member, f"{node.name}.") for member in node.body]
+        for member, prefix in members:
+            if not isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            if not member.name.startswith("_") and not ast.get_docstring(member):
+                yield prefix + member.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_functions_are_documented(path: Path) -> None:
+    tree = parse(path)
+    assert ast.get_docstring(tree), "the file has no docstring"
+    # What config() and run() of an experiment do is said at the top of its file.
+    known = {"config", "run", "Config"} if path.parent.name == "experiments" else set()
+    assert [name for name in undocumented(tree) if name not in known] == []
+
+
+def test_the_check_of_docstrings_can_fail() -> None:
+    assert list(undocumented(ast.parse("class A:\n    '''A.'''\n    def f(self): ...\ndef g(): ..."))) == ["A.f", "g"]
+
+
+def test_launch_is_short() -> None:
+    assert len((ROOT / "launch.py").read_text().splitlines()) < 100
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_is_complete(name: str) -> None:
+    module = importlib.import_module(f"experiments.{name}")
+    line = (module.__doc__ or "").partition("\n")[0]
+    assert 10 <= len(line) <= 115, "the first line of the docstring describes the experiment"
+    config = module.config()
+    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
+    assert config.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert config == module.config()
+    assert list(inspect.signature(module.config).parameters) == []
+    inspect.signature(module.run).bind(config, "the runtime")

@@ -1,0 +1,243 @@
+"""The loss: chunks against the plain form, and every transformation of torch.func on it."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_model import CONFIG, LargestTensor, assert_trees_close, random_batch, random_params
+from torch import Tensor
+
+from nanochat import attention, loss, model, transform, tree
+from nanochat.model import Compute, Params
+
+MATH = Compute(attend=attention.math)
+Chunked = tuple[Tensor, Tensor, Tensor]
+
+
+def head_inputs(rows: int = 24, vocab: int = 100, dtype: torch.dtype = torch.float32) -> Chunked:
+    """Return (x, lm_head, targets) as the last layer sees them; the table is padded by 28 rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 32, generator=generator).to(dtype)
+    weight = torch.randn(vocab + 28, 32, generator=generator)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    targets[::5] = -1
+    return x, weight, targets
+
+
+def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The definition: capped logits, cross entropy, mean over what counts."""
+    logits = 15 * torch.tanh(F.linear(x, weight.to(x.dtype))[:, :100].float() / 15)
+    picked = logits.log_softmax(-1).gather(-1, targets.clamp_min(0)[:, None])[:, 0]
+    counted = targets >= 0
+    return -(picked * counted).sum() / counted.sum().clamp_min(1)
+
+
+def with_grads(f: Callable[..., Tensor], inputs: Chunked, factor: float = 1.0) -> list[Tensor]:
+    x, weight = (t.clone().requires_grad_() for t in inputs[:2])
+    value = f(x, weight, inputs[2])
+    return [value.detach(), *torch.autograd.grad(factor * value, [x, weight])]
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("chunk", [1, 7, 8, 24, 1000])  # one token, no divisor, a divisor, all, more than all
+def test_chunks_equal_the_plain_loss(chunk: int, factor: float):
+    inputs = head_inputs()
+    got = with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, 100, chunk), inputs, factor)
+    for value, want in zip(got, with_grads(plain, inputs, factor)):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-7)
+    assert not got[2][100:].any(), "the padding of the vocabulary got a gradient"
+    assert not got[1][::5].any(), "an ignored target got a gradient"
+
+
+def test_chunks_in_half_precision():
+    inputs = head_inputs(dtype=torch.bfloat16)
+    value, grad_x, grad_weight = with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, 100, 7), inputs)
+    assert (value.dtype, grad_x.dtype, grad_weight.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    exact = with_grads(plain, (inputs[0].float(), *inputs[1:]))
+    for got, want in zip((value, grad_x, grad_weight), exact):
+        assert (got.float() - want).abs().max() < 0.02 * want.abs().max()
+
+
+def test_no_target_gives_a_zero_and_finite_gradient():
+    x, weight, targets = head_inputs()
+    for f in (plain, lambda x, w, t: loss.chunked_mean(x, w, t, 100, 7)):
+        for got in with_grads(f, (x, weight, torch.full_like(targets, -1))):
+            assert not got.any()
+    params, batch = random_params(), random_batch()
+    nothing = {**batch, "targets": torch.full_like(batch["targets"], -1)}
+    for chunk in (None, 7):
+        f = transform.value_and_grad(lambda p: loss.next_token(p, nothing, config=CONFIG, chunk_tokens=chunk)[0])  # noqa: B023
+        grads, value = f(params)
+        assert value == 0 and not any(g.any() for g in tree.leaves(grads))
+
+
+def test_extreme_logits_stay_finite():
+    x, weight, targets = head_inputs()
+    for got in with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, 100, 7), (1e4 * x, weight, targets)):
+        assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [7, 16, 1000])
+def test_the_models_loss_and_gradients_by_chunks(chunk: int):
+    params, batch = random_params(), random_batch()
+
+    def f(params: Params, chunk_tokens: int | None) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss.next_token(params, batch, config=CONFIG, chunk_tokens=chunk_tokens)
+
+    run = transform.value_and_grad(f, has_aux=True)
+    grads, (value, aux) = run(params, chunk)
+    wanted_grads, (wanted, wanted_aux) = run(params, None)
+    torch.testing.assert_close(value, wanted)
+    assert aux["targets"] == wanted_aux["targets"] == 29
+    assert_trees_close(grads, wanted_grads, rtol=1e-4)
+    with torch.no_grad():  # another path: no gradient is made
+        torch.testing.assert_close(f(params, chunk)[0], wanted)
+
+
+def test_all_logits_are_never_in_memory():
+    rows, vocab, chunk = 256, 1000, 16
+    inputs = head_inputs(rows, vocab)
+
+    def peak(f: Callable[..., Tensor]) -> int:
+        with LargestTensor() as largest:
+            with_grads(f, inputs)
+        return largest.numel
+
+    def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(x, weight[:vocab])
+        return F.cross_entropy(15 * torch.tanh(logits / 15), targets, ignore_index=-1)
+
+    assert peak(whole) >= rows * vocab  # the probe sees them where they are
+    assert peak(lambda x, w, t: loss.chunked_mean(x, w, t, vocab, chunk)) <= (vocab + 28) * 32  # the table itself
+
+
+def test_per_token_is_the_same_loss_token_by_token():
+    params, batch = random_params(), random_batch()
+    logits = model.apply(params, batch["inputs"], config=CONFIG)
+    each = loss.per_token(params, batch, config=CONFIG)
+    assert each.shape == (2, 16) and each.dtype == torch.float32
+    for b in range(2):
+        for t in range(16):
+            target = batch["targets"][b, t]
+            want = logits[b, t].logsumexp(0) - logits[b, t, target] if target >= 0 else torch.tensor(0.0)
+            torch.testing.assert_close(each[b, t], want)
+    torch.testing.assert_close(loss.per_token(params, batch, config=CONFIG, chunk_tokens=5), each)
+    torch.testing.assert_close(loss.next_token(params, batch, config=CONFIG)[0], each.sum() / 29)
+
+
+def test_equal_logits_cost_the_logarithm_of_the_vocabulary():
+    params = tree.unflatten(tree.flatten(random_params()) | {"lm_head": torch.zeros(128, 32)})
+    for chunk in (None, 7):
+        value, _ = loss.next_token(params, random_batch(), config=CONFIG, chunk_tokens=chunk)
+        assert math.isclose(value, math.log(CONFIG.vocab_size), rel_tol=1e-6)
+
+
+# --- torch.func on the loss -----------------------------------------------------------------------------------------
+
+
+def mean_loss(params: Params, batch: dict[str, Tensor], compute: Compute = Compute()) -> Tensor:
+    return loss.next_token(params, batch, config=CONFIG, compute=compute)[0]
+
+
+def in_float64(seed: int = 0) -> Params:
+    return tree.map(lambda x: x.double(), random_params(seed=seed))
+
+
+def inner(a: Params, b: Params) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(tree.leaves(a), tree.leaves(b))]).sum()
+
+
+def moved(params: Params, direction: Params, by: float) -> Params:
+    return tree.map(lambda p, d: p + by * d, params, direction)
+
+
+def test_grad_agrees_with_finite_differences_in_float64():
+    params, direction, batch = in_float64(), in_float64(seed=1), random_batch()
+    assert mean_loss(params, batch).dtype == torch.float64
+    slope = inner(torch.func.grad(mean_loss)(params, batch), direction)
+    step = 1e-6
+    ahead, behind = (mean_loss(moved(params, direction, by), batch) for by in (step, -step))
+    torch.testing.assert_close(slope, (ahead - behind) / (2 * step), rtol=1e-6, atol=0)
+    ours = transform.value_and_grad(mean_loss)(params, batch)[0]
+    torch.testing.assert_close(inner(ours, direction), slope, rtol=1e-9, atol=0)
+
+
+def test_every_gradient_agrees_with_finite_differences_in_float64():
+    params, batch, step = in_float64(), random_batch(), 1e-6
+    grads = tree.flatten(torch.func.grad(mean_loss)(params, batch))
+    flat = tree.flatten(params)
+    for name, grad in grads.items():
+        place = tuple(int(i) for i in torch.unravel_index(grad.abs().argmax(), grad.shape))
+        nudge = torch.zeros_like(grad)
+        nudge[place] = step
+        ahead, behind = (
+            mean_loss(tree.unflatten(flat | {name: flat[name] + s * nudge}), batch) for s in (1, -1)
+        )
+        torch.testing.assert_close(grad[place], (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-10, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("compute", [Compute(), MATH], ids=["sdpa", "math"])
+def test_gradients_of_every_example_equal_a_loop(compute: Compute):
+    params, batch = random_params(), random_batch(rows=3)
+
+    def one(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
+        return mean_loss(params, {"inputs": inputs[None], "targets": targets[None]}, compute)
+
+    each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(params, batch["inputs"], batch["targets"])
+    for i in range(3):
+        alone = transform.value_and_grad(one)(params, batch["inputs"][i], batch["targets"][i])[0]
+        assert_trees_close(tree.map(lambda g: g[i], each), alone, rtol=1e-4)  # noqa: B023
+
+
+def test_an_ensemble_under_vmap_equals_a_loop():
+    members, batch = [random_params(seed=s) for s in range(3)], random_batch()
+    stacked = tree.map(lambda *leaves: torch.stack(leaves), *members)
+    got = torch.func.vmap(lambda p: mean_loss(p, batch, MATH))(stacked)
+    torch.testing.assert_close(got, torch.stack([mean_loss(p, batch) for p in members]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:Attempted to insert a get_attr Node")
+def test_jvp_and_linearize_agree_with_grad():
+    params, direction, batch = in_float64(), in_float64(seed=1), random_batch()
+
+    def f(params: Params) -> Tensor:
+        return mean_loss(params, batch, MATH)
+
+    value, slope = torch.func.jvp(f, (params,), (direction,))
+    torch.testing.assert_close(value, f(params))
+    torch.testing.assert_close(slope, inner(torch.func.grad(f)(params), direction))
+    _, push = torch.func.linearize(f, params)
+    torch.testing.assert_close(push(direction), slope)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_curvature_agrees_with_finite_differences_of_the_gradient():
+    params, direction, batch = in_float64(), in_float64(seed=1), random_batch()
+    grad = torch.func.grad(lambda p: mean_loss(p, batch, MATH))
+    _, product = torch.func.jvp(grad, (params,), (direction,))  # forward over reverse: Hessian times direction
+    step = 1e-6
+    ahead, behind = (grad(moved(params, direction, by)) for by in (step, -step))
+    assert_trees_close(product, tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind), rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [1000, 32768])
+def test_chunks_on_cuda_in_bfloat16(vocab: int):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2048, 256, generator=generator).to("cuda", torch.bfloat16)
+    weight = (0.1 * torch.randn(vocab + 64, 256, generator=generator)).cuda()
+    targets = torch.randint(0, vocab, (2048,), generator=generator).cuda()
+    targets[::9] = -1
+
+    def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(x.float(), weight[:vocab].to(torch.bfloat16).float())
+        return F.cross_entropy(15 * torch.tanh(logits / 15), targets, ignore_index=-1)
+
+    inputs = (x, weight, targets)
+    got = with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, vocab, 300), inputs)
+    for value, want in zip(got, with_grads(whole, inputs)):
+        assert (value.float() - want.float()).abs().max() < 0.03 * want.float().abs().max()

@@ -1,0 +1,286 @@
+"""The pretraining experiment as a whole, tiny: plans, resume, interruption, and what it says when something is wrong."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import pretrain, quickstart
+from nanochat import checkpoint, metrics, model, runtime, stage, tokenizer, train, tree
+from nanochat.config import UserError, override
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    "depth=2",
+    "name=tiny",
+    "compile=false",
+    "device=cpu",
+    "model.sequence_len=32",
+    "model.aspect_ratio=32",
+    "model.head_dim=32",
+    "model.window_pattern=L",
+    "device_batch_size=4",
+    "total_batch_size=256",
+    "num_iterations=6",
+    "checkpoint.every_steps=3",
+    "eval.every_steps=3",
+    "eval.tokens=256",
+    "eval.sample_tokens=4",
+    "eval.prompts=the cat",
+    "metrics.every_steps=1",
+    "train.chunk_tokens=50",
+    "data.buffer_docs=20",
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A base folder with a tokenizer and a folder of small documents."""
+    folder = tmp_path_factory.mktemp("base")
+    words = "the a cat dog sat ran on under mat tree and then it was quick brown lazy fox jumps over".split()
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) + "." for _ in range(400)]
+    data = folder / "text"
+    data.mkdir()
+    for name, part in {"a": texts[:180], "b": texts[180:360], "val": texts[360:]}.items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
+    before = os.environ.get("NANOCHAT_BASE_DIR")
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["NANOCHAT_BASE_DIR"]
+    else:
+        os.environ["NANOCHAT_BASE_DIR"] = before
+
+
+def tiny(base: Path, *more: str) -> pretrain.Config:
+    return override(pretrain.config(), [*TINY, f"data.source={base / 'text'}", *more])
+
+
+def train_tiny(base: Path, *more: str) -> Path:
+    config = tiny(base, *more)
+    pretrain.run(config, runtime.create("cpu", config.dtype))
+    return stage.run_folder(str(config.name))
+
+
+def losses(folder: Path) -> list[float]:
+    return metrics.curve(metrics.read(folder), "train/loss")[1]
+
+
+def final_state(base: Path, name: str, step: int | None = None) -> tuple[train.TrainState, dict]:
+    shape, _ = pretrain.resolve(tiny(base), tokenizer.load(base / "tokenizer"))
+    abstract = train.init(model.init(shape, 0, device="meta"), model.spec(shape))
+    state, meta, _ = checkpoint.restore(stage.run_folder(name) / "checkpoints", abstract, step=step)
+    return state, meta
+
+
+def assert_same_run(base: Path, one: str, other: str) -> None:
+    """Losses, parameters, optimizer state, loader and metrics of two runs are equal, bit for bit."""
+    (a, meta_a), (b, meta_b) = final_state(base, one), final_state(base, other)
+    for name, value in tree.flatten(a._asdict()).items():
+        assert torch.equal(value, tree.flatten(b._asdict())[name]), name
+    assert meta_a["loader"] == meta_b["loader"] and meta_a["ema"] == meta_b["ema"]
+    rows = [metrics.read(stage.run_folder(name)) for name in (one, other)]
+    for row_a, row_b in zip(*rows, strict=True):
+        same = {k for k in row_a if k.startswith(("train/", "val/")) or k == "step"}
+        assert {k: row_a[k] for k in same} == {k: row_b[k] for k in same}
+
+
+@pytest.fixture(scope="module")
+def unbroken(base: Path) -> Path:
+    """A run of six steps, never stopped."""
+    return train_tiny(base, "name=unbroken")
+
+
+def test_a_run_writes_what_it_promises(unbroken: Path):
+    rows = metrics.read(unbroken)
+    assert len(losses(unbroken)) == 6
+    assert losses(unbroken)[-1] < losses(unbroken)[0]
+    steps, bpb = metrics.curve(rows, "val/bpb")
+    assert steps == [3, 6] and bpb[1] < bpb[0]
+    assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
+    assert checkpoint.describe(unbroken / "checkpoints")[6]["val/bpb"] == bpb[1]
+    assert (unbroken / "loss.svg").read_text().startswith("<svg") and (unbroken / "bpb.svg").exists()
+    saved = json.loads((unbroken / "config.json").read_text())
+    assert saved["num_iterations"] == 6 and saved["model"]["vocab_size"] == 300
+    _, meta, files = checkpoint.load_params(unbroken / "checkpoints")
+    assert model.ModelConfig(**meta["model"]).n_layer == 2
+    assert tokenizer.load(files["tokenizer.txt"].parent).vocab_size == 300
+
+
+class StopAfter:
+    """A stop flag that a signal sets after a given number of looks."""
+
+    def __init__(self, steps: int):
+        self.left, self.signal = steps, None
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        if self.left < 0:
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
+def test_stopped_and_resumed_is_the_unbroken_run(
+    base: Path, unbroken: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
+):
+    name = f"stopped{stop_after}"
+    with monkeypatch.context() as patch:
+        import contextlib
+
+        patch.setattr(train, "stop_on_signals", lambda: contextlib.nullcontext(StopAfter(stop_after)))
+        train_tiny(base, f"name={name}")
+    assert checkpoint.latest_step(stage.run_folder(name) / "checkpoints") == stop_after
+    assert len(losses(stage.run_folder(name))) == stop_after
+    train_tiny(base, f"name={name}", "resume=true")
+    assert_same_run(base, "unbroken", name)
+
+
+def launch(base: Path, *more: str) -> list[str]:
+    settings = [*TINY, f"data.source={base / 'text'}", *more]
+    return [sys.executable, str(ROOT / "launch.py"), "--experiment=pretrain", *(f"--set={s}" for s in settings)]
+
+
+def test_killed_while_saving_and_resumed_is_the_unbroken_run(base: Path):
+    settings = ("num_iterations=12", "checkpoint.every_steps=1", "eval.every_steps=none")
+    train_tiny(base, "name=whole", *settings)
+    command = launch(base, "name=killed", *settings)
+    folder = stage.run_folder("killed") / "checkpoints"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        # A temporary folder beside a finished step: a save is under way.
+        if folder.exists() and checkpoint.steps(folder) and any("tmp" in p.name for p in folder.iterdir()):
+            break
+    assert process.poll() is None, "the run ended before a save was seen under way"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = checkpoint.latest_step(folder)
+    assert kept is not None and kept < 12
+    train_tiny(base, "name=killed", "resume=true", *settings)
+    assert_same_run(base, "whole", "killed")
+
+
+def test_sigterm_saves_and_exits_cleanly(base: Path):
+    command = launch(base, "name=termed", "num_iterations=2000", "checkpoint.every_steps=none", "eval.every_steps=none")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    record = stage.run_folder("termed") / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (record.exists() and record.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    step = checkpoint.latest_step(stage.run_folder("termed") / "checkpoints")
+    assert step and f"stopped by SIGTERM; step {step} is saved" in output
+
+
+def test_func_gradients_give_the_losses_of_the_default(base: Path):
+    default = losses(train_tiny(base, "name=autograd", "num_iterations=20"))
+    func = losses(train_tiny(base, "name=func", "num_iterations=20", "train.grad=func"))
+    torch.testing.assert_close(torch.tensor(func), torch.tensor(default), rtol=1e-5, atol=0)
+
+
+def test_func_gradients_refuse_a_custom_backward(base: Path):
+    config = tiny(base, "train.grad=func", "train.attention=flex", "compile=true")
+    shape, _ = pretrain.resolve(config, tokenizer.load(base / "tokenizer"))
+    with pytest.raises(UserError, match=r"custom backward|does not work on this cpu"):
+        stage.functions(config, shape, runtime.create("cpu"))
+
+
+def test_micro_batches_do_not_change_the_losses(base: Path, unbroken: Path):
+    split = losses(train_tiny(base, "name=split", "device_batch_size=2"))
+    torch.testing.assert_close(torch.tensor(split), torch.tensor(losses(unbroken)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "batch_tokens", "steps"),
+    [(12, 768, 2**19, 2520), (20, 1280, 2**20, 4980), (24, 1536, 2**20, 8352), (26, 1664, 2**20, 10510)],
+)
+def test_dry_run_prints_the_plan_without_allocating(
+    depth: int, width: int, batch_tokens: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(model, "init", None)  # allocating anything would fail
+    config = override(pretrain.config(), [f"depth={depth}", "dry_run=true"])
+    pretrain.run(config, runtime.create("cpu"))
+    printed = capsys.readouterr().out
+    assert f"{width} = " in printed
+    assert f"{batch_tokens:,} tokens = " in printed
+    assert f"{steps:,}\n" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.source=/nowhere"], "/nowhere"),
+        (["total_batch_size=250"], "set total_batch_size=256"),
+        (["device_batch_size=3"], "set device_batch_size=2 or 4"),
+        (["model.vocab_size=290"], "the tokenizer has 300 tokens"),
+        (["model.window_pattern=SX"], "letters S and L only"),
+        (["num_iterations=none", "total_batch_size=2**30"], "one step is more than"),
+        (["tokenizer=/nowhere"], "train a tokenizer with"),
+        (["train.attention=flex"], "needs compile=true"),
+        (["dtype=int8"], "expected auto, float32"),
+    ],
+)
+def test_mistakes_get_one_line_that_names_the_fix(base: Path, settings: list[str], message: str):
+    with pytest.raises(UserError) as caught:
+        train_tiny(base, "name=mistake", *settings)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_existing_run_is_not_overwritten(base: Path, unbroken: Path):
+    with pytest.raises(UserError, match="--resume goes on with it"):
+        train_tiny(base, "name=unbroken")
+    assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
+
+
+def test_resuming_another_shape_is_refused(base: Path, unbroken: Path):
+    with pytest.raises(UserError) as caught:
+        train_tiny(base, "name=unbroken", "resume=true", "depth=3", "num_iterations=9")
+    assert "this model wants" in str(caught.value)
+    assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
+
+
+def test_nonfinite_loss_saves_the_state_of_before_it_and_stops(base: Path):
+    with pytest.raises(UserError, match="is not finite; the state of before it is saved") as caught:
+        train_tiny(base, "name=diverged", "optim.embedding_lr=1e30", "optim.warmup_steps=1", "num_iterations=20")
+    step = checkpoint.latest_step(stage.run_folder("diverged") / "checkpoints")
+    assert f"saved as step {step}" in str(caught.value)
+    state, _ = final_state(base, "diverged", step)
+    assert int(state.step) == step
+
+
+def test_several_processes_are_refused(base: Path):
+    two = dataclasses.replace(runtime.create("cpu"), world_size=2)
+    with pytest.raises(UserError, match="one process"):
+        pretrain.run(tiny(base), two)
+
+
+def test_quickstart_takes_steps(base: Path):
+    config = override(
+        quickstart.config(),
+        [
+            *TINY[2:],
+            "name=quick",
+            f"data.source={base / 'text'}",
+            f"tokenizer={base / 'tokenizer'}",
+            "num_iterations=2",
+        ],
+    )
+    quickstart.run(config, runtime.create("cpu"))
+    assert checkpoint.steps(stage.run_folder("quick") / "checkpoints") == [2]

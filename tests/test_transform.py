@@ -1,0 +1,169 @@
+"""`value_and_grad` keeps the contract of torch.func.grad_and_value, and works where that does not."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from small_model import CONFIG, Unchanged, assert_trees_close, random_batch, random_params
+from tensordict import TensorDict
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from nanochat import loss, transform, tree
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: dict[str, Tensor]
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nest() -> Any:
+    """Return a tree of every kind of node, with a leaf that the functions below do not use."""
+    table = TensorDict({"w": numbers(3, 2), "deep": {"b": numbers(2, seed=1)}}, batch_size=[])
+    return {"pair": Pair(numbers(4), {"x": numbers(3, seed=2)}), "table": table, "list": [numbers(2, seed=3)]}
+
+
+def of_nest(params: Any, factor: Tensor) -> Tensor:
+    pair, table = params["pair"], params["table"]
+    return factor * (pair.right["x"] @ table["w"] * table["deep", "b"].sin()).sum() + pair.left.pow(3).sum()
+
+
+def with_aux(params: Any, factor: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    value = of_nest(params, factor)
+    return value, {"twice": 2 * value, "parts": (params["pair"].left, [factor + 1])}
+
+
+def assert_same(got: Any, want: Any) -> None:
+    got_leaves, got_form = pytree.tree_flatten(got)
+    want_leaves, want_form = pytree.tree_flatten(want)
+    assert str(got_form) == str(want_form)
+    for a, b in zip(got_leaves, want_leaves):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("f, has_aux", [(of_nest, False), (with_aux, True)])
+def test_equals_torch_func_on_nested_trees(f: Callable[..., Any], has_aux: bool):
+    got = transform.value_and_grad(f, has_aux=has_aux)(nest(), torch.tensor(2.0))
+    want = torch.func.grad_and_value(f, has_aux=has_aux)(nest(), torch.tensor(2.0))
+    assert_same(got, want)
+    assert isinstance(got[0]["pair"], Pair) and isinstance(got[0]["table"], TensorDict)
+    assert torch.equal(got[0]["list"][0], torch.zeros(2)), "an unused leaf has a zero gradient"
+    assert not any(x.requires_grad for x in tree.leaves(got) if isinstance(x, Tensor))
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 7])
+def test_equals_torch_func_on_the_models_loss(chunk_tokens: int | None):
+    params, batch = random_params(), random_batch()
+
+    def f(params: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss.next_token(params, batch, config=CONFIG, chunk_tokens=chunk_tokens)
+
+    grads, (value, aux) = transform.value_and_grad(f, has_aux=True)(params)
+    wanted_grads, (wanted, wanted_aux) = torch.func.grad_and_value(f, has_aux=True)(params)
+    assert torch.equal(value, wanted) and torch.equal(aux["targets"], wanted_aux["targets"])
+    assert_trees_close(grads, wanted_grads, rtol=1e-6)
+    # train_step adds micro-batches into these in place: no two may share memory.
+    assert len({g.untyped_storage().data_ptr() for g in tree.leaves(grads)}) == len(tree.leaves(grads))
+
+
+def test_a_function_of_nothing_has_zero_gradients():
+    f = lambda params: torch.tensor(4.0)  # noqa: E731
+    assert_same(transform.value_and_grad(f)({"a": numbers(3)}), torch.func.grad_and_value(f)({"a": numbers(3)}))
+
+
+def test_aux_may_hold_more_than_tensors():
+    _, (_, aux) = transform.value_and_grad(lambda p: (p.sum(), {"name": "x", "n": 3}), has_aux=True)(numbers(3))
+    assert aux == {"name": "x", "n": 3}
+
+
+def test_one_tensor_in_two_places_is_two_arguments():
+    x = numbers(3)
+    f = lambda p: (p["a"] * p["b"].square()).sum()  # noqa: E731
+    got, _ = transform.value_and_grad(f)({"a": x, "b": x})
+    torch.testing.assert_close(got, {"a": x.square(), "b": 2 * x * x})
+
+
+def test_further_arguments_and_keywords_pass_through():
+    f = lambda p, x, *, power: (p * x).pow(power).sum()  # noqa: E731
+    grads, value = transform.value_and_grad(f)(torch.tensor(3.0), torch.tensor(2.0), power=2)
+    assert (grads.item(), value.item()) == (24.0, 36.0)
+
+
+def test_arguments_keep_everything_and_surrounding_modes_do_not_matter():
+    params = {"free": numbers(3), "leaf": numbers(3, seed=1).requires_grad_(), "derived": None}
+    params["derived"] = params["leaf"] * 2  # part of the caller's own graph
+    params["leaf"].grad = torch.ones(3)
+    f = lambda p: (p["free"] * p["leaf"] * p["derived"]).sum()  # noqa: E731
+    run = transform.value_and_grad(f)
+    with Unchanged(params["free"], params["leaf"]):
+        first = run(params)
+        with torch.no_grad():
+            second = run(params)
+    assert_same(first, second)
+    assert not first[1].requires_grad
+    torch.testing.assert_close(first[0]["leaf"], params["free"] * params["derived"].detach())
+
+
+def test_a_value_that_is_no_scalar_is_refused():
+    with pytest.raises(ValueError, match=r"the function returned shape \(1,\), expected a 0-d tensor"):
+        transform.value_and_grad(lambda p: p.sum()[None])(numbers(3))
+
+
+# --- where torch.func does not go -----------------------------------------------------------------------------------
+
+
+class Double(torch.autograd.Function):
+    """2x whose gradient is said to be 5: whoever answers 2 has not asked it."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 5 * grad
+
+
+def doubled(x: Tensor) -> Tensor:
+    out = Double.apply(x)
+    assert isinstance(out, Tensor)
+    return out.sum()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_custom_backward_is_used(compiled: bool):
+    f = torch.compile(doubled, fullgraph=True, backend="aot_eager") if compiled else doubled
+    grads, value = transform.value_and_grad(f)(torch.ones(3))
+    assert value == 6 and grads.tolist() == [5, 5, 5]
+
+
+@pytest.mark.xfail(strict=False, reason="torch.compile of torch.func.grad drops a custom backward without a word")
+def test_the_trap_that_training_goes_round():
+    """Once it passes, `--set train.grad=func` may use the chunked loss under torch.compile as well."""
+    assert torch.func.grad(doubled)(torch.ones(3)).tolist() == [5, 5, 5]
+    compiled = torch.compile(torch.func.grad(doubled), fullgraph=True, backend="eager")
+    assert compiled(torch.ones(3)).tolist() == [5, 5, 5]
+
+
+def test_activation_checkpointing_works():
+    def block(w: Tensor, x: Tensor) -> Tensor:
+        return (x @ w).relu().square()
+
+    def remade(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        out = checkpoint(block, params["w"], x, use_reentrant=False)
+        assert isinstance(out, Tensor)
+        return out.sum()
+
+    params, x = {"w": numbers(3, 3)}, numbers(2, 3, seed=1)
+    got = transform.value_and_grad(remade)(params, x)
+    assert_same(got, torch.func.grad_and_value(lambda p, x: block(p["w"], x).sum())(params, x))

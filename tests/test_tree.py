@@ -1,0 +1,58 @@
+"""Helpers over trees of tensors."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from nanochat import tree
+
+
+class Point(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def test_flatten_and_unflatten_are_inverse_and_keep_the_order():
+    flat = {"b.2.w": torch.ones(2), "b.2.a": torch.zeros(3), "a": torch.ones(1), "b.10.w": torch.ones(4)}
+    nest = tree.unflatten(flat)
+    assert isinstance(nest, TensorDict) and isinstance(nest["b", "10"], TensorDict)
+    assert nest.batch_size == torch.Size([])
+    back = tree.flatten(nest)
+    assert list(back) == ["b.2.w", "b.2.a", "b.10.w", "a"]  # by the first appearance of each branch
+    assert all(back[name] is flat[name] for name in flat)
+
+
+def test_flatten_takes_dicts_and_a_prefix():
+    x = torch.ones(1)
+    assert list(tree.flatten({"a": {"b": x}, "c": TensorDict({"d": x}, [])}, "root.")) == ["root.a.b", "root.c.d"]
+    assert tree.flatten({}) == {}
+
+
+def test_map_keeps_the_structure_and_changes_nothing():
+    nest = {"p": Point(torch.ones(2), torch.zeros(2)), "t": tree.unflatten({"a.b": torch.ones(3)}), "l": [torch.ones(1)]}
+    out = tree.map(lambda x, y: x + 2 * y, nest, nest)
+    assert isinstance(out["p"], Point) and isinstance(out["t"], TensorDict)
+    assert out["p"].x.tolist() == [3, 3] and out["t"]["a", "b"].tolist() == [3, 3, 3] and out["l"][0].item() == 3
+    assert nest["p"].x.tolist() == [1, 1]
+
+
+def test_map_refuses_trees_of_another_order_rather_than_mixing_leaves_up():
+    a = tree.unflatten({"x": torch.tensor(1.0), "y": torch.tensor(10.0)})
+    b = tree.unflatten({"y": torch.tensor(20.0), "x": torch.tensor(2.0)})
+    with pytest.raises(ValueError, match="mismatch"):
+        tree.map(lambda p, q: p + q, a, b)
+
+
+def test_leaves_have_the_order_of_flatten():
+    nest = tree.unflatten({"b.a": torch.tensor(0), "a": torch.tensor(1), "b.c": torch.tensor(2)})
+    assert [int(x) for x in tree.leaves(nest)] == [int(x) for x in tree.flatten(nest).values()]
+
+
+def test_bytes_and_devices():
+    nest = {"a": torch.zeros(3, dtype=torch.bfloat16), "b": tree.unflatten({"c": torch.zeros(2, dtype=torch.int64)})}
+    assert tree.nbytes(nest) == 6 + 16
+    assert all(x.is_meta for x in tree.leaves(tree.to(nest, "meta")))
+    assert not nest["a"].is_meta
