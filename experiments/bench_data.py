@@ -17,6 +17,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from nanochat import dataloader, dataset, tokenizer
 from nanochat.dataset import DataConfig
@@ -56,28 +57,26 @@ def run(config: Config, runtime: Runtime) -> None:
         print(f"source {config.data.source}, {tok.vocab_size:,} tokens of vocabulary, {threads} tokenizer threads,")
         print(f"batches of {config.rows} x {config.sequence_len}, buffer of {config.data.buffer_docs} documents")
         fill_cache(config, tok)
-        speeds: dict[str, list[float]] = {"tokenizer": [], "uncached": [], "cached": []}
-        fractions = []
+        alone, uncached, cached = [], [], []
         for _ in range(config.rounds):
-            speeds["tokenizer"].append(encoding_speed(config, tok))
-            speeds["uncached"].append(packing_speed(config, tok, config.tokens, cached=False)[0])
-            speed, fraction = packing_speed(config, tok, 10 * config.tokens, cached=True)
-            speeds["cached"].append(speed)
-            fractions.append(fraction)
-    ratios = [packed / alone for packed, alone in zip(speeds["uncached"], speeds["tokenizer"])]
-    titles = {
-        "tokenizer": "tokenizer alone (encode_batch)",
-        "uncached": "loader, no token cache",
-        "cached": "loader, token cache warm",
-    }
-    print(f"  {'million tokens per second':32} {'median':>8} {'least':>8} {'most':>8}")
-    for name, values in speeds.items():
-        numbers = [statistics.median(values), min(values), max(values)]
-        print(f"  {titles[name]:32}" + "".join(f" {number / 1e6:8.2f}" for number in numbers))
-    print(f"  loader without cache / tokenizer alone: {statistics.median(ratios):.2f}")
-    print(f"  lost by cutting at T = {config.sequence_len}: {fractions[-1]:.1%} of the tokens")
-    result = {f"{name}_tokens_per_second": statistics.median(values) for name, values in speeds.items()}
-    result |= {"uncached_over_tokenizer": statistics.median(ratios), "tokens_cut_fraction": fractions[-1]}
+            alone.append(encoding_speed(config, tok))
+            uncached.append(packing_speed(config, tok, config.tokens, cached=False))
+            cached.append(packing_speed(config, tok, 10 * config.tokens, cached=True))
+    print(f"  {'million tokens per second':40} {'median':>8} {'least':>8} {'most':>8}")
+    result = {}
+    for name, title, speeds in [
+        ("tokenizer", "tokenizer alone (encode_batch)", alone),
+        ("uncached_loaded", "loader, no token cache: tokenised", [speed.loaded for speed in uncached]),
+        ("uncached_packed", "loader, no token cache: packed", [speed.packed for speed in uncached]),
+        ("cached_packed", "loader, token cache warm: packed", [speed.packed for speed in cached]),
+    ]:
+        numbers = [statistics.median(speeds), min(speeds), max(speeds)]
+        print(f"  {title:40}" + "".join(f" {number / 1e6:8.2f}" for number in numbers))
+        result[f"{name}_tokens_per_second"] = numbers[0]
+    ratio = statistics.median(speed.loaded / raw for speed, raw in zip(uncached, alone))
+    print(f"  the loader without cache tokenises at {ratio:.2f} of the tokenizer's own speed")
+    print(f"  lost by cutting at T = {config.sequence_len}: {cached[-1].cut_fraction:.1%} of the tokens")
+    result |= {"loaded_over_tokenizer": ratio, "tokens_cut_fraction": cached[-1].cut_fraction}
     print(json.dumps({"bench": "data", "config": dataclasses.asdict(config), **result}))
 
 
@@ -120,22 +119,32 @@ def encoding_speed(config: Config, tok: Tokenizer) -> float:
     return tokens / seconds
 
 
-def packing_speed(config: Config, tok: Tokenizer, tokens: int, *, cached: bool) -> tuple[float, float]:
-    """Return (tokens per second in rows, fraction of tokens cut).
+class Speed(NamedTuple):
+    """Tokens per second: in rows, and in rows or cut away; and the fraction that was cut away."""
 
-    The first batch is not counted: it also fills the buffer and the threads' queues, which are as full at the end.
+    packed: float
+    loaded: float
+    cut_fraction: float
+
+
+def packing_speed(config: Config, tok: Tokenizer, tokens: int, *, cached: bool) -> Speed:
+    """Measure the loader until that many tokens are packed.
+
+    The first batch is not counted: it also fills the buffer and the queues between threads, as full at the end.
     """
     data = dataclasses.replace(config.data, token_cache=cached)
     stream = dataloader.batches(
         data, tok, split="train", rows_per_step=config.rows, sequence_len=config.sequence_len, seed=config.seed
     )
     with contextlib.closing(stream):
-        first = next(stream)[2]
+        _, _, first = next(stream)
         started = time.perf_counter()
         for _, _, stats in stream:
-            if stats["tokens_packed"] - first["tokens_packed"] >= tokens:
+            packed = stats["tokens_packed"] - first["tokens_packed"]
+            if packed >= tokens:
                 seconds = time.perf_counter() - started
-                return (stats["tokens_packed"] - first["tokens_packed"]) / seconds, stats["tokens_cut_fraction"]
+                loaded = packed + stats["tokens_cut"] - first["tokens_cut"]
+                return Speed(packed / seconds, loaded / seconds, stats["tokens_cut_fraction"])
     raise AssertionError("the stream has no end")
 
 

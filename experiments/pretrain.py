@@ -123,6 +123,8 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
         stack.enter_context(contextlib.closing(stream))
         stop = stack.enter_context(train.stop_on_signals())
         stack.enter_context(show)
+        if not stage.examined(job, at.step):
+            stage.examine(job, loss_fn, show, state, at.step)
         state, at = train.fit(
             state,
             at,

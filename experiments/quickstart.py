@@ -18,7 +18,7 @@ from nanochat.optim import OptimConfig
 from nanochat.runtime import Runtime, base_dir
 from nanochat.stage import EvalConfig
 from nanochat.train import TrainConfig
-from nanochat.units import duration, human
+from nanochat.units import duration
 
 VOCAB_SIZE = 4096
 PROMPTS = ("Return the", "This module provides", "If the file does not exist,", "The list of", "A string that")
@@ -67,15 +67,9 @@ def run(config: Config, runtime: Runtime) -> None:
     if (folder / tokenizer.TOKENS_FILE).exists():
         print(f"   already in {folder}")
     else:
-        texts = [
-            t
-            for s in shards
-            for i in range(dataset.num_blocks(s))
-            for t in dataset.read_block(s, i, config.data.text_column)
-        ]
-        tok = tokenizer.train(texts, VOCAB_SIZE)
+        tok = tokenizer.train(dataset.texts(config.data, "train"), VOCAB_SIZE)
         tokenizer.save(tok, folder)
-        print(f"   trained on {human(sum(map(len, texts)))} characters, saved in {folder}")
+        print(f"   trained, saved in {folder}")
     print("3. pretraining", flush=True)
     pretrain.run(config, runtime)
     print(f"quickstart took {duration(time.perf_counter() - start)}. Next:")

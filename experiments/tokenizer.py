@@ -3,9 +3,9 @@
     torchrun launch.py --experiment=tokenizer
     torchrun launch.py --experiment=tokenizer --set data.source=embedded --set vocab_size=4096
 
-Reads up to two billion characters, at most ten thousand of one document. Reading runs at about 4 MB/s per core: a
-minute on many cores, a quarter of an hour on two; seconds for the embedded corpus. Prints how long it took, how fast
-it encodes and how well it compresses the validation split, and where it was saved.
+Reads up to two billion characters, at most ten thousand of one document. A core reads about four million a second, so
+that takes some minutes; the embedded corpus takes seconds. Prints how long it took, how fast it encodes and how well it
+compresses the validation split, and where it was saved.
 """
 
 import dataclasses

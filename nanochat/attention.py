@@ -167,7 +167,7 @@ def probe_flex(heads: tuple[int, int, int], device: torch.device, dtype: torch.d
     except Exception as error:  # whatever a compiler or driver raises, the answer is: not here
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     with torch.enable_grad():
-        wanted = math(*inputs, window)
+        wanted = math(inputs[0], inputs[1], inputs[2], window)
         wanted_grads = torch.autograd.grad(wanted.float().square().sum(), inputs)
     tolerance = 5e-2 if dtype != torch.float32 else 1e-2  # tf32-free float32, or half precision, over H terms
     for got, want in zip((outputs, *grads), (wanted, *wanted_grads)):

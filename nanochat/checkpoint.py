@@ -121,9 +121,14 @@ def save(
     wait(manager)
     step, leaves = int(state.step), _leaves(state)
     buffers = {n: store.to_numpy(a) if isinstance(a, Tensor) else np.array(a) for n, a in (arrays or {}).items()}
-    contents = {name: Path(path).read_bytes() for name, path in (files or {}).items()}
+    try:
+        contents = {name: Path(path).read_bytes() for name, path in (files or {}).items()}
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} belongs into the checkpoint and cannot be read ({error.strerror})"
+        ) from error
     header = manifest.build(step, meta, leaves, buffers, contents)
-    manager.orbax.reload()  # a step may have been deleted by hand
+    manager.orbax.reload()  # a step may have been deleted by hand, or given metrics
     if step in manager.orbax.all_steps():
         if manifest.is_sound_copy(manager.folder / str(step), header):
             if metrics:
@@ -158,7 +163,6 @@ def add_metrics(manager: Manager, step: int, metrics: Mapping[str, float]) -> No
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(dict(metrics)))
         partial.replace(path)
-        manager.orbax.reload()
 
 
 def wait(manager: Manager) -> None:

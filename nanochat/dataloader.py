@@ -104,9 +104,9 @@ def batches(
         config = dataclasses.replace(config, shuffle=False)
     stream = _Stream(config, tok, split, tuple(resolve(config, split)), seed, sequence_len + 1, rank, world_size)
     place, held = _restore(stream, state) if state else (_Place(), [])
-    pin = torch.device(device).type == "cuda"
-    steps = functools.partial(_steps, stream, place, held, rows_per_step, pin)
-    return _delivered(run_ahead(steps, config.prefetch_batches), torch.device(device))
+    device = torch.device(device)
+    steps = functools.partial(_steps, stream, place, held, rows_per_step, device)
+    return _delivered(run_ahead(steps, config.prefetch_batches), device)
 
 
 def _delivered(
@@ -217,11 +217,19 @@ def _restore(stream: _Stream, state: LoaderState) -> tuple[_Place, list[_Held]]:
 
 
 def _steps(
-    stream: _Stream, place: _Place, restored: list[_Held], rows_per_step: int, pin: bool, check: Callable[[], None]
+    stream: _Stream,
+    place: _Place,
+    restored: list[_Held],
+    rows_per_step: int,
+    device: torch.device,
+    check: Callable[[], None],
 ) -> Iterator[tuple[Tensor, LoaderState, dict[str, float]]]:
     """Yield (int64 (2, this rank's rows, T): inputs and targets; state; statistics) of each step."""
     rank, world_size, row_tokens = stream.rank, stream.world_size, stream.row_tokens
     held: dict[int, _Held] = {}  # by number of arrival, in that order
+    pin = device.type == "cuda"
+    if pin and device.index is not None:
+        torch.cuda.set_device(device)  # of this thread, or pinning would take up memory on the first GPU
     with contextlib.closing(_reader(stream, check)) as reader:
         arrivals = _arrivals(stream, place, restored, held, _blocks(stream, place, reader))
         rows = packing.plan(arrivals, row_tokens, stream.config.buffer_docs)
@@ -269,6 +277,9 @@ def _arrivals(
             if waiting in held:  # copied, it does not keep all of its block in memory
                 held[waiting] = (held[waiting][0].copy(), held[waiting][1])
         last_block = number
+        if skip > len(block.lengths):
+            name = stream.shards[turn.shard_index].path
+            raise UserError(f"{name} has changed: of its block {turn.block_index}, {skip} documents were read before")
         ends = np.cumsum(block.lengths, dtype=np.int64)
         starts = ends - block.lengths
         stops = np.minimum(ends, starts + stream.row_tokens)

@@ -106,7 +106,7 @@ class _ChunkedMean(torch.autograd.Function):
     @staticmethod
     def forward(
         x_RC: Tensor, lm_head_VC: Tensor, targets_R: Tensor, vocab_size: int, chunk_tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weight_VC = lm_head_VC[:vocab_size].to(x_RC.dtype)
         scale = 1.0 / (targets_R != IGNORE).sum().clamp_min(1).float()
         total = x_RC.new_zeros((), dtype=torch.float32)
@@ -117,7 +117,8 @@ class _ChunkedMean(torch.autograd.Function):
             loss, tanh_RV, exp_RV, sum_R, counted_R = _chunk(x, weight_VC, targets)
             total = total + loss
             # d loss / d z of z -> 15·tanh(z / 15): (softmax - one-hot)·(1 - tanh²); the chain of 15 and 1/15 cancels.
-            row_R = torch.where(counted_R, scale, 0.0)[:, None]
+            # Neither the mean's 1/R nor the caller's factor is in it: in float16 they would underflow and overflow.
+            row_R = counted_R[:, None].float()
             softmax_RV = exp_RV * (row_R / sum_R[:, None])
             onehot_RV = torch.where(columns == targets[:, None], row_R, 0.0)
             grad_z = ((softmax_RV - onehot_RV) * (1 - tanh_RV * tanh_RV)).to(x.dtype)
@@ -125,15 +126,16 @@ class _ChunkedMean(torch.autograd.Function):
             grad_weight = grad_weight + (grad_z.T @ x).float()
         pad = lm_head_VC.shape[0] - vocab_size
         grad_weight = F.pad(grad_weight, (0, 0, 0, pad)) if pad else grad_weight
-        return total * scale, torch.cat(grad_x), grad_weight.to(lm_head_VC.dtype)
+        return total * scale, torch.cat(grad_x), grad_weight.to(lm_head_VC.dtype), scale
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, grad_x, grad_weight = output
-        ctx.mark_non_differentiable(grad_x, grad_weight)
-        ctx.save_for_backward(grad_x, grad_weight)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, grad_x, grad_weight, scale = output
+        ctx.mark_non_differentiable(grad_x, grad_weight, scale)
+        ctx.save_for_backward(grad_x, grad_weight, scale)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_loss.to(grad_x.dtype) * grad_x, grad_loss * grad_weight, None, None, None
+        grad_x, grad_weight, scale = ctx.saved_tensors
+        factor = grad_loss * scale
+        return (factor * grad_x.float()).to(grad_x.dtype), factor * grad_weight, None, None, None

@@ -48,6 +48,8 @@ def base_dir() -> Path:
 def create(device: str = "auto", dtype: str = "auto") -> Runtime:
     """Read torchrun's environment, choose device and compute dtype, and join the process group if there is one.
 
+    On the CPU, torch is set to deterministic algorithms: the same run gives the same bits.
+
     Args:
         device: auto (CUDA, else MPS, else CPU), cpu, cuda or mps.
         dtype: auto (bfloat16 on CUDA of capability 8.0 and above, else float32), float32, bfloat16 or float16.
@@ -60,6 +62,11 @@ def create(device: str = "auto", dtype: str = "auto") -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     place = _device(device, local_rank)
     compute_dtype = _dtype(dtype, place)
+    if place.type == "cpu":
+        # Compiled, the gradient of an embedding is otherwise summed by all threads in any order: a resumed run would
+        # differ from an unbroken one in the last bits. Filling fresh memory is for finding bugs, and takes time.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     mesh = None
     if world_size > 1:
         if place.type == "mps":

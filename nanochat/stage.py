@@ -219,7 +219,7 @@ def functions(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> tupl
 def after_step(
     job: Job, loss_fn: Callable, show: progress.Bar, state: TrainState, at: Progress, numbers: dict[str, float]
 ) -> Progress:
-    """Log a step; then save, evaluate and sample if they are due, in that order. Return the progress, updated."""
+    """Log a step; then save, evaluate and sample as is due, in that order. Return the progress, updated."""
     config, step, last = job.config, at.step, at.step == job.num_steps
     ema, smooth = metrics.ema(at.ema, numbers["loss"])
     seconds = numbers["step_seconds"]
@@ -247,23 +247,33 @@ def after_step(
             "perf/peak_memory_bytes": metrics.peak_memory_bytes(job.runtime.device),
         }
         metrics.write(job.log, step, row)
-    saving = last or due(step, config.checkpoint.every_steps)
-    if saving:
+    if last or due(step, config.checkpoint.every_steps):
         save(job, state, at)  # before the evaluation, which may take long, or fail
+    examine(job, loss_fn, show, state, step)
+    return at
+
+
+def examine(job: Job, loss_fn: Callable, show: progress.Bar, state: TrainState, step: int) -> None:
+    """Evaluate and sample after a step if they are due: also first thing in a run that was stopped before it could."""
+    config, last = job.config, step == job.num_steps
     if last or due(step, config.eval.every_steps):
         bpb = validate(job, state, loss_fn)
         metrics.write(job.log, step, {"val/bpb": bpb})
         show.write(f"step {step}: validation {bpb:.4f} bits per byte")
-        if saving:
+        if last or due(step, config.checkpoint.every_steps):
             checkpoint.add_metrics(job.manager, step, {"val/bpb": bpb})
     if last or due(step, config.eval.sample_every_steps):
         show.write("\n".join(samples(job, state)))
-    return at
+
+
+def examined(job: Job, step: int) -> bool:
+    """Return whether the record has the evaluation of a step."""
+    return step == 0 or any(row["step"] == step and "val/bpb" in row for row in metrics.read(job.folder))
 
 
 def due(step: int, every_steps: int | None) -> bool:
     """Return whether something that happens every so many steps, or never, happens after this one."""
-    return bool(every_steps) and step % (every_steps or 1) == 0
+    return every_steps is not None and step > 0 and step % every_steps == 0
 
 
 def save(job: Job, state: TrainState, at: Progress) -> None:

@@ -8,6 +8,7 @@ header line and then one `base64 rank` line per token; `token_bytes.txt` holds t
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -241,7 +242,11 @@ def default_dir() -> Path:
 
 
 def save(tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Write tokenizer.txt and token_bytes.txt into `folder`, each in one piece or not at all."""
+    """Write tokenizer.txt and token_bytes.txt into `folder`, each in one piece or not at all.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
     header = {
         "format": FORMAT,
         "vocab_size": tokenizer.vocab_size,
@@ -251,19 +256,20 @@ def save(tokenizer: Tokenizer, folder: Path | str) -> None:
     }
     lines = [json.dumps(header)]
     lines += [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokenizer.tokens)]
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / BYTES_FILE, "".join(f"{n}\n" for n in token_bytes(tokenizer)))
-    _write(folder / TOKENS_FILE, "".join(f"{line}\n" for line in lines))
+    _write(Path(folder) / BYTES_FILE, "".join(f"{n}\n" for n in token_bytes(tokenizer)))
+    _write(Path(folder) / TOKENS_FILE, "".join(f"{line}\n" for line in lines))
 
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8", newline="\n")
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def load(folder: Path | str) -> Tokenizer:

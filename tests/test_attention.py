@@ -14,15 +14,26 @@ HEADS = [(2, 2), (4, 2), (3, 1)]  # query heads, key/value heads
 SHAPES = [(10, 3), (3, 3), (4, 3), (5, 3), (6, 3), (7, 3), (5, 8), (5, 0), (6, 1), (1, 0), (1, 4), (40, 7)]
 
 
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
 def qkv(
     n_time: int, heads: tuple[int, int], width: int = 8, dtype: torch.dtype = torch.float64, device: str = "cpu"
-) -> list[Tensor]:
+) -> QKV:
     generator = torch.Generator().manual_seed(n_time)
-    shapes = [(2, n_time, n, width) for n in (heads[0], heads[1], heads[1])]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
+
+    def draw(n: int) -> Tensor:
+        return torch.randn(2, n_time, n, width, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return draw(heads[0]), draw(heads[1]), draw(heads[1])
 
 
-def with_grads(attend: attention.Attend, inputs: list[Tensor], window: int) -> list[Tensor]:
+def in_float32(inputs: QKV) -> QKV:
+    q, k, v = inputs
+    return q.float(), k.float(), v.float()
+
+
+def with_grads(attend: attention.Attend, inputs: QKV, window: int) -> list[Tensor]:
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = attend(leaves[0], leaves[1], leaves[2], window)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -92,7 +103,7 @@ def test_math_keeps_half_precision_and_scores_in_float32():
     inputs = qkv(10, (4, 2), dtype=torch.bfloat16)
     got = attention.math(*inputs, 3)
     assert got.dtype == torch.bfloat16
-    want = attention.math(*(x.float() for x in inputs), 3)
+    want = attention.math(*in_float32(inputs), 3)
     assert (got.float() - want).abs().max() < 0.02 * want.abs().max()
 
 
@@ -158,7 +169,7 @@ def test_kernels_on_cuda_in_bfloat16_with_gradients(kernel: str, heads: tuple[in
     assert name == kernel
     inputs = qkv(n_time, heads, width=64, dtype=torch.bfloat16, device="cuda")
     for window in windows:
-        want = with_grads(attention.math, [x.float() for x in inputs], window)
+        want = with_grads(attention.math, in_float32(inputs), window)
         # One compilation a window: inside the model a window is a constant.
         run = torch.compile(lambda q, k, v, w: attend(q, k, v, w), fullgraph=True) if kernel == "flex" else attend
         torch._dynamo.reset()

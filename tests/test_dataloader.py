@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat import dataloader, token_cache
-from nanochat.config import UserError
+from experiments import bench_data
+from nanochat import dataloader, runtime, token_cache
+from nanochat.config import UserError, override
 from nanochat.dataloader import LoaderState
 from nanochat.dataset import BadShardError, DataConfig
 from nanochat.tokenizer import SPECIALS, Tokenizer
@@ -282,6 +283,13 @@ def test_a_state_of_another_stream_is_refused(folder: Path) -> None:
         loader(folder, state=state)
 
 
+def test_a_state_of_data_that_has_changed_is_refused(folder: Path) -> None:
+    state = copied(take(3, loader(folder))[-1][1])
+    state["position"]["doc"] = 11
+    with pytest.raises(UserError, match=r"shard_\d+\.parquet has changed"):
+        next(loader(folder, state=state))
+
+
 def test_data_may_move_house(folder: Path, tmp_path: Path) -> None:
     unbroken = take(10, loader(folder))
     moved = folder.rename(tmp_path / "moved")
@@ -525,3 +533,15 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(folder: Path) -> None:
     for (inputs, targets), (batch, _, _) in zip(on_gpu, on_cpu):
         assert inputs.is_cuda and torch.equal(inputs.cpu(), batch["inputs"])
         assert torch.equal(targets.cpu(), batch["targets"])
+
+
+def test_bench_data_reports_its_figures(folder: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["tokens=5000", "rounds=1", "rows=4", "sequence_len=64", "vocab_size=270", f"data.source={folder}"]
+    bench_data.run(override(bench_data.config(), settings), runtime.create("cpu"))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["bench"] == "data" and result["config"]["vocab_size"] == 270
+    speeds = {name: value for name, value in result.items() if name.endswith("_tokens_per_second")}
+    assert len(speeds) == 4 and all(value > 0 for value in speeds.values())
+    assert result["uncached_loaded_tokens_per_second"] > result["uncached_packed_tokens_per_second"]
+    assert 0 < result["tokens_cut_fraction"] < 1
+    assert list((base / "tokens").iterdir()) == [], "the cache of a tokenizer that is forgotten stays behind"

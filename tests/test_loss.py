@@ -61,6 +61,22 @@ def test_chunks_in_half_precision():
         assert (got.float() - want).abs().max() < 0.02 * want.abs().max()
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0**16])
+def test_chunks_in_float16_neither_underflow_nor_overflow(factor: float):
+    """The probability of most tokens, divided by the rows, is under float16's range; a loss scale is over it."""
+    generator = torch.Generator().manual_seed(0)
+    rows, vocab = 2048, 2048
+    x, weight = torch.randn(rows, 16, generator=generator).half(), 0.1 * torch.randn(vocab, 16, generator=generator)
+    targets = torch.randint(0, vocab // 2, (rows,), generator=generator)  # the other half of the table is no target
+    value, grad_x, grad_weight = with_grads(
+        lambda x, w, t: loss.chunked_mean(x, w, t, vocab, 512), (x, weight, targets), factor
+    )
+    exact = with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, vocab, 512), (x.float(), weight, targets), factor)
+    assert math.isclose(value, exact[0], rel_tol=1e-3)
+    for got, want in ((grad_x, exact[1]), (grad_weight, exact[2]), (grad_weight[vocab // 2 :], exact[2][vocab // 2 :])):
+        assert (got.float() - want).norm() < 0.003 * want.norm()
+
+
 def test_no_target_gives_a_zero_and_finite_gradient():
     x, weight, targets = head_inputs()
     for f in (plain, lambda x, w, t: loss.chunked_mean(x, w, t, 100, 7)):
@@ -173,9 +189,7 @@ def test_every_gradient_agrees_with_finite_differences_in_float64():
         place = tuple(int(i) for i in torch.unravel_index(grad.abs().argmax(), grad.shape))
         nudge = torch.zeros_like(grad)
         nudge[place] = step
-        ahead, behind = (
-            mean_loss(tree.unflatten(flat | {name: flat[name] + s * nudge}), batch) for s in (1, -1)
-        )
+        ahead, behind = (mean_loss(tree.unflatten(flat | {name: flat[name] + s * nudge}), batch) for s in (1, -1))
         torch.testing.assert_close(grad[place], (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-10, msg=name)
 
 
@@ -207,7 +221,7 @@ def test_jvp_and_linearize_agree_with_grad():
     def f(params: Params) -> Tensor:
         return mean_loss(params, batch, MATH)
 
-    value, slope = torch.func.jvp(f, (params,), (direction,))
+    value, slope = torch.func.jvp(f, (params,), (direction,))  # pyright: ignore[reportAssignmentType]
     torch.testing.assert_close(value, f(params))
     torch.testing.assert_close(slope, inner(torch.func.grad(f)(params), direction))
     _, push = torch.func.linearize(f, params)
@@ -218,7 +232,8 @@ def test_jvp_and_linearize_agree_with_grad():
 def test_curvature_agrees_with_finite_differences_of_the_gradient():
     params, direction, batch = in_float64(), in_float64(seed=1), random_batch()
     grad = torch.func.grad(lambda p: mean_loss(p, batch, MATH))
-    _, product = torch.func.jvp(grad, (params,), (direction,))  # forward over reverse: Hessian times direction
+    # Forward over reverse: the Hessian times a direction.
+    _, product = torch.func.jvp(grad, (params,), (direction,))  # pyright: ignore[reportAssignmentType]
     step = 1e-6
     ahead, behind = (grad(moved(params, direction, by)) for by in (step, -step))
     assert_trees_close(product, tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind), rtol=1e-4)

@@ -23,10 +23,10 @@ TABLE = {
     "transformer.h.i.attn.c_q.weight": ((128, 128), ("uniform", -S, S), "matrix"),
     "transformer.h.i.attn.c_k.weight": ((64, 128), ("uniform", -S, S), "matrix"),
     "transformer.h.i.attn.c_v.weight": ((64, 128), ("uniform", -S, S), "matrix"),
-    "transformer.h.i.attn.c_proj.weight": ((128, 128), ("constant", 0), "matrix"),
+    "transformer.h.i.attn.c_proj.weight": ((128, 128), ("zero",), "matrix"),
     "transformer.h.i.attn.ve_gate.weight": ((2, 12), ("uniform", 0, 0.02), "matrix"),
     "transformer.h.i.mlp.c_fc.weight": ((512, 128), ("uniform", -0.4 * S, 0.4 * S), "matrix"),
-    "transformer.h.i.mlp.c_proj.weight": ((128, 512), ("constant", 0), "matrix"),
+    "transformer.h.i.mlp.c_proj.weight": ((128, 512), ("zero",), "matrix"),
     "value_embeds.i.weight": ((1024, 64), ("uniform", -S, S), "value_embedding"),
     "resid_lambdas": ((4,), ("values", 1.15, 1.15 - 0.1 / 3, 1.15 - 0.2 / 3, 1.05), "resid"),
     "x0_lambdas": ((4,), ("values", 0.20, 0.15, 0.10, 0.05), "x0"),
@@ -61,8 +61,8 @@ def test_initial_values_have_the_tables_distribution(name: str):
     n = values.numel()
     if kind == "values":
         torch.testing.assert_close(values, torch.tensor(numbers))
-    elif kind == "constant":
-        assert (values == numbers[0]).all()
+    elif kind == "zero":
+        assert not values.any()
     elif kind == "uniform":
         low, high = (float(x) for x in numbers)  # pyright: ignore[reportArgumentType]
         width = high - low

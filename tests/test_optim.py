@@ -180,20 +180,21 @@ def test_muon_equals_the_rule_matrix_by_matrix(name: str):
     state = muon_state(params)
     # Rows and columns of different size, so that the variance reduction has work to do.
     uneven = torch.linspace(0.2, 2, shape[0])[:, None] * torch.linspace(2, 0.2, shape[1])
-    books = {n: (p.double(), torch.zeros(shape).double(), None) for n, p in tree.flatten(params).items()}
+    lines = shape[0] if shape[0] >= shape[1] else shape[1]
+    zeros = torch.zeros(shape).double(), torch.zeros(lines).double()
+    books = {n: (p.double(), *zeros) for n, p in tree.flatten(params).items()}
     for step in range(3):
         h = {"lr": 0.1 / (step + 1), "momentum": 0.85 + 0.04 * step, "beta2": 0.9, "weight_decay": 0.3}
         grads = tree.map(lambda g: g * uneven, matrices(shape, shape, shape, seed=10 * step + 5))
         params, state = optim.update(grads, state, params, optim.as_hparams({"matrix": h}))
         for n, (p, buf, v) in books.items():
-            v = torch.zeros(shape[0] if shape[0] >= shape[1] else shape[1]).double() if v is None else v
             books[n] = muon_by_the_book(
                 p, grads[n].double(), buf, v, h["lr"], h["momentum"], h["beta2"], h["weight_decay"]
             )
     for n, (p, buf, v) in books.items():
         torch.testing.assert_close(params[n].double(), p, rtol=0, atol=1e-4)
         torch.testing.assert_close(state["matrix", "momentum", n].double(), buf, rtol=1e-5, atol=1e-6)
-        assert v is not None and state["matrix", "second", n].shape == v.shape
+        assert state["matrix", "second", n].shape == v.shape
         torch.testing.assert_close(state["matrix", "second", n].double(), v, rtol=1e-3, atol=1e-6)
 
 
@@ -335,9 +336,9 @@ def test_compiled_rules_equal_the_plain_ones_and_do_not_compile_again_for_other_
         h = hparams("g", lr=lr, beta1=0.8 + step / 100, beta2=0.96, weight_decay=0.1)
         h = {**h, **muon_hparams(lr=lr, momentum=0.85 + step / 100, weight_decay=0.2 - step / 20)}
         grads = tree.map(lambda p: numbers(*p.shape, seed=p.numel() + step), params)  # noqa: B023
-        how = {"grad_scale": torch.tensor(0.5 + step), "keep": torch.tensor(step == 2)}
-        want, wanted_state = optim.update(grads, state, params, h, **how)
-        optim.update_(grads, state, params, h, rules=rules, **how)
+        scale, keep = torch.tensor(0.5 + step), torch.tensor(step == 2)
+        want, wanted_state = optim.update(grads, state, params, h, grad_scale=scale, keep=keep)
+        optim.update_(grads, state, params, h, grad_scale=scale, keep=keep, rules=rules)
         assert_trees_close(params, want, rtol=1e-4)
         assert_trees_close(state, wanted_state, rtol=1e-4)
     assert state["step"] == 3

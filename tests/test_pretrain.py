@@ -1,5 +1,6 @@
-"""The pretraining experiment as a whole, tiny: plans, resume, interruption, and what it says when something is wrong."""
+"""The pretraining experiment as a whole, tiny: plans, resume, interruption, and what it says of mistakes."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -46,7 +47,24 @@ TINY = (
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base folder with a tokenizer and a folder of small documents."""
     folder = tmp_path_factory.mktemp("base")
-    words = "the a cat dog sat ran on under mat tree and then it was quick brown lazy fox jumps over".split()
+    words = [
+        "the",
+        "a",
+        "cat",
+        "dog",
+        "sat",
+        "ran",
+        "on",
+        "under",
+        "mat",
+        "tree",
+        "and",
+        "then",
+        "it",
+        "quick",
+        "lazy",
+        "over",
+    ]
     rng = random.Random(0)
     texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) + "." for _ in range(400)]
     data = folder / "text"
@@ -137,8 +155,6 @@ def test_stopped_and_resumed_is_the_unbroken_run(
 ):
     name = f"stopped{stop_after}"
     with monkeypatch.context() as patch:
-        import contextlib
-
         patch.setattr(train, "stop_on_signals", lambda: contextlib.nullcontext(StopAfter(stop_after)))
         train_tiny(base, f"name={name}")
     assert checkpoint.latest_step(stage.run_folder(name) / "checkpoints") == stop_after
@@ -170,6 +186,19 @@ def test_killed_while_saving_and_resumed_is_the_unbroken_run(base: Path):
     assert kept is not None and kept < 12
     train_tiny(base, "name=killed", "resume=true", *settings)
     assert_same_run(base, "whole", "killed")
+
+
+def test_an_evaluation_that_a_kill_left_out_is_made_up_for(base: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch):
+    def killed(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "validate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny(base, "name=unevaluated")
+    assert checkpoint.steps(stage.run_folder("unevaluated") / "checkpoints") == [3]
+    train_tiny(base, "name=unevaluated", "resume=true")
+    assert_same_run(base, "unbroken", "unevaluated")
 
 
 def test_sigterm_saves_and_exits_cleanly(base: Path):

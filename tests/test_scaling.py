@@ -21,8 +21,9 @@ PLANS = {
 
 def plan(depth: int, **given: float) -> scaling.Plan:
     shape, reference = model.from_depth(depth), model.from_depth(scaling.REFERENCE_DEPTH)
-    counts = [model.count(c)["scaling"] for c in (shape, reference)]
-    return scaling.plan(*counts, model.flops_per_token(shape), **given)  # pyright: ignore[reportArgumentType]
+    params, reference_params = (model.count(c)["scaling"] for c in (shape, reference))
+    flops = model.flops_per_token(shape)
+    return scaling.plan(params, reference_params, flops, **given)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("depth", PLANS)

@@ -1,5 +1,6 @@
 """Schedules at their corners, by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ def test_learning_rate(step: int):
 
 def test_learning_rate_falls_evenly_to_its_end():
     factors = [schedule.learning_rate(s, 1000) for s in range(350, 1001)]
-    steps = {round(a - b, 9) for a, b in zip(factors, factors[1:])}
+    steps = {round(a - b, 9) for a, b in itertools.pairwise(factors)}
     assert steps == {round(0.95 / 650, 9)} and math.isclose(factors[-1], 0.05)
 
 

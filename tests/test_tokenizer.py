@@ -1,4 +1,5 @@
 import base64
+import errno
 import json
 import os
 import random
@@ -265,6 +266,26 @@ def test_missing_and_damaged_files(tmp_path: Path):
     (tmp_path / "tokenizer.txt").write_bytes(b"\xff\xfe\n")
     with pytest.raises(UserError, match="cannot be read"):
         tokenizer.load(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tok: Tokenizer, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"token_bytes.txt cannot be written: (File exists|Not a directory)"):
+        tokenizer.save(tok, tmp_path / "file")
+
+
+def test_a_save_that_fails_leaves_the_old_files(tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer.save(tok, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path: Path, text: str, **options: str) -> None:
+        path.write_bytes(text.encode()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        tokenizer.save(Tokenizer(tok.tokens[:300]), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_default_folder_follows_the_base_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The training step: pure or donating, accumulated, compiled, safe against what is not finite; and the loop around it."""
+"""The training step: pure or donating, accumulated, compiled, safe against what is not finite; and its loop."""
 
 import functools
 import math
@@ -185,7 +185,7 @@ def test_an_abstract_state_has_the_shapes_of_a_real_one():
 
 
 def test_an_impossible_chunk_is_refused():
-    with pytest.raises(UserError, match="train.chunk_tokens=0: must be at least 1"):
+    with pytest.raises(UserError, match=r"train\.chunk_tokens=0: must be at least 1"):
         train.TrainConfig(chunk_tokens=0)
 
 

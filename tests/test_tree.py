@@ -32,7 +32,8 @@ def test_flatten_takes_dicts_and_a_prefix():
 
 
 def test_map_keeps_the_structure_and_changes_nothing():
-    nest = {"p": Point(torch.ones(2), torch.zeros(2)), "t": tree.unflatten({"a.b": torch.ones(3)}), "l": [torch.ones(1)]}
+    point, table = Point(torch.ones(2), torch.zeros(2)), tree.unflatten({"a.b": torch.ones(3)})
+    nest = {"p": point, "t": table, "l": [torch.ones(1)]}
     out = tree.map(lambda x, y: x + 2 * y, nest, nest)
     assert isinstance(out["p"], Point) and isinstance(out["t"], TensorDict)
     assert out["p"].x.tolist() == [3, 3] and out["t"]["a", "b"].tolist() == [3, 3, 3] and out["l"][0].item() == 3
