@@ -33,7 +33,7 @@ from nanochat.config import UserError
 from nanochat.dataset import BadShardError, DataConfig, Shard, num_blocks, read_block, resolve
 from nanochat.runtime import base_dir
 from nanochat.token_cache import Block, BlockReader, Request
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import RUN_CHARS, Tokenizer
 
 STATE_VERSION = 1
 BLOCKS_AHEAD = 3
@@ -315,7 +315,7 @@ class _Turn(NamedTuple):
 
 def _reader(stream: _Stream, check: Callable[[], None]) -> BlockReader:
     return BlockReader(
-        stream.tok.encode,
+        functools.partial(_ids, stream.tok),
         stream.tok.bos,
         stream.token_type,
         check=check,
@@ -323,6 +323,14 @@ def _reader(stream: _Stream, check: Callable[[], None]) -> BlockReader:
         rank=stream.rank,
         world_size=stream.world_size,
     )
+
+
+def _ids(tok: Tokenizer, text: str) -> np.ndarray:
+    """Return `tok.encode(text)`, as the array that tiktoken gives without making a list first where that is the same."""
+    if len(text) < RUN_CHARS:  # no run in it is so long that `encode` would look at it in parts
+        with contextlib.suppress(UnicodeEncodeError):  # lone surrogates, which `encode` replaces
+            return tok.encoding.encode_to_numpy(text, disallowed_special=())
+    return np.array(tok.encode(text), np.uint32)
 
 
 def _blocks(stream: _Stream, place: _Place, reader: BlockReader) -> Iterator[tuple[_Turn, Block]]:

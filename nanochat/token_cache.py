@@ -106,7 +106,7 @@ class BlockReader:
     one may be gone, have a disk of its own, or a full one.
 
     Args:
-        encode: gives the ids of a text; documents that have none are left out.
+        encode: gives the ids of a text as an integer array; documents that have none are left out.
         bos: id put before every document.
         token_type: np.uint16 or np.uint32.
         check: called between pieces of work, in any thread; what it raises ends the work.
@@ -116,7 +116,7 @@ class BlockReader:
 
     def __init__(
         self,
-        encode: Callable[[str], Sequence[int]],
+        encode: Callable[[str], np.ndarray],
         bos: int,
         token_type: type[np.unsignedinteger],
         *,
@@ -125,7 +125,7 @@ class BlockReader:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self._encode, self._bos, self._token_type = encode, bos, token_type
+        self._encode, self._bos, self._token_type = encode, np.array([bos], token_type), token_type
         self._check = check
         self._rank, self._sharers = rank, list(range(world_size))
         self._writing, self._lock = True, threading.Lock()
@@ -168,9 +168,8 @@ class BlockReader:
         self._check()
         texts = request.texts()
         chunks = [texts[i : i + CHUNK_DOCS] for i in range(0, len(texts), CHUNK_DOCS)]
-        docs = [doc for chunk in self._encode_threads.map(self._encode_chunk, chunks) for doc in chunk]
-        tokens = np.concatenate([np.empty(0, self._token_type), *docs])
-        block = Block(tokens, np.array([len(doc) for doc in docs], np.uint32))
+        blocks = self._encode_threads.map(self._encode_chunk, chunks or [[]])
+        block = Block(*map(np.concatenate, zip(*blocks)))
         if request.path and self._writing:
             try:
                 write(request.path, block)
@@ -185,9 +184,12 @@ class BlockReader:
             why = f"{folder} cannot be written ({error.strerror})"
             print(f"warning: tokens are no longer cached: {why}", file=sys.stderr, flush=True)
 
-    def _encode_chunk(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_chunk(self, texts: Sequence[str]) -> Block:
         self._check()
-        return [np.fromiter([self._bos, *ids], self._token_type) for ids in map(self._encode, texts) if len(ids)]
+        docs = [ids for ids in map(self._encode, texts) if len(ids)]
+        parts = [part for ids in docs for part in (self._bos, ids)] or [self._bos[:0]]
+        tokens = np.concatenate(parts, dtype=self._token_type, casting="unsafe")
+        return Block(tokens, np.array([1 + len(ids) for ids in docs], np.uint32))
 
 
 def _cores() -> int:

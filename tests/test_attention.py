@@ -93,9 +93,9 @@ def test_a_short_window_never_costs_the_square_of_the_sequence():
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_sdpa_under_vmap_equals_a_loop():
-    inputs = [torch.stack([x, 2 * x, -x]) for x in qkv(10, (4, 2))]
-    got = torch.func.vmap(attention.sdpa, in_dims=(0, 0, 0, None))(*inputs, 3)
-    want = torch.stack([attention.sdpa(q, k, v, 3) for q, k, v in zip(*inputs)])
+    qs, ks, vs = (torch.stack([x, 2 * x, -x]) for x in qkv(10, (4, 2)))
+    got = torch.func.vmap(attention.sdpa, in_dims=(0, 0, 0, None))(qs, ks, vs, 3)
+    want = torch.stack([attention.sdpa(q, k, v, 3) for q, k, v in zip(qs, ks, vs)])
     torch.testing.assert_close(got, want)
 
 

@@ -140,6 +140,26 @@ def test_a_large_vocabulary(folder: Path) -> None:
     assert row[0] == big.bos > 2**16 and (row[row < 256] == small[small < 256]).all()
 
 
+def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    texts = [
+        "<|bos|> is text",
+        "lone \ud800 surrogate",
+        "é 漢字 🎉",
+        " " * 9000 + "x",
+        "word " * 3000,
+        "y" * 5000,
+        "\0",
+    ]
+    tok = Tokenizer((*TOK.tokens, b"or", b"wor", b"  ", b"    ", b"yy"))
+    (tmp_path / "odd").mkdir()
+    for name in "ab":
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "odd" / f"{name}.jsonl").write_text(lines)
+    expected = [i for text in texts for i in (tok.bos, *tok.encode(text))]
+    stream = loader(tmp_path / "odd", tok=tok, shuffle=False, buffer_docs=1, rows=1, length=len(expected) - 1)
+    assert rows_of(take(1, stream))[0].tolist() == expected
+
+
 def whole_docs(tmp_path: Path) -> tuple[Path, list[int]]:
     """Documents that fill a row each, so that rows come in the order of the documents: 3 shards of 5, 7, 9 blocks."""
     counts = [5, 7, 9, 1]

@@ -95,7 +95,12 @@ def readers() -> Iterator[Any]:
     def make(rank: int = 0, world_size: int = 1, **changes: Any) -> BlockReader:
         settings = {"check": lambda: None, "threads": 2} | changes
         reader = BlockReader(
-            lambda text: list(text.encode()), 256, np.uint16, rank=rank, world_size=world_size, **settings
+            lambda text: np.frombuffer(text.encode(), np.uint8),
+            256,
+            np.uint16,
+            rank=rank,
+            world_size=world_size,
+            **settings,
         )
         opened.append(reader)
         return reader
@@ -149,8 +154,8 @@ def test_processes_fill_one_cache_together(tmp_path: Path) -> None:
         import numpy as np
         from nanochat.token_cache import BlockReader, Request
         rank, world_size = map(int, sys.argv[1:])
-        reader = BlockReader(lambda text: list(text.encode()), 256, np.uint16, check=lambda: None, threads=1,
-                             rank=rank, world_size=world_size)
+        reader = BlockReader(lambda text: np.frombuffer(text.encode(), np.uint8), 256, np.uint16,
+                             check=lambda: None, threads=1, rank=rank, world_size=world_size)
         requests = [Request(Path({str(tmp_path)!r}) / str(i), lambda i=i: [str(i)] * 1000, i) for i in range(30)]
         started = [reader.start(request) for request in requests]
         for i, (request, future) in enumerate(zip(requests, started)):

@@ -1,0 +1,67 @@
+"""Every example of the README runs, and every link and command in it names something that is there."""
+
+import contextlib
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nanochat.config import override
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = sorted(set(re.findall(r"torchrun launch\.py[^`#\n]*|python launch\.py[^`#\n]*", TEXT)))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+def test_python_examples_run_in_order():
+    examples = blocks("python")
+    assert len(examples) >= 2
+    namespace: dict[str, object] = {}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), namespace)
+    assert float(str(namespace["noise"].item())) > 0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_checkpoint_example_loads_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from nanochat import checkpoint, model, tokenizer, train
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    tokenizer.save(tokenizer.train(["the cat sat on the mat " * 9], 270), tmp_path / "tokenizer")
+    config = model.ModelConfig(sequence_len=16, vocab_size=270, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
+    state = train.init(model.init(config, 0), model.spec(config))
+    files = {name: tmp_path / "tokenizer" / name for name in tokenizer.FILES}
+    manager = checkpoint.open(tmp_path / "runs/quickstart/checkpoints")
+    with contextlib.closing(type("", (), {"close": lambda self: checkpoint.close(manager)})()):
+        checkpoint.save(manager, state, {"model": vars(config)}, files=files)
+    namespace: dict[str, object] = {}
+    exec(next(b for b in blocks("python notest") if "load_params" in b), namespace)
+    assert namespace["config"] == config
+
+
+def test_the_experiment_example_is_an_experiment():
+    namespace: dict[str, object] = {}
+    exec(next(b for b in blocks("python notest") if "def config" in b), namespace)
+    made = namespace["config"]()  # pyright: ignore[reportCallIssue]
+    assert made.depth == 16 and callable(namespace["run"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_name_experiments_and_settings(command: str):
+    words = shlex.split(command)[2:]
+    named = [word.partition("=")[2] for word in words if word.startswith("--experiment=")]
+    if named:
+        config = importlib.import_module(f"experiments.{named[0]}").config()
+        settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        override(config, [s for s in settings if not s.endswith("=")])
+        assert "--resume" not in words or hasattr(config, "resume")
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", TEXT))
+def test_links_lead_somewhere(link: str):
+    assert (ROOT / link).exists()
