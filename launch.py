@@ -1,6 +1,5 @@
 """usage: torchrun launch.py --experiment=<name> [--set <setting>=<value>]... [--resume] [--help]
---set overrides one setting, --resume goes on after a stop, --help with an experiment shows its page and settings.
-"""
+--set overrides one setting, --resume goes on after a stop, --help with an experiment shows its page and settings."""
 
 import ast
 import dataclasses
@@ -11,11 +10,11 @@ import signal
 import sys
 import time
 import tomllib
-import traceback
 from pathlib import Path
 
 from absl import flags
 
+from nanochat import allocator
 from nanochat.config import UsageError, UserError, describe, nearest, override
 
 ROOT = Path(__file__).resolve().parent
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (extra := extra_with(str(error.name).split(".")[0])):
             return fail(f'error: the package {error.name} is missing: pip install -e ".[{extra}]"', 1)
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         return 1
     finally:
         if runtime := sys.modules.get("nanochat.runtime"):  # imported only once an experiment starts
@@ -61,6 +60,7 @@ def start(argv: list[str]) -> None:
     if name not in docs:
         wrong = f"--experiment={name}: no such experiment" if name else "no --experiment given"
         raise UsageError(f"{wrong}{nearest(name or ' '.join(words), docs)}\n\n{overview}")
+    allocator.tune()
     module = importlib.import_module(f"experiments.{name}")
     config = module.config()
     if flag["help"].value:

@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import functools
 
+import torch
+
 from nanochat import checkpoint, dataloader, metrics, model, optim, progress, scaling, schedule, stage, tokenizer, train
 from nanochat import config as configs
 from nanochat.config import UserError
@@ -88,6 +90,7 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
     folder = stage.run_folder(str(config.name))
     manager = stage.open_checkpoints(folder, config)
     state, at = stage.start(config, shape, manager, runtime)
+    tokenizer.save(tok, folder / "tokenizer")  # what checkpoints copy, should the original be trained anew
     log = metrics.open(
         folder,
         resume_step=at.step if config.resume else None,
@@ -136,7 +139,8 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
             after_step=functools.partial(stage.after_step, job, loss_fn, show),
             save=functools.partial(stage.save, job),
             stop=stop,
-            skip_nonfinite=config.train.skip_nonfinite,
+            # float16 overflows now and then; its loss scale shrinks until it does not.
+            skip_nonfinite=config.train.skip_nonfinite or runtime.compute_dtype == torch.float16,
         )
     stage.finish(job, at)
     if stop.signal and at.step < plan.num_steps:

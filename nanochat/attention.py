@@ -146,9 +146,7 @@ def choose(
     if problem is None:
         return "flex", make_flex(n_time, windows, device)
     if kernel == "flex":
-        raise ValueError(
-            f"attention=flex does not work on this {device.type} device ({problem}); set attention=sdpa"
-        )
+        raise ValueError(f"attention=flex does not work on this {device.type} device ({problem}); set attention=sdpa")
     print(f"attention: flex_attention fails here ({problem}); using sdpa")
     return "sdpa", sdpa
 

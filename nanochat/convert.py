@@ -57,9 +57,7 @@ def from_reference(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Par
     given = {to_ours(name): value for name, value in state_dict.items()}
     rows = model.spec(config)
     if surplus := sorted(set(given) - set(rows)):
-        raise UserError(
-            f"reference checkpoint: {surplus[0]} does not belong to a model of {config.n_layer} layers"
-        )
+        raise UserError(f"reference checkpoint: {surplus[0]} does not belong to a model of {config.n_layer} layers")
     flat, filled = {}, []
     for name, row in rows.items():
         if name in given:

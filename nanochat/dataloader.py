@@ -185,10 +185,10 @@ _Held = tuple[np.ndarray, int]  # a document in the buffer: its first tokens, as
 
 
 def _snapshot(stream: _Stream, place: _Place, held: dict[int, _Held]) -> LoaderState:
-    tokens, lengths = zip(*held.values()) if held else ([np.empty(0, stream.token_type)], [])
+    tokens, lengths = zip(*held.values()) if held else ((), ())
     return LoaderState(
         position={"version": STATE_VERSION, **vars(place), "made_of": dict(stream.identity)},
-        tokens=np.concatenate(tokens),
+        tokens=np.frombuffer(b"".join(tokens), stream.token_type),  # three times as fast as np.concatenate
         lengths=np.array(lengths, np.int32),
     )
 
@@ -315,8 +315,7 @@ class _Turn(NamedTuple):
 
 def _reader(stream: _Stream, check: Callable[[], None]) -> BlockReader:
     return BlockReader(
-        functools.partial(_ids, stream.tok),
-        stream.tok.bos,
+        functools.partial(_encode, stream.tok),
         stream.token_type,
         check=check,
         threads=stream.config.tokenizer_threads,
@@ -325,12 +324,30 @@ def _reader(stream: _Stream, check: Callable[[], None]) -> BlockReader:
     )
 
 
-def _ids(tok: Tokenizer, text: str) -> np.ndarray:
-    """Return `tok.encode(text)`, as the array that tiktoken gives without making a list first where that is the same."""
-    if len(text) < RUN_CHARS:  # no run in it is so long that `encode` would look at it in parts
-        with contextlib.suppress(UnicodeEncodeError):  # lone surrogates, which `encode` replaces
-            return tok.encoding.encode_to_numpy(text, disallowed_special=())
-    return np.array(tok.encode(text), np.uint32)
+def _encode(tok: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the tokens of each text, <|bos|> before them; texts without any are left out.
+
+    Most texts go to tiktoken as one, with <|bos|> between them: it encodes what lies between special tokens on its own,
+    and gives other threads the interpreter for as long as it works, so the longer the better.
+    """
+
+    def alone(text: str) -> np.ndarray:
+        return np.array([tok.bos, *tok.encode(text)], np.uint32)
+
+    def has_no_long_run(text: str) -> bool:  # of spaces or anything else, which `tok.encode` would take apart
+        chunks = (text[end - RUN_CHARS : end] for end in range(RUN_CHARS, len(text) + 1, RUN_CHARS))
+        return all(" " in chunk and not chunk.isspace() for chunk in chunks)
+
+    bos = "<|bos|>"
+    texts = [text for text in texts if text]
+    plain = [bos not in text and has_no_long_run(text) for text in texts]
+    joined = "".join(bos + text for text, is_plain in zip(texts, plain) if is_plain)
+    try:
+        ids = tok.encoding.encode_to_numpy(joined, allowed_special={bos}, disallowed_special=())
+    except UnicodeEncodeError:  # half a surrogate pair somewhere, which `tok.encode` replaces
+        return [alone(text) for text in texts]
+    docs = iter(np.split(ids, np.flatnonzero(ids == tok.bos)[1:]))
+    return [next(docs) if is_plain else alone(text) for text, is_plain in zip(texts, plain)]
 
 
 def _blocks(stream: _Stream, place: _Place, reader: BlockReader) -> Iterator[tuple[_Turn, Block]]:

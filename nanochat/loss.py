@@ -66,9 +66,7 @@ def per_token(
     return torch.cat(losses).view_as(batch["targets"])
 
 
-def chunked_mean(
-    x_RC: Tensor, lm_head_VC: Tensor, targets_R: Tensor, vocab_size: int, chunk_tokens: int
-) -> Tensor:
+def chunked_mean(x_RC: Tensor, lm_head_VC: Tensor, targets_R: Tensor, vocab_size: int, chunk_tokens: int) -> Tensor:
     """Return the mean cross entropy of capped logits, computed with its gradient a chunk of tokens at a time.
 
     The gradient with respect to `x` and `lm_head` is made in the forward pass, while a chunk's logits are at hand,

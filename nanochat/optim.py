@@ -100,7 +100,7 @@ def init(params: TensorDict, spec: Mapping[str, Row]) -> OptState:
 
     Returns:
         {"step": 0-d int64, group: {"m", "v"}} for AdamW, {"momentum", "second"} for Muon, where `second` holds one
-        mean square per row (r, 1) or per column (1, c), whichever are fewer numbers reduced over the longer side.
+        mean square per row (r, 1) where r >= c, and per column (1, c) where not.
     """
     flat = tree.flatten(params)
     device = next(iter(flat.values())).device
@@ -328,7 +328,7 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def reduced_axis(shape: torch.Size | tuple[int, ...]) -> int:
-    """Return the axis that the variance is averaged over: the longer one, columns (-1) when square."""
+    """Return the axis that the variance is averaged over: columns (-1) where r >= c, else rows (-2)."""
     return -1 if shape[-2] >= shape[-1] else -2
 
 

@@ -110,7 +110,8 @@ class Job:
         config: resolved. shape, tok, runtime: the model's, the tokenizer, the process's place.
         num_steps, step_tokens, flops_per_token: length of the run, tokens of a step (all ranks), cost of a token.
         hparams_at: step -> hyperparameters. peak_flops: matmul limit of a device, for the MFU.
-        folder, manager, log: where the run's files are, its open checkpoints, its open metrics.
+        folder, manager, log: where the run's files are (a copy of the tokenizer among them), its open checkpoints,
+            its open metrics.
         seconds: of the steps that this process has done; the one thing in here that grows.
     """
 
@@ -294,8 +295,7 @@ def save(job: Job, state: TrainState, at: Progress) -> None:
         "loader_lengths": loader["lengths"],
         "random_state": torch.get_rng_state(),
     }
-    folder = tokenizer_folder(job.config)
-    files = {name: folder / name for name in tokenizer.FILES}
+    files = {name: job.folder / "tokenizer" / name for name in tokenizer.FILES}
     checkpoint.save(job.manager, state, meta, arrays=arrays, files=files)
 
 

@@ -6,6 +6,7 @@ that is missing, cut short or damaged is made again. The folder may be deleted a
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ import numpy as np
 FORMAT = "nanochat-tokens-1"
 HEADER_BYTES = 128
 BLOCKS_AT_ONCE = 2  # as one block ends, the next keeps the tokenising threads busy
-CHUNK_DOCS = 32  # documents that a thread tokenises in one go
+CHUNK_CHARS = 100_000  # that a thread tokenises in one go
 OTHERS_WAIT_SECONDS = 10.0  # for a block that another rank should tokenise
 OTHERS_POLL_SECONDS = 0.01
 
@@ -106,9 +107,8 @@ class BlockReader:
     one may be gone, have a disk of its own, or a full one.
 
     Args:
-        encode: gives the ids of a text as an integer array; documents that have none are left out.
-        bos: id put before every document.
-        token_type: np.uint16 or np.uint32.
+        encode: gives the tokens of some texts, an array for each that has any; called in many threads.
+        token_type: np.uint16 or np.uint32, in which blocks hold them.
         check: called between pieces of work, in any thread; what it raises ends the work.
         threads: threads that tokenise; None: one per core.
         rank, world_size: which of how many processes this is that use the cache at the same time.
@@ -116,8 +116,7 @@ class BlockReader:
 
     def __init__(
         self,
-        encode: Callable[[str], np.ndarray],
-        bos: int,
+        encode: Callable[[Sequence[str]], Sequence[np.ndarray]],
         token_type: type[np.unsignedinteger],
         *,
         check: Callable[[], None],
@@ -125,7 +124,7 @@ class BlockReader:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self._encode, self._bos, self._token_type = encode, np.array([bos], token_type), token_type
+        self._encode, self._token_type = encode, token_type
         self._check = check
         self._rank, self._sharers = rank, list(range(world_size))
         self._writing, self._lock = True, threading.Lock()
@@ -134,7 +133,7 @@ class BlockReader:
 
     def start(self, request: Request) -> Future[Block] | None:
         """Begin with a block if this rank has to tokenise it. Give what is returned to `result`."""
-        if request.path is None or (self._whose(request) == self._rank and not request.path.exists()):
+        if request.path is None or (self._whose(request) == self._rank and not os.path.exists(request.path)):
             return self._block_threads.submit(self._tokenize, request)
         return None
 
@@ -167,8 +166,7 @@ class BlockReader:
     def _tokenize(self, request: Request) -> Block:
         self._check()
         texts = request.texts()
-        chunks = [texts[i : i + CHUNK_DOCS] for i in range(0, len(texts), CHUNK_DOCS)]
-        blocks = self._encode_threads.map(self._encode_chunk, chunks or [[]])
+        blocks = self._encode_threads.map(self._encode_chunk, _chunks(texts))
         block = Block(*map(np.concatenate, zip(*blocks)))
         if request.path and self._writing:
             try:
@@ -186,10 +184,16 @@ class BlockReader:
 
     def _encode_chunk(self, texts: Sequence[str]) -> Block:
         self._check()
-        docs = [ids for ids in map(self._encode, texts) if len(ids)]
-        parts = [part for ids in docs for part in (self._bos, ids)] or [self._bos[:0]]
-        tokens = np.concatenate(parts, dtype=self._token_type, casting="unsafe")
-        return Block(tokens, np.array([1 + len(ids) for ids in docs], np.uint32))
+        docs = self._encode(texts)
+        tokens = np.concatenate([np.empty(0, self._token_type), *docs], dtype=self._token_type, casting="unsafe")
+        return Block(tokens, np.array([len(doc) for doc in docs], np.uint32))
+
+
+def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
+    """Cut into parts of about CHUNK_CHARS characters; no texts are one part."""
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64) // CHUNK_CHARS
+    edges = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(texts)]
+    return [texts[start:stop] for start, stop in itertools.pairwise(edges)]
 
 
 def _cores() -> int:

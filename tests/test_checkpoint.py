@@ -481,34 +481,41 @@ def test_a_damaged_metrics_file_is_named_when_the_folder_is_opened(tmp_path: Pat
 # Killed, stopped, out of room
 
 
+# For every line `step phase delay`: save that step in a forked child, and kill it so many seconds after the save began
+# (phase 0) or went on in the background (phase 1); let it live where the delay is negative. Prints the exit code and,
+# of a child that lived, the seconds until `save` returned and from there until the end.
 KILLED = """
     import os, sys, time
     import torch
-    from nanochat import checkpoint, manifest, store, tree
+    from nanochat import checkpoint, store, tree
     from tests.test_checkpoint import State, big_state
     torch.set_num_threads(1)  # no pool of threads: the children are forked
     store.orbax()
     for line in sys.stdin:
-        step, delay = line.split()
-        begun, begin = os.pipe()
+        step, phase, delay = line.split()
+        read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
             manager = checkpoint.open(sys.argv[1], checkpoint.CheckpointConfig(keep_last=1))
             state = big_state(int(step))
-            os.write(begin, b".")
-            start = time.monotonic()
+            os.write(write, b".")
+            begun = time.monotonic()
             checkpoint.save(manager, state, {})
+            os.write(write, b".")
+            returned = time.monotonic()
             checkpoint.close(manager)
-            os.write(begin, repr(time.monotonic() - start).encode())
+            os.write(write, f"{returned - begun} {time.monotonic() - returned}".encode())
             os._exit(0)
-        os.close(begin)
-        os.read(begun, 1)
+        os.close(write)
+        for _ in range(1 + int(phase)):
+            os.read(read, 1)
         if float(delay) >= 0:
             time.sleep(float(delay))
             os.kill(pid, 9)
-        took = os.read(begun, 100).decode() or "0"
-        os.close(begun)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), took, flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        took = os.read(read, 100).decode().lstrip(".")
+        os.close(read)
+        print(code, took, flush=True)
 """
 
 
@@ -529,11 +536,10 @@ def test_a_save_killed_at_ten_moments_never_hurts(tmp_path: Path) -> None:
     )
     assert forker.stdin and forker.stdout
 
-    def run(step: int, delay: float) -> tuple[int, float]:
+    def run(step: int, phase: int, delay: float) -> list[float]:
         assert forker.stdin and forker.stdout
-        print(step, delay, file=forker.stdin, flush=True)
-        code, took = forker.stdout.readline().split()
-        return int(code), float(took)
+        print(step, phase, delay, file=forker.stdin, flush=True)
+        return [float(number) for number in forker.stdout.readline().split()]
 
     def check(allowed: set[int]) -> int:
         there = checkpoint.steps(tmp_path)
@@ -542,16 +548,18 @@ def test_a_save_killed_at_ten_moments_never_hurts(tmp_path: Path) -> None:
             assert_same(checkpoint.restore(tmp_path, abstract(big_state(step)), step=step)[0], big_state(step))
         return there[-1]
 
-    assert run(1, -1)[0] == 0
-    code, whole_seconds = run(2, -1)
+    assert run(1, 0, -1)[0] == 0
+    code, blocking_seconds, background_seconds = run(2, 0, -1)
     assert code == 0 and check({2}) == 2
+    moments = [(0, blocking_seconds * i / 3) for i in range(3)]
+    moments += [(1, background_seconds * i / 6) for i in range(7)]
     latest, interrupted = 2, 0
-    for moment in range(10):
-        code, _ = run(latest + 1, whole_seconds * moment / 8)
+    for phase, delay in moments:
+        code, *_ = run(latest + 1, phase, delay)
         assert code in (0, -signal.SIGKILL)
         interrupted += any("tmp" in path.name for path in temporary(tmp_path))
         latest = check({latest, latest + 1})
-    assert interrupted, f"no kill fell into a save of {whole_seconds:.2f} s"
+    assert interrupted, f"no kill fell into the {background_seconds:.2f} s of writing"
     forker.stdin.close()
     assert forker.wait(30) == 0
     checkpoint.close(checkpoint.open(tmp_path))

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -140,17 +140,11 @@ def test_a_large_vocabulary(folder: Path) -> None:
     assert row[0] == big.bos > 2**16 and (row[row < 256] == small[small < 256]).all()
 
 
-def test_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
-    texts = [
-        "<|bos|> is text",
-        "lone \ud800 surrogate",
-        "é 漢字 🎉",
-        " " * 9000 + "x",
-        "word " * 3000,
-        "y" * 5000,
-        "\0",
-    ]
-    tok = Tokenizer((*TOK.tokens, b"or", b"wor", b"  ", b"    ", b"yy"))
+@pytest.mark.parametrize("odd", [[], ["half a \ud800 pair"]])
+def test_tokens_are_those_of_the_tokenizer(tmp_path: Path, odd: list[str]) -> None:
+    texts = ["<|bos|> is text", "<|user_end|> too", "plain", "é 漢字 🎉", " x ", " " * 9000 + "x", "word " * 3000]
+    texts += ["a" + "y" * 5000, "b " * 2000 + "y" * 9001 + " c", "\n" * 9001 + "x", "b" + " " * 9000 + "x", "\0", *odd]
+    tok = Tokenizer((*TOK.tokens, b"or", b"wor", b"  ", b"    ", b"yy", b"\n\n"))
     (tmp_path / "odd").mkdir()
     for name in "ab":
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -521,17 +515,20 @@ def test_closing_ends_every_thread(folder: Path) -> None:
         assert threading.active_count() == before, how
 
 
-def test_closing_does_not_wait_for_a_slow_tokenizer(folder: Path) -> None:
-    class Slow(Tokenizer):
-        def encode(self, text: str) -> list[int]:
-            time.sleep(0.05)
-            return super().encode(text)
+def test_closing_does_not_wait_for_all_that_is_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = dataloader._encode
 
-    stream = loader(folder, tok=Slow(TOK.tokens), token_cache=False, buffer_docs=1, rows=1)
+    def slow(tok: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+        time.sleep(0.2)
+        return encode(tok, texts)
+
+    monkeypatch.setattr(dataloader, "_encode", slow)
+    monkeypatch.setattr(token_cache, "CHUNK_CHARS", 20)
+    stream = loader(folder, token_cache=False, buffer_docs=1, rows=1, tokenizer_threads=1)
     next(stream)
     started = time.monotonic()
     stream.close()  # type: ignore[attr-defined]
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 1, "a block takes two seconds"
 
 
 def test_an_error_in_a_thread_keeps_its_type(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

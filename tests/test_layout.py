@@ -19,7 +19,7 @@ PACKAGE = ROOT / "nanochat"
 # A file imports only from rows above its own. A new file takes its place here.
 ROWS = [
     {"config"},  # the errors that all the others raise
-    {"corpus", "runtime", "tree", "units"},
+    {"allocator", "corpus", "runtime", "tree", "units"},
     {
         *("attention", "background", "download", "fingerprint", "hub", "linear", "metrics", "packing", "plots"),
         *("progress", "schedule", "store", "token_cache", "tokenizer", "transform"),

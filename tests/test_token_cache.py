@@ -31,6 +31,10 @@ def block_of(docs: Sequence[Sequence[int]], token_type: Any = np.uint16) -> Bloc
     )
 
 
+def encode(texts: Sequence[str]) -> list[np.ndarray]:
+    return [np.array([256, *text.encode()], np.uint32) for text in texts if text]
+
+
 def docs_of(block: Block | None) -> list[list[int]]:
     assert block is not None
     return [doc.tolist() for doc in np.split(block.tokens, np.cumsum(block.lengths)[:-1])] if len(block.lengths) else []
@@ -94,14 +98,7 @@ def readers() -> Iterator[Any]:
 
     def make(rank: int = 0, world_size: int = 1, **changes: Any) -> BlockReader:
         settings = {"check": lambda: None, "threads": 2} | changes
-        reader = BlockReader(
-            lambda text: np.frombuffer(text.encode(), np.uint8),
-            256,
-            np.uint16,
-            rank=rank,
-            world_size=world_size,
-            **settings,
-        )
+        reader = BlockReader(encode, np.uint16, rank=rank, world_size=world_size, **settings)
         opened.append(reader)
         return reader
 
@@ -131,7 +128,9 @@ def test_without_a_path_nothing_is_written(tmp_path: Path, readers: Any, monkeyp
     assert source.reads == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_documents_keep_their_order_over_many_chunks(readers: Any) -> None:
+def test_documents_keep_their_order_over_many_chunks(readers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "CHUNK_CHARS", 100)
+    assert [len(chunk) for chunk in token_cache._chunks(["x" * 30] * 10)] == [3, 3, 3, 1]
     texts = [f"document {i}" * (i % 7) for i in range(500)]
     expected = [[256, *text.encode()] for text in texts if text]
     assert get(readers(threads=4), Request(None, Source(texts), 0)) == expected
@@ -154,8 +153,9 @@ def test_processes_fill_one_cache_together(tmp_path: Path) -> None:
         import numpy as np
         from nanochat.token_cache import BlockReader, Request
         rank, world_size = map(int, sys.argv[1:])
-        reader = BlockReader(lambda text: np.frombuffer(text.encode(), np.uint8), 256, np.uint16,
-                             check=lambda: None, threads=1, rank=rank, world_size=world_size)
+        def encode(texts):
+            return [np.array([256, *text.encode()], np.uint32) for text in texts]
+        reader = BlockReader(encode, np.uint16, check=lambda: None, threads=1, rank=rank, world_size=world_size)
         requests = [Request(Path({str(tmp_path)!r}) / str(i), lambda i=i: [str(i)] * 1000, i) for i in range(30)]
         started = [reader.start(request) for request in requests]
         for i, (request, future) in enumerate(zip(requests, started)):

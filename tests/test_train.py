@@ -1,5 +1,6 @@
 """The training step: pure or donating, accumulated, compiled, safe against what is not finite; and its loop."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -14,13 +15,17 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from nanochat import attention, loss, model, optim, train, transform, tree
+from nanochat import attention, loss, model, optim, stage, train, transform, tree
 from nanochat.config import UserError
 from nanochat.model import Compute, ModelConfig
+from nanochat.runtime import Runtime
 from nanochat.train import Progress, StopFlag, TrainState
 
 RATES = optim.rates(optim.OptimConfig(), CONFIG.n_embd)
 HPARAMS = optim.as_hparams(RATES)
+
+
+GRADS = ("autograd", "func")
 
 
 def new_state(compute_dtype: torch.dtype = torch.float32, config: ModelConfig = CONFIG) -> TrainState:
@@ -131,7 +136,7 @@ def test_training_lowers_the_loss():
 
 def test_torch_func_gives_the_same_training():
     states, losses = {}, {}
-    for grad in ("autograd", "func"):
+    for grad in GRADS:
         state, losses[grad] = new_state(), []
         for i in range(5):
             state, metrics = make_step(grad=grad)(state, train.split(batch_of(seed=i), 2), HPARAMS)
@@ -139,6 +144,39 @@ def test_torch_func_gives_the_same_training():
         states[grad] = state
     assert losses["func"] == pytest.approx(losses["autograd"], rel=1e-6)
     assert_trees_close(states["func"].params, states["autograd"].params, rtol=1e-4)
+
+
+CPU = Runtime(0, 0, 1, torch.device("cpu"), None, torch.float32)
+
+
+def test_training_by_torch_func_never_meets_a_custom_backward(monkeypatch: pytest.MonkeyPatch):
+    """Compiled, torch.func would drop it without a word: see test_transform's trap."""
+    settings = {grad: stage.StageConfig(compile=False, train=train.TrainConfig(grad=grad)) for grad in GRADS}
+    want, _ = stage.functions(settings["autograd"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
+
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("the chunked loss was asked for")
+
+    monkeypatch.setattr(loss, "chunked_mean", refuse)
+    got, _ = stage.functions(settings["func"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
+    assert_trees_close(got.params, want.params, rtol=1e-4)
+    with pytest.raises(AssertionError, match="the chunked loss was asked for"):  # the default is the one that uses it
+        stage.functions(settings["autograd"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
+    monkeypatch.setattr(attention, "choose", lambda *_: ("flex", attention.sdpa))
+    with pytest.raises(UserError, match=r"train\.grad=func: flex_attention has a custom backward"):
+        stage.functions(dataclasses.replace(settings["func"], compile=True), CONFIG, CPU)
+
+
+def test_tables_stay_in_half_precision():
+    state = train.init(random_params(dtype=torch.bfloat16), model.spec(CONFIG), torch.bfloat16)
+    want, wanted_metrics = make_step()(new_state(), [batch_of()], HPARAMS)
+    for donate in (False, True):
+        step = make_step(compute_dtype=torch.bfloat16, donate=donate)
+        new, metrics = step(copy_of(state), [batch_of()], HPARAMS)
+        assert [x.dtype for x in tree.leaves(new)] == [x.dtype for x in tree.leaves(state)]
+        assert math.isclose(metrics["loss"], wanted_metrics["loss"], rel_tol=0.02)
+        assert math.isclose(metrics["grad_norm"], wanted_metrics["grad_norm"], rel_tol=0.05)
+        assert (new.params["lm_head"] - want.params["lm_head"]).abs().mean() < 0.1 * 0.04  # of a step of 0.04
 
 
 # --- float16's loss scale -------------------------------------------------------------------------------------------
@@ -192,6 +230,7 @@ def test_an_impossible_chunk_is_refused():
 # --- compiled -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_compiled_gradients_equal_eager_ones_with_the_chunked_loss():
     config = ModelConfig(sequence_len=16, vocab_size=100, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
     params, scale = random_params(config), torch.tensor(4.0)
