@@ -142,7 +142,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for prefix, (half, single) in PEAK_FLOPS.items():
             if re.match(rf"{prefix}\b", name):  # an L40 is no L4
                 return (single if dtype == torch.float32 else half), f"data sheet of {prefix.removeprefix('NVIDIA ')}"
-    size = 4096 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 2048
     return measure_matmul(size, device, dtype), f"measured, {size}x{size}x{size} matmul"
 
 
