@@ -17,7 +17,6 @@ from nanochat.dataset import DataConfig
 from nanochat.optim import OptimConfig
 from nanochat.runtime import Runtime, base_dir
 from nanochat.stage import EvalConfig
-from nanochat.train import TrainConfig
 from nanochat.units import duration
 
 VOCAB_SIZE = 4096
@@ -35,17 +34,18 @@ def config() -> Config:
         name="quickstart",
         depth=4,
         overwrite=True,
+        compile=False,  # compiling takes a C++ compiler and a minute, and would save less than that here
         tokenizer=str(base_dir() / "quickstart_tokenizer"),
         device_batch_size=16,
         total_batch_size=16 * 256,
-        num_iterations=500,
+        num_iterations=400,
         model=pretrain.ShapeConfig(sequence_len=256, aspect_ratio=48, head_dim=64, window_pattern="SL"),
-        optim=OptimConfig(),
-        train=TrainConfig(chunk_tokens=1024),
+        # The rules scale rates and decay for runs a hundred times as long; in so few steps the matrices need more.
+        optim=OptimConfig(matrix_lr=0.15, weight_decay=0.1),
         data=DataConfig(source="embedded"),
         eval=EvalConfig(
-            every_steps=100,
-            tokens=2**16,
+            every_steps=50,
+            tokens=2**15,
             sample_every_steps=None,
             sample_tokens=40,
             prompts=PROMPTS,
