@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (extra := extra_with(str(error.name).split(".")[0])):
             return fail(f'error: the package {error.name} is missing: pip install -e ".[{extra}]"', 1)
-        sys.excepthook(*sys.exc_info())
+        sys.excepthook(type(error), error, error.__traceback__)
         return 1
     finally:
         if runtime := sys.modules.get("nanochat.runtime"):  # imported only once an experiment starts

@@ -157,9 +157,9 @@ def matmuls(shape: ModelConfig, tokens: int, here: Runtime) -> Callable[[], None
     def run() -> None:
         for x, weight, grad, n in operands:
             for _ in range(n):
-                x @ weight.T
-                grad @ weight
-                grad.T @ x
+                torch.mm(x, weight.T)
+                torch.mm(grad, weight)
+                torch.mm(grad.T, x)
 
     return run
 

@@ -14,7 +14,20 @@ import functools
 
 import torch
 
-from nanochat import checkpoint, dataloader, metrics, model, optim, progress, scaling, schedule, stage, tokenizer, train
+from nanochat import (
+    checkpoint,
+    dataloader,
+    dataset,
+    metrics,
+    model,
+    optim,
+    progress,
+    scaling,
+    schedule,
+    stage,
+    tokenizer,
+    train,
+)
 from nanochat import config as configs
 from nanochat.config import UserError
 from nanochat.model import ModelConfig
@@ -82,6 +95,7 @@ def run(config: Config, runtime: Runtime) -> None:
     )
     print(describe(config, shape, plan, runtime), flush=True)
     if tok and not config.dry_run:
+        dataset.resolve(config.data, "train")  # missing data is said before an old run is touched
         pretrain(config, shape, plan, tok, runtime)
 
 

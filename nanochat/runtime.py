@@ -66,7 +66,7 @@ def create(device: str = "auto", dtype: str = "auto") -> Runtime:
         # Compiled, the gradient of an embedding is otherwise summed by all threads in any order: a resumed run would
         # differ from an unbroken one in the last bits. Filling fresh memory is for finding bugs, and takes time.
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     mesh = None
     if world_size > 1:
         if place.type == "mps":

@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,10 @@ def functions(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> tupl
     Raises:
         UserError: the attention kernel does not run here, or train.grad=func would meet a custom backward.
     """
+    if config.compile and runtime.device.type == "cpu":
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if not shutil.which(compiler):
+            raise UserError(f"compile=true needs a C++ compiler on the CPU: install {compiler}, or set compile=false")
     heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
     asked = "sdpa" if config.train.grad == "func" and config.train.attention == "auto" else config.train.attention
     if not config.compile and asked in ("auto", "flex"):

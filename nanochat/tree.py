@@ -5,7 +5,7 @@ over the leaves does neither.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -32,7 +32,7 @@ def flatten(tree: Mapping[str, Any] | TensorDictBase, prefix: str = "") -> dict[
         if isinstance(value, TensorDictBase | Mapping):
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{key}"] = cast(Tensor, value)
     return flat
 
 

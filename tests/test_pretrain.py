@@ -1,7 +1,10 @@
 """The pretraining experiment as a whole, tiny: plans, resume, interruption, and what it says of mistakes."""
 
+import base64
 import contextlib
 import dataclasses
+import functools
+import importlib
 import json
 import os
 import random
@@ -12,11 +15,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from experiments import pretrain, quickstart
-from nanochat import checkpoint, metrics, model, runtime, stage, tokenizer, train, tree
+from experiments import bench_train, convert, pretrain, quickstart
+from nanochat import checkpoint, loss, metrics, model, runtime, stage, tokenizer, train, tree
 from nanochat.config import UserError, override
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -298,6 +302,86 @@ def test_several_processes_are_refused(base: Path):
     two = dataclasses.replace(runtime.create("cpu"), world_size=2)
     with pytest.raises(UserError, match="one process"):
         pretrain.run(tiny(base), two)
+
+
+def test_compiling_without_a_compiler_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="install no-such-compiler, or set compile=false"):
+        train_tiny(base, "name=uncompiled", "compile=true")
+
+
+def test_missing_data_is_said_before_an_old_run_is_deleted(base: Path, unbroken: Path):
+    with pytest.raises(UserError, match="/nowhere"):
+        train_tiny(base, "name=unbroken", "overwrite=true", "data.source=/nowhere")
+    assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
+
+
+def test_a_buffer_of_one_document_resumes(base: Path, monkeypatch: pytest.MonkeyPatch):
+    train_tiny(base, "name=one", "data.buffer_docs=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "stop_on_signals", lambda: contextlib.nullcontext(StopAfter(2)))
+        train_tiny(base, "name=one_stopped", "data.buffer_docs=1")
+    train_tiny(base, "name=one_stopped", "data.buffer_docs=1", "resume=true")
+    assert losses(stage.run_folder("one_stopped")) == losses(stage.run_folder("one"))
+
+
+def test_compiled_gradients_are_the_same_bits_every_time():
+    """Trap: compiled, threads add up the gradient of an embedding in any order, unless torch is told otherwise."""
+    here, threads = runtime.create("cpu"), torch.get_num_threads()
+    shape = model.ModelConfig(256, vocab_size=512, n_layer=1, n_head=2, n_kv_head=2, n_embd=128, window_pattern="L")
+    params = model.init(shape, 0)
+    generator = torch.Generator().manual_seed(0)
+    batch = {name: torch.randint(30, (16, 256), generator=generator) for name in ("inputs", "targets")}
+    loss_fn = functools.partial(
+        loss.next_token, config=shape, compute=model.Compute(here.compute_dtype), chunk_tokens=512
+    )
+    torch.set_num_threads(2)
+    try:
+        value_and_grad = train.gradient(loss_fn, compile=True)
+        first, *others = (tree.flatten(value_and_grad(params, batch, torch.tensor(1.0))[0]) for _ in range(8))
+    finally:
+        torch.set_num_threads(threads)
+    for other in others:
+        assert [name for name in first if not torch.equal(first[name], other[name])] == []
+
+
+def test_bench_train_measures(capsys):
+    small = ["depth=1", "width=64", "head_dim=32", "vocab_size=128", "sequence_len=32", "rounds=1", "compile=false"]
+    bench_train.run(override(bench_train.config(), small), runtime.create("cpu"))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["tokens_per_second"] > 0 and 0 < result["share_of_matmul_2048"] < 1
+
+
+def test_convert_writes_a_checkpoint_that_loads(base: Path, tmp_path: Path, capsys):
+    golden = np.load(ROOT / "tests/golden/reference_d4.npz", allow_pickle=False)
+    weights = {n.removeprefix("param/"): torch.from_numpy(golden[n]) for n in golden.files if n.startswith("param/")}
+    torch.save(weights, tmp_path / "model_7.pt")
+    shape = {"sequence_len": 32, "vocab_size": 300, "n_layer": 4, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    (tmp_path / "meta_7.json").write_text(json.dumps({"step": 7, "model_config": shape | {"vocab_size": 100}}))
+    settings = [f"model={tmp_path / 'model_7.pt'}", f"meta={tmp_path / 'meta_7.json'}", "name=converted"]
+    config = override(convert.config(), settings)
+    convert.run(config, runtime.create("cpu"))
+    params, meta, _ = checkpoint.load_params(stage.run_folder("converted") / "checkpoints", step=7)
+    logits = model.apply(
+        params, torch.from_numpy(golden["tokens"][0, :, :-1]), config=model.ModelConfig(**meta["model"])
+    )
+    assert logits.shape == (2, 32, 100)
+    assert "window_pattern L" in capsys.readouterr().out
+    tok = tokenizer.load(base / "tokenizer")
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tok.tokens)]
+    (tmp_path / "ranks").write_text("\n".join(lines))
+    assert convert.read_ranks(tmp_path / "ranks") == tok
+    with pytest.raises(UserError, match="300 tokens with the specials, the model has 100"):
+        convert.run(dataclasses.replace(config, ranks=str(tmp_path / "ranks")), runtime.create("cpu"))
+    (tmp_path / "ranks").write_text("\n".join([lines[0], "?? 1"]))
+    with pytest.raises(UserError, match="ranks, line 2"):
+        convert.read_ranks(tmp_path / "ranks")
+
+
+@pytest.mark.parametrize("depth", [12, 20, 24, 26])
+def test_named_depths(depth: int):
+    module = importlib.import_module(f"experiments.pretrain_d{depth}")
+    assert module.config() == dataclasses.replace(pretrain.config(), depth=depth) and module.run is pretrain.run
 
 
 def test_quickstart_takes_steps(base: Path):

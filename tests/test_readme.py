@@ -1,6 +1,5 @@
 """Every example of the README runs, and every link and command in it names something that is there."""
 
-import contextlib
 import importlib
 import re
 import shlex
@@ -37,8 +36,8 @@ def test_the_checkpoint_example_loads_a_checkpoint(tmp_path: Path, monkeypatch: 
     state = train.init(model.init(config, 0), model.spec(config))
     files = {name: tmp_path / "tokenizer" / name for name in tokenizer.FILES}
     manager = checkpoint.open(tmp_path / "runs/quickstart/checkpoints")
-    with contextlib.closing(type("", (), {"close": lambda self: checkpoint.close(manager)})()):
-        checkpoint.save(manager, state, {"model": vars(config)}, files=files)
+    checkpoint.save(manager, state, {"model": vars(config)}, files=files)
+    checkpoint.close(manager)
     namespace: dict[str, object] = {}
     exec(next(b for b in blocks("python notest") if "load_params" in b), namespace)
     assert namespace["config"] == config

@@ -1,0 +1,115 @@
+"""Turn a checkpoint of the reference (karpathy/nanochat) into one of ours.
+
+    torchrun launch.py --experiment=convert --set model=.../model_021400.pt --set meta=.../meta_021400.json \
+        --set ranks=ranks.tiktoken --set name=d20_reference
+
+Tensors are read without running any pickled code. The reference keeps its tokenizer as a pickle, which is never read
+here: write its ranks as text in the reference's own environment, once, with
+
+    python -c "import base64, pickle, sys; e = pickle.load(open('tokenizer.pkl', 'rb')); \
+        [print(base64.b64encode(t).decode(), r) for t, r in e._mergeable_ranks.items()]" > ranks.tiktoken
+
+Writes runs/<name>/checkpoints under the base folder, for `checkpoint.load_params`. Seconds to a minute.
+"""
+
+import base64
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from nanochat import checkpoint, convert, model, stage, tokenizer
+from nanochat.config import UserError
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to convert.
+
+    Attributes:
+        model: the reference's model_*.pt. meta: its meta_*.json, of which `model_config` is read.
+        ranks: text lines `base64 rank` of its tokenizer, or none to leave the tokenizer out.
+        name: of the run to write.
+    """
+
+    model: str = ""
+    meta: str = ""
+    ranks: str | None = None
+    name: str = "reference"
+
+
+class Weights(NamedTuple):
+    """A state of parameters alone."""
+
+    step: Tensor
+    params: TensorDict
+
+
+def config() -> Config:
+    """Return the defaults; `model` and `meta` have to be set."""
+    return Config()
+
+
+def run(config: Config, runtime: Runtime) -> None:
+    """Read, convert, write."""
+    if not config.model or not config.meta:
+        raise UserError("set both files of the reference: --set model=model_….pt --set meta=meta_….json")
+    meta = read_json(Path(config.meta))
+    if not isinstance(meta.get("model_config"), dict):
+        raise UserError(f"{config.meta}: has no model_config; give the meta_*.json that lies beside the model")
+    shape = convert.config_from_reference(meta["model_config"])
+    params = convert.load_reference(Path(config.model), shape)
+    folder = stage.run_folder(config.name)
+    files = {}
+    if config.ranks:
+        tok = read_ranks(Path(config.ranks))
+        if tok.vocab_size != shape.vocab_size:
+            raise UserError(
+                f"{config.ranks}: {tok.vocab_size} tokens with the specials, the model has {shape.vocab_size}"
+            )
+        tokenizer.save(tok, folder / "tokenizer")
+        files = {name: folder / "tokenizer" / name for name in tokenizer.FILES}
+    step = int(meta.get("step", 0))
+    manager = checkpoint.open(folder / "checkpoints")
+    try:
+        saved = {"model": dataclasses.asdict(shape), "converted_from": str(config.model)}
+        checkpoint.save(manager, Weights(torch.tensor(step), params), saved, files=files)
+    finally:
+        checkpoint.close(manager)
+    print(f"{model.count(shape)['total']:,} parameters of step {step} written to {folder / 'checkpoints'}")
+    print("load them with nanochat.checkpoint.load_params (see the README)")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises: UserError."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def read_ranks(path: Path) -> Tokenizer:
+    """Return the tokenizer whose tokens are the `base64 rank` lines of a file. Raises: UserError."""
+    try:
+        lines = path.read_text("ascii").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+    ranks: dict[int, bytes] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            ranks[int(rank)] = base64.b64decode(token, validate=True)
+        except ValueError:  # binascii.Error is one
+            raise UserError(f"{path}, line {number}: expected a token in base64 and its rank") from None
+    if sorted(ranks) != list(range(len(ranks))):
+        raise UserError(f"{path}: the ranks are not 0 … {len(ranks) - 1}")
+    return Tokenizer(tuple(ranks[i] for i in range(len(ranks))))
