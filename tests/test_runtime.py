@@ -192,7 +192,7 @@ def test_other_gpus_are_measured(monkeypatch: pytest.MonkeyPatch, name: str) -> 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(runtime, "measure_matmul", lambda size, device, dtype: 1e12 * size)
     limit, source = runtime.peak_flops(torch.device("cuda", 0), torch.float32)
-    assert (limit, source) == (4096e12, "measured, 4096x4096x4096 matmul")
+    assert (limit, source) == (8192e12, "measured, 8192x8192x8192 matmul")
 
 
 def test_the_limit_of_a_cpu_is_measured() -> None:
