@@ -3,11 +3,11 @@
     torchrun launch.py --experiment=convert --set model=.../model_021400.pt --set meta=.../meta_021400.json \
         --set ranks=ranks.tiktoken --set name=d20_reference
 
-Tensors are read without running any pickled code. The reference keeps its tokenizer as a pickle, which is never read
-here: write its ranks as text in the reference's own environment, once, with
+Tensors are read without running any pickled code. The reference's tokenizer is a pickle, which is never read here:
+write its ranks as text in the reference's own environment, once, with
 
-    python -c "import base64, pickle, sys; e = pickle.load(open('tokenizer.pkl', 'rb')); \
-        [print(base64.b64encode(t).decode(), r) for t, r in e._mergeable_ranks.items()]" > ranks.tiktoken
+    python -c "import base64; from nanochat.tokenizer import get_tokenizer; \
+        [print(base64.b64encode(t).decode(), r) for t, r in get_tokenizer().enc._mergeable_ranks.items()]" > ranks.tiktoken
 
 Writes runs/<name>/checkpoints under the base folder, for `checkpoint.load_params`. Seconds to a minute.
 """

@@ -125,7 +125,7 @@ def clear(folder: Path) -> None:
 
 def arrays_item(arrays: Mapping[str, np.ndarray]) -> Any:
     """Return what to save {"a.b": array} by, as the PyTree {"a": {"b": array}}; none may be empty (orbax's rule)."""
-    return orbax().args.PyTreeSave(_nest(arrays))
+    return orbax().args.PyTreeSave(tree.nest(arrays))
 
 
 def json_item(values: Mapping[str, Any]) -> Any:
@@ -148,23 +148,12 @@ def read_arrays(path: Path, names: Iterable[str]) -> dict[str, Any]:
         Exception: of any kind, where the item is damaged.
     """
     ocp = orbax()
-    request = _nest(dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)))
+    request = tree.nest(dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)))
     if not request:
         return {}
     with contextlib.closing(ocp.Checkpointer(_arrays_handler())) as reader:
         args = ocp.args.PyTreeRestore(request, restore_args=request, partial_restore=True)
         return dict(tree.flatten(reader.restore(path, args=args)))
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nest: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = name.split(".")
-        node = nest
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return nest
 
 
 def _arrays_handler() -> Any:

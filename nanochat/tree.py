@@ -38,14 +38,19 @@ def flatten(tree: Mapping[str, Any] | TensorDictBase, prefix: str = "") -> dict[
 
 def unflatten(flat: Mapping[str, Tensor]) -> TensorDict:
     """Return the nested TensorDict (empty batch size) whose `flatten` is `flat`."""
-    nest: dict[str, Any] = {}
+    return TensorDict(nest(flat), batch_size=[])
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"a": {"b": {"c": leaf}}} for {"a.b.c": leaf}."""
+    whole: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split(".")
-        node = nest
+        node = whole
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
-    return TensorDict(nest, batch_size=[])
+    return whole
 
 
 def to(tree: Tree, device: torch.device | str) -> Tree:
