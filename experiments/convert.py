@@ -7,7 +7,8 @@ Tensors are read without running any pickled code. The reference's tokenizer is 
 write its ranks as text in the reference's own environment, once, with
 
     python -c "import base64; from nanochat.tokenizer import get_tokenizer; \
-        [print(base64.b64encode(t).decode(), r) for t, r in get_tokenizer().enc._mergeable_ranks.items()]" > ranks.tiktoken
+        [print(base64.b64encode(t).decode(), r) for t, r in get_tokenizer().enc._mergeable_ranks.items()]" \
+        > ranks.tiktoken
 
 Writes runs/<name>/checkpoints under the base folder, for `checkpoint.load_params`. Seconds to a minute.
 """
