@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def main(argv: list[str]) -> int:
-    """Run one command line; returns the exit code: 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
+    """Run one command line; returns 0, 1 (failed), 2 (wrong usage) or 130 (interrupted by Ctrl-C)."""
     try:
         start(argv)
         return 0

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from nanochat import metrics, model, optim, runtime, stage, train
+from nanochat.config import UserError
 from nanochat.model import ModelConfig
 from nanochat.runtime import Runtime
 from nanochat.train import TrainConfig, TrainState
@@ -58,15 +59,18 @@ def config() -> Config:
 def run(config: Config, here: Runtime) -> None:
     """Measure, and print what was measured."""
     n_head = config.width // config.head_dim
-    shape = ModelConfig(
-        sequence_len=config.sequence_len,
-        vocab_size=config.vocab_size,
-        n_layer=config.depth,
-        n_head=n_head,
-        n_kv_head=config.kv_heads or n_head,
-        n_embd=config.width,
-        window_pattern=config.window_pattern,
-    )
+    try:
+        shape = ModelConfig(
+            sequence_len=config.sequence_len,
+            vocab_size=config.vocab_size,
+            n_layer=config.depth,
+            n_head=n_head,
+            n_kv_head=config.kv_heads or n_head,
+            n_embd=config.width,
+            window_pattern=config.window_pattern,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
     tokens = config.batch_size * config.sequence_len
     flops = model.flops_per_token(shape)
     kernel, step, state = prepare(config, shape, here)
@@ -116,8 +120,9 @@ def prepare(config: Config, shape: ModelConfig, here: Runtime) -> tuple[str, Ste
     rows = torch.randint(shape.vocab_size, (config.batch_size, shape.sequence_len + 1), generator=generator)
     rows = rows.to(here.device)
     batch = {"inputs": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
-    # Rates of zero: the work of a step is the same, and the numbers stay what they are on random tokens.
-    rates = optim.rates(optim.OptimConfig(), shape.n_embd, batch_scale=0.0)
+    rates = optim.rates(optim.OptimConfig(), shape.n_embd)
+    for group in rates.values():
+        group["lr"] = 0.0  # the work of a step is the same, and the numbers stay what they are on random tokens
     hparams = optim.as_hparams(rates)
     return kernel, lambda state: step_fn(state, [batch], hparams)[0], state
 

@@ -67,6 +67,8 @@ def run(config: Config, runtime: Runtime) -> None:
     shape = convert.config_from_reference(meta["model_config"])
     params = convert.load_reference(Path(config.model), shape)
     folder = stage.run_folder(config.name)
+    if checkpoint.steps(folder / "checkpoints"):
+        raise UserError(f"run {folder} has checkpoints already: --set name=<other>")
     files = {}
     if config.ranks:
         tok = read_ranks(Path(config.ranks))

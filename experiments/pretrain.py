@@ -36,6 +36,7 @@ from nanochat.runtime import Runtime, peak_flops
 from nanochat.scaling import Plan
 from nanochat.stage import Job, StageConfig
 from nanochat.tokenizer import Tokenizer
+from nanochat.train import NonFiniteLossError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,9 @@ def run(config: Config, runtime: Runtime) -> None:
     """Resolve the configuration, print the plan, and pretrain."""
     if runtime.world_size > 1:
         raise UserError("pretraining runs in one process for now: start it with --nproc_per_node=1")
-    folder = stage.tokenizer_folder(config)
-    tok = None if config.dry_run and not folder.exists() else tokenizer.load(folder)
+    if not config.dry_run:
+        dataset.resolve(config.data, "train")  # missing data is said before anything else
+    tok = stage.load_tokenizer(config, config.name or f"d{config.depth}", required=not config.dry_run)
     shape, plan = resolve(config, tok)
     config = dataclasses.replace(
         config,
@@ -95,71 +97,77 @@ def run(config: Config, runtime: Runtime) -> None:
     )
     print(describe(config, shape, plan, runtime), flush=True)
     if tok and not config.dry_run:
-        dataset.resolve(config.data, "train")  # missing data is said before an old run is touched
         pretrain(config, shape, plan, tok, runtime)
 
 
-def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime) -> Job:
-    """Train from a resolved configuration, to the end or to the first signal; return the job."""
+def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime) -> None:
+    """Train from a resolved configuration, to the end or to the first signal."""
     folder = stage.run_folder(str(config.name))
-    manager = stage.open_checkpoints(folder, config)
-    state, at = stage.start(config, shape, manager, runtime)
-    tokenizer.save(tok, folder / "tokenizer")  # what checkpoints copy, should the original be trained anew
-    log = metrics.open(
-        folder,
-        resume_step=at.step if config.resume else None,
-        tensorboard=config.metrics.tensorboard,
-        wandb=config.metrics.wandb,
-        config=config,
-        enabled=runtime.is_main,
-    )
-    limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
-    schedules = functools.partial(hparams_at, config.optim, shape, plan)
-    job = Job(
-        config, shape, tok, runtime, plan.num_steps, plan.total_batch_size, plan.flops_per_token,
-        schedules, limit, folder, manager, log, [],
-    )  # fmt: skip
+    # What may be refused comes before the run's folder is touched.
     step_fn, loss_fn, kernel = stage.functions(config, shape, runtime)
+    limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
     print(f"attention: {kernel}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
-    stream = dataloader.batches(
-        config.data,
-        tok,
-        split="train",
-        rows_per_step=plan.total_batch_size // shape.sequence_len,
-        sequence_len=shape.sequence_len,
-        seed=config.seed,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        state=at.loader,
-        device=runtime.device,
-    )
-    show = progress.bar(plan.num_steps, initial=at.step, label=str(config.name))
     with contextlib.ExitStack() as stack:
-        stack.callback(metrics.close, log)
-        stack.callback(checkpoint.close, manager)  # waits for the last save, after an error too
+        stop = stack.enter_context(train.stop_on_signals())  # first in, last out: it guards the last save too
+        manager = stage.open_checkpoints(folder, config)
+        stack.callback(checkpoint.close, manager)  # waits for the last save, after an error as well
+        state, at = stage.start(config, shape, manager, runtime)
+        stream = dataloader.batches(
+            config.data,
+            tok,
+            split="train",
+            rows_per_step=plan.total_batch_size // shape.sequence_len,
+            sequence_len=shape.sequence_len,
+            seed=config.seed,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            state=at.loader,
+            device=runtime.device,
+        )
         stack.enter_context(contextlib.closing(stream))
-        stop = stack.enter_context(train.stop_on_signals())
-        stack.enter_context(show)
+        if at.step == 0:
+            tokenizer.save(tok, folder / "tokenizer")  # the run's own copy, should the original be trained anew
+        log = metrics.open(
+            folder,
+            resume_step=at.step if config.resume else None,
+            tensorboard=config.metrics.tensorboard,
+            wandb=config.metrics.wandb,
+            config=config,
+            enabled=runtime.is_main,
+        )
+        stack.callback(metrics.close, log)
+        schedules = functools.partial(hparams_at, config.optim, shape, plan)
+        job = Job(
+            config, shape, tok, runtime, plan.num_steps, plan.total_batch_size, plan.flops_per_token, schedules,
+            config.optim.matrix_lr * plan.batch_scale, limit, folder, manager, log, stop, [],
+        )  # fmt: skip
+        show = stack.enter_context(progress.bar(plan.num_steps, initial=at.step, label=str(config.name)))
         if not stage.examined(job, at.step):
             stage.examine(job, loss_fn, show, state, at.step)
-        state, at = train.fit(
-            state,
-            at,
-            stream,
-            num_steps=plan.num_steps,
-            rows=config.device_batch_size,
-            step_fn=step_fn,
-            hparams_at=schedules,
-            after_step=functools.partial(stage.after_step, job, loss_fn, show),
-            save=functools.partial(stage.save, job),
-            stop=stop,
-            # float16 overflows now and then; its loss scale shrinks until it does not.
-            skip_nonfinite=config.train.skip_nonfinite or runtime.compute_dtype == torch.float16,
-        )
+        try:
+            state, at = train.fit(
+                state,
+                at,
+                stream,
+                num_steps=plan.num_steps,
+                rows=config.device_batch_size,
+                step_fn=step_fn,
+                hparams_at=schedules,
+                after_step=functools.partial(stage.after_step, job, loss_fn, show),
+                save=functools.partial(stage.save, job),
+                stop=stop,
+                # float16 overflows now and then; its loss scale shrinks until it does not.
+                skip_nonfinite=config.train.skip_nonfinite or runtime.compute_dtype == torch.float16,
+            )
+        except NonFiniteLossError as error:
+            raise stage.with_advice(error, manager) from None
     stage.finish(job, at)
     if stop.signal and at.step < plan.num_steps:
-        print(f"stopped by {stop.signal.name}; step {at.step} is saved: the same command with --resume goes on")
-    return job
+        saved = (
+            f"step {at.step} is saved: the same command with --resume goes on" if at.step else "nothing was done yet"
+        )
+        print(f"stopped by {stop.signal.name}; {saved}")
+        raise SystemExit(128 + stop.signal)  # as the shell counts it: what follows `&&` must not take it for done
 
 
 def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:

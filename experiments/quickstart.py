@@ -74,4 +74,4 @@ def run(config: Config, runtime: Runtime) -> None:
     pretrain.run(config, runtime)
     print(f"quickstart took {duration(time.perf_counter() - start)}. Next:")
     print("  python launch.py --help                                         what else there is")
-    print("  python launch.py --experiment=quickstart --set depth=6 --set num_iterations=1000   a larger model")
+    print("  python launch.py --experiment=quickstart --set name=larger --set depth=6 --set num_iterations=1000")

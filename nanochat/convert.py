@@ -86,6 +86,7 @@ def _neutral(name: str) -> float:
 
 def to_reference(params: Params, config: ModelConfig) -> dict[str, Tensor]:
     """Return the reference's state_dict of `params`: same tensors under the reference's names."""
+    model.check(params, config)
     back = {ours: reference for reference, ours in NAMES.items()}
     state_dict = {}
     for name, value in tree.flatten(params).items():

@@ -35,7 +35,7 @@ def bits_per_byte(
         sizes = token_bytes_V[targets.clamp_min(0)] * (targets != IGNORE)
         counted = {**batch, "targets": torch.where(sizes > 0, targets, IGNORE)}
         mean, aux = loss_fn(params, counted)
-        nats += mean.double().cpu() * aux["targets"].cpu()
+        nats += mean.cpu().double() * aux["targets"].cpu()
         total_bytes += int(sizes.sum())
     if total_bytes == 0:
         raise ValueError("bits per byte: no target stands for a byte of text")

@@ -40,6 +40,10 @@ class MetricsConfig:
     tensorboard: bool = False
     wandb: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise UserError(f"metrics.every_steps={self.every_steps}: must be at least 1")
+
 
 class Log(NamedTuple):
     """An open record, made by `open`; all fields are None where nothing is recorded (ranks other than 0)."""

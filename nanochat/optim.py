@@ -181,6 +181,9 @@ def compiled() -> Rules:
 
     What is small stays uncompiled: its time is that of a few launches, and compiling takes seconds.
     """
+    # Shapes of several models in one process (a sweep over depths) may go beyond the default of 8.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     fast = [torch.compile(rule, fullgraph=True, dynamic=False) for rule in (adamw_, muon)]
 
     def choose(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:

@@ -142,13 +142,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for prefix, (half, single) in PEAK_FLOPS.items():
             if re.match(rf"{prefix}\b", name):  # an L40 is no L4
                 return (single if dtype == torch.float32 else half), f"data sheet of {prefix.removeprefix('NVIDIA ')}"
-    size = 8192 if device.type == "cuda" else 2048
+    # A CPU multiplies float16 a hundred times slower than float32.
+    size = 8192 if device.type == "cuda" else 2048 if dtype == torch.float32 else 512
     return measure_matmul(size, device, dtype), f"measured, {size}x{size}x{size} matmul"
 
 
 def measure_matmul(size: int, device: torch.device, dtype: torch.dtype, tries: int = 8) -> float:
     """Return FLOP/s of the fastest of `tries` products of two (size, size) matrices."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)  # the global one belongs to the run
+    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     best = float("inf")
     for _ in range(tries):
         synchronize(device)

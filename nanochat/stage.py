@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from nanochat.model import Compute, ModelConfig
 from nanochat.optim import MATRIX, Hparams
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Progress, TrainConfig, TrainState
+from nanochat.train import NonFiniteLossError, Progress, StopFlag, TrainConfig, TrainState
 from nanochat.units import duration, human
 
 UNTIMED_STEPS = 10  # of every start: they compile and warm up
@@ -76,6 +77,14 @@ class EvalConfig:
     temperature: float = 0.0
     top_k: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "sample_every_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"eval.{name}={getattr(self, name)}: must be at least 1, or none")
+        for name, least in {"tokens": 1, "sample_tokens": 1, "temperature": 0, "top_k": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"eval.{name}={getattr(self, name)}: must be at least {least}")
+
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
@@ -84,7 +93,8 @@ class StageConfig:
     Attributes:
         name: of the run's folder. seed: of initial values and data order.
         device, dtype: auto, or as in `runtime.create`. compile: by torch.compile.
-        resume: go on from the run's last checkpoint. overwrite: delete the run that has this name.
+        resume: go on from the run's last checkpoint. overwrite: start anew where a run has this name; its checkpoints
+            stay in checkpoints.old until the next time.
         device_batch_size: rows of a micro-batch. tokenizer: its folder; none: the default one.
     """
 
@@ -111,10 +121,11 @@ class Job:
     Attributes:
         config: resolved. shape, tok, runtime: the model's, the tokenizer, the process's place.
         num_steps, step_tokens, flops_per_token: length of the run, tokens of a step (all ranks), cost of a token.
-        hparams_at: step -> hyperparameters. peak_flops: matmul limit of a device, for the MFU.
+        hparams_at: step -> hyperparameters. matrix_lr: the matrices' rate at its full.
+        peak_flops: matmul limit of a device, for the MFU.
         folder, manager, log: where the run's files are (a copy of the tokenizer among them), its open checkpoints,
             its open metrics.
-        seconds: of the steps that this process has done; the one thing in here that grows.
+        stop: set by a signal. seconds: of the steps that this process has done; the one thing in here that grows.
     """
 
     config: StageConfig
@@ -125,10 +136,12 @@ class Job:
     step_tokens: int
     flops_per_token: int
     hparams_at: Callable[[int], Hparams]
+    matrix_lr: float
     peak_flops: float
     folder: Path
     manager: checkpoint.Manager
     log: metrics.Log
+    stop: StopFlag
     seconds: list[float]
 
 
@@ -140,6 +153,21 @@ def run_folder(name: str) -> Path:
 def tokenizer_folder(config: StageConfig) -> Path:
     """Return the folder of the tokenizer that `config` names."""
     return Path(config.tokenizer) if config.tokenizer else tokenizer.default_dir()
+
+
+def load_tokenizer(config: StageConfig, name: str, *, required: bool = True) -> Tokenizer | None:
+    """Return the tokenizer of a new run, or the own copy of a resumed one; None where none is there or required.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    own, folder = run_folder(name) / "tokenizer", tokenizer_folder(config)
+    if config.resume and own.exists():
+        tok = tokenizer.load(own)
+        if folder.exists() and tokenizer.load(folder).fingerprint != tok.fingerprint:
+            print(f"resuming with the run's own tokenizer in {own}; {folder} holds another one by now")
+        return tok
+    return tokenizer.load(folder) if required or folder.exists() else None
 
 
 def open_checkpoints(folder: Path, config: StageConfig) -> checkpoint.Manager:
@@ -154,9 +182,12 @@ def open_checkpoints(folder: Path, config: StageConfig) -> checkpoint.Manager:
         if not config.overwrite:
             raise UserError(
                 f"run {folder} has checkpoints up to step {done[-1]}: --resume goes on with it, --set name=<other> "
-                "starts another, --set overwrite=true deletes it"
+                "starts another, --set overwrite=true replaces it"
             )
-        shutil.rmtree(checkpoints)
+        old = checkpoints.with_name("checkpoints.old")
+        shutil.rmtree(old, ignore_errors=True)
+        checkpoints.rename(old)
+        print(f"the run that was here keeps its checkpoints in {old}, until the next one is replaced")
     if config.resume and not done:
         print(f"nothing to resume in {checkpoints}: starting at step 0")
     return checkpoint.open(checkpoints, config.checkpoint)
@@ -169,7 +200,7 @@ def start(
     dtype, spec = runtime.compute_dtype, model.spec(shape)
     if checkpoint.latest_step(manager) is None:
         params = model.init(shape, config.seed, device=runtime.device, dtype=dtype)
-        return train.init(params, spec, dtype), Progress(0, None, None, 0.0)
+        return train.init(params, spec, dtype), Progress()
     abstract = train.init(model.init(shape, config.seed, device="meta", dtype=dtype), spec, dtype)
     state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
     torch.set_rng_state(torch.from_numpy(arrays["random_state"]))
@@ -180,7 +211,9 @@ def start(
             print(f"changed since the checkpoint: {name} = {value} (was {before})")
     loader = {"position": meta["loader"], "tokens": arrays["loader_tokens"], "lengths": arrays["loader_lengths"]}
     print(f"resumed from step {int(state.step)} in {manager.folder}")
-    return state, Progress(int(state.step), loader, meta["ema"], meta["train_seconds"])
+    if meta["config"]["dtype"] != now["dtype"]:
+        state = state._replace(scaler=train.init(state.params, spec, dtype).scaler)  # a scale is for one dtype
+    return state, Progress(**meta["progress"])._replace(loader=loader)
 
 
 def functions(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> tuple[Callable, Callable, str]:
@@ -205,7 +238,7 @@ def functions(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> tupl
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    chunk_tokens: int | None = config.train.chunk_tokens
+    chunk_tokens = config.train.chunk_tokens or (1024 if runtime.device.type == "cpu" else 8192)
     if config.train.grad == "func":
         if kernel == "flex":
             raise UserError(
@@ -231,8 +264,10 @@ def after_step(
     ema, smooth = metrics.ema(at.ema, numbers["loss"])
     seconds = numbers["step_seconds"]
     job.seconds.append(seconds)
-    timed = seconds if len(job.seconds) > UNTIMED_STEPS else 0.0
-    at = at._replace(ema=ema, train_seconds=at.train_seconds + timed)
+    timed = len(job.seconds) > UNTIMED_STEPS
+    at = at._replace(ema=ema, timed_steps=at.timed_steps + timed, timed_seconds=at.timed_seconds + timed * seconds)
+    if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
+        show.write(f"step {step}: loss or gradient not finite, left out ({at.skipped_steps} so far)")
     speed = job.step_tokens / seconds
     mfu = speed * job.flops_per_token / (job.peak_flops * job.runtime.world_size)
     show.update(1, loss=f"loss {smooth:.4f}", speed=f"{human(speed)} tok/s", mfu=f"mfu {mfu:.0%}")
@@ -245,8 +280,10 @@ def after_step(
             "train/tokens": step * job.step_tokens,
             "train/epoch": numbers["epoch"],
             "train/tokens_cut_fraction": numbers["tokens_cut_fraction"],
-            "train/matrix_lr": float(h[MATRIX]["lr"]),
+            "train/lr_factor": float(h[MATRIX]["lr"]) / job.matrix_lr,
             "train/muon_momentum": float(h[MATRIX]["momentum"]),
+            "train/skipped_steps": at.skipped_steps,
+            "train/loss_scale": float(state.scaler["scale"]),
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": speed,
             "perf/mfu": mfu,
@@ -254,8 +291,8 @@ def after_step(
             "perf/peak_memory_bytes": metrics.peak_memory_bytes(job.runtime.device),
         }
         metrics.write(job.log, step, row)
-    if last or due(step, config.checkpoint.every_steps):
-        save(job, state, at)  # before the evaluation, which may take long, or fail
+    if last or due(step, config.checkpoint.every_steps) or due(step, config.eval.every_steps):
+        save(job, state, at)  # before an evaluation too, which may take long, or fail
     examine(job, loss_fn, show, state, step)
     return at
 
@@ -265,10 +302,11 @@ def examine(job: Job, loss_fn: Callable, show: progress.Bar, state: TrainState, 
     config, last = job.config, step == job.num_steps
     if last or due(step, config.eval.every_steps):
         bpb = validate(job, state, loss_fn)
+        if bpb is None:
+            return  # a resumed run makes up for it
+        checkpoint.add_metrics(job.manager, step, {"val/bpb": bpb})
         metrics.write(job.log, step, {"val/bpb": bpb})
         show.write(f"step {step}: validation {bpb:.4f} bits per byte")
-        if last or due(step, config.checkpoint.every_steps):
-            checkpoint.add_metrics(job.manager, step, {"val/bpb": bpb})
     if last or due(step, config.eval.sample_every_steps):
         show.write("\n".join(samples(job, state)))
 
@@ -290,8 +328,7 @@ def save(job: Job, state: TrainState, at: Progress) -> None:
         "config": dict(configs.flatten(job.config)),
         "model": dataclasses.asdict(job.shape),
         "loader": loader["position"],
-        "ema": at.ema,
-        "train_seconds": at.train_seconds,
+        "progress": at._replace(loader=None)._asdict(),
         "tokens": at.step * job.step_tokens,
         "num_steps": job.num_steps,
         "torch": torch.__version__,
@@ -305,8 +342,29 @@ def save(job: Job, state: TrainState, at: Progress) -> None:
     checkpoint.save(job.manager, state, meta, arrays=arrays, files=files)
 
 
-def validate(job: Job, state: TrainState, loss_fn: Callable) -> float:
-    """Return bits per byte on the first `eval.tokens` tokens of the validation split."""
+def with_advice(error: NonFiniteLossError, manager: checkpoint.Manager) -> NonFiniteLossError:
+    """Return the error with the last good checkpoint and what to try."""
+    checkpoint.wait(manager)
+    saved = checkpoint.steps(manager)
+    if not saved:
+        return NonFiniteLossError(f"{error}, and nothing is saved yet; try a lower rate (--set optim.matrix_lr=…)")
+    text = (
+        f"{error}; the last good checkpoint is step {saved[-1]}, of right before it. --resume with "
+        "--set train.skip_nonfinite=true leaves this batch out"
+    )
+    if len(saved) > 1:
+        text += (
+            f"; or delete {manager.folder / str(saved[-1])} and --resume from step {saved[-2]} with a lower rate "
+            "(--set optim.matrix_lr=…)"
+        )
+    return NonFiniteLossError(text)
+
+
+def validate(job: Job, state: TrainState, loss_fn: Callable) -> float | None:
+    """Return bits per byte on the first `eval.tokens` tokens of the validation split, or on all of it if it has fewer.
+
+    None means that a signal stopped it.
+    """
     config, shape, runtime = job.config, job.shape, job.runtime
     rows = config.device_batch_size * runtime.world_size
     steps = max(config.eval.tokens // (rows * shape.sequence_len), 1)
@@ -323,8 +381,11 @@ def validate(job: Job, state: TrainState, loss_fn: Callable) -> float:
     )
     token_bytes = torch.from_numpy(tokenizer.token_bytes(job.tok)).to(runtime.device)
     with contextlib.closing(stream):
-        taken: Iterator[Any] = itertools.islice(stream, steps)
-        return evaluate.bits_per_byte(state.params, (batch for batch, *_ in taken), token_bytes, loss_fn)
+        first = next(stream)
+        once = itertools.takewhile(lambda item: item[2]["epoch"] == 0 and not job.stop, stream)
+        taken = itertools.chain([first], itertools.islice(once, steps - 1))
+        bpb = evaluate.bits_per_byte(state.params, (batch for batch, *_ in taken), token_bytes, loss_fn)
+    return None if job.stop else bpb
 
 
 def samples(job: Job, state: TrainState) -> list[str]:
@@ -355,10 +416,13 @@ def finish(job: Job, at: Progress) -> None:
     steps, bpb = metrics.curve(rows, "val/bpb")
     if len(steps) > 1:
         print(plots.ascii_chart(steps, bpb, title="validation bits per byte, by step"))
-    timed = max(at.step - UNTIMED_STEPS, 0) * job.step_tokens
-    print(f"done {at.step} of {job.num_steps} steps, {human(at.step * job.step_tokens)} tokens")
-    if timed and at.train_seconds:
-        print(f"training took {duration(at.train_seconds)} ({human(timed / at.train_seconds)} tokens/s)")
+    word = "done" if at.step == job.num_steps else "stopped after"
+    print(f"{word} {at.step} of {job.num_steps} steps, {human(at.step * job.step_tokens)} tokens")
+    if at.timed_steps:
+        speed = at.timed_steps * job.step_tokens / at.timed_seconds
+        print(f"training: {human(speed)} tokens/s, {duration(at.step * job.step_tokens / speed)} without evaluations")
+    if at.skipped_steps:
+        print(f"{at.skipped_steps} steps were left out: loss or gradient not finite")
     print(f"run folder: {job.folder} (checkpoints/, metrics.jsonl, config.json, loss.svg, bpb.svg)")
 
 

@@ -27,17 +27,19 @@ class TrainConfig:
 
     Attributes:
         grad: autograd (torch.autograd.grad over the compiled loss) or func (torch.func.grad_and_value itself).
-        attention: kernel, one of attention.choose's. chunk_tokens: tokens whose logits live at once in the loss.
+        attention: kernel, one of attention.choose's.
+        chunk_tokens: tokens whose logits live at once in the loss; none: 1024 on the CPU, where they stay in the cache,
+            else 8192.
         skip_nonfinite: go on after a step whose loss or gradient is not finite, leaving it out, instead of stopping.
     """
 
     grad: Literal["autograd", "func"] = "autograd"
     attention: Literal["auto", "sdpa", "flex", "math"] = "auto"
-    chunk_tokens: int = 1024
+    chunk_tokens: int | None = None
     skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens < 1:
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise UserError(f"train.chunk_tokens={self.chunk_tokens}: must be at least 1")
 
 
@@ -87,6 +89,8 @@ def train_step(
     """
     scale = state.scaler["scale"]
     grads, (loss, _) = value_and_grad(state.params, batches[0], scale)
+    if len(batches) > 1:
+        grads = tree.map(lambda g: g.float(), grads)  # a sum of many in bfloat16 would lose the late ones
     for batch in batches[1:]:
         more, (value, _) = value_and_grad(state.params, batch, scale)
         tree.map(lambda total, g: total.add_(g), grads, more)  # the sum is ours alone: in place
@@ -126,7 +130,8 @@ def make_update(*, compute_dtype: torch.dtype = torch.float32, compile: bool = F
     Args:
         compute_dtype: Muon orthogonalises in bfloat16 when it is that; float16 has a dynamic loss scale.
         donate: write the new state into the memory of the old one, which the caller gives up, instead of allocating
-            a second one (as jax.jit's donate_argnums). compile: whether the donating update is compiled.
+            a second one (as jax.jit's donate_argnums); Muon still needs a few copies of its largest stack for a moment.
+        compile: whether the donating update is compiled.
     """
     muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
     rules = optim.compiled() if compile and donate else None
@@ -200,14 +205,17 @@ class Progress(NamedTuple):
     """What the loop knows beside the state; saved with it, so that a resumed run goes on as if it never stopped.
 
     Attributes:
-        step: steps done. loader: the data loader's state. ema: running loss (see metrics.ema).
-        train_seconds: of the steps, the first ten of each start left out.
+        step: steps done. loader: the data loader's state, None before the first step. ema: running loss (metrics.ema).
+        skipped_steps: steps left out because loss or gradient were not finite.
+        timed_steps, timed_seconds: of the steps but the first ten of each start.
     """
 
-    step: int
-    loader: Any
-    ema: Any
-    train_seconds: float
+    step: int = 0
+    loader: Any = None
+    ema: Any = None
+    skipped_steps: int = 0
+    timed_steps: int = 0
+    timed_seconds: float = 0.0
 
 
 def split(batch: Batch, rows: int) -> list[dict[str, Tensor]]:
@@ -236,38 +244,41 @@ def fit(
         state, progress: where to begin; `state` is given up to `step_fn`.
         batches: (batch of a whole step, loader state after it, statistics), endless.
         rows: of a micro-batch. step_fn: `train_step` with its functions bound. hparams_at: step -> hyperparameters.
-        after_step: logs, evaluates and saves as is due, given the step's numbers; returns the progress, updated.
-        save: called before a stop, by a signal or by a non-finite loss. stop: set by a signal.
+        after_step: logs, saves and evaluates as is due, given the step's numbers; returns the progress, updated.
+        save: called before a stop, by a signal, by the data or by a non-finite loss. stop: set by a signal.
 
     Raises:
         NonFiniteLossError: after saving the state of before the step, unless `skip_nonfinite`.
+        UserError: of the data, after saving.
     """
+
+    def keep(state: TrainState, progress: Progress) -> None:
+        if progress.loader is not None:  # before the first step there is nothing that the seed does not give again
+            save(state, progress)
+
     skipped = 0
     while progress.step < num_steps and not stop:
         started = time.perf_counter()
-        batch, loader, stats = next(batches)
+        try:
+            batch, loader, stats = next(batches)
+        except UserError:
+            keep(state, progress)
+            raise
         waited = time.perf_counter() - started
+        before = state
         state, tensors = step_fn(state, split(batch, rows), hparams_at(progress.step))
-        numbers = {
-            name: float(value) for name, value in tensors.items()
-        }  # waits for the device: the one sync of a step
+        numbers = {name: float(value) for name, value in tensors.items()}  # waits for the device: a step's one sync
         seconds = time.perf_counter() - started
-        if not numbers.pop("finite"):
-            skipped += 1
-            if not skip_nonfinite or skipped > MAX_SKIPPED_STEPS:
-                state = state._replace(step=torch.full_like(state.step, progress.step))
-                save(state, progress)
-                what = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
-                raise NonFiniteLossError(
-                    f"step {progress.step}: the {what} is not finite; the state of before it is saved as step "
-                    f"{progress.step}. Go on from there with --resume and a lower rate (--set optim.matrix_lr=…, "
-                    "optim.embedding_lr=…), dtype=float32, or train.skip_nonfinite=true"
-                )
-        else:
-            skipped = 0
-        progress = progress._replace(step=progress.step + 1, loader=loader)
-        timing = {"step_seconds": seconds, "data_wait_seconds": waited, "skipped": float(skipped > 0)}
+        skipped = 0 if numbers.pop("finite") else skipped + 1
+        if skipped and (not skip_nonfinite or skipped > MAX_SKIPPED_STEPS):
+            keep(state._replace(step=torch.full_like(state.step, progress.step), scaler=before.scaler), progress)
+            what = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
+            raise NonFiniteLossError(f"step {progress.step}: the {what} is not finite")
+        progress = progress._replace(
+            step=progress.step + 1, loader=loader, skipped_steps=progress.skipped_steps + bool(skipped)
+        )
+        timing = {"step_seconds": seconds, "data_wait_seconds": waited}
         progress = after_step(state, progress, numbers | stats | timing)
     if stop and progress.step < num_steps:
-        save(state, progress)
+        keep(state, progress)
     return state, progress

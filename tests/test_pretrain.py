@@ -1,7 +1,6 @@
 """The pretraining experiment as a whole, tiny: plans, resume, interruption, and what it says of mistakes."""
 
 import base64
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -14,13 +13,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from experiments import bench_train, convert, pretrain, quickstart
-from nanochat import checkpoint, loss, metrics, model, runtime, stage, tokenizer, train, tree
+from nanochat import checkpoint, dataloader, evaluate, loss, metrics, model, runtime, stage, tokenizer, train, tree
 from nanochat.config import UserError, override
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +111,7 @@ def assert_same_run(base: Path, one: str, other: str) -> None:
     (a, meta_a), (b, meta_b) = final_state(base, one), final_state(base, other)
     for name, value in tree.flatten(a._asdict()).items():
         assert torch.equal(value, tree.flatten(b._asdict())[name]), name
-    assert meta_a["loader"] == meta_b["loader"] and meta_a["ema"] == meta_b["ema"]
+    assert meta_a["loader"] == meta_b["loader"] and meta_a["progress"]["ema"] == meta_b["progress"]["ema"]
     rows = [metrics.read(stage.run_folder(name)) for name in (one, other)]
     for row_a, row_b in zip(*rows, strict=True):
         same = {k for k in row_a if k.startswith(("train/", "val/")) or k == "step"}
@@ -140,27 +140,28 @@ def test_a_run_writes_what_it_promises(unbroken: Path):
     assert tokenizer.load(files["tokenizer.txt"].parent).vocab_size == 300
 
 
-class StopAfter:
-    """A stop flag that a signal sets after a given number of looks."""
+def stop_tiny(base: Path, steps: int, *more: str) -> None:
+    """Train until SIGTERM comes after some steps."""
+    after_step = stage.after_step
 
-    def __init__(self, steps: int):
-        self.left, self.signal = steps, None
+    def and_stop(
+        job: stage.Job, loss_fn: Any, show: Any, state: Any, at: train.Progress, numbers: Any
+    ) -> train.Progress:
+        at = after_step(job, loss_fn, show, state, at, numbers)
+        if at.step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return at
 
-    def __bool__(self) -> bool:
-        self.left -= 1
-        if self.left < 0:
-            self.signal = signal.SIGTERM
-        return self.signal is not None
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(stage, "after_step", and_stop)
+        train_tiny(base, *more)
+    assert caught.value.code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
-def test_stopped_and_resumed_is_the_unbroken_run(
-    base: Path, unbroken: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_stopped_and_resumed_is_the_unbroken_run(base: Path, unbroken: Path, stop_after: int):
     name = f"stopped{stop_after}"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "stop_on_signals", lambda: contextlib.nullcontext(StopAfter(stop_after)))
-        train_tiny(base, f"name={name}")
+    stop_tiny(base, stop_after, f"name={name}")
     assert checkpoint.latest_step(stage.run_folder(name) / "checkpoints") == stop_after
     assert len(losses(stage.run_folder(name))) == stop_after
     train_tiny(base, f"name={name}", "resume=true")
@@ -214,7 +215,7 @@ def test_sigterm_saves_and_exits_cleanly(base: Path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
+    assert process.returncode == 128 + signal.SIGTERM, output
     step = checkpoint.latest_step(stage.run_folder("termed") / "checkpoints")
     assert step and f"stopped by SIGTERM; step {step} is saved" in output
 
@@ -290,12 +291,92 @@ def test_resuming_another_shape_is_refused(base: Path, unbroken: Path):
 
 
 def test_nonfinite_loss_saves_the_state_of_before_it_and_stops(base: Path):
-    with pytest.raises(UserError, match="is not finite; the state of before it is saved") as caught:
+    with pytest.raises(UserError, match="is not finite; the last good checkpoint is step") as caught:
         train_tiny(base, "name=diverged", "optim.embedding_lr=1e30", "optim.warmup_steps=1", "num_iterations=20")
     step = checkpoint.latest_step(stage.run_folder("diverged") / "checkpoints")
-    assert f"saved as step {step}" in str(caught.value)
+    assert f"the last good checkpoint is step {step}" in str(caught.value)
     state, _ = final_state(base, "diverged", step)
     assert int(state.step) == step
+
+
+def test_the_advice_after_a_nonfinite_loss_works(base: Path):
+    diverging = ("optim.embedding_lr=1e30", "optim.warmup_steps=1", "num_iterations=20")
+    with pytest.raises(UserError):
+        train_tiny(base, "name=advised", *diverging)
+    step = checkpoint.latest_step(stage.run_folder("advised") / "checkpoints")
+    with pytest.raises(UserError, match="is not finite"):  # the same batch, and the same weights
+        train_tiny(base, "name=advised", "resume=true", *diverging)
+    train_tiny(base, "name=advised", "resume=true", "train.skip_nonfinite=true", *diverging)
+    assert step is not None and checkpoint.steps(stage.run_folder("advised") / "checkpoints")[-1] == 20
+    assert metrics.curve(metrics.read(stage.run_folder("advised")), "train/skipped_steps")[1][-1] > 0
+
+
+def test_a_nonfinite_first_step_says_so(base: Path, monkeypatch: pytest.MonkeyPatch):
+    broken = model.init
+
+    def with_nan(*args: Any, **kwargs: Any) -> model.Params:
+        params = broken(*args, **kwargs)
+        return params if params["lm_head"].is_meta else tree.map(lambda p: p * float("nan"), params)
+
+    monkeypatch.setattr(model, "init", with_nan)
+    with pytest.raises(UserError, match="step 0: the loss is not finite, and nothing is saved yet"):
+        train_tiny(base, "name=nan")
+
+
+def test_bad_data_on_the_way_saves_what_was_done(base: Path, monkeypatch: pytest.MonkeyPatch):
+    real = dataloader.batches
+
+    def breaking(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for i, item in enumerate(real(*args, **kwargs)):
+            if i == 2 and kwargs["split"] == "train":
+                raise UserError("shard 7: cut off")
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataloader, "batches", breaking)
+        with pytest.raises(UserError, match="shard 7"):
+            train_tiny(base, "name=bad_data", "eval.every_steps=none", "checkpoint.every_steps=none")
+    assert checkpoint.steps(stage.run_folder("bad_data") / "checkpoints") == [2]
+
+
+def test_a_signal_during_an_evaluation_ends_it(base: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch):
+    real = evaluate.bits_per_byte
+
+    def interrupted(*args: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(evaluate, "bits_per_byte", interrupted)
+        train_tiny(base, "name=stopped_in_evaluation")
+    folder = stage.run_folder("stopped_in_evaluation")
+    assert checkpoint.steps(folder / "checkpoints") == [3] and metrics.curve(metrics.read(folder), "val/bpb")[0] == []
+    train_tiny(base, "name=stopped_in_evaluation", "resume=true")
+    assert_same_run(base, "unbroken", "stopped_in_evaluation")
+
+
+def test_a_resumed_run_keeps_its_own_tokenizer(base: Path, tmp_path: Path, capsys):
+    tokenizer.save(tokenizer.load(base / "tokenizer"), tmp_path)
+    stop_tiny(base, 2, "name=own", f"tokenizer={tmp_path}")
+    tokenizer.save(tokenizer.train(["something else altogether " * 50], 270), tmp_path)
+    train_tiny(base, "name=own", f"tokenizer={tmp_path}", "resume=true")
+    assert checkpoint.latest_step(stage.run_folder("own") / "checkpoints") == 6
+    assert "the run's own tokenizer" in capsys.readouterr().out
+
+
+def test_overwriting_keeps_the_old_checkpoints_aside(base: Path):
+    folder = train_tiny(base, "name=replaced")
+    with pytest.raises(UserError, match="needs compile=true"):
+        train_tiny(base, "name=replaced", "overwrite=true", "train.attention=flex")
+    assert checkpoint.steps(folder / "checkpoints") == [3, 6]
+    train_tiny(base, "name=replaced", "overwrite=true", "num_iterations=3")
+    assert checkpoint.steps(folder / "checkpoints") == [3] and checkpoint.steps(folder / "checkpoints.old") == [3, 6]
+
+
+def test_measuring_the_machine_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    runtime.measure_matmul(8, torch.device("cpu"), torch.float32)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_several_processes_are_refused(base: Path):
@@ -316,11 +397,9 @@ def test_missing_data_is_said_before_an_old_run_is_deleted(base: Path, unbroken:
     assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
 
 
-def test_a_buffer_of_one_document_resumes(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_buffer_of_one_document_resumes(base: Path):
     train_tiny(base, "name=one", "data.buffer_docs=1")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "stop_on_signals", lambda: contextlib.nullcontext(StopAfter(2)))
-        train_tiny(base, "name=one_stopped", "data.buffer_docs=1")
+    stop_tiny(base, 2, "name=one_stopped", "data.buffer_docs=1")
     train_tiny(base, "name=one_stopped", "data.buffer_docs=1", "resume=true")
     assert losses(stage.run_folder("one_stopped")) == losses(stage.run_folder("one"))
 
@@ -372,7 +451,9 @@ def test_convert_writes_a_checkpoint_that_loads(base: Path, tmp_path: Path, caps
     (tmp_path / "ranks").write_text("\n".join(lines))
     assert convert.read_ranks(tmp_path / "ranks") == tok
     with pytest.raises(UserError, match="300 tokens with the specials, the model has 100"):
-        convert.run(dataclasses.replace(config, ranks=str(tmp_path / "ranks")), runtime.create("cpu"))
+        convert.run(dataclasses.replace(config, name="other", ranks=str(tmp_path / "ranks")), runtime.create("cpu"))
+    with pytest.raises(UserError, match="has checkpoints already"):
+        convert.run(config, runtime.create("cpu"))
     (tmp_path / "ranks").write_text("\n".join([lines[0], "?? 1"]))
     with pytest.raises(UserError, match="ranks, line 2"):
         convert.read_ranks(tmp_path / "ranks")
