@@ -295,6 +295,7 @@ def test_nonfinite_loss_saves_the_state_of_before_it_and_stops(base: Path):
         train_tiny(base, "name=diverged", "optim.embedding_lr=1e30", "optim.warmup_steps=1", "num_iterations=20")
     step = checkpoint.latest_step(stage.run_folder("diverged") / "checkpoints")
     assert f"the last good checkpoint is step {step}" in str(caught.value)
+    assert "train.skip_nonfinite=true" in str(caught.value) and "\n" not in str(caught.value)
     state, _ = final_state(base, "diverged", step)
     assert int(state.step) == step
 

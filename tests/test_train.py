@@ -358,7 +358,7 @@ def test_a_step_that_is_not_finite_stops_the_run_with_the_state_of_before_it(poi
         run.fit(new_state(), START, 5)
     message = str(error.value)
     assert message == f"step 2: the {what} is not finite"
-    assert "\n" not in message and "train.skip_nonfinite=true" in message and isinstance(error.value, UserError)
+    assert isinstance(error.value, UserError)
     [(saved, progress)] = run.saved
     assert_equal(saved, before)
     assert int(saved.step) == progress.step == 2 and progress.loader == progress_before.loader == {"next": 2}
