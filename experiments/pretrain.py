@@ -162,7 +162,7 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
         except NonFiniteLossError as error:
             raise stage.with_advice(error, manager) from None
     stage.finish(job, at)
-    if stop.signal and at.step < plan.num_steps:
+    if stop.signal and not (at.step == plan.num_steps and stage.examined(job, at.step)):
         saved = (
             f"step {at.step} is saved: the same command with --resume goes on" if at.step else "nothing was done yet"
         )
