@@ -125,17 +125,23 @@ def test_a_dtype_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         runtime.create(dtype="int4")
 
 
+# In a function: a process group that a global keeps until the interpreter ends may abort it (gloo's threads).
 TWO_RANKS = """
 import torch, torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from nanochat import runtime
-made = runtime.create("cpu")
-again = runtime.create("cpu")  # a second call joins no second group
-total = torch.tensor([made.rank + 1.0])
-dist.all_reduce(total, group=made.mesh.get_group())
-whole = distribute_tensor(torch.arange(6.0), made.mesh, [Shard(0)])
-mine, full = whole.to_local().tolist(), whole.redistribute(placements=[Replicate()]).to_local().tolist()
-print(made.rank, made.local_rank, made.world_size, made.is_main, total.item(), mine, full, again.mesh == made.mesh)
+
+def main():
+    made = runtime.create("cpu")
+    again = runtime.create("cpu")  # a second call joins no second group
+    total = torch.tensor([made.rank + 1.0])
+    dist.all_reduce(total, group=made.mesh.get_group())
+    whole = distribute_tensor(torch.arange(6.0), made.mesh, [Shard(0)])
+    mine, full = whole.to_local().tolist(), whole.redistribute(placements=[Replicate()]).to_local().tolist()
+    print(made.rank, made.local_rank, made.world_size, made.is_main, total.item(), mine, full, again.mesh == made.mesh)
+    dist.barrier()
+
+main()
 runtime.close()
 runtime.close()
 print(dist.is_initialized())
