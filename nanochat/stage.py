@@ -361,9 +361,9 @@ def with_advice(error: NonFiniteLossError, manager: checkpoint.Manager) -> NonFi
 
 
 def validate(job: Job, state: TrainState, loss_fn: Callable) -> float | None:
-    """Return bits per byte on the first `eval.tokens` tokens of the validation split, or on all of it if it has fewer.
+    """Return bits per byte on the first `eval.tokens` tokens of the validation split; None: a signal stopped it.
 
-    None means that a signal stopped it.
+    A split that has fewer is read again from its beginning.
     """
     config, shape, runtime = job.config, job.shape, job.runtime
     rows = config.device_batch_size * runtime.world_size
@@ -382,8 +382,8 @@ def validate(job: Job, state: TrainState, loss_fn: Callable) -> float | None:
     token_bytes = torch.from_numpy(tokenizer.token_bytes(job.tok)).to(runtime.device)
     with contextlib.closing(stream):
         first = next(stream)
-        once = itertools.takewhile(lambda item: item[2]["epoch"] == 0 and not job.stop, stream)
-        taken = itertools.chain([first], itertools.islice(once, steps - 1))
+        rest = itertools.takewhile(lambda _: not job.stop, itertools.islice(stream, steps - 1))
+        taken = itertools.chain([first], rest)
         bpb = evaluate.bits_per_byte(state.params, (batch for batch, *_ in taken), token_bytes, loss_fn)
     return None if job.stop else bpb
 

@@ -340,6 +340,20 @@ def test_bad_data_on_the_way_saves_what_was_done(base: Path, monkeypatch: pytest
     assert checkpoint.steps(stage.run_folder("bad_data") / "checkpoints") == [2]
 
 
+def test_an_evaluation_reads_as_many_tokens_as_asked(base: Path, monkeypatch: pytest.MonkeyPatch):
+    read: list[int] = []
+    real = evaluate.bits_per_byte
+
+    def counting(params: Any, batches: Any, *rest: Any) -> float:
+        batches = list(batches)
+        read.append(sum(batch["inputs"].numel() for batch in batches))
+        return real(params, batches, *rest)
+
+    monkeypatch.setattr(evaluate, "bits_per_byte", counting)
+    train_tiny(base, "name=counted", "eval.tokens=1024", "data.buffer_docs=1000")
+    assert read == [1024, 1024]
+
+
 def test_a_signal_during_an_evaluation_ends_it(base: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch):
     real = evaluate.bits_per_byte
 
