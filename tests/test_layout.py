@@ -154,7 +154,6 @@ def test_importing_nanochat_does_nothing(tmp_path: Path) -> None:
     assert printed == ""
 
 
-@pytest.mark.skipif(not EXPERIMENTS, reason="no experiment yet")
 def test_importing_an_experiment_runs_nothing(tmp_path: Path) -> None:
     effects, printed = import_effects(ROOT, "experiments", [f"experiments.{name}" for name in EXPERIMENTS], tmp_path)
     assert {name: did for name, did in effects.items() if did} == {}
