@@ -40,11 +40,12 @@ def next_token(
     targets = batch["targets"]
     counted = (targets != IGNORE).sum()
     x_BTC = model.features(params, batch["inputs"], config=config, compute=compute)
+    lm_head_VC = model.gathered(params, "lm_head", compute)
     if chunk_tokens is None:
-        logits_BTV = model.unembed(x_BTC, params["lm_head"], config, compute)
+        logits_BTV = model.unembed(x_BTC, lm_head_VC, config, compute)
         nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         return nll / counted.clamp_min(1), {"targets": counted}
-    mean = chunked_mean(x_BTC.flatten(0, 1), params["lm_head"], targets.flatten(), config.vocab_size, chunk_tokens)
+    mean = chunked_mean(x_BTC.flatten(0, 1), lm_head_VC, targets.flatten(), config.vocab_size, chunk_tokens)
     return mean, {"targets": counted}
 
 
@@ -59,9 +60,9 @@ def per_token(
     """Return the cross entropy of every token, (B, T) float32 nats, 0 where the target is -1. Arguments as above."""
     x_BTC = model.features(params, batch["inputs"], config=config, compute=compute)
     x_RC, targets_R = x_BTC.flatten(0, 1), batch["targets"].flatten()
-    losses = []
+    losses, lm_head_VC = [], model.gathered(params, "lm_head", compute)
     for x, targets in zip(x_RC.split(chunk_tokens or len(x_RC)), targets_R.split(chunk_tokens or len(x_RC))):
-        logits = model.unembed(x, params["lm_head"], config, compute)
+        logits = model.unembed(x, lm_head_VC, config, compute)
         losses.append(F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none"))
     return torch.cat(losses).view_as(batch["targets"])
 

@@ -10,8 +10,9 @@ Source: nanochat's GPT, July 2026.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ from nanochat.attention import Attend
 from nanochat.linear import Linear, dense
 
 Params = TensorDict
+Subtree = Params | Mapping[str, Any]
 ROTARY_BASE = 100_000.0
 LOGIT_CAP = 15.0
 QK_SCALE = 1.2
 SMEAR_WIDTH = 24  # leading channels that decide how much of the previous token is smeared in
 VALUE_GATE_WIDTH = 12  # leading channels that gate the value embedding
 VOCAB_MULTIPLE = 64  # tables are padded to it, for fast kernels and even shards
+TOP = ("wte", "resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_lambda")  # outside of the layers
 CONTEXT_LIMIT = 10  # in units of sequence_len: how far the rotation is extrapolated before it is an error
 
 
@@ -111,11 +114,13 @@ class Compute:
     Attributes:
         dtype: of the activations; None takes that of the embedding table.
         attend: the attention kernel. linear: the matrix product.
+        gather: (dotted name, this rank's part of the parameter) -> the whole parameter; None: they are whole already.
     """
 
     dtype: torch.dtype | None = None
     attend: Attend = attention.sdpa
     linear: Linear = dense
+    gather: Callable[[str, Tensor], Tensor] | None = None
 
 
 Initializer = Callable[[Tensor, torch.Generator], Tensor]
@@ -242,7 +247,18 @@ def apply(
         ValueError: the parameters are not of that configuration, T is over its limit, or an id is over the table
             (the last on the CPU only: elsewhere it would cost a wait for the device in every step).
     """
-    return unembed(features(params, tokens_BT, config=config, compute=compute), params["lm_head"], config, compute)
+    x_BTC = features(params, tokens_BT, config=config, compute=compute)
+    return unembed(x_BTC, gathered(params, "lm_head", compute), config, compute)
+
+
+def gathered(params: Params | Mapping[str, Any], name: str, compute: Compute) -> Any:
+    """Return the parameter or subtree of that dotted name, its leaves made whole where this rank holds parts."""
+    found: Any = functools.reduce(lambda subtree, key: subtree[key], name.split("."), params)
+    if compute.gather is None:
+        return found
+    if isinstance(found, Tensor):
+        return compute.gather(name, found)
+    return tree.nest({key: compute.gather(f"{name}.{key}", leaf) for key, leaf in tree.flatten(found).items()})
 
 
 def unembed(x_BTC: Tensor, lm_head_VC: Tensor, config: ModelConfig, compute: Compute = Compute()) -> Tensor:
@@ -255,7 +271,8 @@ def features(
     params: Params, tokens_BT: Tensor, *, config: ModelConfig = ModelConfig(), compute: Compute = Compute()
 ) -> Tensor:
     """Return the final normalised activations (B, T, C), before the unembedding; arguments as for `apply`."""
-    check(params, config)
+    if compute.gather is None:
+        check(params, config)
     if tokens_BT.dim() != 2:
         raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected (batch, time)")
     n_time = tokens_BT.shape[1]
@@ -263,21 +280,22 @@ def features(
         raise ValueError(
             f"sequence of {n_time} tokens: over the limit of {CONTEXT_LIMIT} x sequence_len={config.sequence_len}"
         )
-    x_BTC = embed(params, tokens_BT, compute)
-    x_BTC = smear(params, x_BTC, compute)
+    top = {name: gathered(params, name, compute) for name in TOP}
+    x_BTC = embed(top, tokens_BT, compute)
+    x_BTC = smear(top, x_BTC, compute)
     rotary = rotation(n_time, config.head_dim, x_BTC.device, x_BTC.dtype)
     first_BTC, middle_BTC = x_BTC, x_BTC
     for i, window in enumerate(config.windows):
-        layer = params["layers", str(i)]
-        x_BTC = params["resid_lambdas"][i] * x_BTC + params["x0_lambdas"][i] * first_BTC
+        layer = gathered(params, f"layers.{i}", compute)
+        x_BTC = top["resid_lambdas"][i] * x_BTC + top["x0_lambdas"][i] * first_BTC
         x_BTC = x_BTC + attend(layer["attn"], rms(x_BTC), tokens_BT, rotary, window, config, compute)
         x_BTC = x_BTC + mlp(layer["mlp"], rms(x_BTC), compute)
         if i == config.n_layer // 2:
             middle_BTC = x_BTC
-    return rms(x_BTC - params["backout_lambda"].to(x_BTC.dtype) * middle_BTC)
+    return rms(x_BTC - top["backout_lambda"].to(x_BTC.dtype) * middle_BTC)
 
 
-def embed(params: Params, tokens_BT: Tensor, compute: Compute) -> Tensor:
+def embed(params: Subtree, tokens_BT: Tensor, compute: Compute) -> Tensor:
     """Return the normalised token embeddings (B, T, C) in the compute dtype."""
     try:
         x_BTC = F.embedding(tokens_BT, params["wte"])
@@ -290,7 +308,7 @@ def embed(params: Params, tokens_BT: Tensor, compute: Compute) -> Tensor:
     return rms(x_BTC if compute.dtype is None else x_BTC.to(compute.dtype))
 
 
-def smear(params: Params, x_BTC: Tensor, compute: Compute) -> Tensor:
+def smear(params: Subtree, x_BTC: Tensor, compute: Compute) -> Tensor:
     """Add to each position a gated share of the one before it; position 0 stays as it is."""
     now, before = x_BTC[:, 1:], x_BTC[:, :-1]
     gate_BT1 = torch.sigmoid(compute.linear(now[..., :SMEAR_WIDTH], params["smear_gate"]))
@@ -299,7 +317,7 @@ def smear(params: Params, x_BTC: Tensor, compute: Compute) -> Tensor:
 
 
 def attend(
-    layer: Params,
+    layer: Subtree,
     x_BTC: Tensor,
     tokens_BT: Tensor,
     rotary: tuple[Tensor, Tensor],
@@ -313,7 +331,7 @@ def attend(
 
 
 def project_qkv(
-    layer: Params,
+    layer: Subtree,
     x_BTC: Tensor,
     tokens_BT: Tensor,
     rotary: tuple[Tensor, Tensor],
@@ -332,7 +350,7 @@ def project_qkv(
     return QK_SCALE * rms(rotate(q_BTNH, rotary)), QK_SCALE * rms(rotate(k_BTKH, rotary)), v_BTKH
 
 
-def mlp(layer: Params, x_BTC: Tensor, compute: Compute) -> Tensor:
+def mlp(layer: Subtree, x_BTC: Tensor, compute: Compute) -> Tensor:
     """Return the MLP's contribution (B, T, C): proj(relu(fc x)²)."""
     return compute.linear(F.relu(compute.linear(x_BTC, layer["fc"])).square(), layer["proj"])
 

@@ -22,7 +22,7 @@ ROWS = [
     {"allocator", "corpus", "runtime", "tree", "units"},
     {
         *("attention", "background", "download", "fingerprint", "hub", "linear", "metrics", "packing", "plots"),
-        *("progress", "schedule", "store", "token_cache", "tokenizer", "transform"),
+        *("progress", "schedule", "sharding", "store", "token_cache", "tokenizer", "transform"),
     },
     {"dataset", "manifest"},
     {"dataloader", "model", "optim", "scaling"},
