@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
 
 def start(argv: list[str]) -> None:
     """Parse the flags and run the experiment they name. Raises: UserError."""
-    files = sorted((ROOT / "experiments").glob("[!_]*.py"))
-    docs = {path.stem: ast.get_docstring(ast.parse(path.read_bytes(), path)) or "-" for path in files}
+    files = {path.stem: path.read_bytes() for path in sorted((ROOT / "experiments").glob("[!_]*.py"))}
+    docs = {name: ast.get_docstring(ast.parse(code)) or "-" for name, code in files.items()}
     overview = "\n".join([f"{__doc__}", *(f"  {name:<18}{doc.splitlines()[0]}" for name, doc in docs.items())])
     flag = flags.FlagValues()
     flags.DEFINE_string("experiment", "", "", flag_values=flag)
@@ -70,16 +70,16 @@ def start(argv: list[str]) -> None:
     if words and not hasattr(config, "args"):
         raise UsageError(f"{words[0]}: {name} takes no words; a setting is given as --set name=value")
     config = dataclasses.replace(config, args=tuple(words)) if words else config
-    config = override(config, (flag["set"].value or []) + ["resume=true"] * bool(flag["resume"].value))
+    config = override(config, flag["set"].value + ["resume=true"] * flag["resume"].value)
     runtime = importlib.import_module("nanochat.runtime")  # imports torch: too slow for a page of help
-    module.run(config, runtime.create(getattr(config, "device", "auto"), getattr(config, "dtype", "auto")))
+    module.run(config, runtime.create(getattr(config, "device", "auto"), getattr(config, "dtype", "auto"), quiet=True))
 
 
 def fail(message: str, code: int) -> int:
     """Print `message` from one of this machine's failing ranks, the lowest as a rule; returns `code`."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's <attempt>/<local rank>/error.json
         time.sleep(0.1 * int(os.environ["LOCAL_RANK"]))
-        summary = {"message": message.splitlines()[0], "extraInfo": {"timestamp": str(int(time.time()))}}
+        summary = {"message": message.splitlines()[0], "extraInfo": {"timestamp": f"{time.time():.0f}"}}
         Path(path).write_text(json.dumps({"message": summary}), "utf-8")
         try:
             Path(path).parent.with_name("reported").touch(exist_ok=False)

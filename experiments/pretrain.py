@@ -24,6 +24,7 @@ from nanochat import (
     progress,
     scaling,
     schedule,
+    sharding,
     stage,
     tokenizer,
     train,
@@ -82,8 +83,6 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Resolve the configuration, print the plan, and pretrain."""
-    if runtime.world_size > 1:
-        raise UserError("pretraining runs in one process for now: start it with --nproc_per_node=1")
     if not config.dry_run:
         dataset.resolve(config.data, "train")  # missing data is said before anything else
     tok = stage.load_tokenizer(config, config.name or f"d{config.depth}", required=not config.dry_run)
@@ -104,14 +103,15 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
     """Train from a resolved configuration, to the end or to the first signal."""
     folder = stage.run_folder(str(config.name))
     # What may be refused comes before the run's folder is touched.
-    step_fn, loss_fn, kernel = stage.functions(config, shape, runtime)
+    layout = sharding.layout(config.sharding, runtime, model.spec(shape))
+    step_fn, loss_fn, kernel = stage.functions(config, shape, runtime, layout)
     limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
     print(f"attention: {kernel}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(train.stop_on_signals())  # first in, last out: it guards the last save too
-        manager = stage.open_checkpoints(folder, config)
+        manager = stage.open_checkpoints(folder, config, runtime)
         stack.callback(checkpoint.close, manager)  # waits for the last save, after an error as well
-        state, at = stage.start(config, shape, manager, runtime)
+        state, at = stage.start(config, shape, manager, runtime, layout)
         stream = dataloader.batches(
             config.data,
             tok,
@@ -125,7 +125,7 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
             device=runtime.device,
         )
         stack.enter_context(contextlib.closing(stream))
-        if at.step == 0:
+        if at.step == 0 and runtime.is_main:
             tokenizer.save(tok, folder / "tokenizer")  # the run's own copy, should the original be trained anew
         log = metrics.open(
             folder,
@@ -138,7 +138,7 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
         stack.callback(metrics.close, log)
         schedules = functools.partial(hparams_at, config.optim, shape, plan)
         job = Job(
-            config, shape, tok, runtime, plan.num_steps, plan.total_batch_size, plan.flops_per_token, schedules,
+            config, shape, tok, runtime, layout, plan.num_steps, plan.total_batch_size, plan.flops_per_token, schedules,
             config.optim.matrix_lr * plan.batch_scale, limit, folder, manager, log, stop, [],
         )  # fmt: skip
         show = stack.enter_context(progress.bar(plan.num_steps, initial=at.step, label=str(config.name)))

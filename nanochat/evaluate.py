@@ -7,6 +7,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from nanochat import runtime
 from nanochat.loss import IGNORE
 
 LossFn = Callable[[TensorDict, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
@@ -16,12 +17,12 @@ LossFn = Callable[[TensorDict, Mapping[str, Tensor]], tuple[Tensor, dict[str, Te
 def bits_per_byte(
     params: TensorDict, batches: Iterable[Mapping[str, Tensor]], token_bytes_V: Tensor, loss_fn: LossFn
 ) -> float:
-    """Return Σ nats / (ln 2 · Σ bytes) over the targets that stand for bytes.
+    """Return Σ nats / (ln 2 · Σ bytes) over the targets that stand for bytes, of all ranks' batches.
 
     Special tokens (0 bytes) and ignored targets are left out of both sums.
 
     Args:
-        params: of the model. batches: {"inputs", "targets"} of (B, T) ids.
+        params: of the model, as a step computes with them. batches: {"inputs", "targets"} of (B, T) ids.
         token_bytes_V: (V,) int64, bytes that each token stands for, on the device of the batches.
         loss_fn: (params, batch) -> (mean nats over targets that count, {"targets": their number}).
 
@@ -37,6 +38,7 @@ def bits_per_byte(
         mean, aux = loss_fn(params, counted)
         nats += mean.cpu().double() * aux["targets"].cpu()
         total_bytes += int(sizes.sum())
+    total_nats, total_bytes = runtime.total([float(nats), total_bytes])
     if total_bytes == 0:
         raise ValueError("bits per byte: no target stands for a byte of text")
-    return float(nats) / (math.log(2) * total_bytes)
+    return total_nats / (math.log(2) * total_bytes)

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
 
-from nanochat import attention, tree
+from nanochat import attention, sharding, tree
 from nanochat.attention import Attend
 from nanochat.linear import Linear, dense
+from nanochat.sharding import Layout
 
 Params = TensorDict
 Subtree = Params | Mapping[str, Any]
@@ -204,7 +205,12 @@ def spec(config: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def init(
-    config: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    seed: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    layout: Layout | None = None,
 ) -> Params:
     """Return the initial parameters: a function of the seed and each parameter's name, whatever the device or order.
 
@@ -212,17 +218,18 @@ def init(
         config: the shape. seed: any int.
         device: where they go; "meta" allocates nothing and draws nothing.
         dtype: the compute dtype, in which the embedding tables are stored (float32 when it is float16).
+        layout: of several ranks, each of which keeps its part; one whole parameter at a time is in memory.
     """
     device = torch.device(device)
-    flat = {}
+    flat: dict[str, Tensor] = {}
     for name, row in spec(config).items():
         stored = storage_dtype(row, dtype)
         if device.type == "meta":
-            flat[name] = torch.empty(row.shape, dtype=stored, device=device)
+            flat[name] = sharding.place(layout, name, torch.empty(row.shape, dtype=stored, device=device))
             continue
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        flat[name] = row.init(torch.empty(row.shape), generator).to(device, stored)
+        flat[name] = sharding.place(layout, name, row.init(torch.empty(row.shape), generator).to(device, stored))
     return tree.unflatten(flat)
 
 

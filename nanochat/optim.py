@@ -14,8 +14,11 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from nanochat import tree
+from nanochat.sharding import Exchange
 
 OptState = TensorDict
+Exchanges = Mapping[str, Exchange | None]
+NONE: Exchanges = {}
 Hparams = Mapping[str, Mapping[str, Tensor]]  # group -> name -> 0-d float32 tensor
 ADAM_EPS = 1e-10
 SMALL = 2**16  # elements below which an update is not worth compiling
@@ -92,11 +95,14 @@ def as_hparams(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, 
     return {group: {k: torch.tensor(v, dtype=torch.float32) for k, v in row.items()} for group, row in rates.items()}
 
 
-def init(params: TensorDict, spec: Mapping[str, Row]) -> OptState:
+def init(
+    params: TensorDict, spec: Mapping[str, Row], zeros: Callable[[str, torch.Size], Tensor] | None = None
+) -> OptState:
     """Return the zero state for `params`: float32 moments, whatever the parameters are stored in.
 
     Args:
         params: nested TensorDict. spec: the model's table by dotted name; only its groups are read.
+        zeros: (parameter, shape of a moment of it) -> float32 zeros, where they do not lie on the parameter's device.
 
     Returns:
         {"step": 0-d int64, group: {"m", "v"}} for AdamW, {"momentum", "second"} for Muon, where `second` holds one
@@ -104,16 +110,18 @@ def init(params: TensorDict, spec: Mapping[str, Row]) -> OptState:
     """
     flat = tree.flatten(params)
     device = next(iter(flat.values())).device
+    zeros = zeros or (lambda _, shape: torch.zeros(shape, device=device))
     state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.int64, device=device)}
     for name, p in flat.items():
         group = spec[name].group
-        zeros = torch.zeros_like(p, dtype=torch.float32)
         if group == MATRIX:
-            state[f"{group}.momentum.{name}"] = zeros
-            state[f"{group}.second.{name}"] = zeros.narrow(reduced_axis(p.shape), 0, 1).clone()
+            mean_shape = list(p.shape)
+            mean_shape[reduced_axis(p.shape)] = 1
+            state[f"{group}.momentum.{name}"] = zeros(name, p.shape)
+            state[f"{group}.second.{name}"] = zeros(name, torch.Size(mean_shape))
         else:
-            state[f"{group}.m.{name}"] = zeros
-            state[f"{group}.v.{name}"] = torch.zeros_like(zeros)
+            state[f"{group}.m.{name}"] = zeros(name, p.shape)
+            state[f"{group}.v.{name}"] = zeros(name, p.shape)
     return tree.unflatten(state)
 
 
@@ -133,6 +141,7 @@ def update(
     grad_scale: Tensor | None = None,
     keep: Tensor | None = None,
     muon_dtype: torch.dtype | None = None,
+    exchanges: Exchanges = NONE,
 ) -> tuple[TensorDict, OptState]:
     """Return (new parameters, new state) after one step; the arguments are not changed.
 
@@ -142,10 +151,11 @@ def update(
             weight_decay of Muon.
         grad_scale: 0-d factor on the gradients. keep: 0-d bool; where True, everything stays as it was.
         muon_dtype: dtype of the orthogonalisation; None keeps that of the momentum (float32).
+        exchanges: matrix -> how its parts on the ranks become whole matrices; none for those that are whole.
     """
     new: dict[str, Tensor] = {}
     for _, names, tensors in _results(
-        Rules(adamw, muon), grads, opt_state, params, hparams, grad_scale, keep, muon_dtype
+        Rules(adamw, muon), grads, opt_state, params, hparams, grad_scale, keep, muon_dtype, exchanges
     ):
         new.update(zip(names, tensors))
     # In the order of the arguments, whatever the order of the groups.
@@ -162,6 +172,7 @@ def update_(
     grad_scale: Tensor | None = None,
     keep: Tensor | None = None,
     muon_dtype: torch.dtype | None = None,
+    exchanges: Exchanges = NONE,
     rules: Rules | None = None,
 ) -> None:
     """Do what `update` does in the memory of `params` and `opt_state`, which the caller gives up.
@@ -169,7 +180,8 @@ def update_(
     Args:
         rules: None for the plain ones, or those of `compiled`. The rest is as for `update`.
     """
-    results = _results(rules or Rules(adamw_, muon), grads, opt_state, params, hparams, grad_scale, keep, muon_dtype)
+    rules = rules or Rules(adamw_, muon)
+    results = _results(rules, grads, opt_state, params, hparams, grad_scale, keep, muon_dtype, exchanges)
     for old, _, new in results:
         for before, after in zip(old, new):
             if after is not before:
@@ -201,6 +213,7 @@ def _results(
     grad_scale: Tensor | None,
     keep: Tensor | None,
     muon_dtype: torch.dtype | None,
+    exchanges: Exchanges,
 ) -> Iterator[tuple[list[Tensor], list[str], list[Tensor]]]:
     """Yield (old tensors, their names, new tensors), a few at a time; parameters are named params.<name>."""
     flat_params, flat_grads = tree.flatten(params), tree.flatten(grads)
@@ -208,10 +221,11 @@ def _results(
     for group, h in hparams.items():
         first_name, second_name = ("momentum", "second") if group == MATRIX else ("m", "v")
         first, second = tree.flatten(opt_state[group, first_name]), tree.flatten(opt_state[group, second_name])
-        for names in _by_shape(first) if group == MATRIX else [[name] for name in first]:
+        for names in _alike(first, exchanges) if group == MATRIX else [[name] for name in first]:
             old = [[source[n] for n in names] for source in (flat_params, flat_grads, first, second)]
             if group == MATRIX:
-                new = rules.muon(*(torch.stack(part) for part in old), h, grad_scale, keep, muon_dtype)
+                stacks = (torch.stack(part) for part in old)
+                new = rules.muon(*stacks, h, grad_scale, keep, muon_dtype, exchanges.get(names[0]))
                 parts = [list(part.unbind()) for part in new]
             else:
                 new = rules.adamw(*(part[0] for part in old), step, h, grad_scale, keep)
@@ -222,11 +236,12 @@ def _results(
     yield [opt_state["step"]], ["step"], [step if keep is None else torch.where(keep, opt_state["step"], step)]
 
 
-def _by_shape(matrices: Mapping[str, Tensor]) -> list[list[str]]:
-    shapes: dict[torch.Size, list[str]] = {}
+def _alike(matrices: Mapping[str, Tensor], exchanges: Exchanges) -> list[list[str]]:
+    """Return the names in groups that may be stacked."""
+    stacks: dict[Any, list[str]] = {}
     for name, matrix in matrices.items():
-        shapes.setdefault(matrix.shape, []).append(name)
-    return list(shapes.values())
+        stacks.setdefault((matrix.shape, exchanges.get(name)), []).append(name)
+    return list(stacks.values())
 
 
 def adamw(
@@ -276,6 +291,7 @@ def muon(
     grad_scale: Tensor | None = None,
     keep: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (p, momentum, second) after one step of Muon, for a stack of matrices of one shape.
 
@@ -286,16 +302,23 @@ def muon(
         p, g, momentum: (n, r, c). second: (n, r, 1) or (n, 1, c).
         h: lr, momentum, beta2, weight_decay as 0-d tensors. grad_scale: factor on `g`. keep: where True, no change.
         dtype: of the orthogonalisation; None: float32.
+        exchange: where all of these are one rank's parts of the matrices.
 
     Source: https://kellerjordan.github.io/posts/muon/; NorMuon, arXiv 2510.05491.
     """
-    rows, columns = p.shape[-2:]
-    lr = h["lr"] * max(1.0, rows / columns) ** 0.5
     g32 = g.float() if grad_scale is None else g.float() * grad_scale
     new_momentum = momentum + (g32 - momentum) * (1 - h["momentum"])
     u = g32 + (new_momentum - g32) * h["momentum"]
-    u = orthogonalize(u if dtype is None else u.to(dtype)).float()
-    u, new_second = reduce_variance(u, second, h["beta2"])
+    u, new_second = (u if dtype is None else u.to(dtype)), second
+    if exchange is not None:
+        u = exchange.to_whole(u, exchange.dim)
+        new_second = exchange.to_whole(second, exchange.moment_dim)
+    rows, columns = u.shape[-2:]
+    u, new_second = reduce_variance(orthogonalize(u).float(), new_second, h["beta2"])
+    if exchange is not None:
+        u = exchange.to_parts(u, exchange.dim, len(p))
+        new_second = exchange.to_parts(new_second, exchange.moment_dim, len(p))
+    lr = h["lr"] * max(1.0, rows / columns) ** 0.5
     p32 = p.float()
     decay = p32 * ((u * p32) >= 0) * h["weight_decay"]
     new_p = (p32 - lr * (u + decay)).to(p.dtype)

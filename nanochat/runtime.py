@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import re
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanochat.config import UserError
 
@@ -20,17 +21,16 @@ class Runtime:
     """The process's place in the job.
 
     Attributes:
-        rank, local_rank, world_size: torchrun's numbers; 0, 0, 1 without it.
+        rank, local_rank, world_size, node_ranks: torchrun's numbers; 0, 0, 1, 1 without it.
         device: where this process computes.
-        mesh: one-dimensional mesh over all ranks, or None in a single process.
         compute_dtype: dtype of activations (and of the embedding tables' storage, float16 apart).
     """
 
     rank: int
     local_rank: int
     world_size: int
+    node_ranks: int
     device: torch.device
-    mesh: DeviceMesh | None
     compute_dtype: torch.dtype
 
     @property
@@ -45,7 +45,7 @@ def base_dir() -> Path:
     return Path(folder).expanduser() if folder else Path.home() / ".cache" / "nanochat"
 
 
-def create(device: str = "auto", dtype: str = "auto") -> Runtime:
+def create(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) -> Runtime:
     """Read torchrun's environment, choose device and compute dtype, and join the process group if there is one.
 
     On the CPU, torch is set to deterministic algorithms: the same run gives the same bits.
@@ -53,6 +53,7 @@ def create(device: str = "auto", dtype: str = "auto") -> Runtime:
     Args:
         device: auto (CUDA, else MPS, else CPU), cpu, cuda or mps.
         dtype: auto (bfloat16 on CUDA of capability 8.0 and above, else float32), float32, bfloat16 or float16.
+        quiet: drop what ranks other than 0 print; errors still show.
 
     Raises:
         UserError: the machine has no such device, or the device cannot compute in that dtype.
@@ -60,6 +61,7 @@ def create(device: str = "auto", dtype: str = "auto") -> Runtime:
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     place = _device(device, local_rank)
     compute_dtype = _dtype(dtype, place)
     if place.type == "cpu":
@@ -67,14 +69,38 @@ def create(device: str = "auto", dtype: str = "auto") -> Runtime:
         # differ from an unbroken one in the last bits. Filling fresh memory is for finding bugs, and takes time.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    mesh = None
     if world_size > 1:
         if place.type == "mps":
             raise UserError("device=mps runs in one process: drop --nproc_per_node or set device=cpu")
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-        mesh = init_device_mesh(place.type, (world_size,))
-    return Runtime(rank, local_rank, world_size, place, mesh, compute_dtype)
+            # gloo beside nccl: what is agreed upon between the ranks' hosts does not wait for the GPUs
+            dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    if quiet and rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+    return Runtime(rank, local_rank, world_size, node_ranks, place, compute_dtype)
+
+
+def agree(value: int) -> int:
+    """Return the largest `value` of all ranks; `value` itself in a process alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """Return the sums of the `values` of all ranks, in float64; the values themselves in a process alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(values)
+    found = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(found)
+    return found.tolist()
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here; at once in a process alone."""
+    agree(0)
 
 
 def close() -> None:

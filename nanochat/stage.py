@@ -30,6 +30,7 @@ from nanochat import (
     model,
     plots,
     progress,
+    sharding,
     tokenizer,
     train,
 )
@@ -42,6 +43,7 @@ from nanochat.metrics import MetricsConfig
 from nanochat.model import Compute, ModelConfig
 from nanochat.optim import MATRIX, Hparams
 from nanochat.runtime import Runtime
+from nanochat.sharding import Layout, ShardingConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import NonFiniteLossError, Progress, StopFlag, TrainConfig, TrainState
 from nanochat.units import duration, human
@@ -108,6 +110,7 @@ class StageConfig:
     device_batch_size: int = 32
     tokenizer: str | None = None
     train: TrainConfig = TrainConfig()
+    sharding: ShardingConfig = ShardingConfig()
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=1000)
@@ -120,6 +123,7 @@ class Job:
 
     Attributes:
         config: resolved. shape, tok, runtime: the model's, the tokenizer, the process's place.
+        layout: where the state lies on several ranks, or None.
         num_steps, step_tokens, flops_per_token: length of the run, tokens of a step (all ranks), cost of a token.
         hparams_at: step -> hyperparameters. matrix_lr: the matrices' rate at its full.
         peak_flops: matmul limit of a device, for the MFU.
@@ -132,6 +136,7 @@ class Job:
     shape: ModelConfig
     tok: Tokenizer
     runtime: Runtime
+    layout: Layout | None
     num_steps: int
     step_tokens: int
     flops_per_token: int
@@ -170,7 +175,7 @@ def load_tokenizer(config: StageConfig, name: str, *, required: bool = True) -> 
     return tokenizer.load(folder) if required or folder.exists() else None
 
 
-def open_checkpoints(folder: Path, config: StageConfig) -> checkpoint.Manager:
+def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> checkpoint.Manager:
     """Open the checkpoints of a run: new, resumed, or with `overwrite` in the place of an old run.
 
     Raises:
@@ -185,8 +190,11 @@ def open_checkpoints(folder: Path, config: StageConfig) -> checkpoint.Manager:
                 "starts another, --set overwrite=true replaces it"
             )
         old = checkpoints.with_name("checkpoints.old")
-        shutil.rmtree(old, ignore_errors=True)
-        checkpoints.rename(old)
+        runtimes.wait_for_all()  # every rank has looked
+        if runtime.is_main:
+            shutil.rmtree(old, ignore_errors=True)
+            checkpoints.rename(old)
+        runtimes.wait_for_all()
         print(f"the run that was here keeps its checkpoints in {old}, until the next one is replaced")
     if config.resume and not done:
         print(f"nothing to resume in {checkpoints}: starting at step 0")
@@ -194,14 +202,15 @@ def open_checkpoints(folder: Path, config: StageConfig) -> checkpoint.Manager:
 
 
 def start(
-    config: StageConfig, shape: ModelConfig, manager: checkpoint.Manager, runtime: Runtime
+    config: StageConfig, shape: ModelConfig, manager: checkpoint.Manager, runtime: Runtime, layout: Layout | None
 ) -> tuple[TrainState, Progress]:
     """Return the state and progress to begin with: freshly drawn, or those of the last checkpoint."""
     dtype, spec = runtime.compute_dtype, model.spec(shape)
     if checkpoint.latest_step(manager) is None:
-        params = model.init(shape, config.seed, device=runtime.device, dtype=dtype)
-        return train.init(params, spec, dtype), Progress()
-    abstract = train.init(model.init(shape, config.seed, device="meta", dtype=dtype), spec, dtype)
+        params = model.init(shape, config.seed, device=runtime.device, dtype=dtype, layout=layout)
+        return train.init(params, spec, dtype, layout), Progress()
+    nothing = model.init(shape, config.seed, device="meta", dtype=dtype, layout=layout)
+    abstract = train.init(nothing, spec, dtype, layout)
     state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
     torch.set_rng_state(torch.from_numpy(arrays["random_state"]))
     now = json.loads(json.dumps(dict(configs.flatten(config))))
@@ -212,11 +221,13 @@ def start(
     loader = {"position": meta["loader"], "tokens": arrays["loader_tokens"], "lengths": arrays["loader_lengths"]}
     print(f"resumed from step {int(state.step)} in {manager.folder}")
     if meta["config"]["dtype"] != now["dtype"]:
-        state = state._replace(scaler=train.init(state.params, spec, dtype).scaler)  # a scale is for one dtype
+        state = state._replace(scaler=train.init_scaler(dtype, runtime.device))  # a scale is for one dtype
     return state, Progress(**meta["progress"])._replace(loader=loader)
 
 
-def functions(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> tuple[Callable, Callable, str]:
+def functions(
+    config: StageConfig, shape: ModelConfig, runtime: Runtime, layout: Layout | None = None
+) -> tuple[Callable, Callable, str]:
     """Return (the train step, the loss for evaluation, the attention kernel's name), compiled where asked for.
 
     Raises:
@@ -240,18 +251,22 @@ def functions(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> tupl
         raise UserError(str(error)) from None
     chunk_tokens = config.train.chunk_tokens or (1024 if runtime.device.type == "cpu" else 8192)
     if config.train.grad == "func":
+        if runtime.world_size > 1:
+            raise UserError("train.grad=func runs in one process: start with --nproc_per_node=1")
         if kernel == "flex":
             raise UserError(
                 "train.grad=func: flex_attention has a custom backward, which torch.func.grad ignores when compiled; "
                 "set train.attention=sdpa"
             )
         chunk_tokens = None  # the chunked loss has a custom backward too; the plain one has the same value
-    compute = Compute(dtype=runtime.compute_dtype, attend=attend)
+    dtype = runtime.compute_dtype
+    compute = Compute(dtype=dtype, attend=attend, gather=sharding.gatherer(layout, dtype))
     loss_fn = functools.partial(loss.next_token, config=shape, compute=compute, chunk_tokens=chunk_tokens)
     step_fn = functools.partial(
         train.train_step,
         value_and_grad=train.gradient(loss_fn, grad=config.train.grad, compile=config.compile),
-        update=train.make_update(compute_dtype=runtime.compute_dtype, donate=True, compile=config.compile),
+        update=train.make_update(compute_dtype=dtype, donate=True, compile=config.compile, layout=layout),
+        enter=functools.partial(sharding.enter, layout, dtype=dtype),
     )
     return step_fn, (torch.compile(loss_fn, fullgraph=True) if config.compile else loss_fn), kernel
 
@@ -313,7 +328,8 @@ def examine(job: Job, loss_fn: Callable, show: progress.Bar, state: TrainState, 
 
 def examined(job: Job, step: int) -> bool:
     """Return whether the record has the evaluation of a step."""
-    return step == 0 or any(row["step"] == step and "val/bpb" in row for row in metrics.read(job.folder))
+    rows = metrics.read(job.folder) if job.runtime.is_main else []  # which writes it, meanwhile
+    return step == 0 or bool(runtimes.agree(any(row["step"] == step and "val/bpb" in row for row in rows)))
 
 
 def due(step: int, every_steps: int | None) -> bool:
@@ -382,21 +398,24 @@ def validate(job: Job, state: TrainState, loss_fn: Callable) -> float | None:
     token_bytes = torch.from_numpy(tokenizer.token_bytes(job.tok)).to(runtime.device)
     with contextlib.closing(stream):
         first = next(stream)
-        rest = itertools.takewhile(lambda _: not job.stop, itertools.islice(stream, steps - 1))
+        rest = itertools.takewhile(lambda _: not job.stop.agreed(), itertools.islice(stream, steps - 1))
         taken = itertools.chain([first], rest)
-        bpb = evaluate.bits_per_byte(state.params, (batch for batch, *_ in taken), token_bytes, loss_fn)
+        params = sharding.enter(job.layout, state.params, runtime.compute_dtype)
+        bpb = evaluate.bits_per_byte(params, (batch for batch, *_ in taken), token_bytes, loss_fn)
     return None if job.stop else bpb
 
 
 def samples(job: Job, state: TrainState) -> list[str]:
     """Return one line a prompt: the prompt and what the model makes of it."""
     config = job.config.eval
-    compute = Compute(dtype=job.runtime.compute_dtype)
+    dtype = job.runtime.compute_dtype
+    compute = Compute(dtype=dtype, gather=sharding.gatherer(job.layout, dtype))
+    params = sharding.enter(job.layout, state.params, dtype)
     logits_fn = functools.partial(model.apply, config=job.shape, compute=compute)
     lines = []
     for i, prompt in enumerate(config.prompts):
         tokens = generate.sample(
-            state.params,
+            params,
             [job.tok.bos, *job.tok.encode(prompt)],
             logits_fn,
             max_tokens=config.sample_tokens,
@@ -411,6 +430,8 @@ def samples(job: Job, state: TrainState) -> list[str]:
 
 def finish(job: Job, at: Progress) -> None:
     """Draw the curves beside the metrics, and print the validation curve, the totals and where everything is."""
+    if not job.runtime.is_main:
+        return
     rows = metrics.read(job.folder)
     draw(job.folder, rows)
     steps, bpb = metrics.curve(rows, "val/bpb")

@@ -12,12 +12,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from nanochat import optim, transform, tree
+from nanochat import optim, runtime, sharding, transform, tree
 from nanochat.config import UserError
 from nanochat.optim import Hparams, OptState
+from nanochat.sharding import Layout
 
 Batch = Mapping[str, Tensor]
 LossFn = Callable[[TensorDict, Batch], tuple[Tensor, dict[str, Tensor]]]
+PROBLEM = 1000  # above all signals
 MAX_SKIPPED_STEPS = 50  # consecutive steps without a finite loss before skipping gives up
 
 
@@ -57,44 +59,68 @@ class TrainState(NamedTuple):
     scaler: TensorDict
 
 
-def init(params: TensorDict, spec: Mapping[str, optim.Row], compute_dtype: torch.dtype = torch.float32) -> TrainState:
-    """Return the state before the first step; on the device of `params`, the meta device included."""
+def init(
+    params: TensorDict,
+    spec: Mapping[str, optim.Row],
+    compute_dtype: torch.dtype = torch.float32,
+    layout: Layout | None = None,
+) -> TrainState:
+    """Return the state before the first step; on the device of `params`, the meta device included.
+
+    Args:
+        params: as they lie between steps. spec: the model's table. layout: of several ranks, or None.
+    """
     device = tree.leaves(params)[0].device
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    zeros = None if layout is None else (lambda name, shape: sharding.zeros(layout, name, shape, device))
+    return TrainState(step, params, optim.init(params, spec, zeros), init_scaler(compute_dtype, device))
+
+
+def init_scaler(compute_dtype: torch.dtype, device: torch.device) -> TensorDict:
+    """Return the factor on the loss before the first step: 2**16 for float16, else 1."""
     scale = 2.0**16 if compute_dtype == torch.float16 else 1.0
-    scaler = {
+    leaves = {
         "scale": torch.full((), scale, device=device),
         "good_steps": torch.zeros((), dtype=torch.int64, device=device),
     }
-    step = torch.zeros((), dtype=torch.int64, device=device)
-    return TrainState(step, params, optim.init(params, spec), TensorDict(scaler, batch_size=[]))
+    return TensorDict(leaves, batch_size=[])
 
 
 ValueAndGrad = Callable[[TensorDict, Batch, Tensor], tuple[TensorDict, tuple[Tensor, dict[str, Tensor]]]]
+Enter = Callable[[TensorDict], TensorDict]
 Update = Callable[[TrainState, TensorDict, Tensor, Tensor, Hparams], tuple[TrainState, dict[str, Tensor]]]
 
 
 def train_step(
-    state: TrainState, batches: Sequence[Batch], hparams: Hparams, *, value_and_grad: ValueAndGrad, update: Update
+    state: TrainState,
+    batches: Sequence[Batch],
+    hparams: Hparams,
+    *,
+    value_and_grad: ValueAndGrad,
+    update: Update,
+    enter: Enter = lambda params: params,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """Return the state after one optimizer step, and its metrics; what changes in place is up to `update`.
 
     Args:
-        state: before the step. batches: micro-batches of equal size, whose gradients are averaged.
+        state: before the step. batches: this rank's micro-batches of equal size, whose gradients are averaged.
         hparams: 0-d tensors by group, see `optim.update`.
         value_and_grad, update: from `gradient` and `make_update`.
+        enter: parameters as they lie -> as the step computes with them; see `sharding.enter`.
 
     Returns:
         The new state, unchanged but for `step` and `scaler` where loss or gradient are not finite; and
         {"loss", "grad_norm": 0-d float32, "finite": 0-d bool}.
     """
-    scale = state.scaler["scale"]
-    grads, (loss, _) = value_and_grad(state.params, batches[0], scale)
+    scale, params = state.scaler["scale"], enter(state.params)
+    grads, (loss, _) = value_and_grad(params, batches[0], scale)
     if len(batches) > 1:
         grads = tree.map(lambda g: g.float(), grads)  # a sum of many in bfloat16 would lose the late ones
     for batch in batches[1:]:
-        more, (value, _) = value_and_grad(state.params, batch, scale)
+        more, (value, _) = value_and_grad(params, batch, scale)
         tree.map(lambda total, g: total.add_(g), grads, more)  # the sum is ours alone: in place
         loss = loss + value
+    del params  # gathered ones take room that the update can use
     n = len(batches)
     return update(state, grads, 1 / (n * scale), loss / n, hparams)
 
@@ -112,7 +138,7 @@ def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: bool = False) 
 
     if grad == "func":
         whole = torch.func.grad_and_value(scaled, has_aux=True)
-        whole = torch.compile(whole, fullgraph=True) if compile else whole
+        whole = torch.compile(whole, fullgraph=True, dynamic=False) if compile else whole
     else:
         # Only the loss is compiled: AOTAutograd keeps its partitioner, and custom backwards work.
         whole = transform.value_and_grad(torch.compile(scaled, fullgraph=True) if compile else scaled, has_aux=True)
@@ -124,14 +150,22 @@ def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: bool = False) 
     return value_and_grad
 
 
-def make_update(*, compute_dtype: torch.dtype = torch.float32, compile: bool = False, donate: bool = False) -> Update:
+def make_update(
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+    donate: bool = False,
+    layout: Layout | None = None,
+) -> Update:
     """Return (state, grads, grad_scale, loss, hparams) -> (state, metrics), which leaves a non-finite step out.
+
+    Loss and gradients are a rank's own; their means over the ranks decide, so all ranks take or leave a step alike.
 
     Args:
         compute_dtype: Muon orthogonalises in bfloat16 when it is that; float16 has a dynamic loss scale.
         donate: write the new state into the memory of the old one, which the caller gives up, instead of allocating
             a second one (as jax.jit's donate_argnums); Muon still needs a few copies of its largest stack for a moment.
-        compile: whether the donating update is compiled.
+        compile: whether the donating update is compiled. layout: of several ranks, or None.
     """
     muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
     rules = optim.compiled() if compile and donate else None
@@ -140,17 +174,24 @@ def make_update(*, compute_dtype: torch.dtype = torch.float32, compile: bool = F
     def update(
         state: TrainState, grads: TensorDict, grad_scale: Tensor, loss: Tensor, hparams: Hparams
     ) -> tuple[TrainState, dict[str, Tensor]]:
-        grad_norm = torch.nn.utils.get_total_norm(tree.leaves(grads)).float() * grad_scale
+        grads = sharding.reduce(layout, grads)
+        grad_scale = grad_scale if layout is None else grad_scale / layout.ranks
+        loss, norm = sharding.loss_and_norm(layout, loss, grads)
+        grad_norm = norm * grad_scale
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         scaler = _rescale(state.scaler, finite) if compute_dtype == torch.float16 else state.scaler
+        params, opt_state = sharding.parts(layout, state.params), sharding.local(state.opt_state)
+        second = tree.flatten(state.opt_state.get((optim.MATRIX, "second"), {}))
         how: dict[str, Any] = {"grad_scale": grad_scale, "keep": ~finite, "muon_dtype": muon_dtype}
+        how["exchanges"] = {name: sharding.exchange(layout, name, x.shape) for name, x in second.items()}
         if donate:
-            optim.update_(grads, state.opt_state, state.params, hparams, rules=rules, **how)
+            optim.update_(grads, opt_state, params, hparams, rules=rules, **how)
+            sharding.join_(layout, state.params)
             new = TrainState(state.step + 1, state.params, state.opt_state, scaler)
         else:
-            new = TrainState(
-                state.step + 1, *optim.update(grads, state.opt_state, state.params, hparams, **how), scaler
-            )
+            params, opt_state = optim.update(grads, opt_state, params, hparams, **how)
+            params, opt_state = sharding.join(layout, params), sharding.like(state.opt_state, opt_state)
+            new = TrainState(state.step + 1, sharding.like(state.params, params), opt_state, scaler)
         return new, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
 
     return update
@@ -177,6 +218,13 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def agreed(self, problem: bool = False) -> bool:
+        """Return whether a signal, or a problem, has reached any rank; a signal then counts as every rank's."""
+        found = runtime.agree(PROBLEM if problem else int(self.signal or 0))
+        if found and found != PROBLEM:
+            self.signal = self.signal or signal.Signals(found)
+        return bool(found)
 
 
 @contextlib.contextmanager
@@ -257,13 +305,20 @@ def fit(
             save(state, progress)
 
     skipped = 0
-    while progress.step < num_steps and not stop:
+    while progress.step < num_steps:
         started = time.perf_counter()
+        found, problem = None, None
         try:
-            batch, loader, stats = next(batches)
-        except UserError:
+            found = None if stop else next(batches)
+        except UserError as error:
+            problem = error
+        if stop.agreed(problem is not None):  # on one rank: all ranks end here together
             keep(state, progress)
-            raise
+            if not stop or problem:
+                raise problem or UserError("another rank cannot read its data")
+            break
+        assert found is not None
+        batch, loader, stats = found
         waited = time.perf_counter() - started
         before = state
         state, tensors = step_fn(state, split(batch, rows), hparams_at(progress.step))
@@ -279,6 +334,4 @@ def fit(
         )
         timing = {"step_seconds": seconds, "data_wait_seconds": waited}
         progress = after_step(state, progress, numbers | stats | timing)
-    if stop and progress.step < num_steps:
-        keep(state, progress)
     return state, progress

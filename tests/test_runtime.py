@@ -36,7 +36,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, mps: bool = False
 def test_one_process_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     made = runtime.create()
-    assert made == Runtime(0, 0, 1, torch.device("cpu"), None, torch.float32)
+    assert made == Runtime(0, 0, 1, 1, torch.device("cpu"), torch.float32)
     assert made.is_main and not dist.is_initialized()
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.rank = 1  # type: ignore[misc]
@@ -45,7 +45,7 @@ def test_one_process_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchrun_with_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert runtime.create("cpu").mesh is None
+    assert runtime.create("cpu").node_ranks == 1
     assert not dist.is_initialized()
 
 
@@ -127,43 +127,46 @@ def test_a_dtype_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # In a function: a process group that a global keeps until the interpreter ends may abort it (gloo's threads).
 TWO_RANKS = """
-import torch, torch.distributed as dist
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+import sys, torch.distributed as dist
 from nanochat import runtime
 
 def main():
     made = runtime.create("cpu")
     again = runtime.create("cpu")  # a second call joins no second group
-    total = torch.tensor([made.rank + 1.0])
-    dist.all_reduce(total, group=made.mesh.get_group())
-    whole = distribute_tensor(torch.arange(6.0), made.mesh, [Shard(0)])
-    mine, full = whole.to_local().tolist(), whole.redistribute(placements=[Replicate()]).to_local().tolist()
-    print(made.rank, made.local_rank, made.world_size, made.is_main, total.item(), mine, full, again.mesh == made.mesh)
-    dist.barrier()
+    print(made.rank, made.local_rank, made.world_size, made.node_ranks, made.is_main, again == made)
+    print(runtime.agree(7 * made.rank), runtime.total([1.0, made.rank + 0.5]))
+    runtime.wait_for_all()
 
 main()
 runtime.close()
 runtime.close()
-print(dist.is_initialized())
+print(dist.is_initialized(), flush=True)
+runtime.create("cpu", quiet=True)
+print("heard")
+runtime.close()
 """
 
 
-def test_two_ranks_share_a_mesh() -> None:
+def test_two_ranks_agree() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = []
     for rank in ("0", "1"):
-        env = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}
+        env = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", TWO_RANKS]
         root = Path(__file__).parents[1]
         processes.append(subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate(timeout=100)[0].splitlines() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    everything = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    assert outputs[0] == [f"0 0 2 True 3.0 {everything[:3]} {everything} True", "False"]
-    assert outputs[1] == [f"1 1 2 False 3.0 {everything[3:]} {everything} True", "False"]
+    assert outputs[0] == ["0 0 2 2 True True", "7 [2.0, 2.0]", "False", "heard"]
+    assert outputs[1] == ["1 1 2 2 False True", "7 [2.0, 2.0]", "False"]
+
+
+def test_alone_there_is_nobody_to_agree_with() -> None:
+    assert runtime.agree(3) == 3 and runtime.total([1.5, 2]) == [1.5, 2]
+    runtime.wait_for_all()
 
 
 def test_base_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""Sharded training: every mode gives what a process alone gives, in a part of the memory, by as many collectives."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nanochat import model, sharding, train, tree
+from nanochat.config import UserError
+from nanochat.model import ModelConfig
+from nanochat.runtime import Runtime
+from nanochat.sharding import ShardingConfig, mesh_shape, shard_dim
+from tests import ranks
+
+CONFIG = ModelConfig(sequence_len=32, vocab_size=250, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
+
+
+def case(number: int, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ranks.run(number, "sharded_steps.py", name)[0].splitlines()]
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_every_mode_trains_as_a_process_alone(number: int) -> None:
+    found = case(number, "modes")
+    modes = ["replicate", "zero2", "fsdp", "fsdp", *["hsdp", "hsdp"] * (number == 4)]
+    assert [row["mode"].split(",")[0] for row in found] == modes
+    for row in found:
+        assert row["losses"] < 1e-5 and row["norms"] < 1e-5, row
+        assert row["params"] < 1e-4 and row["moments"] < 1e-4, row
+        assert row["agree"], row
+        check_memory(row, number)
+        check_collectives(row)
+
+
+def check_memory(row: dict[str, Any], number: int) -> None:
+    """The share of parameters and moments that a rank holds."""
+    mode = row["mode"].split(",")[0]
+    if mode == "replicate":
+        assert row["share"] == 1
+    elif mode == "zero2":  # parameters whole, and nearly two moments for each cut
+        assert 1 / number < row["share"] < 1 / number + 0.5
+    else:
+        parts = number if mode == "fsdp" else 2
+        assert row["share"] == pytest.approx(1 / parts, rel=0.02)
+
+
+def check_collectives(row: dict[str, Any]) -> None:
+    """A step of two micro-batches: every one of these calls is one collective, or one for a list of tensors."""
+    cut, counts = row["cut"], row["counts"]
+    exchanges = 4 * 4  # four shapes of matrices; they and their second moments, there and back
+    if row["mode"] == "replicate":
+        assert cut == 0 and counts == {"all_reduce_coalesced": 2}  # gradients; loss and norm
+        return
+    wanted = {"all_reduce_coalesced": 2, "all_to_all_single": exchanges}
+    if row["mode"].startswith("hsdp"):
+        wanted["all_reduce_coalesced"] += 1  # over the replicas
+    if row["mode"] == "zero2":
+        wanted |= {"reduce_scatter_tensor_coalesced": 1, "all_gather_into_tensor_out": cut}
+    elif row["mode"].endswith("once a step"):
+        wanted |= {"reduce_scatter_tensor_coalesced": 1, "all_gather_into_tensor_coalesced": 1}
+    else:
+        wanted |= {"reduce_scatter_tensor": 2 * cut, "all_gather_into_tensor": 2 * cut}
+    assert counts == wanted, row["mode"]
+
+
+def test_compiled_layers_are_gathered_again_in_the_backward() -> None:
+    (found,) = case(2, "graphs")
+    cut, tables, layers = found["cut"], 1 + 1, 2
+    assert cut == 1 + 1 + 6 * layers + 1  # wte, lm_head, matrices, one value embedding
+    forward, backward = found["graphs"]
+    assert forward == {"all_gather_into_tensor": cut, "wait_tensor": cut}
+    # The gradient of lm_head is made in the forward, and a table that is only looked up is not needed for its own.
+    again = cut - tables - 1
+    assert backward == {"all_gather_into_tensor": again, "reduce_scatter_tensor": cut, "wait_tensor": again + cut}
+    assert found["error"] < 1e-7
+
+
+def test_gradients_through_a_gather() -> None:
+    (found,) = case(2, "derivatives")
+    assert found["eager"] == pytest.approx(found["difference"], rel=1e-7)
+    assert found["compiled"] == pytest.approx(found["eager"], rel=1e-12)
+
+
+def test_what_one_rank_cannot_use_no_rank_uses() -> None:
+    for row in case(2, "nonfinite"):
+        assert row == {"mode": row["mode"], "finite": False, "same": True}
+
+
+def test_which_dimension_is_cut() -> None:
+    assert shard_dim((64, 32), ("hidden", "embed"), 4) == 0
+    assert shard_dim((6, 32), ("heads", "embed"), 4) == 1  # the rows do not divide
+    assert shard_dim((6, 9), ("heads", "embed"), 4) is None
+    assert shard_dim((64, 12), ("kv_heads_count", "gate"), 4) is None  # too small to be worth it
+    assert shard_dim((64, 32), ("hidden", "embed"), 1) is None
+
+
+def test_meshes() -> None:
+    assert mesh_shape(ShardingConfig("replicate"), 8, 4) == (8, 1)
+    assert mesh_shape(ShardingConfig("zero2"), 8, 4) == mesh_shape(ShardingConfig("fsdp"), 8, 4) == (1, 8)
+    assert mesh_shape(ShardingConfig("hsdp"), 8, 4) == (2, 4)  # a node's ranks share one copy
+    assert mesh_shape(ShardingConfig("hsdp", shard_ranks=2), 8, 4) == (4, 2)
+    with pytest.raises(UserError, match=r"sharding\.shard_ranks=3: must divide the 8 ranks"):
+        mesh_shape(ShardingConfig("hsdp", shard_ranks=3), 8, 4)
+
+
+@pytest.fixture
+def three_ranks() -> Iterator[Runtime]:
+    """The first of three ranks whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
+    yield Runtime(0, 0, 3, 3, torch.device("cpu"), torch.float32)
+    dist.destroy_process_group()
+
+
+def test_what_does_not_divide_stays_whole_and_is_said_once(
+    three_ranks: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = sharding.layout(ShardingConfig("fsdp"), three_ranks, model.spec(CONFIG))
+    assert layout is not None and layout.cut == []  # 64, 128 and 256 are no multiples of 3
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "wte (256, 64) and" in said and "do not divide by 3: whole on every rank" in said
+
+
+def test_state_is_allocated_in_parts(three_ranks: Runtime) -> None:
+    config = ModelConfig(sequence_len=32, vocab_size=192, n_layer=2, n_head=6, n_kv_head=6, n_embd=96)
+    for mode, share in {"zero2": 1, "fsdp": 1 / 3}.items():
+        layout = sharding.layout(ShardingConfig(mode), three_ranks, model.spec(config))  # pyright: ignore
+        params = model.init(config, 0, layout=layout)
+        state = train.init(params, model.spec(config), layout=layout)
+        whole = train.init(model.init(config, 0), model.spec(config))
+        here = sharding.local(state)
+        assert tree.nbytes(here.params) == pytest.approx(share * tree.nbytes(whole.params), rel=0.02)
+        assert tree.nbytes(here.opt_state) == pytest.approx(tree.nbytes(whole.opt_state) / 3, rel=0.02)
+        for got, want in zip(
+            tree.leaves((state.params, state.opt_state)), tree.leaves((whole.params, whole.opt_state))
+        ):
+            assert got.shape == want.shape and got.dtype == want.dtype
+        wrapped = sharding.like(state.params, sharding.local(state.params))
+        for got, want in zip(tree.leaves(wrapped), tree.leaves(state.params)):
+            assert got.placements == want.placements and got.to_local() is not None
+
+
+def test_alone_nothing_is_wrapped() -> None:
+    here = Runtime(0, 0, 1, 1, torch.device("cpu"), torch.float32)
+    assert sharding.layout(ShardingConfig("fsdp"), here, model.spec(CONFIG)) is None
+    assert sharding.gatherer(None, torch.float32) is None
+    params = model.init(CONFIG, 0)
+    assert sharding.enter(None, params, torch.float32) is params and sharding.reduce(None, params) is params
