@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from nanochat import dataloader, dataset, tokenizer
+from nanochat.config import UserError
 from nanochat.dataset import DataConfig
 from nanochat.runtime import Runtime, base_dir
 from nanochat.tokenizer import Tokenizer
@@ -51,6 +52,8 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Measure, and print what was measured."""
+    if runtime.world_size > 1:
+        raise UserError("bench_data runs in one process: start it without --nproc_per_node")
     with contextlib.ExitStack() as stack:
         tok = find_tokenizer(config, stack)
         threads = config.data.tokenizer_threads or os.cpu_count()

@@ -59,6 +59,8 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Read, convert, write."""
+    if runtime.world_size > 1:
+        raise UserError("convert runs in one process: start it without --nproc_per_node")
     if not config.model or not config.meta:
         raise UserError("set both files of the reference: --set model=model_….pt --set meta=meta_….json")
     meta = read_json(Path(config.meta))

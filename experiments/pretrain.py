@@ -83,6 +83,9 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Resolve the configuration, print the plan, and pretrain."""
+    if runtime.restarts and not config.resume:
+        print(f"restart {runtime.restarts} by torchrun: going on from the last checkpoint")
+        config = dataclasses.replace(config, resume=True)
     if not config.dry_run:
         dataset.resolve(config.data, "train")  # missing data is said before anything else
     tok = stage.load_tokenizer(config, config.name or f"d{config.depth}", required=not config.dry_run)
@@ -222,6 +225,7 @@ def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -
         "FLOPs": f"{plan.total_flops:.4g} ({plan.flops_per_token:,} per token)",
         "learning rates": ", ".join(f"{name} {h['lr']:.4g}" for name, h in groups.items()),
         "weight decay": f"{plan.weight_decay:.4g} (matrices)",
+        "sharding": sharding.describe(config.sharding, runtime),
         "device": f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}",
     }
     lines = [f"  {name:<16}{text}" for name, text in facts.items()]

@@ -15,7 +15,7 @@ from nanochat import dataset, stage, tokenizer
 from nanochat.checkpoint import CheckpointConfig
 from nanochat.dataset import DataConfig
 from nanochat.optim import OptimConfig
-from nanochat.runtime import Runtime, base_dir
+from nanochat.runtime import Runtime, base_dir, wait_for_all
 from nanochat.stage import EvalConfig
 from nanochat.units import duration
 
@@ -59,6 +59,18 @@ def config() -> Config:
 def run(config: Config, runtime: Runtime) -> None:
     """Build what is missing, pretrain, and say what to do next."""
     start = time.perf_counter()
+    if runtime.is_main:
+        build(config)
+    wait_for_all()
+    print("3. pretraining", flush=True)
+    pretrain.run(config, runtime)
+    print(f"quickstart took {duration(time.perf_counter() - start)}. Next:")
+    print("  python launch.py --help                                         what else there is")
+    print("  python launch.py --experiment=quickstart --set name=larger --set depth=6 --set num_iterations=1000")
+
+
+def build(config: Config) -> None:
+    """Make the corpus and the tokenizer, unless they are there."""
     folder = stage.tokenizer_folder(config)
     print("1. corpus: text of this Python installation", flush=True)
     shards = dataset.resolve(config.data, "train")
@@ -70,8 +82,3 @@ def run(config: Config, runtime: Runtime) -> None:
         tok = tokenizer.train(dataset.texts(config.data, "train"), VOCAB_SIZE)
         tokenizer.save(tok, folder)
         print(f"   trained, saved in {folder}")
-    print("3. pretraining", flush=True)
-    pretrain.run(config, runtime)
-    print(f"quickstart took {duration(time.perf_counter() - start)}. Next:")
-    print("  python launch.py --help                                         what else there is")
-    print("  python launch.py --experiment=quickstart --set name=larger --set depth=6 --set num_iterations=1000")

@@ -22,6 +22,7 @@ class Runtime:
 
     Attributes:
         rank, local_rank, world_size, node_ranks: torchrun's numbers; 0, 0, 1, 1 without it.
+        restarts: how often torchrun has started the job anew (--max-restarts).
         device: where this process computes.
         compute_dtype: dtype of activations (and of the embedding tables' storage, float16 apart).
     """
@@ -30,6 +31,7 @@ class Runtime:
     local_rank: int
     world_size: int
     node_ranks: int
+    restarts: int
     device: torch.device
     compute_dtype: torch.dtype
 
@@ -77,7 +79,8 @@ def create(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) ->
             dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     if quiet and rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-    return Runtime(rank, local_rank, world_size, node_ranks, place, compute_dtype)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return Runtime(rank, local_rank, world_size, node_ranks, restarts, place, compute_dtype)
 
 
 def agree(value: int) -> int:

@@ -42,7 +42,7 @@ class ShardingConfig:
     """How a training job of several processes shares its memory and its work.
 
     Attributes:
-        mode: replicate, zero2, fsdp or hsdp, as in the table above; auto is zero2.
+        mode: replicate, zero2, fsdp or hsdp, as in the table above; auto is zero2, which sends least.
         shard_ranks: of hsdp, ranks that share one copy; none: those of a node.
         gather: of fsdp and hsdp: each layer as it is used, and again in the backward, with a reduction for every
             micro-batch; or all once a step, with one reduction, at the price of whole parameters and gradients.
@@ -138,6 +138,19 @@ def mesh_shape(config: ShardingConfig, world_size: int, node_ranks: int) -> tupl
     return world_size // shards, shards
 
 
+def describe(config: ShardingConfig, runtime: Runtime) -> str:
+    """Return what the configuration means for a job, for people."""
+    if runtime.world_size == 1:
+        return "none: one process"
+    replicas, shards = mesh_shape(config, runtime.world_size, runtime.node_ranks)
+    return f"{resolve(config).mode} on {replicas} x {shards} ranks (replicate x shard)"
+
+
+def resolve(config: ShardingConfig) -> ShardingConfig:
+    """Return the configuration with a mode in the place of auto."""
+    return dataclasses.replace(config, mode="zero2") if config.mode == "auto" else config
+
+
 def layout(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any]) -> Layout | None:
     """Return where the leaves of a model with this table lie, or None in a process alone, where they are plain tensors.
 
@@ -148,8 +161,8 @@ def layout(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any]) ->
     """
     if runtime.world_size == 1:
         return None
-    mode = "zero2" if config.mode == "auto" else config.mode
-    shape = mesh_shape(dataclasses.replace(config, mode=mode), runtime.world_size, runtime.node_ranks)
+    mode = resolve(config).mode
+    shape = mesh_shape(config, runtime.world_size, runtime.node_ranks)
     mesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=AXES)
     dims = {name: shard_dim(row.shape, row.axes, shape[1]) for name, row in spec.items()}
     stuck = [n for n, row in spec.items() if dims[n] is None and shape[1] > 1 and all(a in RULES for a in row.axes)]

@@ -20,8 +20,8 @@ def run(ranks: int, program: str, *args: str, timeout: float = 280) -> list[str]
     for rank in range(ranks):
         env = os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, str(ROOT / "tests" / program), *args]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, text=True, **pipes))
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=pipe, stderr=pipe))
     try:
         results = [process.communicate(timeout=timeout) for process in processes]
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import loss, model, optim, runtime, sharding, train, tree
@@ -78,7 +79,7 @@ def start(layout: Layout | None, *, compile: bool = False, donate: bool = True) 
 
 
 def whole(params: TensorDict) -> dict[str, Tensor]:
-    return {n: x.full_tensor() if hasattr(x, "full_tensor") else x for n, x in tree.flatten(params).items()}
+    return {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in tree.flatten(params).items()}
 
 
 def steps(here: runtime.Runtime, layout: Layout | None, **how: bool) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, mps: bool = False
 def test_one_process_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     made = runtime.create()
-    assert made == Runtime(0, 0, 1, 1, torch.device("cpu"), torch.float32)
+    assert made == Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
     assert made.is_main and not dist.is_initialized()
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.rank = 1  # type: ignore[misc]

@@ -111,7 +111,7 @@ def test_meshes() -> None:
 def three_ranks() -> Iterator[Runtime]:
     """The first of three ranks whose collectives do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
-    yield Runtime(0, 0, 3, 3, torch.device("cpu"), torch.float32)
+    yield Runtime(0, 0, 3, 3, 0, torch.device("cpu"), torch.float32)
     dist.destroy_process_group()
 
 
@@ -144,7 +144,7 @@ def test_state_is_allocated_in_parts(three_ranks: Runtime) -> None:
 
 
 def test_alone_nothing_is_wrapped() -> None:
-    here = Runtime(0, 0, 1, 1, torch.device("cpu"), torch.float32)
+    here = Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
     assert sharding.layout(ShardingConfig("fsdp"), here, model.spec(CONFIG)) is None
     assert sharding.gatherer(None, torch.float32) is None
     params = model.init(CONFIG, 0)

@@ -146,7 +146,7 @@ def test_torch_func_gives_the_same_training():
     assert_trees_close(states["func"].params, states["autograd"].params, rtol=1e-4)
 
 
-CPU = Runtime(0, 0, 1, 1, torch.device("cpu"), torch.float32)
+CPU = Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
 
 
 def test_training_by_torch_func_never_meets_a_custom_backward(monkeypatch: pytest.MonkeyPatch):
