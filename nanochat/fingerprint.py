@@ -21,6 +21,11 @@ def fingerprint(shard: Tensor, offsets: Sequence[int] | None = None) -> int:
     Returns:
         An integer in [0, 2**64). For shards: sum(fingerprint(s, o) for s, o in …) % 2**64.
     """
+    return int(checksum(shard, offsets)) % 2**64
+
+
+def checksum(shard: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
+    """Return `fingerprint`, modulo 2**64, as a 0-d int64 tensor on the shard's device: nothing waits for the device."""
     bits = shard.detach()
     begin = list(offsets) if offsets is not None else [0] * bits.ndim
     if bits.ndim == 0:
@@ -34,7 +39,7 @@ def fingerprint(shard: Tensor, offsets: Sequence[int] | None = None) -> int:
     chunk_elements = min(2**24 if bits.is_cuda else 2**19, bits.numel())
     # One buffer for all chunks: the first touch of fresh memory costs more than the sums.
     scratch = torch.empty(chunk_elements, dtype=torch.int64, device=bits.device)
-    return int(_weighted_sum(bits, begin, scratch)) % 2**64
+    return _weighted_sum(bits, begin, scratch)
 
 
 def _weighted_sum(bits: Tensor, begin: list[int], scratch: Tensor) -> Tensor:

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat import store
+from nanochat import ranks as jobs
+from nanochat import shards, store
 from nanochat.config import UserError
-from nanochat.fingerprint import fingerprint
+from nanochat.ranks import Ranks, together
+from nanochat.shards import Part
 
 FORMAT = 1
 
@@ -31,18 +33,19 @@ class DamagedCheckpoint(UserError):
 def build(
     step: int,
     meta: Mapping[str, Any],
-    leaves: Mapping[str, Tensor],
-    arrays: Mapping[str, np.ndarray],
+    leaves: Specs,
+    arrays: Specs,
     files: Mapping[str, bytes],
 ) -> dict[str, Any]:
     """Return the item `meta` of a checkpoint of these things, as JSON will give it back.
 
+    Args:
+        leaves: the whole leaves of the state, with their fingerprints.
+        arrays: as `describe_arrays` gives them.
+
     Raises:
-        UserError: an array holds something else than numbers, or a file's name has folders in it.
+        UserError: a file's name has folders in it.
     """
-    for name, array in arrays.items():
-        if array.dtype.kind not in "biuf" and array.dtype != store.numpy_dtype("bfloat16"):
-            raise UserError(f"array {name} is {array.dtype}: checkpoints hold numbers")
     for name in files:
         if Path(name).name != name:
             raise UserError(f"file {name}: expected a name without folders")
@@ -51,11 +54,23 @@ def build(
             "format": FORMAT,
             "step": step,
             "meta": dict(meta),
-            "state": {name: {**spec(leaf), "fingerprint": _fingerprint(leaf)} for name, leaf in leaves.items()},
-            "arrays": {name: {**spec(array), "sha256": _sha256(array.tobytes())} for name, array in arrays.items()},
+            "state": dict(leaves),
+            "arrays": dict(arrays),
             "files": {name: {"sha256": _sha256(content)} for name, content in files.items()},
         }
     )
+
+
+def describe_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return shape, dtype and checksum of each array.
+
+    Raises:
+        UserError: one holds something else than numbers.
+    """
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf" and array.dtype != store.numpy_dtype("bfloat16"):
+            raise UserError(f"array {name} is {array.dtype}: checkpoints hold numbers")
+    return {name: {**spec(array), "sha256": _sha256(array.tobytes())} for name, array in arrays.items()}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -101,19 +116,40 @@ def compare(path: Path, saved: Specs, wanted: Specs) -> None:
         raise UserError(f"checkpoint {path} {'; it '.join(differences[:3])}{more}")
 
 
-def read_leaves(path: Path, saved: Specs, device: torch.device | str) -> dict[str, Tensor]:
+def read_leaves(
+    path: Path,
+    saved: Specs,
+    device: torch.device | str,
+    like: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = Ranks(),
+) -> dict[str, Tensor]:
     """Read these leaves of the state to `device`, and verify them there.
 
+    Args:
+        like: by name, tensors of these shapes that say which part of each leaf this process is to have; None: all.
+        ranks: those that read together, which between them have all parts; every one of them calls this.
+
+    Returns:
+        {name: this process's part}.
+
     Raises:
-        DamagedCheckpoint: names the leaf.
+        DamagedCheckpoint: names the leaf; on all ranks.
     """
-    found = _read_item(path / "state", saved)
-    leaves = {}
-    for name, leaf in saved.items():
-        leaves[name] = store.to_tensor(found.pop(name)).to(device)
-        if _fingerprint(leaves[name]) != leaf["fingerprint"]:
-            raise damaged(path, f"{name} is damaged: bytes in {path / 'state'} have changed")
-    return leaves
+    with together(ranks):
+        whole = {name: torch.empty(leaf["shape"], device="meta") for name, leaf in saved.items()}
+        parts = {name: shards.part((like or whole)[name], name) for name in saved}
+        found = _read_item(path / "state", saved, parts)
+        tensors = {name: store.to_tensor(found.pop(name)).to(device) for name in saved}
+    survey = shards.survey(ranks, parts, tensors)
+    with together(ranks):  # all ranks see the same; the way out, by the disk, may look different from another node
+        try:
+            found = shards.fingerprints(survey, list(saved))
+        except UserError as error:
+            raise damaged(path, f"{error}: they read {path / 'state'} differently") from error
+        for name, leaf in saved.items():
+            if found[name] != leaf["fingerprint"]:
+                raise damaged(path, f"{name} is damaged: bytes in {path / 'state'} have changed")
+    return tensors
 
 
 def read_arrays(path: Path, saved: Specs) -> dict[str, np.ndarray]:
@@ -122,26 +158,28 @@ def read_arrays(path: Path, saved: Specs) -> dict[str, np.ndarray]:
     Raises:
         DamagedCheckpoint: names the array.
     """
-    found = _read_item(path / "arrays", saved)
+    whole = {name: Part((0,) * len(array["shape"]), tuple(array["shape"])) for name, array in saved.items()}
+    found = _read_item(path / "arrays", saved, whole)
     for name, array in saved.items():
         if _sha256(found[name].tobytes()) != array["sha256"]:
             raise damaged(path, f"{name} is damaged: bytes in {path / 'arrays'} have changed")
     return found
 
 
-def _read_item(item: Path, saved: Specs) -> dict[str, np.ndarray]:
+def _read_item(item: Path, saved: Specs, parts: Mapping[str, Part]) -> dict[str, np.ndarray]:
+    wanted = {n: (array["shape"], parts[n].slices) for n, array in saved.items() if math.prod(array["shape"])}
     try:
-        found = store.read_arrays(item, [name for name, array in saved.items() if math.prod(array["shape"])])
+        found = store.read_blocks(item, wanted)
     except MemoryError:
         raise
-    except Exception as error:  # orbax and tensorstore raise whatever the damage leads them to
+    except Exception as error:  # tensorstore raises whatever the damage leads it to
         raise damaged(item.parent, f"{item} cannot be read ({reason(error)})") from error
     arrays = {}
     for name, array in saved.items():
         if not math.prod(array["shape"]):  # orbax stores no empty arrays
-            found[name] = np.empty(array["shape"], store.numpy_dtype(array["dtype"]))
+            found[name] = np.empty(parts[name].sizes, store.numpy_dtype(array["dtype"]))
         arrays[name] = found.pop(name, None)
-        if not isinstance(arrays[name], np.ndarray) or not spec(arrays[name]).items() <= array.items():
+        if arrays[name] is None or spec(arrays[name]) != {"shape": [*parts[name].sizes], "dtype": array["dtype"]}:
             raise damaged(item.parent, f"{name} in {item} is missing or of another shape or dtype than was saved")
     return arrays
 
@@ -159,26 +197,36 @@ def check_files(path: Path, saved: Specs) -> dict[str, Path]:
     return files
 
 
-def is_sound_copy(path: Path, header: Mapping[str, Any]) -> bool:
+def is_sound_copy(path: Path, header: Mapping[str, Any], state: Mapping[str, Tensor], ranks: Ranks) -> bool:
     """Return True if the checkpoint at `path` is what `header` describes, byte for byte; False if it is damaged.
+
+    Args:
+        header: rank 0's counts.
+        state: the leaves, of which every rank reads the part that it holds.
 
     Raises:
         UserError: it is sound or not, but of other values.
     """
     try:
-        saved = read(path)
-        for item in ("state", "arrays", "files"):
-            for name in {**saved[item], **header[item]}:
-                if saved[item].get(name) != header[item].get(name):
-                    raise UserError(
-                        f"checkpoint {path} exists with another {name}: delete it, or save to another folder"
-                    )
-        read_leaves(path, saved["state"], "cpu")
-        read_arrays(path, saved["arrays"])
-        check_files(path, saved["files"])
+        with together(ranks):
+            saved = _read_copy(path, header) if ranks.rank == 0 else {}
+        saved = jobs.tell(ranks, saved)
+        read_leaves(path, saved["state"], "cpu", state, ranks)
+        with together(ranks):
+            read_arrays(path, saved["arrays"] if ranks.rank == 0 else {})
+            check_files(path, saved["files"] if ranks.rank == 0 else {})
     except DamagedCheckpoint:
         return False
     return True
+
+
+def _read_copy(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    saved = read(path)
+    for item in ("state", "arrays", "files"):
+        for name in {**saved[item], **header[item]}:
+            if saved[item].get(name) != header[item].get(name):
+                raise UserError(f"checkpoint {path} exists with another {name}: delete it, or save to another folder")
+    return saved
 
 
 def spec(value: Tensor | np.ndarray) -> dict[str, Any]:
@@ -196,6 +244,8 @@ def damaged(path: Path, problem: str) -> DamagedCheckpoint:
 
 def reason(error: BaseException) -> str:
     """Return the part of an error's message that says why; tensorstore nests `CODE: what: what: why [details]`."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).split(" [")[0].strip().splitlines()
@@ -207,10 +257,6 @@ def _seal(header: Mapping[str, Any]) -> dict[str, Any]:
     """Return the header as JSON will give it back, with a checksum over the rest of it."""
     sealed = json.loads(json.dumps({name: value for name, value in header.items() if name != "sha256"}))
     return {**sealed, "sha256": _sha256(json.dumps(sealed, sort_keys=True).encode())}
-
-
-def _fingerprint(leaf: Tensor) -> str:
-    return f"{fingerprint(leaf):016x}"
 
 
 def _sha256(data: bytes) -> str:

@@ -1,18 +1,20 @@
-"""Tensors on disk through orbax: what `checkpoint` needs of jax, orbax and NumPy, and nothing about training.
+"""Tensors on disk through orbax: what `checkpoint` needs of jax, orbax, tensorstore and NumPy, and nothing on training.
 
-Tensors travel to orbax as NumPy arrays. That keeps int64 and bfloat16 bit for bit without `jax_enable_x64`, a switch
-for the whole process that would change the results of a program that uses JAX itself. jax and orbax are imported
-when a function here is first called, since that takes about two seconds.
+orbax makes the folders, names a step when it is complete, and says which ones stay; the process that is rank 0 runs
+it. The arrays themselves go into orbax's layout (zarr arrays in one OCDBT database that is merged from a part of
+every process) by tensorstore, orbax's own engine, as NumPy arrays: each process writes its blocks of them. That keeps
+int64 and bfloat16 bit for bit without `jax_enable_x64`, a switch for the whole process that would change the results
+of a program that uses JAX itself, and it needs no `jax.distributed`, whose service would end the surviving ranks when
+one is lost. jax, orbax and tensorstore are imported when a function here first needs them; they take seconds.
 """
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,6 @@ def orbax() -> Any:
     import orbax.checkpoint
 
     absl.logging.get_absl_logger().addFilter(_is_news)
-    sys.unraisablehook = functools.partial(_without_echoes, sys.unraisablehook)
-
     return orbax.checkpoint
 
 
@@ -51,12 +51,6 @@ def _is_news(record: logging.LogRecord) -> bool:
     # orbax tells of every step it takes, and logs as an error what it raises as well.
     from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
     return not from_orbax or (record.levelno >= logging.ERROR and not record.exc_info)
-
-
-def _without_echoes(hook: Callable[[Any], Any], unraisable: Any) -> None:
-    # After one tensor failed orbax closes its event loop, and a traceback for each of the others would follow.
-    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
-        hook(unraisable)
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -84,14 +78,15 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(name)
 
 
-def open_manager(folder: Path, policy: Any, score: Callable[[Any], float], *, asynchronous: bool) -> Any:
+def open_manager(folder: Path, policy: Any, score: Callable[[Any], float]) -> Any:
     """Return orbax's CheckpointManager of `folder`, after clearing away what a killed one left.
+
+    Its `save` returns when the step is complete: who wants to go on meanwhile calls it in a thread.
 
     Args:
         folder: exists; its steps are the subfolders with numbers for names.
         policy: orbax's PreservationPolicy, which says after each save what stays.
         score: of a step's metrics, the lower the better.
-        asynchronous: write in the background.
     """
     ocp = orbax()
     clear(folder)
@@ -101,7 +96,7 @@ def open_manager(folder: Path, policy: Any, score: Callable[[Any], float], *, as
         best_mode="min",
         preservation_policy=policy,
         todelete_subdir=DELETED,  # a kill in the middle of a deletion must not leave half a step under its name
-        enable_async_checkpointing=asynchronous,
+        enable_async_checkpointing=False,
     )
     items = {"state": _arrays_handler(), "arrays": _arrays_handler(), "meta": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder, options=options, item_handlers={**items, "files": _files_item()[0]()})
@@ -123,9 +118,105 @@ def clear(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def arrays_item(arrays: Mapping[str, np.ndarray]) -> Any:
-    """Return what to save {"a.b": array} by, as the PyTree {"a": {"b": array}}; none may be empty (orbax's rule)."""
-    return orbax().args.PyTreeSave(tree.nest(arrays))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """A part of an array to be written: its values, the shape of the whole, where it begins, the shape of its pieces.
+
+    The blocks of one array are of one size; so are the pieces, which divide the block, and are what is read at once.
+    """
+
+    values: np.ndarray
+    shape: Sequence[int]
+    offsets: Sequence[int]
+    chunk: Sequence[int]
+
+
+def whole(values: np.ndarray) -> Block:
+    """Return the block that is all of an array."""
+    return Block(values, values.shape, (0,) * values.ndim, values.shape)
+
+
+def write_blocks(folder: Path, process: int, blocks: Mapping[str, Block]) -> None:
+    """Write the blocks of one process, by name, into an arrays item that orbax is about to complete.
+
+    Raises:
+        Exception: of any kind; nothing is being written any more then.
+    """
+    import tensorstore
+
+    context = _context()
+    opened = {}
+    for name, block in blocks.items():
+        spec = {
+            **_array_spec(folder / f"ocdbt.process_{process}", name),
+            "dtype": block.values.dtype.name,
+            # Weights hardly compress, and writing them is three times as fast without the attempt.
+            "metadata": {"shape": [*block.shape], "chunks": [*block.chunk], "compressor": None},
+            "store_data_equal_to_fill_value": True,
+        }
+        opened[name] = tensorstore.open(spec, create=True, open=True, context=context)
+    writes = []
+    for name, block in blocks.items():
+        place = tuple(slice(begin, begin + size) for begin, size in zip(block.offsets, block.values.shape))
+        writes.append(opened[name].result()[place].write(block.values, can_reference_source_data_indefinitely=True))
+    failures = [failure for failure in [write.exception() for write in writes] if failure is not None]
+    if failures:
+        raise failures[0]
+
+
+def read_blocks(folder: Path, wanted: Mapping[str, tuple[Sequence[int], tuple[slice, ...]]]) -> dict[str, np.ndarray]:
+    """Read a part of each of these arrays of an arrays item; one that it lacks in this shape is left out.
+
+    Args:
+        wanted: name → shape of the whole, index of the part.
+
+    Raises:
+        ValueError: the item is damaged.
+    """
+    import tensorstore
+
+    context = _context()
+    opened = {name: tensorstore.open(_array_spec(folder, name), read=True, context=context) for name in wanted}
+    reads = {}
+    for name, (shape, place) in wanted.items():
+        if not _is_missing(opened[name].exception()) and opened[name].result().shape == tuple(shape):
+            reads[name] = opened[name].result()[place].read()
+    return {name: np.asarray(read.result()) for name, read in reads.items()}
+
+
+def _context() -> Any:
+    import tensorstore
+
+    # One context for all arrays of an item: they share the database, and one cache of its index.
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": 10**8}, "file_io_concurrency": {"limit": 64}})
+
+
+def _array_spec(folder: Path, name: str) -> dict[str, Any]:
+    # As orbax has it: small values lie in the index, under its checksum.
+    index = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8, "manifest_kind": "single"}
+    base = {"driver": "file", "path": f"{folder}/", "file_io_locking": {"mode": "non_atomic"}}
+    store = {"driver": "ocdbt", "base": base, "path": f"{name}/", "config": index}
+    return {"driver": "zarr", "kvstore": store, "recheck_cached_data": False, "recheck_cached_metadata": False}
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    return error is not None and str(error).startswith("NOT_FOUND")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Promise:
+    """A leaf whose values are written, with those of all other leaves, by calling `write` with the item's folder."""
+
+    write: Callable[[Path], None]
+
+
+def arrays_item(names: Iterable[str], write: Callable[[Path], None]) -> Any:
+    """Return what to save arrays "a.b" by, as the PyTree {"a": {"b": array}}; none may be empty (orbax's rule).
+
+    Args:
+        write: called with the item's folder; calls `write_blocks` here and makes other processes do so.
+    """
+    return orbax().args.PyTreeSave(tree.nest(dict.fromkeys(names, _Promise(write))))
 
 
 def json_item(values: Mapping[str, Any]) -> Any:
@@ -138,30 +229,16 @@ def files_item(contents: Mapping[str, bytes]) -> Any:
     return _files_item()[1](dict(contents))
 
 
-def read_arrays(path: Path, names: Iterable[str]) -> dict[str, Any]:
-    """Read the named arrays of a PyTree item, and no others.
-
-    Returns:
-        {"a.b": array}. Only look for arrays in it: for a name that the item lacks orbax returns the request itself.
-
-    Raises:
-        Exception: of any kind, where the item is damaged.
-    """
-    ocp = orbax()
-    request = tree.nest(dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)))
-    if not request:
-        return {}
-    with contextlib.closing(ocp.Checkpointer(_arrays_handler())) as reader:
-        args = ocp.args.PyTreeRestore(request, restore_args=request, partial_restore=True)
-        return dict(tree.flatten(reader.restore(path, args=args)))
-
-
 def _arrays_handler() -> Any:
     ocp = orbax()
-    numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # they are copies already
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy_handler))
-    # Weights hardly compress, and writing them is three times as fast without the attempt.
-    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+
+    class PromiseHandler(ocp.type_handlers.NumpyHandler):
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+            values[0].write(Path(infos[0].parent_dir))
+            return []
+
+    registry = ocp.type_handlers.create_type_handler_registry((_Promise, PromiseHandler()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 @functools.cache
