@@ -4,6 +4,7 @@ A batch is {"inputs": (B, T), "targets": (B, T)} of int64 ids; targets of -1 do 
 Letters: B batch, T time, R rows = B·T or a chunk of them, C width, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat import model
+from nanochat import attention, model
+from nanochat.linear import Linear, cast, dense, matmuls
 from nanochat.model import LOGIT_CAP, Compute, ModelConfig, Params
 
 Batch = Mapping[str, Tensor]
@@ -45,7 +47,8 @@ def next_token(
         logits_BTV = model.unembed(x_BTC, lm_head_VC, config, compute)
         nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         return nll / counted.clamp_min(1), {"targets": counted}
-    mean = chunked_mean(x_BTC.flatten(0, 1), lm_head_VC, targets.flatten(), config.vocab_size, chunk_tokens)
+    x_RC, targets_R = x_BTC.flatten(0, 1), targets.flatten()
+    mean = chunked_mean(x_RC, lm_head_VC, targets_R, config.vocab_size, chunk_tokens, compute.linear)
     return mean, {"targets": counted}
 
 
@@ -67,7 +70,14 @@ def per_token(
     return torch.cat(losses).view_as(batch["targets"])
 
 
-def chunked_mean(x_RC: Tensor, lm_head_VC: Tensor, targets_R: Tensor, vocab_size: int, chunk_tokens: int) -> Tensor:
+def chunked_mean(
+    x_RC: Tensor,
+    lm_head_VC: Tensor,
+    targets_R: Tensor,
+    vocab_size: int,
+    chunk_tokens: int,
+    linear: Linear = dense,
+) -> Tensor:
     """Return the mean cross entropy of capped logits, computed with its gradient a chunk of tokens at a time.
 
     The gradient with respect to `x` and `lm_head` is made in the forward pass, while a chunk's logits are at hand,
@@ -77,24 +87,31 @@ def chunked_mean(x_RC: Tensor, lm_head_VC: Tensor, targets_R: Tensor, vocab_size
     Args:
         x_RC: (R, C) final activations. lm_head_VC: (V', C) float32, V' >= vocab_size. targets_R: (R,) int64.
         vocab_size: logits that take part. chunk_tokens: rows of a chunk.
+        linear: one of nanochat.linear's, whose three products are used.
 
     Returns:
-        0-d float32.
+        0-d float32, or float64 for such activations.
     """
     if not torch.is_grad_enabled():
-        total = x_RC.new_zeros((), dtype=torch.float32)
+        total = attention.at_least_float32(x_RC.new_zeros(()))
         for x, targets in zip(x_RC.split(chunk_tokens), targets_R.split(chunk_tokens)):
-            total = total + _chunk(x, lm_head_VC[:vocab_size].to(x.dtype), targets)[0]
+            total = total + _chunk(linear(x, lm_head_VC), targets, vocab_size)[0]
         return total / (targets_R != IGNORE).sum().clamp_min(1)
-    return _ChunkedMean.apply(x_RC, lm_head_VC, targets_R, vocab_size, chunk_tokens)[0]  # pyright: ignore
+    return _ChunkedMean.apply(x_RC, lm_head_VC, targets_R, vocab_size, chunk_tokens, linear)[0]  # pyright: ignore
 
 
-def _chunk(x_RC: Tensor, weight_VC: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the summed loss of a chunk and what its gradient needs: tanh, exponentials, their sum, who counts."""
-    tanh_RV = torch.tanh((x_RC @ weight_VC.T).float() / LOGIT_CAP)
+def _chunk(z_RV: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the summed loss of a chunk and what its gradient needs: tanh, exponentials, their sum, who counts.
+
+    Args:
+        z_RV: (R, V') logits before the cap, over the whole padded table: what is past `vocab_size` gets no weight.
+    """
+    tanh_RV = torch.tanh(attention.at_least_float32(z_RV) / LOGIT_CAP)
     counted_R = targets_R != IGNORE
     # Capped logits lie within ±15, so their exponentials need no maximum taken out first: one pass fewer.
     exp_RV = torch.exp(LOGIT_CAP * tanh_RV)
+    if vocab_size < z_RV.shape[1]:
+        exp_RV = torch.where(torch.arange(z_RV.shape[1], device=z_RV.device) < vocab_size, exp_RV, 0.0)
     sum_R = exp_RV.sum(-1)
     chosen_R = LOGIT_CAP * tanh_RV.gather(-1, targets_R.clamp_min(0)[:, None])[:, 0]
     loss = torch.where(counted_R, sum_R.log() - chosen_R, 0.0).sum()
@@ -104,28 +121,31 @@ def _chunk(x_RC: Tensor, weight_VC: Tensor, targets_R: Tensor) -> tuple[Tensor, 
 class _ChunkedMean(torch.autograd.Function):
     @staticmethod
     def forward(
-        x_RC: Tensor, lm_head_VC: Tensor, targets_R: Tensor, vocab_size: int, chunk_tokens: int
+        x_RC: Tensor, lm_head_VC: Tensor, targets_R: Tensor, vocab_size: int, chunk_tokens: int, linear: Linear
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weight_VC = lm_head_VC[:vocab_size].to(x_RC.dtype)
-        scale = 1.0 / (targets_R != IGNORE).sum().clamp_min(1).float()
-        total = x_RC.new_zeros((), dtype=torch.float32)
-        grad_weight = torch.zeros(weight_VC.shape, dtype=torch.float32, device=x_RC.device)
+        dtype = x_RC.dtype
+        total = attention.at_least_float32(x_RC.new_zeros(()))
+        scale = 1.0 / (targets_R != IGNORE).sum().clamp_min(1).to(total.dtype)
+        grad_weight = torch.zeros(lm_head_VC.shape, dtype=total.dtype, device=x_RC.device)
         grad_x = []
-        columns = torch.arange(vocab_size, device=x_RC.device)
-        for x, targets in zip(x_RC.split(chunk_tokens), targets_R.split(chunk_tokens)):
-            loss, tanh_RV, exp_RV, sum_R, counted_R = _chunk(x, weight_VC, targets)
+        columns = torch.arange(lm_head_VC.shape[0], device=x_RC.device)
+        # Every chunk, the last one too, has a multiple of these rows.
+        products = matmuls(linear, math.gcd(len(x_RC), min(chunk_tokens, len(x_RC))), lm_head_VC)
+        weight = products.operand(lm_head_VC, dtype)
+        for x_chunk, targets in zip(x_RC.split(chunk_tokens), targets_R.split(chunk_tokens)):
+            x = products.operand(x_chunk, dtype)
+            loss, tanh_RV, exp_RV, sum_R, counted_R = _chunk(products.y(x, weight, dtype), targets, vocab_size)
             total = total + loss
             # d loss / d z of z -> 15·tanh(z / 15): (softmax - one-hot)·(1 - tanh²); the chain of 15 and 1/15 cancels.
             # Neither the mean's 1/R nor the caller's factor is in it: in float16 they would underflow and overflow.
-            row_R = counted_R[:, None].float()
+            row_R = counted_R[:, None].to(total.dtype)
             softmax_RV = exp_RV * (row_R / sum_R[:, None])
             onehot_RV = torch.where(columns == targets[:, None], row_R, 0.0)
-            grad_z = ((softmax_RV - onehot_RV) * (1 - tanh_RV * tanh_RV)).to(x.dtype)
-            grad_x.append(grad_z @ weight_VC)
-            grad_weight = grad_weight + (grad_z.T @ x).float()
-        pad = lm_head_VC.shape[0] - vocab_size
-        grad_weight = F.pad(grad_weight, (0, 0, 0, pad)) if pad else grad_weight
-        return total * scale, torch.cat(grad_x), grad_weight.to(lm_head_VC.dtype), scale
+            grad_z_RV = ((softmax_RV - onehot_RV) * (1 - tanh_RV * tanh_RV)).to(dtype)
+            grad_z = products.grad_operand(grad_z_RV, dtype)
+            grad_x.append(products.grad_x(grad_z, weight, dtype))
+            grad_weight = grad_weight + products.grad_w(grad_z, x, total.dtype)
+        return total * scale, torch.cat(grad_x), cast(grad_weight, lm_head_VC.dtype), scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -137,4 +157,5 @@ class _ChunkedMean(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight, scale = ctx.saved_tensors
         factor = grad_loss * scale
-        return (factor * grad_x.float()).to(grad_x.dtype), factor * grad_weight, None, None, None
+        wide = attention.at_least_float32(grad_x)
+        return (factor * wide).to(grad_x.dtype), factor * grad_weight, None, None, None, None

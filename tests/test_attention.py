@@ -1,6 +1,12 @@
 """Every attention kernel against the plain one, and the plain one against its definition."""
 
 import math
+import re
+import sys
+import time
+import types
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -118,67 +124,258 @@ def test_flex_forward_equals_math(n_time: int, heads: tuple[int, int]):
         torch.testing.assert_close(flex(*inputs, window), attention.math(*inputs, window), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("window", [3, 9])
+@pytest.mark.parametrize("attend", [attention.math, attention.sdpa])
+def test_compiled_gradients_are_eager_ones_and_finite_differences(
+    attend: attention.Attend, window: int, heads: tuple[int, int]
+):
+    inputs = qkv(10, heads)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for got, want in zip(with_grads(compiled, inputs, window), with_grads(attend, inputs, window)):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    leaves = [x[:1].clone().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(lambda q, k, v: compiled(q, k, v, window), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("window", [100, 256])
+def test_flash_traces_with_its_window_and_its_gradient(window: int):
+    """Its kernel is CUDA's; on the meta device the shapes, the tracing and the backward are seen."""
+    q, k, v = (torch.empty(2, 256, n, 64, device="meta", dtype=torch.bfloat16).requires_grad_() for n in (4, 2, 2))
+    torch._dynamo.reset()
+    for run in (attention.flash, torch.compile(attention.flash, fullgraph=True, backend="aot_eager")):
+        out = run(q, k, v, window)
+        grads = torch.autograd.grad(out.sum(), [q, k, v])
+        assert [t.shape for t in (out, *grads)] == [q.shape, q.shape, k.shape, v.shape]
+
+
+# --- choosing -------------------------------------------------------------------------------------------------------
+
 CPU = torch.device("cpu")
+Calls = list[dict[str, Any]]
 
 
-def choose(kernel: str, windows: tuple[int, ...] = (4, 16)) -> tuple[str, attention.Attend]:
-    return attention.choose(kernel, 16, windows, (4, 2, 8), CPU, torch.float32)
+def choose(kernel: str, windows: tuple[int, ...] = (4, 16), **how: Any) -> attention.Choice:
+    return attention.choose(kernel, 16, windows, (4, 2, 8), CPU, torch.float32, **how)
+
+
+def fastest(candidates: Sequence[str], windows: Sequence[int] = (4, 16), n_time: int = 16) -> attention.Choice:
+    return attention.fastest(candidates, n_time, windows, (4, 2, 8), CPU, torch.float32, 2, False)
 
 
 def test_choose_on_cpu():
-    assert choose("auto") == ("sdpa", attention.sdpa)
-    assert choose("sdpa") == ("sdpa", attention.sdpa)
-    assert choose("math") == ("math", attention.math)
+    assert choose("auto") == ({4: "sdpa", 16: "sdpa"}, "sdpa")
+    assert choose("sdpa", (16, 4, 16)) == ({4: "sdpa", 16: "sdpa"}, "sdpa")
+    assert choose("math", (16,)) == ({16: "math"}, "math")
 
 
-def test_choose_refuses_what_does_not_run_here_or_does_not_exist():
-    with pytest.raises(ValueError, match=r"attention=flex does not work on this cpu device .*; set attention=sdpa"):
-        choose("flex")
-    with pytest.raises(ValueError, match="attention=flash: expected auto, sdpa, flex or math"):
-        choose("flash")
+def test_build_makes_the_function_of_a_choice():
+    assert attention.build({4: "sdpa", 16: "sdpa"}, 16, CPU) is attention.sdpa
+    q, k, v = qkv(16, (4, 2))
+    asked = []
+    attend = attention.build({4: "math", 16: "sdpa"}, 16, CPU)
+    for window in (4, 16):
+        asked.append(attend(q, k, v, window))
+        torch.testing.assert_close(asked[-1], attention.math(q, k, v, window))
+    assert torch.equal(asked[0], attention.math(q, k, v, 4)), "window 4 is the plain kernel's, bit for bit"
+    assert torch.equal(asked[1], attention.sdpa(q, k, v, 16))
 
 
-def test_auto_probes_the_kernel_and_says_why_it_falls_back(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(attention, "probe_flex", lambda *_: "no kernel image")
-    cuda = torch.device("cuda")  # named only: nothing is put there
-    assert attention.choose("auto", 16, (4, 16), (4, 2, 8), cuda, torch.bfloat16) == ("sdpa", attention.sdpa)
-    assert "flex_attention fails here (no kernel image); using sdpa" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "kernel, why",
+    [
+        ("flex", "flex: .*FlexAttention does not support backward on CPU"),
+        ("cudnn", "cudnn: .*cuDNN has no sliding window"),
+        ("flash", "flash: NotImplementedError"),
+        ("fa2", "fa2: ModuleNotFoundError: No module named 'flash_attn'"),
+        ("fa3", "fa3: ModuleNotFoundError.*; fa3_hub: ModuleNotFoundError.*; fa3_torch: ModuleNotFoundError"),
+    ],
+)
+def test_choose_refuses_what_does_not_run_here_and_says_why(kernel: str, why: str):
+    wanted = rf"attention={kernel} does not work on this cpu device \({why}.*\); set attention=sdpa"
+    with pytest.raises(ValueError, match=wanted):
+        choose(kernel, compile=True)
 
 
-def test_the_probe_compares_numbers(monkeypatch: pytest.MonkeyPatch):
-    def wrong(*_: object) -> attention.Attend:
-        return lambda q, k, v, window: attention.math(q, k, v, window + 1)
+def test_choose_refuses_what_does_not_exist_or_cannot_be():
+    with pytest.raises(ValueError, match="attention=paged: expected auto, math, sdpa, flex, cudnn, flash, fa2, fa3"):
+        choose("paged")
+    with pytest.raises(ValueError, match="attention=flex needs compile=true"):
+        choose("flex", compile=False)
 
-    def right(*_: object) -> attention.Attend:
-        return attention.sdpa
 
-    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-    monkeypatch.setattr(attention, "make_flex", wrong)
-    assert attention.probe_flex((4, 2, 16), CPU, torch.float32) == "its numbers differ from the plain ones"
-    monkeypatch.setattr(attention, "make_flex", right)
-    assert attention.probe_flex((4, 2, 16), CPU, torch.float32) is None
+def package(attend: Any, calls: Calls | None = None) -> types.ModuleType:
+    """Return a module with a flash_attn_func of the packages' signature, computed by `attend(q, k, v, window)`."""
+
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1)
+    ) -> Any:
+        if calls is not None:
+            calls.append({"causal": causal, "window": window_size, "heads": (q.shape[2], k.shape[2])})
+        assert causal and window_size[1] == 0
+        return attend(q, k, v, window_size[0] if window_size[0] >= 0 else q.shape[1])
+
+    module = types.ModuleType("fake")
+    module.flash_attn_func = flash_attn_func  # pyright: ignore[reportAttributeAccessIssue]
+    return module
+
+
+def test_a_package_gets_the_window_as_it_counts_it(monkeypatch: pytest.MonkeyPatch):
+    calls: Calls = []
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package(attention.math, calls))
+    choice = choose("fa3", compile=False)
+    assert choice.names == {4: "fa3", 16: "fa3"}
+    assert {(c["window"], c["causal"], c["heads"]) for c in calls} == {((4, 0), True, (4, 2)), ((-1, 0), True, (4, 2))}
+    inputs = qkv(16, (4, 2))
+    attend = attention.build(choice.names, 16, CPU)
+    for window in (4, 16):
+        for got, want in zip(with_grads(attend, inputs, window), with_grads(attention.math, inputs, window)):
+            assert torch.equal(got, want)
+
+
+def test_a_package_compiles_and_may_return_more(monkeypatch: pytest.MonkeyPatch):
+    early = package(lambda q, k, v, window: (attention.math(q, k, v, window), torch.zeros(())))
+    monkeypatch.setitem(sys.modules, "flash_attn", early)
+    attend, inputs = attention.build({3: "fa2"}, 10, CPU), qkv(10, (4, 2))
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for got, want in zip(with_grads(compiled, inputs, 3), with_grads(attention.math, inputs, 3)):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("insists", [True, False])
+def test_a_kernel_of_the_hub(monkeypatch: pytest.MonkeyPatch, insists: bool):
+    asked = []
+
+    def new(repo_id: str, *, version: int | None = None) -> types.ModuleType:
+        assert version is not None, "newer ones want a version"
+        asked.append(repo_id)
+        return package(attention.math)
+
+    def old(repo_id: str, revision: str = "main") -> types.ModuleType:
+        asked.append(repo_id)
+        return package(attention.math)
+
+    module = types.ModuleType("kernels")
+    module.get_kernel = new if insists else old  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "kernels", module)
+    assert choose("fa3", compile=False).names == {4: "fa3_hub", 16: "fa3_hub"}
+    assert set(asked) == {"kernels-community/flash-attn3"}
+
+
+def broken(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
+WRONG = {
+    "numbers": (
+        lambda q, k, v, w: 1.05 * attention.math(q, k, v, w),
+        r"its output differs from the plain one by 4\.\d%",
+    ),
+    "nan": (lambda q, k, v, w: attention.math(q, k, v, w) * math.nan, "differs from the plain one by nan%"),
+    "gradient": (lambda q, k, v, w: attention.math(q.detach() + 0 * q, k, v, w), "its grad q differs"),
+    "no gradient": (lambda q, k, v, w: attention.math(q, k, v, w).detach(), "does not require grad"),
+    "dtype": (lambda q, k, v, w: attention.math(q, k, v, w).double(), "its output is torch.float64"),
+    "groups": (lambda q, k, v, w: attention.math(q, k.roll(1, 2), v.roll(1, 2), w), "its output differs"),
+    "raises": (broken, "RuntimeError: no kernel image"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_kernel_with_something_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, name: str):
+    attend, why = WRONG[name]
+    monkeypatch.setitem(attention.KERNELS, "fa3", lambda *_: attend)
+    with pytest.raises(ValueError, match=why):
+        fastest(["fa3"])
+    assert fastest(["fa3", "sdpa"]).names == {4: "sdpa", 16: "sdpa"}
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+def test_one_key_more_or_less_is_seen_at_any_length(monkeypatch: pytest.MonkeyPatch, by: int):
+    """In half precision, and where one key of 300 changes the numbers by less than they are rounded."""
+    monkeypatch.setitem(attention.KERNELS, "fa3", lambda *_: lambda q, k, v, w: attention.sdpa(q, k, v, w + by))
+    how = (320, 300, (1, 1, 16), CPU, torch.bfloat16, 1)
+    sample = attention._sample(*how)
+    attention.trial("sdpa", sample, compile=False)
+    with pytest.raises(ValueError, match=r"differs from the plain one|its window is another one"):
+        attention.trial("fa3", sample, compile=False)
+    monkeypatch.setattr(attention, "TOLERANCE", math.inf)
+    with pytest.raises(ValueError, match="its window is another one"):
+        attention.trial("fa3", sample, compile=False)
+
+
+def test_the_fastest_is_taken_for_each_window(monkeypatch: pytest.MonkeyPatch):
+    def slow_at(slow: int) -> Any:
+        def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+            time.sleep(0.03 if window == slow else 0)
+            return attention.math(q, k, v, window)
+
+        return lambda *_: attend
+
+    monkeypatch.setitem(attention.KERNELS, "fa2", slow_at(4))
+    monkeypatch.setitem(attention.KERNELS, "fa3", slow_at(16))
+    choice = fastest(["fa2", "fa3"])
+    assert choice.names == {4: "fa3", 16: "fa2"}
+    number = r"\d+\.\d\d"
+    assert re.fullmatch(
+        rf"window 4: fa3 {number} ms \(fa2 {number}\); window 16: fa2 {number} ms \(fa3 {number}\)", choice.text
+    )
+
+
+def test_torchs_own_fa3_takes_the_place_of_flash_only_when_built(monkeypatch: pytest.MonkeyPatch):
+    active = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda **_: active.clear())
+    monkeypatch.setattr(attention, "flash", attention.math)
+    choice = fastest(["flash", "fa3_torch"])
+    assert active == []
+    attention.build({4: "fa3_torch", 16: "sdpa"}, 16, CPU)
+    assert active == ["FA3"]
+    assert set(choice.names.values()) <= {"flash", "fa3_torch"}
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
+@pytest.mark.parametrize("kernel", [name for name in attention.KERNELS if name != "math"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_kernels_on_cuda_in_bfloat16_with_gradients(kernel: str, heads: tuple[int, int]):
     n_time, windows = 640, (128, 200, 640)
     device = torch.device("cuda")
-    name, attend = attention.choose(kernel, n_time, windows, (*heads, 64), device, torch.bfloat16)
-    assert name == kernel
+    if kernel == "cudnn":
+        windows = (640,)
+    try:
+        choice = attention.choose(kernel, n_time, windows, (*heads, 64), device, torch.bfloat16)
+    except ValueError as error:
+        if kernel in ("sdpa", "flex") or (
+            kernel in ("flash", "cudnn") and torch.cuda.get_device_capability() >= (9, 0)
+        ):
+            raise
+        pytest.skip(str(error))
+    attend = attention.build(choice.names, n_time, device)
     inputs = qkv(n_time, heads, width=64, dtype=torch.bfloat16, device="cuda")
     for window in windows:
         want = with_grads(attention.math, in_float32(inputs), window)
-        # One compilation a window: inside the model a window is a constant.
-        run = torch.compile(lambda q, k, v, w: attend(q, k, v, w), fullgraph=True) if kernel == "flex" else attend
-        torch._dynamo.reset()
+        torch._dynamo.reset()  # one compilation a window: inside the model a window is a constant
+        run = torch.compile(lambda q, k, v, w: attend(q, k, v, w), fullgraph=True)
         for got, expected in zip(with_grads(run, inputs, window), want):
             assert (got.float() - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.gpu
-def test_auto_on_cuda_takes_flex_where_a_window_hides_something():
-    device = torch.device("cuda")
-    assert attention.choose("auto", 2048, (512, 2048), (6, 6, 128), device, torch.bfloat16)[0] == "flex"
-    assert attention.choose("auto", 2048, (2048,), (6, 6, 128), device, torch.bfloat16)[0] == "sdpa"
+def test_auto_on_cuda_takes_a_kernel_that_skips_what_a_window_hides():
+    device, heads = torch.device("cuda"), (6, 6, 128)
+    start = time.perf_counter()
+    choice = attention.choose("auto", 2048, (512, 2048), heads, device, torch.bfloat16, rows=16)
+    print(f"{choice.text}; chosen in {time.perf_counter() - start:.0f} s")
+    assert choice.names.keys() == {512, 2048}
+    assert choice.names[512] not in ("math", "cudnn")
+    attend = attention.build(choice.names, 2048, device)
+    inputs = qkv(2048, (6, 6), width=128, dtype=torch.bfloat16, device="cuda")
+    for window in (512, 2048):
+        torch._dynamo.reset()
+        run = torch.compile(lambda q, k, v, w: attend(q, k, v, w), fullgraph=True)
+        want = attention.math(*in_float32(inputs), window)
+        assert (run(*inputs, window).float() - want).abs().max() < 0.02 * want.abs().max()

@@ -1,16 +1,20 @@
 """The loss: chunks against the plain form, and every transformation of torch.func on it."""
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_model import CONFIG, LargestTensor, assert_trees_close, random_batch, random_params
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat import attention, loss, model, transform, tree
-from nanochat.model import Compute, Params
+from nanochat import attention, linear, loss, model, transform, tree
+from nanochat.model import Compute, ModelConfig, Params
 
 MATH = Compute(attend=attention.math)
 Chunked = tuple[Tensor, Tensor, Tensor]
@@ -128,6 +132,150 @@ def test_all_logits_are_never_in_memory():
 
     assert peak(whole) >= rows * vocab  # the probe sees them where they are
     assert peak(lambda x, w, t: loss.chunked_mean(x, w, t, vocab, chunk)) <= (vocab + 28) * 32  # the table itself
+
+
+def test_chunks_agree_with_finite_differences_in_float64():
+    x, weight, targets = head_inputs()
+    inputs = (x.double(), weight.double(), targets)
+
+    def f(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return loss.chunked_mean(x, weight, targets, 100, 7)
+
+    value, *grads = with_grads(f, inputs)
+    assert value.dtype == torch.float64
+    generator = torch.Generator().manual_seed(1)
+    towards = [1e-6 * torch.randn(grad.shape, generator=generator, dtype=torch.float64) for grad in grads]
+    for dx, dw in ((towards[0], torch.tensor(0.0)), (torch.tensor(0.0), towards[1])):
+        slope = (grads[0] * dx).sum() + (grads[1] * dw).sum()
+        ahead, behind = (f(inputs[0] + s * dx, inputs[1] + s * dw, targets) for s in (1, -1))
+        torch.testing.assert_close(slope, (ahead - behind) / 2, rtol=1e-6, atol=0)
+
+
+def fp8_formulas(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, chunk: int) -> list[Tensor]:
+    """The mean loss and its straight-through gradients, from rounded operands chunk by chunk, in float64."""
+
+    def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+        values, scale = linear.quantise(t, dtype)
+        return values.double() * scale.double()
+
+    weight8 = rounded(weight, torch.float8_e4m3fn)
+    total, grads_x, grad_weight = torch.tensor(0.0).double(), [], torch.zeros_like(weight8)
+    for rows, ids in zip(x.split(chunk), targets.split(chunk)):
+        x8 = rounded(rows, torch.float8_e4m3fn)
+        z = (x8 @ weight8.T).float().requires_grad_()
+        value = F.cross_entropy(15 * torch.tanh(z[:, :vocab] / 15), ids, ignore_index=-1, reduction="sum")
+        grad8 = rounded(torch.autograd.grad(value, z)[0], torch.float8_e5m2)
+        total = total + value.detach()
+        grads_x.append(grad8 @ weight8)
+        grad_weight = grad_weight + grad8.T @ x8
+    counted = (targets >= 0).sum().clamp_min(1)
+    return [total / counted, torch.cat(grads_x) / counted, grad_weight / counted]
+
+
+@pytest.mark.parametrize("f, backend", [(linear.fp8, "aot_eager"), (linear.fp8_emulated, "inductor")])
+def test_chunks_in_fp8_are_the_formulas_eager_and_compiled(f: linear.Linear, backend: str):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(48, 128, generator=generator), 0.2 * torch.randn(256, 128, generator=generator)
+    targets = torch.randint(0, 250, (48,), generator=generator)
+    targets[::5] = -1
+    want = fp8_formulas(x, weight, targets, 250, 32)
+
+    def run(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return loss.chunked_mean(x, weight, targets, 250, 32, f)
+
+    torch._dynamo.reset()
+    for g in (run, torch.compile(run, fullgraph=True, backend=backend)):
+        got = with_grads(g, (x, weight, targets))
+        for value, expected in zip(got, want):
+            # A gradient next to the middle of two e5m2 values may round the other way.
+            assert (value.double() - expected).norm() < 3e-3 * expected.norm()
+        assert not got[2][250:].any(), "the padding of the vocabulary got a gradient"
+    for value, plain in zip(
+        want, with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, 250, 32), (x, weight, targets))
+    ):
+        assert (value - plain).norm() > 5e-3 * plain.norm() or value.dim() == 0, "fp8 should be seen to differ"
+    # Rows that are no multiple of 16 are dense, in every chunk.
+    odd = (x[:40], weight, targets[:40])
+    for a, b in zip(with_grads(run, odd), with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, 250, 32), odd)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype, backend", [(torch.float32, "inductor"), (torch.bfloat16, "aot_eager")])
+def test_chunks_compiled_are_eager(dtype: torch.dtype, backend: str):
+    inputs = head_inputs(dtype=dtype)
+
+    def run(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return loss.chunked_mean(x, weight, targets, 100, 14)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for a, b in zip(with_grads(compiled, inputs, 3.0), with_grads(run, inputs, 3.0)):
+        assert a.dtype == b.dtype
+        assert (a.float() - b.float()).norm() < (1e-5 if dtype == torch.float32 else 5e-3) * b.float().norm()
+
+
+def test_the_models_loss_takes_its_linear_in_the_head_too():
+    config = ModelConfig(sequence_len=16, vocab_size=250, n_layer=1, n_head=2, n_kv_head=2, n_embd=128)
+    params, batch = random_params(config), random_batch(config)
+    asked = []
+
+    def spy(x: Tensor, weight: Tensor) -> Tensor:
+        asked.append(tuple(weight.shape))
+        return linear.fp8_emulated(x, weight)
+
+    def value(f: linear.Linear, chunk: int | None) -> Tensor:
+        return loss.next_token(params, batch, config=config, compute=Compute(linear=f), chunk_tokens=chunk)[0]
+
+    plain = value(spy, None)
+    assert (256, 128) in asked
+    torch.testing.assert_close(value(linear.fp8_emulated, 32), plain, rtol=1e-5, atol=0)
+    assert abs(float(value(linear.dense, 32) / plain) - 1) > 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(value(linear.fp8_emulated, 32), plain, rtol=1e-5, atol=0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within, records the most bytes that the results of operations hold at once, each storage counted once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree.leaves(out):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.storages = {key: (ref, n) for key, (ref, n) in self.storages.items() if not ref.expired()}
+        self.peak_bytes = max(self.peak_bytes, sum(n for _, n in self.storages.values()))
+        return out
+
+
+@pytest.mark.parametrize("f", [linear.dense, linear.fp8_emulated])
+def test_peak_memory_grows_with_the_chunk_and_not_with_the_tokens(f: linear.Linear):
+    rows, width, vocab, chunk = 2048, 128, 2032, 32
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, width, generator=generator), torch.randn(2048, width, generator=generator)
+    inputs = (x, weight, torch.randint(0, vocab, (rows,), generator=generator))
+
+    def value(x: Tensor, weight: Tensor, targets: Tensor, tokens: int | None) -> Tensor:
+        if tokens is not None:
+            return loss.chunked_mean(x, weight, targets, vocab, tokens, f)
+        return F.cross_entropy(15 * torch.tanh(f(x, weight)[:, :vocab] / 15), targets)
+
+    peak = {}
+    for tokens in (None, chunk, 2 * chunk):
+        with LiveBytes() as live:
+            with_grads(functools.partial(value, tokens=tokens), inputs)
+        peak[tokens] = live.peak_bytes
+    all_logits, table, one = 4 * rows * 2048, weight.nbytes, 4 * chunk * 2048
+    assert peak[None] > 2 * all_logits
+    # A few copies of a chunk's logits, and of the table with its gradient: a (R, V) tensor has no room in it.
+    assert peak[chunk] < 10 * one + 6 * table + 4 * x.nbytes < all_logits
+    assert one < peak[2 * chunk] - peak[chunk] < 10 * one
+    print(f"peak bytes: plain {peak[None]}, chunks of {chunk} {peak[chunk]}, of {2 * chunk} {peak[2 * chunk]}")
 
 
 def test_per_token_is_the_same_loss_token_by_token():
