@@ -107,9 +107,9 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
     folder = stage.run_folder(str(config.name))
     # What may be refused comes before the run's folder is touched.
     layout = sharding.layout(config.sharding, runtime, model.spec(shape))
-    step_fn, loss_fn, kernel = stage.functions(config, shape, runtime, layout)
+    step_fn, loss_fn, kernels = stage.functions(config, shape, runtime, layout)
     limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
-    print(f"attention: {kernel}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
+    print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(train.stop_on_signals())  # first in, last out: it guards the last save too
         manager = stage.open_checkpoints(folder, config, runtime)
@@ -153,7 +153,7 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
                 at,
                 stream,
                 num_steps=plan.num_steps,
-                rows=config.device_batch_size,
+                rows=config.rows,
                 step_fn=step_fn,
                 hparams_at=schedules,
                 after_step=functools.partial(stage.after_step, job, loss_fn, show),
@@ -211,7 +211,7 @@ def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
 
 def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -> str:
     """Return the resolved configuration and what follows from it, as text."""
-    rows = config.device_batch_size
+    rows = config.rows
     micro_batches = scaling.accumulation_steps(plan.total_batch_size, rows, shape.sequence_len, runtime.world_size)
     counts = model.count(shape)
     groups = optim.rates(config.optim, shape.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay)

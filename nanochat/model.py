@@ -23,7 +23,7 @@ from torch import Tensor
 from nanochat import attention, sharding, tree
 from nanochat.attention import Attend
 from nanochat.linear import Linear, dense
-from nanochat.sharding import Layout
+from nanochat.sharding import Gather, Layout
 
 Params = TensorDict
 Subtree = Params | Mapping[str, Any]
@@ -115,13 +115,13 @@ class Compute:
     Attributes:
         dtype: of the activations; None takes that of the embedding table.
         attend: the attention kernel. linear: the matrix product.
-        gather: (dotted name, this rank's part of the parameter) -> the whole parameter; None: they are whole already.
+        gather: {dotted name: this rank's part of a parameter} -> {name: whole parameter}; None: they are whole already.
     """
 
     dtype: torch.dtype | None = None
     attend: Attend = attention.sdpa
     linear: Linear = dense
-    gather: Callable[[str, Tensor], Tensor] | None = None
+    gather: Gather | None = None
 
 
 Initializer = Callable[[Tensor, torch.Generator], Tensor]
@@ -264,8 +264,9 @@ def gathered(params: Params | Mapping[str, Any], name: str, compute: Compute) ->
     if compute.gather is None:
         return found
     if isinstance(found, Tensor):
-        return compute.gather(name, found)
-    return tree.nest({key: compute.gather(f"{name}.{key}", leaf) for key, leaf in tree.flatten(found).items()})
+        return compute.gather({name: found})[name]
+    whole = compute.gather(tree.flatten(found, f"{name}."))
+    return tree.nest({key.removeprefix(f"{name}."): leaf for key, leaf in whole.items()})
 
 
 def unembed(x_BTC: Tensor, lm_head_VC: Tensor, config: ModelConfig, compute: Compute = Compute()) -> Tensor:

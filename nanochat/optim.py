@@ -22,6 +22,7 @@ NONE: Exchanges = {}
 Hparams = Mapping[str, Mapping[str, Tensor]]  # group -> name -> 0-d float32 tensor
 ADAM_EPS = 1e-10
 SMALL = 2**16  # elements below which an update is not worth compiling
+STACK = 2**28  # elements of a stack of matrices: enough to fill a GPU, and 1 GiB in float32 for each of a few copies
 MATRIX = "matrix"  # the group that Muon updates; AdamW has the others
 
 # (a, b, c) of five Polar Express steps. Source: arXiv 2505.16932, 5 iterations, safety 2e-2, cushion 2.
@@ -186,6 +187,7 @@ def update_(
         for before, after in zip(old, new):
             if after is not before:
                 before.copy_(after)
+        del old, new
 
 
 def compiled() -> Rules:
@@ -233,15 +235,21 @@ def _results(
             labels = ("params", f"{group}.{first_name}", f"{group}.{second_name}")
             for label, before, after in zip(labels, (old[0], old[2], old[3]), parts):
                 yield before, [f"{label}.{name}" for name in names], after
+            del old, new, parts  # or they would live beside the next stack
     yield [opt_state["step"]], ["step"], [step if keep is None else torch.where(keep, opt_state["step"], step)]
 
 
 def _alike(matrices: Mapping[str, Tensor], exchanges: Exchanges) -> list[list[str]]:
-    """Return the names in groups that may be stacked."""
-    stacks: dict[Any, list[str]] = {}
+    """Return the names in groups that may be stacked, none of them much over STACK elements."""
+    alike: dict[Any, list[str]] = {}
     for name, matrix in matrices.items():
-        stacks.setdefault((matrix.shape, exchanges.get(name)), []).append(name)
-    return list(stacks.values())
+        alike.setdefault((matrix.shape, exchanges.get(name)), []).append(name)
+    stacks = []
+    for (shape, _), names in alike.items():
+        n_stacks = max(round(len(names) * shape.numel() / STACK), 1)
+        each = -(-len(names) // n_stacks)
+        stacks += [names[i : i + each] for i in range(0, len(names), each)]
+    return stacks
 
 
 def adamw(

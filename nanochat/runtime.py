@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nanochat import machines
 from nanochat.config import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,6 +64,7 @@ def create(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) ->
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     place = _device(device, local_rank)
     compute_dtype = _dtype(dtype, place)
     if place.type == "cpu":
@@ -76,10 +77,13 @@ def create(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) ->
             raise UserError("device=mps runs in one process: drop --nproc_per_node or set device=cpu")
         if not dist.is_initialized():
             # gloo beside nccl: what is agreed upon between the ranks' hosts does not wait for the GPUs
-            dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+            # torchrun keeps its store when it restarts a job; under the old names are the addresses of dead ranks
+            store, *_ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"restart {restarts}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if quiet and rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return Runtime(rank, local_rank, world_size, node_ranks, restarts, place, compute_dtype)
 
 
@@ -146,31 +150,16 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-# Dense matmul limits of the vendors' data sheets in FLOP/s, without sparsity: name -> (16-bit, float32 without TF32).
-PEAK_FLOPS = {
-    "NVIDIA GB200": (2500e12, 80e12),
-    "NVIDIA B200": (2250e12, 75e12),
-    "NVIDIA H200": (989e12, 67e12),
-    "NVIDIA H100 PCIe": (756e12, 51e12),
-    "NVIDIA H100": (989e12, 67e12),
-    "NVIDIA A100": (312e12, 19.5e12),
-    "NVIDIA L40S": (362e12, 91.6e12),
-    "NVIDIA L4": (121e12, 30.3e12),
-    "NVIDIA GeForce RTX 4090": (165e12, 82.6e12),
-    "NVIDIA GeForce RTX 3090": (71e12, 35.6e12),
-}
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return the matmul limit of `device` in FLOP/s, and where the figure is from.
 
     A known GPU has its data sheet's; anything else is measured, by the best of a few large products.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for prefix, (half, single) in PEAK_FLOPS.items():
-            if re.match(rf"{prefix}\b", name):  # an L40 is no L4
-                return (single if dtype == torch.float32 else half), f"data sheet of {prefix.removeprefix('NVIDIA ')}"
+        machine = machines.of_device(torch.cuda.get_device_name(device))
+        if machine:
+            limit = machine.single_flops if dtype == torch.float32 else machine.half_flops
+            return limit, f"data sheet of {machine.device.removeprefix('NVIDIA ')}"
     # A CPU multiplies float16 a hundred times slower than float32.
     size = 8192 if device.type == "cuda" else 2048 if dtype == torch.float32 else 512
     return measure_matmul(size, device, dtype), f"measured, {size}x{size}x{size} matmul"

@@ -15,6 +15,7 @@ Source: ZeRO (arXiv 1910.02054); SimpleFSDP (arXiv 2411.00284), for gathers insi
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
 
 from nanochat import tree
@@ -31,6 +33,8 @@ from nanochat.config import UserError
 from nanochat.runtime import Runtime
 
 AXES = ("replicate", "shard")
+
+Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 # Logical axis -> mesh axis. The first dimension of a parameter that divides is cut, if all of its axes have a rule;
 # the others (layers, gates, single numbers) belong to parameters too small to be worth it.
@@ -62,6 +66,8 @@ class Layout:
     Attributes:
         mode: one of the four. mesh: with the axes `replicate` and `shard`.
         dims: parameter -> dimension that is cut over `shard`, None where every rank has it whole.
+        once: parameters that the backward of a training step does not need: tables, which are only looked up, and
+            the unembedding, whose gradient is made in the forward (`loss.chunked_mean`).
         whole: whether parameters stay whole between steps (replicate, zero2).
         gather: see ShardingConfig.
     """
@@ -69,6 +75,7 @@ class Layout:
     mode: str
     mesh: DeviceMesh
     dims: Mapping[str, int | None]
+    once: frozenset[str]
     whole: bool
     gather: str
 
@@ -169,7 +176,8 @@ def layout(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any]) ->
     if stuck:
         more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
         print(f"sharding: {stuck[0]} {spec[stuck[0]].shape}{more} do not divide by {shape[1]}: whole on every rank")
-    return Layout(mode, mesh, dims, mode in ("replicate", "zero2"), config.gather)
+    once = frozenset(name for name, row in spec.items() if row.table or row.group == "unembedding")
+    return Layout(mode, mesh, dims, once, mode in ("replicate", "zero2"), config.gather)
 
 
 # At rest: DTensors
@@ -246,39 +254,64 @@ def enter(layout: Layout | None, params: TensorDict, dtype: torch.dtype) -> Tens
     return tree.unflatten(flat)
 
 
-def gatherer(layout: Layout | None, dtype: torch.dtype) -> Callable[[str, Tensor], Tensor] | None:
-    """Return (name, this rank's part) -> the whole parameter in `dtype`, for `model.Compute`; None: no need of it.
+def gatherer(layout: Layout | None, dtype: torch.dtype) -> Gather | None:
+    """Return {name: this rank's part} -> {name: whole parameter in `dtype`}, for `model.Compute`; None: no need of it.
 
-    In the backward the gradient is reduce-scattered in float32, a sum over the ranks. Compiled, the whole parameter is not kept for the
-    backward but gathered once more (ZeRO-3); uncompiled, it lives until then.
+    What is asked for together, a layer, is one collective, and its tables another; in the backward its gradients are
+    reduce-scattered together, in float32, a sum over the ranks. Compiled, whole parameters are not kept for the
+    backward but gathered once more (ZeRO-3), but for those of `Layout.once`; uncompiled, they live until then.
     """
     if layout is None or layout.whole_in_step or layout.shards == 1:
         return None
     ranks, group = layout.shards, layout.group("shard")
 
-    def gather(name: str, part: Tensor) -> Tensor:
-        dim = layout.dims[name]
-        if dim is None:
-            return part
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            return recompute(_Gather.apply, part, dim, ranks, group, dtype, use_reentrant=False)  # pyright: ignore
-        return _Gather.apply(part, dim, ranks, group, dtype)  # pyright: ignore[reportReturnType]
+    def gather(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        whole = dict(parts)
+        cut = [name for name in parts if layout.dims[name] is not None]
+        for names in ([n for n in cut if n not in layout.once], [n for n in cut if n in layout.once]):
+            if not names:
+                continue
+            args = (tuple(layout.dims[n] for n in names), ranks, group, dtype, *[parts[n] for n in names])
+            again = names[0] not in layout.once and torch.compiler.is_compiling() and torch.is_grad_enabled()
+            how = {"use_reentrant": False, "context_fn": _gather_again}
+            found: Any = recompute(_Gather.apply, *args, **how) if again else _Gather.apply(*args)
+            whole |= zip(names, found)
+        return whole
 
     return gather
 
 
+# Said outright, as torch 2.11 otherwise saves the result of every collective for the backward, checkpoint or not.
+_gather_again = functools.partial(
+    create_selective_checkpoint_contexts, lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_RECOMPUTE
+)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, dim: int, ranks: int, group: str, dtype: torch.dtype) -> Tensor:
-        ctx.dim, ctx.ranks, ctx.group, ctx.dtype = dim, ranks, group, part.dtype
-        whole = _ops.all_gather_into_tensor(part.to(dtype).movedim(dim, 0).contiguous(), ranks, group)
-        return _ops.wait_tensor(whole).movedim(0, dim)
+    def forward(
+        ctx: Any, dims: tuple[int, ...], ranks: int, group: str, dtype: torch.dtype, *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.dims, ctx.ranks, ctx.group, ctx.dtypes = dims, ranks, group, [part.dtype for part in parts]
+        rows = [part.to(dtype).movedim(dim, 0) for part, dim in zip(parts, dims)]
+        flat = torch.cat([x.reshape(-1) for x in rows])
+        whole = _ops.wait_tensor(_ops.all_gather_into_tensor(flat, ranks, group)).view(ranks, -1)
+        pieces = whole.split([x.numel() for x in rows], dim=1)
+        return tuple(
+            piece.reshape(ranks * x.shape[0], *x.shape[1:]).movedim(0, dim) for piece, x, dim in zip(pieces, rows, dims)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows = _at_least_float32(grads[0]).movedim(ctx.dim, 0).contiguous()
-        part = _ops.wait_tensor(_ops.reduce_scatter_tensor(rows, "sum", ctx.ranks, ctx.group))
-        return part.movedim(0, ctx.dim).to(ctx.dtype), None, None, None, None
+        rows = [_at_least_float32(grad).movedim(dim, 0) for grad, dim in zip(grads, ctx.dims)]
+        flat = torch.cat([x.reshape(ctx.ranks, -1) for x in rows], dim=1).view(-1)
+        part = _ops.wait_tensor(_ops.reduce_scatter_tensor(flat, "sum", ctx.ranks, ctx.group))
+        pieces = part.split([x.numel() // ctx.ranks for x in rows])
+        parts = [
+            piece.view(x.shape[0] // ctx.ranks, *x.shape[1:]).movedim(0, dim).to(dtype)
+            for piece, x, dim, dtype in zip(pieces, rows, ctx.dims, ctx.dtypes)
+        ]
+        return None, None, None, None, *parts
 
 
 def reduce(layout: Layout | None, grads: TensorDict) -> TensorDict:

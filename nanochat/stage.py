@@ -15,13 +15,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from nanochat import (
+    allocator,
     attention,
     checkpoint,
+    compiling,
     dataloader,
     evaluate,
     generate,
@@ -30,11 +32,13 @@ from nanochat import (
     model,
     plots,
     progress,
+    ranks,
     sharding,
     tokenizer,
     train,
 )
 from nanochat import config as configs
+from nanochat import linear as linears
 from nanochat import runtime as runtimes
 from nanochat.checkpoint import CheckpointConfig
 from nanochat.config import UserError
@@ -97,7 +101,8 @@ class StageConfig:
         device, dtype: auto, or as in `runtime.create`. compile: by torch.compile.
         resume: go on from the run's last checkpoint. overwrite: start anew where a run has this name; its checkpoints
             stay in checkpoints.old until the next time.
-        device_batch_size: rows of a micro-batch. tokenizer: its folder; none: the default one.
+        device_batch_size: rows of a micro-batch; auto: the most that fit, by an estimate and a step to try it.
+        tokenizer: its folder; none: the default one.
     """
 
     name: str | None = None
@@ -107,7 +112,7 @@ class StageConfig:
     compile: bool = True
     resume: bool = False
     overwrite: bool = False
-    device_batch_size: int = 32
+    device_batch_size: int | Literal["auto"] = 32
     tokenizer: str | None = None
     train: TrainConfig = TrainConfig()
     sharding: ShardingConfig = ShardingConfig()
@@ -115,6 +120,12 @@ class StageConfig:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=1000)
     metrics: MetricsConfig = MetricsConfig()
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch, once they are resolved."""
+        assert self.device_batch_size != "auto"
+        return self.device_batch_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +223,6 @@ def start(
     nothing = model.init(shape, config.seed, device="meta", dtype=dtype, layout=layout)
     abstract = train.init(nothing, spec, dtype, layout)
     state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
-    torch.set_rng_state(torch.from_numpy(arrays["random_state"]))
     now = json.loads(json.dumps(dict(configs.flatten(config))))
     for name, value in now.items():
         before = meta["config"].get(name, value)
@@ -228,7 +238,7 @@ def start(
 def functions(
     config: StageConfig, shape: ModelConfig, runtime: Runtime, layout: Layout | None = None
 ) -> tuple[Callable, Callable, str]:
-    """Return (the train step, the loss for evaluation, the attention kernel's name), compiled where asked for.
+    """Return (the train step, the loss for evaluation, their kernels in words), compiled where asked for.
 
     Raises:
         UserError: the attention kernel does not run here, or train.grad=func would meet a custom backward.
@@ -237,38 +247,65 @@ def functions(
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         if not shutil.which(compiler):
             raise UserError(f"compile=true needs a C++ compiler on the CPU: install {compiler}, or set compile=false")
-    heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
-    asked = "sdpa" if config.train.grad == "func" and config.train.attention == "auto" else config.train.attention
-    if not config.compile and asked in ("auto", "flex"):
-        if asked == "flex":
-            raise UserError("train.attention=flex needs compile=true: uncompiled it is slow and holds all scores")
-        asked = "sdpa"
+    dtype = runtime.compute_dtype
+    chosen = choose_attention(config, shape, runtime)
     try:
-        kernel, attend = attention.choose(
-            asked, shape.sequence_len, shape.windows, heads, runtime.device, runtime.compute_dtype
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        attend = attention.build(chosen.names, shape.sequence_len, runtime.device)
+    except ImportError as error:  # on another node than rank 0's
+        raise UserError(
+            f"train.attention: rank 0 has {chosen.text}, and here {error}; install it, or set sdpa"
+        ) from None
+    linear, precision = linears.choose(config.train.linear, runtime.device)
     chunk_tokens = config.train.chunk_tokens or (1024 if runtime.device.type == "cpu" else 8192)
     if config.train.grad == "func":
         if runtime.world_size > 1:
             raise UserError("train.grad=func runs in one process: start with --nproc_per_node=1")
-        if kernel == "flex":
+        if set(chosen.names.values()) - {"math", "sdpa"} or config.train.linear == "fp8":
             raise UserError(
-                "train.grad=func: flex_attention has a custom backward, which torch.func.grad ignores when compiled; "
-                "set train.attention=sdpa"
+                f"train.grad=func: {chosen.text} or train.linear={config.train.linear} has a custom backward, which "
+                "torch.func.grad ignores when compiled; set train.attention=sdpa and train.linear=dense"
             )
         chunk_tokens = None  # the chunked loss has a custom backward too; the plain one has the same value
-    dtype = runtime.compute_dtype
-    compute = Compute(dtype=dtype, attend=attend, gather=sharding.gatherer(layout, dtype))
+    gather = sharding.gatherer(layout, dtype)
+    compile = None
+    if config.compile:
+        settings = {"device": runtime.device, "collectives": gather is not None, "overlap": config.sharding.overlap}
+        compile = functools.partial(compiling.compile, **settings, memory_budget=config.train.memory_budget)
+    dense = Compute(dtype=dtype, attend=attend, gather=gather)
+    eval_fn = functools.partial(loss.next_token, config=shape, compute=dense, chunk_tokens=chunk_tokens)
+    compute = dataclasses.replace(dense, linear=linear)
     loss_fn = functools.partial(loss.next_token, config=shape, compute=compute, chunk_tokens=chunk_tokens)
     step_fn = functools.partial(
         train.train_step,
-        value_and_grad=train.gradient(loss_fn, grad=config.train.grad, compile=config.compile),
+        value_and_grad=train.gradient(loss_fn, grad=config.train.grad, compile=compile),
         update=train.make_update(compute_dtype=dtype, donate=True, compile=config.compile, layout=layout),
         enter=functools.partial(sharding.enter, layout, dtype=dtype),
     )
-    return step_fn, (torch.compile(loss_fn, fullgraph=True) if config.compile else loss_fn), kernel
+    return step_fn, (compile(eval_fn) if compile else eval_fn), f"attention {chosen.text}; linear layers {precision}"
+
+
+def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> attention.Choice:
+    """Return the attention kernel of each window, the same on all ranks.
+
+    Raises:
+        UserError: the kernel that was asked for does not run here.
+    """
+    asked = config.train.attention
+    if asked == "auto" and (config.train.grad == "func" or not config.compile):
+        asked = "sdpa"
+    heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
+    line = ranks.join()
+    try:
+        with ranks.together(line):
+            choice = attention.choose(
+                asked, shape.sequence_len, shape.windows, heads, runtime.device, runtime.compute_dtype,
+                rows=config.rows, compile=config.compile,
+            )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    names, text = ranks.tell(line, [list(choice.names.items()), choice.text])  # times differ from rank to rank
+    ranks.leave(line)
+    return attention.Choice({window: name for window, name in names}, text)
 
 
 def after_step(
@@ -279,6 +316,8 @@ def after_step(
     ema, smooth = metrics.ema(at.ema, numbers["loss"])
     seconds = numbers["step_seconds"]
     job.seconds.append(seconds)
+    if len(job.seconds) == 1:
+        allocator.settle()
     timed = len(job.seconds) > UNTIMED_STEPS
     at = at._replace(ema=ema, timed_steps=at.timed_steps + timed, timed_seconds=at.timed_seconds + timed * seconds)
     if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
@@ -349,11 +388,8 @@ def save(job: Job, state: TrainState, at: Progress) -> None:
         "num_steps": job.num_steps,
         "torch": torch.__version__,
     }
-    arrays = {
-        "loader_tokens": loader["tokens"],
-        "loader_lengths": loader["lengths"],
-        "random_state": torch.get_rng_state(),
-    }
+    # No random state: whatever draws has a generator of its own, made from the seed and a name or a step.
+    arrays = {"loader_tokens": loader["tokens"], "loader_lengths": loader["lengths"]}
     files = {name: job.folder / "tokenizer" / name for name in tokenizer.FILES}
     checkpoint.save(job.manager, state, meta, arrays=arrays, files=files)
 
@@ -382,7 +418,7 @@ def validate(job: Job, state: TrainState, loss_fn: Callable) -> float | None:
     A split that has fewer is read again from its beginning.
     """
     config, shape, runtime = job.config, job.shape, job.runtime
-    rows = config.device_batch_size * runtime.world_size
+    rows = config.rows * runtime.world_size
     steps = max(config.eval.tokens // (rows * shape.sequence_len), 1)
     stream = dataloader.batches(
         config.data,

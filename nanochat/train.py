@@ -29,15 +29,19 @@ class TrainConfig:
 
     Attributes:
         grad: autograd (torch.autograd.grad over the compiled loss) or func (torch.func.grad_and_value itself).
-        attention: kernel, one of attention.choose's.
+        attention: kernel, one of attention.KERNELS; fa3 from wherever it is to be had; auto is the fastest here.
+        linear: dense, in the compute dtype, or fp8 (of Hopper and later; emulated elsewhere); evaluation stays dense.
         chunk_tokens: tokens whose logits live at once in the loss; none: 1024 on the CPU, where they stay in the cache,
             else 8192.
+        memory_budget: share of the activations that is kept for the backward; below 1, some are computed again.
         skip_nonfinite: go on after a step whose loss or gradient is not finite, leaving it out, instead of stopping.
     """
 
     grad: Literal["autograd", "func"] = "autograd"
-    attention: Literal["auto", "sdpa", "flex", "math"] = "auto"
+    attention: Literal["auto", "fa3", "fa3_hub", "fa3_torch", "fa2", "flex", "cudnn", "flash", "sdpa", "math"] = "auto"
+    linear: Literal["dense", "fp8"] = "dense"
     chunk_tokens: int | None = None
+    memory_budget: float = 1.0
     skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
@@ -125,23 +129,24 @@ def train_step(
     return update(state, grads, 1 / (n * scale), loss / n, hparams)
 
 
-def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: bool = False) -> ValueAndGrad:
+def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: Callable[[Any], Any] | None = None) -> ValueAndGrad:
     """Return (params, batch, scale) -> (gradients of scale·loss, (loss, aux)).
 
     Args:
-        loss_fn: (params, batch) -> (0-d loss, aux). grad: see `TrainConfig`. compile: whether to compile.
+        loss_fn: (params, batch) -> (0-d loss, aux). grad: see `TrainConfig`.
+        compile: `compiling.compile` with its settings bound, or None.
     """
+    compile = compile or (lambda f: f)
 
     def scaled(params: TensorDict, batch: Batch, scale: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         loss, aux = loss_fn(params, batch)
         return loss * scale, (loss, aux)
 
     if grad == "func":
-        whole = torch.func.grad_and_value(scaled, has_aux=True)
-        whole = torch.compile(whole, fullgraph=True, dynamic=False) if compile else whole
+        whole = compile(torch.func.grad_and_value(scaled, has_aux=True))
     else:
         # Only the loss is compiled: AOTAutograd keeps its partitioner, and custom backwards work.
-        whole = transform.value_and_grad(torch.compile(scaled, fullgraph=True) if compile else scaled, has_aux=True)
+        whole = transform.value_and_grad(compile(scaled), has_aux=True)
 
     def value_and_grad(params: TensorDict, batch: Batch, scale: Tensor) -> Any:
         grads, (_, aux) = whole(params, batch, scale)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_model
 import torch
 
 from experiments import bench_train, convert, pretrain, quickstart
@@ -394,12 +395,6 @@ def test_measuring_the_machine_leaves_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_several_processes_are_refused(base: Path):
-    two = dataclasses.replace(runtime.create("cpu"), world_size=2)
-    with pytest.raises(UserError, match="one process"):
-        pretrain.run(tiny(base), two)
-
-
 def test_compiling_without_a_compiler_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="install no-such-compiler, or set compile=false"):
@@ -431,7 +426,7 @@ def test_compiled_gradients_are_the_same_bits_every_time():
     )
     torch.set_num_threads(2)
     try:
-        value_and_grad = train.gradient(loss_fn, compile=True)
+        value_and_grad = train.gradient(loss_fn, compile=small_model.COMPILE)
         first, *others = (tree.flatten(value_and_grad(params, batch, torch.tensor(1.0))[0]) for _ in range(8))
     finally:
         torch.set_num_threads(threads)

@@ -1,0 +1,156 @@
+"""Pretraining as a job of several ranks, started by torchrun: the same losses, and nothing lost when a rank is."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat import checkpoint, metrics, tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = (
+    "depth=2",
+    "name=tiny",
+    "compile=false",
+    "device=cpu",
+    "model.sequence_len=32",
+    "model.aspect_ratio=32",
+    "model.head_dim=32",
+    "model.window_pattern=L",
+    "device_batch_size=2",
+    "total_batch_size=256",
+    "num_iterations=6",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep_last=none",
+    "eval.every_steps=3",
+    "eval.tokens=512",
+    "eval.sample_tokens=4",
+    "eval.prompts=the cat",
+    "metrics.every_steps=1",
+    "data.buffer_docs=20",
+    "optim.warmup_steps=100",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    words = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "then", "quick", "lazy", "over"]
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) + "." for _ in range(400)]
+    (folder / "text").mkdir()
+    for name, part in {"a": texts[:180], "b": texts[180:360], "val": texts[360:]}.items():
+        (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
+    return folder
+
+
+def start(data: Path, base: Path, ranks: int, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
+    command += ["launch.py", "--experiment=pretrain"]
+    given = (*SETTINGS, f"data.source={data / 'text'}", f"tokenizer={data / 'tokenizer'}")
+    for word in (*given, *more):
+        command += [word] if word.startswith("--") else ["--set", word]
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def run(*args: Any, code: int = 0, **options: Any) -> str:
+    process = start(*args, **options)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    return output
+
+
+def curve(base: Path) -> dict[int, float]:
+    steps, losses = metrics.curve(metrics.read(base / "runs" / "tiny"), "train/loss")
+    return {int(step): loss for step, loss in zip(steps, losses)}
+
+
+def bits(base: Path) -> list[float]:
+    return metrics.curve(metrics.read(base / "runs" / "tiny"), "val/bpb")[1]
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], list[float]]:
+    """Losses and evaluations of the run in one process."""
+    base = tmp_path_factory.mktemp("alone")
+    run(data, base, 1)
+    return curve(base), bits(base)
+
+
+def test_two_ranks_train_evaluate_and_sample_as_one(data: Path, tmp_path: Path, alone: Any) -> None:
+    output = run(data, tmp_path, 2, "sharding.mode=fsdp")
+    assert re.search(r"sharding +fsdp on 1 x 2 ranks", output)
+    assert output.count("done 6 of 6 steps") == 1  # one rank speaks
+    losses, evaluations = alone
+    assert curve(tmp_path) == pytest.approx(losses, rel=1e-5)
+    assert bits(tmp_path) == pytest.approx(evaluations, rel=1e-5)
+
+
+def test_resumed_by_other_ranks_in_another_mode(data: Path, tmp_path: Path, alone: Any) -> None:
+    run(data, tmp_path, 2, "sharding.mode=zero2")
+    folder = tmp_path / "runs" / "tiny" / "checkpoints"
+    for step in checkpoint.steps(folder)[1:]:
+        shutil.rmtree(folder / str(step))
+    output = run(data, tmp_path, 4, "--resume", "sharding.mode=hsdp", "sharding.shard_ranks=2", "device_batch_size=1")
+    assert "resumed from step 2" in output
+    losses, evaluations = alone
+    assert curve(tmp_path) == pytest.approx(losses, rel=1e-5)
+    assert bits(tmp_path) == pytest.approx(evaluations, rel=1e-5)
+
+
+def test_a_preempted_job_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+    settings = ("num_iterations=40", "sharding.mode=fsdp", "eval.every_steps=none")
+    run(data, tmp_path / "unbroken", 2, *settings)
+    process = start(data, tmp_path / "broken", 2, *settings)
+    folder = tmp_path / "broken" / "runs" / "tiny" / "checkpoints"
+    wait_until(lambda: checkpoint.steps(folder), process)
+    process.send_signal(signal.SIGTERM)  # as a scheduler does
+    output, _ = process.communicate(timeout=120)
+    stopped = checkpoint.latest_step(folder)
+    assert stopped is not None and stopped < 40, output
+    assert f"stopped by SIGTERM; step {stopped} is saved" in output
+    run(data, tmp_path / "broken", 2, *settings, "--resume")
+    assert curve(tmp_path / "broken") == curve(tmp_path / "unbroken")
+    assert bits(tmp_path / "broken") == bits(tmp_path / "unbroken")
+
+
+def test_a_killed_rank_restarts_the_job_from_its_last_checkpoint(data: Path, tmp_path: Path) -> None:
+    options = ("--max-restarts=1",)
+    process = start(data, tmp_path, 2, "num_iterations=60", "optim.warmup_steps=1000", options=options)
+    folder = tmp_path / "runs" / "tiny" / "checkpoints"
+    wait_until(lambda: len(checkpoint.steps(folder)) > 1, process)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "restart 1 by torchrun: going on from the last checkpoint" in output
+    assert int(re.findall(r"resumed from step (\d+)", output)[0]) >= 3
+    assert sorted(curve(tmp_path)) == list(range(1, 61))  # every step once
+    assert "done 60 of 60 steps" in output
+
+
+def test_what_is_wrong_is_said_once(data: Path, tmp_path: Path) -> None:
+    output = run(data, tmp_path, 2, "sharding.mode=hsdp", "sharding.shard_ranks=3", code=1)
+    assert len(re.findall("^error: sharding.shard_ranks=3: must divide the 2 ranks", output, re.MULTILINE)) == 1
+    output = run(data, tmp_path, 2, "train.grad=func", code=1)
+    assert len(re.findall("^error: train.grad=func runs in one process", output, re.MULTILINE)) == 1
+
+
+def wait_until(done: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
