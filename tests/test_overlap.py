@@ -161,13 +161,16 @@ def test_every_collective_is_waited_for_once_and_after_its_start(found: Any, whi
     assert all(rows.index(("wait", name)) > [n for _, n in rows].index(name) for name in starts)
 
 
-def test_a_layer_is_one_collective(found: Any) -> None:
+def test_a_layer_is_one_collective_and_its_table_another(found: Any) -> None:
     forward, backward = (collections.Counter(what for what, _ in after) for _, after in found["graphs"])
-    assert forward["gather"] == CONFIG.n_layer + 2 < found["cut"]  # the tables of tokens and of the head
-    assert forward["scatter"] == 0
-    assert backward["scatter"] == CONFIG.n_layer + 2
-    # gathered again but for the last ones, which the backward needs at once
-    assert CONFIG.n_layer - 1 <= backward["gather"] <= CONFIG.n_layer + 1
+    tables = 2 + sum(map(CONFIG.has_value_embed, range(CONFIG.n_layer)))  # of tokens, of the head, of values
+    assert forward == {
+        "gather": CONFIG.n_layer + tables,
+        "wait": CONFIG.n_layer + tables,
+        "product": forward["product"],
+    }
+    assert backward["scatter"] == CONFIG.n_layer + tables < found["cut"]
+    assert backward["gather"] == CONFIG.n_layer  # gathered again; the tables are not needed
 
 
 def test_without_the_pass_nothing_runs_beside_a_collective(found: Any) -> None:
