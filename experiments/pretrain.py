@@ -97,17 +97,38 @@ def run(config: Config, runtime: Runtime) -> None:
         num_iterations=plan.num_steps,
         model=dataclasses.replace(config.model, vocab_size=shape.vocab_size),
     )
+    auto = config.device_batch_size == "auto"
+    if auto:
+        rows = plan.total_batch_size // (shape.sequence_len * runtime.world_size)
+        config = dataclasses.replace(config, device_batch_size=stage.estimated_rows(config, shape, rows, runtime))
     print(describe(config, shape, plan, runtime), flush=True)
     if tok and not config.dry_run:
-        pretrain(config, shape, plan, tok, runtime)
+        try:
+            pretrain(config, shape, plan, tok, runtime, try_rows=auto)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"device_batch_size={config.device_batch_size} runs out of memory ({str(error).split('. ')[0]}); "
+                "set a lower one, or auto; --experiment=plan shows what fits"
+            ) from None
 
 
-def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime) -> None:
-    """Train from a resolved configuration, to the end or to the first signal."""
+def pretrain(
+    config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime, *, try_rows: bool = False
+) -> None:
+    """Train from a resolved configuration, to the end or to the first signal.
+
+    Args:
+        try_rows: whether the micro-batch is an estimate, to be tried before anything is written.
+    """
     folder = stage.run_folder(str(config.name))
     # What may be refused comes before the run's folder is touched.
     layout = sharding.layout(config.sharding, runtime, model.spec(shape))
     step_fn, loss_fn, kernels = stage.functions(config, shape, runtime, layout)
+    schedules = functools.partial(hparams_at, config.optim, shape, plan)
+    if try_rows:
+        rows = plan.total_batch_size // (shape.sequence_len * runtime.world_size)
+        rows = stage.tried_rows(config, shape, rows, runtime, layout, step_fn, schedules(0))
+        config = dataclasses.replace(config, device_batch_size=rows)
     limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
     print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
     with contextlib.ExitStack() as stack:
@@ -139,7 +160,6 @@ def pretrain(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, run
             enabled=runtime.is_main,
         )
         stack.callback(metrics.close, log)
-        schedules = functools.partial(hparams_at, config.optim, shape, plan)
         job = Job(
             config, shape, tok, runtime, layout, plan.num_steps, plan.total_batch_size, plan.flops_per_token, schedules,
             config.optim.matrix_lr * plan.batch_scale, limit, folder, manager, log, stop, [],

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from nanochat import machines
 from nanochat.config import UserError
@@ -79,8 +81,8 @@ def create(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) ->
             # gloo beside nccl: what is agreed upon between the ranks' hosts does not wait for the GPUs
             backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
             # torchrun keeps its store when it restarts a job; under the old names are the addresses of dead ranks
-            store, *_ = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(f"restart {restarts}", store)
+            store, *_ = next(rendezvous("env://"))
+            store = PrefixStore(f"restart {restarts}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if quiet and rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
@@ -177,6 +179,20 @@ def measure_matmul(size: int, device: torch.device, dtype: torch.dtype, tries: i
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def free_bytes(device: torch.device, node_ranks: int = 1) -> int:
+    """Return the memory that this process may fill: of its GPU, or its share of what the machine has available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return int(kib) * 1024 // node_ranks
+    except (OSError, StopIteration):  # no Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 * node_ranks)
 
 
 def synchronize(device: torch.device) -> None:

@@ -30,6 +30,7 @@ from nanochat import (
     loss,
     metrics,
     model,
+    planner,
     plots,
     progress,
     ranks,
@@ -52,6 +53,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.train import NonFiniteLossError, Progress, StopFlag, TrainConfig, TrainState
 from nanochat.units import duration, human
 
+CPU_ROWS = 32  # on the CPU, larger micro-batches take memory and save nothing
 UNTIMED_STEPS = 10  # of every start: they compile and warm up
 NOT_COMPARED = ("resume", "overwrite", "dry_run")
 PROMPTS = (
@@ -218,8 +220,7 @@ def start(
     """Return the state and progress to begin with: freshly drawn, or those of the last checkpoint."""
     dtype, spec = runtime.compute_dtype, model.spec(shape)
     if checkpoint.latest_step(manager) is None:
-        params = model.init(shape, config.seed, device=runtime.device, dtype=dtype, layout=layout)
-        return train.init(params, spec, dtype, layout), Progress()
+        return fresh(config, shape, runtime, layout), Progress()
     nothing = model.init(shape, config.seed, device="meta", dtype=dtype, layout=layout)
     abstract = train.init(nothing, spec, dtype, layout)
     state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
@@ -233,6 +234,13 @@ def start(
     if meta["config"]["dtype"] != now["dtype"]:
         state = state._replace(scaler=train.init_scaler(dtype, runtime.device))  # a scale is for one dtype
     return state, Progress(**meta["progress"])._replace(loader=loader)
+
+
+def fresh(config: StageConfig, shape: ModelConfig, runtime: Runtime, layout: Layout | None) -> TrainState:
+    """Return the state before the first step."""
+    dtype = runtime.compute_dtype
+    params = model.init(shape, config.seed, device=runtime.device, dtype=dtype, layout=layout)
+    return train.init(params, model.spec(shape), dtype, layout)
 
 
 def functions(
@@ -256,7 +264,7 @@ def functions(
             f"train.attention: rank 0 has {chosen.text}, and here {error}; install it, or set sdpa"
         ) from None
     linear, precision = linears.choose(config.train.linear, runtime.device)
-    chunk_tokens = config.train.chunk_tokens or (1024 if runtime.device.type == "cpu" else 8192)
+    chunk: int | None = chunk_tokens(config, runtime)
     if config.train.grad == "func":
         if runtime.world_size > 1:
             raise UserError("train.grad=func runs in one process: start with --nproc_per_node=1")
@@ -265,16 +273,16 @@ def functions(
                 f"train.grad=func: {chosen.text} or train.linear={config.train.linear} has a custom backward, which "
                 "torch.func.grad ignores when compiled; set train.attention=sdpa and train.linear=dense"
             )
-        chunk_tokens = None  # the chunked loss has a custom backward too; the plain one has the same value
+        chunk = None  # the chunked loss has a custom backward too; the plain one has the same value
     gather = sharding.gatherer(layout, dtype)
     compile = None
     if config.compile:
         settings = {"device": runtime.device, "collectives": gather is not None, "overlap": config.sharding.overlap}
         compile = functools.partial(compiling.compile, **settings, memory_budget=config.train.memory_budget)
     dense = Compute(dtype=dtype, attend=attend, gather=gather)
-    eval_fn = functools.partial(loss.next_token, config=shape, compute=dense, chunk_tokens=chunk_tokens)
+    eval_fn = functools.partial(loss.next_token, config=shape, compute=dense, chunk_tokens=chunk)
     compute = dataclasses.replace(dense, linear=linear)
-    loss_fn = functools.partial(loss.next_token, config=shape, compute=compute, chunk_tokens=chunk_tokens)
+    loss_fn = functools.partial(loss.next_token, config=shape, compute=compute, chunk_tokens=chunk)
     step_fn = functools.partial(
         train.train_step,
         value_and_grad=train.gradient(loss_fn, grad=config.train.grad, compile=compile),
@@ -282,6 +290,70 @@ def functions(
         enter=functools.partial(sharding.enter, layout, dtype=dtype),
     )
     return step_fn, (compile(eval_fn) if compile else eval_fn), f"attention {chosen.text}; linear layers {precision}"
+
+
+def chunk_tokens(config: StageConfig, runtime: Runtime) -> int:
+    """Return the tokens whose logits live at once in the loss."""
+    return config.train.chunk_tokens or (1024 if runtime.device.type == "cpu" else 8192)
+
+
+def estimated_rows(config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime) -> int:
+    """Return the largest micro-batch that fits by the planner's estimate, the same on all ranks.
+
+    Args:
+        rows: of a step, on this rank; the micro-batch divides it. On the CPU it is at most CPU_ROWS.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    capacity = runtimes.free_bytes(runtime.device, runtime.node_ranks)
+    _, shards = sharding.mesh_shape(config.sharding, runtime.world_size, runtime.node_ranks)
+    found = planner.largest_batch(
+        shape, rows, capacity, mode=sharding.resolve(config.sharding).mode, world_size=runtime.world_size,
+        shard_ranks=shards, dtype=runtime.compute_dtype, fp8=config.train.linear == "fp8",
+        chunk_tokens=chunk_tokens(config, runtime),
+    )  # fmt: skip
+    least = -runtimes.agree(-(found or 0))
+    if not least:
+        raise UserError(
+            f"device_batch_size=auto: not even one row of {shape.sequence_len} tokens fits into the "
+            f"{capacity / 2**30:.1f} GiB that are free; lower depth, or share the state: --set sharding.mode=fsdp"
+        )
+    if runtime.device.type == "cpu":
+        least = max(n for n in range(1, min(least, CPU_ROWS) + 1) if rows % n == 0)
+    return least
+
+
+def tried_rows(
+    config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime, layout: Layout | None, step_fn: Callable,
+    hparams: Hparams,
+) -> int:  # fmt: skip
+    """Return the first micro-batch from `config.rows` downwards that fits, seen by a step on a state thrown away.
+
+    On the CPU, where running out of memory ends the process, the estimate has to do.
+
+    Args:
+        rows: of a step, on this rank. step_fn: `train_step` with its functions bound. hparams: of any step.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    if runtime.device.type == "cpu":
+        return config.rows
+    for tried in [n for n in range(config.rows, 0, -1) if rows % n == 0]:
+        ids = torch.zeros((tried, shape.sequence_len), dtype=torch.int64, device=runtime.device)
+        batches = [{"inputs": ids, "targets": ids}] * min(rows // tried, 2)  # two need an accumulator
+        failed = False
+        try:
+            step_fn(fresh(config, shape, runtime, layout), batches, hparams)
+            runtimes.synchronize(runtime.device)
+        except torch.OutOfMemoryError:
+            failed = True
+        torch.cuda.empty_cache()
+        if not runtimes.agree(failed):
+            return tried
+        print(f"device_batch_size={tried} runs out of memory; trying less")
+    raise UserError("device_batch_size=auto: not even one row fits; lower depth, or set sharding.mode=fsdp")
 
 
 def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> attention.Choice:
@@ -318,6 +390,7 @@ def after_step(
     job.seconds.append(seconds)
     if len(job.seconds) == 1:
         allocator.settle()
+        show.write(f"first step: {duration(seconds)}" + ", most of it to compile" * config.compile)
     timed = len(job.seconds) > UNTIMED_STEPS
     at = at._replace(ema=ema, timed_steps=at.timed_steps + timed, timed_seconds=at.timed_seconds + timed * seconds)
     if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):

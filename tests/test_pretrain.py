@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -488,3 +489,39 @@ def test_quickstart_takes_steps(base: Path):
     )
     quickstart.run(config, runtime.create("cpu"))
     assert checkpoint.steps(stage.run_folder("quick") / "checkpoints") == [2]
+
+
+def test_the_device_batch_is_what_fits_by_estimate_and_by_trial(base: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    config = tiny(base, "device_batch_size=auto", "num_iterations=1", "name=auto")
+    pretrain.run(config, runtime.create("cpu"))
+    assert re.search(r"step +256 tokens = 1 x 8 rows x 32 tokens", capsys.readouterr().out)
+    monkeypatch.setattr(runtime, "free_bytes", lambda *_: 2**20)
+    with pytest.raises(UserError, match="device_batch_size=auto: not even one row of 32 tokens fits"):
+        pretrain.run(config, runtime.create("cpu"))
+
+
+def test_a_device_batch_that_runs_out_of_memory_is_not_taken(base: Path, capsys: pytest.CaptureFixture[str]):
+    config = dataclasses.replace(tiny(base), device_batch_size=8)
+    shape, plan = pretrain.resolve(config, tokenizer.load(base / "tokenizer"))
+    here = dataclasses.replace(runtime.create("cpu"), device=torch.device("meta"))
+
+    def step_fn(state: Any, batches: Any, hparams: Any) -> None:
+        assert batches[0]["inputs"].device.type == "meta" and state.params["wte"].device.type == "meta"
+        if len(batches[0]["inputs"]) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    limit, arguments = 3, (config, shape, 8, here, None, step_fn, pretrain.hparams_at(config.optim, shape, plan, 0))
+    assert stage.tried_rows(*arguments) == 2
+    assert capsys.readouterr().out.count("runs out of memory; trying less") == 2
+    limit = 0
+    with pytest.raises(UserError, match="not even one row fits"):
+        stage.tried_rows(*arguments)
+
+
+def test_out_of_memory_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
+
+    monkeypatch.setattr(train, "fit", full)
+    with pytest.raises(UserError, match=r"device_batch_size=4 runs out of memory \(CUDA out of memory\); set a lower"):
+        pretrain.run(tiny(base, "name=full"), runtime.create("cpu"))
