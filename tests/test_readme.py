@@ -11,7 +11,7 @@ from nanochat.config import override
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = sorted(set(re.findall(r"torchrun launch\.py[^`#\n]*|python launch\.py[^`#\n]*", TEXT)))
+COMMANDS = sorted(set(re.findall(r"(?:torchrun|python)(?: --[\w-]+=\S+)* launch\.py[^`#\n]*", TEXT)))
 
 
 def blocks(language: str) -> list[str]:
