@@ -18,6 +18,7 @@ from nanochat import (
     checkpoint,
     dataloader,
     dataset,
+    events,
     metrics,
     model,
     optim,
@@ -31,11 +32,12 @@ from nanochat import (
 )
 from nanochat import config as configs
 from nanochat.config import UserError
+from nanochat.events import Job
 from nanochat.model import ModelConfig
 from nanochat.optim import OptimConfig
 from nanochat.runtime import Runtime, peak_flops
 from nanochat.scaling import Plan
-from nanochat.stage import Job, StageConfig
+from nanochat.stage import StageConfig
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import NonFiniteLossError
 
@@ -165,8 +167,8 @@ def pretrain(
             config.optim.matrix_lr * plan.batch_scale, limit, folder, manager, log, stop, [],
         )  # fmt: skip
         show = stack.enter_context(progress.bar(plan.num_steps, initial=at.step, label=str(config.name)))
-        if not stage.examined(job, at.step):
-            stage.examine(job, loss_fn, show, state, at.step)
+        if not events.examined(job, at.step):
+            events.examine(job, loss_fn, show, state, at.step)
         try:
             state, at = train.fit(
                 state,
@@ -176,16 +178,16 @@ def pretrain(
                 rows=config.rows,
                 step_fn=step_fn,
                 hparams_at=schedules,
-                after_step=functools.partial(stage.after_step, job, loss_fn, show),
-                save=functools.partial(stage.save, job),
+                after_step=functools.partial(events.after_step, job, loss_fn, show),
+                save=functools.partial(events.save, job),
                 stop=stop,
                 # float16 overflows now and then; its loss scale shrinks until it does not.
                 skip_nonfinite=config.train.skip_nonfinite or runtime.compute_dtype == torch.float16,
             )
         except NonFiniteLossError as error:
-            raise stage.with_advice(error, manager) from None
-    stage.finish(job, at)
-    if stop.signal and not (at.step == plan.num_steps and stage.examined(job, at.step)):
+            raise events.with_advice(error, manager) from None
+    events.finish(job, at)
+    if stop.signal and not (at.step == plan.num_steps and events.examined(job, at.step)):
         saved = (
             f"step {at.step} is saved: the same command with --resume goes on" if at.step else "nothing was done yet"
         )

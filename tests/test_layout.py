@@ -44,6 +44,7 @@ ROWS = [
     {"evaluate", "footprint", "train"},
     {"planner"},
     {"stage"},
+    {"events"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 

@@ -22,7 +22,20 @@ import small_model
 import torch
 
 from experiments import bench_train, convert, pretrain, quickstart
-from nanochat import checkpoint, dataloader, evaluate, loss, metrics, model, runtime, stage, tokenizer, train, tree
+from nanochat import (
+    checkpoint,
+    dataloader,
+    evaluate,
+    events,
+    loss,
+    metrics,
+    model,
+    runtime,
+    stage,
+    tokenizer,
+    train,
+    tree,
+)
 from nanochat.config import UserError, override
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,10 +157,10 @@ def test_a_run_writes_what_it_promises(unbroken: Path):
 
 def stop_tiny(base: Path, steps: int, *more: str) -> None:
     """Train until SIGTERM comes after some steps."""
-    after_step = stage.after_step
+    after_step = events.after_step
 
     def and_stop(
-        job: stage.Job, loss_fn: Any, show: Any, state: Any, at: train.Progress, numbers: Any
+        job: events.Job, loss_fn: Any, show: Any, state: Any, at: train.Progress, numbers: Any
     ) -> train.Progress:
         at = after_step(job, loss_fn, show, state, at, numbers)
         if at.step == steps:
@@ -155,7 +168,7 @@ def stop_tiny(base: Path, steps: int, *more: str) -> None:
         return at
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(stage, "after_step", and_stop)
+        patch.setattr(events, "after_step", and_stop)
         train_tiny(base, *more)
     assert caught.value.code == 128 + signal.SIGTERM
 
@@ -200,7 +213,7 @@ def test_an_evaluation_that_a_kill_left_out_is_made_up_for(base: Path, unbroken:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "validate", killed)
+        patch.setattr(events, "validate", killed)
         with pytest.raises(KeyboardInterrupt):
             train_tiny(base, "name=unevaluated")
     assert checkpoint.steps(stage.run_folder("unevaluated") / "checkpoints") == [3]
