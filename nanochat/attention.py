@@ -4,11 +4,12 @@ A window w lets query i see the keys j with i - w <= j <= i, so w + 1 keys. Shap
 K key/value heads (N a multiple of K), H head width.
 """
 
+import functools
 import importlib
 import inspect
 import math as _math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -258,10 +259,11 @@ MATH_LIMIT_TOKENS = 8192  # scores of one longer sequence would fill a small GPU
 TOLERANCE = 0.01  # mean over positions; half precision makes 0.004, one key more or less at 512 of 2048 makes 0.016
 
 
+@functools.cache  # a trial takes seconds, and a benchmark asks several times
 def fastest(
-    candidates: Sequence[str],
+    candidates: tuple[str, ...],
     n_time: int,
-    windows: Sequence[int],
+    windows: tuple[int, ...],
     heads: tuple[int, int, int],
     device: torch.device,
     dtype: torch.dtype,

@@ -23,6 +23,11 @@ SHAPES = [(10, 3), (3, 3), (4, 3), (5, 3), (6, 3), (7, 3), (5, 8), (5, 0), (6, 1
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
+@pytest.fixture(autouse=True)
+def nothing_tried_before() -> None:
+    attention.fastest.cache_clear()
+
+
 def qkv(
     n_time: int, heads: tuple[int, int], width: int = 8, dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> QKV:
@@ -161,7 +166,7 @@ def choose(kernel: str, windows: tuple[int, ...] = (4, 16), **how: Any) -> atten
 
 
 def fastest(candidates: Sequence[str], windows: Sequence[int] = (4, 16), n_time: int = 16) -> attention.Choice:
-    return attention.fastest(candidates, n_time, windows, (4, 2, 8), CPU, torch.float32, 2, False)
+    return attention.fastest(tuple(candidates), n_time, tuple(windows), (4, 2, 8), CPU, torch.float32, 2, False)
 
 
 def test_choose_on_cpu():

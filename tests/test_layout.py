@@ -19,7 +19,7 @@ PACKAGE = ROOT / "nanochat"
 # A file imports only from rows above its own. A new file takes its place here.
 ROWS = [
     {"config", "machines"},  # the errors that all the others raise; a table
-    {"allocator", "corpus", "liveness", "ranks", "runtime", "tree", "units"},
+    {"allocator", "corpus", "jobs", "liveness", "ranks", "runtime", "tree", "units"},
     {
         *(
             "attention",
@@ -35,7 +35,7 @@ ROWS = [
         ),
         *("progress", "schedule", "sharding", "store", "token_cache", "tokenizer", "transform"),
     },
-    {"dataset", "shards"},
+    {"dataset", "shards", "traces"},
     {"manifest"},
     {"retention"},
     {"commit"},
@@ -44,7 +44,7 @@ ROWS = [
     {"evaluate", "footprint", "train"},
     {"planner"},
     {"stage"},
-    {"events"},
+    {"events", "measure"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 
