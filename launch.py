@@ -70,7 +70,7 @@ def start(argv: list[str]) -> None:
     if words and not hasattr(config, "args"):
         raise UsageError(f"{words[0]}: {name} takes no words; a setting is given as --set name=value")
     config = dataclasses.replace(config, args=tuple(words)) if words else config
-    config = override(config, flag["set"].value + ["resume=true"] * flag["resume"].value)
+    config = override(config, (flag["set"].value or []) + ["resume=true"] * bool(flag["resume"].value))
     runtime = importlib.import_module("nanochat.runtime")  # imports torch: too slow for a page of help
     module.run(config, runtime.create(getattr(config, "device", "auto"), getattr(config, "dtype", "auto"), quiet=True))
 
