@@ -35,9 +35,6 @@ def main(argv: list[str]) -> int:
             return fail(f'error: the package {error.name} is missing: pip install -e ".[{extra}]"', 1)
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
-    finally:
-        if runtime := sys.modules.get("nanochat.runtime"):  # imported only once an experiment starts
-            runtime.close()
 
 
 def start(argv: list[str]) -> None:
@@ -72,7 +69,8 @@ def start(argv: list[str]) -> None:
     config = dataclasses.replace(config, args=tuple(words)) if words else config
     config = override(config, (flag["set"].value or []) + ["resume=true"] * bool(flag["resume"].value))
     runtime = importlib.import_module("nanochat.runtime")  # imports torch: too slow for a page of help
-    module.run(config, runtime.create(getattr(config, "device", "auto"), getattr(config, "dtype", "auto"), quiet=True))
+    with runtime.job(getattr(config, "device", "auto"), getattr(config, "dtype", "auto")) as here:
+        module.run(config, here)
 
 
 def fail(message: str, code: int) -> int:
@@ -96,4 +94,6 @@ def extra_with(package: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    sys.stdout.flush()
+    (os._exit if code and "RANK" in os.environ else sys.exit)(code)  # an orderly end would wait for the other ranks

@@ -35,7 +35,7 @@ from nanochat.config import UserError
 from nanochat.events import Job
 from nanochat.model import ModelConfig
 from nanochat.optim import OptimConfig
-from nanochat.runtime import Runtime, peak_flops
+from nanochat.runtime import Runtime, note, peak_flops, recall
 from nanochat.scaling import Plan
 from nanochat.stage import StageConfig
 from nanochat.tokenizer import Tokenizer
@@ -85,16 +85,17 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Resolve the configuration, print the plan, and pretrain."""
-    if runtime.restarts and not config.resume:
+    name = config.name or f"d{config.depth}"
+    if runtime.restarts and not config.resume and recall(f"opened {name}"):
         print(f"restart {runtime.restarts} by torchrun: going on from the last checkpoint")
         config = dataclasses.replace(config, resume=True)
     if not config.dry_run:
         dataset.resolve(config.data, "train")  # missing data is said before anything else
-    tok = stage.load_tokenizer(config, config.name or f"d{config.depth}", required=not config.dry_run)
+    tok = stage.load_tokenizer(config, name, required=not config.dry_run)
     shape, plan = resolve(config, tok)
     config = dataclasses.replace(
         config,
-        name=config.name or f"d{config.depth}",
+        name=name,
         total_batch_size=plan.total_batch_size,
         num_iterations=plan.num_steps,
         model=dataclasses.replace(config.model, vocab_size=shape.vocab_size),
@@ -137,6 +138,7 @@ def pretrain(
         stop = stack.enter_context(train.stop_on_signals())  # first in, last out: it guards the last save too
         manager = stage.open_checkpoints(folder, config, runtime)
         stack.callback(checkpoint.close, manager)  # waits for the last save, after an error as well
+        note(f"opened {config.name}")  # if torchrun has to restart the job, it goes on with this run
         state, at = stage.start(config, shape, manager, runtime, layout)
         stream = dataloader.batches(
             config.data,
@@ -186,8 +188,9 @@ def pretrain(
             )
         except NonFiniteLossError as error:
             raise events.with_advice(error, manager) from None
+        stopped = stop.agreed() and not (at.step == plan.num_steps and events.examined(job, at.step))
     events.finish(job, at)
-    if stop.signal and not (at.step == plan.num_steps and events.examined(job, at.step)):
+    if stopped and stop.signal:
         saved = (
             f"step {at.step} is saved: the same command with --resume goes on" if at.step else "nothing was done yet"
         )

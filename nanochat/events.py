@@ -202,7 +202,7 @@ def validate(job: Job, state: TrainState, loss_fn: Callable) -> float | None:
         taken = itertools.chain([first], rest)
         params = sharding.enter(job.layout, state.params, runtime.compute_dtype)
         bpb = evaluate.bits_per_byte(params, (batch for batch, *_ in taken), token_bytes, loss_fn)
-    return None if job.stop else bpb
+    return None if job.stop.agreed() else bpb
 
 
 def samples(job: Job, state: TrainState) -> list[str]:
@@ -219,12 +219,13 @@ def samples(job: Job, state: TrainState) -> list[str]:
             [job.tok.bos, *job.tok.encode(prompt)],
             logits_fn,
             max_tokens=config.sample_tokens,
-            stop={job.tok.bos},
+            stop=(),  # every rank takes the same number of steps, whatever it samples
             temperature=config.temperature,
             top_k=config.top_k,
             seed=i,
         )
-        lines.append(f"  {prompt!r} → {job.tok.decode(tokens)!r}")
+        said = list(itertools.takewhile(lambda token: token != job.tok.bos, tokens))
+        lines.append(f"  {prompt!r} → {job.tok.decode(said)!r}")
     return lines
 
 

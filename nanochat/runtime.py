@@ -1,11 +1,15 @@
 """What torchrun and the machine give a process, read once into a frozen value and passed on explicitly."""
 
+import contextlib
 import dataclasses
 import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from nanochat import machines
 from nanochat.config import UserError
 
+JOIN_SECONDS = 600  # for all ranks to start
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,11 +87,69 @@ def create(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) ->
             backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
             # torchrun keeps its store when it restarts a job; under the old names are the addresses of dead ranks
             store, *_ = next(rendezvous("env://"))
-            store = PrefixStore(f"restart {restarts}", store)
+            store = PrefixStore(_attempt(store, rank, world_size), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        restarts = agree(restarts)  # the agents of several nodes count by themselves
     if quiet and rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     return Runtime(rank, local_rank, world_size, node_ranks, restarts, place, compute_dtype)
+
+
+def _attempt(store: Any, rank: int, world_size: int) -> str:
+    """Return a name for this start of the job, new and the same on all ranks, given a store that outlives starts.
+
+    Rank 0 makes it up and tells it to whoever asks; only the living ask, and each by a question of its own.
+    """
+    if rank:
+        question = uuid.uuid4().hex
+        store.set(f"question {rank}", question)
+        name = store.get(f"answer {question}").decode()  # waits for it
+        store.set(f"thanks {name} {rank}", "")
+        return name
+    name = uuid.uuid4().hex
+    waiting = set(range(1, world_size))
+    end = time.monotonic() + JOIN_SECONDS
+    while waiting:
+        for other in [other for other in waiting if store.check([f"question {other}"])]:
+            store.set(f"answer {store.get(f'question {other}').decode()}", name)
+        waiting = {other for other in waiting if not store.check([f"thanks {name} {other}"])}
+        if time.monotonic() > end:
+            raise UserError(f"rank {min(waiting)} has not joined the job within {JOIN_SECONDS} s; its output says why")
+        time.sleep(0.01)
+    return name
+
+
+def note(key: str) -> None:
+    """Keep a word for later starts of this job by torchrun; without torchrun there are none."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        next(rendezvous("env://"))[0].set(key, "")
+
+
+def recall(key: str) -> bool:
+    """Return whether an earlier start of this job has kept that word."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and bool(next(rendezvous("env://"))[0].check([key]))
+
+
+@contextlib.contextmanager
+def job(device: str = "auto", dtype: str = "auto") -> Iterator[Runtime]:
+    """Within, this process is part of the job: `create`, and `close` at the end; only rank 0 prints.
+
+    After an error the group is not closed: the other ranks, which would have to take part, may wait elsewhere. End the
+    process then, and torchrun ends them.
+
+    Raises:
+        UserError: another rank has ended, and its connection with it.
+    """
+    try:
+        yield create(device, dtype, quiet=True)
+    except SystemExit:  # a stop that all ranks agreed upon
+        close()
+        raise
+    except RuntimeError as error:
+        if dist.is_initialized() and re.search("Connection (closed|reset) by peer", str(error)):
+            raise UserError("another rank of the job has ended; its output says why") from None
+        raise
+    close()
 
 
 def agree(value: int) -> int:

@@ -219,6 +219,7 @@ def _part(layout: Layout, x: Tensor, dim: int) -> Tensor:
     return x.narrow(dim, layout.mesh.get_local_rank("shard") * size, size)
 
 
+@torch.no_grad()
 def local(state: Any) -> Any:
     """Return a tree with every DTensor replaced by this rank's plain part of it, which shares its memory."""
     return tree.map(lambda x: x.to_local() if isinstance(x, DTensor) else x, state)
@@ -271,7 +272,9 @@ def gatherer(layout: Layout | None, dtype: torch.dtype) -> Gather | None:
         for names in ([n for n in cut if n not in layout.once], [n for n in cut if n in layout.once]):
             if not names:
                 continue
-            args = (tuple(layout.dims[n] for n in names), ranks, group, dtype, *[parts[n] for n in names])
+            # The unembedding's gradient is a sum over all tokens, too large for float16 whatever the loss scale.
+            kept = torch.float32 if dtype == torch.float16 and parts[names[0]].dtype == torch.float32 else dtype
+            args = (tuple(layout.dims[n] for n in names), ranks, group, kept, *[parts[n] for n in names])
             again = names[0] not in layout.once and torch.compiler.is_compiling() and torch.is_grad_enabled()
             how = {"use_reentrant": False, "context_fn": _gather_again}
             found: Any = recompute(_Gather.apply, *args, **how) if again else _Gather.apply(*args)
@@ -317,6 +320,7 @@ class _Gather(torch.autograd.Function):
 def reduce(layout: Layout | None, grads: TensorDict) -> TensorDict:
     """Return the sum of all ranks' gradients; every rank gets the parts of which it has the optimizer's state.
 
+    The gradients are given up: what is all-reduced is so in their memory.
     One reduction over the shard axis (which `gatherer` has done already), one over the replicas, and one for the
     small parameters.
     """
@@ -324,7 +328,7 @@ def reduce(layout: Layout | None, grads: TensorDict) -> TensorDict:
         return grads
     flat = {name: _at_least_float32(g) for name, g in tree.flatten(grads).items()}
     cut = layout.cut
-    if layout.whole_in_step and layout.shards > 1:
+    if layout.whole_in_step and cut:
         rows = [flat[name].movedim(layout.dims[name] or 0, 0).contiguous() for name in cut]
         parts = _ops.reduce_scatter_tensor_coalesced(rows, "sum", layout.shards, layout.group("shard"))
         flat |= {name: _ops.wait_tensor(x).movedim(0, layout.dims[name] or 0) for name, x in zip(cut, parts)}
@@ -346,10 +350,10 @@ def loss_and_norm(layout: Layout | None, loss: Tensor, grads: TensorDict) -> tup
     if layout is None:
         return loss, norm(flat.values()).float()
     cut = set(layout.cut)
-    ours = norm([g for name, g in flat.items() if name in cut]).float().square()
+    ours = norm([g for name, g in flat.items() if name in cut]).to(loss.device).float().square()  # of none: on the CPU
     both = torch.stack([loss.float(), ours])
     mean, mean_square = _all_reduce([both], layout.everyone)[0].div(layout.ranks).unbind()
-    rest = norm([g for name, g in flat.items() if name not in cut]).float().square()
+    rest = norm([g for name, g in flat.items() if name not in cut]).to(loss.device).float().square()
     return mean, (mean_square * layout.shards + rest).sqrt()
 
 
@@ -444,9 +448,11 @@ _ops = torch.ops._c10d_functional  # the dispatcher's: the functions around them
 def _all_gather(layout: Layout, flat: Mapping[str, Tensor]) -> list[Tensor]:
     dims = [layout.dims[name] or 0 for name in flat]
     rows = [x.movedim(dim, 0).contiguous() for x, dim in zip(flat.values(), dims)]
+    if not rows:
+        return []
     wholes = _ops.all_gather_into_tensor_coalesced(rows, layout.shards, layout.group("shard"))
     return [_ops.wait_tensor(x).movedim(0, dim) for x, dim in zip(wholes, dims)]
 
 
 def _all_reduce(xs: list[Tensor], group: str) -> list[Tensor]:
-    return [_ops.wait_tensor(x) for x in _ops.all_reduce_coalesced(xs, "sum", group)] if xs else []
+    return [_ops.wait_tensor(x) for x in _ops.all_reduce_coalesced_(xs, "sum", group)] if xs else []

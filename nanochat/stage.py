@@ -150,21 +150,21 @@ def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> che
         UserError: the folder holds a run, and the command says neither resume nor overwrite.
     """
     checkpoints = folder / "checkpoints"
-    done = checkpoint.steps(checkpoints) if checkpoints.exists() else []
-    if done and not config.resume:
+    done = checkpoint.steps(checkpoints) if runtime.is_main else []
+    last = runtimes.agree(done[-1] if done else -1)  # a network disk may show each rank something else
+    if last >= 0 and not config.resume:
         if not config.overwrite:
             raise UserError(
-                f"run {folder} has checkpoints up to step {done[-1]}: --resume goes on with it, --set name=<other> "
+                f"run {folder} has checkpoints up to step {last}: --resume goes on with it, --set name=<other> "
                 "starts another, --set overwrite=true replaces it"
             )
         old = checkpoints.with_name("checkpoints.old")
-        runtimes.wait_for_all()  # every rank has looked
         if runtime.is_main:
             shutil.rmtree(old, ignore_errors=True)
             checkpoints.rename(old)
         runtimes.wait_for_all()
         print(f"the run that was here keeps its checkpoints in {old}, until the next one is replaced")
-    if config.resume and not done:
+    if config.resume and last < 0:
         print(f"nothing to resume in {checkpoints}: starting at step 0")
     return checkpoint.open(checkpoints, config.checkpoint)
 
@@ -243,6 +243,7 @@ def functions(
         value_and_grad=train.gradient(loss_fn, grad=config.train.grad, compile=compile),
         update=train.make_update(compute_dtype=dtype, donate=True, compile=config.compile, layout=layout),
         enter=functools.partial(sharding.enter, layout, dtype=dtype),
+        reduce=functools.partial(sharding.reduce, layout),
     )
     return step_fn, (compile(eval_fn) if compile else eval_fn), f"attention {chosen.text}; linear layers {precision}"
 
@@ -285,7 +286,8 @@ def tried_rows(
 ) -> int:  # fmt: skip
     """Return the first micro-batch from `config.rows` downwards that fits, seen by a step on a state thrown away.
 
-    On the CPU, where running out of memory ends the process, the estimate has to do.
+    On the CPU, where running out of memory ends the process, the estimate has to do. With several ranks there is one
+    trial: a rank that fails alone cannot be helped.
 
     Args:
         rows: of a step, on this rank. step_fn: `train_step` with its functions bound. hparams: of any step.
@@ -298,15 +300,15 @@ def tried_rows(
     for tried in [n for n in range(config.rows, 0, -1) if rows % n == 0]:
         ids = torch.zeros((tried, shape.sequence_len), dtype=torch.int64, device=runtime.device)
         batches = [{"inputs": ids, "targets": ids}] * min(rows // tried, 2)  # two need an accumulator
-        failed = False
         try:
             step_fn(fresh(config, shape, runtime, layout), batches, hparams)
             runtimes.synchronize(runtime.device)
-        except torch.OutOfMemoryError:
-            failed = True
-        torch.cuda.empty_cache()
-        if not runtimes.agree(failed):
             return tried
+        except torch.OutOfMemoryError:
+            if runtime.world_size > 1:  # the others wait for this rank in a collective
+                raise UserError(f"device_batch_size=auto: {tried} rows run out of memory; set a lower number") from None
+        finally:
+            torch.cuda.empty_cache()
         print(f"device_batch_size={tried} runs out of memory; trying less")
     raise UserError("device_batch_size=auto: not even one row fits; lower depth, or set sharding.mode=fsdp")
 

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from nanochat import optim, runtime, sharding, transform, tree
+from nanochat import optim, ranks, runtime, sharding, transform, tree
 from nanochat.config import UserError
 from nanochat.optim import Hparams, OptState
 from nanochat.sharding import Layout
@@ -91,7 +91,6 @@ def init_scaler(compute_dtype: torch.dtype, device: torch.device) -> TensorDict:
 
 
 ValueAndGrad = Callable[[TensorDict, Batch, Tensor], tuple[TensorDict, tuple[Tensor, dict[str, Tensor]]]]
-Enter = Callable[[TensorDict], TensorDict]
 Update = Callable[[TrainState, TensorDict, Tensor, Tensor, Hparams], tuple[TrainState, dict[str, Tensor]]]
 
 
@@ -102,7 +101,8 @@ def train_step(
     *,
     value_and_grad: ValueAndGrad,
     update: Update,
-    enter: Enter = lambda params: params,
+    enter: Callable[[TensorDict], TensorDict] = lambda params: params,
+    reduce: Callable[[TensorDict], TensorDict] = lambda grads: grads,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """Return the state after one optimizer step, and its metrics; what changes in place is up to `update`.
 
@@ -110,7 +110,8 @@ def train_step(
         state: before the step. batches: this rank's micro-batches of equal size, whose gradients are averaged.
         hparams: 0-d tensors by group, see `optim.update`.
         value_and_grad, update: from `gradient` and `make_update`.
-        enter: parameters as they lie -> as the step computes with them; see `sharding.enter`.
+        enter: parameters as they lie -> as the step computes with them. reduce: a rank's gradients -> their sum over
+            the ranks. See `sharding`.
 
     Returns:
         The new state, unchanged but for `step` and `scaler` where loss or gradient are not finite; and
@@ -124,7 +125,8 @@ def train_step(
         more, (value, _) = value_and_grad(params, batch, scale)
         tree.map(lambda total, g: total.add_(g), grads, more)  # the sum is ours alone: in place
         loss = loss + value
-    del params  # gathered ones take room that the update can use
+    del params  # gathered ones take room that the update can use, and so do whole gradients
+    grads = reduce(grads)
     n = len(batches)
     return update(state, grads, 1 / (n * scale), loss / n, hparams)
 
@@ -164,7 +166,8 @@ def make_update(
 ) -> Update:
     """Return (state, grads, grad_scale, loss, hparams) -> (state, metrics), which leaves a non-finite step out.
 
-    Loss and gradients are a rank's own; their means over the ranks decide, so all ranks take or leave a step alike.
+    The loss is a rank's own, the gradients are summed over the ranks; their means decide, so that all ranks take or
+    leave a step alike.
 
     Args:
         compute_dtype: Muon orthogonalises in bfloat16 when it is that; float16 has a dynamic loss scale.
@@ -179,24 +182,27 @@ def make_update(
     def update(
         state: TrainState, grads: TensorDict, grad_scale: Tensor, loss: Tensor, hparams: Hparams
     ) -> tuple[TrainState, dict[str, Tensor]]:
-        grads = sharding.reduce(layout, grads)
         grad_scale = grad_scale if layout is None else grad_scale / layout.ranks
         loss, norm = sharding.loss_and_norm(layout, loss, grads)
         grad_norm = norm * grad_scale
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         scaler = _rescale(state.scaler, finite) if compute_dtype == torch.float16 else state.scaler
-        params, opt_state = sharding.parts(layout, state.params), sharding.local(state.opt_state)
-        second = tree.flatten(state.opt_state.get((optim.MATRIX, "second"), {}))
+        params, opt_state = state.params, state.opt_state
         how: dict[str, Any] = {"grad_scale": grad_scale, "keep": ~finite, "muon_dtype": muon_dtype}
-        how["exchanges"] = {name: sharding.exchange(layout, name, x.shape) for name, x in second.items()}
+        if layout is not None:
+            second = tree.flatten(opt_state.get((optim.MATRIX, "second"), {}))
+            how["exchanges"] = {name: sharding.exchange(layout, name, x.shape) for name, x in second.items()}
+            params, opt_state = sharding.parts(layout, params), sharding.local(opt_state)
         if donate:
             optim.update_(grads, opt_state, params, hparams, rules=rules, **how)
             sharding.join_(layout, state.params)
             new = TrainState(state.step + 1, state.params, state.opt_state, scaler)
         else:
             params, opt_state = optim.update(grads, opt_state, params, hparams, **how)
-            params, opt_state = sharding.join(layout, params), sharding.like(state.opt_state, opt_state)
-            new = TrainState(state.step + 1, sharding.like(state.params, params), opt_state, scaler)
+            if layout is not None:
+                params = sharding.like(state.params, sharding.join(layout, params))
+                opt_state = sharding.like(state.opt_state, opt_state)
+            new = TrainState(state.step + 1, params, opt_state, scaler)
         return new, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
 
     return update
@@ -319,8 +325,10 @@ def fit(
             problem = error
         if stop.agreed(problem is not None):  # on one rank: all ranks end here together
             keep(state, progress)
-            if not stop or problem:
-                raise problem or UserError("another rank cannot read its data")
+            line = ranks.join()
+            with ranks.together(line):  # the same message on all
+                if problem:
+                    raise problem
             break
         assert found is not None
         batch, loader, stats = found

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from nanochat import checkpoint, ranks, store, tree
+from nanochat import checkpoint, ranks, runtime, store, tree
 from nanochat.checkpoint import CheckpointConfig
 from nanochat.config import UserError
 
@@ -396,7 +396,7 @@ def _go_on(folder: Path, number: int, rank: int, size: int, mode: str, step: int
 
 def under_torchrun(job: Job) -> None:
     """Rank 1 is killed while step 2 is being written; torchrun starts all ranks again, and they go on from step 1."""
-    dist.init_process_group("gloo")
+    runtime.create("cpu")
     mesh = make_mesh("fsdp", job.size)
     manager = checkpoint.open(job.folder / "run")
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":

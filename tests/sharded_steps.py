@@ -41,7 +41,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.namespace == "_c10d_functional" and "wait" not in op.name():
-            self.counts[op.name().split("::")[1].split(".")[0]] += 1
+            self.counts[op.name().split("::")[1].split(".")[0].removesuffix("_")] += 1  # in place or not
         return op(*args, **(kwargs or {}))
 
 
@@ -74,6 +74,7 @@ def start(layout: Layout | None, *, compile: bool = False, donate: bool = True) 
         value_and_grad=train.gradient(loss_fn, compile=small_model.COMPILE if compile else None),
         update=train.make_update(donate=donate, compile=compile, layout=layout),
         enter=functools.partial(sharding.enter, layout, dtype=dtype),
+        reduce=functools.partial(sharding.reduce, layout),
     )
     return state, step_fn
 

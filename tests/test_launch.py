@@ -220,14 +220,15 @@ def test_a_package_without_an_extra_is_a_bug(launch: Launch, capsys: Capture) ->
     assert "ModuleNotFoundError: No module named 'no_such_package_of_ours'" in capsys.readouterr().err
 
 
-def test_the_process_group_is_left_even_after_an_error(launch: Launch, monkeypatch: Patch) -> None:
+def test_the_process_group_is_left_at_the_end_and_not_after_an_error(launch: Launch, monkeypatch: Patch) -> None:
+    """After an error of one rank, leaving would wait for the others, which wait for this one."""
     from nanochat import runtime
 
     closed = []
     monkeypatch.setattr(runtime, "close", lambda: closed.append(True))
-    for fail in ("", "user", "bug"):
+    for fail, times in {"": 1, "user": 1, "bug": 1}.items():
         launch("--experiment=toy", "--set", f"fail={fail}")
-    assert len(closed) == 3
+        assert len(closed) == times
 
 
 def test_help_and_mistakes_are_quick_because_torch_is_not_imported(project: Path) -> None:

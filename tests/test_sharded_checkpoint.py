@@ -167,7 +167,6 @@ def test_torchrun_starts_again_from_the_last_good_step(tmp_path: Path) -> None:
     done = subprocess.run(
         [*torchrun, "-m", "tests.ranks_checkpoint", "under_torchrun", "2", str(tmp_path)],
         cwd=ROOT,
-        # torch's own affair: by default ranks that start again read the addresses of those before (pytorch#135712).
         env=ENV,
         capture_output=True,
         text=True,

@@ -141,6 +141,14 @@ def test_a_killed_rank_restarts_the_job_from_its_last_checkpoint(data: Path, tmp
     assert "done 60 of 60 steps" in output
 
 
+def test_a_restart_does_not_touch_the_run_of_another_job(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path, 1)
+    before = curve(tmp_path)
+    output = run(data, tmp_path, 2, "num_iterations=8", options=("--max-restarts=1",), code=1)
+    assert len(re.findall("^error: run .* has checkpoints up to step 6: --resume", output, re.MULTILINE)) == 2
+    assert curve(tmp_path) == before and checkpoint.latest_step(tmp_path / "runs" / "tiny" / "checkpoints") == 6
+
+
 def test_what_is_wrong_is_said_once(data: Path, tmp_path: Path) -> None:
     output = run(data, tmp_path, 2, "sharding.mode=hsdp", "sharding.shard_ranks=3", code=1)
     assert len(re.findall("^error: sharding.shard_ranks=3: must divide the 2 ranks", output, re.MULTILINE)) == 1

@@ -20,7 +20,8 @@ CONFIG = ModelConfig(sequence_len=32, vocab_size=250, n_layer=4, n_head=4, n_kv_
 
 
 def case(number: int, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in ranks.run(number, "sharded_steps.py", name)[0].splitlines()]
+    lines = ranks.run(number, "sharded_steps.py", name)[0].splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 @pytest.mark.parametrize("number", [2, 4])
@@ -34,6 +35,12 @@ def test_every_mode_trains_as_a_process_alone(number: int) -> None:
         assert row["agree"], row
         check_memory(row, number)
         check_collectives(row)
+
+
+def test_where_nothing_divides_it_trains_all_the_same() -> None:
+    for row in case(3, "modes"):  # no dimension is a multiple of 3
+        assert row["cut"] == 0 and row["share"] == 1 and row["counts"] == {"all_reduce_coalesced": 2}, row
+        assert row["losses"] < 1e-5 and row["params"] < 1e-4 and row["agree"], row
 
 
 def check_memory(row: dict[str, Any], number: int) -> None:
