@@ -260,7 +260,8 @@ def gatherer(layout: Layout | None, dtype: torch.dtype) -> Gather | None:
 
     What is asked for together, a layer, is one collective, and its tables another; in the backward its gradients are
     reduce-scattered together, in float32, a sum over the ranks. Compiled, whole parameters are not kept for the
-    backward but gathered once more (ZeRO-3), but for those of `Layout.once`; uncompiled, they live until then.
+    backward but gathered once more (ZeRO-3), but for those of `Layout.once`; uncompiled, they live until then. A rank's
+    own gradient is in `dtype` before the sum; with whole parameters, that of the unembedding is in float32.
     """
     if layout is None or layout.whole_in_step or layout.shards == 1:
         return None
