@@ -1,17 +1,15 @@
-"""The model: one table of parameters, and pure functions from parameters and tokens to logits.
+"""The model: pure functions from parameters and tokens to logits, of whole sequences or of what follows a cache.
 
-`spec(config)` names every parameter once, with its shape, logical axes, initial distribution and optimizer group;
-initial values, placements, optimizer groups, counts and FLOPs all derive from it.
+The table of the parameters is in `parameters`; its names are offered here as well.
 
-Letters in names: B batch, T time (tokens), L layers, C width, N query heads, K key/value heads, H head width,
-V vocabulary (padded in the tables), F hidden width of the MLP. RMS normalisation has no scale, linear layers have no
-bias.
+Letters in names: B batch, T time (tokens), S cached positions, L layers, C width, N query heads, K key/value heads,
+H head width, V vocabulary (padded in the tables), F hidden width of the MLP. RMS normalisation has no scale, linear
+layers have no bias.
 Source: nanochat's GPT, July 2026.
 """
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,92 +18,51 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
 
-from nanochat import attention, sharding, tree
+from nanochat import attention, kv_cache, tree
 from nanochat.attention import Attend
+from nanochat.kv_cache import Subcache
 from nanochat.linear import Linear, dense
-from nanochat.sharding import Gather, Layout
+from nanochat.parameters import (
+    SMEAR_WIDTH,
+    VALUE_GATE_WIDTH,
+    ModelConfig,
+    Params,
+    ParamSpec,
+    Subtree,
+    check,
+    count,
+    flops_per_token,
+    from_depth,
+    init,
+    spec,
+    storage_dtype,
+)
+from nanochat.sharding import Gather
 
-Params = TensorDict
-Subtree = Params | Mapping[str, Any]
+__all__ = [
+    "Compute",
+    "ModelConfig",
+    "ParamSpec",
+    "Params",
+    "apply",
+    "check",
+    "count",
+    "decode",
+    "decode_features",
+    "features",
+    "flops_per_token",
+    "from_depth",
+    "init",
+    "spec",
+    "storage_dtype",
+    "unembed",
+]
+
 ROTARY_BASE = 100_000.0
 LOGIT_CAP = 15.0
 QK_SCALE = 1.2
-SMEAR_WIDTH = 24  # leading channels that decide how much of the previous token is smeared in
-VALUE_GATE_WIDTH = 12  # leading channels that gate the value embedding
-VOCAB_MULTIPLE = 64  # tables are padded to it, for fast kernels and even shards
 TOP = ("wte", "resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_lambda")  # outside of the layers
 CONTEXT_LIMIT = 10  # in units of sequence_len: how far the rotation is extrapolated before it is an error
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the model.
-
-    Attributes:
-        sequence_len: training context in tokens, T.
-        vocab_size: V; the tables are padded to a multiple of 64, the logits are cut back to V.
-        n_layer, n_head, n_kv_head, n_embd: L, N, K, C; the head width is C / N, N is a multiple of K.
-        window_pattern: letters S (short window) and L (full), tiled over the layers; the last layer is always L.
-    """
-
-    sequence_len: int = 2048
-    vocab_size: int = 32768
-    n_layer: int = 12
-    n_head: int = 6
-    n_kv_head: int = 6
-    n_embd: int = 768
-    window_pattern: str = "SSSL"
-
-    def __post_init__(self) -> None:
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model {name}={getattr(self, name)}: must be at least 1")
-        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"model n_embd={self.n_embd}: must be n_head={self.n_head} times an even head width")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"model n_head={self.n_head}: must be a multiple of n_kv_head={self.n_kv_head}")
-        if self.n_embd < SMEAR_WIDTH:
-            raise ValueError(f"model n_embd={self.n_embd}: must be at least {SMEAR_WIDTH}")
-        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
-            raise ValueError(f"model window_pattern={self.window_pattern!r}: letters S and L only")
-
-    @property
-    def head_dim(self) -> int:
-        """Head width H."""
-        return self.n_embd // self.n_head
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding tables: the vocabulary rounded up to a multiple of 64."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """The attention window of each layer, in tokens: query i sees keys i - window … i."""
-        short = -(-self.sequence_len // 4 // 128) * 128
-        pattern = self.window_pattern.upper()
-        windows = [short if pattern[i % len(pattern)] == "S" else self.sequence_len for i in range(self.n_layer)]
-        return (*windows[:-1], self.sequence_len)
-
-    def has_value_embed(self, layer: int) -> bool:
-        """Whether the layer mixes a value embedding in: every second one, the last included."""
-        return layer % 2 == (self.n_layer - 1) % 2
-
-
-def from_depth(
-    depth: int,
-    *,
-    vocab_size: int = 32768,
-    sequence_len: int = 2048,
-    aspect_ratio: int = 64,
-    head_dim: int = 128,
-    window_pattern: str = "SSSL",
-) -> ModelConfig:
-    """Return the configuration that the one dial gives: width depth·aspect_ratio, rounded up to whole heads."""
-    if head_dim < 1:
-        raise ValueError(f"model head_dim={head_dim}: must be at least 1")
-    n_head = -(-depth * aspect_ratio // head_dim)
-    return ModelConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,122 +81,8 @@ class Compute:
     gather: Gather | None = None
 
 
-Initializer = Callable[[Tensor, torch.Generator], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class ParamSpec:
-    """One row of the table.
-
-    Attributes:
-        shape: sizes. axes: a logical name for each, for placement rules.
-        init: (empty float32 tensor, generator) -> initial values.
-        group: optimizer group, one of optim's.
-        matmul: whether every token is multiplied by it (counts in the FLOPs).
-        table: whether it is only looked up, and so stored in the compute dtype.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    init: Initializer
-    group: str
-    matmul: bool = False
-    table: bool = False
-
-
-def normal(std: float) -> Initializer:
-    """Return an initialiser of independent normal values."""
-    return lambda x, generator: x.normal_(0, std, generator=generator)
-
-
-def uniform(low: float, high: float) -> Initializer:
-    """Return an initialiser of independent values, uniform in [low, high)."""
-    return lambda x, generator: x.uniform_(low, high, generator=generator)
-
-
-def constant(*values: float) -> Initializer:
-    """Return an initialiser with given values, broadcast to the shape."""
-    return lambda x, _: x.copy_(torch.tensor(values).expand_as(x))
-
-
-def spec(config: ModelConfig) -> dict[str, ParamSpec]:
-    """Return the table of all parameters by dotted name, in a fixed order."""
-    c, v, f = config.n_embd, config.padded_vocab, 4 * config.n_embd
-    n, k = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    s = 3**0.5 * c**-0.5  # a uniform distribution of ±s has standard deviation 1/sqrt(C)
-    last = max(config.n_layer - 1, 1)
-    layers = range(config.n_layer)
-
-    def matrix(shape: tuple[int, int], axes: tuple[str, str], init: Initializer) -> ParamSpec:
-        return ParamSpec(shape, axes, init, "matrix", matmul=True)
-
-    rows = {
-        "wte": ParamSpec((v, c), ("vocab", "embed"), normal(0.8), "embedding", table=True),
-        "lm_head": ParamSpec((v, c), ("vocab", "embed"), normal(0.001), "unembedding", matmul=True),
-        "resid_lambdas": ParamSpec(
-            (config.n_layer,), ("layer",), constant(*[1.15 - 0.10 * i / last for i in layers]), "resid"
-        ),
-        "x0_lambdas": ParamSpec(
-            (config.n_layer,), ("layer",), constant(*[0.20 - 0.15 * i / last for i in layers]), "x0"
-        ),
-        "smear_gate": ParamSpec((1, SMEAR_WIDTH), ("one", "gate"), uniform(0, 0.02), "smear", matmul=True),
-        "smear_lambda": ParamSpec((1,), ("one",), constant(0.0), "smear"),
-        "backout_lambda": ParamSpec((1,), ("one",), constant(0.2), "smear"),
-    }
-    for i in layers:
-        rows |= {
-            f"layers.{i}.attn.q": matrix((n, c), ("heads", "embed"), uniform(-s, s)),
-            f"layers.{i}.attn.k": matrix((k, c), ("kv_heads", "embed"), uniform(-s, s)),
-            f"layers.{i}.attn.v": matrix((k, c), ("kv_heads", "embed"), uniform(-s, s)),
-            f"layers.{i}.attn.proj": matrix((c, n), ("embed", "heads"), constant(0.0)),
-            f"layers.{i}.mlp.fc": matrix((f, c), ("hidden", "embed"), uniform(-0.4 * s, 0.4 * s)),
-            f"layers.{i}.mlp.proj": matrix((c, f), ("embed", "hidden"), constant(0.0)),
-        }
-        if config.has_value_embed(i):
-            gate = matrix((config.n_kv_head, VALUE_GATE_WIDTH), ("kv_heads_count", "gate"), uniform(0, 0.02))
-            rows[f"layers.{i}.attn.value_gate"] = gate
-            rows[f"layers.{i}.attn.value_embed"] = ParamSpec(
-                (v, k), ("vocab", "kv_heads"), uniform(-s, s), "value_embedding", table=True
-            )
-    return rows
-
-
-def init(
-    config: ModelConfig,
-    seed: int,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    layout: Layout | None = None,
-) -> Params:
-    """Return the initial parameters: a function of the seed and each parameter's name, whatever the device or order.
-
-    Args:
-        config: the shape. seed: any int.
-        device: where they go; "meta" allocates nothing and draws nothing.
-        dtype: the compute dtype, in which the embedding tables are stored (float32 when it is float16).
-        layout: of several ranks, each of which keeps its part; one whole parameter at a time is in memory.
-    """
-    device = torch.device(device)
-    flat: dict[str, Tensor] = {}
-    for name, row in spec(config).items():
-        stored = storage_dtype(row, dtype)
-        if device.type == "meta":
-            flat[name] = sharding.place(layout, name, torch.empty(row.shape, dtype=stored, device=device))
-            continue
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        flat[name] = sharding.place(layout, name, row.init(torch.empty(row.shape), generator).to(device, stored))
-    return tree.unflatten(flat)
-
-
-def storage_dtype(row: ParamSpec, compute_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a parameter is stored: float32, or the compute dtype for a table."""
-    return compute_dtype if row.table and compute_dtype != torch.float16 else torch.float32
-
-
 def apply(
-    params: Params, tokens_BT: Tensor, *, config: ModelConfig = ModelConfig(), compute: Compute = Compute()
+    params: Subtree, tokens_BT: Tensor, *, config: ModelConfig = ModelConfig(), compute: Compute = Compute()
 ) -> Tensor:
     """Return the logits of the next token at every position.
 
@@ -276,27 +119,122 @@ def unembed(x_BTC: Tensor, lm_head_VC: Tensor, config: ModelConfig, compute: Com
 
 
 def features(
-    params: Params, tokens_BT: Tensor, *, config: ModelConfig = ModelConfig(), compute: Compute = Compute()
+    params: Subtree, tokens_BT: Tensor, *, config: ModelConfig = ModelConfig(), compute: Compute = Compute()
 ) -> Tensor:
     """Return the final normalised activations (B, T, C), before the unembedding; arguments as for `apply`."""
-    if compute.gather is None:
-        check(params, config)
-    if tokens_BT.dim() != 2:
-        raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected (batch, time)")
+    _check_inputs(params, tokens_BT, config, compute)
     n_time = tokens_BT.shape[1]
     if n_time > CONTEXT_LIMIT * config.sequence_len:
         raise ValueError(
             f"sequence of {n_time} tokens: over the limit of {CONTEXT_LIMIT} x sequence_len={config.sequence_len}"
         )
     top = {name: gathered(params, name, compute) for name in TOP}
-    x_BTC = embed(top, tokens_BT, compute)
-    x_BTC = smear(top, x_BTC, compute)
-    rotary = rotation(n_time, config.head_dim, x_BTC.device, x_BTC.dtype)
-    first_BTC, middle_BTC = x_BTC, x_BTC
-    for i, window in enumerate(config.windows):
+    embedded_BTC = embed(top, tokens_BT, compute)
+    rotary = rotation(torch.arange(n_time, device=tokens_BT.device), config.head_dim, embedded_BTC.dtype)
+
+    def mix(i: int, layer: Subtree, x_BTC: Tensor) -> Tensor:
+        q_BTNH, k_BTKH, v_BTKH = project_qkv(layer, x_BTC, tokens_BT, rotary, config, compute)
+        return compute.attend(q_BTNH, k_BTKH, v_BTKH, config.windows[i])
+
+    first_BTC = torch.cat([embedded_BTC[:, :1], smear(top, embedded_BTC[:, 1:], embedded_BTC[:, :-1], compute)], dim=1)
+    return _layers(params, top, first_BTC, mix, config, compute)
+
+
+def decode(
+    params: Subtree,
+    tokens_BT: Tensor,
+    cache: Subcache,
+    *,
+    added_B: Tensor | None = None,
+    config: ModelConfig = ModelConfig(),
+    compute: Compute = Compute(),
+) -> tuple[Tensor, Subcache]:
+    """Return the logits of the tokens that follow a cache, and the cache with these tokens.
+
+    It gives what `apply` gives for the whole sequences. Nothing is changed in place; a compiled caller that copies the
+    new cache into the old one writes only the new tokens.
+
+    Args:
+        params: as from `init`, or a nested dict of the same tensors.
+        tokens_BT: (B, T) ids; rows with fewer than T new tokens are filled up on the right with any id.
+        cache: as from `kv_cache.empty`; row b may not get more tokens than its context has room for.
+        added_B: (B,) int64, tokens of each row that count, 0 … T; None: all. The rest give no sense and leave no trace.
+        config, compute: as for `apply`.
+
+    Returns:
+        ((B, T, V) float32 logits, the new cache: a TensorDict or a dict, as it was given).
+    """
+    x_BTC, new = decode_features(params, tokens_BT, cache, added_B=added_B, config=config, compute=compute)
+    logits_BTV = unembed(x_BTC, gathered(params, "lm_head", compute), config, compute)
+    return logits_BTV, TensorDict(new, batch_size=[]) if isinstance(cache, TensorDict) else new
+
+
+def decode_features(
+    params: Subtree,
+    tokens_BT: Tensor,
+    cache: Subcache,
+    *,
+    added_B: Tensor | None = None,
+    fresh: bool = False,
+    config: ModelConfig = ModelConfig(),
+    compute: Compute = Compute(),
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return the final activations (B, T, C) of `decode`, and the new cache as a dict.
+
+    Args:
+        fresh: the cache is empty: the tokens attend to one another alone, by the kernel of `compute`. Else as `decode`.
+    """
+    _check_inputs(params, tokens_BT, config, compute)
+    n_time = tokens_BT.shape[1]
+    length_B = cache["length"]
+    added_B = torch.full_like(length_B, n_time) if added_B is None else added_B
+    top = {name: gathered(params, name, compute) for name in TOP}
+    embedded_BTC = embed(top, tokens_BT, compute)
+    position_BT = length_B[:, None] + torch.arange(n_time, device=tokens_BT.device)
+    rotary = rotation(position_BT, config.head_dim, embedded_BTC.dtype)
+    layers: dict[str, Any] = {}
+
+    def mix(i: int, layer: Subtree, x_BTC: Tensor) -> Tensor:
+        q_BTNH, k_BTKH, v_BTKH = project_qkv(layer, x_BTC, tokens_BT, rotary, config, compute)
+        old = cache["layers"][str(i)]
+        if n_time == 1 and not fresh:
+            layers[str(i)] = kv_cache.write_one(old, length_B, k_BTKH, v_BTKH)
+            return kv_cache.attend_one(q_BTNH, layers[str(i)], length_B)
+        layers[str(i)] = kv_cache.write_many(old, length_B, added_B, k_BTKH, v_BTKH)
+        if fresh:
+            return compute.attend(q_BTNH, k_BTKH, v_BTKH, config.windows[i])
+        return kv_cache.attend_many(q_BTNH, old, length_B, k_BTKH, v_BTKH, config.windows[i])
+
+    before_BTC = torch.cat([cache["before"].to(embedded_BTC.dtype)[:, None], embedded_BTC], dim=1)
+    smeared_BTC = smear(top, embedded_BTC, before_BTC[:, :-1], compute)
+    first_BTC = torch.where((position_BT > 0)[..., None], smeared_BTC, embedded_BTC)
+    x_BTC = _layers(params, top, first_BTC, mix, config, compute)
+    last_B1C = added_B[:, None, None].expand(-1, 1, before_BTC.shape[2])
+    new = {"length": length_B + added_B, "before": before_BTC.gather(1, last_B1C)[:, 0], "layers": layers}
+    return x_BTC, new
+
+
+def _check_inputs(params: Subtree, tokens_BT: Tensor, config: ModelConfig, compute: Compute) -> None:
+    if compute.gather is None:
+        check(params, config)
+    if tokens_BT.dim() != 2:
+        raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected (batch, time)")
+
+
+def _layers(
+    params: Subtree,
+    top: Mapping[str, Tensor],
+    first_BTC: Tensor,
+    mix: Callable[[int, Subtree, Tensor], Tensor],
+    config: ModelConfig,
+    compute: Compute,
+) -> Tensor:
+    """Return the final activations, given those before the first layer and what attention makes: (B, T, N, H)."""
+    x_BTC, middle_BTC = first_BTC, first_BTC
+    for i in range(config.n_layer):
         layer = gathered(params, f"layers.{i}", compute)
         x_BTC = top["resid_lambdas"][i] * x_BTC + top["x0_lambdas"][i] * first_BTC
-        x_BTC = x_BTC + attend(layer["attn"], rms(x_BTC), tokens_BT, rotary, window, config, compute)
+        x_BTC = x_BTC + compute.linear(mix(i, layer["attn"], rms(x_BTC)).flatten(2), layer["attn"]["proj"])
         x_BTC = x_BTC + mlp(layer["mlp"], rms(x_BTC), compute)
         if i == config.n_layer // 2:
             middle_BTC = x_BTC
@@ -316,26 +254,10 @@ def embed(params: Subtree, tokens_BT: Tensor, compute: Compute) -> Tensor:
     return rms(x_BTC if compute.dtype is None else x_BTC.to(compute.dtype))
 
 
-def smear(params: Subtree, x_BTC: Tensor, compute: Compute) -> Tensor:
-    """Add to each position a gated share of the one before it; position 0 stays as it is."""
-    now, before = x_BTC[:, 1:], x_BTC[:, :-1]
-    gate_BT1 = torch.sigmoid(compute.linear(now[..., :SMEAR_WIDTH], params["smear_gate"]))
-    smeared = now + params["smear_lambda"].to(x_BTC.dtype) * gate_BT1 * before
-    return torch.cat([x_BTC[:, :1], smeared], dim=1)
-
-
-def attend(
-    layer: Subtree,
-    x_BTC: Tensor,
-    tokens_BT: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    window: int,
-    config: ModelConfig,
-    compute: Compute,
-) -> Tensor:
-    """Return the attention's contribution (B, T, C) for normalised activations."""
-    q_BTNH, k_BTKH, v_BTKH = project_qkv(layer, x_BTC, tokens_BT, rotary, config, compute)
-    return compute.linear(compute.attend(q_BTNH, k_BTKH, v_BTKH, window).flatten(2), layer["proj"])
+def smear(params: Subtree, now_BTC: Tensor, before_BTC: Tensor, compute: Compute) -> Tensor:
+    """Return embeddings with a gated share of those one position before added to them."""
+    gate_BT1 = torch.sigmoid(compute.linear(now_BTC[..., :SMEAR_WIDTH], params["smear_gate"]))
+    return now_BTC + params["smear_lambda"].to(now_BTC.dtype) * gate_BT1 * before_BTC
 
 
 def project_qkv(
@@ -368,10 +290,11 @@ def rms(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
-def rotation(n_time: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles of positions 0 … T-1, each (T, 1, H/2)."""
+def rotation(position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the rotary angles at integer positions of any shape (…), each (…, 1, H/2)."""
+    device = position.device
     frequency = ROTARY_BASE ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(n_time, device=device, dtype=torch.float32), frequency)[:, None]
+    angle = position.float()[..., None, None] * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -380,47 +303,3 @@ def rotate(x_BTNH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
     x1, x2 = x_BTNH.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
-
-
-def check(params: Params, config: ModelConfig) -> None:
-    """Raise ValueError, naming the first difference, where `params` do not have the shapes of `config`."""
-    n_layer = len(params["layers"].keys())
-    found: dict[str, Any] = {
-        "n_layer": n_layer,
-        "n_embd": params["wte"].shape[1],
-        "padded vocabulary": params["wte"].shape[0],
-    }
-    wanted = {"n_layer": config.n_layer, "n_embd": config.n_embd, "padded vocabulary": config.padded_vocab}
-    last = params["layers", str(n_layer - 1), "attn"]
-    found |= {"n_kv_head": last["value_gate"].shape[0], "n_head x head_dim": last["q"].shape[0]}
-    found["n_kv_head x head_dim"] = last["k"].shape[0]
-    wanted |= {"n_kv_head": config.n_kv_head, "n_head x head_dim": config.n_head * config.head_dim}
-    wanted["n_kv_head x head_dim"] = config.n_kv_head * config.head_dim
-    for name, value in found.items():
-        if value != wanted[name]:
-            raise ValueError(
-                f"parameters have {name} {value}, the config {wanted[name]}: pass the config they were made with"
-            )
-
-
-def count(config: ModelConfig) -> dict[str, int]:
-    """Return the number of parameters by optimizer group, their `total`, and the `scaling` parameters.
-
-    The scaling parameters (all matrices and the unembedding) are those that the scaling rules go by.
-    """
-    counts: dict[str, int] = {}
-    for row in spec(config).values():
-        counts[row.group] = counts.get(row.group, 0) + torch.Size(row.shape).numel()
-    total = sum(counts.values())
-    return counts | {"total": total, "scaling": counts["matrix"] + counts["unembedding"]}
-
-
-def flops_per_token(config: ModelConfig, n_time: int | None = None) -> int:
-    """Return the FLOPs of one token's forward and backward pass, at `n_time` tokens (default: sequence_len).
-
-    6 per parameter of every matrix product, and 12·N·H per key that a layer's window lets a token see.
-    """
-    n_time = n_time or config.sequence_len
-    dense_params = sum(torch.Size(row.shape).numel() for row in spec(config).values() if row.matmul)
-    keys = sum(min(window, n_time) for window in config.windows)
-    return 6 * dense_params + 12 * config.n_head * config.head_dim * keys

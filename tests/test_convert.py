@@ -11,7 +11,7 @@ import torch
 from small_model import CONFIG, random_batch, random_params
 from torch import Tensor
 
-from nanochat import convert, model, tree
+from nanochat import attention, convert, model, tree
 from nanochat.config import UserError
 
 
@@ -75,11 +75,12 @@ def test_an_older_checkpoint_gets_values_without_effect(capsys: pytest.CaptureFi
     # The same logits as a plain transformer, written out here.
     tokens = random_batch()["inputs"]
     x = first = model.rms(params["wte"][tokens])
-    rotary = model.rotation(tokens.shape[1], CONFIG.head_dim, x.device, x.dtype)
+    rotary = model.rotation(torch.arange(tokens.shape[1]), CONFIG.head_dim, x.dtype)
     for i, window in enumerate(CONFIG.windows):
         layer = params["layers", str(i)]
         attn = layer["attn"].exclude("value_embed", "value_gate")
-        x = x + model.attend(attn, model.rms(x), tokens, rotary, window, CONFIG, model.Compute())
+        q, k, v = model.project_qkv(attn, model.rms(x), tokens, rotary, CONFIG, model.Compute())
+        x = x + attention.sdpa(q, k, v, window).flatten(2) @ attn["proj"].T
         x = x + model.mlp(layer["mlp"], model.rms(x), model.Compute())
     want = model.unembed(model.rms(x), params["lm_head"], CONFIG)
     torch.testing.assert_close(model.apply(params, tokens, config=CONFIG), want)
