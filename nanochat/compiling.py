@@ -39,6 +39,7 @@ def compile(
     overlap: bool = True,
     memory_budget: float = 1.0,
     cuda_graphs: bool = False,
+    dynamic: bool | None = False,
 ) -> Callable[P, R]:
     """Return `f` compiled: one graph, of fixed shapes.
 
@@ -52,6 +53,7 @@ def compile(
             first. Results stay the same.
         cuda_graphs: replay kernels from a CUDA graph: for steps so small that launching is the limit. Arguments must
             stay at their addresses or are copied, and results are overwritten by the next call: clone what outlives it.
+        dynamic: None: a size that was seen to vary becomes a symbol, so that a third value needs no third graph.
 
     Raises:
         UserError: the budget is not within 0 … 1, or CUDA graphs are asked for elsewhere.
@@ -64,7 +66,7 @@ def compile(
     if collectives and overlap and device.type == "cuda":
         options |= overlap_options()
     # Shapes that vary get a graph each: symbolic ones made a sharded graph compile six times slower.
-    compiled = torch.compile(f, fullgraph=True, dynamic=False, options=options or None)
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, options=options or None)
     return compiled if memory_budget == 1 else _within_budget(compiled, memory_budget)
 
 

@@ -16,11 +16,11 @@ from nanochat import (
     checkpoint,
     dataloader,
     evaluate,
-    generate,
     metrics,
     model,
     plots,
     progress,
+    sampling,
     sharding,
     tokenizer,
 )
@@ -214,7 +214,7 @@ def samples(job: Job, state: TrainState) -> list[str]:
     logits_fn = functools.partial(model.apply, config=job.shape, compute=compute)
     lines = []
     for i, prompt in enumerate(config.prompts):
-        tokens = generate.sample(
+        tokens = sampling.sample(
             params,
             [job.tok.bos, *job.tok.encode(prompt)],
             logits_fn,

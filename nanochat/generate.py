@@ -1,55 +1,428 @@
-"""Sampling by full forward passes: plain, exact, and quadratic in the length."""
+"""The engine: many requests, each a row of one cache, decoded together a token at a time.
 
-from collections.abc import Callable, Collection, Sequence
+    decoder = generate.start(params, config, tokenizer, slots=8)
+    for event in generate.run(decoder, [Request(prompt), ...]):
+        print(event.key, event.token)
+
+A row is independent of the others: it comes when a slot is free, takes its own number of tokens and goes (continuous
+batching). The device keeps what a row's next step needs: its cache, the token it drew and its settings. The host takes
+one small copy of the drawn ids a step, follows each row through its tool calls (`tools`), and sends one id a row back,
+which says what the device cannot know: a forced token, or that a row which waited goes on. On a GPU the next step
+starts before the host has seen the last one; a row whose token may need an answer then waits by itself for one step.
+
+Shapes are few: the rows in use and the slots they fill are each rounded up, and the last row moves into a gap.
+The step is compiled; on a GPU it is replayed as a CUDA graph, one a shape.
+
+Source: continuous batching after Orca (Yu et al., OSDI 2022).
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
-LogitsFn = Callable[[TensorDict, Tensor], Tensor]
+from nanochat import calculator, compiling, kv_cache, model, sampling, tools, tree
+from nanochat.config import UserError
+from nanochat.model import Compute, ModelConfig
+from nanochat.parameters import Subtree
+from nanochat.tokenizer import Tokenizer
+
+NOTHING, RESUME = -1, -2  # what the host says to a row, besides a token to take
+CANDIDATES = (64, 256)  # sizes of the sorted head of the distribution that are compiled for
+SMALLEST_VIEW = 256  # slots; below, a step costs the same
+SMALLEST_PREFILL = 16  # tokens
 
 
-def choose(logits_BV: Tensor, *, temperature: float, top_k: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return one token id a row, (B,) int64.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to continue, and how.
 
-    Args:
-        logits_BV: float32. temperature: 0 takes the most likely. top_k: keep so many of the most likely, 0 all.
-        generator: of the draws, on the CPU.
+    Attributes:
+        prompt: at least one id. max_tokens: at most so many follow, forced ones included.
+        temperature: 0 takes the most likely token. top_k: draw among so many of the most likely, 0 among all.
+        seed: of the draws; the same seed gives the same tokens, whatever else is decoded.
     """
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    if top_k:
-        least = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
-    probs_BV = (logits_BV / temperature).softmax(-1).cpu()
-    return torch.multinomial(probs_BV, 1, generator=generator)[:, 0].to(logits_BV.device)
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 512
+    temperature: float = 0.8
+    top_k: int = 50
+    seed: int = 0
 
 
-@torch.no_grad()
-def sample(
-    params: TensorDict,
-    prompt: Sequence[int],
-    logits_fn: LogitsFn,
+class Event(NamedTuple):
+    """One more token of a row.
+
+    Attributes:
+        key: of the row, as given to `admit`. token: its id. sampled: False where a tool forced it.
+        finish: None before the last token of a row; then "stop" (the token is <|assistant_end|> or <|bos|>) or
+            "length" (max_tokens, or the context, is used up).
+    """
+
+    key: Hashable
+    token: int
+    sampled: bool
+    finish: str | None
+
+
+@dataclasses.dataclass(eq=False)
+class _Row:
+    """The host's side of a row: where it is, what is to be fed, and how far it has come."""
+
+    key: Hashable
+    request: Request
+    slot: int
+    feed: deque[int]  # tokens that it takes before it draws again
+    resume: bool = False  # it waits, with the token that it drew itself
+    call: tuple[int, ...] | None = None
+    made: int = 0
+    done: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.request.prompt) + self.made
+
+
+class _Flight(NamedTuple):
+    """A step under way: its result, when it may be read, and the rows that take a token from it."""
+
+    drawn_B: Tensor
+    ready: torch.cuda.Event | None
+    rows: list[tuple[int, _Row]]
+
+
+@dataclasses.dataclass(eq=False)
+class Decoder:
+    """The state of the engine; made by `start`, changed by the functions here alone.
+
+    Attributes:
+        context: tokens of a row, prompt included.
+    """
+
+    params: dict[str, Any]
+    config: ModelConfig
+    compute: Compute
+    rules: tools.Rules
+    context: int
+    slots: int
+    exact: bool
+    lag: int
+    cache: dict[str, Any]
+    rows: dict[str, Tensor]
+    step: Callable[..., Tensor]
+    graphs: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] | None
+    active: dict[Hashable, _Row] = dataclasses.field(default_factory=dict)
+    flights: deque[_Flight] = dataclasses.field(default_factory=deque)
+    prefilled: tuple[tuple[int, ...], dict[str, Any]] | None = None  # the last prompt and its cache, for its samples
+
+
+def start(
+    params: Subtree,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
     *,
-    max_tokens: int,
-    stop: Collection[int] = (),
-    temperature: float = 0.0,
-    top_k: int = 0,
-    seed: int = 0,
-) -> list[int]:
-    """Return the tokens that follow `prompt`, without it; they end before the first token of `stop`.
+    slots: int,
+    context: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool = True,
+    exact: bool = False,
+    evaluate: tools.Evaluate = calculator.evaluate,
+    lag: int | None = None,
+) -> Decoder:
+    """Return an engine without a request.
 
     Args:
-        params: of the model. prompt: at least one id. logits_fn: (params, (1, T) ids) -> (1, T, V) logits.
-        max_tokens: at most so many. temperature, top_k: see `choose`. seed: of the draws.
+        params: whole, on any device; copied only where dtype or device differ.
+        slots: rows that are decoded at once; their cache is allocated here.
+        context: tokens of a row, prompt included; None: the model's sequence_len.
+        device, dtype: where and in what to compute; None: those of the embedding table.
+        compile: compile the decode step (and record it as CUDA graphs on a GPU).
+        exact: always compute all slots to the full context. Otherwise shapes follow the load, and with them the
+            rounding of matrix products: a seed may then give another token where two are equally likely to within it.
+        evaluate: of tool calls.
+        lag: steps that run ahead of the host, 0 or 1; None: 1 on a GPU.
+
+    Raises:
+        UserError: slots or context are out of range.
     """
-    generator = torch.Generator().manual_seed(seed)
-    device = params["wte"].device
-    ids = list(prompt)
-    for _ in range(max_tokens):
-        logits_BV = logits_fn(params, torch.tensor([ids], device=device))[:, -1]
-        token = int(choose(logits_BV, temperature=temperature, top_k=top_k, generator=generator))
-        if token in stop:
-            break
-        ids.append(token)
-    return ids[len(prompt) :]
+    device = torch.device(device or params["wte"].device)
+    dtype = dtype or params["wte"].dtype
+    assert isinstance(dtype, torch.dtype)
+    context = context or config.sequence_len
+    limit = model.CONTEXT_LIMIT * config.sequence_len
+    if slots < 1 or not 2 <= context <= limit:
+        raise UserError(f"slots={slots}, context={context}: expected at least 1 slot and a context of 2 … {limit}")
+    model.check(params, config)
+    whole = tree.nest({name: _stored(x, device, dtype) for name, x in tree.flatten(params).items()})
+    cache = kv_cache.empty(config, slots, context, dtype=dtype, device=device)
+    step: Callable[..., Tensor] = _step_
+    if compile:
+        step = compiling.compile(_step_, device=device, dynamic=None)
+    kinds = {"token": torch.int64, "live": torch.bool, "temperature": torch.float32}
+    kinds |= {"top_k": torch.int64, "seed": torch.int64}
+    return Decoder(
+        params=whole,
+        config=config,
+        compute=Compute(dtype),
+        rules=tools.rules(tokenizer, evaluate),
+        context=context,
+        slots=slots,
+        exact=exact,
+        lag=lag if lag is not None else int(device.type == "cuda"),
+        cache=tree.nest(tree.flatten(cache)),
+        rows={name: torch.zeros(slots, dtype=kind, device=device) for name, kind in kinds.items()},
+        step=step,
+        graphs={} if compile and device.type == "cuda" else None,
+    )
+
+
+def _stored(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a parameter as a step reads it: a matrix that were cast in each step would be read twice."""
+    return x.detach().to(device, dtype if x.dim() > 1 else x.dtype)
+
+
+def free(decoder: Decoder) -> int:
+    """Return the number of requests that can be admitted now."""
+    return decoder.slots - len(decoder.active)
+
+
+@torch.inference_mode()
+def admit(decoder: Decoder, key: Hashable, request: Request) -> None:
+    """Give a request a free slot and compute its prompt; a prompt that follows itself is computed once.
+
+    Raises:
+        UserError: the prompt is empty, leaves no room in the context, or holds an id that the model does not have;
+            or no slot is free, or the key is in use.
+    """
+    prompt = request.prompt
+    if not prompt or not all(0 <= token < decoder.config.vocab_size for token in prompt):
+        raise UserError(
+            f"prompt of {len(prompt)} tokens: expected at least one, within 0 … {decoder.config.vocab_size - 1}"
+        )
+    if len(prompt) >= decoder.context:
+        raise UserError(
+            f"prompt of {len(prompt)} tokens: the context of {decoder.context} leaves no room for an answer"
+        )
+    if key in decoder.active or not free(decoder):
+        raise UserError(f"request {key}: {'its key is in use' if key in decoder.active else 'no slot is free'}")
+    if request.max_tokens < 1:
+        raise UserError(f"max_tokens={request.max_tokens}: expected at least 1")
+    if decoder.prefilled is None or decoder.prefilled[0] != prompt:
+        decoder.prefilled = (prompt, _prefill(decoder, prompt[:-1]))
+    taken = {row.slot for row in decoder.active.values()}
+    slot = next(i for i in range(decoder.slots) if i not in taken)
+    kv_cache.copy_row_(decoder.cache, slot, decoder.prefilled[1])
+    top_k = request.top_k if request.temperature > 0 else 1
+    values = {"temperature": request.temperature, "top_k": top_k, "seed": request.seed, "live": False}
+    for name, value in values.items():
+        decoder.rows[name][slot] = value
+    decoder.active[key] = _Row(key, request, slot, deque([prompt[-1]]))
+
+
+def _prefill(decoder: Decoder, tokens: tuple[int, ...]) -> dict[str, Any]:
+    """Return the cache of one row with these tokens."""
+    width = _rounded(max(len(tokens), 1), SMALLEST_PREFILL, decoder.context)
+    device, dtype = decoder.rows["token"].device, decoder.compute.dtype
+    cache = kv_cache.empty(decoder.config, 1, width, dtype=dtype or torch.float32, device=device)
+    if not tokens:
+        return tree.nest(tree.flatten(cache))
+    padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))]], device=device)
+    added_B = torch.tensor([len(tokens)], device=device)
+    how: dict[str, Any] = {"added_B": added_B, "fresh": True, "config": decoder.config, "compute": decoder.compute}
+    return model.decode_features(decoder.params, padded, cache, **how)[1]
+
+
+def cancel(decoder: Decoder, key: Hashable) -> None:
+    """Take a row out; its slot is free at once. A key that is not there is ignored: the row may just have ended."""
+    row = decoder.active.pop(key, None)
+    if row is not None:
+        row.done = True
+        decoder.rows["live"][row.slot] = False
+
+
+@torch.inference_mode()
+def step(decoder: Decoder) -> list[Event]:
+    """Decode one token of every row, and return what came of the step before the last `lag` ones.
+
+    A row gives no event in a step in which it takes forced tokens, and several when they are decided on.
+    """
+    if decoder.active:
+        decoder.flights.append(_launch(decoder))
+    if len(decoder.flights) > decoder.lag or not decoder.active:
+        return _land(decoder, decoder.flights.popleft()) if decoder.flights else []
+    return []
+
+
+def run(decoder: Decoder, requests: Sequence[Request]) -> Iterator[Event]:
+    """Yield the events of any number of requests, each as soon as it is there; keys are their indices.
+
+    Raises:
+        UserError: see `admit`; requests before that one have been started.
+    """
+    waiting = deque(enumerate(requests))
+    while waiting or decoder.active:
+        while waiting and free(decoder):
+            admit(decoder, *waiting.popleft())
+        yield from step(decoder)
+
+
+def _launch(decoder: Decoder) -> _Flight:
+    """Start a step of all rows; nothing of it is waited for."""
+    count, longest = _fill_gaps(decoder), max(row.length for row in decoder.active.values()) + decoder.lag
+    n_rows = decoder.slots if decoder.exact else _rounded(count, 1, decoder.slots)
+    n_slots = decoder.context if decoder.exact else _rounded(longest, SMALLEST_VIEW, decoder.context)
+    control, rows = [NOTHING] * n_rows, []
+    for row in decoder.active.values():
+        if row.feed:
+            control[row.slot] = row.feed.popleft()
+        elif row.resume:
+            control[row.slot], row.resume = RESUME, False
+        if not row.feed:
+            rows.append((row.slot, row))
+    requests = [row.request for row in decoder.active.values()]
+    most = max((r.top_k for r in requests if r.temperature > 0), default=1)
+    candidates = next((n for n in CANDIDATES if n >= most), decoder.config.vocab_size)
+    whole = any(r.top_k == 0 and r.temperature > 0 for r in requests)
+    drawn_B, ready = _run(decoder, torch.tensor(control), n_rows, n_slots, candidates=candidates, whole=whole)
+    return _Flight(drawn_B, ready, rows)
+
+
+def _rounded(n: int, least: int, most: int) -> int:
+    """Return the smallest of least · 2ⁱ that is at least `n`, or `most`."""
+    while least < n:
+        least *= 2
+    return min(least, most)
+
+
+def _fill_gaps(decoder: Decoder) -> int:
+    """Move the last rows into free slots where that halves the batch; returns how many slots are in use."""
+    rows = sorted(decoder.active.values(), key=lambda row: row.slot)
+    fewest = _rounded(len(rows), 1, decoder.slots)
+    gaps = iter(sorted(set(range(fewest)) - {row.slot for row in rows}))
+    for row in rows:
+        if row.slot < fewest or decoder.exact:
+            continue
+        slot, source = next(gaps), row.slot
+        kv_cache.copy_row_(decoder.cache, slot, decoder.cache, source)
+        for x in decoder.rows.values():
+            x[slot] = x[source]
+        # A step under way may still draw for the old slot: it runs before this copy, and is read by its old slot.
+        row.slot = slot
+    return max(row.slot for row in rows) + 1
+
+
+def _run(
+    decoder: Decoder, control_B: Tensor, n_rows: int, n_slots: int, **how: Any
+) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Run the step at a shape; returns the drawn ids on the host, and when they are there."""
+    cache = kv_cache.view(decoder.cache, n_rows, n_slots)
+    rows = {name: x[:n_rows] for name, x in decoder.rows.items()}
+    how |= {"config": decoder.config, "compute": decoder.compute, "pauses": decoder.rules.pauses}
+    if decoder.graphs is None:
+        drawn_B = decoder.step(decoder.params, cache, rows, control_B.to(rows["token"].device), **how)
+        return drawn_B.cpu(), None
+    shape = (n_rows, n_slots, how["candidates"], how["whole"])
+    if shape not in decoder.graphs:
+        decoder.graphs[shape] = _record(decoder, cache, rows, how)
+    graph, input_B, output_B = decoder.graphs[shape]
+    input_B.copy_(control_B.pin_memory(), non_blocking=True)
+    graph.replay()
+    host_B = torch.empty(n_rows, dtype=output_B.dtype, pin_memory=True)
+    host_B.copy_(output_B, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return host_B, ready
+
+
+def _record(
+    decoder: Decoder, cache: dict[str, Any], rows: dict[str, Tensor], how: dict[str, Any]
+) -> tuple[Any, Tensor, Tensor]:
+    """Return (CUDA graph, its input, its output) of the step at this shape.
+
+    Warming up is real steps; what they change is put back. Not the keys and values: they lie beyond each row's length,
+    or in the slot of a ring that the next token takes.
+    """
+    input_B = torch.full_like(rows["token"], NOTHING)
+    changed = [cache["length"], cache["before"], rows["token"], rows["live"]]
+    kept = [x.clone() for x in changed]
+
+    def call() -> Tensor:
+        return decoder.step(decoder.params, cache, rows, input_B, **how)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    for x, old in zip(changed, kept):
+        x.copy_(old)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output_B = call()
+    return graph, input_B, output_B
+
+
+def _land(decoder: Decoder, flight: _Flight) -> list[Event]:
+    """Read a step's result, and follow each row through it."""
+    if flight.ready is not None:
+        flight.ready.synchronize()
+    drawn, events = flight.drawn_B.tolist(), []
+    for slot, row in flight.rows:
+        if row.done or drawn[slot] == NOTHING:
+            continue
+        token = drawn[slot]
+        row.call, forced = tools.advance(decoder.rules, row.call, token)
+        row.feed.extend((token, *forced) if forced else ())
+        row.resume = token == decoder.rules.call_end and not forced
+        for i, made in enumerate((token, *forced)):
+            row.made += 1
+            full = row.made >= row.request.max_tokens or row.length >= decoder.context
+            finish = "stop" if made in decoder.rules.stops else "length" if full else None
+            events.append(Event(row.key, made, i == 0, finish))
+            if finish:
+                cancel(decoder, row.key)
+                break
+    return events
+
+
+def _step_(
+    params: Subtree,
+    cache: dict[str, Any],
+    rows: dict[str, Tensor],
+    control_B: Tensor,
+    *,
+    config: ModelConfig,
+    compute: Compute,
+    pauses: tuple[int, ...],
+    candidates: int,
+    whole: bool,
+) -> Tensor:
+    """Take one step of every row, in place; returns the drawn ids (B,), NOTHING for a row that waits.
+
+    A row that waits is computed like the others and leaves no trace: its length stays, and with it the slot that is
+    written. It waits once it has drawn one of `pauses`, until `control_B` gives it a token or RESUME.
+    """
+    live_B = rows["live"] | (control_B != NOTHING)
+    token_B = torch.where(control_B >= 0, control_B, rows["token"])
+    logits_BTV, new = model.decode(
+        params, token_B[:, None], cache, added_B=live_B.long(), config=config, compute=compute
+    )
+    drawn_B = sampling.draw(
+        logits_BTV[:, 0],
+        temperature_B=rows["temperature"],
+        top_k_B=rows["top_k"],
+        seed_B=rows["seed"],
+        position_B=new["length"],
+        candidates=candidates,
+        whole=whole,
+    )
+    tree.map(lambda old, x: old.copy_(x), cache, new)
+    rows["token"].copy_(torch.where(live_B, drawn_B, token_B))
+    waits_B = (drawn_B[:, None] == torch.tensor(pauses, device=drawn_B.device)).any(1)
+    rows["live"].copy_(live_B & ~waits_B)
+    return torch.where(live_B, drawn_B, NOTHING)

@@ -1,96 +1,258 @@
-"""Sampling: greedy against a loop, top-k, temperature, seeds and stops."""
+"""The engine: equal to the plain sampler, independent rows, continuous batching, tool calls, ends, shapes."""
 
-from collections import Counter
+import dataclasses
+import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
-from small_model import CONFIG, random_params
-from tensordict import TensorDict
+from small_model import WINDOWED, random_params
 from torch import Tensor
 
-from nanochat import generate, model
+from nanochat import generate, kv_cache, model, sampling, tools
+from nanochat.config import UserError
+from nanochat.generate import Decoder, Event, Request
+from nanochat.model import ModelConfig
+from nanochat.tokenizer import SPECIALS, Tokenizer
 
-PROMPT = [5, 17, 3]
-
-
-def logits_fn(params: TensorDict, tokens_BT: Tensor) -> Tensor:
-    return model.apply(params, tokens_BT, config=CONFIG)
-
-
-def greedy(n: int) -> list[int]:
-    """Return the most likely continuation by a loop over the definition."""
-    params, ids = random_params(), list(PROMPT)
-    for _ in range(n):
-        ids.append(int(logits_fn(params, torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(PROMPT) :]
+TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
+CONFIG = dataclasses.replace(WINDOWED, vocab_size=TOKENIZER.vocab_size, n_layer=3)
+BOS, STOP = TOKENIZER.bos, TOKENIZER.special("<|assistant_end|>")
 
 
-def test_temperature_zero_is_greedy_also_beyond_the_context():
-    got = generate.sample(random_params(), PROMPT, logits_fn, max_tokens=20)
-    assert got == greedy(20) and len(got) == 20 > CONFIG.sequence_len
-    one = generate.sample(random_params(), PROMPT, logits_fn, max_tokens=20, temperature=1.0, top_k=1)
-    assert one == got, "top_k=1 leaves one choice"
+def start(slots: int = 4, **settings) -> Decoder:
+    settings = {"compile": False} | settings
+    return generate.start(random_params(CONFIG), CONFIG, TOKENIZER, slots=slots, **settings)
 
 
-def test_it_ends_before_the_first_stop_token():
-    want = greedy(12)
-    stop = want[6]
-    got = generate.sample(random_params(), PROMPT, logits_fn, max_tokens=12, stop={stop, 10_000})
-    assert got == want[: want.index(stop)]
-    assert generate.sample(random_params(), PROMPT, logits_fn, max_tokens=12, stop=[want[0]]) == []
-    assert generate.sample(random_params(), PROMPT, logits_fn, max_tokens=0) == []
+def prompt(n: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
-def test_a_seed_gives_the_same_sample_whatever_the_global_generator():
-    def run(seed: int) -> list[int]:
-        return generate.sample(random_params(), PROMPT, logits_fn, max_tokens=10, temperature=1.0, seed=seed)
-
-    torch.manual_seed(0)
-    first = run(3)
-    state = torch.manual_seed(1).get_state()
-    assert run(3) == first and run(4) != first
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_prompt_is_not_changed_and_no_gradient_is_made():
-    def watched(params: TensorDict, tokens_BT: Tensor) -> Tensor:
-        assert not torch.is_grad_enabled()
-        return logits_fn(params, tokens_BT)
-
-    prompt = list(PROMPT)
-    generate.sample(random_params(), prompt, watched, max_tokens=2)
-    assert prompt == PROMPT
+def rows(events: Iterable[Event]) -> dict[int, list[int]]:
+    """Return {key: its tokens}, and check that each row ends once."""
+    tokens: dict[int, list[int]] = {}
+    ended: set[int] = set()
+    for event in events:
+        assert isinstance(event.key, int) and event.key not in ended
+        tokens.setdefault(event.key, []).append(event.token)
+        if event.finish:
+            ended.add(event.key)
+    assert ended == set(tokens)
+    return tokens
 
 
-LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0]])
+def plain(request: Request, params=None, config: ModelConfig = CONFIG) -> list[int]:
+    """Return what the plain sampler makes of a greedy request, ended by the same tokens."""
+    tokens = sampling.sample(
+        params if params is not None else random_params(config),
+        request.prompt,
+        lambda params, tokens_BT: model.apply(params, tokens_BT, config=config),
+        max_tokens=request.max_tokens,
+    )
+    ends = [i for i, token in enumerate(tokens) if token in (BOS, STOP)]
+    return tokens[: ends[0] + 1] if ends else tokens
 
 
-def draw(n: int, **how: float) -> Counter[int]:
-    generator = torch.Generator().manual_seed(0)
-    rows = generate.choose(LOGITS.expand(n, 5), generator=generator, **how)  # pyright: ignore[reportArgumentType]
-    return Counter(rows.tolist())
+@pytest.mark.parametrize("lag", [0, 1])
+def test_greedy_is_the_plain_sampler_for_any_load(lag: int):
+    requests = [Request(prompt(n, n), max_tokens=m, temperature=0) for n, m in ((1, 9), (5, 30), (40, 3), (129, 20))]
+    requests += [Request(prompt(n, n), max_tokens=12, temperature=0) for n in (2, 130, 7, 16, 17)]
+    got = rows(generate.run(start(slots=3, lag=lag), requests))
+    assert got == {i: plain(request) for i, request in enumerate(requests)}
 
 
-def test_choose_draws_by_the_probabilities():
-    n = 20_000
-    for temperature in (1.0, 0.5, 2.0):
-        seen = draw(n, temperature=temperature, top_k=0)
-        for token, p in enumerate((LOGITS[0] / temperature).softmax(0).tolist()):
-            assert abs(seen[token] / n - p) < 4 * (p * (1 - p) / n) ** 0.5
+def test_a_seeded_row_does_not_depend_on_its_neighbours():
+    mine = Request(prompt(20), max_tokens=25, temperature=1.0, top_k=50, seed=7)
+    alone = rows(generate.run(start(slots=1), [mine]))[0]
+    assert len(alone) > 5
+    others = [
+        Request(prompt(n, n), max_tokens=n, temperature=t, top_k=k, seed=n)
+        for n, t, k in ((30, 1.0, 0), (3, 0.0, 50), (11, 2.0, 200), (25, 0.5, 1), (18, 1.0, 50))
+    ]
+    for where, lag in itertools.product((0, 2, 5), (0, 1)):
+        batch = [*others[:where], mine, *others[where:]]
+        assert rows(generate.run(start(slots=3, lag=lag), batch))[where] == alone
+    assert rows(generate.run(start(slots=2, exact=True), [mine, *others]))[0] == alone
+    other = dataclasses.replace(mine, seed=8)
+    assert rows(generate.run(start(), [other]))[0] != alone
 
 
-def test_top_k_keeps_the_most_likely():
-    n = 20_000
-    seen = draw(n, temperature=1.0, top_k=2)
-    assert set(seen) == {1, 3}
-    assert seen[1] / n == pytest.approx(1 / (1 + torch.tensor(-1.0).exp().item()), abs=0.02)
-    assert set(draw(n, temperature=3.0, top_k=100)) == {0, 1, 2, 3, 4}, "more than there are keeps all"
+def test_samples_of_one_prompt_share_its_computation(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    features = model.decode_features
+
+    def counted(*args, fresh: bool = False, **kwargs):
+        calls.append(fresh)
+        return features(*args, fresh=fresh, **kwargs)
+
+    monkeypatch.setattr(model, "decode_features", counted)
+    requests = [Request(prompt(30), max_tokens=8, temperature=1.0, seed=i) for i in range(4)]
+    got = rows(generate.run(start(), requests))
+    assert calls.count(True) == 1 and len({tuple(x) for x in got.values()}) == 4
 
 
-def test_choose_works_row_by_row_and_changes_nothing():
-    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
-    before = logits.clone()
-    assert generate.choose(logits, temperature=0, top_k=0).tolist() == logits.argmax(-1).tolist()
-    got = generate.choose(logits, temperature=0.7, top_k=3)
-    assert got.shape == (4,) and got.dtype == torch.int64
-    assert torch.equal(logits, before)
+# --- a model that says what it is told: draws come from a script by seed and position -------------------------------
+
+
+def script(monkeypatch: pytest.MonkeyPatch, texts: dict[int, list[int]], n_prompt: int) -> None:
+    """Let row `seed` draw texts[seed], one after the other from position n_prompt on, forced positions included."""
+
+    def drawn(logits_BV: Tensor, *, seed_B: Tensor, position_B: Tensor, **_) -> Tensor:
+        out = []
+        for seed, position in zip(seed_B.tolist(), position_B.tolist()):
+            text = texts[seed]
+            out.append(text[min(position - n_prompt, len(text) - 1)] if position >= n_prompt else 0)
+        return torch.tensor(out)
+
+    monkeypatch.setattr(sampling, "draw", drawn)
+
+
+def ids(text: str) -> list[int]:
+    """Return the ids of a text in which the names of special tokens stand for them."""
+    found: list[int] = []
+    while text:
+        name = next((name for name in SPECIALS if text.startswith(name)), None)
+        found += [TOKENIZER.special(name)] if name else TOKENIZER.encode(text[0])
+        text = text[len(name or text[0]) :]
+    return found
+
+
+CALL = "I say <|python_start|>12*3<|python_end|>"
+OUTPUT = "<|output_start|>36<|output_end|>"
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_tool_calls_force_their_result_into_the_row(monkeypatch: pytest.MonkeyPatch, lag: int):
+    whole = [
+        CALL + OUTPUT + " so 36.<|assistant_end|>",
+        "<|python_start|>1/0<|python_end|> nothing<|assistant_end|>",  # no result: it goes on by itself
+        "plain<|assistant_end|>",
+        "<|python_end|>x<|output_start|>y<|assistant_end|>",  # markers out of place are tokens like others
+        "<|python_start|>7<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|><|bos|>",
+        "<|python_start|>'strawberry'.count('r')<|python_end|><|output_start|>3<|output_end|>!<|assistant_end|>",
+    ]
+    n_prompt = 5
+    script(monkeypatch, {i: ids(text) for i, text in enumerate(whole)}, n_prompt)
+    decoder = start(slots=4, lag=lag)
+    requests = [Request(prompt(n_prompt, i), seed=i) for i in range(len(whole))]
+    events = list(generate.run(decoder, requests))
+    assert rows(events) == {i: ids(text) for i, text in enumerate(whole)}
+    forced = [event.token for event in events if event.key == 0 and not event.sampled]
+    assert forced == ids(OUTPUT)
+    assert [e.sampled for e in events if e.key in (1, 2, 3)] == [True] * sum(len(ids(t)) for t in whole[1:4])
+    assert {e.finish for e in events} == {None, "stop"}
+    assert generate.free(decoder) == 4
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_the_cache_holds_what_the_events_say(monkeypatch: pytest.MonkeyPatch, lag: int):
+    """Waiting, forcing and moving leave no trace: the cache is that of the whole row in one piece."""
+    text = ids(CALL + OUTPUT + " and on and on and on")
+    fillers = {i: ids("x" * (3 * i) + "<|assistant_end|>") for i in range(1, 4)}
+    script(monkeypatch, {0: text, **fillers}, 5)
+    decoder = start(slots=4, lag=lag)
+    for i in (1, 2, 3):
+        generate.admit(decoder, i, Request(prompt(5, i), seed=i))
+    generate.admit(decoder, 0, Request(prompt(5), seed=0))  # in the last slot, until the others have gone
+    made: list[int] = []
+    while len(made) < len(text):
+        made += [event.token for event in generate.step(decoder) if event.key == 0]
+    row = decoder.active[0]
+    assert row.slot == 0, "it has moved"
+    sequence = [*prompt(5), *made]
+    length = int(decoder.cache["length"][0])
+    assert len(sequence) - 1 <= length <= len(sequence) + lag
+    _, want = model.decode(
+        random_params(CONFIG),
+        torch.tensor([sequence[: len(sequence) - 1]]),
+        kv_cache.empty(CONFIG, 1, len(sequence) - 1),
+        config=CONFIG,
+    )
+    for i in range(CONFIG.n_layer):
+        for name in ("k", "v"):
+            got = decoder.cache["layers"][str(i)][name][0, : len(sequence) - 1]
+            torch.testing.assert_close(got, want["layers"][str(i)][name][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("max_tokens", range(1, 22))
+def test_max_tokens_counts_forced_tokens_and_ends_anywhere(monkeypatch: pytest.MonkeyPatch, max_tokens: int, lag: int):
+    text = ids(CALL + OUTPUT + "<|assistant_end|>")
+    script(monkeypatch, {0: text}, 5)
+    events = list(generate.run(start(slots=1, lag=lag), [Request(prompt(5), max_tokens=max_tokens)]))
+    assert [event.token for event in events] == text[:max_tokens]
+    assert events[-1].finish == ("stop" if max_tokens >= len(text) else "length")
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_row_ends_at_the_context_and_its_neighbour_goes_on(lag: int):
+    tries = (Request(prompt(30, seed), max_tokens=12, temperature=0) for seed in range(100))
+    long = next(request for request in tries if len(plain(request)) == 12)  # one that does not stop by itself
+    long, other = dataclasses.replace(long, max_tokens=500), Request(prompt(4), max_tokens=35, temperature=0)
+    decoder = start(slots=2, context=40, lag=lag)
+    got = rows(generate.run(decoder, [long, other]))
+    assert len(got[0]) == 10 and got[0] == plain(dataclasses.replace(long, max_tokens=10))
+    assert got[1] == plain(other)
+
+
+def test_a_cancelled_row_frees_its_slot_at_once():
+    decoder = start(slots=2)
+    for key in ("a", "b"):
+        generate.admit(decoder, key, Request(prompt(5), max_tokens=50, temperature=0))
+    generate.step(decoder)
+    generate.cancel(decoder, "a")
+    generate.cancel(decoder, "never there")
+    assert generate.free(decoder) == 1
+    assert {event.key for event in generate.step(decoder)} == {"b"}
+    generate.admit(decoder, "c", Request(prompt(9, 9), max_tokens=5, temperature=0))
+    seen: dict[object, list[int]] = {}
+    while generate.free(decoder) < 2:
+        for event in generate.step(decoder):
+            seen.setdefault(event.key, []).append(event.token)
+    assert seen["c"] == plain(Request(prompt(9, 9), max_tokens=5))
+    assert generate.step(decoder) == []
+
+
+def test_requests_that_cannot_be_taken_say_why():
+    decoder = start(slots=1, context=20)
+    for request, why in (
+        (Request(()), "at least one"),
+        (Request(prompt(20)), "leaves no room"),
+        (Request((1, CONFIG.vocab_size)), "within 0"),
+        (Request((-1,)), "within 0"),
+        (Request((1,), max_tokens=0), "max_tokens"),
+    ):
+        with pytest.raises(UserError, match=why):
+            generate.admit(decoder, 0, request)
+    assert generate.free(decoder) == 1
+    generate.admit(decoder, 0, Request((1,)))
+    with pytest.raises(UserError, match="in use"):
+        generate.admit(decoder, 0, Request((1,)))
+    with pytest.raises(UserError, match="no slot is free"):
+        generate.admit(decoder, 1, Request((1,)))
+    with pytest.raises(UserError, match="slots=0"):
+        start(slots=0)
+
+
+def test_compiled_is_eager_and_compiles_few_graphs():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    requests = [Request(prompt(n, n), max_tokens=15, temperature=1.0, seed=n) for n in (3, 20, 7, 30, 5)]
+    want = rows(generate.run(start(slots=4), requests))
+    assert rows(generate.run(start(slots=4, compile=True), requests)) == want
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def test_the_tool_rules_alone():
+    rules = tools.rules(TOKENIZER, evaluate=lambda text: text.upper() if text == "ok" else None)
+    name = TOKENIZER.special
+    state, forced = tools.advance(rules, None, name("<|python_start|>"))
+    for token in TOKENIZER.encode("ok"):
+        state, forced = tools.advance(rules, state, token)
+        assert forced == ()
+    state, forced = tools.advance(rules, state, name("<|python_end|>"))
+    assert state is None
+    assert forced == (name("<|output_start|>"), *TOKENIZER.encode("OK"), name("<|output_end|>"))
+    assert tools.advance(rules, (65,), name("<|python_end|>")) == (None, ())
+    assert set(rules.pauses) == {BOS, STOP, name("<|python_end|>")}

@@ -1,0 +1,109 @@
+"""Drawing tokens from logits: a batch of rows that each have their own seed, and a plain loop over full forwards.
+
+A row's noise is a function of its seed, the token's position and the token's id: no generator, no state, and nothing
+that depends on the other rows. With Gumbel noise g, argmax(logits / temperature + g) is a draw from the softmax, and
+argmax(logits + temperature · g) is the same draw that at temperature 0 is the most likely token.
+Source: Gumbel-max (Maddison et al., arXiv 1411.0030); the mixing function is Wellons' hash32.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+MASK_32 = 2**32 - 1
+LogitsFn = Callable[[TensorDict, Tensor], Tensor]
+
+
+def draw(
+    logits_BV: Tensor,
+    *,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    seed_B: Tensor,
+    position_B: Tensor,
+    candidates: int,
+    whole: bool,
+) -> Tensor:
+    """Return one token id a row, (B,) int64.
+
+    Args:
+        logits_BV: float32.
+        temperature_B: (B,) float32; 0 takes the most likely token.
+        top_k_B: (B,) int64; draw among so many of the most likely, 0 among all.
+        seed_B: (B,) int64. position_B: (B,) int64, of the token that is drawn, in its sequence.
+        candidates: how many of the most likely are sorted out: at least each row's top_k.
+        whole: whether there are rows with top_k 0; if not, the candidates alone get noise. Both change what is
+            computed, not what is drawn.
+    """
+    top_BK, ids_BK = logits_BV.topk(min(candidates, logits_BV.shape[1]))
+    last_B1 = (top_k_B - 1).clamp(0, top_BK.shape[1] - 1)[:, None]
+    least_B1 = torch.where(top_k_B[:, None] == 0, -torch.inf, top_BK.gather(1, last_B1))
+    if whole:
+        top_BK, ids_BK = logits_BV, torch.arange(logits_BV.shape[1], device=logits_BV.device).expand_as(logits_BV)
+    noise_BK = gumbel(seed_B[:, None], position_B[:, None], ids_BK)
+    noisy_BK = (top_BK + temperature_B[:, None] * noise_BK).masked_fill(top_BK < least_B1, -torch.inf)
+    return ids_BK.gather(1, noisy_BK.argmax(dim=1, keepdim=True))[:, 0]
+
+
+def gumbel(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
+    """Return standard Gumbel noise in float32, a function of three int64 tensors that broadcast."""
+    row = _mix(_mix(seed ^ (seed >> 32)) + position)
+    bits = _mix(row + _mix(token))
+    uniform = ((bits >> 9).float() + 0.5) / 2**23  # 23 bits and a half: within 0 … 1 without ever being either
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Return 32 bits, in int64, each of which depends on each of the lowest 32 of `x`; products stay below 2⁶³."""
+    x = x & MASK_32
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & MASK_32
+    return x ^ (x >> 16)
+
+
+def choose(logits_BV: Tensor, *, temperature: float, top_k: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return one token id a row, (B,) int64.
+
+    Args:
+        logits_BV: float32. temperature: 0 takes the most likely. top_k: keep so many of the most likely, 0 all.
+        generator: of the draws, on the CPU.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    if top_k:
+        least = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
+    probs_BV = (logits_BV / temperature).softmax(-1).cpu()
+    return torch.multinomial(probs_BV, 1, generator=generator)[:, 0].to(logits_BV.device)
+
+
+@torch.no_grad()
+def sample(
+    params: TensorDict,
+    prompt: Sequence[int],
+    logits_fn: LogitsFn,
+    *,
+    max_tokens: int,
+    stop: Collection[int] = (),
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> list[int]:
+    """Return the tokens that follow `prompt`, without it; they end before the first token of `stop`.
+
+    Args:
+        params: of the model. prompt: at least one id. logits_fn: (params, (1, T) ids) -> (1, T, V) logits.
+        max_tokens: at most so many. temperature, top_k: see `choose`. seed: of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = params["wte"].device
+    ids = list(prompt)
+    for _ in range(max_tokens):
+        logits_BV = logits_fn(params, torch.tensor([ids], device=device))[:, -1]
+        token = int(choose(logits_BV, temperature=temperature, top_k=top_k, generator=generator))
+        if token in stop:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
