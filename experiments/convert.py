@@ -17,7 +17,7 @@ import base64
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -36,13 +36,15 @@ class Config:
     Attributes:
         model: the reference's model_*.pt. meta: its meta_*.json, of which `model_config` is read.
         ranks: text lines `base64 rank` of its tokenizer, or none to leave the tokenizer out.
-        name: of the run to write.
+        name: of the run to write. stage: what it was trained for last: base, mid, sft or rl; chats with a base model
+            say that it is one.
     """
 
     model: str = ""
     meta: str = ""
     ranks: str | None = None
     name: str = "reference"
+    stage: Literal["base", "mid", "sft", "rl"] = "base"
 
 
 class Weights(NamedTuple):
@@ -83,12 +85,12 @@ def run(config: Config, runtime: Runtime) -> None:
     step = int(meta.get("step", 0))
     manager = checkpoint.open(folder / "checkpoints")
     try:
-        saved = {"model": dataclasses.asdict(shape), "converted_from": str(config.model)}
+        saved = {"stage": config.stage, "model": dataclasses.asdict(shape), "converted_from": str(config.model)}
         checkpoint.save(manager, Weights(torch.tensor(step), params), saved, files=files)
     finally:
         checkpoint.close(manager)
     print(f"{model.count(shape)['total']:,} parameters of step {step} written to {folder / 'checkpoints'}")
-    print("load them with nanochat.checkpoint.load_params (see the README)")
+    print(f"next: python launch.py --experiment=chat --set run={config.name}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -65,6 +65,9 @@ def run(config: Config, runtime: Runtime) -> None:
     print("3. pretraining", flush=True)
     pretrain.run(config, runtime)
     print(f"quickstart took {duration(time.perf_counter() - start)}. Next:")
+    name = "" if config.name == "quickstart" else f" --set run={config.name}"
+    print(f"  python launch.py --experiment=chat{name:<31}talk to it (a base model: it continues)")
+    print(f"  python launch.py --experiment=web{name:<32}the same in a browser")
     print("  python launch.py --help                                         what else there is")
     print("  python launch.py --experiment=quickstart --set name=larger --set depth=6 --set num_iterations=1000")
 

@@ -144,6 +144,7 @@ def save(job: Job, state: TrainState, at: Progress) -> None:
     """Checkpoint the state with all that a resumed run, a chat or a person needs beside it."""
     loader = at.loader
     meta = {
+        "stage": "base",
         "config": dict(configs.flatten(job.config)),
         "model": dataclasses.asdict(job.shape),
         "loader": loader["position"],

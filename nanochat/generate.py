@@ -32,7 +32,7 @@ from nanochat.tokenizer import Tokenizer
 
 NOTHING, RESUME = -1, -2  # what the host says to a row, besides a token to take
 CANDIDATES = (64, 256)  # sizes of the sorted head of the distribution that are compiled for
-SMALLEST_VIEW = 256  # slots; below, a step costs the same
+SMALLEST_SPAN = 256  # slots; below, a step costs the same
 SMALLEST_PREFILL = 16  # tokens
 
 
@@ -136,7 +136,7 @@ def start(
     """Return an engine without a request.
 
     Args:
-        params: whole, on any device; copied only where dtype or device differ.
+        params: whole, on any device; they are copied, with the matrices in `dtype`.
         slots: rows that are decoded at once; their cache is allocated here.
         context: tokens of a row, prompt included; None: the model's sequence_len.
         device, dtype: where and in what to compute; None: those of the embedding table.
@@ -157,7 +157,7 @@ def start(
     if slots < 1 or not 2 <= context <= limit:
         raise UserError(f"slots={slots}, context={context}: expected at least 1 slot and a context of 2 … {limit}")
     model.check(params, config)
-    whole = tree.nest({name: _stored(x, device, dtype) for name, x in tree.flatten(params).items()})
+    whole = model.fused(tree.nest({name: _stored(x, device, dtype) for name, x in tree.flatten(params).items()}))
     cache = kv_cache.empty(config, slots, context, dtype=dtype, device=device)
     step: Callable[..., Tensor] = _step_
     if compile:
@@ -190,7 +190,7 @@ def free(decoder: Decoder) -> int:
     return decoder.slots - len(decoder.active)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def admit(decoder: Decoder, key: Hashable, request: Request) -> None:
     """Give a request a free slot and compute its prompt; a prompt that follows itself is computed once.
 
@@ -244,7 +244,7 @@ def cancel(decoder: Decoder, key: Hashable) -> None:
         decoder.rows["live"][row.slot] = False
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def step(decoder: Decoder) -> list[Event]:
     """Decode one token of every row, and return what came of the step before the last `lag` ones.
 
@@ -270,11 +270,32 @@ def run(decoder: Decoder, requests: Sequence[Request]) -> Iterator[Event]:
         yield from step(decoder)
 
 
+@torch.no_grad()
+def warm_up(decoder: Decoder) -> None:
+    """Compile, and on a GPU record, the step for every load and length: minutes, if nothing is in the compiler's cache.
+
+    Without it that happens at the first step of each shape, while somebody waits. Only for a decoder without a request.
+    """
+    assert not decoder.active
+    for n_rows in [decoder.slots] if decoder.exact else _sizes(1, decoder.slots):
+        for span in [decoder.context] if decoder.exact else _sizes(SMALLEST_SPAN, decoder.context):
+            how = {"span": span, "candidates": CANDIDATES[0], "whole": False}
+            _run(decoder, torch.full((n_rows,), NOTHING), n_rows, **how)
+
+
+def _sizes(least: int, most: int) -> list[int]:
+    """Return all that `_rounded` can return."""
+    sizes = [min(least, most)]
+    while sizes[-1] < most:
+        sizes.append(_rounded(sizes[-1] + 1, least, most))
+    return sizes
+
+
 def _launch(decoder: Decoder) -> _Flight:
     """Start a step of all rows; nothing of it is waited for."""
     count, longest = _fill_gaps(decoder), max(row.length for row in decoder.active.values()) + decoder.lag
     n_rows = decoder.slots if decoder.exact else _rounded(count, 1, decoder.slots)
-    n_slots = decoder.context if decoder.exact else _rounded(longest, SMALLEST_VIEW, decoder.context)
+    span = decoder.context if decoder.exact else _rounded(longest, SMALLEST_SPAN, decoder.context)
     control, rows = [NOTHING] * n_rows, []
     for row in decoder.active.values():
         if row.feed:
@@ -287,7 +308,7 @@ def _launch(decoder: Decoder) -> _Flight:
     most = max((r.top_k for r in requests if r.temperature > 0), default=1)
     candidates = next((n for n in CANDIDATES if n >= most), decoder.config.vocab_size)
     whole = any(r.top_k == 0 and r.temperature > 0 for r in requests)
-    drawn_B, ready = _run(decoder, torch.tensor(control), n_rows, n_slots, candidates=candidates, whole=whole)
+    drawn_B, ready = _run(decoder, torch.tensor(control), n_rows, span=span, candidates=candidates, whole=whole)
     return _Flight(drawn_B, ready, rows)
 
 
@@ -315,19 +336,17 @@ def _fill_gaps(decoder: Decoder) -> int:
     return max(row.slot for row in rows) + 1
 
 
-def _run(
-    decoder: Decoder, control_B: Tensor, n_rows: int, n_slots: int, **how: Any
-) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Run the step at a shape; returns the drawn ids on the host, and when they are there."""
-    cache = kv_cache.view(decoder.cache, n_rows, n_slots)
+def _run(decoder: Decoder, control_B: Tensor, n_rows: int, **how: Any) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Run the step of the first rows; returns the drawn ids on the host, and when they are there."""
+    cache = kv_cache.view(decoder.cache, n_rows)
     rows = {name: x[:n_rows] for name, x in decoder.rows.items()}
-    how |= {"config": decoder.config, "compute": decoder.compute, "pauses": decoder.rules.pauses}
+    settings = how | {"config": decoder.config, "compute": decoder.compute, "pauses": decoder.rules.pauses}
     if decoder.graphs is None:
-        drawn_B = decoder.step(decoder.params, cache, rows, control_B.to(rows["token"].device), **how)
+        drawn_B = decoder.step(decoder.params, cache, rows, control_B.to(rows["token"].device), **settings)
         return drawn_B.cpu(), None
-    shape = (n_rows, n_slots, how["candidates"], how["whole"])
+    shape = (n_rows, *how.values())
     if shape not in decoder.graphs:
-        decoder.graphs[shape] = _record(decoder, cache, rows, how)
+        decoder.graphs[shape] = _record(decoder, cache, rows, settings)
     graph, input_B, output_B = decoder.graphs[shape]
     input_B.copy_(control_B.pin_memory(), non_blocking=True)
     graph.replay()
@@ -399,6 +418,7 @@ def _step_(
     config: ModelConfig,
     compute: Compute,
     pauses: tuple[int, ...],
+    span: int,
     candidates: int,
     whole: bool,
 ) -> Tensor:
@@ -410,7 +430,7 @@ def _step_(
     live_B = rows["live"] | (control_B != NOTHING)
     token_B = torch.where(control_B >= 0, control_B, rows["token"])
     logits_BTV, new = model.decode(
-        params, token_B[:, None], cache, added_B=live_B.long(), config=config, compute=compute
+        params, token_B[:, None], cache, added_B=live_B.long(), span=span, config=config, compute=compute
     )
     drawn_B = sampling.draw(
         logits_BTV[:, 0],

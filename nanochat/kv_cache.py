@@ -58,13 +58,9 @@ def bytes_per_row(config: ModelConfig, context: int, dtype: torch.dtype) -> int:
     return tree.nbytes(empty(config, 1, context, dtype=dtype, device="meta"))
 
 
-def view(cache: Subcache, rows: int, slots: int) -> dict[str, Any]:
-    """Return the first rows and slots of a cache, without a copy.
-
-    It is a cache of its own as long as no length reaches `slots`: a layer that keeps fewer slots is whole, and in
-    one that keeps more none of those left out is filled.
-    """
-    layers = {i: {name: x[:rows, :slots] for name, x in layer.items()} for i, layer in cache["layers"].items()}
+def view(cache: Subcache, rows: int) -> dict[str, Any]:
+    """Return the first rows of a cache, without a copy."""
+    layers = {i: {name: x[:rows] for name, x in layer.items()} for i, layer in cache["layers"].items()}
     return {"length": cache["length"][:rows], "before": cache["before"][:rows], "layers": layers}
 
 
@@ -99,10 +95,16 @@ def write_many(layer: Subcache, length_B: Tensor, added_B: Tensor, k_BTKH: Tenso
     return {"k": filled(layer["k"], k_BTKH), "v": filled(layer["v"], v_BTKH)}
 
 
-def attend_one(q_BTNH: Tensor, layer: Subcache, length_B: Tensor) -> Tensor:
-    """Return the attention (B, 1, N, H) of one query a row, at position `length_B`, whose key is written already."""
-    filled_BS = torch.arange(layer["k"].shape[1], device=length_B.device) <= length_B[:, None]
-    return _attend(q_BTNH, layer["k"], layer["v"], filled_BS[:, None, None])
+def attend_one(q_BTNH: Tensor, layer: Subcache, length_B: Tensor, span: int | None = None) -> Tensor:
+    """Return the attention (B, 1, N, H) of one query a row, at position `length_B`, whose key is written already.
+
+    Args:
+        span: read the first slots alone, where no row is longer: they are sliced here and not by the caller, because
+            a compiled write into a slice of the slots would copy all of them.
+    """
+    k_BSKH, v_BSKH = layer["k"][:, :span], layer["v"][:, :span]
+    filled_BS = torch.arange(k_BSKH.shape[1], device=length_B.device) <= length_B[:, None]
+    return _attend(q_BTNH, k_BSKH, v_BSKH, filled_BS[:, None, None])
 
 
 def attend_many(

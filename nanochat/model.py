@@ -31,6 +31,8 @@ from nanochat.parameters import (
     Subtree,
     check,
     count,
+    decode_bytes,
+    decode_flops,
     flops_per_token,
     from_depth,
     init,
@@ -48,10 +50,13 @@ __all__ = [
     "check",
     "count",
     "decode",
+    "decode_bytes",
+    "decode_flops",
     "decode_features",
     "features",
     "flops_per_token",
     "from_depth",
+    "fused",
     "init",
     "spec",
     "storage_dtype",
@@ -62,6 +67,7 @@ ROTARY_BASE = 100_000.0
 LOGIT_CAP = 15.0
 QK_SCALE = 1.2
 TOP = ("wte", "resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_lambda")  # outside of the layers
+QKV, FUSED = ("q", "k", "v"), "qkv"
 CONTEXT_LIMIT = 10  # in units of sequence_len: how far the rotation is extrapolated before it is an error
 
 
@@ -146,6 +152,7 @@ def decode(
     cache: Subcache,
     *,
     added_B: Tensor | None = None,
+    span: int | None = None,
     config: ModelConfig = ModelConfig(),
     compute: Compute = Compute(),
 ) -> tuple[Tensor, Subcache]:
@@ -159,12 +166,13 @@ def decode(
         tokens_BT: (B, T) ids; rows with fewer than T new tokens are filled up on the right with any id.
         cache: as from `kv_cache.empty`; row b may not get more tokens than its context has room for.
         added_B: (B,) int64, tokens of each row that count, 0 … T; None: all. The rest give no sense and leave no trace.
+        span: with T = 1, an upper bound on the lengths, this token included: slots from there on are not read.
         config, compute: as for `apply`.
 
     Returns:
         ((B, T, V) float32 logits, the new cache: a TensorDict or a dict, as it was given).
     """
-    x_BTC, new = decode_features(params, tokens_BT, cache, added_B=added_B, config=config, compute=compute)
+    x_BTC, new = decode_features(params, tokens_BT, cache, added_B=added_B, span=span, config=config, compute=compute)
     logits_BTV = unembed(x_BTC, gathered(params, "lm_head", compute), config, compute)
     return logits_BTV, TensorDict(new, batch_size=[]) if isinstance(cache, TensorDict) else new
 
@@ -175,6 +183,7 @@ def decode_features(
     cache: Subcache,
     *,
     added_B: Tensor | None = None,
+    span: int | None = None,
     fresh: bool = False,
     config: ModelConfig = ModelConfig(),
     compute: Compute = Compute(),
@@ -199,7 +208,7 @@ def decode_features(
         old = cache["layers"][str(i)]
         if n_time == 1 and not fresh:
             layers[str(i)] = kv_cache.write_one(old, length_B, k_BTKH, v_BTKH)
-            return kv_cache.attend_one(q_BTNH, layers[str(i)], length_B)
+            return kv_cache.attend_one(q_BTNH, layers[str(i)], length_B, span)
         layers[str(i)] = kv_cache.write_many(old, length_B, added_B, k_BTKH, v_BTKH)
         if fresh:
             return compute.attend(q_BTNH, k_BTKH, v_BTKH, config.windows[i])
@@ -212,6 +221,17 @@ def decode_features(
     last_B1C = added_B[:, None, None].expand(-1, 1, before_BTC.shape[2])
     new = {"length": length_B + added_B, "before": before_BTC.gather(1, last_B1C)[:, 0], "layers": layers}
     return x_BTC, new
+
+
+def fused(params: Subtree) -> dict[str, Any]:
+    """Return the parameters with the matrices of queries, keys and values in one: for decoding, not for training.
+
+    At a token a row, what a product costs is the start of its kernel. `apply` takes them as well.
+    """
+    flat = tree.flatten(params)
+    for name in [name.removesuffix(".q") for name in flat if name.endswith(".q")]:
+        flat[f"{name}.{FUSED}"] = torch.cat([flat.pop(f"{name}.{part}") for part in QKV])
+    return tree.nest(flat)
 
 
 def _check_inputs(params: Subtree, tokens_BT: Tensor, config: ModelConfig, compute: Compute) -> None:
@@ -270,9 +290,11 @@ def project_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return rotated, normalised queries (B,T,N,H) and keys (B,T,K,H), and values (B,T,K,H) with their embedding."""
     heads = config.head_dim
-    q_BTNH = compute.linear(x_BTC, layer["q"]).unflatten(-1, (-1, heads))
-    k_BTKH = compute.linear(x_BTC, layer["k"]).unflatten(-1, (-1, heads))
-    v_BTKH = compute.linear(x_BTC, layer["v"]).unflatten(-1, (-1, heads))
+    if FUSED in layer.keys():  # noqa: SIM118 (a TensorDict is not a container of its keys)
+        every = compute.linear(x_BTC, layer[FUSED]).unflatten(-1, (-1, heads))
+        q_BTNH, k_BTKH, v_BTKH = every.split([config.n_head, config.n_kv_head, config.n_kv_head], dim=2)
+    else:
+        q_BTNH, k_BTKH, v_BTKH = (compute.linear(x_BTC, layer[n]).unflatten(-1, (-1, heads)) for n in QKV)
     if "value_embed" in layer.keys():  # noqa: SIM118 (a TensorDict is not a container of its keys)
         embed_BTKH = F.embedding(tokens_BT, layer["value_embed"]).to(x_BTC.dtype).unflatten(-1, (-1, heads))
         gate_BTK = 3 * torch.sigmoid(compute.linear(x_BTC[..., :VALUE_GATE_WIDTH], layer["value_gate"]))

@@ -221,8 +221,8 @@ def check(params: Subtree, config: ModelConfig) -> None:
     }
     wanted = {"n_layer": config.n_layer, "n_embd": config.n_embd, "padded vocabulary": config.padded_vocab}
     last = params["layers"][str(n_layer - 1)]["attn"]
-    found |= {"n_kv_head": last["value_gate"].shape[0], "n_head x head_dim": last["q"].shape[0]}
-    found["n_kv_head x head_dim"] = last["k"].shape[0]
+    found |= {"n_kv_head": last["value_gate"].shape[0], "n_head x head_dim": last["proj"].shape[1]}
+    found["n_kv_head x head_dim"] = last["value_embed"].shape[1]
     wanted |= {"n_kv_head": config.n_kv_head, "n_head x head_dim": config.n_head * config.head_dim}
     wanted["n_kv_head x head_dim"] = config.n_kv_head * config.head_dim
     for name, value in found.items():
@@ -253,3 +253,23 @@ def flops_per_token(config: ModelConfig, n_time: int | None = None) -> int:
     dense_params = sum(torch.Size(row.shape).numel() for row in spec(config).values() if row.matmul)
     keys = sum(min(window, n_time) for window in config.windows)
     return 6 * dense_params + 12 * config.n_head * config.head_dim * keys
+
+
+def decode_flops(config: ModelConfig, context: int) -> int:
+    """Return the FLOPs of one token's forward pass that sees `context` tokens, itself included, within the windows.
+
+    2 per parameter of every matrix product, and 4·N·H per key.
+    """
+    dense_params = sum(torch.Size(row.shape).numel() for row in spec(config).values() if row.matmul)
+    return 2 * dense_params + 4 * config.n_head * config.head_dim * sum(min(w, context) for w in config.windows)
+
+
+def decode_bytes(config: ModelConfig, rows: int, context: int, itemsize: int) -> int:
+    """Return the least bytes that a decode step of `rows` tokens reads: every matrix, and each row's keys and values.
+
+    Args:
+        context: tokens that a row sees, within the windows. itemsize: bytes of a number, in matrices and cache alike.
+    """
+    matrices = sum(torch.Size(row.shape).numel() for row in spec(config).values() if row.matmul)
+    cached = 2 * config.n_kv_head * config.head_dim * sum(min(w, context) for w in config.windows)
+    return itemsize * (matrices + rows * cached)

@@ -72,8 +72,8 @@ def create(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) ->
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    place = _device(device, local_rank)
-    compute_dtype = _dtype(dtype, place)
+    place = choose_device(device, local_rank)
+    compute_dtype = choose_dtype(dtype, place)
     if place.type == "cpu":
         # Compiled, the gradient of an embedding is otherwise summed by all threads in any order: a resumed run would
         # differ from an unbroken one in the last bits. Filling fresh memory is for finding bugs, and takes time.
@@ -181,7 +181,8 @@ def close() -> None:
         dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """Return the device that a setting names (auto, cpu, cuda, mps), this rank's own GPU; UserError: not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
@@ -204,7 +205,8 @@ def _device(name: str, local_rank: int) -> torch.device:
     raise UserError(f"device={name}: expected auto, cpu, cuda or mps")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype that a setting names; auto is what the device is fast in. UserError: unknown."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if name == "auto":
         return torch.bfloat16 if capability >= (8, 0) else torch.float32

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 MASK_32 = 2**32 - 1
+WEYL = 0x9E3779B1  # an odd constant without a pattern: the golden ratio in 32 bits
 LogitsFn = Callable[[TensorDict, Tensor], Tensor]
 
 
@@ -50,14 +51,14 @@ def draw(
 def gumbel(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
     """Return standard Gumbel noise in float32, a function of three int64 tensors that broadcast."""
     row = _mix(_mix(seed ^ (seed >> 32)) + position)
-    bits = _mix(row + _mix(token))
+    bits = _mix(row + token * WEYL)
     uniform = ((bits >> 9).float() + 0.5) / 2**23  # 23 bits and a half: within 0 … 1 without ever being either
     return -torch.log(-torch.log(uniform))
 
 
 def _mix(x: Tensor) -> Tensor:
     """Return 32 bits, in int64, each of which depends on each of the lowest 32 of `x`; products stay below 2⁶³."""
-    x = x & MASK_32
+    x = (x + WEYL) & MASK_32  # 0 would stay 0
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & MASK_32
     return x ^ (x >> 16)

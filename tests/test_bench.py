@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import bench_gpu, bench_scale, bench_train, pretrain
+from experiments import bench_gpu, bench_infer, bench_scale, bench_train, pretrain
 from nanochat import attention, jobs, measure, model, runtime, traces
 from nanochat.config import UserError, override
 from nanochat.measure import Limits
@@ -311,3 +311,39 @@ def test_what_was_not_done_has_its_command() -> None:
         "torchrun launch.py --experiment=bench_gpu --set out=x --set rounds=3 --set sections=train,linear "
         "--set depths=24"
     )
+
+
+# Inference
+
+
+def test_bench_infer_reports_every_batch_and_its_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["depth=1", "vocab_size=300", "sequence_len=64", "batches=1,3", "prompt_tokens=10", "new_tokens=6"]
+    bench_infer.run(override(bench_infer.config(), [*settings, "rounds=1", "compile=false"]), HERE)
+    printed = capsys.readouterr().out
+    report = json.loads(printed.splitlines()[-1])
+    assert set(report) == {"settings", "limits", "prefill", "batch_1", "batch_3"}
+    shape = model.from_depth(1, vocab_size=300, sequence_len=64)
+    for batch in (1, 3):
+        row = report[f"batch_{batch}"]
+        read = model.decode_bytes(shape, batch, 13, 4)
+        assert math.isclose(row["floor_seconds"], read / report["limits"]["copy_bytes_per_second"])
+        assert math.isclose(row["tokens_per_second"] * row["step_seconds"], batch)
+        assert row["first_token_seconds"] > 0 and row["peak_memory_bytes"] > 2**20
+    assert report["prefill"]["tokens"] == 63
+
+
+def test_what_a_decode_step_needs() -> None:
+    shape = model.ModelConfig(sequence_len=512, vocab_size=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    assert shape.windows == (128, 512)
+    matrices = 2 * 12 * 32**2 - 2 * 2 * 32 * 16 + 12 * 2 + 24 + 64 * 32  # gates and the unembedding included
+    assert model.decode_flops(shape, 200) == 2 * matrices + 4 * 32 * (128 + 200)
+    assert model.decode_bytes(shape, 3, 200, 2) == 2 * (matrices + 3 * 2 * 2 * 8 * (128 + 200))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("batches=0", "at least 1"), ("prompt_tokens=500", "over the context"), ("vocab_size=100", "at least 265")],
+)
+def test_bench_infer_refuses_what_it_cannot_measure(setting: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        bench_infer.run(override(bench_infer.config(), ["depth=1", setting]), HERE)

@@ -1,6 +1,8 @@
 """Cached decoding against the full forward: every split, ragged rows, rings, grouped heads, depths, the fixed point."""
 
 import dataclasses
+import math
+import re
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import COMPILE, CONFIG, WINDOWED, Unchanged, random_params
 from tensordict import TensorDict
+from torch._inductor.utils import run_and_get_code
 
 from nanochat import kv_cache, model, tree
 from nanochat.model import ModelConfig
@@ -109,8 +112,8 @@ def test_views_and_copies_of_rows_are_caches():
         _, alone = model.decode(params, tokens[b : b + 1, : 140 + b], one, config=WINDOWED)
         kv_cache.copy_row_(cache, 2 - b, alone)
     assert cache["length"].tolist() == [142, 141, 140]
-    part = kv_cache.view(cache, rows=2, slots=150)
-    logits, _ = model.decode(params, torch.stack([tokens[2, 142:143], tokens[1, 141:142]]), part, config=WINDOWED)
+    part, last = kv_cache.view(cache, rows=2), torch.stack([tokens[2, 142:143], tokens[1, 141:142]])
+    logits, _ = model.decode(params, last, part, span=150, config=WINDOWED)
     for row, (b, n) in enumerate(((2, 143), (1, 142))):
         want = model.apply(params, tokens[b : b + 1, :n], config=WINDOWED)[0, -1]
         assert (logits[row, 0] - want).abs().max() < TOLERANCE
@@ -154,3 +157,30 @@ def test_half_precision_is_that_of_the_full_forward():
     error = (torch.cat(got, dim=1) - exact).abs().mean()
     assert error < 1.3 * (want - exact).abs().mean(), "no further from float32 than the full forward in bfloat16"
     assert cache["layers", "0", "k"].dtype == torch.bfloat16
+
+
+def test_fused_projections_are_the_same():
+    params, tokens = random_params(), ids(2, 9)
+    with Unchanged(params):
+        fused = model.fused(params)
+    assert fused["layers"]["1"]["attn"].keys() == {"proj", "qkv"}
+    got = model.apply(fused, tokens, config=CONFIG)
+    assert (got - model.apply(params, tokens, config=CONFIG)).abs().max() < TOLERANCE
+
+
+def test_a_compiled_step_writes_one_slot_and_copies_none():
+    """The trap: given slots that are a slice, or a stack of layers, the compiler copies the whole cache and back."""
+    rows, context = 2, 230
+    params, cache = tree.nest(tree.flatten(random_params(WINDOWED))), kv_cache.empty(WINDOWED, rows, context)
+    cache = tree.nest(tree.flatten(cache))
+
+    def step(params: dict, tokens: torch.Tensor, cache: dict) -> torch.Tensor:
+        logits, new = model.decode(params, tokens, cache, span=140, config=WINDOWED)
+        tree.map(lambda old, x: old.copy_(x), cache, new)
+        return logits
+
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(COMPILE(step), params, ids(rows, 1), cache)
+    made = [tuple(map(int, shape.split(","))) for shape in re.findall(r"empty_strided_cpu\(\(([\d, ]+\d),? ?\)", code)]
+    assert made and max(math.prod(shape) for shape in made) < rows * 129 * WINDOWED.n_kv_head * WINDOWED.head_dim
+    assert int(cache["length"][0]) == 1 and bool(cache["layers"]["2"]["k"][:, 0].any())

@@ -244,6 +244,18 @@ def test_compiled_is_eager_and_compiles_few_graphs():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+def test_warming_up_leaves_no_trace_and_covers_every_shape():
+    requests = [Request(prompt(n, n), max_tokens=15, temperature=1.0, seed=n) for n in (3, 20, 7, 30, 5)]
+    decoder = start(slots=6)
+    shapes, run = [], decoder.step
+    decoder.step = lambda *args, **how: (shapes.append((len(args[3]), how["span"])), run(*args, **how))[1]
+    generate.warm_up(decoder)
+    warm = set(shapes)
+    assert warm == {(rows, 256) for rows in (1, 2, 4, 6)}
+    assert rows(generate.run(decoder, requests)) == rows(generate.run(start(slots=6), requests))
+    assert set(shapes) == warm
+
+
 def test_the_tool_rules_alone():
     rules = tools.rules(TOKENIZER, evaluate=lambda text: text.upper() if text == "ok" else None)
     name = TOKENIZER.special

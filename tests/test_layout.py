@@ -18,8 +18,8 @@ PACKAGE = ROOT / "nanochat"
 
 # A file imports only from rows above its own. A new file takes its place here.
 ROWS = [
-    {"calculator", "config", "machines"},  # the errors that all the others raise; a table
-    {"allocator", "corpus", "jobs", "liveness", "ranks", "runtime", "tree", "units"},
+    {"calculator", "config", "jail", "machines"},  # the errors that all the others raise; what needs nothing
+    {"allocator", "corpus", "jobs", "liveness", "ranks", "runtime", "seccomp", "tree", "units"},
     {
         *(
             "attention",
@@ -33,19 +33,25 @@ ROWS = [
             "packing",
             "plots",
         ),
-        *("progress", "schedule", "sharding", "store", "token_cache", "tokenizer", "transform"),
+        *("progress", "sandbox", "schedule", "sharding", "store", "token_cache", "tokenizer", "transform"),
     },
-    {"dataset", "shards", "tools", "traces"},
+    {"conversation", "dataset", "shards", "tools", "traces"},
     {"manifest"},
     {"retention"},
     {"commit", "parameters"},
     {"dataloader", "kv_cache", "optim", "scaling"},
     {"model"},
     {"checkpoint", "convert", "loss", "sampling"},
-    {"evaluate", "footprint", "generate", "train"},
+    {"evaluate", "footprint", "generate", "pretrained", "train"},
     {"planner"},
     {"stage"},
     {"events", "measure"},
+    # The server: what is said over HTTP, who answers it, and the application.
+    {"api", "answers", "counters"},
+    {"openapi", "replica"},
+    {"pool"},
+    {"web_guard"},
+    {"serve"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 
@@ -221,7 +227,9 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_sources_run_no_text_and_load_no_pickle(path: Path) -> None:
-    assert list(forbidden(parse(path))) == []
+    # The jail alone runs a text: it is what stands within the sandbox, and a model's program is what it is for.
+    allowed = ["exec()"] if path == PACKAGE / "jail.py" else []
+    assert list(forbidden(parse(path))) == allowed
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,344 @@
+"""The web experiment as a whole, its processes included: many clients at once, some rude; deaths; a clean end.
+
+The model is tiny and random. Its answers are nonsense, but each is a function of prompt and seed, and is so under load.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import small_model
+import torch
+
+from experiments import bench_serve, convert, web
+from nanochat import checkpoint, runtime, tokenizer
+from nanochat.config import UserError, override
+from nanochat.model import ModelConfig
+from nanochat.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
+SHAPE = ModelConfig(sequence_len=128, vocab_size=TOK.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
+SLOTS, CLIENTS, REQUESTS = 16, 64, 500
+# What is asked: few enough that the answer to each is known beforehand.
+QUESTIONS = [
+    {
+        "messages": [{"role": "user", "content": f"question {i} " + "x" * (3 * i)}],
+        "seed": i,
+        "max_tokens": 4 + 3 * (i % 7),
+    }
+    for i in range(20)
+]
+MALFORMED = (b"{", b'{"messages": []}', b"\xff\xfe", b'{"messages": [{"role": "user", "content": ""}], "seed": 1}')
+
+
+@dataclasses.dataclass
+class Running:
+    """A server's process, its address, the process of its replica, and what it printed until it was ready."""
+
+    process: subprocess.Popen[str]
+    url: str
+    replica: int
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer.save(TOK, folder / "tokenizer")
+    files = {file: folder / "tokenizer" / file for file in tokenizer.FILES}
+    manager = checkpoint.open(folder / "runs/tiny/checkpoints", checkpoint.CheckpointConfig(asynchronous=False))
+    state = convert.Weights(torch.tensor(7), small_model.random_params(SHAPE))
+    checkpoint.save(manager, state, {"model": dataclasses.asdict(SHAPE)}, files=files)
+    checkpoint.close(manager)
+    return folder
+
+
+def launch(base: Path, *words: str) -> "subprocess.Popen[str]":
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "launch.py"), "--experiment=web", *(f"--set={word}" for word in words)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+
+
+@pytest.fixture(scope="module")
+def servers(base: Path) -> Iterator[list[Running]]:
+    """Two servers of the tiny model: one for the load, one to be killed."""
+    settings = ("port=0", "device=cpu", "compile=false", "exact=true", f"slots={SLOTS}", f"queue={REQUESTS}")
+    processes = [launch(base, *settings) for _ in range(2)]
+    try:
+        yield [ready(process) for process in processes]
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def ready(process: "subprocess.Popen[str]") -> Running:
+    printed = ""
+    assert process.stdout
+    for line in process.stdout:
+        printed += line
+        if found := re.search(r"open (http://localhost:\d+) ", line):
+            return Running(process, found[1], *replicas(process.pid), printed)  # type: ignore[call-arg]
+    raise AssertionError(f"it ended:\n{printed}")
+
+
+def replicas(pid: int) -> list[int]:
+    """Return the processes that `pid` spawned to compute, multiprocessing's own helper apart."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def rss_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1024
+
+
+class Sent(NamedTuple):
+    """A request on its way: status and head of its response, and what reads the rest."""
+
+    status: int
+    head: bytes
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+
+@contextlib.asynccontextmanager
+async def post(url: str, path: str, content: bytes) -> AsyncIterator[Sent]:
+    """Post as bare as can be: a client that takes more time than the server would measure itself."""
+    place = urlsplit(url)
+    reader, writer = await asyncio.open_connection("127.0.0.1", place.port)
+    try:
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        )
+        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        found = await reader.readuntil(b"\r\n\r\n")
+        yield Sent(int(found.split(b" ", 2)[1]), found, reader, writer)
+    finally:
+        writer.close()
+
+
+async def whole_answer(url: str, question: dict[str, Any]) -> str:
+    """Ask and read all of the stream, which has to end well."""
+    async with post(url, "/chat/completions", json.dumps(question).encode()) as sent:
+        assert sent.status == 200, await sent.reader.read()
+        raw = await sent.reader.read()
+    assert raw.endswith(b"\r\n0\r\n\r\n"), "the response is complete"
+    *events, last = [json.loads(line[6:]) for line in raw.split(b"\n") if line.startswith(b"data: ")]
+    assert last.get("done") is True, last
+    return "".join(event["token"] for event in events)
+
+
+async def load(url: str, answers: list[str], requests: int, rng: random.Random) -> int:
+    """Let CLIENTS clients make so many requests; returns how many answers were read to their end."""
+    left, complete = iter(range(requests)), 0
+
+    async def client() -> None:
+        nonlocal complete
+        for _ in left:
+            kind, which = rng.random(), rng.randrange(len(QUESTIONS))
+            content = json.dumps(QUESTIONS[which]).encode()
+            if kind < 0.1:
+                async with post(url, "/chat/completions", rng.choice(MALFORMED)) as sent:
+                    assert sent.status == 400 and b'{"error":{"message":' in await sent.reader.read()
+            elif kind < 0.25:  # leaves, at once or in the middle
+                async with post(url, "/chat/completions", content) as sent:
+                    assert sent.status == 200
+                    for _ in range(rng.randrange(8)):
+                        await sent.reader.readline()
+            elif kind < 0.4:
+                async with post(url, "/v1/chat/completions", content) as sent:
+                    message = json.loads(await sent.reader.read())["choices"][0]["message"]
+                parts = [part["text"] for part in message.get("nanochat_parts", ())]  # it calls tools as well
+                assert ("".join(parts) or message["content"]) == answers[which]
+                complete += 1
+            else:
+                assert await whole_answer(url, QUESTIONS[which]) == answers[which]
+                complete += 1
+
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return complete
+
+
+async def alone(url: str) -> list[str]:
+    return [await whole_answer(url, question) for question in QUESTIONS]
+
+
+NURSE = """
+import http.client, sys, threading, time
+ended = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+while not ended.wait(0.02):
+    start = time.perf_counter()
+    connection = http.client.HTTPConnection(sys.argv[1])
+    connection.request("GET", "/health")
+    assert b'"ready":true' in connection.getresponse().read()
+    connection.close()
+    print(time.perf_counter() - start)
+"""
+
+
+@contextlib.contextmanager
+def health_of(url: str) -> Iterator[list[float]]:
+    """Ask for /health all the while, from a process of its own; yields what will be the seconds that it took."""
+    command = [sys.executable, "-c", NURSE, urlsplit(url).netloc]
+    seconds: list[float] = []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nurse:
+        assert nurse.stdout
+        seconds.append(float(nurse.stdout.readline()))
+        yield seconds
+        seconds += map(float, nurse.communicate()[0].split())
+        assert nurse.returncode == 0
+
+
+def settle(url: str) -> dict[str, Any]:
+    """Return /stats once nothing is being answered any more."""
+    end = time.monotonic() + 5
+    while True:
+        stats = httpx.get(url + "/stats").json()
+        if stats["active"] == 0 and stats["queue"]["length"] == 0:
+            return stats
+        assert time.monotonic() < end, stats
+        time.sleep(0.02)
+
+
+def test_what_it_prints(servers: list[Running]) -> None:
+    printed = servers[0].printed
+    assert "loading tiny on cpu" in printed and "tiny, step 7 (base)" in printed and "16 requests at once" in printed
+    assert "note: tiny is a base model" in printed and "Ctrl-C stops it" in printed
+    assert "base model" in httpx.get(servers[0].url + "/health").json()["notice"]
+
+
+def test_under_load_every_answer_is_the_unloaded_one(servers: list[Running]) -> None:
+    url, pids = servers[0].url, (servers[0].process.pid, servers[0].replica)
+    answers = asyncio.run(alone(url))
+    assert len(set(answers)) > len(QUESTIONS) // 2, "the questions have answers of their own"
+    rng = random.Random(0)
+    asyncio.run(load(url, answers, REQUESTS // 2, rng))
+    settle(url)
+    before = [rss_mb(pid) for pid in pids]
+    with health_of(url) as health:
+        complete = asyncio.run(load(url, answers, REQUESTS // 2, rng))
+    stats = settle(url)
+    assert complete > REQUESTS // 4
+    assert stats["answers"]["cancelled"] > 5 and "failed" not in stats["answers"]
+    assert stats["workers"][0]["active"] == 0 and stats["workers"][0]["restarts"] == 0
+    # Clients, replica and server share the cores of this machine: a few late answers are the scheduler's.
+    assert sorted(health)[int(0.9 * len(health))] < 0.1, f"/health took {sorted(health)} s"
+    for pid, size in zip(pids, before):
+        assert rss_mb(pid) < size + 8, f"{size:.0f} MB grew to {rss_mb(pid):.0f} MB"
+    # No slot has leaked: as many as there are answer at once, and the queue stays empty.
+    asyncio.run(all_slots_work(url))
+
+
+async def all_slots_work(url: str) -> None:
+    question = QUESTIONS[0] | {"max_tokens": 100}
+    asked = [asyncio.create_task(whole_answer(url, question | {"seed": i})) for i in range(SLOTS)]
+    most = 0
+    async with httpx.AsyncClient(base_url=url) as http:
+        while not all(task.done() for task in asked):
+            stats = (await http.get("/stats")).json()
+            most = max(most, stats["active"])
+            assert stats["queue"]["length"] == 0
+    assert len([task.result() for task in asked]) == SLOTS
+    assert most > SLOTS // 2
+
+
+def test_a_killed_replica_fails_its_streams_and_comes_back(servers: list[Running]) -> None:
+    url = servers[1].url
+    question = QUESTIONS[0] | {"max_tokens": 120}
+    with httpx.stream("POST", url + "/chat/completions", json=question, timeout=20) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: "))
+        next(lines)
+        os.kill(servers[1].replica, signal.SIGKILL)
+        *_, last = lines
+    assert "try again" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    # Asked while no replica is there: it waits for the next one.
+    response = httpx.post(url + "/v1/chat/completions", json=QUESTIONS[1], timeout=60)
+    assert response.json()["usage"]["completion_tokens"] > 0
+    assert httpx.get(url + "/stats").json()["workers"][0]["restarts"] == 1
+
+
+def test_a_replica_ends_with_its_parent(servers: list[Running]) -> None:
+    process = servers[1].process
+    (replica,) = replicas(process.pid)
+    process.kill()
+    process.wait()
+    wait_for_end(replica)
+
+
+def wait_for_end(pid: int) -> None:
+    end = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < end, "the process lives"
+        time.sleep(0.05)
+
+
+def test_the_bench_prints_a_table(servers: list[Running], capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"url={servers[0].url}", "clients=1,4", "seconds=0.2", "max_tokens=8", "prompt=x"]
+    bench_serve.run(override(bench_serve.config(), settings), runtime.create("cpu"))
+    *_, one, four = capsys.readouterr().out.splitlines()
+    assert one.split()[0] == "1" and one.split()[3] == "1.00" and four.split()[0] == "4" and float(four.split()[2]) > 0
+    with pytest.raises(UserError, match="no server answers"):
+        bench_serve.run(override(bench_serve.config(), ["url=http://localhost:9"]), runtime.create("cpu"))
+
+
+@pytest.mark.parametrize("what", [signal.SIGINT])
+def test_a_signal_ends_streams_processes_and_program(servers: list[Running], what: int) -> None:
+    server = servers[0]
+    question = QUESTIONS[0] | {"max_tokens": 120, "seed": 1}
+    with contextlib.ExitStack() as stack:
+        streams = [
+            stack.enter_context(httpx.stream("POST", server.url + "/chat/completions", json=question | {"seed": seed}))
+            for seed in range(8)
+        ]
+        os.killpg(server.process.pid, what)  # a terminal sends it to all of the group
+        for stream in streams:
+            last = [line for line in stream.iter_lines() if line.startswith("data: ")][-1]
+            assert '"done"' in last or "shutting down" in last
+    printed = server.process.stdout.read() if server.process.stdout else ""
+    assert server.process.wait(10) == 130 and printed == "stopped by Ctrl-C\n"
+    wait_for_end(server.replica)
+
+
+def refused(base: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> str:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    with pytest.raises(UserError) as caught:
+        web.run(override(web.config(), ["device=cpu", "compile=false", "port=0", *settings]), runtime.create("cpu"))
+    return str(caught.value)
+
+
+def test_mistakes_are_told_before_anything_starts(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no trained model" in refused(tmp_path, monkeypatch)
+    assert "run=tinny: no such run" in refused(base, monkeypatch, "run=tinny")
+    assert "slots=0" in refused(base, monkeypatch, "slots=0")
+    assert "gpus=2" in refused(base, monkeypatch, "gpus=2")
+    assert "both set" in refused(base, monkeypatch, "token=a", f"token_file={tmp_path}")
+    assert "cannot be read" in refused(base, monkeypatch, f"token_file={tmp_path / 'none'}")
+    assert "token is empty" in refused(base, monkeypatch, "token=a b")
+    file = tmp_path / "token"
+    file.write_text("secret\n")
+    config = override(web.config(), [f"token_file={file}"])
+    assert web.read_token(config) == "secret"
+    assert "secret" not in repr(dataclasses.replace(config, token="secret", token_file=None))
+
+
+def test_a_step_that_is_not_there_ends_the_server(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.search("step", refused(base, monkeypatch, "step=999"))
