@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,20 +28,22 @@ def test_python_examples_run_in_order():
     assert float(str(namespace["noise"].item())) > 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_the_checkpoint_example_loads_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_checkpoint_and_the_engine_examples_run_on_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from nanochat import checkpoint, model, tokenizer, train
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     tokenizer.save(tokenizer.train(["the cat sat on the mat " * 9], 270), tmp_path / "tokenizer")
-    config = model.ModelConfig(sequence_len=16, vocab_size=270, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
+    config = model.ModelConfig(sequence_len=64, vocab_size=270, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
     state = train.init(model.init(config, 0), model.spec(config))
     files = {name: tmp_path / "tokenizer" / name for name in tokenizer.FILES}
     manager = checkpoint.open(tmp_path / "runs/quickstart/checkpoints")
     checkpoint.save(manager, state, {"model": vars(config)}, files=files)
     checkpoint.close(manager)
-    namespace: dict[str, object] = {}
-    exec(next(b for b in blocks("python notest") if "load_params" in b), namespace)
-    assert namespace["config"] == config
+    namespace: dict[str, Any] = {}
+    exec(next(b for b in blocks("python notest") if "model.apply" in b), namespace)
+    assert namespace["logits"].shape[0] == 1 and namespace["bot"].config == config
+    exec(next(b for b in blocks("python notest") if "generate.run" in b), namespace)
+    assert namespace["event"].finish
 
 
 def test_the_experiment_example_is_an_experiment():
