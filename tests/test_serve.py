@@ -219,6 +219,15 @@ def test_a_full_queue() -> None:
         assert events(ask(server, "x"))[-1]["done"]
 
 
+def test_without_a_queue_a_free_slot_is_taken() -> None:
+    with scripted.serve({"": ["a", 0.4, "b"]}, slots=2, queue_limit=0) as server:
+        with HTTP.stream("POST", server.url + "/chat/completions", json=body("x")) as response:
+            assert response.status_code == 200
+            error(ask(server, "x", "/v1/chat/completions", n=2), 503)
+            assert ask(server, "x").is_success
+        wait_for(lambda: idle(server))
+
+
 # Clients that leave
 
 

@@ -7,12 +7,14 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -25,7 +27,8 @@ import small_model
 import torch
 
 from experiments import bench_serve, convert, web
-from nanochat import checkpoint, runtime, tokenizer
+from nanochat import checkpoint, generate, replica, runtime, tokenizer
+from nanochat.api import Sampling
 from nanochat.config import UserError, override
 from nanochat.model import ModelConfig
 from nanochat.tokenizer import Tokenizer
@@ -300,8 +303,25 @@ def test_the_bench_prints_a_table(servers: list[Running], capsys: pytest.Capture
         bench_serve.run(override(bench_serve.config(), ["url=http://localhost:9"]), runtime.create("cpu"))
 
 
-@pytest.mark.parametrize("what", [signal.SIGINT])
-def test_a_signal_ends_streams_processes_and_program(servers: list[Running], what: int) -> None:
+def test_sigterm_while_it_is_loading_ends_all_of_it(base: Path) -> None:
+    process = launch(base, "port=0", "device=cpu", "compile=false")
+    try:
+        assert process.stdout and "loading" in process.stdout.readline()
+        end = time.monotonic() + 20
+        while not replicas(process.pid):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        (replica_,) = replicas(process.pid)
+        process.terminate()
+        assert process.wait(15) == 143
+        wait_for_end(replica_)
+        assert "Traceback" not in process.stdout.read()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_ends_streams_processes_and_program(servers: list[Running]) -> None:
     server = servers[0]
     question = QUESTIONS[0] | {"max_tokens": 120, "seed": 1}
     with contextlib.ExitStack() as stack:
@@ -309,13 +329,46 @@ def test_a_signal_ends_streams_processes_and_program(servers: list[Running], wha
             stack.enter_context(httpx.stream("POST", server.url + "/chat/completions", json=question | {"seed": seed}))
             for seed in range(8)
         ]
-        os.killpg(server.process.pid, what)  # a terminal sends it to all of the group
+        os.killpg(server.process.pid, signal.SIGINT)  # a terminal sends it to all of the group
         for stream in streams:
             last = [line for line in stream.iter_lines() if line.startswith("data: ")][-1]
             assert '"done"' in last or "shutting down" in last
     printed = server.process.stdout.read() if server.process.stdout else ""
     assert server.process.wait(10) == 130 and printed == "stopped by Ctrl-C\n"
     wait_for_end(server.replica)
+
+
+def until_the_end(pipe: Any, decoder: generate.Decoder) -> None:
+    with contextlib.suppress(EOFError, ConnectionError):
+        replica.work(pipe, decoder)
+
+
+def test_a_replica_forgets_at_once_what_is_cancelled() -> None:
+    decoder = generate.start(small_model.random_params(SHAPE), SHAPE, TOK, slots=1, compile=False)
+    ours, theirs = multiprocessing.Pipe()
+    worker = threading.Thread(target=until_the_end, args=(theirs, decoder))
+    worker.start()
+    prompt, long = [TOK.bos, 5, 6], Sampling(1.0, 0, 100, 1)
+    ours.send(("new", "runs", prompt, long))
+    assert ours.recv()[0] == "tokens"
+    ours.send(("new", "waits", prompt, long))
+    ours.send(("new", "refused", [], long))
+    ours.send(("new", "short", prompt, dataclasses.replace(long, max_tokens=3)))
+    ours.send(("cancel", "waits"))
+    ours.send(("cancel", "runs"))
+    ours.send(("cancel", "nobody's"))
+    told: list[Any] = []
+    while not told or told[-1][0] != "tokens" or told[-1][1][-1][2] is None:
+        assert ours.poll(20)
+        told.append(ours.recv())
+    keys = [key for message in told if message[0] == "tokens" for key, *_ in message[1]]
+    assert keys.count("short") <= 3 and keys[-1] == "short" and "waits" not in keys
+    assert keys.count("runs") < 60, "it would have had 99 to come"
+    assert [message[1] for message in told if message[0] == "refused"] == ["refused"]
+    assert generate.free(decoder) == 1
+    ours.close()
+    worker.join(10)
+    assert not worker.is_alive(), "the end of the pipe is its end"
 
 
 def refused(base: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> str:
