@@ -5,8 +5,8 @@
     python launch.py --experiment=web --set host=0.0.0.0 --set token_file=token.txt    # for others, with a password
 
 Prints the address of the page once the model is loaded. That takes seconds, and minutes when the decode step is
-compiled for the first time; compile=false leaves that out and makes every answer slower. There is one process for each
-GPU (gpus=2 takes the first two; on a CPU there is one) and one queue before them, and Ctrl-C ends all of it.
+compiled for the first time: on a GPU by itself, on a CPU with compile=true. There is one process for each GPU (gpus=2
+takes the first two; on a CPU there is one) and one queue before them, and Ctrl-C ends all of it.
 
     curl -N localhost:8000/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
@@ -47,7 +47,7 @@ class Config:
         slots: requests that one replica answers at once; none: 64 on a GPU, 16 elsewhere.
         queue: requests that may wait for a slot; beyond that they are told to come back later.
         connections: at once. context: tokens of a conversation with its answer; none: the model's.
-        gpus: replicas, one a GPU; none: on all of them. compile: by torch.compile.
+        gpus: replicas, one a GPU; none: on all of them. compile: by torch.compile; none: on a GPU.
         exact: always compute all slots, so that a seed gives the same answer to the last token whatever else is asked;
             without it the rounding of products follows the load, and rarely another token comes. Slower for few.
         device, dtype: auto, or as in `runtime.create`.
@@ -65,7 +65,7 @@ class Config:
     connections: int = 512
     context: int | None = None
     gpus: int | None = None
-    compile: bool = True
+    compile: bool | None = None
     exact: bool = False
     device: str = "auto"
     dtype: str = "auto"
@@ -88,10 +88,11 @@ def run(config: Config, runtime: Runtime) -> None:
         raise UserError("web starts a process for each GPU by itself: start it with python, not torchrun")
     folder = pretrained.find(config.run)  # a wrong name is an error now, not when a process has started
     limits = Limits(config.host, config.port, read_token(config), config.hosts, config.connections)
+    compile = runtime.device.type == "cuda" if config.compile is None else config.compile
     slots = config.slots or SLOTS.get(runtime.device.type, OTHER_SLOTS)
     dtype = str(runtime.compute_dtype).removeprefix("torch.")
     settings = [
-        Settings(str(folder), config.step, place, dtype, slots, config.context, config.compile, config.exact)
+        Settings(str(folder), config.step, place, dtype, slots, config.context, compile, config.exact)
         for place in devices(config.gpus, runtime.device)
     ]
     print(f"loading {folder.name} on {', '.join(s.device for s in settings)}", flush=True)

@@ -31,7 +31,7 @@ from nanochat.parameters import Subtree
 from nanochat.tokenizer import Tokenizer
 
 NOTHING, RESUME = -1, -2  # what the host says to a row, besides a token to take
-CANDIDATES = (64, 256)  # sizes of the sorted head of the distribution that are compiled for
+USUAL, GENERAL = {"candidates": 64, "whole": False}, {"candidates": 256, "whole": True}  # draws that are compiled for
 SMALLEST_SPAN = 256  # slots; below, a step costs the same
 SMALLEST_PREFILL = 16  # tokens
 
@@ -272,15 +272,15 @@ def run(decoder: Decoder, requests: Sequence[Request]) -> Iterator[Event]:
 
 @torch.no_grad()
 def warm_up(decoder: Decoder) -> None:
-    """Compile, and on a GPU record, the step for every load and length: minutes, if nothing is in the compiler's cache.
+    """Compile, and on a GPU record, the step for every load, length and draw: minutes where no compiler's cache helps.
 
     Without it that happens at the first step of each shape, while somebody waits. Only for a decoder without a request.
     """
     assert not decoder.active
     for n_rows in [decoder.slots] if decoder.exact else _sizes(1, decoder.slots):
         for span in [decoder.context] if decoder.exact else _sizes(SMALLEST_SPAN, decoder.context):
-            how = {"span": span, "candidates": CANDIDATES[0], "whole": False}
-            _run(decoder, torch.full((n_rows,), NOTHING), n_rows, **how)
+            for draws in (USUAL, GENERAL):
+                _run(decoder, torch.full((n_rows,), NOTHING), n_rows, span=span, **draws)
 
 
 def _sizes(least: int, most: int) -> list[int]:
@@ -304,12 +304,17 @@ def _launch(decoder: Decoder) -> _Flight:
             control[row.slot], row.resume = RESUME, False
         if not row.feed:
             rows.append((row.slot, row))
-    requests = [row.request for row in decoder.active.values()]
-    most = max((r.top_k for r in requests if r.temperature > 0), default=1)
-    candidates = next((n for n in CANDIDATES if n >= most), decoder.config.vocab_size)
-    whole = any(r.top_k == 0 and r.temperature > 0 for r in requests)
-    drawn_B, ready = _run(decoder, torch.tensor(control), n_rows, span=span, candidates=candidates, whole=whole)
+    how = _draws([row.request for row in decoder.active.values()], decoder.config.vocab_size)
+    drawn_B, ready = _run(decoder, torch.tensor(control), n_rows, span=span, **how)
     return _Flight(drawn_B, ready, rows)
+
+
+def _draws(requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
+    """Return how `sampling.draw` is to compute these draws: in the usual way, the general one, or by all of the ids."""
+    drawn = [request.top_k for request in requests if request.temperature > 0]
+    if all(0 < top_k <= USUAL["candidates"] for top_k in drawn):
+        return USUAL
+    return GENERAL if max(drawn) <= GENERAL["candidates"] else GENERAL | {"candidates": vocab_size}
 
 
 def _rounded(n: int, least: int, most: int) -> int:

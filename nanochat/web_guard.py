@@ -339,10 +339,14 @@ def run(app: ASGIApp, pool_: Pool, limits: Limits, on_ready: Callable[[int], Non
     Raises:
         UserError: the address is taken, or the model cannot be loaded.
     """
-    if threading.current_thread() is threading.main_thread():
-        # uvicorn passes a signal on when all is closed: then the program has to end in order as well, as after Ctrl-C.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with listen(limits) as sock:
-        Server(app, pool_, limits, on_ready).run(sockets=[sock])
+    is_main = threading.current_thread() is threading.main_thread()
+    # uvicorn passes a signal on when all is closed: then the program has to end in order as well, as after Ctrl-C.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if is_main else None
+    try:
+        with listen(limits) as sock:
+            Server(app, pool_, limits, on_ready).run(sockets=[sock])
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
     if pool_.hopeless:
         raise UserError(pool_.hopeless)

@@ -156,7 +156,7 @@ def test_half_precision_is_that_of_the_full_forward():
         got.append(out)
     error = (torch.cat(got, dim=1) - exact).abs().mean()
     assert error < 1.3 * (want - exact).abs().mean(), "no further from float32 than the full forward in bfloat16"
-    assert cache["layers", "0", "k"].dtype == torch.bfloat16
+    assert cache["layers"]["0"]["k"].dtype == torch.bfloat16
 
 
 def test_fused_projections_are_the_same():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ CONFIG = dataclasses.replace(WINDOWED, vocab_size=TOKENIZER.vocab_size, n_layer=
 BOS, STOP = TOKENIZER.bos, TOKENIZER.special("<|assistant_end|>")
 
 
-def start(slots: int = 4, **settings) -> Decoder:
-    settings = {"compile": False} | settings
-    return generate.start(random_params(CONFIG), CONFIG, TOKENIZER, slots=slots, **settings)
+def start(slots: int = 4, **settings: Any) -> Decoder:
+    how: dict[str, Any] = {"compile": False} | settings
+    return generate.start(random_params(CONFIG), CONFIG, TOKENIZER, slots=slots, **how)
 
 
 def prompt(n: int, seed: int = 0) -> tuple[int, ...]:
@@ -254,6 +255,19 @@ def test_warming_up_leaves_no_trace_and_covers_every_shape():
     assert warm == {(rows, 256) for rows in (1, 2, 4, 6)}
     assert rows(generate.run(decoder, requests)) == rows(generate.run(start(slots=6), requests))
     assert set(shapes) == warm
+
+
+def test_draws_are_computed_in_two_ways_that_are_warm_and_one_that_is_rare():
+    usual, general = generate.USUAL, generate.GENERAL
+    for top_ks, want in (
+        ([50, 1, 64], usual),
+        ([65], general),
+        ([0, 50], general),
+        ([257, 0], general | {"candidates": 300}),
+    ):
+        requests = [Request((1,), top_k=top_k) for top_k in top_ks]
+        assert generate._draws(requests, vocab_size=300) == want
+    assert generate._draws([Request((1,), top_k=0, temperature=0)], vocab_size=300) == usual
 
 
 def test_the_tool_rules_alone():
