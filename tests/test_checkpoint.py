@@ -690,7 +690,8 @@ def test_a_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: A
     free_before = usage(small_disk).free
     with pytest.raises(UserError, match=r"step 3 could not be written to .*No space left.*; step 2 is still good"):
         checkpoint.close(manager)
-    assert usage(small_disk).free >= free_before
+    # The writer may not have begun when it was measured, and a grown directory keeps its few pages.
+    assert usage(small_disk).free >= free_before - 2**16
     assert checkpoint.steps(folder) == [1, 2] and not temporary(folder)
     assert_same(checkpoint.restore(folder, abstract(make_state(2, rows)))[0], make_state(2, rows))
     assert capfd.readouterr() == ("", "")

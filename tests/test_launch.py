@@ -208,6 +208,8 @@ def test_a_missing_package_names_its_extra(
             if name.partition(".")[0] == package:
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)  # other tests import it
     monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
     assert launch(*words) == 1
     assert capsys.readouterr().err == f'error: the package {package} is missing: pip install -e ".[{extra}]"\n'
