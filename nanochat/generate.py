@@ -17,6 +17,7 @@ Source: continuous batching after Orca (Yu et al., OSDI 2022).
 """
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -196,7 +197,7 @@ def admit(decoder: Decoder, key: Hashable, request: Request) -> None:
 
     Raises:
         UserError: the prompt is empty, leaves no room in the context, or holds an id that the model does not have;
-            or no slot is free, or the key is in use.
+            another field is out of range; no slot is free, or the key is in use.
     """
     prompt = request.prompt
     if not prompt or not all(0 <= token < decoder.config.vocab_size for token in prompt):
@@ -211,6 +212,11 @@ def admit(decoder: Decoder, key: Hashable, request: Request) -> None:
         raise UserError(f"request {key}: {'its key is in use' if key in decoder.active else 'no slot is free'}")
     if request.max_tokens < 1:
         raise UserError(f"max_tokens={request.max_tokens}: expected at least 1")
+    if not (request.temperature >= 0 and request.top_k >= 0 and -(2**63) <= request.seed < 2**63):
+        raise UserError(
+            f"temperature={request.temperature}, top_k={request.top_k}, seed={request.seed}: expected 0 or more of the "
+            "first two, and a seed of 64 bits"
+        )
     if decoder.prefilled is None or decoder.prefilled[0] != prompt:
         decoder.prefilled = (prompt, _prefill(decoder, prompt[:-1]))
     taken = {row.slot for row in decoder.active.values()}
@@ -260,14 +266,21 @@ def step(decoder: Decoder) -> list[Event]:
 def run(decoder: Decoder, requests: Sequence[Request]) -> Iterator[Event]:
     """Yield the events of any number of requests, each as soon as it is there; keys are their indices.
 
+    A caller that stops before the end takes nothing with it: what is under way is cancelled.
+
     Raises:
-        UserError: see `admit`; requests before that one have been started.
+        UserError: see `admit`.
     """
-    waiting = deque(enumerate(requests))
-    while waiting or decoder.active:
-        while waiting and free(decoder):
-            admit(decoder, *waiting.popleft())
-        yield from step(decoder)
+    waiting, started = deque(enumerate(requests)), 0
+    try:
+        while waiting or decoder.active:
+            while waiting and free(decoder):
+                admit(decoder, *waiting.popleft())
+                started += 1
+            yield from step(decoder)
+    finally:
+        for key in range(started):
+            cancel(decoder, key)
 
 
 @torch.no_grad()
@@ -448,6 +461,8 @@ def _step_(
     )
     tree.map(lambda old, x: old.copy_(x), cache, new)
     rows["token"].copy_(torch.where(live_B, drawn_B, token_B))
-    waits_B = (drawn_B[:, None] == torch.tensor(pauses, device=drawn_B.device)).any(1)
-    rows["live"].copy_(live_B & ~waits_B)
+    goes_on_B = functools.reduce(
+        torch.logical_and, [drawn_B != token for token in pauses]
+    )  # a graph takes no new tensor
+    rows["live"].copy_(live_B & goes_on_B)
     return torch.where(live_B, drawn_B, NOTHING)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 MASK_32 = 2**32 - 1
 WEYL = 0x9E3779B1  # an odd constant without a pattern: the golden ratio in 32 bits
+ID_STEP = 2.0**-40  # tells equal logits apart in float64, and changes nothing between others that matters
 LogitsFn = Callable[[TensorDict, Tensor], Tensor]
 
 
@@ -29,8 +30,11 @@ def draw(
 ) -> Tensor:
     """Return one token id a row, (B,) int64.
 
+    Of equal logits, which bfloat16 makes often, the lower id counts as the more likely: so it is exactly top_k that are
+    drawn among, and the same ones however many candidates are sorted out.
+
     Args:
-        logits_BV: float32.
+        logits_BV: float32, within ±16.
         temperature_B: (B,) float32; 0 takes the most likely token.
         top_k_B: (B,) int64; draw among so many of the most likely, 0 among all.
         seed_B: (B,) int64. position_B: (B,) int64, of the token that is drawn, in its sequence.
@@ -38,14 +42,18 @@ def draw(
         whole: whether there are rows with top_k 0; if not, the candidates alone get noise. Both change what is
             computed, not what is drawn.
     """
-    top_BK, ids_BK = logits_BV.topk(min(candidates, logits_BV.shape[1]))
-    last_B1 = (top_k_B - 1).clamp(0, top_BK.shape[1] - 1)[:, None]
-    least_B1 = torch.where(top_k_B[:, None] == 0, -torch.inf, top_BK.gather(1, last_B1))
+    id_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
+    rank_BV = logits_BV.double() - id_V * ID_STEP
+    rank_BK, id_BK = rank_BV.topk(min(candidates, logits_BV.shape[1]))
+    last_B1 = (top_k_B - 1).clamp(0, rank_BK.shape[1] - 1)[:, None]
+    least_B1 = torch.where(top_k_B[:, None] == 0, -torch.inf, rank_BK.gather(1, last_B1))
     if whole:
-        top_BK, ids_BK = logits_BV, torch.arange(logits_BV.shape[1], device=logits_BV.device).expand_as(logits_BV)
-    noise_BK = gumbel(seed_B[:, None], position_B[:, None], ids_BK)
-    noisy_BK = (top_BK + temperature_B[:, None] * noise_BK).masked_fill(top_BK < least_B1, -torch.inf)
-    return ids_BK.gather(1, noisy_BK.argmax(dim=1, keepdim=True))[:, 0]
+        rank_BK, id_BK = rank_BV, id_V.expand_as(logits_BV)
+    else:
+        logits_BV = logits_BV.gather(1, id_BK)
+    noise_BK = gumbel(seed_B[:, None], position_B[:, None], id_BK)
+    noisy_BK = (logits_BV + temperature_B[:, None] * noise_BK).masked_fill(rank_BK < least_B1, -torch.inf)
+    return id_BK.gather(1, noisy_BK.argmax(dim=1, keepdim=True))[:, 0]
 
 
 def gumbel(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:

@@ -215,6 +215,19 @@ def test_a_cancelled_row_frees_its_slot_at_once():
     assert generate.step(decoder) == []
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_caller_that_stops_early_leaves_no_row_behind(lag: int):
+    decoder = start(slots=2, lag=lag)
+    requests = [Request(prompt(5, i), max_tokens=20, temperature=0) for i in range(5)]
+    events = generate.run(decoder, requests)
+    next(events)
+    events.close()
+    assert generate.free(decoder) == 2
+    with pytest.raises(UserError, match="at least one"):
+        list(generate.run(decoder, [requests[0], Request(())]))
+    assert rows(generate.run(decoder, requests)) == {i: plain(request) for i, request in enumerate(requests)}
+
+
 def test_requests_that_cannot_be_taken_say_why():
     decoder = start(slots=1, context=20)
     for request, why in (
@@ -223,6 +236,9 @@ def test_requests_that_cannot_be_taken_say_why():
         (Request((1, CONFIG.vocab_size)), "within 0"),
         (Request((-1,)), "within 0"),
         (Request((1,), max_tokens=0), "max_tokens"),
+        (Request((1,), temperature=float("nan")), "temperature=nan"),
+        (Request((1,), top_k=-1), "top_k=-1"),
+        (Request((1,), seed=2**63), "seed of 64 bits"),
     ):
         with pytest.raises(UserError, match=why):
             generate.admit(decoder, 0, request)

@@ -132,6 +132,20 @@ def test_top_k_and_shortcuts_draw_the_same():
     assert torch.equal(best, logits.argmax().expand(50))
 
 
+def test_equal_logits_count_by_their_ids_and_top_k_is_exact():
+    """In bfloat16 many logits are equal, and which of them are sorted out first is the kernel's affair."""
+    logits = torch.randn(500, generator=torch.Generator().manual_seed(0)).round()
+    wanted = sorted(range(500), key=lambda i: (-logits[i].item(), i))[:10]
+    assert logits[wanted[9]] == logits[wanted[8]] and (logits == logits[wanted[9]]).sum() > 20, "the border is a tie"
+    whole = batch_draw(logits, 2000, top_k=10, temperature=2.0)
+    assert set(whole.tolist()) == set(wanted)
+    for candidates in (10, 64, 256):
+        drawn = batch_draw(logits, 2000, top_k=10, temperature=2.0, whole=False, candidates=candidates)
+        assert torch.equal(drawn, whole)
+        greedy = batch_draw(logits, 50, temperature=0.0, top_k=1, whole=False, candidates=candidates)
+        assert torch.equal(greedy, torch.full((50,), wanted[0]))
+
+
 def test_noise_of_seeds_positions_and_tokens_is_independent():
     seed, position, token = (torch.arange(40).view(shape) for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)))
     uniform = torch.exp(-torch.exp(-sampling.gumbel(seed, position, token)))
