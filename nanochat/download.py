@@ -1,7 +1,7 @@
-"""Parallel download of the ClimbMix shards, with retries; checked before a file gets its name.
+"""Download with retries, of one file or of the ClimbMix shards in parallel; checked before a file gets its name.
 
-A shard is written to `<name>.part` and renamed once its size, its SHA-256 (where the hub states one) and its parquet
-marks are right. Whatever stops a download, running it again goes on from the bytes that are there.
+A file is written to `<name>.part` and renamed once its size, its SHA-256 (where the hub states one) and its content,
+as far as its kind shows, are right. Whatever stops a download, running it again goes on from the bytes that are there.
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ SHARD_BYTES = 100_000_000
 CHUNK_BYTES = 1 << 16
 """Written at once; at most this much is lost when a connection breaks."""
 PARQUET_MARK = b"PAR1"
+Check = Callable[[Path], str]
+"""Given a complete file, returns "" or what is wrong with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,31 @@ class _TryAgain(Exception):
 
 class _GiveUp(Exception):
     """A failure that trying again does not mend."""
+
+
+def file(url: str, path: Path, options: Options = Options(), *, check: Check = lambda _: "") -> None:
+    """Fetch the file at `url` and give it the name `path`.
+
+    Args:
+        path: where it goes; its folder is created if need be.
+        options: attempts and times.
+        check: of the content; a wrong file is thrown away, and fetched again.
+
+    Raises:
+        UserError: it could not be fetched, or Ctrl-C; running it again goes on from what has arrived.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written ({error.strerror or error})") from None
+    try:
+        with requests.Session() as session, tqdm(unit="B", unit_scale=True, desc=path.name) as bar:
+            session.headers["Accept-Encoding"] = "identity"
+            reason = _fetch(session, url, path, options, threading.Event(), bar.update, check)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; what has arrived stays in {path.parent}, the same command goes on") from None
+    if reason:
+        raise UserError(f"{url}: {reason}; the same command goes on with what has arrived")
 
 
 def shard_name(index: int) -> str:
@@ -139,7 +166,8 @@ def _fetch_all(
                     name = todo.get_nowait()
                 except queue.Empty:
                     return
-                done.put((name, _fetch(session, f"{base_url}/{name}", folder / name, options, stop, bar.update)))
+                reason = _fetch(session, f"{base_url}/{name}", folder / name, options, stop, bar.update, _not_parquet)
+                done.put((name, reason))
 
     failures: dict[str, str] = {}
     finished = 0
@@ -171,13 +199,14 @@ def _fetch(
     options: Options,
     stop: threading.Event,
     received: Callable[[int], object],
+    check: Check,
 ) -> str:
     """Fetch one file, calling `received(num_bytes)` on the way; returns "" or why it failed."""
     reason = ""
     for attempt in range(options.attempts):
         wait = 0.0
         try:
-            for count in _attempt(session, url, path, options.timeout_seconds):
+            for count in _attempt(session, url, path, options.timeout_seconds, check):
                 received(count)
                 if stop.is_set():
                     return "stopped"
@@ -214,7 +243,7 @@ def _describe(error: requests.RequestException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _attempt(session: requests.Session, url: str, path: Path, timeout_seconds: float) -> Iterator[int]:
+def _attempt(session: requests.Session, url: str, path: Path, timeout_seconds: float, check: Check) -> Iterator[int]:
     """Fetch what is missing of one file, check it and give it its name; yields the number of bytes of each piece."""
     part = path.with_name(f"{path.name}.part")
     have = part.stat().st_size if part.exists() else 0
@@ -239,7 +268,7 @@ def _attempt(session: requests.Session, url: str, path: Path, timeout_seconds: f
                         view = view[file.write(view) :]
                     yield len(chunk)
                 os.fsync(file.fileno())
-    _verify(part, size, sha256)
+    _verify(part, size, sha256, check)
     os.replace(part, path)
 
 
@@ -273,23 +302,30 @@ def _promised(response: requests.Response) -> tuple[int | None, str | None]:
     return size, sha256
 
 
-def _verify(part: Path, size: int | None, sha256: str | None) -> None:
+def _verify(part: Path, size: int | None, sha256: str | None, check: Check) -> None:
     """Check a complete file; one that is too short stays for the next attempt, a wrong one is removed."""
     have = part.stat().st_size
     if size is not None and have < size:
         raise _TryAgain(f"the connection broke off after {have} of {size} bytes")
-    wrong = ""
-    with part.open("rb") as file:
-        if size is not None and have > size:
-            wrong = f"{have} bytes instead of {size}"
-        elif sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            wrong = "wrong SHA-256"
-        else:
-            file.seek(0)
-            first = file.read(4)
-            file.seek(max(0, have - 4))
-            if first != PARQUET_MARK or file.read(4) != PARQUET_MARK:
-                wrong = "not a parquet file; does a proxy answer in the server's place?"
+    if size is not None and have > size:
+        wrong = f"{have} bytes instead of {size}"
+    elif sha256 is not None and _sha256(part) != sha256:
+        wrong = "wrong SHA-256"
+    else:
+        wrong = check(part)
     if wrong:
         part.unlink()
         raise _TryAgain(wrong)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _not_parquet(path: Path) -> str:
+    with path.open("rb") as file:
+        first = file.read(len(PARQUET_MARK))
+        file.seek(max(0, path.stat().st_size - len(PARQUET_MARK)))
+        last = file.read()
+    return "" if first == last == PARQUET_MARK else "not a parquet file; does a proxy answer in the server's place?"

@@ -376,3 +376,38 @@ def test_ctrl_c_keeps_what_has_arrived_and_says_how_to_go_on(server: Server, tmp
     fetch(server, tmp_path, 1)
     assert_complete(tmp_path, 0, 5)
     assert server.requests[-1] == ("shard_00000.parquet", "bytes=131072-")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One file
+
+
+def test_one_file_is_fetched_and_checked(server: Server, tmp_path: Path):
+    checked = []
+
+    def check(path: Path) -> str:
+        checked.append(path.read_bytes())
+        return "" if len(checked) > 1 else "not what it should be"
+
+    path = tmp_path / "new" / "bundle.zip"
+    download.file(f"{server.url}/shard_00003.parquet", path, QUICK, check=check)
+    assert path.read_bytes() == content(3) and checked == [content(3)] * 2
+    assert [name.name for name in path.parent.iterdir()] == ["bundle.zip"]
+
+
+def test_one_file_goes_on_from_what_has_arrived(server: Server, tmp_path: Path):
+    (tmp_path / "a.part").write_bytes(content(2)[:70_000])
+    download.file(f"{server.url}/shard_00002.parquet", tmp_path / "a", QUICK)
+    assert (tmp_path / "a").read_bytes() == content(2)
+    assert server.requests == [("shard_00002.parquet", "bytes=70000-")]
+
+
+def test_one_file_that_is_not_there(server: Server, tmp_path: Path):
+    server.behaviour = lambda request, name, count: request.answer(404) or True
+    with pytest.raises(UserError, match=r"shard_00001\.parquet: HTTP 404 Not Found; the same command"):
+        download.file(f"{server.url}/shard_00001.parquet", tmp_path / "a", QUICK)
+    with pytest.raises(UserError, match=r"cannot connect; is there a network\? \(2 attempts\)"):
+        download.file("http://127.0.0.1:9/a", tmp_path / "a", dataclasses.replace(QUICK, attempts=2))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        download.file(f"{server.url}/shard_00001.parquet", tmp_path / "file" / "a", QUICK)
