@@ -142,18 +142,18 @@ def _reason(error: BaseException) -> str:
 @contextlib.contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
     """Spare `datasets` its half minute of retries where the hub is out of reach; it looks into its cache then."""
-    import datasets
+    from datasets import config
 
-    before = datasets.config.HF_HUB_OFFLINE
+    before = config.HF_HUB_OFFLINE
     if not before:
         try:
-            requests.head(datasets.config.HF_ENDPOINT, timeout=REACH_SECONDS)
+            requests.head(config.HF_ENDPOINT, timeout=REACH_SECONDS)
         except requests.RequestException:
-            datasets.config.HF_HUB_OFFLINE = True
+            config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        config.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

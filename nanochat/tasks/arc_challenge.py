@@ -1,0 +1,11 @@
+"""ARC-Challenge: school exams in science, multiple choice; the questions that simple methods answer wrongly."""
+
+from pathlib import Path
+
+from nanochat.task import Task
+from nanochat.tasks import _arc
+
+
+def load(split: str = "train", *, source: str | Path | None = None) -> Task:
+    """Return the task. Args: split: train, validation or test. source: files to read instead of the hub."""
+    return _arc.load("arc_challenge", "ARC-Challenge", split, source)
