@@ -11,7 +11,7 @@ Source: nanochat's GPT, July 2026.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ from nanochat.sharding import Gather
 __all__ = [
     "Compute",
     "ModelConfig",
+    "Order",
     "ParamSpec",
     "Params",
     "apply",
@@ -87,6 +88,18 @@ class Compute:
     gather: Gather | None = None
 
 
+class Order(NamedTuple):
+    """Where the tokens of rows stand that are more than one line, such as several endings of one beginning.
+
+    Attributes:
+        position_BT: int64, of each token in its sequence. before_BT: int64, index in the row of the token before it,
+            in its sequence; at position 0 any.
+    """
+
+    position_BT: Tensor
+    before_BT: Tensor
+
+
 def apply(
     params: Subtree, tokens_BT: Tensor, *, config: ModelConfig = ModelConfig(), compute: Compute = Compute()
 ) -> Tensor:
@@ -125,24 +138,41 @@ def unembed(x_BTC: Tensor, lm_head_VC: Tensor, config: ModelConfig, compute: Com
 
 
 def features(
-    params: Subtree, tokens_BT: Tensor, *, config: ModelConfig = ModelConfig(), compute: Compute = Compute()
+    params: Subtree,
+    tokens_BT: Tensor,
+    *,
+    order: Order | None = None,
+    config: ModelConfig = ModelConfig(),
+    compute: Compute = Compute(),
 ) -> Tensor:
-    """Return the final normalised activations (B, T, C), before the unembedding; arguments as for `apply`."""
+    """Return the final normalised activations (B, T, C), before the unembedding; arguments as for `apply`.
+
+    Args:
+        order: of rows that are not one line each, whose attention (`compute.attend`) has to know it as well; the
+            limit of T is then the caller's to keep.
+    """
     _check_inputs(params, tokens_BT, config, compute)
     n_time = tokens_BT.shape[1]
-    if n_time > CONTEXT_LIMIT * config.sequence_len:
+    if order is None and n_time > CONTEXT_LIMIT * config.sequence_len:
         raise ValueError(
             f"sequence of {n_time} tokens: over the limit of {CONTEXT_LIMIT} x sequence_len={config.sequence_len}"
         )
     top = {name: gathered(params, name, compute) for name in TOP}
     embedded_BTC = embed(top, tokens_BT, compute)
-    rotary = rotation(torch.arange(n_time, device=tokens_BT.device), config.head_dim, embedded_BTC.dtype)
+    position = torch.arange(n_time, device=tokens_BT.device) if order is None else order.position_BT
+    rotary = rotation(position, config.head_dim, embedded_BTC.dtype)
 
     def mix(i: int, layer: Subtree, x_BTC: Tensor) -> Tensor:
         q_BTNH, k_BTKH, v_BTKH = project_qkv(layer, x_BTC, tokens_BT, rotary, config, compute)
         return compute.attend(q_BTNH, k_BTKH, v_BTKH, config.windows[i])
 
-    first_BTC = torch.cat([embedded_BTC[:, :1], smear(top, embedded_BTC[:, 1:], embedded_BTC[:, :-1], compute)], dim=1)
+    if order is None:
+        smeared_BTC = smear(top, embedded_BTC[:, 1:], embedded_BTC[:, :-1], compute)
+        first_BTC = torch.cat([embedded_BTC[:, :1], smeared_BTC], dim=1)
+    else:
+        before_BTC = embedded_BTC.gather(1, order.before_BT[..., None].expand_as(embedded_BTC))
+        smeared_BTC = smear(top, embedded_BTC, before_BTC, compute)
+        first_BTC = torch.where((position > 0)[..., None], smeared_BTC, embedded_BTC)
     return _layers(params, top, first_BTC, mix, config, compute)
 
 
