@@ -70,6 +70,11 @@ def from_text(text: str, split: str = "train", *, source: str | Path | None = No
     return load(name, split, source=source, **options)
 
 
+def about(name: str) -> str:
+    """Return what a task is, in a line. Raises: UserError: there is no such task."""
+    return (inspect.getdoc(_module(name)) or "").partition("\n")[0].partition(": ")[2].rstrip(".")
+
+
 def options_of(name: str, given: typing.Iterable[str] = ()) -> dict[str, Any]:
     """Return the options of a task, name -> annotation.
 

@@ -19,7 +19,7 @@ def load(name: str, subset: str, split: str, source: str | Path | None) -> Task:
     Raises:
         UserError: the data cannot be had, or is not of the right form.
     """
-    table = _table.read(_table.Source(name, "allenai/ai2_arc", subset, split, COLUMNS), source)
+    table = _table.read(_table.Source(name, "allenai/ai2_arc", subset, subset, split, COLUMNS), source)
     return Task(name, "choice", len(table), lambda index: _row(table, index), baseline=0.25)
 
 

@@ -23,13 +23,15 @@ class Source:
     """Where the rows of a task come from.
 
     Attributes:
-        task: its name. hub: the data set's on the hub. subset: its configuration. split: as the data set calls it.
+        task: its name. hub: the data set's on the hub. subset: its configuration; None: the only one.
+        folder: where the hub keeps the files of that. split: as the data set calls it.
         columns: name -> the type that a row's value must have.
     """
 
     task: str
     hub: str
-    subset: str
+    subset: str | None
+    folder: str
     split: str
     columns: Mapping[str, type]
 
@@ -72,14 +74,14 @@ def read(source: Source, path: str | Path | None) -> Table:
     """Return the rows of `source`, from the hub or from `path`.
 
     Args:
-        path: a file (.parquet, .jsonl, .json), or a folder with one of <task>_<split>*, <split>* in it, in
-            <folder>/<task> or in <folder>/<subset>: a copy of the hub's repository is such a folder.
+        path: a folder that has <task>_<split>.parquet or <split>*.parquet (or .jsonl) in it, in a folder named after
+            the task, or where the hub's repository has them; or a file, which is taken for the split that is asked for.
 
     Raises:
         UserError: the hub cannot be reached, or the files are not there, cannot be read, are empty or lack a column.
     """
     if path is None:
-        where, rows = f"{source.hub} ({source.subset}, {source.split})", _from_hub(source)
+        where, rows = f"{source.hub}, split {source.split}", _from_hub(source)
     else:
         files = _files(source, Path(path).expanduser())
         where, rows = f"source={files[0]}", _from_files(files)
@@ -100,13 +102,13 @@ def _files(source: Source, path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"source={path}: no such file or folder")
-    for folder in (path, path / source.task, path / source.subset):
+    for folder in (path, path / source.task, path / source.folder):
         for stem in (f"{source.task}_{source.split}", source.split):
             if found := sorted(file for file in folder.glob(f"{stem}[.-]*") if file.suffix in SUFFIXES):
                 return found
     raise UserError(
         f"source={path}: has no file of {source.task}, {source.split}: expected {source.task}_{source.split}.parquet "
-        f"(or .jsonl), or {source.subset}/{source.split}*.parquet as on the hub"
+        f"(or .jsonl), or {source.folder}/{source.split}*.parquet as on the hub"
     )
 
 
@@ -125,14 +127,15 @@ def _from_files(files: list[Path]) -> Any:
 def _from_hub(source: Source) -> Any:
     import datasets
 
-    try:
-        with _offline_if_unreachable():
-            return datasets.load_dataset(source.hub, source.subset or None, split=source.split)
-    except Exception as error:  # the hub, its caches and its readers fail in dozens of ways: one line for all
-        raise UserError(
-            f"the data set {source.hub} ({source.subset or 'default'}, {source.split}) cannot be had: "
-            f"{_reason(error)}; check the network, or name a folder or file of its rows as the source"
-        ) from error
+    with _offline_if_unreachable() as reached:
+        try:
+            return datasets.load_dataset(source.hub, source.subset, split=source.split)
+        except Exception as error:  # the hub, its caches and its readers fail in dozens of ways: one line for all
+            reason = _reason(error) if reached else "the hub does not answer, and no earlier download is kept"
+            raise UserError(
+                f"the data set {source.hub}, split {source.split}, cannot be had: {reason}; check the network, or name "
+                f"a file or folder with its rows: source=/path"
+            ) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -140,20 +143,25 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
+def _offline_if_unreachable() -> Iterator[bool]:
     """Spare `datasets` its half minute of retries where the hub is out of reach; it looks into its cache then."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
-    if not before:
-        try:
-            requests.head(config.HF_ENDPOINT, timeout=REACH_SECONDS)
-        except requests.RequestException:
-            config.HF_HUB_OFFLINE = True
+    reached = before or _answers(config.HF_ENDPOINT)
+    config.HF_HUB_OFFLINE = not reached or before
     try:
-        yield
+        yield reached
     finally:
         config.HF_HUB_OFFLINE = before
+
+
+def _answers(address: str) -> bool:
+    try:
+        requests.head(address, timeout=REACH_SECONDS)
+    except requests.RequestException:
+        return False
+    return True
 
 
 @contextlib.contextmanager

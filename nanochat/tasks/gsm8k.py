@@ -27,7 +27,7 @@ def load(split: str = "train", *, source: str | Path | None = None) -> Task:
     Raises:
         UserError: the data cannot be had, or is not of the right form.
     """
-    table = _table.read(_table.Source("gsm8k", "openai/gsm8k", "main", split, COLUMNS), source)
+    table = _table.read(_table.Source("gsm8k", "openai/gsm8k", "main", "main", split, COLUMNS), source)
     return Task("gsm8k", "generative", len(table), lambda index: _row(table, index), right_number)
 
 

@@ -30,7 +30,8 @@ def load(
     """
     if split != "test":
         raise UserError(f"task humaneval has no split {split}, only test: it is to be examined by, not to learn from")
-    table = _table.read(_table.Source("humaneval", "openai/openai_humaneval", "", split, COLUMNS), source)
+    data = _table.Source("humaneval", "openai/openai_humaneval", None, "openai_humaneval", split, COLUMNS)
+    table = _table.read(data, source)
 
     def right(row: Conversation, answer: str) -> bool:
         return sandbox.run(program(row, answer), timeout_seconds=timeout_seconds, weak=weak).success

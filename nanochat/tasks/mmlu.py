@@ -24,7 +24,7 @@ def load(split: str = "train", *, source: str | Path | None = None) -> Task:
         UserError: the data cannot be had, or is not of the right form.
     """
     split = "auxiliary_train" if split == "train" else split
-    table = _table.read(_table.Source("mmlu", "cais/mmlu", "all", split, COLUMNS), source)
+    table = _table.read(_table.Source("mmlu", "cais/mmlu", "all", "all", split, COLUMNS), source)
     return Task("mmlu", "choice", len(table), lambda index: _row(table, index), baseline=0.25)
 
 

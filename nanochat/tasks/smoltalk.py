@@ -22,7 +22,7 @@ def load(split: str = "train", *, source: str | Path | None = None) -> Task:
         UserError: the data cannot be had, or is not of the right form.
     """
     columns = {"messages": list}
-    table = _table.read(_table.Source("smoltalk", "HuggingFaceTB/smol-smoltalk", "", split, columns), source)
+    table = _table.read(_table.Source("smoltalk", "HuggingFaceTB/smol-smoltalk", None, "data", split, columns), source)
     return Task("smoltalk", "chat", len(table), lambda index: _row(table, index))
 
 
