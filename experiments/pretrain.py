@@ -8,38 +8,23 @@ Needs data (--experiment=data) and a tokenizer (--experiment=tokenizer). Writes 
 configuration and curves to runs/<name> under the base folder. Depth 20 on 8 H100 is the reference's run.
 """
 
-import contextlib
 import dataclasses
 import functools
+from pathlib import Path
 
-import torch
-
-from nanochat import (
-    checkpoint,
-    dataloader,
-    dataset,
-    events,
-    metrics,
-    model,
-    optim,
-    progress,
-    scaling,
-    schedule,
-    sharding,
-    stage,
-    tokenizer,
-    train,
-)
 from nanochat import config as configs
+from nanochat import dataloader, dataset, events, model, optim, scaling, schedule, sharding, stage, tokenizer
+from nanochat import run as runs
 from nanochat.config import UserError
-from nanochat.events import Job
+from nanochat.dataset import DataConfig
+from nanochat.events import Evaluation
 from nanochat.model import ModelConfig
 from nanochat.optim import OptimConfig
-from nanochat.runtime import Runtime, note, peak_flops, recall
+from nanochat.run import Stage
+from nanochat.runtime import Runtime
 from nanochat.scaling import Plan
 from nanochat.stage import StageConfig
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import NonFiniteLossError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +49,15 @@ class Config(StageConfig):
 
     Attributes:
         depth: the dial. dry_run: print the plan and stop, without allocating anything.
+        tokenizer: its folder; none: the default one.
         total_batch_size: tokens of a step.
         num_iterations, target_flops, target_param_data_ratio: length of the run; the first that is given counts.
     """
 
     depth: int = 20
     dry_run: bool = False
+    tokenizer: str | None = None
+    data: DataConfig = DataConfig()
     total_batch_size: int | None = None
     num_iterations: int | None = None
     target_flops: float | None = None
@@ -86,12 +74,10 @@ def config() -> Config:
 def run(config: Config, runtime: Runtime) -> None:
     """Resolve the configuration, print the plan, and pretrain."""
     name = config.name or f"d{config.depth}"
-    if runtime.restarts and not config.resume and recall(f"opened {name}"):
-        print(f"restart {runtime.restarts} by torchrun: going on from the last checkpoint")
-        config = dataclasses.replace(config, resume=True)
+    config = runs.restarted(config, name, runtime)
     if not config.dry_run:
         dataset.resolve(config.data, "train")  # missing data is said before anything else
-    tok = stage.load_tokenizer(config, name, required=not config.dry_run)
+    tok = load_tokenizer(config, name, required=not config.dry_run)
     shape, plan = resolve(config, tok)
     config = dataclasses.replace(
         config,
@@ -106,96 +92,65 @@ def run(config: Config, runtime: Runtime) -> None:
         config = dataclasses.replace(config, device_batch_size=stage.estimated_rows(config, shape, rows, runtime))
     print(describe(config, shape, plan, runtime), flush=True)
     if tok and not config.dry_run:
-        try:
-            pretrain(config, shape, plan, tok, runtime, try_rows=auto)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"device_batch_size={config.device_batch_size} runs out of memory ({str(error).split('. ')[0]}); "
-                "set a lower one, or auto; --experiment=plan shows what fits"
-            ) from None
+        runs.run(config, base_stage(config, shape, plan, tok, runtime), shape, tok, runtime, try_rows=auto)
 
 
-def pretrain(
-    config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime, *, try_rows: bool = False
-) -> None:
-    """Train from a resolved configuration, to the end or to the first signal.
+def tokenizer_folder(config: Config) -> Path:
+    """Return the folder of the tokenizer that `config` names."""
+    return Path(config.tokenizer) if config.tokenizer else tokenizer.default_dir()
 
-    Args:
-        try_rows: whether the micro-batch is an estimate, to be tried before anything is written.
+
+def load_tokenizer(config: Config, name: str, *, required: bool = True) -> Tokenizer | None:
+    """Return the tokenizer of a new run, or the own copy of a resumed one; None where none is there or required.
+
+    Raises:
+        UserError: there is none, or it is damaged.
     """
-    folder = stage.run_folder(str(config.name))
-    # What may be refused comes before the run's folder is touched.
-    layout = sharding.layout(config.sharding, runtime, model.spec(shape))
-    step_fn, loss_fn, kernels = stage.functions(config, shape, runtime, layout)
-    schedules = functools.partial(hparams_at, config.optim, shape, plan)
-    if try_rows:
-        rows = plan.total_batch_size // (shape.sequence_len * runtime.world_size)
-        rows = stage.tried_rows(config, shape, rows, runtime, layout, step_fn, schedules(0))
-        config = dataclasses.replace(config, device_batch_size=rows)
-    limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
-    print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(train.stop_on_signals())  # first in, last out: it guards the last save too
-        manager = stage.open_checkpoints(folder, config, runtime)
-        stack.callback(checkpoint.close, manager)  # waits for the last save, after an error as well
-        note(f"opened {config.name}")  # if torchrun has to restart the job, it goes on with this run
-        state, at = stage.start(config, shape, manager, runtime, layout)
-        stream = dataloader.batches(
-            config.data,
-            tok,
-            split="train",
-            rows_per_step=plan.total_batch_size // shape.sequence_len,
-            sequence_len=shape.sequence_len,
-            seed=config.seed,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            state=at.loader,
-            device=runtime.device,
+    own, folder = stage.run_folder(name) / "tokenizer", tokenizer_folder(config)
+    if config.resume and own.exists():
+        tok = tokenizer.load(own)
+        if folder.exists() and tokenizer.load(folder).fingerprint != tok.fingerprint:
+            print(f"resuming with the run's own tokenizer in {own}; {folder} holds another one by now")
+        return tok
+    return tokenizer.load(folder) if required or folder.exists() else None
+
+
+def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime) -> Stage:
+    """Return what pretraining is: packed documents, the scaling rules' rates, bits per byte and samples on the way."""
+    rows_per_step = plan.total_batch_size // shape.sequence_len
+    batches = functools.partial(
+        dataloader.batches,
+        config.data,
+        tok,
+        sequence_len=shape.sequence_len,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+    )
+
+    def evaluations(rows: int) -> list[Evaluation]:
+        rows *= runtime.world_size
+        validation = functools.partial(
+            events.bits_per_byte,
+            batches=functools.partial(batches, split="val", rows_per_step=rows),
+            steps=max(config.eval.tokens // (rows * shape.sequence_len), 1),
         )
-        stack.enter_context(contextlib.closing(stream))
-        if at.step == 0 and runtime.is_main:
-            tokenizer.save(tok, folder / "tokenizer")  # the run's own copy, should the original be trained anew
-        log = metrics.open(
-            folder,
-            resume_step=at.step if config.resume else None,
-            tensorboard=config.metrics.tensorboard,
-            wandb=config.metrics.wandb,
-            config=config,
-            enabled=runtime.is_main,
-        )
-        stack.callback(metrics.close, log)
-        job = Job(
-            config, shape, tok, runtime, layout, plan.num_steps, plan.total_batch_size, plan.flops_per_token, schedules,
-            config.optim.matrix_lr * plan.batch_scale, limit, folder, manager, log, stop, [],
-        )  # fmt: skip
-        show = stack.enter_context(progress.bar(plan.num_steps, initial=at.step, label=str(config.name)))
-        if not events.examined(job, at.step):
-            events.examine(job, loss_fn, show, state, at.step)
-        try:
-            state, at = train.fit(
-                state,
-                at,
-                stream,
-                num_steps=plan.num_steps,
-                rows=config.rows,
-                step_fn=step_fn,
-                hparams_at=schedules,
-                after_step=functools.partial(events.after_step, job, loss_fn, show),
-                save=functools.partial(events.save, job),
-                stop=stop,
-                # float16 overflows now and then; its loss scale shrinks until it does not.
-                skip_nonfinite=config.train.skip_nonfinite or runtime.compute_dtype == torch.float16,
-            )
-        except NonFiniteLossError as error:
-            raise events.with_advice(error, manager) from None
-        stopped = stop.agreed() and not (at.step == plan.num_steps and events.examined(job, at.step))
-    events.finish(job, at)
-    if stopped and stop.signal:
-        saved = (
-            f"step {at.step} is saved: the same command with --resume goes on" if at.step else "nothing was done yet"
-        )
-        print(f"stopped by {stop.signal.name}; {saved}")
-        raise SystemExit(128 + stop.signal)  # as the shell counts it: what follows `&&` must not take it for done
+        return [
+            Evaluation("val/bpb", config.eval.every_steps, validation),
+            Evaluation(None, config.eval.sample_every_steps, events.samples),
+        ]
+
+    return Stage(
+        name="base",
+        num_steps=plan.num_steps,
+        step_tokens=plan.total_batch_size,
+        flops_per_token=plan.flops_per_token,
+        hparams_at=lambda step, _: hparams_at(config.optim, shape, plan, step),
+        matrix_lr=config.optim.matrix_lr * plan.batch_scale,
+        batches=lambda state, _: batches(split="train", rows_per_step=rows_per_step, state=state),
+        evaluations=evaluations,
+    )
 
 
 def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:

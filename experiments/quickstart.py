@@ -11,7 +11,7 @@ import dataclasses
 import time
 
 from experiments import pretrain
-from nanochat import dataset, stage, tokenizer
+from nanochat import dataset, tokenizer
 from nanochat.checkpoint import CheckpointConfig
 from nanochat.dataset import DataConfig
 from nanochat.optim import OptimConfig
@@ -74,7 +74,7 @@ def run(config: Config, runtime: Runtime) -> None:
 
 def build(config: Config) -> None:
     """Make the corpus and the tokenizer, unless they are there."""
-    folder = stage.tokenizer_folder(config)
+    folder = pretrain.tokenizer_folder(config)
     print("1. corpus: text of this Python installation", flush=True)
     shards = dataset.resolve(config.data, "train")
     print(f"   {len(shards)} training shards and one for validation in {shards[0].path.parent}")

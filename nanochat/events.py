@@ -5,16 +5,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from nanochat import (
     allocator,
     checkpoint,
-    dataloader,
     evaluate,
     metrics,
     model,
@@ -38,15 +37,39 @@ from nanochat.units import duration, human
 UNTIMED_STEPS = 10  # of every start: they compile and warm up
 
 
+class Result(NamedTuple):
+    """What an evaluation finds: numbers for the record, lines for a person."""
+
+    metrics: Mapping[str, float]
+    lines: Sequence[str]
+
+
+class Evaluation(NamedTuple):
+    """Something that looks at the state now and then, and after the last step.
+
+    Attributes:
+        key: a metric that it gives, by which a resumed run sees whether it was done; None: it gives lines only.
+        every_steps: between two; None: after the last step only.
+        run: (job, state) -> its result; None where a signal stopped it. All ranks run it together.
+    """
+
+    key: str | None
+    every_steps: int | None
+    run: Callable[["Job", TrainState], Result | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What the phases of a run share.
 
     Attributes:
-        config: resolved. shape, tok, runtime: the model's, the tokenizer, the process's place.
-        layout: where the state lies on several ranks, or None.
-        num_steps, step_tokens, flops_per_token: length of the run, tokens of a step (all ranks), cost of a token.
-        hparams_at: step -> hyperparameters. matrix_lr: the matrices' rate at its full.
+        config: resolved. stage: base, mid, sft or rl. parent: run, step and stage that it began with, or None.
+        shape, tok, runtime: the model's, the tokenizer, the process's place.
+        layout: where the state lies on several ranks, or None. loss_fn: the loss for evaluation.
+        num_steps, step_tokens, flops_per_token: length of the run (None: what the batches give), tokens of a step
+            (all ranks), cost of a token.
+        hparams_at: (step, statistics of its batch) -> hyperparameters. matrix_lr: the matrices' rate at its full.
+        evaluations: in the order in which they are done.
         peak_flops: matmul limit of a device, for the MFU.
         folder, manager, log: where the run's files are (a copy of the tokenizer among them), its open checkpoints,
             its open metrics.
@@ -54,15 +77,19 @@ class Job:
     """
 
     config: StageConfig
+    stage: str
+    parent: Mapping[str, Any] | None
     shape: ModelConfig
     tok: Tokenizer
     runtime: Runtime
     layout: Layout | None
-    num_steps: int
+    loss_fn: Callable
+    num_steps: int | None
     step_tokens: int
     flops_per_token: int
-    hparams_at: Callable[[int], Hparams]
+    hparams_at: Callable[[int, Mapping[str, float]], Hparams]
     matrix_lr: float
+    evaluations: Sequence[Evaluation]
     peak_flops: float
     folder: Path
     manager: checkpoint.Manager
@@ -71,33 +98,39 @@ class Job:
     seconds: list[float]
 
 
-def after_step(
-    job: Job, loss_fn: Callable, show: progress.Bar, state: TrainState, at: Progress, numbers: dict[str, float]
-) -> Progress:
-    """Log a step; then save, evaluate and sample as is due, in that order. Return the progress, updated."""
-    config, step, last = job.config, at.step, at.step == job.num_steps
+def after_step(job: Job, show: progress.Bar, state: TrainState, at: Progress, numbers: dict[str, float]) -> Progress:
+    """Log a step; then save, evaluate and sample as is due, in that order. Return the progress, updated.
+
+    Args:
+        numbers: of the step and of its batch. "last" tells that no batch follows; "tokens" is said where it is not
+            step_tokens; "share" is how much of the run was done before, where the steps do not tell.
+    """
+    config, step = job.config, at.step
+    last = bool(numbers.pop("last", 0)) or step == job.num_steps
     ema, smooth = metrics.ema(at.ema, numbers["loss"])
-    seconds = numbers["step_seconds"]
+    seconds = numbers.pop("step_seconds")
     job.seconds.append(seconds)
     if len(job.seconds) == 1:
         allocator.settle()
         show.write(f"first step: {duration(seconds)}" + ", most of it to compile" * config.compile)
     timed = len(job.seconds) > UNTIMED_STEPS
     at = at._replace(ema=ema, timed_steps=at.timed_steps + timed, timed_seconds=at.timed_seconds + timed * seconds)
+    at = at._replace(done=last)
     if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
         show.write(f"step {step}: loss or gradient not finite, left out ({at.skipped_steps} so far)")
-    speed = job.step_tokens / seconds
+    speed = numbers.pop("tokens", job.step_tokens) / seconds
     mfu = speed * job.flops_per_token / (job.peak_flops * job.runtime.world_size)
-    show.update(1, loss=f"loss {smooth:.4f}", speed=f"{human(speed)} tok/s", mfu=f"mfu {mfu:.0%}")
+    shown = {"loss": f"loss {smooth:.4f}", "speed": f"{human(speed)} tok/s", "mfu": f"mfu {mfu:.0%}"}
+    if "share" in numbers:
+        shown["share"] = f"{numbers['share']:.0%} of the data"
+    show.update(1, **shown)
     if step % config.metrics.every_steps == 0 or step == 1 or last:
-        h = job.hparams_at(step - 1)
+        h = job.hparams_at(step - 1, numbers)
         row = {
-            "train/loss": numbers["loss"],
+            "train/loss": numbers.pop("loss"),
             "train/loss_ema": smooth,
-            "train/grad_norm": numbers["grad_norm"],
+            "train/grad_norm": numbers.pop("grad_norm"),
             "train/tokens": step * job.step_tokens,
-            "train/epoch": numbers["epoch"],
-            "train/tokens_cut_fraction": numbers["tokens_cut_fraction"],
             "train/lr_factor": float(h[MATRIX]["lr"]) / job.matrix_lr,
             "train/muon_momentum": float(h[MATRIX]["momentum"]),
             "train/skipped_steps": at.skipped_steps,
@@ -105,34 +138,48 @@ def after_step(
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": speed,
             "perf/mfu": mfu,
-            "perf/data_wait_seconds": numbers["data_wait_seconds"],
+            "perf/data_wait_seconds": numbers.pop("data_wait_seconds"),
             "perf/peak_memory_bytes": metrics.peak_memory_bytes(job.runtime.device),
         }
-        metrics.write(job.log, step, row)
-    if last or due(step, config.checkpoint.every_steps) or due(step, config.eval.every_steps):
+        metrics.write(job.log, step, row | {n if "/" in n else f"train/{n}": x for n, x in numbers.items()})
+    evaluated = any(due(step, one.every_steps) for one in job.evaluations if one.key)
+    if last or due(step, config.checkpoint.every_steps) or evaluated:
         save(job, state, at)  # before an evaluation too, which may take long, or fail
-    examine(job, loss_fn, show, state, step)
+    examine(job, show, state, at)
     return at
 
 
-def examine(job: Job, loss_fn: Callable, show: progress.Bar, state: TrainState, step: int) -> None:
-    """Evaluate and sample after a step if they are due: also first thing in a run that was stopped before it could."""
-    config, last = job.config, step == job.num_steps
-    if last or due(step, config.eval.every_steps):
-        bpb = validate(job, state, loss_fn)
-        if bpb is None:
+def examine(job: Job, show: progress.Bar, state: TrainState, at: Progress) -> None:
+    """Evaluate after a step what is due and not in the record: also first thing in a run stopped before it could."""
+    pending = [one for one in job.evaluations if at.done or due(at.step, one.every_steps)]
+    recorded = _recorded(job, at.step) if pending else set()
+    for key, _, run in pending:
+        if key in recorded:
+            continue
+        result = run(job, state)
+        if result is None:
             return  # a resumed run makes up for it
-        checkpoint.add_metrics(job.manager, step, {"val/bpb": bpb})
-        metrics.write(job.log, step, {"val/bpb": bpb})
-        show.write(f"step {step}: validation {bpb:.4f} bits per byte")
-    if last or due(step, config.eval.sample_every_steps):
-        show.write("\n".join(samples(job, state)))
+        if result.metrics:
+            if "val/bpb" in result.metrics:
+                checkpoint.add_metrics(job.manager, at.step, {"val/bpb": result.metrics["val/bpb"]})
+            metrics.write(job.log, at.step, result.metrics)
+        if result.lines:
+            show.write("\n".join(result.lines))
 
 
-def examined(job: Job, step: int) -> bool:
-    """Return whether the record has the evaluation of a step."""
-    rows = metrics.read(job.folder) if job.runtime.is_main else []  # which writes it, meanwhile
-    return step == 0 or bool(runtimes.agree(any(row["step"] == step and "val/bpb" in row for row in rows)))
+def examined(job: Job, at: Progress) -> bool:
+    """Return whether the record has all the evaluations that are due after a step."""
+    wanted = {key for key, every_steps, _ in job.evaluations if key and (at.done or due(at.step, every_steps))}
+    return at.step == 0 or wanted <= _recorded(job, at.step)
+
+
+def _recorded(job: Job, step: int) -> set[str]:
+    """Return the keys of the evaluations that the record has of a step; rank 0, which writes it, tells the others."""
+    keys = [one.key for one in job.evaluations if one.key]
+    rows = metrics.read(job.folder) if job.runtime.is_main else []
+    there = {name for row in rows if row["step"] == step for name in row}
+    found = runtimes.agree(sum(1 << i for i, key in enumerate(keys) if key in there))
+    return {key for i, key in enumerate(keys) if found >> i & 1}
 
 
 def due(step: int, every_steps: int | None) -> bool:
@@ -144,7 +191,8 @@ def save(job: Job, state: TrainState, at: Progress) -> None:
     """Checkpoint the state with all that a resumed run, a chat or a person needs beside it."""
     loader = at.loader
     meta = {
-        "stage": "base",
+        "stage": job.stage,
+        "parent": job.parent,
         "config": dict(configs.flatten(job.config)),
         "model": dataclasses.asdict(job.shape),
         "loader": loader["position"],
@@ -154,7 +202,7 @@ def save(job: Job, state: TrainState, at: Progress) -> None:
         "torch": torch.__version__,
     }
     # No random state: whatever draws has a generator of its own, made from the seed and a name or a step.
-    arrays = {"loader_tokens": loader["tokens"], "loader_lengths": loader["lengths"]}
+    arrays = {f"loader_{name}": array for name, array in loader.items() if name != "position"}
     files = {name: job.folder / "tokenizer" / name for name in tokenizer.FILES}
     checkpoint.save(job.manager, state, meta, arrays=arrays, files=files)
 
@@ -177,36 +225,25 @@ def with_advice(error: NonFiniteLossError, manager: checkpoint.Manager) -> NonFi
     return NonFiniteLossError(text)
 
 
-def validate(job: Job, state: TrainState, loss_fn: Callable) -> float | None:
-    """Return bits per byte on the first `eval.tokens` tokens of the validation split; None: a signal stopped it.
+def bits_per_byte(job: Job, state: TrainState, *, batches: Callable[[], Generator], steps: int) -> Result | None:
+    """Return bits per byte on the validation data; None: a signal stopped it.
 
-    A split that has fewer is read again from its beginning.
+    Args:
+        batches: opens the data at its beginning: (batch, …) each. steps: batches that are read at most.
     """
-    config, shape, runtime = job.config, job.shape, job.runtime
-    rows = config.rows * runtime.world_size
-    steps = max(config.eval.tokens // (rows * shape.sequence_len), 1)
-    stream = dataloader.batches(
-        config.data,
-        job.tok,
-        split="val",
-        rows_per_step=rows,
-        sequence_len=shape.sequence_len,
-        seed=config.seed,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        device=runtime.device,
-    )
-    token_bytes = torch.from_numpy(tokenizer.token_bytes(job.tok)).to(runtime.device)
-    with contextlib.closing(stream):
+    token_bytes = torch.from_numpy(tokenizer.token_bytes(job.tok)).to(job.runtime.device)
+    with contextlib.closing(batches()) as stream:
         first = next(stream)
         rest = itertools.takewhile(lambda _: not job.stop.agreed(), itertools.islice(stream, steps - 1))
         taken = itertools.chain([first], rest)
-        params = sharding.enter(job.layout, state.params, runtime.compute_dtype)
-        bpb = evaluate.bits_per_byte(params, (batch for batch, *_ in taken), token_bytes, loss_fn)
-    return None if job.stop.agreed() else bpb
+        params = sharding.enter(job.layout, state.params, job.runtime.compute_dtype)
+        bpb = evaluate.bits_per_byte(params, (batch for batch, *_ in taken), token_bytes, job.loss_fn)
+    if job.stop.agreed():
+        return None
+    return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte"])
 
 
-def samples(job: Job, state: TrainState) -> list[str]:
+def samples(job: Job, state: TrainState) -> Result:
     """Return one line a prompt: the prompt and what the model makes of it."""
     config = job.config.eval
     dtype = job.runtime.compute_dtype
@@ -227,7 +264,7 @@ def samples(job: Job, state: TrainState) -> list[str]:
         )
         said = list(itertools.takewhile(lambda token: token != job.tok.bos, tokens))
         lines.append(f"  {prompt!r} → {job.tok.decode(said)!r}")
-    return lines
+    return Result({}, lines)
 
 
 def finish(job: Job, at: Progress) -> None:
@@ -239,8 +276,8 @@ def finish(job: Job, at: Progress) -> None:
     steps, bpb = metrics.curve(rows, "val/bpb")
     if len(steps) > 1:
         print(plots.ascii_chart(steps, bpb, title="validation bits per byte, by step"))
-    word = "done" if at.step == job.num_steps else "stopped after"
-    print(f"{word} {at.step} of {job.num_steps} steps, {human(at.step * job.step_tokens)} tokens")
+    word, of = "done" if at.done else "stopped after", f" of {job.num_steps}" if job.num_steps else ""
+    print(f"{word} {at.step}{of} steps, {human(at.step * job.step_tokens)} tokens")
     if at.timed_steps:
         speed = at.timed_steps * job.step_tokens / at.timed_seconds
         print(f"training: {human(speed)} tokens/s, {duration(at.step * job.step_tokens / speed)} without evaluations")

@@ -1,6 +1,8 @@
 """Cross entropy of the next token: mean, per token, and a chunked form that never holds all logits.
 
-A batch is {"inputs": (B, T), "targets": (B, T)} of int64 ids; targets of -1 do not count.
+A batch is {"inputs": (B, T), "targets": (B, T)} of int64 ids; targets of -1 do not count. With "weights" (B, T)
+float32 beside them, the loss is the weighted sum Σ w·nll in place of the mean: what a mean over other batches too, or a
+policy gradient, is made of.
 Letters: B batch, T time, R rows = B·T or a chunk of them, C width, V vocabulary.
 """
 
@@ -31,7 +33,7 @@ def next_token(
     """Return (mean cross entropy in nats, aux) over the targets that count; zero, with zero gradients, for none.
 
     Args:
-        params: as from `model.init`. batch: inputs and targets.
+        params: as from `model.init`. batch: inputs and targets, and weights for a weighted sum in place of the mean.
         config, compute: as for `model.apply`.
         chunk_tokens: None differentiates plain operations, for any use with `torch.func`; a number computes loss and
             gradient in chunks of so many tokens, by a custom backward (`chunked_mean`): for training.
@@ -39,17 +41,22 @@ def next_token(
     Returns:
         0-d float32 loss, and {"targets": 0-d int64 number of targets that count}.
     """
-    targets = batch["targets"]
+    targets, weights = batch["targets"], batch.get("weights")
     counted = (targets != IGNORE).sum()
     x_BTC = model.features(params, batch["inputs"], config=config, compute=compute)
     lm_head_VC = model.gathered(params, "lm_head", compute)
     if chunk_tokens is None:
         logits_BTV = model.unembed(x_BTC, lm_head_VC, config, compute)
-        nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        return nll / counted.clamp_min(1), {"targets": counted}
+        logits_RV, targets_R = logits_BTV.flatten(0, 1), targets.flatten()
+        if weights is None:
+            nll = F.cross_entropy(logits_RV, targets_R, ignore_index=IGNORE, reduction="sum")
+            return nll / counted.clamp_min(1), {"targets": counted}
+        nll_R = F.cross_entropy(logits_RV, targets_R, ignore_index=IGNORE, reduction="none")
+        return (weights.flatten() * nll_R).sum(), {"targets": counted}
     x_RC, targets_R = x_BTC.flatten(0, 1), targets.flatten()
-    mean = chunked_mean(x_RC, lm_head_VC, targets_R, config.vocab_size, chunk_tokens, compute.linear)
-    return mean, {"targets": counted}
+    weights_R = None if weights is None else weights.flatten()
+    value = chunked(x_RC, lm_head_VC, targets_R, config.vocab_size, chunk_tokens, compute.linear, weights_R)
+    return value, {"targets": counted}
 
 
 def per_token(
@@ -70,15 +77,16 @@ def per_token(
     return torch.cat(losses).view_as(batch["targets"])
 
 
-def chunked_mean(
+def chunked(
     x_RC: Tensor,
     lm_head_VC: Tensor,
     targets_R: Tensor,
     vocab_size: int,
     chunk_tokens: int,
     linear: Linear = dense,
+    weights_R: Tensor | None = None,
 ) -> Tensor:
-    """Return the mean cross entropy of capped logits, computed with its gradient a chunk of tokens at a time.
+    """Return the mean or weighted sum of the cross entropy of capped logits, with its gradient, in chunks of tokens.
 
     The gradient with respect to `x` and `lm_head` is made in the forward pass, while a chunk's logits are at hand,
     and only scaled in the backward: three matrix products in all, as in the plain form, and no (R, V) tensor. It is
@@ -88,59 +96,81 @@ def chunked_mean(
         x_RC: (R, C) final activations. lm_head_VC: (V', C) float32, V' >= vocab_size. targets_R: (R,) int64.
         vocab_size: logits that take part. chunk_tokens: rows of a chunk.
         linear: one of nanochat.linear's, whose three products are used.
+        weights_R: (R,) float32, of a sum; None: the mean over the targets that count.
 
     Returns:
         0-d float32, or float64 for such activations.
     """
-    if not torch.is_grad_enabled():
-        total = attention.at_least_float32(x_RC.new_zeros(()))
-        for x, targets in zip(x_RC.split(chunk_tokens), targets_R.split(chunk_tokens)):
-            total = total + _chunk(linear(x, lm_head_VC), targets, vocab_size)[0]
-        return total / (targets_R != IGNORE).sum().clamp_min(1)
-    return _ChunkedMean.apply(x_RC, lm_head_VC, targets_R, vocab_size, chunk_tokens, linear)[0]  # pyright: ignore
+    if torch.is_grad_enabled():
+        args = (x_RC, lm_head_VC, targets_R, vocab_size, chunk_tokens, linear, weights_R)
+        return _Chunked.apply(*args)[0]  # pyright: ignore
+    total = attention.at_least_float32(x_RC.new_zeros(()))
+    shares_R, scale = _shares(targets_R, weights_R, total.dtype)
+    chunks = (tensor.split(chunk_tokens) for tensor in (x_RC, targets_R, shares_R))
+    for x, targets, shares in zip(*chunks):
+        total = total + _chunk(linear(x, lm_head_VC), targets, shares, vocab_size)[0]
+    return total * scale
 
 
-def _chunk(z_RV: Tensor, targets_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the summed loss of a chunk and what its gradient needs: tanh, exponentials, their sum, who counts.
+def _shares(targets_R: Tensor, weights_R: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (R,) factors of at most 1 on each token's loss, and a 0-d one on their sum.
+
+    In float16 the gradient of a token's logits would underflow with a mean's 1/R in it, or overflow with a caller's
+    factor: those are kept for the end.
+    """
+    counted_R = (targets_R != IGNORE).to(dtype)
+    if weights_R is None:
+        return counted_R, 1.0 / counted_R.sum().clamp_min(1)
+    weights_R = weights_R.to(dtype) * counted_R
+    largest = weights_R.abs().max()
+    return weights_R / torch.where(largest > 0, largest, 1.0), largest
+
+
+def _chunk(z_RV: Tensor, targets_R: Tensor, shares_R: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the summed loss of a chunk and what its gradient needs: tanh, exponentials, their sum.
 
     Args:
         z_RV: (R, V') logits before the cap, over the whole padded table: what is past `vocab_size` gets no weight.
+        shares_R: (R,) factors on the tokens' losses, 0 where there is no target.
     """
     tanh_RV = torch.tanh(attention.at_least_float32(z_RV) / LOGIT_CAP)
-    counted_R = targets_R != IGNORE
     # Capped logits lie within ±15, so their exponentials need no maximum taken out first: one pass fewer.
     exp_RV = torch.exp(LOGIT_CAP * tanh_RV)
     if vocab_size < z_RV.shape[1]:
         exp_RV = torch.where(torch.arange(z_RV.shape[1], device=z_RV.device) < vocab_size, exp_RV, 0.0)
     sum_R = exp_RV.sum(-1)
     chosen_R = LOGIT_CAP * tanh_RV.gather(-1, targets_R.clamp_min(0)[:, None])[:, 0]
-    loss = torch.where(counted_R, sum_R.log() - chosen_R, 0.0).sum()
-    return loss, tanh_RV, exp_RV, sum_R, counted_R
+    return (shares_R * (sum_R.log() - chosen_R)).sum(), tanh_RV, exp_RV, sum_R
 
 
-class _ChunkedMean(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        x_RC: Tensor, lm_head_VC: Tensor, targets_R: Tensor, vocab_size: int, chunk_tokens: int, linear: Linear
+        x_RC: Tensor,
+        lm_head_VC: Tensor,
+        targets_R: Tensor,
+        vocab_size: int,
+        chunk_tokens: int,
+        linear: Linear,
+        weights_R: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = x_RC.dtype
         total = attention.at_least_float32(x_RC.new_zeros(()))
-        scale = 1.0 / (targets_R != IGNORE).sum().clamp_min(1).to(total.dtype)
+        shares_R, scale = _shares(targets_R, weights_R, total.dtype)
         grad_weight = torch.zeros(lm_head_VC.shape, dtype=total.dtype, device=x_RC.device)
         grad_x = []
         columns = torch.arange(lm_head_VC.shape[0], device=x_RC.device)
         # Every chunk, the last one too, has a multiple of these rows.
         products = matmuls(linear, math.gcd(len(x_RC), min(chunk_tokens, len(x_RC))), lm_head_VC)
         weight = products.operand(lm_head_VC, dtype)
-        for x_chunk, targets in zip(x_RC.split(chunk_tokens), targets_R.split(chunk_tokens)):
+        chunks = (tensor.split(chunk_tokens) for tensor in (x_RC, targets_R, shares_R))
+        for x_chunk, targets, shares in zip(*chunks):
             x = products.operand(x_chunk, dtype)
-            loss, tanh_RV, exp_RV, sum_R, counted_R = _chunk(products.y(x, weight, dtype), targets, vocab_size)
+            loss, tanh_RV, exp_RV, sum_R = _chunk(products.y(x, weight, dtype), targets, shares, vocab_size)
             total = total + loss
             # d loss / d z of z -> 15·tanh(z / 15): (softmax - one-hot)·(1 - tanh²); the chain of 15 and 1/15 cancels.
-            # Neither the mean's 1/R nor the caller's factor is in it: in float16 they would underflow and overflow.
-            row_R = counted_R[:, None].to(total.dtype)
-            softmax_RV = exp_RV * (row_R / sum_R[:, None])
-            onehot_RV = torch.where(columns == targets[:, None], row_R, 0.0)
+            softmax_RV = exp_RV * (shares / sum_R)[:, None]
+            onehot_RV = torch.where(columns == targets[:, None], shares[:, None], 0.0)
             grad_z_RV = ((softmax_RV - onehot_RV) * (1 - tanh_RV * tanh_RV)).to(dtype)
             grad_z = products.grad_operand(grad_z_RV, dtype)
             grad_x.append(products.grad_x(grad_z, weight, dtype))
@@ -158,4 +188,4 @@ class _ChunkedMean(torch.autograd.Function):
         grad_x, grad_weight, scale = ctx.saved_tensors
         factor = grad_loss * scale
         wide = attention.at_least_float32(grad_x)
-        return (factor * wide).to(grad_x.dtype), factor * grad_weight, None, None, None, None
+        return (factor * wide).to(grad_x.dtype), factor * grad_weight, None, None, None, None, None

@@ -1,9 +1,9 @@
 """Best-fit packing of documents into rows of a fixed number of tokens, planned from lengths alone.
 
 A buffer holds the next documents. A row takes the longest of them that fits what is left of it, again and again;
-when none fits, the shortest is cut to fill the row exactly and the rest of it is lost. There is no padding. Among
-documents of one length the earliest goes first. The buffer is filled up before every choice, so that each choice is
-among `buffer_docs` documents for as long as there are any to load.
+when none fits, the shortest is cut to fill the row exactly and the rest of it is lost. Or, with padding, the rest of
+the row stays empty and nothing is lost. Among documents of one length the earliest goes first. The buffer is filled up
+before every choice, so that each choice is among `buffer_docs` documents for as long as there are any to load.
 
 The plan says which documents go where and needs no tokens: whoever holds them copies only the rows it wants.
 """
@@ -17,17 +17,21 @@ SERIAL_BITS = 44
 LAST = (1 << SERIAL_BITS) - 1
 
 
-def plan(lengths: Iterable[int], row_tokens: int, buffer_docs: int) -> Iterator[tuple[list[tuple[int, int, int]], int]]:
+def plan(
+    lengths: Iterable[int], row_tokens: int, buffer_docs: int, *, pad: bool = False
+) -> Iterator[tuple[list[tuple[int, int, int]], int]]:
     """Yield the rows that best fit makes of a stream of documents.
 
     The generator reads ahead as far as the rows yielded so far required, no further: a plan over the documents left in
     the buffer, oldest first, and then the rest of the stream goes on exactly where this one stopped. When a finite
-    stream ends, the buffer is used up; a last row that cannot be filled is not yielded, its documents are lost.
+    stream ends, the buffer is used up; a last row that cannot be filled is not yielded, its documents are lost (with
+    padding, it is yielded as it is).
 
     Args:
-        lengths: tokens of each document, at least 1.
+        lengths: tokens of each document, at least 1; with padding, at most `row_tokens`.
         row_tokens: tokens of a row.
         buffer_docs: documents to choose from, at least 1.
+        pad: leave the end of a row empty where no document fits, instead of cutting one.
 
     Yields:
         (pieces, lost): pieces are (document, start, stop), its index in `lengths` and the tokens of the row that its
@@ -45,9 +49,13 @@ def plan(lengths: Iterable[int], row_tokens: int, buffer_docs: int) -> Iterator[
                     break
                 insort(buffer, length << SERIAL_BITS | (LAST - document))
             if not buffer:
+                if pad and pieces:
+                    yield pieces, 0
                 return
             room = row_tokens - start
             at = bisect_left(buffer, (room + 1) << SERIAL_BITS) - 1
+            if at < 0 and pad:
+                break
             if at < 0:  # none fits: cut the earliest of the shortest
                 at = bisect_left(buffer, ((buffer[0] >> SERIAL_BITS) + 1) << SERIAL_BITS) - 1
             key = buffer.pop(at)

@@ -78,8 +78,8 @@ def load(
     flat = tree.flatten(params)
     del params  # each leaf goes when it has been cast
     where = f"checkpoint {checkpoints / str(step)}"
-    tok = _tokenizer(where, files)
-    config = _without_spare_rows(flat, _shape(where, meta, flat), tok, where)
+    tok = tokenizer_of(where, files)
+    config = _without_spare_rows(flat, shape_of(where, meta, flat), tok, where)
     for name, leaf in flat.items():
         flat[name] = leaf.to(dtype) if leaf.dim() >= 2 else leaf
     stage = str(meta.get("stage", "base"))
@@ -162,7 +162,8 @@ def _saved_at(folder: Path) -> float:
     return (written if written.exists() else newest).stat().st_mtime
 
 
-def _tokenizer(where: str, files: Mapping[str, Path]) -> Tokenizer:
+def tokenizer_of(where: str, files: Mapping[str, Path]) -> Tokenizer:
+    """Return the tokenizer in a checkpoint's files. Raises: UserError: it has none, or one without a special token."""
     if tokenizer.TOKENS_FILE not in files:
         raise UserError(
             f"{where} has no tokenizer, so its tokens mean nothing; one that was converted gets it by converting again "
@@ -175,8 +176,8 @@ def _tokenizer(where: str, files: Mapping[str, Path]) -> Tokenizer:
     return tok
 
 
-def _shape(where: str, meta: Mapping[str, Any], flat: Mapping[str, Tensor]) -> ModelConfig:
-    """Return the shape that the checkpoint states, once it is seen to be that of its parameters."""
+def shape_of(where: str, meta: Mapping[str, Any], flat: Mapping[str, Tensor]) -> ModelConfig:
+    """Return the shape that a checkpoint states, once it is seen to be that of its parameters. Raises: UserError."""
     try:
         config = ModelConfig(**meta["model"])
     except (KeyError, TypeError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Schedules as pure functions of the step: plain floats in, plain floats out.
 
-Source: the reference's pretraining schedules, as of July 2026.
+Source: the reference's schedules, as of July 2026.
 """
 
 import math
@@ -32,6 +32,20 @@ def muon_momentum(step: int, num_steps: int, *, warmdown_ratio: float = 0.65) ->
     if step < start:
         return 0.97
     return 0.97 - 0.07 * (step - start) / warmdown
+
+
+def flat_then_linear(done: float, warmdown_ratio: float) -> float:
+    """Return the learning-rate factor of fine-tuning: 1, then linear to 0 over the last `warmdown_ratio` of the run.
+
+    Args:
+        done: share of the run that is done, 0 … 1.
+    """
+    return min((1 - done) / warmdown_ratio, 1.0) if warmdown_ratio > 0 else 1.0
+
+
+def short_momentum(step: int) -> float:
+    """Return Muon's momentum in fine-tuning: 0.85 → 0.95 over 300 steps, then 0.95."""
+    return 0.85 + 0.10 * min(step / 300, 1.0)
 
 
 def weight_decay(step: int, num_steps: int) -> float:

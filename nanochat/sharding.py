@@ -67,7 +67,7 @@ class Layout:
         mode: one of the four. mesh: with the axes `replicate` and `shard`.
         dims: parameter -> dimension that is cut over `shard`, None where every rank has it whole.
         once: parameters that the backward of a training step does not need: tables, which are only looked up, and
-            the unembedding, whose gradient is made in the forward (`loss.chunked_mean`).
+            the unembedding, whose gradient is made in the forward (`loss.chunked`).
         whole: whether parameters stay whole between steps (replicate, zero2).
         gather: see ShardingConfig.
     """
@@ -235,6 +235,15 @@ def like(state: Any, parts: Any) -> Any:
         return DTensor.from_local(part, mesh, placements, run_check=False, shape=old.shape, stride=old.stride())
 
     return tree.map(wrap, state, parts)
+
+
+@torch.no_grad()
+def whole(params: TensorDict) -> TensorDict:
+    """Return parameters as they lie as whole plain tensors, on every rank: what evaluates or generates takes these.
+
+    All ranks call it together. What a rank has whole already is not copied.
+    """
+    return tree.map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, params)
 
 
 # In a step: plain tensors and collectives

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -25,7 +25,6 @@ from nanochat import (
     planner,
     ranks,
     sharding,
-    tokenizer,
     train,
 )
 from nanochat import config as configs
@@ -33,14 +32,14 @@ from nanochat import linear as linears
 from nanochat import runtime as runtimes
 from nanochat.checkpoint import CheckpointConfig
 from nanochat.config import UserError
-from nanochat.dataset import DataConfig
 from nanochat.metrics import MetricsConfig
 from nanochat.model import Compute, ModelConfig
 from nanochat.optim import Hparams
 from nanochat.runtime import Runtime
 from nanochat.sharding import Layout, ShardingConfig
-from nanochat.tokenizer import Tokenizer
 from nanochat.train import Progress, TrainConfig, TrainState
+
+Settings = TypeVar("Settings", bound="StageConfig")
 
 CPU_ROWS = 32  # on the CPU, larger micro-batches take memory and save nothing
 NOT_COMPARED = ("resume", "overwrite", "dry_run")
@@ -92,7 +91,6 @@ class StageConfig:
         resume: go on from the run's last checkpoint. overwrite: start anew where a run has this name; its checkpoints
             stay in checkpoints.old until the next time.
         device_batch_size: rows of a micro-batch; auto: the most that fit, by an estimate and a step to try it.
-        tokenizer: its folder; none: the default one.
     """
 
     name: str | None = None
@@ -103,10 +101,8 @@ class StageConfig:
     resume: bool = False
     overwrite: bool = False
     device_batch_size: int | Literal["auto"] = 32
-    tokenizer: str | None = None
     train: TrainConfig = TrainConfig()
     sharding: ShardingConfig = ShardingConfig()
-    data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=1000)
     metrics: MetricsConfig = MetricsConfig()
@@ -121,26 +117,6 @@ class StageConfig:
 def run_folder(name: str) -> Path:
     """Return where the run called `name` keeps its files."""
     return runtimes.base_dir() / "runs" / name
-
-
-def tokenizer_folder(config: StageConfig) -> Path:
-    """Return the folder of the tokenizer that `config` names."""
-    return Path(config.tokenizer) if config.tokenizer else tokenizer.default_dir()
-
-
-def load_tokenizer(config: StageConfig, name: str, *, required: bool = True) -> Tokenizer | None:
-    """Return the tokenizer of a new run, or the own copy of a resumed one; None where none is there or required.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    own, folder = run_folder(name) / "tokenizer", tokenizer_folder(config)
-    if config.resume and own.exists():
-        tok = tokenizer.load(own)
-        if folder.exists() and tokenizer.load(folder).fingerprint != tok.fingerprint:
-            print(f"resuming with the run's own tokenizer in {own}; {folder} holds another one by now")
-        return tok
-    return tokenizer.load(folder) if required or folder.exists() else None
 
 
 def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> checkpoint.Manager:
@@ -170,12 +146,17 @@ def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> che
 
 
 def start(
-    config: StageConfig, shape: ModelConfig, manager: checkpoint.Manager, runtime: Runtime, layout: Layout | None
+    config: StageConfig,
+    shape: ModelConfig,
+    manager: checkpoint.Manager,
+    runtime: Runtime,
+    layout: Layout | None,
+    initial: Callable[[Layout | None], TrainState] | None = None,
 ) -> tuple[TrainState, Progress]:
-    """Return the state and progress to begin with: freshly drawn, or those of the last checkpoint."""
+    """Return the state and progress to begin with: those of the last checkpoint, else `initial`'s or freshly drawn."""
     dtype, spec = runtime.compute_dtype, model.spec(shape)
     if checkpoint.latest_step(manager) is None:
-        return fresh(config, shape, runtime, layout), Progress()
+        return initial(layout) if initial else fresh(config, shape, runtime, layout), Progress()
     nothing = model.init(shape, config.seed, device="meta", dtype=dtype, layout=layout)
     abstract = train.init(nothing, spec, dtype, layout)
     state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
@@ -184,7 +165,8 @@ def start(
         before = meta["config"].get(name, value)
         if before != value and name not in NOT_COMPARED:
             print(f"changed since the checkpoint: {name} = {value} (was {before})")
-    loader = {"position": meta["loader"], "tokens": arrays["loader_tokens"], "lengths": arrays["loader_lengths"]}
+    kept = {name.removeprefix("loader_"): array for name, array in arrays.items()}
+    loader = {"position": meta["loader"], **kept}
     print(f"resumed from step {int(state.step)} in {manager.folder}")
     if meta["config"]["dtype"] != now["dtype"]:
         state = state._replace(scaler=train.init_scaler(dtype, runtime.device))  # a scale is for one dtype

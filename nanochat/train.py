@@ -267,6 +267,7 @@ class Progress(NamedTuple):
         step: steps done. loader: the data loader's state, None before the first step. ema: running loss (metrics.ema).
         skipped_steps: steps left out because loss or gradient were not finite.
         timed_steps, timed_seconds: of the steps but the first ten of each start.
+        done: whether the last step was the run's last.
     """
 
     step: int = 0
@@ -275,10 +276,13 @@ class Progress(NamedTuple):
     skipped_steps: int = 0
     timed_steps: int = 0
     timed_seconds: float = 0.0
+    done: bool = False
 
 
-def split(batch: Batch, rows: int) -> list[dict[str, Tensor]]:
-    """Return micro-batches of `rows` rows each of a whole batch."""
+def split(batch: Batch, rows: int | None) -> list[Batch]:
+    """Return micro-batches of `rows` rows each of a whole batch; None: the batch as it is."""
+    if rows is None:
+        return [batch]
     parts = {name: x.split(rows) for name, x in batch.items()}
     return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
@@ -288,21 +292,23 @@ def fit(
     progress: Progress,
     batches: Iterator[tuple[Batch, Any, dict[str, float]]],
     *,
-    num_steps: int,
-    rows: int,
+    num_steps: int | None,
+    rows: int | None,
     step_fn: Callable[[TrainState, Sequence[Batch], Hparams], tuple[TrainState, dict[str, Tensor]]],
-    hparams_at: Callable[[int], Hparams],
+    hparams_at: Callable[[int, Mapping[str, float]], Hparams],
     after_step: Callable[[TrainState, Progress, dict[str, float]], Progress],
     save: Callable[[TrainState, Progress], None],
     stop: StopFlag,
     skip_nonfinite: bool = False,
 ) -> tuple[TrainState, Progress]:
-    """Run steps `progress.step` … num_steps - 1; return the last state and progress.
+    """Run steps `progress.step` … num_steps - 1, or to the last batch; return the last state and progress.
 
     Args:
         state, progress: where to begin; `state` is given up to `step_fn`.
-        batches: (batch of a whole step, loader state after it, statistics), endless.
-        rows: of a micro-batch. step_fn: `train_step` with its functions bound. hparams_at: step -> hyperparameters.
+        batches: (batch of a whole step, loader state after it, statistics); all ranks come to its end together.
+        num_steps: None: as many as there are batches.
+        rows: of a micro-batch; None: a batch is not split. step_fn: `train_step` with its functions bound.
+        hparams_at: (step, statistics of its batch) -> hyperparameters.
         after_step: logs, saves and evaluates as is due, given the step's numbers; returns the progress, updated.
         save: called before a stop, by a signal, by the data or by a non-finite loss. stop: set by a signal.
 
@@ -316,11 +322,11 @@ def fit(
             save(state, progress)
 
     skipped = 0
-    while progress.step < num_steps:
+    while num_steps is None or progress.step < num_steps:
         started = time.perf_counter()
         found, problem = None, None
         try:
-            found = None if stop else next(batches)
+            found = None if stop else next(batches, None)
         except UserError as error:
             problem = error
         if stop.agreed(problem is not None):  # on one rank: all ranks end here together
@@ -330,11 +336,12 @@ def fit(
                 if problem:
                     raise problem
             break
-        assert found is not None
+        if found is None:
+            break
         batch, loader, stats = found
         waited = time.perf_counter() - started
         before = state
-        state, tensors = step_fn(state, split(batch, rows), hparams_at(progress.step))
+        state, tensors = step_fn(state, split(batch, rows), hparams_at(progress.step, stats))
         numbers = {name: float(value) for name, value in tensors.items()}  # waits for the device: a step's one sync
         seconds = time.perf_counter() - started
         skipped = 0 if numbers.pop("finite") else skipped + 1

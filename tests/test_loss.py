@@ -48,7 +48,7 @@ def with_grads(f: Callable[..., Tensor], inputs: Chunked, factor: float = 1.0) -
 @pytest.mark.parametrize("chunk", [1, 7, 8, 24, 1000])  # one token, no divisor, a divisor, all, more than all
 def test_chunks_equal_the_plain_loss(chunk: int, factor: float):
     inputs = head_inputs()
-    got = with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, 100, chunk), inputs, factor)
+    got = with_grads(lambda x, w, t: loss.chunked(x, w, t, 100, chunk), inputs, factor)
     for value, want in zip(got, with_grads(plain, inputs, factor)):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-7)
@@ -56,9 +56,45 @@ def test_chunks_equal_the_plain_loss(chunk: int, factor: float):
     assert not got[1][::5].any(), "an ignored target got a gradient"
 
 
+@pytest.mark.parametrize("chunk", [None, 7, 1000])
+def test_weights_make_the_loss_a_weighted_sum_of_the_tokens(chunk: int | None):
+    params, batch = random_params(), random_batch()
+    weights = torch.randn(batch["targets"].shape, generator=torch.Generator().manual_seed(1))
+    weights[:, ::3] = 0.0
+
+    def f(params: Params, weights: Tensor) -> Tensor:
+        return loss.next_token(params, batch | {"weights": weights}, config=CONFIG, chunk_tokens=chunk)[0]
+
+    def definition(params: Params) -> Tensor:
+        return (weights * loss.per_token(params, batch, config=CONFIG)).sum()
+
+    grads, value = transform.value_and_grad(f)(params, weights)
+    wanted_grads, wanted = transform.value_and_grad(definition)(params)
+    torch.testing.assert_close(value, wanted)
+    assert_trees_close(grads, wanted_grads, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(f(params, weights), wanted)
+    counted = (batch["targets"] >= 0) / (batch["targets"] >= 0).sum()
+    torch.testing.assert_close(f(params, counted), loss.next_token(params, batch, config=CONFIG, chunk_tokens=chunk)[0])
+    grads, value = transform.value_and_grad(f)(params, torch.zeros_like(weights))
+    assert value == 0 and not any(g.any() for g in tree.leaves(grads))
+
+
+def test_tiny_weights_do_not_underflow_in_float16():
+    x, weight, targets = head_inputs(dtype=torch.float16)
+    weights = torch.full((len(x),), 2.0**-40)
+    _, grad_x, grad_weight = with_grads(
+        lambda x, w, t: loss.chunked(x, w, t, 100, 7, weights_R=weights), (x, weight, targets), 2.0**40
+    )
+    exact = with_grads(lambda x, w, t: len(x) * plain(x, w, t), (x.float(), weight, targets))
+    counted = (targets >= 0).sum() / len(x)
+    for got, want in ((grad_x, exact[1]), (grad_weight, exact[2])):
+        assert (got.float() - counted * want).norm() < 0.003 * want.norm()
+
+
 def test_chunks_in_half_precision():
     inputs = head_inputs(dtype=torch.bfloat16)
-    value, grad_x, grad_weight = with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, 100, 7), inputs)
+    value, grad_x, grad_weight = with_grads(lambda x, w, t: loss.chunked(x, w, t, 100, 7), inputs)
     assert (value.dtype, grad_x.dtype, grad_weight.dtype) == (torch.float32, torch.bfloat16, torch.float32)
     exact = with_grads(plain, (inputs[0].float(), *inputs[1:]))
     for got, want in zip((value, grad_x, grad_weight), exact):
@@ -73,9 +109,9 @@ def test_chunks_in_float16_neither_underflow_nor_overflow(factor: float):
     x, weight = torch.randn(rows, 16, generator=generator).half(), 0.1 * torch.randn(vocab, 16, generator=generator)
     targets = torch.randint(0, vocab // 2, (rows,), generator=generator)  # the other half of the table is no target
     value, grad_x, grad_weight = with_grads(
-        lambda x, w, t: loss.chunked_mean(x, w, t, vocab, 512), (x, weight, targets), factor
+        lambda x, w, t: loss.chunked(x, w, t, vocab, 512), (x, weight, targets), factor
     )
-    exact = with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, vocab, 512), (x.float(), weight, targets), factor)
+    exact = with_grads(lambda x, w, t: loss.chunked(x, w, t, vocab, 512), (x.float(), weight, targets), factor)
     assert math.isclose(value, exact[0], rel_tol=1e-3)
     for got, want in ((grad_x, exact[1]), (grad_weight, exact[2]), (grad_weight[vocab // 2 :], exact[2][vocab // 2 :])):
         assert (got.float() - want).norm() < 0.003 * want.norm()
@@ -83,7 +119,7 @@ def test_chunks_in_float16_neither_underflow_nor_overflow(factor: float):
 
 def test_no_target_gives_a_zero_and_finite_gradient():
     x, weight, targets = head_inputs()
-    for f in (plain, lambda x, w, t: loss.chunked_mean(x, w, t, 100, 7)):
+    for f in (plain, lambda x, w, t: loss.chunked(x, w, t, 100, 7)):
         for got in with_grads(f, (x, weight, torch.full_like(targets, -1))):
             assert not got.any()
     params, batch = random_params(), random_batch()
@@ -96,7 +132,7 @@ def test_no_target_gives_a_zero_and_finite_gradient():
 
 def test_extreme_logits_stay_finite():
     x, weight, targets = head_inputs()
-    for got in with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, 100, 7), (1e4 * x, weight, targets)):
+    for got in with_grads(lambda x, w, t: loss.chunked(x, w, t, 100, 7), (1e4 * x, weight, targets)):
         assert got.isfinite().all()
 
 
@@ -131,7 +167,7 @@ def test_all_logits_are_never_in_memory():
         return F.cross_entropy(15 * torch.tanh(logits / 15), targets, ignore_index=-1)
 
     assert peak(whole) >= rows * vocab  # the probe sees them where they are
-    assert peak(lambda x, w, t: loss.chunked_mean(x, w, t, vocab, chunk)) <= (vocab + 28) * 32  # the table itself
+    assert peak(lambda x, w, t: loss.chunked(x, w, t, vocab, chunk)) <= (vocab + 28) * 32  # the table itself
 
 
 def test_chunks_agree_with_finite_differences_in_float64():
@@ -139,7 +175,7 @@ def test_chunks_agree_with_finite_differences_in_float64():
     inputs = (x.double(), weight.double(), targets)
 
     def f(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return loss.chunked_mean(x, weight, targets, 100, 7)
+        return loss.chunked(x, weight, targets, 100, 7)
 
     value, *grads = with_grads(f, inputs)
     assert value.dtype == torch.float64
@@ -181,7 +217,7 @@ def test_chunks_in_fp8_are_the_formulas_eager_and_compiled(f: linear.Linear, bac
     want = fp8_formulas(x, weight, targets, 250, 32)
 
     def run(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return loss.chunked_mean(x, weight, targets, 250, 32, f)
+        return loss.chunked(x, weight, targets, 250, 32, f)
 
     torch._dynamo.reset()
     for g in (run, torch.compile(run, fullgraph=True, backend=backend)):
@@ -190,13 +226,11 @@ def test_chunks_in_fp8_are_the_formulas_eager_and_compiled(f: linear.Linear, bac
             # A gradient next to the middle of two e5m2 values may round the other way.
             assert (value.double() - expected).norm() < 3e-3 * expected.norm()
         assert not got[2][250:].any(), "the padding of the vocabulary got a gradient"
-    for value, plain in zip(
-        want, with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, 250, 32), (x, weight, targets))
-    ):
+    for value, plain in zip(want, with_grads(lambda x, w, t: loss.chunked(x, w, t, 250, 32), (x, weight, targets))):
         assert (value - plain).norm() > 5e-3 * plain.norm() or value.dim() == 0, "fp8 should be seen to differ"
     # Rows that are no multiple of 16 are dense, in every chunk.
     odd = (x[:40], weight, targets[:40])
-    for a, b in zip(with_grads(run, odd), with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, 250, 32), odd)):
+    for a, b in zip(with_grads(run, odd), with_grads(lambda x, w, t: loss.chunked(x, w, t, 250, 32), odd)):
         assert torch.equal(a, b)
 
 
@@ -205,7 +239,7 @@ def test_chunks_compiled_are_eager(dtype: torch.dtype, backend: str):
     inputs = head_inputs(dtype=dtype)
 
     def run(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return loss.chunked_mean(x, weight, targets, 100, 14)
+        return loss.chunked(x, weight, targets, 100, 14)
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend=backend)
@@ -262,7 +296,7 @@ def test_peak_memory_grows_with_the_chunk_and_not_with_the_tokens(f: linear.Line
 
     def value(x: Tensor, weight: Tensor, targets: Tensor, tokens: int | None) -> Tensor:
         if tokens is not None:
-            return loss.chunked_mean(x, weight, targets, vocab, tokens, f)
+            return loss.chunked(x, weight, targets, vocab, tokens, f)
         return F.cross_entropy(15 * torch.tanh(f(x, weight)[:, :vocab] / 15), targets)
 
     peak = {}
@@ -401,6 +435,6 @@ def test_chunks_on_cuda_in_bfloat16(vocab: int):
         return F.cross_entropy(15 * torch.tanh(logits / 15), targets, ignore_index=-1)
 
     inputs = (x, weight, targets)
-    got = with_grads(lambda x, w, t: loss.chunked_mean(x, w, t, vocab, 300), inputs)
+    got = with_grads(lambda x, w, t: loss.chunked(x, w, t, vocab, 300), inputs)
     for value, want in zip(got, with_grads(whole, inputs)):
         assert (value.float() - want.float()).abs().max() < 0.03 * want.float().abs().max()

@@ -159,10 +159,8 @@ def stop_tiny(base: Path, steps: int, *more: str) -> None:
     """Train until SIGTERM comes after some steps."""
     after_step = events.after_step
 
-    def and_stop(
-        job: events.Job, loss_fn: Any, show: Any, state: Any, at: train.Progress, numbers: Any
-    ) -> train.Progress:
-        at = after_step(job, loss_fn, show, state, at, numbers)
+    def and_stop(job: events.Job, show: Any, state: Any, at: train.Progress, numbers: Any) -> train.Progress:
+        at = after_step(job, show, state, at, numbers)
         if at.step == steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return at
@@ -209,11 +207,11 @@ def test_killed_while_saving_and_resumed_is_the_unbroken_run(base: Path):
 
 
 def test_an_evaluation_that_a_kill_left_out_is_made_up_for(base: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch):
-    def killed(*_: object) -> float:
+    def killed(*_: object, **_how: object) -> float:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(events, "validate", killed)
+        patch.setattr(events, "bits_per_byte", killed)
         with pytest.raises(KeyboardInterrupt):
             train_tiny(base, "name=unevaluated")
     assert checkpoint.steps(stage.run_folder("unevaluated") / "checkpoints") == [3]

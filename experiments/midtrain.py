@@ -1,0 +1,34 @@
+"""Mid-train a base model: conversations and tasks as plain text, before fine-tuning.
+
+    torchrun --nproc_per_node=8 launch.py --experiment=midtrain --set run=d20
+    torchrun --nproc_per_node=8 launch.py --experiment=sft --set run=d20_mid             # afterwards
+
+Everything in a conversation is learned, the user's words too. The rate is flat for four fifths of the run, then falls
+to 0. An optional stage: it teaches the form of conversations, multiple choice, tool calls and spelling. Settings are
+those of --experiment=sft; writes runs/<run>_mid.
+"""
+
+import dataclasses
+
+from experiments import sft
+from nanochat.runtime import Runtime
+
+
+def config() -> sft.Config:
+    """Return the reference's settings."""
+    base = sft.config()
+    return dataclasses.replace(
+        base,
+        tasks=(
+            "smoltalk", "mmlu:auxiliary_train", "gsm8k", "2*identity", "simplespelling:size=200000",
+            "spellingbee:size=80000",
+        ),
+        assistant_only=False,
+        optim=dataclasses.replace(base.optim, lr_fraction=1.0, warmdown_ratio=0.2),
+        chat=dataclasses.replace(base.chat, tasks=()),
+    )  # fmt: skip
+
+
+def run(config: sft.Config, runtime: Runtime) -> None:
+    """Mid-train the parent."""
+    sft.train(config, runtime, "mid", ("base",))

@@ -1,0 +1,298 @@
+"""Fine-tune a base model on conversations: what the assistant says is learned, the rest is read.
+
+    torchrun --nproc_per_node=8 launch.py --experiment=sft --set run=d20
+    python launch.py --experiment=sft --set run=quickstart --set tasks=2*identity,arithmetic --set val_tasks=identity
+    torchrun --nproc_per_node=8 launch.py --experiment=sft --set run=d20 --resume        # go on after a stop
+
+Context, batch sizes and learning rates are the parent's unless they are set, the optimizer's moments go on from its
+checkpoint. One epoch of the tasks; the rate is flat, then falls to 0 over the last half. A task is named as in
+--experiment=tasks, with `3*` before it to have its rows three times. Writes runs/<run>_sft: checkpoints, metrics.jsonl,
+curves. The default mixture takes about half an hour at depth 20 on 8 H100.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from nanochat import (
+    chat_eval,
+    conversation,
+    events,
+    generate,
+    model,
+    optim,
+    parent,
+    ranks,
+    scaling,
+    schedule,
+    sft,
+    sharding,
+    stage,
+    tasks,
+)
+from nanochat import config as configs
+from nanochat import run as runs
+from nanochat.chat_eval import ChatEvalConfig
+from nanochat.config import UserError
+from nanochat.events import Evaluation, Job, Result
+from nanochat.generate import Request
+from nanochat.optim import OptimConfig
+from nanochat.parent import Parent
+from nanochat.run import Stage
+from nanochat.runtime import Runtime
+from nanochat.sft import Packing
+from nanochat.stage import EvalConfig, StageConfig
+from nanochat.task import Task, mixture
+from nanochat.train import TrainState
+
+PROMPTS = ("Who are you?", "What is 12*3?", "How many r are in strawberry?", "Why is the sky blue?")
+
+
+@dataclasses.dataclass(frozen=True)
+class RatesConfig:
+    """Learning rates, and how they change.
+
+    Attributes:
+        embedding_lr, unembedding_lr, matrix_lr, scalar_lr: base rates; none: the parent's.
+        lr_fraction: of these, at the beginning. warmdown_ratio: last share of the run, in which the rates fall to 0.
+        moments: go on with the parent's optimizer moments.
+    """
+
+    embedding_lr: float | None = None
+    unembedding_lr: float | None = None
+    matrix_lr: float | None = None
+    scalar_lr: float | None = None
+    lr_fraction: float = 0.8
+    warmdown_ratio: float = 0.5
+    moments: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig(ChatEvalConfig):
+    """Evaluation by tasks along the way, see `chat_eval.ChatEvalConfig`.
+
+    Attributes:
+        tasks: as in `tasks`; none of them: no such evaluation. every_steps: none: at the end only.
+    """
+
+    tasks: tuple[str, ...] = tuple(f"{name}:test" for name in chat_eval.CHAT_CORE)
+    every_steps: int | None = 200
+    max_generative: int | None = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(StageConfig):
+    """A fine-tuning run; what is none is the parent's.
+
+    Attributes:
+        run, step: the parent, by name or folder; none: the base or mid model that was saved last, its newest step.
+        tasks, val_tasks: what is learned, and what validation bits per byte are of. source: a folder with local files
+            of tasks; none: the hub.
+        assistant_only: learn what the assistant says; false: everything. buffer_conversations: for the packing.
+        total_batch_size: tokens of a step. num_iterations: steps; none: one epoch.
+    """
+
+    run: str | None = None
+    step: int | None = None
+    tasks: tuple[str, ...] = ("smoltalk", "3*mmlu:auxiliary_train", "4*gsm8k")
+    val_tasks: tuple[str, ...] = ("smoltalk:test", "mmlu:test", "gsm8k:test")
+    source: str | None = None
+    assistant_only: bool = True
+    buffer_conversations: int = 100
+    device_batch_size: int | Literal["auto"] | None = None
+    total_batch_size: int | None = None
+    num_iterations: int | None = None
+    optim: RatesConfig = RatesConfig()
+    eval: EvalConfig = EvalConfig(
+        every_steps=200, tokens=40 * 2**19, sample_every_steps=None, sample_tokens=128, prompts=PROMPTS
+    )
+    chat: ChatConfig = ChatConfig()
+
+
+def config() -> Config:
+    """Return the reference's settings."""
+    return Config()
+
+
+def run(config: Config, runtime: Runtime) -> None:
+    """Fine-tune the parent."""
+    train(config, runtime, "sft", ("base", "mid"))
+
+
+def train(config: Config, runtime: Runtime, name: str, parents: tuple[str, ...]) -> None:
+    """Run the stage called `name` from a model of one of the stages `parents`."""
+    start = config.run or str(parent.newest(parents))
+    config = dataclasses.replace(config, name=config.name or f"{parent.load(start).folder.name}_{name}")
+    config = runs.restarted(config, str(config.name), runtime)
+    own = stage.run_folder(str(config.name))
+    begun = config.resume and parent.has_checkpoint(own)
+    origin = parent.load(own) if begun else parent.load(start, config.step)
+    record = origin.parent if begun else origin.record
+    config, auto = resolve(config, origin, runtime)
+    train_task, val_task = mix(config.tasks, config.source), mix(config.val_tasks, config.source)
+    graded = [tasks.from_text(text, "test", source=config.source) for text in config.chat.tasks]
+    print(describe(config, origin, record, train_task), flush=True)
+    it = finetuning(config, origin, runtime, name, record, train_task, val_task, graded)
+    runs.run(config, it, origin.shape, origin.tokenizer, runtime, try_rows=auto)
+
+
+def resolve(config: Config, origin: Parent, runtime: Runtime) -> tuple[Config, bool]:
+    """Return the settings with what is none filled in from the parent, and whether the micro-batch is an estimate.
+
+    Raises:
+        UserError: the batch does not divide.
+    """
+    length = origin.shape.sequence_len
+    total = origin.setting(config.total_batch_size, "total_batch_size", scaling.REFERENCE_BATCH_TOKENS)
+    filled = {
+        field.name: origin.setting(getattr(config.optim, field.name), f"optim.{field.name}", field.default)
+        for field in dataclasses.fields(OptimConfig)
+        if hasattr(config.optim, field.name) and field.name != "warmdown_ratio"
+    }
+    config = dataclasses.replace(
+        config, total_batch_size=total, optim=dataclasses.replace(config.optim, **filled), source=config.source
+    )
+    if total % (length * runtime.world_size):
+        raise UserError(
+            f"total_batch_size={total}: not a multiple of the context {length} x {runtime.world_size} ranks"
+        )
+    rows, asked = total // (length * runtime.world_size), config.device_batch_size
+    if asked == "auto":
+        found = stage.estimated_rows(config, origin.shape, rows, runtime)
+    elif asked is None:  # as many as the parent had, or what of it divides
+        most = origin.setting(None, "device_batch_size", 32)
+        found = math.gcd(rows, most) if rows % most else most
+    else:
+        found = asked
+    scaling.accumulation_steps(total, found, length, runtime.world_size)  # says what would divide
+    return dataclasses.replace(config, device_batch_size=found), asked == "auto"
+
+
+def mix(texts: tuple[str, ...], source: str | None) -> Task:
+    """Return the mixture that a setting names: tasks, each with how often it counts before it (`3*gsm8k`).
+
+    Raises:
+        UserError: nothing is named, or a task cannot be had.
+    """
+    chosen: list[Task] = []
+    for text in texts:
+        times, star, name = text.rpartition("*")
+        if star and not times.isdigit():
+            raise UserError(f"tasks: {text!r}: expected a number before the *, as in 3*gsm8k")
+        chosen += [tasks.from_text(name, source=source)] * int(times or 1)
+    if not chosen:
+        raise UserError("tasks: name one at least")
+    return mixture(chosen, name=",".join(texts))
+
+
+def describe(config: Config, origin: Parent, record: Mapping | None, task: Task) -> str:
+    """Return the resolved configuration and what it begins with, as text."""
+    facts = {
+        "parent": " ".join(str(x) for x in (record or {}).values()),
+        "parameters": f"{model.count(origin.shape)['total']:,}",
+        "conversations": f"{task.size:,}",
+        "moments": "the parent's" if config.optim.moments and origin.moments else "zero",
+    }
+    lines = [f"  {name:<16}{text}" for name, text in facts.items()]
+    return "\n".join(["configuration", configs.describe(config), "plan", *lines])
+
+
+def finetuning(
+    config: Config, origin: Parent, runtime: Runtime, name: str, record: Mapping | None, train_task: Task,
+    val_task: Task, graded: list[Task],
+) -> Stage:  # fmt: skip
+    """Return what this stage is: packed conversations, rates that fall, bits per byte, tasks and samples on the way."""
+    shape, length = origin.shape, origin.shape.sequence_len
+    assert config.total_batch_size
+    batch_scale = (config.total_batch_size / scaling.REFERENCE_BATCH_TOKENS) ** 0.5
+    stream = functools.partial(
+        sft.batches, tok=origin.tokenizer, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device
+    )
+    packing = Packing(
+        config.total_batch_size // length,
+        0,
+        length,
+        config.assistant_only,
+        None if config.num_iterations else 1,
+        config.buffer_conversations,
+    )
+
+    def evaluations(rows: int) -> list[Evaluation]:
+        # As many rows whatever the ranks: what is read must not depend on how many there are.
+        val = packing._replace(rows_per_step=rows * runtime.world_size, micro_rows=rows, epochs=1)
+        validation = functools.partial(
+            events.bits_per_byte,
+            batches=functools.partial(stream, val_task, how=val),
+            steps=max(config.eval.tokens // (val.rows_per_step * length), 1),
+        )
+        found = [Evaluation("val/bpb", config.eval.every_steps, validation)]
+        if graded:
+            key = next(iter(chat_eval.as_metrics({graded[0].name: chat_eval.Score(0, 1, 0.0)})))
+            found.append(Evaluation(key, config.chat.every_steps, functools.partial(grade, graded, config.chat)))
+        return [*found, Evaluation(None, config.eval.sample_every_steps, samples)]
+
+    return Stage(
+        name=name,
+        parent=record,
+        num_steps=config.num_iterations,
+        step_tokens=config.total_batch_size,
+        flops_per_token=model.flops_per_token(shape),
+        hparams_at=functools.partial(hparams_at, config, shape.n_embd, batch_scale),
+        matrix_lr=(config.optim.matrix_lr or 0) * batch_scale,
+        batches=lambda state, rows: stream(train_task, how=packing._replace(micro_rows=rows), state=state),
+        initial=lambda layout: parent.initial(origin, runtime, layout, moments=config.optim.moments),
+        evaluations=evaluations,
+    )
+
+
+def hparams_at(config: Config, n_embd: int, batch_scale: float, step: int, stats: Mapping[str, float]) -> optim.Hparams:
+    """Return the hyperparameters of one step, whose batch came with `stats`."""
+    base = {n: getattr(config.optim, n) for n in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
+    rates = optim.rates(OptimConfig(**base), n_embd, batch_scale=batch_scale, weight_decay=0.0)
+    done = step / config.num_iterations if config.num_iterations else stats.get("share", 0.0)
+    factor = config.optim.lr_fraction * schedule.flat_then_linear(done, config.optim.warmdown_ratio)
+    for group in rates.values():
+        group["lr"] *= factor
+    rates[optim.MATRIX]["momentum"] = schedule.short_momentum(step)
+    return optim.as_hparams(rates)
+
+
+def grade(graded: list[Task], how: ChatConfig, job: Job, state: TrainState) -> Result | None:
+    """Return the accuracy of tasks, and ChatCORE where its five are among them."""
+    subject = chat_eval.Subject(sharding.whole(state.params), job.shape, job.tok, job.runtime.compute_dtype)
+    line = ranks.join()
+    with ranks.together(line):
+        scores = chat_eval.evaluate(subject, graded, how, line)
+    ranks.leave(line)
+    if job.stop.agreed():
+        return None
+    found = chat_eval.as_metrics(scores)
+    return Result(found, [f"step {int(state.step)}: " + ", ".join(f"{n} {x:.4f}" for n, x in found.items())])
+
+
+def samples(job: Job, state: TrainState) -> Result:
+    """Return what the model answers to each of `eval.prompts`, a line each, tool calls in brackets."""
+    how, params = job.config.eval, sharding.whole(state.params)
+    if not job.runtime.is_main:
+        return Result({}, [])
+    decoder = generate.start(
+        params, job.shape, job.tok, slots=len(how.prompts), dtype=job.runtime.compute_dtype, compile=False
+    )
+    prompts = [conversation.prompt(job.tok, [{"role": "user", "content": text}]) for text in how.prompts]
+    settings = {"max_tokens": how.sample_tokens, "temperature": how.temperature, "top_k": how.top_k}
+    answers: list[list[int]] = [[] for _ in prompts]
+    for event in generate.run(decoder, [Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]):
+        answers[int(str(event.key))].append(event.token)
+    lines = [f"  {text!r} → {said(job, ids)!r}" for text, ids in zip(how.prompts, answers)]
+    return Result({}, lines)
+
+
+def said(job: Job, ids: list[int]) -> str:
+    """Return an answer as text, with [call → result] where a tool was used."""
+    content = conversation.content(job.tok, ids)
+    if isinstance(content, str):
+        return content
+    marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
+    return "".join(marks[part["type"]].format(part["text"]) for part in content)
