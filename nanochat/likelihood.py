@@ -1,0 +1,240 @@
+"""The likelihood of given answers to many prompts: beginnings that prompts share are computed once.
+
+Prompts of a group that begin alike become one line of a batch: the beginning, and behind it all the ends, each of which
+attends to the beginning and to itself alone. Lines are batched by length and dealt out to the ranks. What a batch is
+does not depend on the number of ranks, so neither do the numbers that come out. Logits are made where an answer is
+read off and nowhere else.
+
+Letters in names: B lines of a batch, T tokens of a line, Q tokens of its ends, R places where a token of an answer is
+read off, N query heads, K key/value heads, H head width, C width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat import model, runtime, tree
+from nanochat.attention import Attend
+from nanochat.model import Compute, ModelConfig, Order
+from nanochat.parameters import Subtree
+
+LOGITS_AT_ONCE = 1024  # positions
+MOST_PADDING = 1 / 8  # of a batch that is worth its start
+SHARED, PADDING, NO_KEY = -1, -2, -3  # what a token of a line belongs to, if not to an end
+
+
+class Prompt(NamedTuple):
+    """A text with an answer in it: token ids, of which ids[start:end] are the answer; start >= 1."""
+
+    ids: list[int]
+    start: int
+    end: int
+
+
+class Scored(NamedTuple):
+    """What the model made of an answer: its nats, how many of its tokens were the likeliest, how many it has."""
+
+    nats: float
+    hits: int
+    tokens: int
+
+
+class Line(NamedTuple):
+    """A line of a batch.
+
+    Attributes:
+        shared: the beginning; without ends, a whole prompt. ends: each the rest of a prompt.
+        read: (index in the line of the token before, token of an answer, number of the prompt).
+    """
+
+    shared: list[int]
+    ends: list[list[int]]
+    read: list[tuple[int, int, int]]
+
+
+class Batch(NamedTuple):
+    """Lines as tensors: the shared parts, filled up, and then the ends, filled up.
+
+    Attributes:
+        tokens_BT: ids. order: where they stand; None where no line has ends. shared_tokens: width of the first part.
+        member_BT: the end, counted in its line, that a token belongs to, or SHARED, PADDING, NO_KEY.
+        row_R, column_R: where an answer's token is read off. target_R: its id. prompt_R: number of its prompt.
+    """
+
+    tokens_BT: Tensor
+    order: Order | None
+    shared_tokens: int
+    member_BT: Tensor
+    row_R: Tensor
+    column_R: Tensor
+    target_R: Tensor
+    prompt_R: Tensor
+
+
+@torch.no_grad()
+def score(
+    params: Subtree,
+    config: ModelConfig,
+    groups: Sequence[Sequence[Prompt]],
+    *,
+    padding: int,
+    tokens_per_batch: int,
+    compute: Compute = Compute(),
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[list[Scored]]:
+    """Return what the model makes of each prompt of each group, on all ranks, which all call this with the same.
+
+    Args:
+        params: as from `model.init`, whole or (with `compute.gather`) this rank's parts.
+        groups: prompts that may begin alike. Prompts of a group that are the same get the same numbers.
+        padding: id to fill up with. tokens_per_batch: computed at once; a longer line makes a batch alone.
+    """
+    lines, numbers, num_prompts = as_lines(groups)
+    batches = batched(lines, tokens_per_batch)
+    nested, device = tree.nest(tree.flatten(params)), params["wte"].device
+    found = []
+    for first in range(0, len(batches), world_size):
+        counts = first + rank < len(batches)
+        # Ranks that hold parts of the parameters gather them in every batch: all of them need as many.
+        if counts or compute.gather is not None:
+            batch = assemble(batches[first + rank if counts else 0], padding)
+            read = _read(nested, config, batch, compute, device)
+            found += [(batch.prompt_R, *read)] * counts
+    sums = torch.zeros(2, num_prompts, dtype=torch.float64)
+    for prompt_R, nats_R, hit_R in found:  # here at the end, so that a GPU need not wait for Python
+        sums.index_add_(1, prompt_R, torch.stack([nats_R.cpu().double(), hit_R.cpu().double()]))
+    whole = runtime.total(sums.flatten().tolist())
+    return [
+        [Scored(whole[n], int(whole[num_prompts + n]), p.end - p.start) for n, p in zip(own, group)]
+        for own, group in zip(numbers, groups)
+    ]
+
+
+def as_lines(groups: Sequence[Sequence[Prompt]]) -> tuple[list[Line], list[list[int]], int]:
+    """Return the lines that hold all prompts, each prompt's number, by groups, and how many numbers there are."""
+    counter = itertools.count()
+    lines, numbers = [], []
+    for group in groups:
+        unique: dict[tuple[tuple[int, ...], int, int], int] = {}
+        keys = [(tuple(prompt.ids), prompt.start, prompt.end) for prompt in group]
+        for key in keys:
+            if key not in unique:
+                unique[key] = next(counter)
+        chosen = {unique[key]: prompt for key, prompt in zip(keys, group)}
+        lines += _lines_of(list(chosen.values()), list(chosen))
+        numbers.append([unique[key] for key in keys])
+    return lines, numbers, next(counter)
+
+
+def _lines_of(prompts: Sequence[Prompt], numbers: Sequence[int]) -> Iterator[Line]:
+    # The token before an answer is where it is read off, so it belongs to the end.
+    cut = min(common([p.ids for p in prompts]), min(p.start for p in prompts) - 1)
+    if len(prompts) == 1 or cut < 1:
+        for (ids, start, end), number in zip(prompts, numbers):
+            yield Line(ids, [], [(t - 1, ids[t], number) for t in range(start, end)])
+        return
+    read, moved = [], 0
+    for (ids, start, end), number in zip(prompts, numbers):
+        read += [(moved + t - 1, ids[t], number) for t in range(start, end)]
+        moved += len(ids) - cut
+    yield Line(prompts[0].ids[:cut], [p.ids[cut:] for p in prompts], read)
+
+
+def common(sequences: Sequence[list[int]]) -> int:
+    """Return the length of the longest common beginning: that of the first and the last in order."""
+    first, last = min(sequences), max(sequences)
+    return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+
+
+def batched(lines: Sequence[Line], tokens_per_batch: int) -> list[list[Line]]:
+    """Return the lines in batches of like lengths, the longest first: too little memory then shows at once."""
+    sizes = [(len(line.shared), sum(map(len, line.ends))) for line in lines]
+    batches: list[list[Line]] = []
+    width, used = (0, 0), 0
+    for i in sorted(range(len(lines)), key=lambda i: sizes[i], reverse=True):
+        wider = (max(width[0], sizes[i][0]), max(width[1], sizes[i][1]))
+        size = sum(wider) * (len(batches[-1]) + 1) if batches else 0
+        padding = size - used - sum(sizes[i])
+        sparse = padding > MOST_PADDING * size and size > MOST_PADDING * tokens_per_batch
+        if not batches or size > tokens_per_batch or sparse:
+            batches.append([])
+            wider, used = sizes[i], 0
+        batches[-1].append(lines[i])
+        width, used = wider, used + sum(sizes[i])
+    return batches
+
+
+def assemble(lines: Sequence[Line], padding: int) -> Batch:
+    """Return lines as the tensors of a batch, on the CPU."""
+    n_shared = max(len(line.shared) for line in lines)
+    shape = (len(lines), n_shared + max(sum(map(len, line.ends)) for line in lines))
+    tokens, member = torch.full(shape, padding), torch.full(shape, PADDING)
+    position, before = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    position[:, :n_shared] = torch.arange(n_shared)
+    before[:, 1:n_shared] = torch.arange(n_shared - 1)
+    member[:, :n_shared] = NO_KEY
+    read = []
+    for b, line in enumerate(lines):
+        start, at = len(line.shared), n_shared
+        tokens[b, :start], member[b, :start] = torch.tensor(line.shared), SHARED
+        for number, ids in enumerate(line.ends):
+            part = slice(at, at + len(ids))
+            tokens[b, part], member[b, part] = torch.tensor(ids), number
+            position[b, part] = torch.arange(start, start + len(ids))
+            before[b, part] = torch.arange(at - 1, at - 1 + len(ids))
+            before[b, at] = start - 1
+            at += len(ids)
+        gap = n_shared - start
+        read += [(b, t + gap * (t >= start), target, prompt) for t, target, prompt in line.read]
+    columns = torch.tensor(read, dtype=torch.int64).view(-1, 4).unbind(1)
+    order = Order(position, before) if shape[1] > n_shared else None
+    return Batch(tokens, order, n_shared, member, columns[0], columns[1], columns[2], columns[3])
+
+
+def _read(
+    params: dict[str, Any], config: ModelConfig, batch: Batch, compute: Compute, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the nats of each token that is read off, and whether it is the likeliest, (R,) each on the device."""
+    order = None
+    inside = compute
+    if batch.order is not None:
+        order = Order(*(x.to(device) for x in batch.order))
+        attend = _attend_lines(batch.member_BT.to(device), order.position_BT, batch.shared_tokens, compute.attend)
+        inside = dataclasses.replace(compute, attend=attend)
+    x_BTC = model.features(params, batch.tokens_BT.to(device), order=order, config=config, compute=inside)
+    x_RC, target_R = x_BTC[batch.row_R.to(device), batch.column_R.to(device)], batch.target_R.to(device)
+    lm_head_VC = model.gathered(params, "lm_head", compute)
+    nats, hits = [], []
+    for x, target in zip(x_RC.split(LOGITS_AT_ONCE), target_R.split(LOGITS_AT_ONCE)):
+        logits = model.unembed(x, lm_head_VC, config, compute)
+        nats.append(F.cross_entropy(logits, target, reduction="none"))
+        hits.append(logits.argmax(-1) == target)
+    return torch.cat(nats), torch.cat(hits)
+
+
+def _attend_lines(member_BT: Tensor, position_BT: Tensor, n_shared: int, attend: Attend) -> Attend:
+    """Return the attention of lines with ends: `attend` among what is shared; an end sees that, and itself."""
+    member_BQ1, position_BQ1 = member_BT[:, n_shared:, None], position_BT[:, n_shared:, None]
+    member_B1T, distance_BQT = member_BT[:, None], position_BQ1 - position_BT[:, None]
+    visible_BQT = ((member_B1T == member_BQ1) | (member_B1T == SHARED)) & (distance_BQT >= 0)
+
+    @functools.cache
+    def seen(window: int) -> Tensor:
+        return (visible_BQT & (distance_BQT <= window))[:, None]
+
+    def attend_lines(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, window: int) -> Tensor:
+        shared = attend(q_BTNH[:, :n_shared], k_BTKH[:, :n_shared], v_BTKH[:, :n_shared], window)
+        groups = q_BTNH.shape[2] // k_BTKH.shape[2]
+        k, v = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k_BTKH, v_BTKH))
+        q = q_BTNH[:, n_shared:].transpose(1, 2)
+        ends = F.scaled_dot_product_attention(q, k, v, attn_mask=seen(window))
+        return torch.cat([shared, ends.transpose(1, 2)], dim=1)
+
+    return attend_lines
