@@ -111,6 +111,7 @@ class Decoder:
     slots: int
     exact: bool
     lag: int
+    own: bool
     cache: dict[str, Any]
     rows: dict[str, Tensor]
     step: Callable[..., Tensor]
@@ -133,11 +134,12 @@ def start(
     exact: bool = False,
     evaluate: tools.Evaluate = calculator.evaluate,
     lag: int | None = None,
+    own: bool = False,
 ) -> Decoder:
     """Return an engine without a request.
 
     Args:
-        params: whole, on any device; they are copied, with the matrices in `dtype`.
+        params: whole, on any device; matrices are cast to `dtype`.
         slots: rows that are decoded at once; their cache is allocated here.
         context: tokens of a row, prompt included; None: the model's sequence_len.
         device, dtype: where and in what to compute; None: those of the embedding table.
@@ -146,6 +148,7 @@ def start(
             rounding of matrix products: a seed may then give another token where two are equally likely to within it.
         evaluate: of tool calls.
         lag: steps that run ahead of the host, 0 or 1; None: 1 on a GPU.
+        own: copy what needs no cast too, so that `load_params_` may write over it; otherwise it is the caller's memory.
 
     Raises:
         UserError: slots or context are out of range.
@@ -158,7 +161,8 @@ def start(
     if slots < 1 or not 2 <= context <= limit:
         raise UserError(f"slots={slots}, context={context}: expected at least 1 slot and a context of 2 … {limit}")
     model.check(params, config)
-    whole = model.fused(tree.nest({name: _stored(x, device, dtype) for name, x in tree.flatten(params).items()}))
+    stored = {name: _stored(x, device, dtype, own) for name, x in tree.flatten(params).items()}
+    whole = model.fused(tree.nest(stored))
     cache = kv_cache.empty(config, slots, context, dtype=dtype, device=device)
     step: Callable[..., Tensor] = _step_
     if compile:
@@ -174,6 +178,7 @@ def start(
         slots=slots,
         exact=exact,
         lag=lag if lag is not None else int(device.type == "cuda"),
+        own=own,
         cache=tree.nest(tree.flatten(cache)),
         rows={name: torch.zeros(slots, dtype=kind, device=device) for name, kind in kinds.items()},
         step=step,
@@ -181,9 +186,32 @@ def start(
     )
 
 
-def _stored(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _stored(x: Tensor, device: torch.device, dtype: torch.dtype, own: bool) -> Tensor:
     """Return a parameter as a step reads it: a matrix that were cast in each step would be read twice."""
-    return x.detach().to(device, dtype if x.dim() > 1 else x.dtype)
+    return x.detach().to(device, dtype if x.dim() > 1 else x.dtype, copy=own)
+
+
+@torch.no_grad()
+def load_params_(decoder: Decoder, params: Subtree) -> None:
+    """Give the engine other parameters of the same shape, in the place of the old ones.
+
+    What is compiled, and on a GPU recorded, goes on with them: a policy in training is played by one engine.
+
+    Raises:
+        ValueError: the parameters are not of the engine's configuration, its memory is not its own, or a request is
+            under way.
+    """
+    if not decoder.own:
+        raise ValueError("the engine shares its parameters with the caller: start it with own=True")
+    if decoder.active:
+        raise ValueError(
+            f"{len(decoder.active)} requests are under way: their cache is of the parameters that are here"
+        )
+    model.check(params, decoder.config)
+    new = tree.flatten(model.fused(params))
+    for name, x in tree.flatten(decoder.params).items():
+        x.copy_(new[name])
+    decoder.prefilled = None
 
 
 def free(decoder: Decoder) -> int:

@@ -10,7 +10,7 @@ import torch
 from small_model import WINDOWED, random_params
 from torch import Tensor
 
-from nanochat import generate, kv_cache, model, sampling, tools
+from nanochat import generate, kv_cache, model, sampling, tools, tree
 from nanochat.config import UserError
 from nanochat.generate import Decoder, Event, Request
 from nanochat.model import ModelConfig
@@ -284,6 +284,36 @@ def test_draws_are_computed_in_two_ways_that_are_warm_and_one_that_is_rare():
         requests = [Request((1,), top_k=top_k) for top_k in top_ks]
         assert generate._draws(requests, vocab_size=300) == want
     assert generate._draws([Request((1,), top_k=0, temperature=0)], vocab_size=300) == usual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_engine_goes_on_with_other_parameters(dtype: torch.dtype):
+    """What it compiled stays, what it has computed of a prompt does not, and the caller's tensors are not touched."""
+    requests = [Request(prompt(n, n), max_tokens=9, temperature=1.0, seed=n) for n in (5, 12, 12)]
+    first, second = random_params(CONFIG), random_params(CONFIG, seed=1)
+
+    def fresh(params: Any) -> Decoder:
+        return generate.start(params, CONFIG, TOKENIZER, slots=2, compile=False, dtype=dtype, own=True)
+
+    want = [rows(generate.run(fresh(params), requests)) for params in (first, second)]
+    assert want[0] != want[1]
+    kept = {name: x.clone() for name, x in tree.flatten(first).items()}
+    decoder = fresh(first)
+    addresses = [x.data_ptr() for x in tree.leaves(decoder.params)]
+    assert rows(generate.run(decoder, requests)) == want[0]
+    for params, found in ((second, want[1]), (first, want[0])):
+        generate.load_params_(decoder, params)
+        assert rows(generate.run(decoder, requests)) == found
+    assert [x.data_ptr() for x in tree.leaves(decoder.params)] == addresses
+    assert all(torch.equal(x, kept[name]) for name, x in tree.flatten(first).items())
+    generate.admit(decoder, 0, requests[0])
+    with pytest.raises(ValueError, match="1 requests are under way"):
+        generate.load_params_(decoder, second)
+    generate.cancel(decoder, 0)
+    with pytest.raises(ValueError, match="n_embd 64"):
+        generate.load_params_(decoder, random_params(dataclasses.replace(CONFIG, n_embd=64)))
+    with pytest.raises(ValueError, match="own=True"):
+        generate.load_params_(start(), second)
 
 
 def test_the_tool_rules_alone():
