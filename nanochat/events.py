@@ -136,6 +136,7 @@ def after_step(job: Job, show: progress.Bar, state: TrainState, at: Progress, nu
             "train/skipped_steps": at.skipped_steps,
             "train/loss_scale": float(state.scaler["scale"]),
             "perf/step_seconds": seconds,
+            "perf/wall_seconds": at.wall_seconds,
             "perf/tokens_per_second": speed,
             "perf/mfu": mfu,
             "perf/data_wait_seconds": numbers.pop("data_wait_seconds"),

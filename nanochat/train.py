@@ -267,6 +267,7 @@ class Progress(NamedTuple):
         step: steps done. loader: the data loader's state, None before the first step. ema: running loss (metrics.ema).
         skipped_steps: steps left out because loss or gradient were not finite.
         timed_steps, timed_seconds: of the steps but the first ten of each start.
+        wall_seconds: since the first step began, evaluations and all, without the time between a stop and a resume.
         done: whether the last step was the run's last.
     """
 
@@ -276,6 +277,7 @@ class Progress(NamedTuple):
     skipped_steps: int = 0
     timed_steps: int = 0
     timed_seconds: float = 0.0
+    wall_seconds: float = 0.0
     done: bool = False
 
 
@@ -321,7 +323,7 @@ def fit(
         if progress.loader is not None:  # before the first step there is nothing that the seed does not give again
             save(state, progress)
 
-    skipped = 0
+    skipped, last = 0, time.perf_counter()
     while num_steps is None or progress.step < num_steps:
         started = time.perf_counter()
         found, problem = None, None
@@ -349,9 +351,14 @@ def fit(
             keep(state._replace(step=torch.full_like(state.step, progress.step), scaler=before.scaler), progress)
             what = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
             raise NonFiniteLossError(f"step {progress.step}: the {what} is not finite")
+        now = time.perf_counter()
         progress = progress._replace(
-            step=progress.step + 1, loader=loader, skipped_steps=progress.skipped_steps + bool(skipped)
+            step=progress.step + 1,
+            loader=loader,
+            skipped_steps=progress.skipped_steps + bool(skipped),
+            wall_seconds=progress.wall_seconds + now - last,
         )
+        last = now
         timing = {"step_seconds": seconds, "data_wait_seconds": waited}
         progress = after_step(state, progress, numbers | stats | timing)
     return state, progress
