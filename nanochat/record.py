@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat import evaluations, manifest, metrics, model, pretrained, store
 from nanochat.config import UserError, nearest
@@ -122,20 +122,28 @@ def chain(folder: Path) -> list[Record]:
     return found
 
 
-def scores(record: Record) -> dict[str, tuple[float, int]]:
-    """Return {metric: (value, step)} of the evaluations of a run: the last of each up to the record's step.
+class Score(NamedTuple):
+    """A metric's last value: at which step, and whether it is from an evaluation made for its own sake."""
 
-    Those made on the way are taken from metrics.jsonl; a later evaluation of the whole is worth more than they are.
+    value: float
+    step: int
+    whole: bool
+
+
+def scores(record: Record) -> dict[str, Score]:
+    """Return the last value of each metric that is an evaluation's, up to the record's step.
+
+    Those made on the way are in metrics.jsonl; of the same step, evaluations.jsonl counts.
     """
-    named = ("val/", "core/", "chat/", "rl/")
-    found: dict[str, tuple[float, int]] = {}
-    for row in record.rows:
-        if not record.step or row["step"] <= record.step:
-            found |= {n: (x, row["step"]) for n, x in row.items() if n.startswith(named) and math.isfinite(x)}
-    for row in record.evaluations:
-        if not record.step or row["step"] <= record.step:
-            better = {n: x for n, x in row["metrics"].items() if n not in found or found[n][1] <= row["step"]}
-            found |= {n: (x, row["step"]) for n, x in better.items()}
+    named = ("val/", "core/", "chat/")
+    found: dict[str, Score] = {}
+    rows = [(row["step"], row, False) for row in record.rows]
+    rows += [(row["step"], row["metrics"], True) for row in record.evaluations]
+    for step, values, whole in rows:
+        if not record.step or step <= record.step:
+            for name, x in values.items():
+                if name.startswith(named) and math.isfinite(x) and (name not in found or found[name].step <= step):
+                    found[name] = Score(x, step, whole)
     return found
 
 
@@ -149,6 +157,11 @@ def train_seconds(record: Record) -> float | None:
     """Return the time that the steps have taken, by the median step."""
     each = step_seconds(record)
     return None if each is None else each * record.last_step
+
+
+def wall_seconds(record: Record) -> float | None:
+    """Return the time since the run's first step, evaluations on the way included; None where it was not recorded."""
+    return next((row["perf/wall_seconds"] for row in reversed(record.rows) if "perf/wall_seconds" in row), None)
 
 
 def step_tokens(record: Record) -> float | None:
