@@ -1,5 +1,6 @@
 """Curves as pictures: an SVG writer without dependencies, PNG where matplotlib is installed, and one for terminals."""
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ from nanochat.units import human
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 Point = tuple[float, float]
+Curves = Mapping[str, list[list[Point]]]  # name -> runs of points, with gaps between them
+Dots = Mapping[str, list[Point]]
 
 # Told apart by most eyes with a colour vision deficiency, legible on white and on near-black alike.
 COLOURS = ("#3b7dd8", "#e0752d", "#2a9d6f", "#c2478f", "#8b6fd0", "#b08a1e", "#17a2b8", "#d0483f")
@@ -59,6 +62,7 @@ def line_chart(
     y_label: str,
     log_x: bool = False,
     log_y: bool = False,
+    marks: Series | None = None,
 ) -> None:
     """Draw curves into a file: .svg by our own writer, .png by matplotlib (`pip install -e ".[plots]"`).
 
@@ -66,22 +70,28 @@ def line_chart(
         series: name -> (x values, y values), of one length each. A y that is not finite (or, on a log axis, not
             positive) makes a gap. Any number of points may be given: what a pixel column cannot show is left out,
             its extremes never.
+        marks: name -> points that are drawn as dots and not joined, in the colour of the curve of that name.
 
     Raises:
         UserError: another ending than .svg or .png, .png without matplotlib, or the file cannot be written.
-        ValueError: a curve has more x than y values, or fewer.
+        ValueError: a curve has more x than y values, or fewer, or marks have the name of no curve.
     """
     path = Path(path)
     if path.suffix not in (".svg", ".png"):
         raise UserError(f"{path}: pictures are written as .svg or .png")
+    if strange := set(marks or {}) - set(series):
+        raise ValueError(f"marks of {min(strange)}, which is no curve")
     curves = {name: _segments(name, xs, ys, log_x, log_y) for name, (xs, ys) in series.items()}
+    dots = {
+        name: list(itertools.chain(*_segments(name, xs, ys, log_x, log_y))) for name, (xs, ys) in (marks or {}).items()
+    }
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".png":
-            _write_png(part, curves, (title, x_label, y_label), log_x, log_y)
+            _write_png(part, curves, dots, (title, x_label, y_label), log_x, log_y)
         else:
-            part.write_text(_svg(curves, (title, x_label, y_label), log_x, log_y), encoding="utf-8")
+            part.write_text(_svg(curves, dots, (title, x_label, y_label), log_x, log_y), encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot write the picture: {error.strerror}") from None
@@ -128,7 +138,8 @@ def ticks(low: float, high: float, count: int = 6, whole: bool = False) -> list[
         return [low]
     raw = max((high - low) / count, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(nice * power for nice in (1, 2, 2.5, 5, 10) if nice * power >= raw * (1 - 1e-9))
+    nices = (1, 2, 5, 10) if whole and power < 10 else (1, 2, 2.5, 5, 10)
+    step = next(nice * power for nice in nices if nice * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 12 - math.floor(math.log10(step))) + 0.0 for i in range(first, last + 1)]
 
@@ -148,16 +159,21 @@ def log_ticks(low: float, high: float) -> list[float]:
 def _ticks(axis: Axis, count: int, whole: bool = False) -> list[tuple[float, str]]:
     """Return (value, label) of an axis's ticks; a linear axis has labels of one unit and one number of digits."""
     if axis.log:
-        return [(v, human(v) if v >= 1000 else f"{v:g}") for v in log_ticks(axis.low, axis.high)]
+        return [(v, _large(v) if v >= 1000 else f"{v:g}") for v in log_ticks(axis.low, axis.high)]
     values = ticks(axis.low, axis.high, count, whole)
     largest, step = max(map(abs, values)), abs(values[-1] - values[0]) / max(len(values) - 1, 1)
     if largest >= 1e13 or largest < 1e-4 or step < 1e-7 * largest:
-        return [(v, f"{v:.9g}") for v in values]
+        return [(v, f"{v:.9g}".replace("e+", "e")) for v in values]
     for unit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if largest >= 10 * unit or (largest >= unit >= 1e6):
             return [(v, f"{v / unit:.9g}{suffix}" if v else "0") for v in values]
     decimals = max(len(f"{v:.9f}".rstrip("0").partition(".")[2]) for v in values)
     return [(v, f"{v:.{decimals}f}") for v in values]
+
+
+def _large(value: float) -> str:
+    # FLOPs of a run are far beyond the suffixes that people know.
+    return human(value) if value < 1e15 else f"{value:.3g}".replace("e+", "e")
 
 
 def _decimate(points: list[Point]) -> list[Point]:
@@ -186,9 +202,9 @@ def _text_width(text: str) -> float:
     return sum(9.5 if c in "mwMW@%" else 4.0 if c in "iljt.,:|' " else 7.4 for c in text)
 
 
-def _svg(curves: Mapping[str, list[list[Point]]], texts: tuple[str, str, str], log_x: bool, log_y: bool) -> str:
+def _svg(curves: Curves, dots: Dots, texts: tuple[str, str, str], log_x: bool, log_y: bool) -> str:
     title, x_label, y_label = texts
-    points = [point for runs in curves.values() for run in runs for point in run]
+    points = [point for run in [*itertools.chain(*curves.values()), *dots.values()] for point in run]
     legend_rows = list(_legend(curves, left=24, top=62))
     top = 82 + 22 * (max((row for _, row, *_ in legend_rows), default=0))
     y_axis = _padded(_axis([y for _, y in points], HEIGHT - 56, top, log_y))
@@ -219,8 +235,9 @@ def _svg(curves: Mapping[str, list[list[Point]]], texts: tuple[str, str, str], l
     out.append(f'<text {turned} text-anchor="middle">{escape(y_label)}</text>')
     if not points:
         out.append(f'<text x="{middle[0]:.1f}" y="{middle[1]:.1f}" text-anchor="middle">no data yet</text>')
-    for index, runs in enumerate(curves.values()):
-        out.extend(_strokes(runs, x_axis, y_axis, _stroke(index)))
+    for index, (name, runs) in enumerate(curves.items()):
+        out.extend(_strokes(runs, x_axis, y_axis, _stroke(index), end=name not in dots))
+        out.extend(_dot(x_axis.place(x), y_axis.place(y), COLOURS[index % len(COLOURS)]) for x, y in dots.get(name, []))
     for index, _, x, y, name, value in legend_rows:
         out.append(f'<path class="line" d="M{x} {y - 4}h20" {_stroke(index)}/>')
         last = f'<tspan class="value" dx="8">{value}</tspan>'
@@ -233,22 +250,24 @@ def _stroke(index: int) -> str:
     return f'stroke="{colour}"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
-def _strokes(runs: list[list[Point]], x_axis: Axis, y_axis: Axis, stroke: str) -> Iterator[str]:
+def _dot(x: float, y: float, colour: str) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
+
+
+def _strokes(runs: list[list[Point]], x_axis: Axis, y_axis: Axis, stroke: str, end: bool) -> Iterator[str]:
     colour = stroke.split('"')[1]
     for run in runs:
         placed = _decimate([(x_axis.place(x), y_axis.place(y)) for x, y in run])
         if len(placed) == 1:
-            yield f'<circle cx="{placed[0][0]:.1f}" cy="{placed[0][1]:.1f}" r="3.5" fill="{colour}"/>'
+            yield _dot(*placed[0], colour)
         else:
             yield f'<path class="line" {stroke} d="M{" ".join(f"{x:.1f} {y:.1f}" for x, y in placed)}"/>'
-    if runs and len(runs[-1]) > 1:
+    if end and runs and len(runs[-1]) > 1:
         x, y = runs[-1][-1]
-        yield f'<circle cx="{x_axis.place(x):.1f}" cy="{y_axis.place(y):.1f}" r="3.5" fill="{colour}"/>'
+        yield _dot(x_axis.place(x), y_axis.place(y), colour)
 
 
-def _legend(
-    curves: Mapping[str, list[list[Point]]], left: int, top: int
-) -> Iterator[tuple[int, int, int, int, str, str]]:
+def _legend(curves: Curves, left: int, top: int) -> Iterator[tuple[int, int, int, int, str, str]]:
     """Yield (index, row, x, y, name, last value) for every curve, from left to right in as many rows as it takes."""
     x, row = left, 0
     for index, (name, runs) in enumerate(curves.items()):
@@ -260,9 +279,7 @@ def _legend(
         x += width
 
 
-def _write_png(
-    path: Path, curves: Mapping[str, list[list[Point]]], texts: tuple[str, str, str], log_x: bool, log_y: bool
-) -> None:
+def _write_png(path: Path, curves: Curves, dots: Dots, texts: tuple[str, str, str], log_x: bool, log_y: bool) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -278,6 +295,8 @@ def _write_png(
             label = f"{name}  {runs[-1][-1][1]:.4g}" if number == 0 else None
             marker = "o" if len(run) == 1 else None
             axes.plot(*zip(*run), color=colour, linestyle=dash, marker=marker, markersize=4, label=label)
+        if dots.get(name):
+            axes.plot(*zip(*dots[name]), color=colour, linestyle="", marker="o", markersize=4)
     axes.set_title(texts[0], loc="left", fontweight="bold")
     axes.set_xlabel(texts[1])
     axes.set_ylabel(texts[2])

@@ -7,6 +7,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 NAN = float("nan")
 
 
-def chart(folder: Path, series: plots.Series, title: str = "Loss", **options: bool) -> ET.Element:
+def chart(folder: Path, series: plots.Series, title: str = "Loss", **options: Any) -> ET.Element:
     """Draw a chart and return its SVG, parsed."""
     plots.line_chart(folder / "chart.svg", series, title=title, x_label="step", y_label="loss", **options)
     return ET.parse(folder / "chart.svg").getroot()
@@ -156,6 +157,30 @@ def test_log_ticks_lie_inside_and_rise(low: float, decades: float) -> None:
 def test_labels_of_large_numbers_are_short(tmp_path: Path) -> None:
     assert {"0", "20k", "100k"} <= set(texts(chart(tmp_path, {"a": ([0, 100_000], [1, 2])})))
     assert {"1M", "2M"} <= set(texts(chart(tmp_path, {"a": ([0, 2_000_000], [1, 2])})))
+
+
+def test_flops_are_written_with_an_exponent(tmp_path: Path) -> None:
+    root = chart(tmp_path, {"a": ([1e18, 1e19, 1e20], [1.0, 2.0, 3.0])}, log_x=True)
+    assert {"1e18", "1e19", "1e20"} <= set(texts(root))
+
+
+@pytest.mark.parametrize("last", [3, 10, 22, 30, 99])
+def test_no_tick_lies_between_two_steps(last: int) -> None:
+    assert all(tick.is_integer() for tick in plots.ticks(1, last, 8, whole=True))
+
+
+def test_marks_are_dots_in_the_colour_of_their_curve(tmp_path: Path) -> None:
+    curves = {"fit": ([1, 2, 3], [2.0, 1.0, 2.0]), "other": ([1, 3], [1.0, 1.0])}
+    path = tmp_path / "chart.svg"
+    marks = {"fit": ([1.5, 2.5, 3.5], [1.4, 1.6, NAN])}
+    plots.line_chart(path, curves, title="t", x_label="x", y_label="y", marks=marks)
+    root = ET.parse(path).getroot()
+    circles = [(c.get("fill"), c.get("cx")) for c in root.iter(f"{SVG}circle")]
+    assert [fill for fill, _ in circles] == [plots.COLOURS[0]] * 2 + [plots.COLOURS[1]]  # the last is the curve's end
+    plots.line_chart(path, {"fit": ([], [])}, title="t", x_label="x", y_label="y", marks={"fit": ([0, 9], [1, 3])})
+    assert len(dots(ET.parse(path).getroot())) == 2 and "no data yet" not in path.read_text()
+    with pytest.raises(ValueError, match="no curve"):
+        plots.line_chart(path, curves, title="t", x_label="x", y_label="y", marks={"strange": ([1], [1])})
 
 
 def test_x_and_y_of_different_length_are_refused(tmp_path: Path) -> None:
