@@ -12,7 +12,7 @@ but this command shows what is in it. Prints the folder, its shards and the next
 
 import dataclasses
 
-from nanochat import dataset, download, tokenizer
+from nanochat import core_bundle, dataset, download, tokenizer
 from nanochat.dataset import DataConfig
 from nanochat.download import Options
 from nanochat.runtime import Runtime, base_dir
@@ -25,12 +25,14 @@ class Config:
     Attributes:
         num_shards: ClimbMix shards to train on, -1 for all; the one that validates comes on top.
         base_url: address of the folder that holds ClimbMix's shards.
+        bundle_url: address of the bundle that the CORE metric is computed with; none: not fetched.
         download: workers, attempts and times.
     """
 
     data: DataConfig = DataConfig()
     num_shards: int = 170
     base_url: str = download.CLIMBMIX_URL
+    bundle_url: str | None = core_bundle.URL
     download: Options = Options()
 
 
@@ -49,6 +51,8 @@ def run(config: Config, runtime: Runtime) -> None:
         print(f"climbmix: {config.num_shards if config.num_shards >= 0 else 'all'} shards into {folder}", flush=True)
         fetched = download.climbmix(folder, config.num_shards, config.download, base_url=config.base_url)
         print(f"{fetched} files fetched now" if fetched else "all of them were there already")
+        if config.bundle_url:
+            print(f"evaluation bundle: {core_bundle.fetch(url=config.bundle_url, options=config.download)}")
     for split in ("train", "val"):
         shards = dataset.resolve(config.data, split)
         size = sum(shard.path.stat().st_size for shard in shards)

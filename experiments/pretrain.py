@@ -10,21 +10,37 @@ configuration and curves to runs/<name> under the base folder. Depth 20 on 8 H10
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 from nanochat import config as configs
-from nanochat import dataloader, dataset, events, model, optim, scaling, schedule, sharding, stage, tokenizer
+from nanochat import (
+    core,
+    core_bundle,
+    dataloader,
+    dataset,
+    events,
+    model,
+    optim,
+    scaling,
+    schedule,
+    sharding,
+    stage,
+    tokenizer,
+)  # fmt: skip
 from nanochat import run as runs
 from nanochat.config import UserError
+from nanochat.core_bundle import Bundle
 from nanochat.dataset import DataConfig
-from nanochat.events import Evaluation
-from nanochat.model import ModelConfig
+from nanochat.events import Evaluation, Job, Result
+from nanochat.model import Compute, ModelConfig
 from nanochat.optim import OptimConfig
 from nanochat.run import Stage
 from nanochat.runtime import Runtime
 from nanochat.scaling import Plan
 from nanochat.stage import StageConfig
 from nanochat.tokenizer import Tokenizer
+from nanochat.train import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +57,20 @@ class ShapeConfig:
     head_dim: int = 128
     window_pattern: str = "SSSL"
     vocab_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreConfig:
+    """Evaluation by CORE along the way; it is left out, and that said, where there is no bundle.
+
+    Attributes:
+        every_steps: between evaluations, and one at the end; none: never. max_per_task: rows of a task.
+        bundle: its folder; none: the one that --experiment=data fetches.
+    """
+
+    every_steps: int | None = 2000
+    max_per_task: int = 500
+    bundle: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +94,7 @@ class Config(StageConfig):
     target_param_data_ratio: float = 12.0
     model: ShapeConfig = ShapeConfig()
     optim: OptimConfig = OptimConfig()
+    core: CoreConfig = CoreConfig()
 
 
 def config() -> Config:
@@ -118,6 +149,7 @@ def load_tokenizer(config: Config, name: str, *, required: bool = True) -> Token
 def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime) -> Stage:
     """Return what pretraining is: packed documents, the scaling rules' rates, bits per byte and samples on the way."""
     rows_per_step = plan.total_batch_size // shape.sequence_len
+    bundle = find_bundle(config.core)
     batches = functools.partial(
         dataloader.batches,
         config.data,
@@ -136,10 +168,11 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
             batches=functools.partial(batches, split="val", rows_per_step=rows),
             steps=max(config.eval.tokens // (rows * shape.sequence_len), 1),
         )
-        return [
-            Evaluation("val/bpb", config.eval.every_steps, validation),
-            Evaluation(None, config.eval.sample_every_steps, events.samples),
-        ]
+        found = [Evaluation("val/bpb", config.eval.every_steps, validation)]
+        if bundle:
+            scored = functools.partial(core_score, bundle, config.core.max_per_task)
+            found.append(Evaluation("core/CORE", config.core.every_steps, scored))
+        return [*found, Evaluation(None, config.eval.sample_every_steps, events.samples)]
 
     return Stage(
         name="base",
@@ -151,6 +184,35 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
         batches=lambda state, _: batches(split="train", rows_per_step=rows_per_step, state=state),
         evaluations=evaluations,
     )
+
+
+def find_bundle(config: CoreConfig) -> Bundle | None:
+    """Return the evaluation bundle; None where CORE is not asked for, or where there is no bundle, which is said.
+
+    Raises:
+        UserError: a bundle that was named is none.
+    """
+    folder = core_bundle.default_dir()
+    if config.every_steps is None:
+        return None
+    if config.bundle is None and not folder.exists():
+        print(f"CORE is left out: no evaluation bundle in {folder}; --experiment=data fetches it")
+        return None
+    return core_bundle.read(Path(config.bundle or folder))
+
+
+def core_score(bundle: Bundle, max_per_task: int, job: Job, state: TrainState) -> Result | None:
+    """Return CORE and the centered accuracies of its tasks; the whole parameters are gathered for it."""
+    params = sharding.whole(state.params)
+    compute = Compute(dtype=job.runtime.compute_dtype)
+    found = core.evaluate(params, job.shape, job.tok, bundle, max_per_task=max_per_task, compute=compute)
+    if job.stop.agreed():
+        return None
+    scores = {f"core/{label}": task.centered for label, task in found.tasks.items()}
+    lines = [f"step {int(state.step)}: {label}: {reason}" for label, reason in found.failed.items()]
+    if found.core is not None:
+        lines.append(f"step {int(state.step)}: CORE {found.core:.4f}")
+    return Result({**scores, "core/CORE": math.nan if found.core is None else found.core}, lines)
 
 
 def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:

@@ -285,14 +285,5 @@ def samples(job: Job, state: TrainState) -> Result:
     answers: list[list[int]] = [[] for _ in prompts]
     for event in generate.run(decoder, [Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]):
         answers[int(str(event.key))].append(event.token)
-    lines = [f"  {text!r} → {said(job, ids)!r}" for text, ids in zip(how.prompts, answers)]
+    lines = [f"  {text!r} → {conversation.shown(job.tok, ids)!r}" for text, ids in zip(how.prompts, answers)]
     return Result({}, lines)
-
-
-def said(job: Job, ids: list[int]) -> str:
-    """Return an answer as text, with [call → result] where a tool was used."""
-    content = conversation.content(job.tok, ids)
-    if isinstance(content, str):
-        return content
-    marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
-    return "".join(marks[part["type"]].format(part["text"]) for part in content)

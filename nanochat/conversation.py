@@ -144,6 +144,15 @@ def content(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[str, st
     return parts if any(part["type"] != "text" for part in parts) else "".join(part["text"] for part in parts)
 
 
+def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return an answer's tokens as one text to read, with [call → result] where a tool was used."""
+    said = content(tokenizer, ids)
+    if isinstance(said, str):
+        return said
+    marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
+    return "".join(marks[part["type"]].format(part["text"]) for part in said)
+
+
 class Reader:
     """Turns the tokens of an answer into text while they come: `feed` each, then `close`.
 

@@ -78,13 +78,18 @@ class CoreTask:
     rows: tuple[Row, ...] = dataclasses.field(repr=False)
 
 
+def default_dir() -> Path:
+    """Return the folder where a bundle is looked for, and fetched to."""
+    return base_dir() / "eval_bundle"
+
+
 def fetch(folder: Path | None = None, *, url: str = URL, options: download.Options = download.Options()) -> Path:
     """Return the folder of the published bundle, which is downloaded and unpacked where it is not there yet.
 
     Raises:
         UserError: it could not be fetched, or the disk is full; the same command goes on.
     """
-    folder = folder or base_dir() / "eval_bundle"
+    folder = folder or default_dir()
     if (folder / TASKS_FILE).exists():
         return folder
     archive, unpacked = folder.with_name(f"{folder.name}.zip"), folder.with_name(f".{folder.name}.{os.getpid()}")

@@ -63,7 +63,8 @@ def hub(tmp_path: Path) -> Iterator[str]:
 
 
 def test_data_downloads_climbmix(cpu: runtime.Runtime, base: Path, hub: str, capsys: pytest.CaptureFixture[str]):
-    config = override(data.config(), ["num_shards=2", f"base_url={hub}", "download.workers=2"])
+    settings = ["num_shards=2", f"base_url={hub}", "download.workers=2", "bundle_url=none"]
+    config = override(data.config(), settings)
     data.run(config, cpu)
     output = capsys.readouterr().out
     assert "3 files fetched now" in output and "train      2 shards" in output and "val        1 shards" in output

@@ -496,6 +496,7 @@ def test_quickstart_takes_steps(base: Path):
             f"data.source={base / 'text'}",
             f"tokenizer={base / 'tokenizer'}",
             "num_iterations=2",
+            "sft_steps=0",
         ],
     )
     quickstart.run(config, runtime.create("cpu"))
@@ -536,3 +537,14 @@ def test_out_of_memory_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train, "fit", full)
     with pytest.raises(UserError, match=r"device_batch_size=4 runs out of memory \(CUDA out of memory\); set a lower"):
         pretrain.run(tiny(base, "name=full"), runtime.create("cpu"))
+
+
+def test_core_is_measured_where_there_is_a_bundle(base: Path, capsys: pytest.CaptureFixture[str]):
+    bundle = Path(__file__).parent / "data" / "core_bundle"
+    folder = train_tiny(base, "name=cored", "num_iterations=2", f"core.bundle={bundle}", "core.max_per_task=2")
+    [score] = metrics.curve(metrics.read(folder), "core/CORE")[1]
+    assert score == score and f"step 2: CORE {score:.4f}" in capsys.readouterr().out + capsys.readouterr().err
+    with pytest.raises(UserError, match=r"core.yaml"):
+        train_tiny(base, "name=uncored", f"core.bundle={base}")
+    train_tiny(base, "name=bare", "num_iterations=1")
+    assert "CORE is left out: no evaluation bundle in" in capsys.readouterr().out
