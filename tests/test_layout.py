@@ -18,8 +18,8 @@ PACKAGE = ROOT / "nanochat"
 
 # A file imports only from rows above its own. A new file takes its place here.
 ROWS = [
-    {"calculator", "config", "jail", "machines"},  # the errors that all the others raise; what needs nothing
-    {"allocator", "corpus", "jobs", "liveness", "ranks", "runtime", "seccomp", "tree", "units"},
+    {"bubblewrap", "calculator", "config", "jail", "machines"},  # the errors that all the others raise; what needs nothing
+    {"allocator", "corpus", "environment", "jobs", "liveness", "ranks", "runtime", "seccomp", "tree", "units"},
     {
         *(
             "attention",
@@ -35,7 +35,7 @@ ROWS = [
         ),
         *("progress", "sandbox", "schedule", "sharding", "store", "token_cache", "tokenizer", "transform"),
     },
-    {"conversation", "dataset", "evaluations", "shards", "tools", "traces"},
+    {"conversation", "core_bundle", "dataset", "evaluations", "shards", "tools", "traces"},
     {"task"},
     {"tasks"},
     {"manifest"},
@@ -44,8 +44,9 @@ ROWS = [
     {"dataloader", "kv_cache", "optim", "scaling"},
     {"model"},
     {"checkpoint", "convert", "loss", "sampling"},
-    {"evaluate", "footprint", "generate", "pretrained", "sft", "train"},
-    {"chat_eval", "core", "parent", "planner"},
+    {"compare", "evaluate", "footprint", "generate", "likelihood", "pretrained", "sft", "train"},
+    {"chat_eval", "core", "parent", "planner", "record"},
+    {"report", "rl"},
     {"stage"},
     {"events", "measure"},
     {"run"},
