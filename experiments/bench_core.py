@@ -52,14 +52,14 @@ class Config:
     vocab_size: int = 4096
     sequence_len: int = 512
     max_tokens: int | None = None
-    tokens_per_batch: int = core.TOKENS_PER_BATCH
+    tokens_per_batch: int | None = None
     rounds: int = 1
     threads: int | None = None
     device: str = "auto"
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.rounds, self.tokens_per_batch, *(x for x in (self.rows, self.max_tokens) if x is not None)) < 1:
+        if any(x is not None and x < 1 for x in (self.rounds, self.rows, self.max_tokens, self.tokens_per_batch)):
             raise UserError("rounds, rows, max_tokens and tokens_per_batch have to be at least 1")
 
 

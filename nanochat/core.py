@@ -23,7 +23,6 @@ from nanochat.parameters import Subtree
 from nanochat.tokenizer import PATTERN, Tokenizer
 
 FEW_SHOT_SEED = 1234  # of row 0; each row has the next
-TOKENS_PER_BATCH = 16384
 
 
 class Question(NamedTuple):
@@ -92,7 +91,7 @@ def evaluate(
     *,
     max_per_task: int | None = None,
     max_tokens: int | None = None,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int | None = None,
     compute: Compute = Compute(),
     done: Mapping[str, TaskResult] | None = None,
     on_task: Callable[[str, TaskResult | str], None] = lambda *_: None,
@@ -103,7 +102,7 @@ def evaluate(
         params: as from `model.init`, whole or (with `compute.gather`) this rank's parts.
         max_per_task: rows of each task, after the shuffle; None: all.
         max_tokens: of a prompt, of which the last are kept; None: as many as the model takes.
-        tokens_per_batch: computed at once, padding included; a longer line makes a batch alone.
+        tokens_per_batch: as for `likelihood.score`.
         done: results of an earlier, unfinished call, for tasks that are not to be evaluated again.
         on_task: called after each task with its label and its result, or the reason why there is none.
 
@@ -114,8 +113,9 @@ def evaluate(
     max_tokens = max_tokens or limit
     if not 2 <= max_tokens <= limit:
         raise UserError(f"max_tokens={max_tokens}: expected 2 … {limit}, the limit of the model")
-    if tokens_per_batch < 1 or (max_per_task is not None and max_per_task < 1):
-        raise UserError(f"tokens_per_batch={tokens_per_batch}, max_per_task={max_per_task}: expected at least 1")
+    for name, value in {"max_per_task": max_per_task, "tokens_per_batch": tokens_per_batch}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value}: expected at least 1")
     tasks, failed = dict(done or {}), {}
     line = ranks.join()
     for label in bundle.entries:

@@ -24,6 +24,7 @@ from nanochat.attention import Attend
 from nanochat.model import Compute, ModelConfig, Order
 from nanochat.parameters import Subtree
 
+CPU_TOKENS, GPU_TOKENS = 2048, 32768  # of a batch; on a CPU larger ones outgrow the caches
 LOGITS_AT_ONCE = 1024  # positions
 MOST_PADDING = 1 / 8  # of a batch that is worth its start
 SHARED, PADDING, NO_KEY = -1, -2, -3  # what a token of a line belongs to, if not to an end
@@ -84,7 +85,7 @@ def score(
     groups: Sequence[Sequence[Prompt]],
     *,
     padding: int,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None = None,
     compute: Compute = Compute(),
     rank: int = 0,
     world_size: int = 1,
@@ -94,11 +95,12 @@ def score(
     Args:
         params: as from `model.init`, whole or (with `compute.gather`) this rank's parts.
         groups: prompts that may begin alike. Prompts of a group that are the same get the same numbers.
-        padding: id to fill up with. tokens_per_batch: computed at once; a longer line makes a batch alone.
+        padding: id to fill up with. tokens_per_batch: computed at once, padding included; a line that is longer
+            makes a batch alone; None: what is fast on the device.
     """
     lines, numbers, num_prompts = as_lines(groups)
-    batches = batched(lines, tokens_per_batch)
     nested, device = tree.nest(tree.flatten(params)), params["wte"].device
+    batches = batched(lines, tokens_per_batch or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS))
     found = []
     for first in range(0, len(batches), world_size):
         counts = first + rank < len(batches)
