@@ -248,14 +248,14 @@ def test_waits_double_and_what_the_endpoint_asks_for_counts(settings: synthesize
 
 
 def test_a_slow_endpoint_is_given_up_and_asked_again(settings: synthesize.Config, endpoint: Endpoint) -> None:
-    endpoint.answer = lambda seed, attempt: (200, 3.0 if attempt == 0 else good(), {})
+    endpoint.answer = lambda seed, attempt: (200, 60.0 if attempt == 0 else good(), {})
     began = time.monotonic()
     run(settings, count=4, timeout_seconds=0.5)
-    assert seeds(settings) == [0, 1, 2, 3] and time.monotonic() - began < 2.9
+    assert seeds(settings) == [0, 1, 2, 3] and time.monotonic() - began < 50
 
 
 def test_requests_run_beside_each_other(settings: synthesize.Config, endpoint: Endpoint) -> None:
-    endpoint.answer = lambda seed, attempt: (200, 0.2, {})
+    endpoint.answer = lambda seed, attempt: (200, 0.5, {})
     run(settings, workers=4)
     assert 3 <= endpoint.most_at_once <= 4
 
@@ -332,11 +332,11 @@ def test_ctrl_c_keeps_what_has_come_and_does_not_wait(settings: synthesize.Confi
     command += ["--set", f"base_url={settings.base_url}", "--set", f"output={settings.output}"]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(endpoint.bodies) < 6 and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=50)
     finally:
         process.kill()
     assert process.returncode == 130 and "stopped by Ctrl-C" in err

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -100,6 +102,13 @@ def test_what_cannot_be_loaded_is_said_in_a_line(text: str, message: str) -> Non
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         tasks.from_text(text)
     assert "\n" not in str(caught.value)
+
+
+def test_importing_tasks_does_not_import_datasets() -> None:
+    code = "import sys; from nanochat import tasks; [tasks.about(n) for n in tasks.names()]; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=DATA.parents[1])
+    loaded = done.stdout.split()
+    assert "nanochat.tasks.smoltalk" in loaded and "datasets" not in loaded
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -288,6 +297,17 @@ def test_identity_ships_more_than_a_hundred_conversations_of_one_and_of_several_
     assert tasks.load("identity", source=ROWS).size == train.size  # a folder for other tasks
 
 
+def test_sums_among_the_identity_conversations_are_no_test_problems_and_have_the_form_of_arithmetic() -> None:
+    some = tasks.load("identity", "all")
+    rows = [row for row in map(some.row, range(some.size)) if isinstance(reference(row), list)]
+    assert len(rows) == 3
+    for row in rows:
+        a, _, b = operands(row)
+        assert not arithmetic.held_out(int(a), int(b))
+        lead, call, output, final = (part["text"] for part in reference(row))
+        assert (lead, final) == ("Let me calculate: ", f"\n\n#### {calculator.evaluate(call)}") and output in final
+
+
 def test_identity_reads_a_file_of_ones_own(tmp_path: Path) -> None:
     talk = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}] for i in range(20)]
     path = write(tmp_path / "identity.jsonl", *talk)
@@ -471,7 +491,7 @@ def kernel() -> None:
 
 
 def test_humaneval_rows_are_judged_in_the_sandbox(kernel: None) -> None:
-    some = tasks.load("humaneval", source=DATA / "humaneval.json", split="test")
+    some = tasks.load("humaneval", source=DATA / "humaneval.json", split="test", timeout_seconds=60.0)
     assert (some.kind, some.size) == ("generative", 6) and some.right
     for index in range(some.size):
         row = some.row(index)
@@ -497,7 +517,7 @@ def test_an_answer_may_be_fenced_or_bare_and_leave_out_the_imports(kernel: None)
         "entry_point": "area",
         "test": "def check(f):\n    assert abs(f(2) - 4 * math.pi) < 1e-9",
     }
-    right = tasks.load("humaneval", "test", source=DATA / "humaneval.json").right
+    right = tasks.load("humaneval", "test", source=DATA / "humaneval.json", timeout_seconds=60.0).right
     body = "def area(r):\n    return math.pi * r ** 2"
     assert right
     for answer in (body, f"Here:\n```python\n{body}\n```\nDone.", f"```\n{body}\n```", f"```py\n{body}", f"\n{body}\n"):
@@ -614,7 +634,7 @@ def test_a_hub_out_of_reach_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         UserError, match=r"the data set openai/gsm8k, split test, cannot be had: the hub does not"
     ) as caught:
         tasks.load("gsm8k", "test")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20  # five attempts of `datasets` take longer
     assert "name a file or folder with its rows: source=/path" in str(caught.value) and "\n" not in str(caught.value)
     assert config.HF_HUB_OFFLINE is False
 
