@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 import torch._inductor.config
 
@@ -29,6 +30,9 @@ PREFETCH_PRODUCTS = 20
 IN_FLIGHT_GB = 1.0
 # Starts that are looked at for each product: more only takes time.
 CANDIDATES = 16
+# Graphs that one function may have in a process, for all shapes of its arguments and all models. torch's limit is 8,
+# beyond which it raises; decoding alone needs 10 for a context of 2,048: by rows, span within the rings, and draws.
+GRAPHS = 64
 
 
 def compile(
@@ -65,6 +69,8 @@ def compile(
     options: dict[str, Any] = {"triton.cudagraphs": True} if cuda_graphs else {}
     if collectives and overlap and device.type == "cuda":
         options |= overlap_options()
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     # Shapes that vary get a graph each: symbolic ones made a sharded graph compile six times slower.
     compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, options=options or None)
     return compiled if memory_budget == 1 else _within_budget(compiled, memory_budget)
