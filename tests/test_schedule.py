@@ -55,3 +55,10 @@ def test_weight_decay_is_a_half_cosine():
     factors = {0: 1.0, 250: 0.5 + math.sqrt(0.5) / 2, 500: 0.5, 750: 0.5 - math.sqrt(0.5) / 2, 1000: 0.0}
     for step, factor in factors.items():
         assert math.isclose(schedule.weight_decay(step, 1000), factor, abs_tol=1e-12)
+
+
+def test_fine_tuning_is_flat_then_falls_to_zero():
+    factors = [schedule.flat_then_linear(done, 0.5) for done in (0.0, 0.5, 0.75, 1.0)]
+    assert factors == [1.0, 1.0, 0.5, 0.0]
+    assert schedule.flat_then_linear(0.9, 0.2) == pytest.approx(0.5) and schedule.flat_then_linear(1.0, 0.0) == 1.0
+    assert [schedule.short_momentum(step) for step in (0, 150, 300, 900)] == pytest.approx([0.85, 0.90, 0.95, 0.95])

@@ -1,5 +1,6 @@
 """Batches of conversations: masks, packing without loss, weights, ranks, and going on where a loader stopped."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from typing import Any
@@ -24,7 +25,7 @@ def tok() -> Tokenizer:
     return tokenizer.train([TEXT] * 20, 300)
 
 
-def row(index: int) -> dict[str, Any]:
+def row(index: int) -> conversation.Conversation:
     """A conversation whose length and words depend on its index."""
     words = TEXT.split()
     question, answer = " ".join(words[: 1 + index % 5]), " ".join(words[index % 7 : index % 7 + 1 + index % 9])
@@ -114,7 +115,7 @@ def test_weights_are_the_mean_over_the_tokens_of_the_whole_step(tok: Tokenizer):
 
 
 def test_the_gradient_of_micro_batches_is_that_of_the_whole_batch(tok: Tokenizer):
-    config = CONFIG.__class__(**(vars(CONFIG) | {"vocab_size": tok.vocab_size, "sequence_len": 48}))
+    config = dataclasses.replace(CONFIG, vocab_size=tok.vocab_size, sequence_len=48)
     params = random_params(config)
     batch, _, _ = collect(tok)[0]
     grad = transform.value_and_grad(lambda p, b: loss.next_token(p, b, config=config)[0])
