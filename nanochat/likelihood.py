@@ -1,9 +1,9 @@
 """The likelihood of given answers to many prompts: beginnings that prompts share are computed once.
 
 Prompts of a group that begin alike become one line of a batch: the beginning, and behind it all the ends, each of which
-attends to the beginning and to itself alone. Lines are batched by length and dealt out to the ranks. What a batch is
-does not depend on the number of ranks, so neither do the numbers that come out. Logits are made where an answer is
-read off and nowhere else.
+attends to the beginning and to itself alone. What stands further before an answer than all windows together reach is
+left out, and logits are made where an answer is read off and nowhere else. Lines are batched by length and dealt out to
+the ranks. What a batch is does not depend on the number of ranks, so neither do the numbers that come out.
 
 Letters in names: B lines of a batch, T tokens of a line, Q tokens of its ends, R places where a token of an answer is
 read off, N query heads, K key/value heads, H head width, C width, V vocabulary.
@@ -50,10 +50,12 @@ class Line(NamedTuple):
     """A line of a batch.
 
     Attributes:
-        shared: the beginning; without ends, a whole prompt. ends: each the rest of a prompt.
+        skipped: tokens in front that are left out. shared: the beginning; without ends, all of a prompt.
+        ends: each the rest of a prompt.
         read: (index in the line of the token before, token of an answer, number of the prompt).
     """
 
+    skipped: int
     shared: list[int]
     ends: list[list[int]]
     read: list[tuple[int, int, int]]
@@ -63,7 +65,8 @@ class Batch(NamedTuple):
     """Lines as tensors: the shared parts, filled up, and then the ends, filled up.
 
     Attributes:
-        tokens_BT: ids. order: where they stand; None where no line has ends. shared_tokens: width of the first part.
+        tokens_BT: ids. order: where they stand; None for lines that are prompts from their first token on.
+        shared_tokens: width of the first part.
         member_BT: the end, counted in its line, that a token belongs to, or SHARED, PADDING, NO_KEY.
         row_R, column_R: where an answer's token is read off. target_R: its id. prompt_R: number of its prompt.
     """
@@ -98,7 +101,7 @@ def score(
         padding: id to fill up with. tokens_per_batch: computed at once, padding included; a line that is longer
             makes a batch alone; None: what is fast on the device.
     """
-    lines, numbers, num_prompts = as_lines(groups)
+    lines, numbers, num_prompts = as_lines(groups, receptive_tokens(config))
     nested, device = tree.nest(tree.flatten(params)), params["wte"].device
     batches = batched(lines, tokens_per_batch or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS))
     found = []
@@ -119,8 +122,17 @@ def score(
     ]
 
 
-def as_lines(groups: Sequence[Sequence[Prompt]]) -> tuple[list[Line], list[list[int]], int]:
-    """Return the lines that hold all prompts, each prompt's number, by groups, and how many numbers there are."""
+def receptive_tokens(config: ModelConfig) -> int:
+    """Return how many tokens before it a token's activations depend on: each layer's window, and one for the smear."""
+    return sum(config.windows) + 1
+
+
+def as_lines(groups: Sequence[Sequence[Prompt]], reach: int) -> tuple[list[Line], list[list[int]], int]:
+    """Return the lines that hold all prompts, each prompt's number, by groups, and how many numbers there are.
+
+    Args:
+        reach: tokens before an answer that are kept.
+    """
     counter = itertools.count()
     lines, numbers = [], []
     for group in groups:
@@ -130,23 +142,25 @@ def as_lines(groups: Sequence[Sequence[Prompt]]) -> tuple[list[Line], list[list[
             if key not in unique:
                 unique[key] = next(counter)
         chosen = {unique[key]: prompt for key, prompt in zip(keys, group)}
-        lines += _lines_of(list(chosen.values()), list(chosen))
+        lines += _lines_of(list(chosen.values()), list(chosen), reach)
         numbers.append([unique[key] for key in keys])
     return lines, numbers, next(counter)
 
 
-def _lines_of(prompts: Sequence[Prompt], numbers: Sequence[int]) -> Iterator[Line]:
+def _lines_of(prompts: Sequence[Prompt], numbers: Sequence[int], reach: int) -> Iterator[Line]:
     # The token before an answer is where it is read off, so it belongs to the end.
     cut = min(common([p.ids for p in prompts]), min(p.start for p in prompts) - 1)
     if len(prompts) == 1 or cut < 1:
         for (ids, start, end), number in zip(prompts, numbers):
-            yield Line(ids, [], [(t - 1, ids[t], number) for t in range(start, end)])
+            skipped = max(start - 1 - reach, 0)
+            yield Line(skipped, ids[skipped:], [], [(t - 1 - skipped, ids[t], number) for t in range(start, end)])
         return
-    read, moved = [], 0
+    skipped = max(cut - reach, 0)
+    read, moved = [], -skipped
     for (ids, start, end), number in zip(prompts, numbers):
         read += [(moved + t - 1, ids[t], number) for t in range(start, end)]
         moved += len(ids) - cut
-    yield Line(prompts[0].ids[:cut], [p.ids[cut:] for p in prompts], read)
+    yield Line(skipped, prompts[0].ids[skipped:cut], [p.ids[cut:] for p in prompts], read)
 
 
 def common(sequences: Sequence[list[int]]) -> int:
@@ -179,24 +193,24 @@ def assemble(lines: Sequence[Line], padding: int) -> Batch:
     shape = (len(lines), n_shared + max(sum(map(len, line.ends)) for line in lines))
     tokens, member = torch.full(shape, padding), torch.full(shape, PADDING)
     position, before = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    position[:, :n_shared] = torch.arange(n_shared)
     before[:, 1:n_shared] = torch.arange(n_shared - 1)
     member[:, :n_shared] = NO_KEY
     read = []
     for b, line in enumerate(lines):
         start, at = len(line.shared), n_shared
+        position[b, :n_shared] = torch.arange(line.skipped, line.skipped + n_shared)
         tokens[b, :start], member[b, :start] = torch.tensor(line.shared), SHARED
         for number, ids in enumerate(line.ends):
             part = slice(at, at + len(ids))
             tokens[b, part], member[b, part] = torch.tensor(ids), number
-            position[b, part] = torch.arange(start, start + len(ids))
+            position[b, part] = torch.arange(line.skipped + start, line.skipped + start + len(ids))
             before[b, part] = torch.arange(at - 1, at - 1 + len(ids))
             before[b, at] = start - 1
             at += len(ids)
         gap = n_shared - start
         read += [(b, t + gap * (t >= start), target, prompt) for t, target, prompt in line.read]
     columns = torch.tensor(read, dtype=torch.int64).view(-1, 4).unbind(1)
-    order = Order(position, before) if shape[1] > n_shared else None
+    order = Order(position, before) if any(line.ends or line.skipped for line in lines) else None
     return Batch(tokens, order, n_shared, member, columns[0], columns[1], columns[2], columns[3])
 
 
@@ -210,8 +224,10 @@ def _read(
         order = Order(*(x.to(device) for x in batch.order))
         attend = _attend_lines(batch.member_BT.to(device), order.position_BT, batch.shared_tokens, compute.attend)
         inside = dataclasses.replace(compute, attend=attend)
-    x_BTC = model.features(params, batch.tokens_BT.to(device), order=order, config=config, compute=inside)
-    x_RC, target_R = x_BTC[batch.row_R.to(device), batch.column_R.to(device)], batch.target_R.to(device)
+    since = int(batch.column_R.min()) if len(batch.column_R) else 0
+    how: dict[str, Any] = {"order": order, "since": since, "config": config, "compute": inside}
+    x_BTC = model.features(params, batch.tokens_BT.to(device), **how)
+    x_RC, target_R = x_BTC[batch.row_R.to(device), batch.column_R.to(device) - since], batch.target_R.to(device)
     lm_head_VC = model.gathered(params, "lm_head", compute)
     nats, hits = [], []
     for x, target in zip(x_RC.split(LOGITS_AT_ONCE), target_R.split(LOGITS_AT_ONCE)):

@@ -142,12 +142,14 @@ def features(
     tokens_BT: Tensor,
     *,
     order: Order | None = None,
+    since: int = 0,
     config: ModelConfig = ModelConfig(),
     compute: Compute = Compute(),
 ) -> Tensor:
     """Return the final normalised activations (B, T, C), before the unembedding; arguments as for `apply`.
 
     Args:
+        since: return (B, T - since, C), of the columns from there on; the last layer does not compute the others.
         order: of rows that are not one line each, whose attention (`compute.attend`) has to know it as well; the
             limit of T is then the caller's to keep.
     """
@@ -173,7 +175,7 @@ def features(
         before_BTC = embedded_BTC.gather(1, order.before_BT[..., None].expand_as(embedded_BTC))
         smeared_BTC = smear(top, embedded_BTC, before_BTC, compute)
         first_BTC = torch.where((position > 0)[..., None], smeared_BTC, embedded_BTC)
-    return _layers(params, top, first_BTC, mix, config, compute)
+    return _layers(params, top, first_BTC, mix, config, compute, since)
 
 
 def decode(
@@ -278,13 +280,17 @@ def _layers(
     mix: Callable[[int, Subtree, Tensor], Tensor],
     config: ModelConfig,
     compute: Compute,
+    since: int = 0,
 ) -> Tensor:
     """Return the final activations, given those before the first layer and what attention makes: (B, T, N, H)."""
     x_BTC, middle_BTC = first_BTC, first_BTC
     for i in range(config.n_layer):
         layer = gathered(params, f"layers.{i}", compute)
         x_BTC = top["resid_lambdas"][i] * x_BTC + top["x0_lambdas"][i] * first_BTC
-        x_BTC = x_BTC + compute.linear(mix(i, layer["attn"], rms(x_BTC)).flatten(2), layer["attn"]["proj"])
+        mixed_BTC = mix(i, layer["attn"], rms(x_BTC)).flatten(2)
+        if since and i == config.n_layer - 1:
+            x_BTC, middle_BTC, mixed_BTC = x_BTC[:, since:], middle_BTC[:, since:], mixed_BTC[:, since:]
+        x_BTC = x_BTC + compute.linear(mixed_BTC, layer["attn"]["proj"])
         x_BTC = x_BTC + mlp(layer["mlp"], rms(x_BTC), compute)
         if i == config.n_layer // 2:
             middle_BTC = x_BTC
