@@ -38,7 +38,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from nanochat import seccomp
+from nanochat import bubblewrap, seccomp
 from nanochat.config import UserError
 
 MIB = 2**20
@@ -175,14 +175,14 @@ def _run(code: str, limits: Limits, weak: bool) -> Result:
         numbers = (report_end.fileno(), len(call_filter), len(program), len(secret), limits.memory_bytes)
         numbers += (math.ceil(limits.timeout_seconds), FOLDER_BYTES, FOLDER_FILES, int(not weak))
         # Not -I: it would ignore the seed of hashes, and the same program shall print the same set twice.
-        interpreter = [_interpreter(), "-P", "-s", "-S", "-B", "-c", _jail(), *map(str, numbers)]
+        interpreter = [bubblewrap.interpreter(), "-P", "-s", "-S", "-B", "-c", _jail(), *map(str, numbers)]
         process = subprocess.Popen(
-            interpreter if weak else [*_bubblewrap(), "--info-fd", str(info_end.fileno()), "--", *interpreter],
+            interpreter if weak else [*bubblewrap.command(), "--info-fd", str(info_end.fileno()), "--", *interpreter],
             stdin=sent,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=(report_end.fileno(), info_end.fileno()),
-            env=_environment(folder) if weak else {},
+            env=bubblewrap.environment(folder) if weak else {},
             cwd=folder,
             start_new_session=True,
         )
@@ -308,50 +308,6 @@ def _judge(ending: _Ending, code: int, secret: bytes, limits: Limits) -> Result:
         memory_exceeded=not timed_out and verdict[:1] == b"m",
         seconds=ending.seconds,
     )
-
-
-@functools.cache
-def _bubblewrap() -> tuple[str, ...]:
-    """Return bubblewrap's command line up to the program: the namespaces, and all that is to be seen in them."""
-    interpreter, prefix = _interpreter(), sys.base_prefix
-    command = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--new-session"]
-    command += [f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "uts")]
-    command += ["--hostname", "sandbox", "--uid", "65534", "--gid", "65534"]
-    # For the folder, whose number of files bubblewrap does not limit; the jail gives it up before the program runs.
-    command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
-    for system in ("/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"):
-        command += ["--ro-bind-try", system, system]
-    for system in ("/lib", "/lib64"):
-        if os.path.islink(system):
-            command += ["--symlink", os.readlink(system), system]
-        else:
-            command += ["--ro-bind-try", system, system]
-    for path in (f"{prefix}/lib", f"{prefix}/lib64", interpreter):
-        command += ["--ro-bind-try", path, path]
-    for device in ("/dev/null", "/dev/urandom"):
-        command += ["--dev-bind", device, device]
-    command += ["--dir", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--clearenv"]
-    for name, value in _environment("/tmp").items():
-        command += ["--setenv", name, value]
-    return tuple(command)
-
-
-def _environment(folder: str) -> dict[str, str]:
-    return {
-        "HOME": folder,
-        "TMPDIR": folder,
-        "PATH": "/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-        "LD_LIBRARY_PATH": f"{sys.base_prefix}/lib",
-        "MALLOC_ARENA_MAX": "1",  # glibc would take 64 MiB of the address space for each thread
-        "PYTHONHASHSEED": "0",
-        "PYTHONUTF8": "1",
-    }
-
-
-def _interpreter() -> str:
-    """Return the interpreter itself, of which a virtual environment has but a link or a copy."""
-    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "nanochat"
 
 # A file imports only from rows above its own. A new file takes its place here.
 ROWS = [
-    {"bubblewrap", "calculator", "config", "jail", "machines"},  # the errors that all the others raise; what needs nothing
+    {"bubblewrap", "calculator", "config", "jail", "machines"},  # errors that all others raise; what needs nothing
     {"allocator", "corpus", "environment", "jobs", "liveness", "ranks", "runtime", "seccomp", "tree", "units"},
     {
         *(

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import nanochat
-from nanochat import sandbox, seccomp
+from nanochat import bubblewrap, sandbox, seccomp
 from nanochat.config import UserError
 from nanochat.sandbox import MIB, Result
 
@@ -340,7 +340,7 @@ def test_reads(kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         print(sorted(os.environ), getenv(b"API_SECRET"), os.uname().nodename, os.getuid(), os.getppid())
     """)
     assert "in-the-environment" not in result.stdout and "in-a-file" not in result.stdout
-    names = sorted([*sandbox._environment("/tmp"), "PWD"])
+    names = sorted([*bubblewrap.environment("/tmp"), "PWD"])
     assert result.stdout.endswith(f"{names} None sandbox 65534 1\n")
 
 
@@ -616,7 +616,7 @@ def test_humaneval(kernel: str, task: dict[str, str]) -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `available` be found out anew, here and after the test."""
     monkeypatch.setattr(sandbox, "available", functools.cache(sandbox.available.__wrapped__))
-    monkeypatch.setattr(sandbox, "_bubblewrap", sandbox._bubblewrap.__wrapped__)
+    monkeypatch.setattr(bubblewrap, "command", bubblewrap.command.__wrapped__)
     monkeypatch.setattr(seccomp, "compile_filter", seccomp.compile_filter.__wrapped__)
 
 
