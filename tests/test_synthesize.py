@@ -330,10 +330,14 @@ def test_ctrl_c_keeps_what_has_come_and_does_not_wait(settings: synthesize.Confi
     endpoint.answer = lambda seed, attempt: (200, good() if seed < 3 else 60.0, {})
     command = [sys.executable, "launch.py", "--experiment=synthesize", "--set", "model=m", "--set", "workers=3"]
     command += ["--set", f"base_url={settings.base_url}", "--set", f"output={settings.output}"]
+
+    def written() -> int:
+        return settings.output.read_bytes().count(b"\n") if settings.output and settings.output.exists() else 0
+
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 300
-        while len(endpoint.bodies) < 6 and time.monotonic() < deadline:
+        while time.monotonic() < deadline and not (written() == 3 and len(endpoint.bodies) == 6):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=50)
