@@ -27,7 +27,7 @@ from nanochat.units import duration
 VOCAB_SIZE = 4096
 PROMPTS = ("Return the", "This module provides", "If the file does not exist,", "The list of", "A string that")
 QUESTIONS = ("What is 12*3?", "What is 548-79?", "Spell the word: tiger", "Who are you?", "How much is 25 plus 17?")
-LESSONS = ("arithmetic:size=4000", "simplespelling:size=9000", "8*identity")
+LESSONS = ("arithmetic:size=8000", "simplespelling:size=15000", "8*identity")
 PRACTICE = "arithmetic"
 EXAMS, PROBLEMS = ("arithmetic", "simplespelling"), 128
 
@@ -40,7 +40,7 @@ class Config(pretrain.Config):
         sft_steps: of fine-tuning; 0: the base model is all. rl_steps: of practising; 0: none.
     """
 
-    sft_steps: int = 140
+    sft_steps: int = 220
     rl_steps: int = 16
 
     def __post_init__(self) -> None:
@@ -165,13 +165,16 @@ def practising(config: Config, tuned: str, name: str) -> rl.Config:
     start = rl.config()
     return dataclasses.replace(
         start,
-        **shared(config) | {"train": start.train},  # pyright: ignore[reportArgumentType]
+        **{n: x for n, x in shared(config).items() if n not in ("train", "metrics")},  # pyright: ignore[reportArgumentType]
         run=tuned,
         name=name,
         task=PRACTICE,
         num_iterations=config.rl_steps,
-        rollout=RolloutConfig(examples=8, samples=8, max_tokens=64),
+        rollout=RolloutConfig(examples=16, samples=8, max_tokens=64),
+        # Few steps of few answers are noise for the matrices, whose update has the same size for any gradient.
+        optim=rl.RatesConfig(embedding_lr=0.05, unembedding_lr=0.01, matrix_lr=0.002, lr_fraction=0.3, moments=True),
         device_batch_size=16,
-        eval=rl.PassConfig(every_steps=None, problems=32, sample_every_steps=None),
+        eval=rl.PassConfig(every_steps=None, problems=64, sample_every_steps=None),
         checkpoint=config.checkpoint,
+        metrics=dataclasses.replace(config.metrics, every_steps=1),
     )
