@@ -135,7 +135,7 @@ def scores(record: Record) -> dict[str, Score]:
 
     Those made on the way are in metrics.jsonl; of the same step, evaluations.jsonl counts.
     """
-    named = ("val/", "core/", "chat/")
+    named = ("val/", "core/", "chat/", "rl/pass_")
     found: dict[str, Score] = {}
     rows = [(row["step"], row, False) for row in record.rows]
     rows += [(row["step"], row["metrics"], True) for row in record.evaluations]

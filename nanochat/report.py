@@ -4,7 +4,7 @@ Everything is read from the runs' folders (`record`). What is not there is a das
 written for a run that was never evaluated, is under way, or has lost a file.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ NAMED = (
     ("ChatCORE", "chat/ChatCORE"),
     ("bits per byte", "val/bpb"),
 )
+PASS = "rl/pass_at_"
 
 
 class Sample(NamedTuple):
@@ -111,27 +112,30 @@ def heading(runs: Sequence[Record]) -> str:
 def results(runs: Sequence[Record]) -> str:
     """Return the table of metrics by stage."""
     found = {one.stage: record.scores(one) for one in runs}
+    there = {key for scores in found.values() for key in scores}
     named = [key for _, key in NAMED]
-    others = sorted({key for scores in found.values() for key in scores} - set(named))
-    others = [key for key in others if not key.startswith("core/")]
-    rows = [(title, key) for title, key in NAMED] + [(key.removeprefix("chat/"), key) for key in others]
-    notes: list[str] = []
+    others = sorted(key for key in there - set(named) if key.startswith("chat/"))
+    rows = [*NAMED, *((key.removeprefix("chat/"), key) for key in others)]
+    rows += [(f"solved by any of {k}", f"{PASS}{k}") for k in (1, 8) if f"{PASS}{k}" in there]
     steps = {one.stage: one.step for one in runs}
     lines = [["", *(stage.upper() for stage in STAGES)]]
+    notes = ["CORE and ChatCORE are centered: 0 is guessing, 1 perfect. Tasks: the share that was right."]
+    if "base" in found and len(found) > 1:
+        notes.append("Bits per byte are of text in BASE, of conversations afterwards, and cannot be compared.")
+    partial = "\\* measured on the way, maybe on a part of the problems."
     for title, key in rows:
         cells = []
         for stage in STAGES:
             score = found.get(stage, {}).get(key)
             cell = "-" if score is None else f"{score.value:.4f}"
             if score and not score.whole and key.startswith(("chat/", "core/")):
-                cell, note = f"{cell}\\*", "\\* measured on the way, which may be on a part of the problems"
-                notes += [note] * (note not in notes)
+                cell += "\\*"
+                notes += [partial] * (partial not in notes)
             if score and steps[stage] and score.step != steps[stage]:
                 cell += f" (step {score.step:,})"
             cells.append(cell)
         lines.append([title, *cells])
-    notes.append("CORE and ChatCORE are centered: 0 is guessing, 1 perfect. Tasks: share that was right.")
-    return "\n\n".join(["## Results", table(lines), "\n".join(notes)])
+    return "\n\n".join(["## Results", table(lines), "\n".join(f"- {note}" for note in notes)])
 
 
 def core_tasks(runs: Sequence[Record]) -> str:
@@ -288,25 +292,32 @@ def draw(runs: Sequence[Record], folder: Path) -> dict[str, Path]:
         chart(f"{title}: training loss", f"{one.stage}_loss.svg", loss, "nats per token")
         bpb = {"validation": curve(one, "val/bpb")}
         chart(f"{title}: validation", f"{one.stage}_bpb.svg", bpb, "bits per byte")
-        rewards = matching(one, lambda name: "reward" in name)
-        chart(f"{title}: reward", f"{one.stage}_reward.svg", rewards, "reward")
-        passes = matching(one, lambda name: "pass@" in name)
-        chart(f"{title}: solved by one of k answers", f"{one.stage}_pass.svg", passes, "share of problems")
-        scores = matching(one, lambda name: name.startswith("chat/"))
+        steps, reward = curve(one, "rl/reward")
+        rewards = {"each step": (steps, reward), "smoothed": (steps, smoothed(reward))}
+        chart(f"{title}: reward", f"{one.stage}_reward.svg", rewards, "mean reward")
+        lengths = {"answers": curve(one, "rl/answer_tokens")}
+        chart(f"{title}: length of answers", f"{one.stage}_length.svg", lengths, "tokens")
+        passes = {f"any of {k}": curve(one, f"{PASS}{k}") for k in (1, 2, 4, 8)}
+        chart(f"{title}: test problems solved", f"{one.stage}_pass.svg", passes, "share of problems")
+        names = dict.fromkeys(name for row in one.rows for name in row if name.startswith("chat/"))
+        scores = {name.removeprefix("chat/"): curve(one, name) for name in names}
+        scores = {name: points for name, points in scores.items() if len(points[0]) > 1}
         chart(f"{title}: tasks on the way", f"{one.stage}_chat.svg", scores, "share that was right")
     return found
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Return the running mean of a noisy curve."""
+    state, means = None, []
+    for value in values:
+        state, mean = metrics.ema(state, value)
+        means.append(mean)
+    return means
 
 
 def curve(one: Record, name: str) -> record.Curve:
     """Return the curve of a metric over the steps."""
     return metrics.curve(one.rows, name)
-
-
-def matching(one: Record, wanted: Callable[[str], bool]) -> dict[str, record.Curve]:
-    """Return the curves of all metrics whose names are wanted, each of two points or more."""
-    names = dict.fromkeys(name for row in one.rows for name in row if wanted(name))
-    found = {name.partition("/")[2] or name: curve(one, name) for name in names}
-    return {name: points for name, points in found.items() if len(points[0]) > 1}
 
 
 # Markdown
@@ -330,7 +341,8 @@ def facts_table(facts: Mapping[str, str]) -> str:
 
 
 def fenced(text: str) -> str:
-    """Return text as it stands, in a fence that nothing in it can close."""
+    """Return text as it stands, but for what cannot be printed, in a fence that nothing in it can close."""
+    text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
