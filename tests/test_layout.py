@@ -60,6 +60,7 @@ ROWS = [
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+TASKS = sorted(path.stem for path in (PACKAGE / "tasks").glob("*.py") if path.stem != "__init__")
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
 SOURCES = [*sorted(PACKAGE.glob("**/*.py")), *sorted((ROOT / "experiments").glob("**/*.py")), ROOT / "launch.py"]
 
@@ -87,6 +88,12 @@ def test_imports_come_from_rows_above(name: str) -> None:
     for imported in internal_imports(parse(PACKAGE / f"{name}.py")):
         assert imported in ROW, f"nanochat/{name}.py imports {imported}, which has no row"
         assert ROW[imported] < ROW[name], f"{name} (row {ROW[name]}) imports {imported} (row {ROW[imported]})"
+
+
+@pytest.mark.parametrize("name", ["__init__", *TASKS])
+def test_tasks_import_from_rows_above_theirs(name: str) -> None:
+    for imported in internal_imports(parse(PACKAGE / "tasks" / f"{name}.py")):
+        assert imported == "tasks" or ROW[imported] < ROW["tasks"], f"tasks/{name}.py imports {imported}"
 
 
 def test_the_check_of_imports_sees_every_form() -> None:
@@ -175,8 +182,9 @@ def import_effects(root: Path, package: str, names: list[str], tmp_path: Path) -
 
 
 def test_importing_nanochat_does_nothing(tmp_path: Path) -> None:
-    effects, printed = import_effects(ROOT, "nanochat", [f"nanochat.{name}" for name in MODULES], tmp_path)
-    assert set(effects) == {f"nanochat.{name}" for name in MODULES}
+    names = [f"nanochat.{name}" for name in [*MODULES, *(f"tasks.{name}" for name in TASKS)]]
+    effects, printed = import_effects(ROOT, "nanochat", names, tmp_path)
+    assert set(effects) == set(names)
     assert {name: did for name, did in effects.items() if did} == {}
     assert printed == ""
 
