@@ -1,0 +1,288 @@
+"""Reinforcement learning: a fine-tuned model answers, and right answers become more likely.
+
+    torchrun --nproc_per_node=8 launch.py --experiment=rl --set run=d20_sft                    # on GSM8K
+    python launch.py --experiment=rl --set run=quickstart_sft --set task=arithmetic --set num_iterations=60
+    python launch.py --experiment=rl --set run=quickstart_sft --set task=arithmetic --resume   # go on after a stop
+
+A step samples 16 answers to each of 16 examples, tool calls and all, rewards those that are right, and learns from the
+differences (nanochat/rl.py). The share of test problems that any of k answers solves (pass@k) is measured every 60
+steps. A task is named as in --experiment=tasks; it has to tell right from wrong: gsm8k, arithmetic, spellingbee.
+Another reward is another function in `run` below. Writes runs/<name of the parent>_rl: checkpoints, metrics.jsonl,
+reward.svg, length.svg, pass.svg. One epoch of GSM8K is 467 steps.
+"""
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochat import config as configs
+from nanochat import conversation, generate, metrics, model, optim, parent, plots, ranks, rl, sharding, stage, tasks
+from nanochat import run as runs
+from nanochat.config import UserError
+from nanochat.events import Evaluation, Job, Result
+from nanochat.generate import Decoder
+from nanochat.model import ModelConfig, Params
+from nanochat.optim import OptimConfig
+from nanochat.parent import Parent
+from nanochat.rl import Reward, Rollout, RolloutConfig
+from nanochat.run import Stage
+from nanochat.runtime import Runtime
+from nanochat.stage import StageConfig
+from nanochat.task import Task
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import TrainConfig, TrainState
+
+PAD_TOKENS = 64  # the narrowest row that is compiled for
+
+
+@dataclasses.dataclass(frozen=True)
+class RatesConfig:
+    """Learning rates; they fall to 0 over the run, in a straight line.
+
+    Attributes:
+        embedding_lr, unembedding_lr, matrix_lr, scalar_lr: base rates. lr_fraction: of these, at the beginning.
+        moments: go on with the parent's optimizer moments.
+    """
+
+    embedding_lr: float = 0.2
+    unembedding_lr: float = 0.004
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+    lr_fraction: float = 0.05
+    moments: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PassConfig:
+    """What is looked at along the way.
+
+    Attributes:
+        every_steps: between measurements of pass@k; none: at the end only. problems: of the test split, the first ones.
+        sample_every_steps: between two looks at an example's answers; none: at the end only.
+    """
+
+    every_steps: int | None = 60
+    problems: int = 400
+    sample_every_steps: int | None = 20
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "problems", "sample_every_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"eval.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(StageConfig):
+    """A run of reinforcement learning.
+
+    Attributes:
+        run, step: the parent, by name or folder; none: the fine-tuned model that was saved last, its newest step.
+        task: what is practised. exam: what pass@k is of; none: the same task's test split.
+        source: folder or file of their rows; none: the hub.
+        num_iterations: steps; none: one epoch of the task.
+        device_batch_size: answers that are learned from at once.
+    """
+
+    run: str | None = None
+    step: int | None = None
+    task: str = "gsm8k"
+    exam: str | None = None
+    source: str | None = None
+    num_iterations: int | None = None
+    device_batch_size: int = 8
+    rollout: RolloutConfig = RolloutConfig()
+    optim: RatesConfig = RatesConfig()
+    # flex needs one length for all rows, and so might what auto takes
+    train: TrainConfig = TrainConfig(attention="sdpa")
+    eval: PassConfig = PassConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def config() -> Config:
+    """Return the reference's settings."""
+    return Config()
+
+
+def run(config: Config, runtime: Runtime) -> None:
+    """Practise the task, from the parent or from where the run has stopped; then draw what has become of it."""
+    start = config.run or str(parent.newest(("sft",)))
+    config = dataclasses.replace(config, name=config.name or f"{parent.load(start).folder.name}_rl")
+    config = runs.restarted(config, str(config.name), runtime)
+    folder = stage.run_folder(str(config.name))
+    begun = config.resume and parent.has_checkpoint(folder)
+    origin = parent.load(folder) if begun else parent.load(start, config.step)
+    record = origin.parent if begun else origin.record
+    practice = tasks.from_text(config.task, "train", source=config.source)
+    exam = tasks.from_text(config.exam or config.task.partition(":")[0], "test", source=config.source)
+    reward = rl.right(practice)
+    config = resolve(config, practice, runtime)
+    print(describe(config, origin, record, practice), flush=True)
+    it = practising(config, origin, runtime, record, practice, exam, reward)
+    runs.run(config, it, origin.shape, origin.tokenizer, runtime)
+    if runtime.is_main:
+        draw(folder)
+
+
+def resolve(config: Config, practice: Task, runtime: Runtime) -> Config:
+    """Return the settings with the number of steps filled in.
+
+    Raises:
+        UserError: the examples do not divide, there is no step to take, or a kernel does not fit.
+    """
+    examples = config.rollout.examples
+    if examples % runtime.world_size:
+        raise UserError(f"rollout.examples={examples}: must divide by the {runtime.world_size} ranks")
+    if config.train.attention in ("auto", "flex"):
+        raise UserError(
+            f"train.attention={config.train.attention}: rows of reinforcement learning have many lengths, which flex "
+            "does not take; set sdpa, or another by its name"
+        )
+    if config.device_batch_size < 1:
+        raise UserError(f"device_batch_size={config.device_batch_size}: must be at least 1")
+    steps = config.num_iterations or practice.size // examples
+    if steps < 1:
+        raise UserError(f"{practice.name} has {practice.size} rows: no step of {examples}; set num_iterations")
+    return dataclasses.replace(config, num_iterations=steps)
+
+
+def describe(config: Config, origin: Parent, record: Mapping | None, practice: Task) -> str:
+    """Return the resolved configuration and what it begins with, as text."""
+    facts = {
+        "parent": " ".join(str(x) for x in (record or {}).values()),
+        "parameters": f"{model.count(origin.shape)['total']:,}",
+        "practice": f"{practice.name}, {practice.size:,} examples",
+        "step": f"{config.rollout.examples} examples x {config.rollout.samples} answers",
+    }
+    lines = [f"  {name:<16}{text}" for name, text in facts.items()]
+    return "\n".join(["configuration", configs.describe(config), "plan", *lines])
+
+
+def practising(
+    config: Config, origin: Parent, runtime: Runtime, record: Mapping | None, practice: Task, exam: Task, reward: Reward
+) -> Stage:
+    """Return what this stage is: examples by their numbers, a step that plays them, pass@k and looks at answers."""
+    shape, how = origin.shape, config.rollout
+    decoder = player(shape, origin.tokenizer, config, runtime)
+    latest: deque[list[Rollout]] = deque(maxlen=1)  # answers to an example of the last step, to look at
+
+    def play(params: Params, numbers: Sequence[int]) -> list[list[Rollout]]:
+        engine = decoder(params)
+        return rl.rollouts(engine, origin.tokenizer, practice, reward, numbers, how=how, seed=config.seed)
+
+    def step(train_step: Callable[..., Any], _: Any) -> Callable[..., Any]:
+        return functools.partial(
+            rl.step,
+            play=play,
+            train_step=train_step,
+            batch_rows=config.device_batch_size,
+            pad_tokens=PAD_TOKENS if config.compile else None,
+            line=ranks.join(),
+            show=lambda played: latest.append(played[0]),
+        )
+
+    return Stage(
+        name="rl",
+        parent=record,
+        num_steps=config.num_iterations,
+        step_tokens=how.examples * how.samples * how.max_tokens,  # at most; each step says how many
+        flops_per_token=model.flops_per_token(shape),
+        hparams_at=functools.partial(hparams_at, config, shape.n_embd),
+        matrix_lr=config.optim.matrix_lr,
+        batches=lambda state, rows: rl.batches(practice, how.examples, state),
+        initial=lambda layout: parent.initial(origin, runtime, layout, moments=config.optim.moments),
+        evaluations=lambda rows: [
+            Evaluation("rl/pass_at_1", config.eval.every_steps, functools.partial(examine, decoder, exam)),
+            Evaluation(None, config.eval.sample_every_steps, functools.partial(look, latest)),
+        ],
+        step=step,
+    )
+
+
+def player(shape: ModelConfig, tok: Tokenizer, config: Config, runtime: Runtime) -> Callable[[Params], Decoder]:
+    """Return a function that gives the run's one engine with the parameters that it is given.
+
+    It is made when it is first needed, and keeps what it has compiled.
+    """
+    made: list[Decoder] = []
+    how: dict[str, Any] = {"dtype": runtime.compute_dtype, "compile": config.compile, "slots": config.rollout.slots}
+    context = min(model.CONTEXT_LIMIT * shape.sequence_len, shape.sequence_len + config.rollout.max_tokens)
+
+    def decoder(params: Params) -> Decoder:
+        if made:
+            generate.load_params_(made[0], params)
+        else:
+            made.append(generate.start(params, shape, tok, context=context, own=True, **how))
+        return made[0]
+
+    return decoder
+
+
+def hparams_at(config: Config, n_embd: int, step: int, _: Mapping[str, float]) -> optim.Hparams:
+    """Return the hyperparameters of one step."""
+    base = {n: getattr(config.optim, n) for n in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
+    rates = optim.rates(OptimConfig(**base), n_embd, weight_decay=0.0)
+    assert config.num_iterations
+    for group in rates.values():
+        group["lr"] *= config.optim.lr_fraction * (1 - step / config.num_iterations)
+    return optim.as_hparams(rates)
+
+
+def examine(decoder: Callable[[Params], Decoder], exam: Task, job: Job, state: TrainState) -> Result | None:
+    """Return pass@k on the test split."""
+    config: Any = job.config
+    params = sharding.whole(state.params)
+    line = ranks.join()
+    with ranks.together(line):
+        found = rl.pass_at_k(decoder(params), job.tok, exam, config.eval.problems, config.rollout, line)
+    ranks.leave(line)
+    if job.stop.agreed():
+        return None
+    names = {name: name.rpartition("_")[2] for name in found}
+    shown = ", ".join(f"@{names[name]} {value:.1%}" for name, value in found.items())
+    return Result(found, [f"step {int(state.step)}: pass {shown}"])
+
+
+def look(latest: Sequence[Sequence[Rollout]], job: Job, state: TrainState) -> Result:
+    """Return an example of the last step and a few of the answers to it, a line each."""
+    if not latest:
+        return Result({}, [])
+    answers = {shown(job.tok, one.tokens): one.reward for one in latest[0]}
+    asked = job.tok.decode(latest[0][0].prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
+    lines = [f"step {int(state.step)}: {asked!r}", *(f"  {r:g}  {text}" for text, r in list(answers.items())[:3])]
+    return Result({}, lines)
+
+
+def shown(tok: Tokenizer, ids: Sequence[int]) -> str:
+    """Return an answer in one line, with [call → result] where a tool was used."""
+    content = conversation.content(tok, ids)
+    marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return repr("".join(marks[part["type"]].format(part["text"]) for part in parts))
+
+
+def draw(folder: Path) -> None:
+    """Draw the curves of reward, length and pass@k into the run's folder, and show the reward's."""
+    rows = metrics.read(folder)
+    steps, rewards = metrics.curve(rows, "rl/reward")
+    smooth, state = [], None
+    for value in rewards:
+        state, mean = metrics.ema(state, value)
+        smooth.append(mean)
+    title = folder.name
+    plots.line_chart(
+        folder / "reward.svg",
+        {"each step": (steps, rewards), "smoothed": (steps, smooth)},
+        title=f"{title}: reward",
+        x_label="step",
+        y_label="mean reward",
+    )
+    lengths = {"answers": metrics.curve(rows, "rl/answer_tokens")}
+    plots.line_chart(folder / "length.svg", lengths, title=f"{title}: length", x_label="step", y_label="tokens")
+    passed = {f"pass@{k}": metrics.curve(rows, f"rl/pass_at_{k}") for k in (1, 2, 4, rl.MAX_K)}
+    plots.line_chart(folder / "pass.svg", passed, title=f"{title}: test", x_label="step", y_label="share solved")
+    if len(steps) > 1:
+        print(plots.ascii_chart(steps, smooth, title="mean reward, smoothed, by step"))
+    print(f"curves: {folder} (reward.svg, length.svg, pass.svg)")
+    print(f"next: python launch.py --experiment=eval_chat --set run={folder.name}")
