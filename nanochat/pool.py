@@ -18,6 +18,7 @@ from nanochat.counters import Counters
 from nanochat.replica import Connect, Info, Link, Message
 
 RESTART_SECONDS = (1.0, 60.0)  # the first pause before a restart, and the longest; each is twice the one before
+HANG_SECONDS = 120.0  # without a word while it has answers to give, after which a replica is taken for hung
 SOUND_SECONDS = 60.0  # that a replica has been ready for its next failure to count as the first one
 
 log = logging.getLogger("nanochat.serve")
@@ -56,7 +57,7 @@ class Stream:
 
 @dataclasses.dataclass
 class Worker:
-    """A replica and what it is doing; `error` is why it ended last."""
+    """A replica and what it is doing; `error` is why it ended last, `heard` when its last word came or was due."""
 
     connect: Connect
     link: Link | None = None
@@ -64,6 +65,7 @@ class Worker:
     streams: dict[int, Stream] = dataclasses.field(default_factory=dict)
     restarts: int = 0
     error: str | None = None
+    heard: float = 0.0
 
     @property
     def free(self) -> int:
@@ -183,6 +185,7 @@ def _dispatch(pool: Pool) -> None:
             return
         stream = pool.queue.pop(next(iter(pool.queue)))
         stream.worker = index
+        worker.heard = worker.heard if worker.streams else time.monotonic()
         worker.streams[stream.key] = stream
         worker.link.send(("new", stream.key, stream.prompt, stream.sampling))
 
@@ -207,7 +210,7 @@ async def _keep_running(pool: Pool, index: int) -> None:
         link = worker.connect(deliver)
         worker.link, hopeless, ready_at = link, False, time.monotonic()
         try:
-            while (message := await inbox.get())[0] != "gone":
+            while (message := await _next(worker, inbox))[0] != "gone":
                 if message[0] == "ready":
                     ready_at = time.monotonic()
                 elif message[0] == "failed":
@@ -227,8 +230,21 @@ async def _keep_running(pool: Pool, index: int) -> None:
         worker.restarts += 1
 
 
+async def _next(worker: Worker, inbox: asyncio.Queue[Message]) -> Message:
+    """Return a replica's next message; of one that hangs, that it has gone: its process is ended then."""
+    while True:
+        try:
+            async with asyncio.timeout(HANG_SECONDS):
+                return await inbox.get()
+        except TimeoutError:
+            if worker.streams and time.monotonic() - worker.heard >= HANG_SECONDS:
+                worker.error = f"it hung: for {HANG_SECONDS:g} s it said nothing"
+                return ("gone",)
+
+
 def _handle(pool: Pool, index: int, message: Message) -> None:
     worker = pool.workers[index]
+    worker.heard = time.monotonic()
     if message[0] == "tokens":
         for key, token, finish in message[1]:
             if stream := worker.streams.get(key):  # a cancel and a token may cross

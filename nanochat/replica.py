@@ -17,6 +17,7 @@ whatever became of the process that held it. Its messages are taken by a thread:
 
 import contextlib
 import dataclasses
+import gc
 import multiprocessing
 import os
 import queue
@@ -38,6 +39,7 @@ from nanochat.generate import Decoder, Request
 from nanochat.runtime import DTYPES
 from nanochat.tokenizer import Tokenizer
 
+CPU_NICE = 5  # where a replica computes on the cores that the front needs a little of, and at once
 END_SECONDS = 3.0  # that a process has to end when it is told so, and again when it gets a signal
 
 Message = tuple[Any, ...]
@@ -160,9 +162,12 @@ class _ProcessLink:
 def main(pipe: Connection, settings: Settings) -> None:
     """Run a replica: the target of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the front ends us
+    if settings.device == "cpu":
+        os.nice(CPU_NICE)
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     try:
         decoder, info = load(settings)
+        gc.freeze()  # what is loaded stays: looking through it would hold up all streams
         pipe.send(("ready", info))
         work(pipe, decoder)
     except (EOFError, ConnectionError):
@@ -240,8 +245,6 @@ def work(pipe: Connection, decoder: Decoder) -> None:
                 running.add(key)
             except UserError as error:
                 pipe.send(("refused", key, str(error)))
-            if waiting and generate.free(decoder):
-                continue  # look for a cancel first
         events = [(event.key, event.token, event.finish) for event in generate.step(decoder)]
         running.difference_update(key for key, _, finish in events if finish)
         if events:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
@@ -343,9 +344,11 @@ def run(app: ASGIApp, pool_: Pool, limits: Limits, on_ready: Callable[[int], Non
     # uvicorn passes a signal on when all is closed: then the program has to end in order as well, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if is_main else None
     try:
+        gc.freeze()  # a search for garbage through all that is imported takes as long as /health may
         with listen(limits) as sock:
             Server(app, pool_, limits, on_ready).run(sockets=[sock])
     finally:
+        gc.unfreeze()
         if is_main:
             signal.signal(signal.SIGTERM, before)
     if pool_.hopeless:

@@ -205,6 +205,20 @@ def test_while_no_replica_is_ready_requests_wait_or_are_told(monkeypatch: pytest
         assert events(ask(server, "hello"))[-1]["done"], "it waited for the restart"
 
 
+def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "HANG_SECONDS", 0.4)
+    monkeypatch.setattr(pool, "RESTART_SECONDS", (0.2, 1.0))
+    with scripted.serve({"hang": ["a", 60.0], "slow": ["a", 0.25, "b", 0.25, "c"], "late": [0.25, "a"]}) as server:
+        assert events(ask(server, "slow"))[-1]["done"]
+        time.sleep(0.5)  # long silent, for nobody asked: the time begins anew with the next question
+        assert events(ask(server, "late"))[-1]["done"]
+        assert "try again" in events(ask(server, "hang"))[-1]["error"]["message"]
+        assert "hung" in HTTP.get(server.url + "/stats").json()["workers"][0]["error"]
+        wait_for(lambda: server.pool.ready)
+        assert events(ask(server, "slow"))[-1]["done"]
+        assert [worker.restarts for worker in server.pool.workers] == [1]
+
+
 def test_a_full_queue() -> None:
     with scripted.serve({"": ["a", 0.6, "b"]}, slots=1, queue_limit=1) as server, contextlib.ExitStack() as stack:
         for _ in range(2):

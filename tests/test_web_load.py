@@ -9,22 +9,22 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
 import httpx
 import pytest
 import small_model
 import torch
+import web_clients
+from web_clients import whole_answer
 
 from experiments import bench_serve, convert, web
 from nanochat import checkpoint, generate, replica, runtime, tokenizer
@@ -36,7 +36,7 @@ from nanochat.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
 SHAPE = ModelConfig(sequence_len=128, vocab_size=TOK.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
-SLOTS, CLIENTS, REQUESTS = 16, 64, 500
+SLOTS, REQUESTS = 16, 500
 # What is asked: few enough that the answer to each is known beforehand.
 QUESTIONS = [
     {
@@ -46,7 +46,6 @@ QUESTIONS = [
     }
     for i in range(20)
 ]
-MALFORMED = (b"{", b'{"messages": []}', b"\xff\xfe", b'{"messages": [{"role": "user", "content": ""}], "seed": 1}')
 
 
 @dataclasses.dataclass
@@ -113,101 +112,35 @@ def rss_mb(pid: int) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1024
 
 
-class Sent(NamedTuple):
-    """A request on its way: status and head of its response, and what reads the rest."""
-
-    status: int
-    head: bytes
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-
-@contextlib.asynccontextmanager
-async def post(url: str, path: str, content: bytes) -> AsyncIterator[Sent]:
-    """Post as bare as can be: a client that takes more time than the server would measure itself."""
-    place = urlsplit(url)
-    reader, writer = await asyncio.open_connection("127.0.0.1", place.port)
-    try:
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        )
-        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        found = await reader.readuntil(b"\r\n\r\n")
-        yield Sent(int(found.split(b" ", 2)[1]), found, reader, writer)
-    finally:
-        writer.close()
-
-
-async def whole_answer(url: str, question: dict[str, Any]) -> str:
-    """Ask and read all of the stream, which has to end well."""
-    async with post(url, "/chat/completions", json.dumps(question).encode()) as sent:
-        assert sent.status == 200, await sent.reader.read()
-        raw = await sent.reader.read()
-    assert raw.endswith(b"\r\n0\r\n\r\n"), "the response is complete"
-    *events, last = [json.loads(line[6:]) for line in raw.split(b"\n") if line.startswith(b"data: ")]
-    assert last.get("done") is True, last
-    return "".join(event["token"] for event in events)
-
-
-async def load(url: str, answers: list[str], requests: int, rng: random.Random) -> int:
-    """Let CLIENTS clients make so many requests; returns how many answers were read to their end."""
-    left, complete = iter(range(requests)), 0
-
-    async def client() -> None:
-        nonlocal complete
-        for _ in left:
-            kind, which = rng.random(), rng.randrange(len(QUESTIONS))
-            content = json.dumps(QUESTIONS[which]).encode()
-            if kind < 0.1:
-                async with post(url, "/chat/completions", rng.choice(MALFORMED)) as sent:
-                    assert sent.status == 400 and b'{"error":{"message":' in await sent.reader.read()
-            elif kind < 0.25:  # leaves, at once or in the middle
-                async with post(url, "/chat/completions", content) as sent:
-                    assert sent.status == 200
-                    for _ in range(rng.randrange(8)):
-                        await sent.reader.readline()
-            elif kind < 0.4:
-                async with post(url, "/v1/chat/completions", content) as sent:
-                    message = json.loads(await sent.reader.read())["choices"][0]["message"]
-                parts = [part["text"] for part in message.get("nanochat_parts", ())]  # it calls tools as well
-                assert ("".join(parts) or message["content"]) == answers[which]
-                complete += 1
-            else:
-                assert await whole_answer(url, QUESTIONS[which]) == answers[which]
-                complete += 1
-
-    await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    return complete
+def by_clients(url: str, answers: list[str], requests: int, seed: int) -> int:
+    """Let many clients ask, from a process of their own; returns how many answers were read to their end."""
+    command = [sys.executable, web_clients.__file__, url, str(requests), str(seed)]
+    given = json.dumps({"questions": QUESTIONS, "answers": answers})
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
 
 
 async def alone(url: str) -> list[str]:
     return [await whole_answer(url, question) for question in QUESTIONS]
 
 
-NURSE = """
-import http.client, sys, threading, time
-ended = threading.Event()
-threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
-while not ended.wait(0.02):
-    start = time.perf_counter()
-    connection = http.client.HTTPConnection(sys.argv[1])
-    connection.request("GET", "/health")
-    assert b'"ready":true' in connection.getresponse().read()
-    connection.close()
-    print(time.perf_counter() - start)
-"""
-
-
 @contextlib.contextmanager
-def health_of(url: str) -> Iterator[list[float]]:
-    """Ask for /health all the while, from a process of its own; yields what will be the seconds that it took."""
-    command = [sys.executable, "-c", NURSE, urlsplit(url).netloc]
-    seconds: list[float] = []
+def health_of(server: Running) -> Iterator[list[tuple[float, float]]]:
+    """Ask for /health meanwhile; yields what will be (seconds that it took, and of them in the queue for a core)."""
+    command = [sys.executable, web_clients.__file__, "--health", server.url, str(server.process.pid)]
+    found: list[tuple[float, float]] = []
+
+    def add(line: str) -> None:
+        took, queued = map(float, line.split())
+        found.append((took, queued))
+
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nurse:
         assert nurse.stdout
-        seconds.append(float(nurse.stdout.readline()))
-        yield seconds
-        seconds += map(float, nurse.communicate()[0].split())
+        add(nurse.stdout.readline())
+        yield found
+        for line in nurse.communicate()[0].splitlines():
+            add(line)
         assert nurse.returncode == 0
 
 
@@ -233,18 +166,19 @@ def test_under_load_every_answer_is_the_unloaded_one(servers: list[Running]) -> 
     url, pids = servers[0].url, (servers[0].process.pid, servers[0].replica)
     answers = asyncio.run(alone(url))
     assert len(set(answers)) > len(QUESTIONS) // 2, "the questions have answers of their own"
-    rng = random.Random(0)
-    asyncio.run(load(url, answers, REQUESTS // 2, rng))
+    by_clients(url, answers, REQUESTS // 2, seed=0)
     settle(url)
     before = [rss_mb(pid) for pid in pids]
-    with health_of(url) as health:
-        complete = asyncio.run(load(url, answers, REQUESTS // 2, rng))
+    with health_of(servers[0]) as health:
+        complete = by_clients(url, answers, REQUESTS // 2, seed=1)
     stats = settle(url)
     assert complete > REQUESTS // 4
     assert stats["answers"]["cancelled"] > 5 and "failed" not in stats["answers"]
     assert stats["workers"][0]["active"] == 0 and stats["workers"][0]["restarts"] == 0
-    # Clients, replica and server share the cores of this machine: a few late answers are the scheduler's.
-    assert sorted(health)[int(0.9 * len(health))] < 0.1, f"/health took {sorted(health)} s"
+    # Without what the machine, which may have other work, let server and client wait: the rest is the server's own.
+    slowest = max(took for took, _ in health)
+    print(f"/health took up to {1000 * slowest:.1f} ms in {len(health)} requests")
+    assert max(took - queued for took, queued in health) < 0.1, f"/health took up to {slowest:.3f} s: {health}"
     for pid, size in zip(pids, before):
         assert rss_mb(pid) < size + 8, f"{size:.0f} MB grew to {rss_mb(pid):.0f} MB"
     # No slot has leaked: as many as there are answer at once, and the queue stays empty.

@@ -1,0 +1,128 @@
+"""Clients of a web server, in a process of their own that leaves the server the first place on the cores.
+
+    python tests/web_clients.py URL REQUESTS SEED < {"questions": [...], "answers": [...]}
+    python tests/web_clients.py --health URL PID    until its standard input ends
+
+The first lets CLIENTS clients make so many requests, some malformed, some left midway; every answer that is read to its
+end has to be the known one. Prints how many were. The second asks for /health all the while and prints, a line each,
+the seconds that it took and how many of them server and client stood in the kernel's queue for a core.
+"""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+CLIENTS = 64
+NICE = 10
+PAUSE_SECONDS = 0.02
+MALFORMED = (b"{", b'{"messages": []}', b"\xff\xfe", b'{"messages": [{"role": "user", "content": ""}], "seed": 1}')
+
+
+class Sent(NamedTuple):
+    """A request on its way: status and head of its response, and what reads the rest."""
+
+    status: int
+    head: bytes
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+
+@contextlib.asynccontextmanager
+async def post(url: str, path: str, content: bytes) -> AsyncIterator[Sent]:
+    """Post as bare as can be: a client that takes more time than the server would measure itself."""
+    place = urlsplit(url)
+    reader, writer = await asyncio.open_connection("127.0.0.1", place.port)
+    try:
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        )
+        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        found = await reader.readuntil(b"\r\n\r\n")
+        yield Sent(int(found.split(b" ", 2)[1]), found, reader, writer)
+    finally:
+        writer.close()
+
+
+async def whole_answer(url: str, question: dict[str, Any]) -> str:
+    """Ask and read all of the stream, which has to end well."""
+    async with post(url, "/chat/completions", json.dumps(question).encode()) as sent:
+        assert sent.status == 200, await sent.reader.read()
+        raw = await sent.reader.read()
+    assert raw.endswith(b"\r\n0\r\n\r\n"), "the response is complete"
+    *events, last = [json.loads(line[6:]) for line in raw.split(b"\n") if line.startswith(b"data: ")]
+    assert last.get("done") is True, last
+    return "".join(event["token"] for event in events)
+
+
+async def load(url: str, questions: list[dict[str, Any]], answers: list[str], requests: int, rng: random.Random) -> int:
+    """Let CLIENTS clients make so many requests; returns how many answers were read to their end."""
+    left, complete = iter(range(requests)), 0
+
+    async def client() -> None:
+        nonlocal complete
+        for _ in left:
+            kind, which = rng.random(), rng.randrange(len(questions))
+            content = json.dumps(questions[which]).encode()
+            if kind < 0.1:
+                async with post(url, "/chat/completions", rng.choice(MALFORMED)) as sent:
+                    assert sent.status == 400 and b'{"error":{"message":' in await sent.reader.read()
+            elif kind < 0.25:  # leaves, at once or in the middle
+                async with post(url, "/chat/completions", content) as sent:
+                    assert sent.status == 200
+                    for _ in range(rng.randrange(8)):
+                        await sent.reader.readline()
+            elif kind < 0.4:
+                async with post(url, "/v1/chat/completions", content) as sent:
+                    message = json.loads(await sent.reader.read())["choices"][0]["message"]
+                parts = [part["text"] for part in message.get("nanochat_parts", ())]  # it calls tools as well
+                assert ("".join(parts) or message["content"]) == answers[which]
+                complete += 1
+            else:
+                assert await whole_answer(url, questions[which]) == answers[which]
+                complete += 1
+
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return complete
+
+
+def nurse(url: str, server: str) -> None:
+    """Ask for /health until standard input ends."""
+    ended = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    while not ended.wait(PAUSE_SECONDS):
+        queued, start = queued_seconds(server, "self"), time.perf_counter()
+        connection = http.client.HTTPConnection(urlsplit(url).netloc)
+        connection.request("GET", "/health")
+        assert b'"ready":true' in connection.getresponse().read()
+        connection.close()
+        took = time.perf_counter() - start
+        print(took, queued_seconds(server, "self") - queued, flush=True)
+
+
+def queued_seconds(*processes: str) -> float:
+    """Return how long all threads of processes, which could have run, have waited for a core so far."""
+    files = [file for process in processes for file in Path(f"/proc/{process}/task").glob("*/schedstat")]
+    return sum(int(file.read_text().split()[1]) for file in files) / 1e9
+
+
+def main() -> None:
+    """Be what the command line says."""
+    if sys.argv[1] == "--health":
+        return nurse(*sys.argv[2:])
+    os.nice(NICE)
+    url, requests, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    print(asyncio.run(load(url, **json.load(sys.stdin), requests=requests, rng=random.Random(seed))))
+
+
+if __name__ == "__main__":
+    main()
