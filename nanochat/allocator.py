@@ -38,3 +38,14 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def release() -> None:
+    """Undo `settle` and give back what a finished run leaves, compiled graphs too: for the next one in this process."""
+    import torch  # after `tune`
+
+    gc.unfreeze()
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
