@@ -33,7 +33,7 @@ from nanochat.tokenizer import Tokenizer
 
 NOTHING, RESUME = -1, -2  # what the host says to a row, besides a token to take
 USUAL, GENERAL = {"candidates": 64, "whole": False}, {"candidates": 256, "whole": True}  # draws that are compiled for
-SMALLEST_SPAN = 256  # slots; below, a step costs the same
+SMALLEST_SPAN = {True: 256, False: 32}  # slots, compiled or not: each size is one more to compile
 SMALLEST_PREFILL = 16  # tokens
 
 
@@ -112,6 +112,7 @@ class Decoder:
     exact: bool
     lag: int
     own: bool
+    least_span: int
     cache: dict[str, Any]
     rows: dict[str, Tensor]
     step: Callable[..., Tensor]
@@ -179,6 +180,7 @@ def start(
         exact=exact,
         lag=lag if lag is not None else int(device.type == "cuda"),
         own=own,
+        least_span=SMALLEST_SPAN[compile],
         cache=tree.nest(tree.flatten(cache)),
         rows={name: torch.zeros(slots, dtype=kind, device=device) for name, kind in kinds.items()},
         step=step,
@@ -319,7 +321,7 @@ def warm_up(decoder: Decoder) -> None:
     """
     assert not decoder.active
     for n_rows in [decoder.slots] if decoder.exact else _sizes(1, decoder.slots):
-        for span in [decoder.context] if decoder.exact else _sizes(SMALLEST_SPAN, decoder.context):
+        for span in [decoder.context] if decoder.exact else _sizes(decoder.least_span, decoder.context):
             for draws in (USUAL, GENERAL):
                 _run(decoder, torch.full((n_rows,), NOTHING), n_rows, span=span, **draws)
 
@@ -336,7 +338,7 @@ def _launch(decoder: Decoder) -> _Flight:
     """Start a step of all rows; nothing of it is waited for."""
     count, longest = _fill_gaps(decoder), max(row.length for row in decoder.active.values()) + decoder.lag
     n_rows = decoder.slots if decoder.exact else _rounded(count, 1, decoder.slots)
-    span = decoder.context if decoder.exact else _rounded(longest, SMALLEST_SPAN, decoder.context)
+    span = decoder.context if decoder.exact else _rounded(longest, decoder.least_span, decoder.context)
     control, rows = [NOTHING] * n_rows, []
     for row in decoder.active.values():
         if row.feed:
@@ -475,9 +477,10 @@ def _step_(
     """
     live_B = rows["live"] | (control_B != NOTHING)
     token_B = torch.where(control_B >= 0, control_B, rows["token"])
-    logits_BTV, new = model.decode(
-        params, token_B[:, None], cache, added_B=live_B.long(), span=span, config=config, compute=compute
-    )
+    how: dict[str, Any] = {"span": span, "config": config, "compute": compute}
+    # Compiled, the copy into the old cache below is only of what is new; uncompiled, it would be of everything.
+    how["donate"] = not torch.compiler.is_compiling()
+    logits_BTV, new = model.decode(params, token_B[:, None], cache, added_B=live_B.long(), **how)
     drawn_B = sampling.draw(
         logits_BTV[:, 0],
         temperature_B=rows["temperature"],

@@ -74,12 +74,15 @@ def copy_row_(cache: Subcache, row: int, source: Subcache, source_row: int = 0) 
             x[row, : given.shape[0]] = given[: x.shape[1]]
 
 
-def write_one(layer: Subcache, length_B: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> dict[str, Tensor]:
-    """Return a layer's slots with one more token a row, T = 1."""
+def write_one(
+    layer: Subcache, length_B: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, donate: bool = False
+) -> dict[str, Tensor]:
+    """Return a layer's slots with one more token a row, T = 1; with `donate` in the memory of the old ones."""
     rows = torch.arange(length_B.shape[0], device=length_B.device)
     slot_B = length_B % layer["k"].shape[1]
     new = {"k": k_BTKH[:, 0], "v": v_BTKH[:, 0]}
-    return {name: layer[name].index_put((rows, slot_B), x) for name, x in new.items()}
+    put = torch.Tensor.index_put_ if donate else torch.Tensor.index_put
+    return {name: put(layer[name], (rows, slot_B), x) for name, x in new.items()}
 
 
 def write_many(layer: Subcache, length_B: Tensor, added_B: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> dict[str, Tensor]:

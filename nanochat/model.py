@@ -185,13 +185,14 @@ def decode(
     *,
     added_B: Tensor | None = None,
     span: int | None = None,
+    donate: bool = False,
     config: ModelConfig = ModelConfig(),
     compute: Compute = Compute(),
 ) -> tuple[Tensor, Subcache]:
     """Return the logits of the tokens that follow a cache, and the cache with these tokens.
 
-    It gives what `apply` gives for the whole sequences. Nothing is changed in place; a compiled caller that copies the
-    new cache into the old one writes only the new tokens.
+    It gives what `apply` gives for the whole sequences. Nothing is changed in place, unless it is donated; a compiled
+    caller that copies the new cache into the old one writes only the new tokens.
 
     Args:
         params: as from `init`, or a nested dict of the same tensors.
@@ -199,12 +200,15 @@ def decode(
         cache: as from `kv_cache.empty`; row b may not get more tokens than its context has room for.
         added_B: (B,) int64, tokens of each row that count, 0 … T; None: all. The rest give no sense and leave no trace.
         span: with T = 1, an upper bound on the lengths, this token included: slots from there on are not read.
+        donate: with T = 1, write into the memory of the cache's keys and values, which the caller gives up: uncompiled,
+            all of them would be copied for the sake of one token.
         config, compute: as for `apply`.
 
     Returns:
         ((B, T, V) float32 logits, the new cache: a TensorDict or a dict, as it was given).
     """
-    x_BTC, new = decode_features(params, tokens_BT, cache, added_B=added_B, span=span, config=config, compute=compute)
+    how: dict[str, Any] = {"added_B": added_B, "span": span, "donate": donate, "config": config, "compute": compute}
+    x_BTC, new = decode_features(params, tokens_BT, cache, **how)
     logits_BTV = unembed(x_BTC, gathered(params, "lm_head", compute), config, compute)
     return logits_BTV, TensorDict(new, batch_size=[]) if isinstance(cache, TensorDict) else new
 
@@ -216,6 +220,7 @@ def decode_features(
     *,
     added_B: Tensor | None = None,
     span: int | None = None,
+    donate: bool = False,
     fresh: bool = False,
     config: ModelConfig = ModelConfig(),
     compute: Compute = Compute(),
@@ -239,7 +244,7 @@ def decode_features(
         q_BTNH, k_BTKH, v_BTKH = project_qkv(layer, x_BTC, tokens_BT, rotary, config, compute)
         old = cache["layers"][str(i)]
         if n_time == 1 and not fresh:
-            layers[str(i)] = kv_cache.write_one(old, length_B, k_BTKH, v_BTKH)
+            layers[str(i)] = kv_cache.write_one(old, length_B, k_BTKH, v_BTKH, donate)
             return kv_cache.attend_one(q_BTNH, layers[str(i)], length_B, span)
         layers[str(i)] = kv_cache.write_many(old, length_B, added_B, k_BTKH, v_BTKH)
         if fresh:

@@ -128,6 +128,18 @@ def test_nothing_is_changed_in_place():
             model.decode(params, tokens[:, :n_time], cache, config=CONFIG)
 
 
+def test_a_donated_cache_is_written_in_place():
+    params, tokens = random_params(WINDOWED), ids(2, 141)
+    _, cache = model.decode(params, tokens[:, :140], kv_cache.empty(WINDOWED, 2, 200), config=WINDOWED)
+    want, want_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED)
+    before = {name: x.data_ptr() for name, x in tree.flatten(cache).items() if name.startswith("layers")}
+    got, got_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED, donate=True)
+    assert torch.equal(got, want)
+    for name, value in tree.flatten(want_cache).items():
+        assert torch.equal(tree.flatten(got_cache)[name], value), name
+    assert {name: tree.flatten(got_cache)[name].data_ptr() for name in before} == before
+
+
 def test_compiled_is_eager():
     params, tokens = random_params(WINDOWED), ids(2, 150)
     _, cache = model.decode(params, tokens[:, :140], kv_cache.empty(WINDOWED, 2, 200), config=WINDOWED)

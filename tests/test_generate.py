@@ -268,9 +268,9 @@ def test_warming_up_leaves_no_trace_and_covers_every_shape():
     decoder.step = lambda *args, **how: (shapes.append((len(args[3]), how["span"])), run(*args, **how))[1]
     generate.warm_up(decoder)
     warm = set(shapes)
-    assert warm == {(rows, 256) for rows in (1, 2, 4, 6)}
+    assert warm == {(rows, span) for rows in (1, 2, 4, 6) for span in (32, 64, 128, 256)}
     assert rows(generate.run(decoder, requests)) == rows(generate.run(start(slots=6), requests))
-    assert set(shapes) == warm
+    assert set(shapes) == warm and {span for _, span in set(shapes[len(warm) * 2 :])} == {32, 64}
 
 
 def test_draws_are_computed_in_two_ways_that_are_warm_and_one_that_is_rare():
