@@ -165,7 +165,7 @@ def practising(
     """Return what this stage is: examples by their numbers, a step that plays them, pass@k and looks at answers."""
     shape, how = origin.shape, config.rollout
     decoder = player(shape, origin.tokenizer, config, runtime)
-    latest: deque[list[Rollout]] = deque(maxlen=1)  # answers to an example of the last step, to look at
+    latest: deque[list[Rollout]] = deque(maxlen=1)  # answers to an example of the last step, of different rewards
 
     def play(params: Params, numbers: Sequence[int]) -> list[list[Rollout]]:
         engine = decoder(params)
@@ -179,7 +179,7 @@ def practising(
             batch_rows=config.device_batch_size,
             pad_tokens=PAD_TOKENS if config.compile else None,
             line=ranks.join(),
-            show=lambda played: latest.append(played[0]),
+            show=lambda played: latest.append(max(played, key=lambda group: len({one.reward for one in group}))),
         )
 
     return Stage(
@@ -245,12 +245,13 @@ def examine(decoder: Callable[[Params], Decoder], exam: Task, job: Job, state: T
 
 
 def look(latest: Sequence[Sequence[Rollout]], job: Job, state: TrainState) -> Result:
-    """Return an example of the last step and a few of the answers to it, a line each."""
+    """Return an example of the last step, the best two of the answers to it and the worst, a line each."""
     if not latest:
         return Result({}, [])
     answers = {shown(job.tok, one.tokens): one.reward for one in latest[0]}
+    ranked = sorted(answers.items(), key=lambda item: -item[1])
     asked = job.tok.decode(latest[0][0].prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
-    lines = [f"step {int(state.step)}: {asked!r}", *(f"  {r:g}  {text}" for text, r in list(answers.items())[:3])]
+    lines = [f"step {int(state.step)}: {asked!r}", *(f"  {r:g}  {text}" for text, r in ranked[:2] + ranked[2:][-1:])]
     return Result({}, lines)
 
 
