@@ -19,7 +19,7 @@ Source: continuous batching after Orca (Yu et al., OSDI 2022).
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -293,7 +293,7 @@ def step(decoder: Decoder) -> list[Event]:
     return []
 
 
-def run(decoder: Decoder, requests: Sequence[Request]) -> Iterator[Event]:
+def run(decoder: Decoder, requests: Sequence[Request]) -> Generator[Event, None, None]:
     """Yield the events of any number of requests, each as soon as it is there; keys are their indices.
 
     A caller that stops before the end takes nothing with it: what is under way is cancelled.

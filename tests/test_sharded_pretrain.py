@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import ranks
 
 from nanochat import checkpoint, metrics, tokenizer
 
@@ -55,20 +57,31 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(data: Path, base: Path, ranks: int, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
-    command += ["launch.py", "--experiment=pretrain"]
-    given = (*SETTINGS, f"data.source={data / 'text'}", f"tokenizer={data / 'tokenizer'}")
-    for word in (*given, *more):
-        command += [word] if word.startswith("--") else ["--set", word]
+def words(data: Path, *more: str) -> list[str]:
+    """Return the words of a command line: settings, and options with their dashes."""
+    given = (*SETTINGS, f"data.source={data / 'text'}", f"tokenizer={data / 'tokenizer'}", *more)
+    return ["--experiment=pretrain", *(word if word.startswith("--") else f"--set={word}" for word in given)]
+
+
+def run(data: Path, base: Path, count: int, *more: str) -> str:
+    """Run a job of so many ranks, and return what all of them printed."""
+    with mock.patch.dict(os.environ, NANOCHAT_BASE_DIR=str(base)):
+        return "".join(ranks.run(count, "../launch.py", *words(data, *more)))
+
+
+def start(data: Path, base: Path, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start a job of two ranks by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    command += ["launch.py", *words(data, *more)]
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def run(*args: Any, code: int = 0, **options: Any) -> str:
+def fail(*args: Any, **options: Any) -> str:
+    """Return what a job that torchrun starts prints before it fails."""
     process = start(*args, **options)
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == code, output
+    assert process.returncode == 1, output
     return output
 
 
@@ -82,38 +95,36 @@ def bits(base: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], list[float]]:
-    """Losses and evaluations of the run in one process."""
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base folder of the run in one process."""
     base = tmp_path_factory.mktemp("alone")
     run(data, base, 1)
-    return curve(base), bits(base)
+    return base
 
 
-def test_two_ranks_train_evaluate_and_sample_as_one(data: Path, tmp_path: Path, alone: Any) -> None:
+def test_two_ranks_train_evaluate_and_sample_as_one(data: Path, tmp_path: Path, alone: Path) -> None:
     output = run(data, tmp_path, 2, "sharding.mode=fsdp")
     assert re.search(r"sharding +fsdp on 1 x 2 ranks", output)
     assert output.count("done 6 of 6 steps") == 1  # one rank speaks
-    losses, evaluations = alone
-    assert curve(tmp_path) == pytest.approx(losses, rel=1e-5)
-    assert bits(tmp_path) == pytest.approx(evaluations, rel=1e-5)
+    assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-5)
+    assert bits(tmp_path) == pytest.approx(bits(alone), rel=1e-5)
 
 
-def test_resumed_by_other_ranks_in_another_mode(data: Path, tmp_path: Path, alone: Any) -> None:
+def test_resumed_by_other_ranks_in_another_mode(data: Path, tmp_path: Path, alone: Path) -> None:
     run(data, tmp_path, 2, "sharding.mode=zero2")
     folder = tmp_path / "runs" / "tiny" / "checkpoints"
     for step in checkpoint.steps(folder)[1:]:
         shutil.rmtree(folder / str(step))
     output = run(data, tmp_path, 4, "--resume", "sharding.mode=hsdp", "sharding.shard_ranks=2", "device_batch_size=1")
     assert "resumed from step 2" in output
-    losses, evaluations = alone
-    assert curve(tmp_path) == pytest.approx(losses, rel=1e-5)
-    assert bits(tmp_path) == pytest.approx(evaluations, rel=1e-5)
+    assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-5)
+    assert bits(tmp_path) == pytest.approx(bits(alone), rel=1e-5)
 
 
 def test_a_preempted_job_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
     settings = ("num_iterations=40", "sharding.mode=fsdp", "eval.every_steps=none")
     run(data, tmp_path / "unbroken", 2, *settings)
-    process = start(data, tmp_path / "broken", 2, *settings)
+    process = start(data, tmp_path / "broken", *settings)
     folder = tmp_path / "broken" / "runs" / "tiny" / "checkpoints"
     wait_until(lambda: checkpoint.steps(folder), process)
     process.send_signal(signal.SIGTERM)  # as a scheduler does
@@ -128,11 +139,11 @@ def test_a_preempted_job_goes_on_to_the_same_bits(data: Path, tmp_path: Path) ->
 
 def test_a_killed_rank_restarts_the_job_from_its_last_checkpoint(data: Path, tmp_path: Path) -> None:
     options = ("--max-restarts=1",)
-    process = start(data, tmp_path, 2, "num_iterations=60", "optim.warmup_steps=1000", options=options)
+    process = start(data, tmp_path, "num_iterations=60", "optim.warmup_steps=1000", options=options)
     folder = tmp_path / "runs" / "tiny" / "checkpoints"
     wait_until(lambda: len(checkpoint.steps(folder)) > 1, process)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "restart 1 by torchrun: going on from the last checkpoint" in output
@@ -141,19 +152,24 @@ def test_a_killed_rank_restarts_the_job_from_its_last_checkpoint(data: Path, tmp
     assert "done 60 of 60 steps" in output
 
 
-def test_a_restart_does_not_touch_the_run_of_another_job(data: Path, tmp_path: Path) -> None:
-    run(data, tmp_path, 1)
+def test_a_restart_does_not_touch_the_run_of_another_job(data: Path, tmp_path: Path, alone: Path) -> None:
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     before = curve(tmp_path)
-    output = run(data, tmp_path, 2, "num_iterations=8", options=("--max-restarts=1",), code=1)
+    output = fail(data, tmp_path, "num_iterations=8", options=("--max-restarts=1",))
     assert len(re.findall("^error: run .* has checkpoints up to step 6: --resume", output, re.MULTILINE)) == 2
     assert curve(tmp_path) == before and checkpoint.latest_step(tmp_path / "runs" / "tiny" / "checkpoints") == 6
 
 
+def test_torch_func_is_for_one_process(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    ended = ranks.end(2, "../launch.py", *words(data, "train.grad=func"))
+    assert ended.codes == [1, 1]
+    assert all(error.startswith("error: train.grad=func runs in one process") for error in ended.errors), ended
+
+
 def test_what_is_wrong_is_said_once(data: Path, tmp_path: Path) -> None:
-    output = run(data, tmp_path, 2, "sharding.mode=hsdp", "sharding.shard_ranks=3", code=1)
+    output = fail(data, tmp_path, "sharding.mode=hsdp", "sharding.shard_ranks=3")
     assert len(re.findall("^error: sharding.shard_ranks=3: must divide the 2 ranks", output, re.MULTILINE)) == 1
-    output = run(data, tmp_path, 2, "train.grad=func", code=1)
-    assert len(re.findall("^error: train.grad=func runs in one process", output, re.MULTILINE)) == 1
 
 
 def wait_until(done: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
