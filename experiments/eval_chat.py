@@ -11,8 +11,8 @@ HumanEval, each counted from guessing (0) to perfect (1). A task is named as in 
 colons: gsm8k:/data/gsm8k_test.parquet, arithmetic:size=500; source is a file or folder for all that the hub has.
 
 A task that fails, for want of a network for example, is left out and named at the end; what is done is kept, and the
-same command goes on from there. Writes eval/chat_<step>.csv and a line of evaluations.jsonl to the run's folder. All
-tasks of a d20 take minutes on one H100; on a CPU, set max_problems.
+same command goes on from there. Writes eval/chat_<step>.csv and a line of evaluations.jsonl to the run's folder. The
+model of the quickstart takes half a minute of one CPU core for max_problems=40; the tests have 19,000 in all.
 """
 
 import csv
