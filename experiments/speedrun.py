@@ -1,4 +1,4 @@
-"""The whole way to a model that chats: data, tokenizer, pretraining, evaluation, fine-tuning, evaluation, report card.
+"""The whole way to a model that chats: data, tokenizer, pretraining, fine-tuning, evaluations, the report card.
 
     torchrun --nproc_per_node=8 launch.py --experiment=speedrun                       # depth 24, fp8 where it is fast
     torchrun --nproc_per_node=8 launch.py --experiment=speedrun --set name=d12 --set pretrain.depth=12

@@ -39,7 +39,7 @@ ROWS = [
     {"task"},
     {"tasks"},
     {"manifest"},
-    {"retention"},
+    {"milestones", "retention"},
     {"commit", "parameters"},
     {"dataloader", "kv_cache", "optim", "scaling"},
     {"model"},
