@@ -94,6 +94,7 @@ class Config:
 
     def __post_init__(self) -> None:
         least = {"tokens": 1, "device_batch_size": 1, "sample_tokens": 1, "free_samples": 0, "free_tokens": 1}
+        least |= {"max_per_task": 1, "max_tokens": 2, "tokens_per_batch": 1}
         for name, value in least.items():
             if getattr(self, name) is not None and getattr(self, name) < value:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least {value}")
@@ -123,6 +124,9 @@ def config() -> Config:
 def run(config: Config, runtime: Runtime) -> None:
     """Do each part, record what was found, and say what is missing."""
     line = ranks.join()
+    if config.bundle is not None and "core" in config.tasks:
+        with ranks.together(line):
+            core_bundle.read(config.bundle)  # a wrong one is said before anything is done
     with ranks.together(line):
         bot = pretrained.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
         header = manifest.read(bot.folder / "checkpoints" / str(bot.step))
@@ -142,14 +146,14 @@ def run(config: Config, runtime: Runtime) -> None:
             except UserError as error:
                 failed[name] = str(error)
                 print(f"{name} failed: {error}", flush=True)
-    with ranks.together(line):
-        if runtime.is_main and (found or failed):
-            evaluations.append(bot.folder, bot.step, bot.stage, found, failed)
-    print(f"recorded in {bot.folder / evaluations.FILE}")
+    if found or failed:
+        with ranks.together(line):
+            if runtime.is_main:
+                evaluations.append(bot.folder, bot.step, bot.stage, found, failed)
+        print(f"recorded in {bot.folder / evaluations.FILE}")
     if failed:
-        mean = (
-            ", and with it CORE, a mean over all its tasks" if any(name.startswith("core/") for name in failed) else ""
-        )
+        partly = any(name.startswith("core/") for name in failed)
+        mean = ", and with it CORE, a mean over all its tasks" if partly else ""
         raise UserError(
             f"{len(failed)} failed: {', '.join(failed)}{mean}; each says why above, and the same command does it again"
         )

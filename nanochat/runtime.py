@@ -232,17 +232,23 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return measure_matmul(size, device, dtype), f"measured, {size}x{size}x{size} matmul"
 
 
-def measure_matmul(size: int, device: torch.device, dtype: torch.dtype, tries: int = 8) -> float:
-    """Return FLOP/s of the fastest of `tries` products of two (size, size) matrices."""
+def measure_matmul(size: int, device: torch.device, dtype: torch.dtype, tries: int = 8, seconds: float = 0.6) -> float:
+    """Return FLOP/s of the fastest product of two (size, size) matrices.
+
+    Args:
+        tries: so many products, or fewer where `seconds` are over: a run begins with it.
+    """
     generator = torch.Generator().manual_seed(0)  # the global one belongs to the run
     a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
-    best = float("inf")
+    best, end = float("inf"), time.perf_counter() + seconds
     for _ in range(tries):
         synchronize(device)
         start = time.perf_counter()
         torch.matmul(a, b)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
+        if time.perf_counter() > end:
+            break
     return 2 * size**3 / best
 
 

@@ -170,7 +170,7 @@ def layout(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any]) ->
         return None
     mode = resolve(config).mode
     shape = mesh_shape(config, runtime.world_size, runtime.node_ranks)
-    mesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=AXES)
+    mesh = _mesh(runtime.device.type, shape, dist.group.WORLD)
     dims = {name: shard_dim(row.shape, row.axes, shape[1]) for name, row in spec.items()}
     stuck = [n for n, row in spec.items() if dims[n] is None and shape[1] > 1 and all(a in RULES for a in row.axes)]
     if stuck:
@@ -178,6 +178,16 @@ def layout(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any]) ->
         print(f"sharding: {stuck[0]} {spec[stuck[0]].shape}{more} do not divide by {shape[1]}: whole on every rank")
     once = frozenset(name for name, row in spec.items() if row.table or row.group == "unembedding")
     return Layout(mode, mesh, dims, once, mode in ("replicate", "zero2"), config.gather)
+
+
+@functools.lru_cache(maxsize=4)
+def _mesh(device: str, shape: tuple[int, int], world: Any) -> DeviceMesh:
+    """Return the mesh of a job, one of each shape: with one a run, a series would fill the GPU with NCCL's buffers.
+
+    Args:
+        world: the job's process group, which tells one job of the process from the next.
+    """
+    return init_device_mesh(device, shape, mesh_dim_names=AXES)
 
 
 # At rest: DTensors

@@ -1,7 +1,13 @@
-"""What all tests share: one thread a test, and no GPU test without a GPU."""
+"""What all tests share: one thread a test, no GPU test without a GPU, and the machine's speed measured once."""
+
+import functools
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
+
+from nanochat import runtime
 
 # The models are tiny: a second thread only waits, ten times as long as the work takes when the cores are busy.
 torch.set_num_threads(1)
@@ -12,3 +18,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_measurement() -> Iterator[None]:
+    """Let the runs of all tests share what each would measure for its MFU: that takes longer than their training."""
+    with mock.patch.object(runtime, "measure_matmul", functools.cache(runtime.measure_matmul)):
+        yield

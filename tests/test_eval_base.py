@@ -144,8 +144,9 @@ def test_missing_data_does_not_keep_core_from_being_done(base: Path, capsys: pyt
 
 
 def test_a_wrong_bundle_or_setting(base: Path, capsys: pytest.CaptureFixture[str]):
-    assert main("tasks=core", f"bundle={base}") == 1
-    assert "has no core.yaml; give the folder of the unpacked eval_bundle.zip" in capsys.readouterr().out
+    assert main(f"bundle={base}") == 1
+    wrong = f"error: bundle={base}: has no core.yaml; give the folder of the unpacked eval_bundle.zip\n"
+    assert capsys.readouterr() == ("", wrong), "before anything is done"
     assert main("tokens=0") == 1
     assert capsys.readouterr().err == "error: tokens=0: must be at least 1\n"
     assert main("tasks=cor") == 2

@@ -15,6 +15,10 @@ from nanochat.model import Compute, ModelConfig
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BOTH = [fp8, fp8_emulated]  # torch's CPU multiplies float8 as well, slowly: the native path runs here too
+COMPILED: dict[Linear, torch.dtype] = {
+    fp8: torch.bfloat16,
+    fp8_emulated: torch.float32,
+}  # by Inductor, once for all tests
 CUDA = torch.device("cuda")
 
 
@@ -59,13 +63,24 @@ def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> Non
         assert distance < tolerance, f"{name}: {distance:.1e}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("f", BOTH)
-def test_eager_and_compiled_are_the_formulas(f: Linear, dtype: torch.dtype):
+@functools.cache
+def compiled(f: Linear, backend: str = "inductor") -> Any:
+    """Return `f` compiled, once for all tests, for each dtype."""
+    return torch.compile(f, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "f, dtype, backend",
+    [
+        (f, dtype, "inductor" if dtype == COMPILED[f] else "aot_eager")
+        for f in BOTH
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+)
+def test_eager_and_compiled_are_the_formulas(f: Linear, dtype: torch.dtype, backend: str):
     given = inputs(dtype=dtype)
     want = formulas(*given)
-    torch._dynamo.reset()
-    for run in (f, torch.compile(f, fullgraph=True)):
+    for run in (f, compiled(f, backend)):
         got = with_grads(run, *given)
         assert [t.dtype for t in got] == [dtype, dtype, torch.float32]
         # Within float32's rounding of the sums; bfloat16 rounds the result, and inductor its input once less.
@@ -127,9 +142,8 @@ def test_other_sizes_are_dense(rows: int, c: int, o: int, fits: bool):
 
 @pytest.mark.parametrize("f", BOTH)
 def test_zeros_stay_zero(f: Linear):
-    x, weight, grad = inputs()
-    torch._dynamo.reset()
-    for run in (f, torch.compile(f, fullgraph=True)):
+    x, weight, grad = inputs(dtype=COMPILED[f])
+    for run in (f, compiled(f)):
         for given in ((0 * x, weight, grad), (x, 0 * weight, grad), (x, weight, 0 * grad), (0 * x, weight, 0 * grad)):
             for got, want in zip(with_grads(run, *given), with_grads(dense, *given)):
                 assert got.isfinite().all()
@@ -140,10 +154,9 @@ def test_zeros_stay_zero(f: Linear):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("f", BOTH)
 def test_what_is_not_finite_is_not_hidden(f: Linear, bad: float, compile: bool):
-    torch._dynamo.reset()
-    run = torch.compile(f, fullgraph=True) if compile else f
+    run = compiled(f) if compile else f
     for place in range(3):
-        given = [t.clone() for t in inputs()]
+        given = [t.clone() for t in inputs(dtype=COMPILED[f])]
         given[place][3, 5] = bad
         y, grad_x, grad_weight = with_grads(run, *given)
         assert y.isfinite().all() == (place == 2)
