@@ -541,9 +541,9 @@ def test_out_of_memory_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_core_is_measured_where_there_is_a_bundle(base: Path, capsys: pytest.CaptureFixture[str]):
     bundle = Path(__file__).parent / "data" / "core_bundle"
-    folder = train_tiny(base, "name=cored", "num_iterations=2", f"core.bundle={bundle}", "core.max_per_task=2")
+    folder = train_tiny(base, "name=cored", "num_iterations=2", f"core.bundle={bundle}")
     [score] = metrics.curve(metrics.read(folder), "core/CORE")[1]
-    assert score == score and f"step 2: CORE {score:.4f}" in capsys.readouterr().out + capsys.readouterr().err
+    assert f"step 2: CORE {score:.4f}" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"core.yaml"):
         train_tiny(base, "name=uncored", f"core.bundle={base}")
     train_tiny(base, "name=bare", "num_iterations=1")
