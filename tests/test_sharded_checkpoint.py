@@ -27,7 +27,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 def run_ranks(check: str, size: int, folder: Path) -> None:
     """Run a function of tests/ranks_checkpoint.py on so many ranks."""
     command = [sys.executable, "-m", "tests.ranks_checkpoint", check, str(size), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
@@ -170,7 +170,7 @@ def test_torchrun_starts_again_from_the_last_good_step(tmp_path: Path) -> None:
         env=ENV,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begun < 60
