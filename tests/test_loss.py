@@ -234,15 +234,16 @@ def test_chunks_in_fp8_are_the_formulas_eager_and_compiled(f: linear.Linear, bac
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype, backend", [(torch.float32, "inductor"), (torch.bfloat16, "aot_eager")])
-def test_chunks_compiled_are_eager(dtype: torch.dtype, backend: str):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_compiled_are_eager(dtype: torch.dtype):
+    """Up to the kernels; Inductor's are in the training step's test."""
     inputs = head_inputs(dtype=dtype)
 
     def run(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return loss.chunked(x, weight, targets, 100, 14)
 
     torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for a, b in zip(with_grads(compiled, inputs, 3.0), with_grads(run, inputs, 3.0)):
         assert a.dtype == b.dtype
         assert (a.float() - b.float()).norm() < (1e-5 if dtype == torch.float32 else 5e-3) * b.float().norm()
