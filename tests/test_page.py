@@ -411,9 +411,10 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(visit: Opener) -> None:
 
 
 def test_a_base_models_notice_and_a_model_that_loads(visit: Opener) -> None:
-    with scripted.serve({}, notice="A <base> model.", load_seconds=1.0, wait=False) as server:
+    # Long enough for a browser on a busy machine to open the page meanwhile.
+    with scripted.serve({}, notice="A <base> model.", load_seconds=4.0, wait=False) as server:
         page = visit(server)
         expect(page.locator("#model")).to_have_text("loading the model…")
-        expect(page.locator("#model")).to_have_text("scripted · base · step 1")
+        expect(page.locator("#model")).to_have_text("scripted · base · step 1", timeout=20_000)
         expect(page.locator("#notice")).to_have_text("A <base> model.")
         expect(page.locator("#about")).to_be_hidden()  # it promises what a base model cannot do
