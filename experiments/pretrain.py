@@ -180,7 +180,6 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
         step_tokens=plan.total_batch_size,
         flops_per_token=plan.flops_per_token,
         hparams_at=lambda step, _: hparams_at(config.optim, shape, plan, step),
-        matrix_lr=config.optim.matrix_lr * plan.batch_scale,
         batches=lambda state, _: batches(split="train", rows_per_step=rows_per_step, state=state),
         evaluations=evaluations,
     )

@@ -41,7 +41,7 @@ class Config(pretrain.Config):
     """
 
     sft_steps: int = 220
-    rl_steps: int = 16
+    rl_steps: int = 24
 
     def __post_init__(self) -> None:
         if min(self.sft_steps, self.rl_steps) < 0:
@@ -58,7 +58,7 @@ def config() -> Config:
         tokenizer=str(base_dir() / "quickstart_tokenizer"),
         device_batch_size=16,
         total_batch_size=16 * 256,
-        num_iterations=400,
+        num_iterations=340,
         model=pretrain.ShapeConfig(sequence_len=256, aspect_ratio=48, head_dim=64, window_pattern="SL"),
         # The rules scale rates and decay for runs a hundred times as long; in so few steps the matrices need more.
         optim=OptimConfig(matrix_lr=0.15, weight_decay=0.1),
@@ -171,8 +171,10 @@ def practising(config: Config, tuned: str, name: str) -> rl.Config:
         task=PRACTICE,
         num_iterations=config.rl_steps,
         rollout=RolloutConfig(examples=16, samples=8, max_tokens=64),
-        # Few steps of few answers are noise for the matrices, whose update has the same size for any gradient.
-        optim=rl.RatesConfig(embedding_lr=0.05, unembedding_lr=0.01, matrix_lr=0.002, lr_fraction=0.3, moments=True),
+        # So few answers are noise for tables and matrices; the unembedding learns from them which tokens to trust.
+        optim=rl.RatesConfig(
+            embedding_lr=0.0, unembedding_lr=0.01, matrix_lr=0.0, scalar_lr=0.0, lr_fraction=0.3, moments=True
+        ),
         device_batch_size=16,
         eval=rl.PassConfig(every_steps=None, problems=64, sample_every_steps=None),
         checkpoint=config.checkpoint,

@@ -107,13 +107,7 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Practise the task, from the parent or from where the run has stopped; then draw what has become of it."""
-    start = config.run or str(parent.newest(("sft",)))
-    config = dataclasses.replace(config, name=config.name or f"{parent.load(start).folder.name}_rl")
-    config = runs.restarted(config, str(config.name), runtime)
-    folder = stage.run_folder(str(config.name))
-    begun = config.resume and parent.has_checkpoint(folder)
-    origin = parent.load(folder) if begun else parent.load(start, config.step)
-    record = origin.parent if begun else origin.record
+    config, origin, record = runs.child(config, "rl", runtime, run=config.run, step=config.step, parents=("sft",))
     practice = tasks.from_text(config.task, "train", source=config.source)
     exam = tasks.from_text(config.exam or config.task.partition(":")[0], "test", source=config.source)
     reward = rl.right(practice)
@@ -122,7 +116,7 @@ def run(config: Config, runtime: Runtime) -> None:
     it = practising(config, origin, runtime, record, practice, exam, reward)
     runs.run(config, it, origin.shape, origin.tokenizer, runtime)
     if runtime.is_main:
-        draw(folder)
+        draw(stage.run_folder(str(config.name)))
 
 
 def resolve(config: Config, practice: Task, runtime: Runtime) -> Config:
@@ -189,7 +183,6 @@ def practising(
         step_tokens=how.examples * how.samples * how.max_tokens,  # at most; each step says how many
         flops_per_token=model.flops_per_token(shape),
         hparams_at=functools.partial(hparams_at, config, shape.n_embd),
-        matrix_lr=config.optim.matrix_lr,
         batches=lambda state, rows: rl.batches(practice, how.examples, state),
         initial=lambda layout: parent.initial(origin, runtime, layout, moments=config.optim.moments),
         evaluations=lambda rows: [

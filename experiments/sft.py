@@ -123,13 +123,7 @@ def run(config: Config, runtime: Runtime) -> None:
 
 def train(config: Config, runtime: Runtime, name: str, parents: tuple[str, ...]) -> None:
     """Run the stage called `name` from a model of one of the stages `parents`."""
-    start = config.run or str(parent.newest(parents))
-    config = dataclasses.replace(config, name=config.name or f"{parent.load(start).folder.name}_{name}")
-    config = runs.restarted(config, str(config.name), runtime)
-    own = stage.run_folder(str(config.name))
-    begun = config.resume and parent.has_checkpoint(own)
-    origin = parent.load(own) if begun else parent.load(start, config.step)
-    record = origin.parent if begun else origin.record
+    config, origin, record = runs.child(config, name, runtime, run=config.run, step=config.step, parents=parents)
     config, auto = resolve(config, origin, runtime)
     train_task, val_task = mix(config.tasks, config.source), mix(config.val_tasks, config.source)
     graded = [tasks.from_text(text, "test", source=config.source) for text in config.chat.tasks]
@@ -240,7 +234,6 @@ def finetuning(
         step_tokens=config.total_batch_size,
         flops_per_token=model.flops_per_token(shape),
         hparams_at=functools.partial(hparams_at, config, shape.n_embd, batch_scale),
-        matrix_lr=(config.optim.matrix_lr or 0) * batch_scale,
         batches=lambda state, rows: stream(train_task, how=packing._replace(micro_rows=rows), state=state),
         initial=lambda layout: parent.initial(origin, runtime, layout, moments=config.optim.moments),
         evaluations=evaluations,

@@ -291,6 +291,7 @@ def samples(
     mine, found = list(enumerate(batches))[line.rank :: line.size], []
     total = how.samples * sum(len(batch) for _, batch in mine)
     with ranks.together(line), _bar(task, total, show, "answer") as bar:
+        is_right(task, task.row(indices[0]), "")  # what cannot be judged here is said before answers are made
         for number, batch in mine:
             rows = [task.row(index) for index in batch]
             texts = _answers(decoder, tokenizer, batch, rows, how, bar)

@@ -26,7 +26,7 @@ from nanochat import (
 from nanochat import config as configs
 from nanochat import runtime as runtimes
 from nanochat.model import Compute, ModelConfig
-from nanochat.optim import MATRIX, Hparams
+from nanochat.optim import MATRIX, SMEAR_LR, Hparams
 from nanochat.runtime import Runtime
 from nanochat.sharding import Layout
 from nanochat.stage import StageConfig
@@ -68,7 +68,7 @@ class Job:
         layout: where the state lies on several ranks, or None. loss_fn: the loss for evaluation.
         num_steps, step_tokens, flops_per_token: length of the run (None: what the batches give), tokens of a step
             (all ranks), cost of a token.
-        hparams_at: (step, statistics of its batch) -> hyperparameters. matrix_lr: the matrices' rate at its full.
+        hparams_at: (step, statistics of its batch) -> hyperparameters.
         evaluations: in the order in which they are done.
         peak_flops: matmul limit of a device, for the MFU.
         folder, manager, log: where the run's files are (a copy of the tokenizer among them), its open checkpoints,
@@ -88,7 +88,6 @@ class Job:
     step_tokens: int
     flops_per_token: int
     hparams_at: Callable[[int, Mapping[str, float]], Hparams]
-    matrix_lr: float
     evaluations: Sequence[Evaluation]
     peak_flops: float
     folder: Path
@@ -113,12 +112,12 @@ def after_step(job: Job, show: progress.Bar, state: TrainState, at: Progress, nu
     if len(job.seconds) == 1:
         allocator.settle()
         show.write(f"first step: {duration(seconds)}" + ", most of it to compile" * config.compile)
-    timed = len(job.seconds) > UNTIMED_STEPS
-    at = at._replace(ema=ema, timed_steps=at.timed_steps + timed, timed_seconds=at.timed_seconds + timed * seconds)
-    at = at._replace(done=last)
+    tokens, timed = int(numbers.pop("tokens", job.step_tokens)), len(job.seconds) > UNTIMED_STEPS
+    at = at._replace(ema=ema, tokens=at.tokens + tokens, done=last)
+    at = at._replace(timed_tokens=at.timed_tokens + timed * tokens, timed_seconds=at.timed_seconds + timed * seconds)
     if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
         show.write(f"step {step}: loss or gradient not finite, left out ({at.skipped_steps} so far)")
-    speed = numbers.pop("tokens", job.step_tokens) / seconds
+    speed = tokens / seconds
     mfu = speed * job.flops_per_token / (job.peak_flops * job.runtime.world_size)
     shown = {"loss": f"loss {smooth:.4f}", "speed": f"{human(speed)} tok/s", "mfu": f"mfu {mfu:.0%}"}
     if "share" in numbers:
@@ -130,8 +129,8 @@ def after_step(job: Job, show: progress.Bar, state: TrainState, at: Progress, nu
             "train/loss": numbers.pop("loss"),
             "train/loss_ema": smooth,
             "train/grad_norm": numbers.pop("grad_norm"),
-            "train/tokens": step * job.step_tokens,
-            "train/lr_factor": float(h[MATRIX]["lr"]) / job.matrix_lr,
+            "train/tokens": at.tokens,
+            "train/lr_factor": float(h["smear"]["lr"]) / SMEAR_LR,  # the one rate that no setting changes
             "train/muon_momentum": float(h[MATRIX]["momentum"]),
             "train/skipped_steps": at.skipped_steps,
             "train/loss_scale": float(state.scaler["scale"]),
@@ -198,7 +197,7 @@ def save(job: Job, state: TrainState, at: Progress) -> None:
         "model": dataclasses.asdict(job.shape),
         "loader": loader["position"],
         "progress": at._replace(loader=None)._asdict(),
-        "tokens": at.step * job.step_tokens,
+        "tokens": at.tokens,
         "num_steps": job.num_steps,
         "torch": torch.__version__,
     }
@@ -278,13 +277,14 @@ def finish(job: Job, at: Progress) -> None:
     if len(steps) > 1:
         print(plots.ascii_chart(steps, bpb, title="validation bits per byte, by step"))
     word, of = "done" if at.done else "stopped after", f" of {job.num_steps}" if job.num_steps else ""
-    print(f"{word} {at.step}{of} steps, {human(at.step * job.step_tokens)} tokens")
-    if at.timed_steps:
-        speed = at.timed_steps * job.step_tokens / at.timed_seconds
-        print(f"training: {human(speed)} tokens/s, {duration(at.step * job.step_tokens / speed)} without evaluations")
+    print(f"{word} {at.step}{of} steps, {human(at.tokens)} tokens")
+    if at.timed_tokens:
+        speed = at.timed_tokens / at.timed_seconds
+        print(f"training: {human(speed)} tokens/s, {duration(at.tokens / speed)} without evaluations")
     if at.skipped_steps:
         print(f"{at.skipped_steps} steps were left out: loss or gradient not finite")
-    print(f"run folder: {job.folder} (checkpoints/, metrics.jsonl, config.json, loss.svg, bpb.svg)")
+    pictures = "".join(f", {name}" for name in ("loss.svg", "bpb.svg") if (job.folder / name).exists())
+    print(f"run folder: {job.folder} (checkpoints/, metrics.jsonl, config.json{pictures})")
 
 
 def draw(folder: Path, rows: list[Any]) -> None:

@@ -23,6 +23,7 @@ Hparams = Mapping[str, Mapping[str, Tensor]]  # group -> name -> 0-d float32 ten
 ADAM_EPS = 1e-10
 SMALL = 2**16  # elements below which an update is not worth compiling
 STACK = 2**28  # elements of a stack of matrices: enough to fill a GPU, and 1 GiB in float32 for each of a few copies
+SMEAR_LR = 0.2  # has no setting
 MATRIX = "matrix"  # the group that Muon updates; AdamW has the others
 
 # (a, b, c) of five Polar Express steps. Source: arXiv 2505.16932, 5 iterations, safety 2e-2, cushion 2.
@@ -86,7 +87,7 @@ def rates(
         "value_embedding": adamw(0.5 * config.embedding_lr * width * batch_scale, 0.8, 0.995, 0.01),
         "resid": adamw(0.01 * config.scalar_lr * batch_scale, 0.8, 0.95, 0.05),
         "x0": adamw(config.scalar_lr * batch_scale, 0.96, 0.95, 0.0),
-        "smear": adamw(0.2, 0.8, 0.95, 0.0),
+        "smear": adamw(SMEAR_LR, 0.8, 0.95, 0.0),
         MATRIX: {"lr": config.matrix_lr * batch_scale, "momentum": 0.95, "beta2": 0.9, "weight_decay": decay},
     }
 

@@ -110,7 +110,7 @@ def heading(runs: Sequence[Record]) -> str:
 
 
 def results(runs: Sequence[Record]) -> str:
-    """Return the table of metrics by stage."""
+    """Return the table of metrics by stage; what no stage has is named below it."""
     found = {one.stage: record.scores(one) for one in runs}
     there = {key for scores in found.values() for key in scores}
     named = [key for _, key in NAMED]
@@ -118,15 +118,19 @@ def results(runs: Sequence[Record]) -> str:
     rows = [*NAMED, *((key.removeprefix("chat/"), key) for key in others)]
     rows += [(f"solved by any of {k}", f"{PASS}{k}") for k in (1, 8) if f"{PASS}{k}" in there]
     steps = {one.stage: one.step for one in runs}
-    lines = [["", *(stage.upper() for stage in STAGES)]]
+    stages = [stage for stage in STAGES if stage in found]
+    lines = [["", *(stage.upper() for stage in stages)]]
     notes = ["CORE and ChatCORE are centered: 0 is guessing, 1 perfect. Tasks: the share that was right."]
     if "base" in found and len(found) > 1:
         notes.append("Bits per byte are of text in BASE, of conversations afterwards, and cannot be compared.")
     partial = "\\* measured on the way, maybe on a part of the problems."
+    missing = [title for title, key in rows if key not in there]
     for title, key in rows:
+        if key not in there:
+            continue
         cells = []
-        for stage in STAGES:
-            score = found.get(stage, {}).get(key)
+        for stage in stages:
+            score = found[stage].get(key)
             cell = "-" if score is None else f"{score.value:.4f}"
             if score and not score.whole and key.startswith(("chat/", "core/")):
                 cell += "\\*"
@@ -135,7 +139,10 @@ def results(runs: Sequence[Record]) -> str:
                 cell += f" (step {score.step:,})"
             cells.append(cell)
         lines.append([title, *cells])
-    return "\n\n".join(["## Results", table(lines), "\n".join(f"- {note}" for note in notes)])
+    if missing:
+        notes.append(f"Not measured: {', '.join(missing)}. `--experiment=eval_base` and `eval_chat` do that.")
+    shown = [table(lines)] if len(lines) > 1 else []
+    return "\n\n".join(["## Results", *shown, "\n".join(f"- {note}" for note in notes)])
 
 
 def core_tasks(runs: Sequence[Record]) -> str:

@@ -7,16 +7,18 @@ from its last checkpoint where it is asked to, and is stopped by a signal withou
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat import checkpoint, events, metrics, model, progress, sharding, stage, tokenizer, train
+from nanochat import checkpoint, events, metrics, model, parent, progress, sharding, stage, tokenizer, train
 from nanochat.config import UserError
 from nanochat.events import Evaluation, Job
 from nanochat.model import ModelConfig
 from nanochat.optim import Hparams
+from nanochat.parent import Parent
 from nanochat.runtime import Runtime, note, peak_flops, recall
 from nanochat.sharding import Layout
 from nanochat.stage import StageConfig
@@ -35,7 +37,7 @@ class Stage:
         name: base, mid, sft or rl. parent: run, step and stage that it begins with; None: it begins with nothing.
         num_steps: of the run; None: as many as the batches give.
         step_tokens: of a step, all ranks together. flops_per_token: of a token, forward and backward.
-        hparams_at: (step, statistics of its batch) -> hyperparameters. matrix_lr: the matrices' rate at its full.
+        hparams_at: (step, statistics of its batch) -> hyperparameters.
         batches: (loader state, None at the beginning, rows of a micro-batch) -> batches, states and statistics, as
             `train.fit` takes them.
         initial: (layout) -> the state before the first step; None: freshly drawn.
@@ -48,7 +50,6 @@ class Stage:
     step_tokens: int
     flops_per_token: int
     hparams_at: Callable[[int, Mapping[str, float]], Hparams]
-    matrix_lr: float
     batches: Callable[[Any, int], Stream]
     evaluations: Callable[[int], Sequence[Evaluation]]
     parent: Mapping[str, Any] | None = None
@@ -62,6 +63,37 @@ def restarted(config: stage.Settings, name: str, runtime: Runtime) -> stage.Sett
         print(f"restart {runtime.restarts} by torchrun: going on from the last checkpoint")
         return dataclasses.replace(config, resume=True)
     return config
+
+
+def child(
+    config: stage.Settings,
+    name: str,
+    runtime: Runtime,
+    *,
+    run: str | None,
+    step: int | None,
+    parents: Collection[str],
+) -> tuple[stage.Settings, Parent, Mapping[str, Any] | None]:
+    """Return a child's settings with its name filled in, the checkpoint to begin with, and the record of its parent.
+
+    A child that is resumed begins with its own checkpoint; its parent may be gone by then.
+
+    Args:
+        name: of the stage. run, step: the parent; none: the run of one of the stages `parents` that was saved last.
+
+    Raises:
+        UserError: there is no such run or step, or none at all.
+    """
+    if config.name is None:
+        start = Path(run).expanduser().absolute() if run else parent.newest(parents)
+        config = dataclasses.replace(config, name=f"{start.name}_{name}")
+    config = restarted(config, str(config.name), runtime)
+    own = stage.run_folder(str(config.name))
+    if config.resume and parent.has_checkpoint(own):
+        origin = parent.load(own)
+        return config, origin, origin.parent
+    origin = parent.load(run or parent.newest(parents), step)
+    return config, origin, origin.record
 
 
 def run(
@@ -119,7 +151,7 @@ def _run(config: StageConfig, it: Stage, shape: ModelConfig, tok: Tokenizer, run
         stack.callback(metrics.close, log)
         job = Job(
             config, it.name, it.parent, shape, tok, runtime, layout, loss_fn, it.num_steps, it.step_tokens,
-            it.flops_per_token, it.hparams_at, it.matrix_lr, it.evaluations(config.rows), limit, folder, manager, log,
+            it.flops_per_token, it.hparams_at, it.evaluations(config.rows), limit, folder, manager, log,
             stop, [],
         )  # fmt: skip
         show = stack.enter_context(progress.bar(it.num_steps, initial=at.step, label=str(config.name)))

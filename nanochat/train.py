@@ -266,7 +266,8 @@ class Progress(NamedTuple):
     Attributes:
         step: steps done. loader: the data loader's state, None before the first step. ema: running loss (metrics.ema).
         skipped_steps: steps left out because loss or gradient were not finite.
-        timed_steps, timed_seconds: of the steps but the first ten of each start.
+        tokens: of these steps, all ranks together.
+        timed_tokens, timed_seconds: of the steps but the first ten of each start.
         wall_seconds: since the first step began, evaluations and all, without the time between a stop and a resume.
         done: whether the last step was the run's last.
     """
@@ -275,7 +276,8 @@ class Progress(NamedTuple):
     loader: Any = None
     ema: Any = None
     skipped_steps: int = 0
-    timed_steps: int = 0
+    tokens: int = 0
+    timed_tokens: int = 0
     timed_seconds: float = 0.0
     wall_seconds: float = 0.0
     done: bool = False

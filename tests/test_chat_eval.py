@@ -134,7 +134,7 @@ def test_answers_depend_on_the_seed_and_the_problem_alone():
         heard: list[str] = []
         task = generative(right=lambda row, text: heard.append(text) or True)
         chat_eval.samples(chat_eval.start(bot, how), TOKENIZER, task, indices, how)
-        return heard
+        return heard[1:]  # the first call asks whether it can judge at all
 
     want = texts(range(6), SAMPLED)
     assert len(set(want)) > 12
@@ -188,6 +188,12 @@ def test_what_cannot_be_scored_says_why():
     for wrong in settings:
         with pytest.raises(UserError, match=next(iter(wrong))):
             ChatEvalConfig(**wrong)
+
+
+def test_what_cannot_be_judged_is_said_before_anything_is_generated(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generate, "run", lambda *_: pytest.fail("an answer was asked for"))
+    with pytest.raises(UserError, match="the sandbox cannot run here"):
+        chat_eval.evaluate(subject(), [generative(right=chat_eval_ranks.refuse)], SAMPLED)
 
 
 def test_two_ranks_find_what_one_finds_and_fail_together():

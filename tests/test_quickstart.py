@@ -47,5 +47,5 @@ def test_all_stages_follow_one_another_and_are_not_done_twice(
 
 def test_no_number_of_steps_is_negative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    with pytest.raises(UserError, match="sft_steps=-1, rl_steps=16: must be 0 or more"):
+    with pytest.raises(UserError, match="sft_steps=-1, rl_steps=24: must be 0 or more"):
         override(quickstart.config(), ["sft_steps=-1"])

@@ -14,7 +14,7 @@ import torch
 from test_pretrained import save_run
 
 from experiments import rl as experiment
-from nanochat import checkpoint, events, metrics, pretrained, rl, runtime, stage, tree
+from nanochat import checkpoint, events, metrics, pretrained, rl, runtime, stage, tree, units
 from nanochat import run as runs
 from nanochat.config import UserError, override
 
@@ -59,11 +59,14 @@ def test_the_record_the_curves_and_the_checkpoint(base: Path, capsys: pytest.Cap
     passed = [metrics.curve(rows, f"rl/pass_at_{k}") for k in range(1, 9)]
     assert all(steps == [3, 5] for steps, _ in passed)
     assert all(a <= b for (_, some), (_, more) in itertools.pairwise(passed) for a, b in zip(some, more))
+    tokens = [16 * mean for mean in metrics.curve(rows, "rl/answer_tokens")[1]]
+    assert metrics.curve(rows, "train/tokens")[1] == pytest.approx(list(itertools.accumulate(tokens)))
     for name in ("rl/answer_tokens", "rl/finished", "rl/mixed", "perf/rollout_tokens_per_second"):
         assert len(metrics.curve(rows, name)[1]) == 5
     for name in ("reward", "length", "pass", "loss"):
         assert (folder / f"{name}.svg").read_text().startswith("<svg")
     out = capsys.readouterr().out
+    assert f"done 5 of 5 steps, {units.human(sum(tokens))} tokens" in out and "bpb.svg" not in out
     for words in ("step 3: pass @1 ", "mean reward, smoothed", "--experiment=eval_chat --set run=seen"):
         assert words in out
     looked = out[out.index("step 4: ") :].splitlines()
@@ -73,6 +76,15 @@ def test_the_record_the_curves_and_the_checkpoint(base: Path, capsys: pytest.Cap
     assert meta["loader"] == {"read": 20, "task": "arithmetic", "size": 64}
     bot = pretrained.load("seen", device="cpu")
     assert bot.stage == "rl" and not torch.equal(bot.params["lm_head"], pretrained.load("tuned").params["lm_head"])
+
+
+def test_a_rate_of_zero_leaves_its_group_alone(base: Path):
+    folder = practise("name=held", "num_iterations=2", "optim.matrix_lr=0", "optim.embedding_lr=0")
+    before = tree.flatten(pretrained.load("tuned", device="cpu").params)
+    after = tree.flatten(pretrained.load("held", device="cpu").params)
+    moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert "lm_head" in moved and all(name.startswith(("lm_head", "resid", "x0", "smear")) for name in moved), moved
+    assert metrics.curve(metrics.read(folder), "train/lr_factor")[1] == pytest.approx([0.2, 0.1])
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])
@@ -91,7 +103,7 @@ def test_stopped_and_resumed_is_the_unbroken_run(
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(events, "after_step", and_stop)
         practise(name)
-    folder = practise(name, "resume=true", *(["run=none"] if stop_after == 1 else []))
+    folder = practise(name, "resume=true", "run=none" if stop_after == 1 else "run=gone")
     for row, other in zip(metrics.read(unbroken), metrics.read(folder), strict=True):
         kept = [name for name in row if name.startswith(("train/", "rl/"))]
         assert {n: row[n] for n in kept} == {n: other[n] for n in kept}
