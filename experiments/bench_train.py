@@ -1,4 +1,4 @@
-"""Measure the training step: tokens/s, FLOP utilisation and memory, beside the machine's matmul ceiling.
+r"""Measure the training step: tokens/s, FLOP utilisation and memory, beside the machine's matmul ceiling.
 
     torchrun launch.py --experiment=bench_train                          # a small shape, for a laptop
     torchrun launch.py --experiment=bench_train --set depth=20           # the shape that pretrain has at a depth

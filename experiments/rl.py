@@ -1,14 +1,17 @@
-"""Reinforcement learning: a fine-tuned model answers, and right answers become more likely.
+r"""Reinforcement learning: a fine-tuned model answers, and right answers become more likely.
 
     torchrun --nproc_per_node=8 launch.py --experiment=rl --set run=d20_sft                    # on GSM8K
-    python launch.py --experiment=rl --set run=quickstart_sft --set task=arithmetic --set num_iterations=60
-    python launch.py --experiment=rl --set run=quickstart_sft --set task=arithmetic --resume   # go on after a stop
+    torchrun --nproc_per_node=8 launch.py --experiment=rl --set run=d20_sft --resume           # go on after a stop
+    python launch.py --experiment=rl --set run=quickstart_sft --set task=arithmetic --set num_iterations=60 \
+        --set optim.matrix_lr=0 --set optim.embedding_lr=0 --set optim.unembedding_lr=0.003 --set optim.lr_fraction=1 \
+        --set optim.scalar_lr=0 --set optim.moments=true          # what suits a small model, see below
 
 A step samples 16 answers to each of 16 examples, tool calls and all, rewards those that are right, and learns from the
 differences (nanochat/rl.py). The share of test problems that any of k answers solves (pass@k) is measured every 60
 steps. A task is named as in --experiment=tasks; it has to tell right from wrong: gsm8k, arithmetic, spellingbee.
-Another reward is another function in `run` below. Writes runs/<name of the parent>_rl: checkpoints, metrics.jsonl,
-reward.svg, length.svg, pass.svg. One epoch of GSM8K is 467 steps.
+Another reward is another function in `run` below. A rate of 0 leaves its group as it is: a small model that practises
+for a minute does best where the unembedding learns alone (experiments/RESULTS.md). Writes runs/<name of the parent>_rl:
+checkpoints, metrics.jsonl, reward.svg, length.svg, pass.svg. One epoch of GSM8K is 467 steps.
 """
 
 import dataclasses
