@@ -5,9 +5,10 @@
 
 No network, no GPU: the text is that of the Python installation itself (docstrings, comments, help pages). Trains a
 tokenizer of 4096 tokens and a small model, teaches it to answer sums through the calculator, to spell and who it is,
-lets it practise, and writes a report card. Pretraining takes five to six minutes of that on two CPU cores and ends near
-1.9 bits per byte; then nine in ten problems of two numbers that it has not seen are answered right, or more. Leaves
-runs/quickstart, quickstart_sft and quickstart_rl under the base folder, and says how to talk to the last.
+lets it practise, and writes a report card. 13 minutes on two CPU cores (AMD Zen 4): pretraining takes 7 of them and
+ends near 1.94 bits per byte, fine-tuning 4, practising 1. In the end nearly all sums of two numbers that it has not
+seen are right, and seven of ten words are spelled. Leaves runs/quickstart, quickstart_sft and quickstart_rl under the
+base folder, and says how to talk to the last.
 """
 
 import dataclasses

@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -170,7 +170,15 @@ def start(
     print(f"resumed from step {int(state.step)} in {manager.folder}")
     if meta["config"]["dtype"] != now["dtype"]:
         state = state._replace(scaler=train.init_scaler(dtype, runtime.device))  # a scale is for one dtype
-    return state, Progress(**meta["progress"])._replace(loader=loader)
+    return state, progress_of(meta)._replace(loader=loader)
+
+
+def progress_of(meta: Mapping[str, Any]) -> Progress:
+    """Return the progress that a checkpoint's metadata tells, also of one made before its tokens were counted."""
+    known = {name: x for name, x in meta["progress"].items() if name in Progress._fields}
+    if "timed_tokens" not in known:
+        known |= {"tokens": meta["tokens"], "timed_seconds": 0.0}
+    return Progress(**known)
 
 
 def fresh(config: StageConfig, shape: ModelConfig, runtime: Runtime, layout: Layout | None) -> TrainState:

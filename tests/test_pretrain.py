@@ -353,6 +353,13 @@ def test_bad_data_on_the_way_saves_what_was_done(base: Path, monkeypatch: pytest
     assert checkpoint.steps(stage.run_folder("bad_data") / "checkpoints") == [2]
 
 
+def test_progress_of_a_checkpoint_from_before_tokens_were_counted():
+    now = train.Progress(step=7, tokens=700, timed_tokens=300, timed_seconds=1.5)
+    assert stage.progress_of({"progress": now._asdict(), "tokens": 700}) == now
+    old = {"step": 7, "skipped_steps": 1, "timed_steps": 3, "timed_seconds": 1.5}
+    assert stage.progress_of({"progress": old, "tokens": 700}) == train.Progress(7, skipped_steps=1, tokens=700)
+
+
 def test_an_evaluation_reads_as_many_tokens_as_asked(base: Path, monkeypatch: pytest.MonkeyPatch):
     read: list[int] = []
     real = evaluate.bits_per_byte
