@@ -1,9 +1,7 @@
 """Comparing runs: the statistics against simulations and tables, and the experiment on tiny runs."""
 
 import dataclasses
-import json
 import math
-import random
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ranks as gloo
+import small_corpus
 import torch
 
 from experiments import compare as experiment
@@ -124,12 +123,7 @@ TINY = (
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base folder with two seeds of a run, one of other rates, one of another context, one of twice the length."""
     folder = tmp_path_factory.mktemp("base")
-    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "it", "quick", "lazy", "over"]
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) + "." for _ in range(300)]
-    (folder / "text").mkdir()
-    for name, part in {"a": texts[:250], "val": texts[250:]}.items():
-        (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    texts = small_corpus.write(folder)
     tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
     tokenizer.save(tokenizer.train(texts, 280), folder / "tokenizer280")
     made = {

@@ -3,10 +3,8 @@
 import csv
 import dataclasses
 import itertools
-import json
 import math
 import os
-import random
 import signal
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ranks as gloo
+import small_corpus
 
 from experiments import miniseries, pretrain, scaling_laws
 from nanochat import metrics, milestones, ranks, record, runtime, stage, tokenizer
@@ -41,12 +40,7 @@ TINY = (
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base folder with a tokenizer and a folder of small documents."""
     folder = tmp_path_factory.mktemp("base")
-    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "it", "quick", "lazy", "over"]
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) + "." for _ in range(300)]
-    (folder / "text").mkdir()
-    for name, part in {"a": texts[:250], "val": texts[250:]}.items():
-        (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    texts = small_corpus.write(folder)
     tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))

@@ -1,8 +1,6 @@
 """The speedrun, tiny: broken in the middle, resumed, skipped, and done again where a setting has changed."""
 
-import json
 import os
-import random
 import re
 import signal
 from collections.abc import Iterator
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import ranks as gloo
+import small_corpus
 import torch
 
 from experiments import speedrun
@@ -67,12 +66,7 @@ TINY = (
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base folder with a folder of small documents."""
     folder = tmp_path_factory.mktemp("base")
-    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "it", "quick", "lazy", "over"]
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) + "." for _ in range(300)]
-    (folder / "text").mkdir()
-    for name, part in {"a": texts[:250], "val": texts[250:]}.items():
-        (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    small_corpus.write(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         patch.setattr(runs, "peak_flops", lambda *_: (1e12, "made up"))  # measuring it takes longer than the runs
