@@ -2,7 +2,7 @@ r"""Reinforcement learning: a fine-tuned model answers, and right answers become
 
     torchrun --nproc_per_node=8 launch.py --experiment=rl --set run=d20_sft                    # on GSM8K
     torchrun --nproc_per_node=8 launch.py --experiment=rl --set run=d20_sft --resume           # go on after a stop
-    python launch.py --experiment=rl --set run=quickstart_sft --set task=arithmetic --set num_iterations=60 \
+    python launch.py --experiment=rl --set run=quickstart_sft --set task=arithmetic --set num_iterations=24 \
         --set optim.matrix_lr=0 --set optim.embedding_lr=0 --set optim.unembedding_lr=0.003 --set optim.lr_fraction=1 \
         --set optim.scalar_lr=0 --set optim.moments=true          # what suits a small model, see below
 

@@ -84,15 +84,16 @@ def child(
     Raises:
         UserError: there is no such run or step, or none at all.
     """
+    start: str | Path | None = run
     if config.name is None:
-        start = Path(run).expanduser().absolute() if run else parent.newest(parents)
-        config = dataclasses.replace(config, name=f"{start.name}_{name}")
+        start = start or parent.newest(parents)
+        config = dataclasses.replace(config, name=f"{Path(start).expanduser().absolute().name}_{name}")
     config = restarted(config, str(config.name), runtime)
     own = stage.run_folder(str(config.name))
     if config.resume and parent.has_checkpoint(own):
         origin = parent.load(own)
         return config, origin, origin.parent
-    origin = parent.load(run or parent.newest(parents), step)
+    origin = parent.load(start or parent.newest(parents), step)
     return config, origin, origin.record
 
 
