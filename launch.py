@@ -14,8 +14,9 @@ from pathlib import Path
 
 from absl import flags
 
-from nanochat import allocator
+from nanochat import distributed
 from nanochat.config import UsageError, UserError, describe, nearest, override
+from nanochat.distributed import hardware
 
 ROOT = Path(__file__).resolve().parent
 
@@ -57,7 +58,7 @@ def start(argv: list[str]) -> None:
     if name not in docs:
         wrong = f"--experiment={name}: no such experiment" if name else "no --experiment given"
         raise UsageError(f"{wrong}{nearest(name or ' '.join(words), docs)}\n\n{overview}")
-    allocator.tune()
+    hardware.tune_allocator()
     module = importlib.import_module(f"experiments.{name}")
     config = module.config()
     if flag["help"].value:
@@ -68,8 +69,7 @@ def start(argv: list[str]) -> None:
         raise UsageError(f"{words[0]}: {name} takes no words; a setting is given as --set name=value")
     config = dataclasses.replace(config, args=tuple(words)) if words else config
     config = override(config, (flag["set"].value or []) + ["resume=true"] * bool(flag["resume"].value))
-    runtime = importlib.import_module("nanochat.runtime")  # imports torch: too slow for a page of help
-    with runtime.job(getattr(config, "device", "auto"), getattr(config, "dtype", "auto")) as here:
+    with distributed.distributed_context(getattr(config, "device", "auto"), getattr(config, "dtype", "auto")) as here:
         module.run(config, here)
 
 

@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from nanochat import machines, model
-from nanochat.measure import Limits
+from experiments._bench import Limits
+from nanochat import model
+from nanochat.distributed import Runtime, hardware
 from nanochat.model import ModelConfig
-from nanochat.runtime import Runtime
 from nanochat.train import TrainConfig
 
 # Bytes/s of the data sheets, for the prediction of a copy.
@@ -101,7 +101,7 @@ def limits(bench: Bench) -> None:
     """Measure what the machine reaches, beside its data sheet."""
     found = bench.limits()
     name = torch.cuda.get_device_name(bench.here.device) if bench.cuda else "cpu"
-    machine = machines.of_device(name)
+    machine = hardware.gpu_spec(name)
     sheet = {
         "matmul": machine.half_flops if machine else None,
         "fp8": machine.fp8_flops if machine else None,

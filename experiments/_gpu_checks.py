@@ -12,10 +12,10 @@ import torch
 
 from experiments._gpu_bench import Bench
 from experiments.bench_train import ROOT
-from nanochat import attention, linear, loss, model, optim, stage, train, transform, tree
-from nanochat.model import Compute, ModelConfig
-from nanochat.runtime import Runtime
-from nanochat.stage import StageConfig
+from nanochat import model, optim, train, transform, tree
+from nanochat.distributed import Runtime
+from nanochat.model import Compute, ModelConfig, attention, linear, loss
+from nanochat.train import StageConfig
 
 
 def check(bench: Bench) -> None:
@@ -55,7 +55,7 @@ def ready(bench: Bench, shape: ModelConfig, rows: int, kind: Any) -> Any:
     """Return the train step of a small model with linear layers of a kind."""
     how = dataclasses.replace(bench.config.train, linear=kind)
     settings = StageConfig(compile=bench.config.compile, train=how, device_batch_size=rows)
-    return stage.functions(settings, shape, bench.here)[0]
+    return train.build_step_functions(settings, shape, bench.here)[0]
 
 
 def filled(shape: ModelConfig, here: Runtime, dtype: torch.dtype) -> Any:
@@ -113,7 +113,7 @@ def fp8_loss(bench: Bench, steps: int = 40) -> None:
         step = ready(bench, shape, rows, kind)
         params = model.init(shape, 0, device=here.device, dtype=here.compute_dtype)
         state = train.init(params, model.spec(shape), here.compute_dtype)
-        hparams = optim.as_hparams(optim.rates(optim.OptimConfig(), shape.n_embd))
+        hparams = optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), shape.n_embd))
         found = []
         for i in range(steps if bench.cuda else 4):
             state, metrics = step(state, [batch_of(shape, rows, here, i)], hparams)

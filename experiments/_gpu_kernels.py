@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from experiments import _bench
 from experiments._gpu_bench import Bench, shape_of
-from nanochat import attention, linear, measure
+from nanochat.model import attention, linear
 
 # Attention runs at less than a large product: what FlashAttention-3 reports of a Hopper chip, forward and backward.
 ATTENTION_SHARE = 0.65
@@ -92,7 +93,7 @@ def time_attention(
     error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want))
     if not error < 0.02:
         raise ValueError(f"its numbers are off by {error:.1%}")
-    return measure.seconds_of({"step": step}, device)["step"], error
+    return _bench.seconds_of({"step": step}, device)["step"], error
 
 
 def linear_layers(bench: Bench) -> None:
@@ -114,7 +115,7 @@ def linear_layers(bench: Bench) -> None:
         weight = torch.randn(out, width, device=device)
         kinds = {"dense": linear.dense, "fp8": fp8}
         fs = {name: three(f, x, weight, grad, config.compile) for name, f in kinds.items()}
-        found = measure.seconds_of(fs, device)
+        found = _bench.seconds_of(fs, device)
         flops, reached = 6 * n * out * width, bench.limits()
         quantise = (7 * n * (out + width) + 11 * out * width) / reached.copy
         floors = {"dense": flops / reached.matmul, "fp8": flops / (reached.fp8 or reached.matmul) + quantise}

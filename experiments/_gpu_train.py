@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from experiments import bench_train
+from experiments import _bench, _trace, bench_train
+from experiments._bench import TrainStepBench as Subject
+from experiments._bench import timed
 from experiments._gpu_bench import Bench, shape_of, tidy
-from nanochat import measure, planner, traces
-from nanochat.machines import GIB
-from nanochat.measure import Subject, timed
+from nanochat.distributed import GIB
 from nanochat.model import ModelConfig
-from nanochat.train import TrainState
+from nanochat.train import TrainState, planner
 
 ROOM = 0.9  # share of the free memory that a planned batch may take: one that fails costs a compilation
 
@@ -33,7 +33,7 @@ def train_step(bench: Bench, depth: int, kind: Any) -> None:
         if bench.cuda and planned.allocated > ROOM * room and rows > min(config.batches):
             print(f"  batch {rows}: planned {planned.allocated / GIB:.1f} GiB of {room / GIB:.1f}: not tried")
             continue
-        parts = measure.roofline(shape, rows, 1, bench.limits(), here.compute_dtype, fp8)
+        parts = _bench.roofline(shape, rows, 1, bench.limits(), here.compute_dtype, fp8)
         floor = sum(parts.values())
         print(f"  predicted: {describe(parts)}; in all at least {1000 * floor:.1f} ms", flush=True)
         if bench.cuda:
@@ -105,10 +105,10 @@ def profile(bench: Bench, it: Subject, seconds: float, parts: Mapping[str, float
     step: Callable[[], TrainState] = functools.partial(it.step, it.state)
     if not bench.cuda:
         print("  by operation (kernels, gaps of the GPU and synchronisations of the host: skipped, no GPU here):")
-        print("\n".join(traces.breakdown(step, bench.here, 5)))
+        print("\n".join(_trace.breakdown(step, bench.here, 5)))
         return
     path = bench.folder / f"trace_{name}.json.gz"
-    found = traces.profile(traces.trace(step, bench.here, path=path))
+    found = _trace.profile(_trace.trace(step, bench.here, path=path))
     idle = max(1 - found.busy_seconds / seconds, 0.0)
     print(f"  profile: GPU busy {1000 * found.busy_seconds:.1f} of {1000 * seconds:.1f} ms: idle {idle:.1%} (predicted "
           f"under 3%); while profiled idle {1000 * found.idle_seconds:.1f} ms; {path}")  # fmt: skip
@@ -119,7 +119,7 @@ def profile(bench: Bench, it: Subject, seconds: float, parts: Mapping[str, float
         print(f"    {value / found.busy_seconds:6.1%}  {1000 * value:8.2f} ms  {calls:5} x {kernel[:90]}")
     for gap, before, after in found.gaps[:5]:
         print(f"    gap of {1e6 * gap:.0f} us between {before[:50]} and {after[:50]}")
-    syncs = measure.host_syncs(step)
+    syncs = _bench.host_syncs(step)
     print(f"  synchronisations of the host within a step: {len(syncs)} (predicted: 0)")
     print("\n".join(f"    {line}" for line in sorted(set(syncs))[:8]))
     bench.report(what="profile", name=name, idle_share=idle, syncs=syncs, predicted=dict(parts), **found._asdict())

@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanochat import core, core_bundle, dataset, likelihood, model, pretrained, tokenizer
+from nanochat import checkpoint, model
 from nanochat.config import UserError
-from nanochat.core import Answer, Question
-from nanochat.dataset import DataConfig
+from nanochat.data import DataConfig, Tokenizer, sources, tokenizer
+from nanochat.distributed import Runtime, base_dir, synchronize
+from nanochat.eval import Answer, Question, core, core_bundle, likelihood
 from nanochat.model import CONTEXT_LIMIT, Compute, ModelConfig
-from nanochat.runtime import Runtime, base_dir, synchronize
-from nanochat.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +123,12 @@ def run(config: Config, here: Runtime) -> None:
 def subject(config: Config, here: Runtime) -> Model:
     """Return the model to measure. Raises: UserError."""
     if config.run is not None:
-        bot = pretrained.load(config.run, device=here.device, dtype=here.compute_dtype)
+        bot = checkpoint.load(config.run, device=here.device, dtype=here.compute_dtype)
         return Model(bot.params, bot.config, bot.tokenizer)
     folder = base_dir() / f"bench_tokenizer_{config.vocab_size}"
     if not folder.exists():
         print(f"training a tokenizer of {config.vocab_size} tokens, once")
-        tokenizer.save(tokenizer.train(dataset.texts(DataConfig("embedded"), "train"), config.vocab_size), folder)
+        tokenizer.save(tokenizer.train(sources.texts(DataConfig("embedded"), "train"), config.vocab_size), folder)
     tok = tokenizer.load(folder)
     shape = model.from_depth(config.depth, vocab_size=tok.vocab_size, sequence_len=config.sequence_len)
     params = model.init(shape, 0, device=here.device, dtype=here.compute_dtype)

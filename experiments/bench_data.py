@@ -19,11 +19,9 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from nanochat import dataloader, dataset, tokenizer
 from nanochat.config import UserError
-from nanochat.dataset import DataConfig
-from nanochat.runtime import Runtime, base_dir
-from nanochat.tokenizer import Tokenizer
+from nanochat.data import DataConfig, Tokenizer, loader, sources, tokenizer
+from nanochat.distributed import Runtime, base_dir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +101,9 @@ def documents(config: Config) -> Iterator[str]:
 
 def blocks(config: Config) -> Iterator[list[str]]:
     """Yield the training documents once, block after block."""
-    for shard in dataset.resolve(config.data, "train"):
-        for index in range(dataset.num_blocks(shard)):
-            yield dataset.read_block(shard, index, config.data.text_column)
+    for shard in sources.shards_of(config.data, "train"):
+        for index in range(sources.num_blocks(shard)):
+            yield sources.read_block(shard, index, config.data.text_column)
 
 
 def encoding_speed(config: Config, tok: Tokenizer) -> float:
@@ -136,7 +134,7 @@ def packing_speed(config: Config, tok: Tokenizer, tokens: int, *, cached: bool) 
     The first batch is not counted: it also fills the buffer and the queues between threads, as full at the end.
     """
     data = dataclasses.replace(config.data, token_cache=cached)
-    stream = dataloader.batches(
+    stream = loader.batches(
         data, tok, split="train", rows_per_step=config.rows, sequence_len=config.sequence_len, seed=config.seed
     )
     with contextlib.closing(stream):

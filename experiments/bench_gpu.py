@@ -26,14 +26,13 @@ from typing import Any
 
 import torch
 
-from experiments import _gpu_bench, _gpu_checks, _gpu_kernels, _gpu_train
+from experiments import _bench, _gpu_bench, _gpu_checks, _gpu_kernels, _gpu_train
+from experiments._bench import format_cli_value as text
 from experiments._gpu_bench import Bench, Config
 from experiments.bench_train import ROOT
 from nanochat import config as configs
-from nanochat import jobs, measure
 from nanochat.config import UserError
-from nanochat.jobs import text
-from nanochat.runtime import Runtime, base_dir
+from nanochat.distributed import Runtime, base_dir
 
 # Seconds: after which a unit of work is stopped, and below which it is not begun.
 SECONDS = {"limits": (45, 10), "check": (130, 45), "train": (150, 60), "attention": (100, 25), "linear": (60, 20)}
@@ -84,12 +83,12 @@ def supervise(config: Config, folder: Path) -> None:
     print(f"{len(todo)} units of work in at most {config.minutes:g} minutes; results: {log}", flush=True)
     begun = len(read(log))
     while todo and time.time() < config.deadline - 5:
-        command = jobs.command(ROOT / "launch.py", "bench_gpu", settings_of(config) | {"units": todo}, 1)
+        command = _bench.launch_command(ROOT / "launch.py", "bench_gpu", settings_of(config) | {"units": todo}, 1)
         process = subprocess.Popen(command, start_new_session=True)
         try:
             problem = watch(process, log, begun, config.deadline)
         finally:
-            jobs.stop(process)
+            _bench.stop_process(process)
         seen = [row["unit"] for row in read(log)[begun:] if row["event"] in ("start", "skipped")]
         if not seen:
             write(log, event="failed", unit=todo[0], problem=problem or "its process did not start")
@@ -140,7 +139,7 @@ def work(config: Config, here: Runtime) -> None:
     folder = Path(config.out or ".")
     log = folder / "bench_gpu.jsonl"
     limits = functools.lru_cache(maxsize=1)(
-        lambda: measure.limits(here.device, here.compute_dtype, config.matmul_size, config.copy_bytes)
+        lambda: _bench.limits(here.device, here.compute_dtype, config.matmul_size, config.copy_bytes)
     )
     for unit in config.units:
         section, *arguments = unit.split(":")
@@ -221,7 +220,7 @@ def summarise(config: Config, folder: Path) -> None:
         )
     if steps:
         print("\ntraining steps (MFU of the 16-bit limit; accumulated: with the micro-batches of pretraining)")
-        print(measure.table(cells))
+        print(_bench.table(cells))
     for (depth, kind), row in steps.items() if config.device != "cpu" else ():
         best = max(row["mfu"], more.get((depth, kind), row)["mfu"])
         if kind == "dense":

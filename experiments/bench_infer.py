@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat import generate, measure, model, pretrained, tree
+from experiments import _bench
+from nanochat import checkpoint, infer, model, tree
 from nanochat.config import UserError
-from nanochat.generate import Decoder, Request
+from nanochat.data import Tokenizer
+from nanochat.distributed import Runtime
+from nanochat.infer import Engine, Request
 from nanochat.model import ModelConfig
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def run(config: Config, here: Runtime) -> None:
             f"{bot.config.sequence_len}"
         )
     cpu = here.device.type == "cpu"
-    limits = measure.limits(here.device, here.compute_dtype, *((1024, 2**29) if cpu else ()))
+    limits = _bench.limits(here.device, here.compute_dtype, *((1024, 2**29) if cpu else ()))
     name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = name if cpu else torch.cuda.get_device_name(here.device)
     dtype = str(here.compute_dtype).removeprefix("torch.")
@@ -112,8 +113,8 @@ def run(config: Config, here: Runtime) -> None:
 def subject(config: Config, here: Runtime) -> Model:
     """Return the model to measure. Raises: UserError."""
     if config.run is not None:
-        bot = pretrained.load(config.run, device=here.device, dtype=here.compute_dtype)
-        print(pretrained.describe(bot))
+        bot = checkpoint.load(config.run, device=here.device, dtype=here.compute_dtype)
+        print(checkpoint.describe_model(bot))
         return Model(bot.params, bot.config, bot.tokenizer)
     shape = model.from_depth(config.depth, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
     params = model.init(shape, 0, device=here.device, dtype=here.compute_dtype)
@@ -123,9 +124,9 @@ def subject(config: Config, here: Runtime) -> Model:
     return Model(params, shape, Tokenizer(tuple(i.to_bytes(4, "big") for i in range(tokens))))
 
 
-def start(config: Config, bot: Model, here: Runtime, slots: int) -> Decoder:
+def start(config: Config, bot: Model, here: Runtime, slots: int) -> Engine:
     """Return an engine whose rows do not end by themselves, so that all have the same length."""
-    decoder = generate.start(
+    decoder = infer.start(
         bot.params,
         bot.config,
         bot.tokenizer,
@@ -139,15 +140,15 @@ def start(config: Config, bot: Model, here: Runtime, slots: int) -> Decoder:
     return decoder
 
 
-def prefill(config: Config, bot: Model, here: Runtime, limits: measure.Limits) -> dict[str, float]:
+def prefill(config: Config, bot: Model, here: Runtime, limits: _bench.Limits) -> dict[str, float]:
     """Return tokens per second and MFU of computing one long prompt."""
     decoder = start(dataclasses.replace(config, compile=False), bot, here, 1)
     count = config.prefill_tokens or bot.config.sequence_len - 1
 
     def once(seed: int) -> float:
         request = Request(prompt(bot, count, seed))
-        seconds = measure.timed(lambda: generate.admit(decoder, 0, request), here)
-        generate.cancel(decoder, 0)
+        seconds = _bench.timed(lambda: infer.admit(decoder, 0, request), here)
+        infer.cancel(decoder, 0)
         return seconds
 
     once(0)
@@ -167,7 +168,7 @@ def prompt(bot: Model, count: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(0, bot.config.vocab_size - 9, (count,), generator=generator).tolist())
 
 
-def decoding(config: Config, bot: Model, here: Runtime, limits: measure.Limits, batch: int) -> dict[str, float]:
+def decoding(config: Config, bot: Model, here: Runtime, limits: _bench.Limits, batch: int) -> dict[str, float]:
     """Return what decoding `batch` rows took, and what it could not take less than."""
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(here.device)
@@ -176,23 +177,23 @@ def decoding(config: Config, bot: Model, here: Runtime, limits: measure.Limits, 
         Request(prompt(bot, config.prompt_tokens, i), config.new_tokens, config.temperature, config.top_k, seed=i)
         for i in range(batch)
     ]
-    for _ in generate.run(decoder, requests):
+    for _ in infer.run(decoder, requests):
         pass  # compiles, and records graphs
     first, steps = [], []
     for _ in range(config.rounds):
         begin = time.perf_counter()
         for i, request in enumerate(requests):
-            generate.admit(decoder, i, request)
+            infer.admit(decoder, i, request)
         seen: set[Any] = set()
         while len(seen) < batch:
-            seen |= {event.key for event in generate.step(decoder)}
+            seen |= {event.key for event in infer.step(decoder)}
         first.append(time.perf_counter() - begin)
         while len(decoder.active) == batch:
             begin = time.perf_counter()
-            generate.step(decoder)
+            infer.step(decoder)
             steps.append(time.perf_counter() - begin)
         while decoder.active:
-            generate.step(decoder)
+            infer.step(decoder)
     seconds = statistics.median(steps)
     context = config.prompt_tokens + config.new_tokens // 2
     read = model.decode_bytes(bot.config, batch, context, here.compute_dtype.itemsize)

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from experiments import bench_train
-from nanochat import measure
+from experiments import _bench, bench_train
 from nanochat.config import UserError
-from nanochat.runtime import Runtime
+from nanochat.distributed import Runtime
+from nanochat.text import format_count
 from nanochat.train import TrainConfig
-from nanochat.units import human
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,7 @@ def run(config: Config, here: Runtime) -> None:
         if "tokens_per_second" in row and "tokens_per_second" in one:
             each, first = row["tokens_per_second"] / row["ranks"], one["tokens_per_second"] / one["ranks"]
             row["efficiency"] = each / first
-    print(measure.table([HEADER, *(cells(row) for row in rows)]))
+    print(_bench.table([HEADER, *(cells(row) for row in rows)]))
     print(f"efficiency: tokens/s of a rank against a job of {sizes[0]}; wire: bytes that one rank sends in a step")
     print("note what is worth keeping, with date, machine and commit, in experiments/RESULTS.md")
     print(json.dumps({"bench": "scale", **dataclasses.asdict(config), "ranks": sizes, "results": rows}))
@@ -143,7 +142,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     def text(key: str, form: str, scale: float = 1) -> str:
         return format(row[key] * scale, form) if key in row else "-"
 
-    wire = [f"{human(row[name])}B" if name in row else "-" for name in ("sent_bytes", "sent_bytes_expected")]
+    wire = [f"{format_count(row[name])}B" if name in row else "-" for name in ("sent_bytes", "sent_bytes_expected")]
     return [
         row["kind"],
         row["mode"],
@@ -160,4 +159,4 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def summary(row: dict[str, Any]) -> str:
     """Return a result as a line of progress."""
-    return row.get("problem") or f"{human(row['tokens_per_second'])} tokens/s"
+    return row.get("problem") or f"{format_count(row['tokens_per_second'])} tokens/s"

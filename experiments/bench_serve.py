@@ -23,7 +23,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from nanochat.config import UserError
-from nanochat.runtime import Runtime
+from nanochat.distributed import Runtime
 
 
 @dataclasses.dataclass(frozen=True)

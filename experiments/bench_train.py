@@ -29,17 +29,17 @@ from typing import Any
 
 import torch
 
-from experiments import pretrain
+from experiments import _bench, _trace, pretrain
+from experiments._bench import RunResult as Outcome
+from experiments._bench import TrainStepBench as Subject
+from experiments._bench import timed
 from nanochat import config as configs
-from nanochat import jobs, measure, metrics, model, planner, runtime, traces
+from nanochat import distributed, model
 from nanochat.config import UserError
-from nanochat.jobs import Outcome
-from nanochat.measure import Subject, timed
+from nanochat.distributed import Runtime, ShardingConfig
+from nanochat.metrics import logger
 from nanochat.model import ModelConfig
-from nanochat.runtime import Runtime
-from nanochat.sharding import ShardingConfig
-from nanochat.stage import StageConfig
-from nanochat.train import TrainConfig
+from nanochat.train import StageConfig, TrainConfig, planner
 
 ROOT = Path(__file__).resolve().parents[1]
 LAPTOP = {
@@ -120,7 +120,7 @@ def run(config: Config, here: Runtime) -> None:
         print(f"  {key:32}{value:.4g}" if isinstance(value, float) else f"  {key:32}{value}")
     if config.profile and config.rounds:
         print("where the time of a step goes, by operation:")
-        print("\n".join(traces.breakdown(functools.partial(it.step, it.state), here)))
+        print("\n".join(_trace.breakdown(functools.partial(it.step, it.state), here)))
     print(json.dumps({"bench": "train", **dataclasses.asdict(config), **result}))
 
 
@@ -178,7 +178,7 @@ def one(config: Config, shape: ModelConfig, here: Runtime) -> tuple[Subject, dic
         sharding=config.sharding,
         device_batch_size=config.batch_size or 1,
     )
-    it = measure.subject(settings, shape, here, config.micro_batches)
+    it = _bench.make_train_step(settings, shape, here, config.micro_batches)
     name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else here.device.type
     print(f"depth {config.depth}, width {config.width}, {model.count(shape)['total']:,} parameters")
     micro = f" x {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
@@ -188,7 +188,7 @@ def one(config: Config, shape: ModelConfig, here: Runtime) -> tuple[Subject, dic
         print(f"{here.world_size} ranks, {it.layout.mode}: mesh of {it.layout.replicas} x {it.layout.shards}")
     start = time.perf_counter()
     it = it._replace(state=it.step(it.step(it.state)))
-    runtime.synchronize(here.device)
+    distributed.synchronize(here.device)
     compile_seconds = time.perf_counter() - start
     print(f"first two steps, with compilation: {compile_seconds:.1f} s", flush=True)
     result: dict[str, Any] = {
@@ -200,9 +200,11 @@ def one(config: Config, shape: ModelConfig, here: Runtime) -> tuple[Subject, dic
     }
     if not config.rounds:
         return it, result
-    peak_memory_bytes = runtime.agree(metrics.peak_memory_bytes(here.device))  # before the operands of the matmuls
+    peak_memory_bytes = distributed.all_reduce_max(
+        logger.peak_memory_bytes(here.device)
+    )  # before the operands of the matmuls
     seconds, squares, shapes = alternate(config, shape, it, here)
-    limit, limit_from = runtime.peak_flops(here.device, here.compute_dtype)
+    limit, limit_from = distributed.peak_flops(here.device, here.compute_dtype)
     speed = flops * tokens / seconds / here.world_size
     numbers: dict[str, Any] = {
         "tokens_per_second": tokens / seconds,
@@ -230,7 +232,7 @@ def alternate(config: Config, shape: ModelConfig, it: Subject, here: Runtime) ->
     pairs = {n: [torch.randn(n, n, device=here.device).to(here.compute_dtype) for _ in range(2)] for n in sizes}
     tokens = (config.batch_size or 1) * shape.sequence_len * config.micro_batches
     rows = min(tokens, MATMUL_ROWS) if here.device.type == "cuda" else tokens
-    own = measure.matmuls(shape, rows, here)
+    own = _bench.matmuls(shape, rows, here)
     steps: list[float] = []
     squares: dict[int, list[float]] = {n: [] for n in sizes}
     shapes: list[float] = []
@@ -246,8 +248,8 @@ def alternate(config: Config, shape: ModelConfig, it: Subject, here: Runtime) ->
 def communication(config: Config, shape: ModelConfig, it: Subject, here: Runtime) -> dict[str, Any]:
     """Return the time of a profiled step in collectives, and the bytes that this rank sent, beside the expected."""
     assert it.layout is not None
-    trace = traces.trace(lambda: it.step(it.state), here, shapes=True)
-    found = traces.communication(trace)
+    trace = _trace.trace(lambda: it.step(it.state), here, shapes=True)
+    found = _trace.communication(trace)
     numbers: dict[str, Any] = {
         "profiled_step_seconds": trace.seconds,
         "communication_seconds": found.seconds,
@@ -256,7 +258,7 @@ def communication(config: Config, shape: ModelConfig, it: Subject, here: Runtime
         "communication_exposed_share": found.exposed_seconds / trace.seconds,
     }
     try:
-        numbers["sent_bytes"] = sum(traces.sent_bytes(trace, it.layout).values())
+        numbers["sent_bytes"] = sum(_trace.sent_bytes(trace, it.layout).values())
     except LookupError as error:
         print(f"bytes on the wire: not known ({error})")
     if it.layout.whole or (config.compile and it.layout.gather == "layer"):  # what the planner's figures are of
@@ -315,8 +317,10 @@ def sweep(config: Config, here: Runtime) -> None:
         problems += [f"{', '.join(map(str, case.values()))}: {outcome.problem}"] * bool(outcome.problem)
     header = ["mode", "kernel", "precision", "compile", "tokens/s", "MFU", "of matmul", "peak GiB"]
     header += ["communication", "exposed", "cold s", "warm s"]
-    print(f"\nMFU: of {runtime.peak_flops(here.device, here.compute_dtype)[1]}; of matmul: of the largest one measured")
-    print(measure.table([header, *rows]))
+    print(
+        f"\nMFU: of {distributed.peak_flops(here.device, here.compute_dtype)[1]}; of matmul: of the largest one measured"
+    )
+    print(_bench.table([header, *rows]))
     print("\n".join(["did not run:", *(f"  {line}" for line in problems)] if problems else ["all of them ran"]))
     print("note what is worth keeping, with date, machine and commit, in experiments/RESULTS.md")
 
@@ -367,5 +371,5 @@ def start(config: Config, changes: Mapping[str, Any], ranks: int, env: Mapping[s
     """Run one configuration as a job of `ranks` ranks: this one with `changes` by dotted name."""
     plain = dict(configs.flatten(Config()))
     values = {n: v for n, v in configs.flatten(config) if n not in SWEEP_ONLY and v != plain[n]} | dict(changes)
-    words = jobs.command(ROOT / "launch.py", "bench_train", values, ranks)
-    return jobs.job(words, seconds=config.job_seconds, env=env)
+    words = _bench.launch_command(ROOT / "launch.py", "bench_train", values, ranks)
+    return _bench.run_subprocess(words, seconds=config.job_seconds, env=env)

@@ -26,12 +26,11 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TextIO
 
-from nanochat import conversation, pretrained
-from nanochat import generate as engine
+from nanochat import checkpoint, infer
+from nanochat.checkpoint import Pretrained
 from nanochat.config import UserError
-from nanochat.conversation import Message, Piece, Reader
-from nanochat.pretrained import Pretrained
-from nanochat.runtime import Runtime
+from nanochat.data import Message, Piece, Reader, chat_format
+from nanochat.distributed import Runtime
 
 HELP = "`clear` begins a new conversation, `quit` or Ctrl-D leaves, Ctrl-C stops an answer"
 PROMPT = "> "
@@ -95,7 +94,7 @@ class Chat:
 
     config: Config
     bot: Pretrained
-    decoder: engine.Decoder
+    decoder: infer.Engine
     screen: "Screen"
     messages: list[Message] = dataclasses.field(default_factory=list)
     answered: int = 0
@@ -116,8 +115,8 @@ def run(config: Config, runtime: Runtime) -> None:
         raise UserError("prompt: is empty; give it some text, or leave it out to type messages")
     screen = Screen(sys.stdout, sys.stderr)
     bot, decoder = load(config, runtime, slots=1)
-    screen.note(pretrained.describe(bot))
-    if line := pretrained.warning(bot):
+    screen.note(checkpoint.describe_model(bot))
+    if line := checkpoint.warning(bot):
         screen.note(line)
     chat = Chat(config, bot, decoder, screen)
     with quiet_pipe():
@@ -130,11 +129,11 @@ def run(config: Config, runtime: Runtime) -> None:
             talk(chat, sys.stdin, person=False)
 
 
-def load(config: Any, runtime: Runtime, slots: int) -> tuple[Pretrained, engine.Decoder]:
+def load(config: Any, runtime: Runtime, slots: int) -> tuple[Pretrained, infer.Engine]:
     """Return the model that `config` names (run, step, compile), and an engine for so many rows at once."""
     place: dict[str, Any] = {"device": runtime.device, "dtype": runtime.compute_dtype}
-    bot = pretrained.load(config.run, step=config.step, **place)
-    decoder = engine.start(bot.params, bot.config, bot.tokenizer, slots=slots, compile=config.compile, **place)
+    bot = checkpoint.load(config.run, step=config.step, **place)
+    decoder = infer.start(bot.params, bot.config, bot.tokenizer, slots=slots, compile=config.compile, **place)
     return bot, decoder
 
 
@@ -177,9 +176,9 @@ def say(chat: Chat, text: str, stop: threading.Event | None = None) -> None:
             "out from here on; `clear` begins a new one"
         )
     seed = secrets.randbelow(2**31) if config.seed is None else config.seed + chat.answered
-    request = engine.Request(tuple(prompt), config.max_tokens, config.temperature, config.top_k, seed)
+    request = infer.Request(tuple(prompt), config.max_tokens, config.temperature, config.top_k, seed)
     answer = stream(chat, request, stop)
-    said = conversation.content(chat.bot.tokenizer, answer.tokens)
+    said = chat_format.content(chat.bot.tokenizer, answer.tokens)
     chat.messages[:] = [*messages, {"role": "assistant", "content": said}]
     chat.answered += 1
     if answer.finish != "stop":
@@ -204,7 +203,7 @@ def fit(bot: Pretrained, messages: list[Message], context: int, reserve: int) ->
         UserError: the last message does not fit alone.
     """
     while True:
-        prompt = conversation.prompt(bot.tokenizer, messages)
+        prompt = chat_format.prompt(bot.tokenizer, messages)
         if len(prompt) + reserve <= context or len(messages) == 1:
             break
         messages = messages[2:]
@@ -213,19 +212,19 @@ def fit(bot: Pretrained, messages: list[Message], context: int, reserve: int) ->
     return messages, prompt
 
 
-def stream(chat: Chat, request: engine.Request, stop: threading.Event | None) -> Answer:
+def stream(chat: Chat, request: infer.Request, stop: threading.Event | None) -> Answer:
     """Show an answer as it comes; `stop`, once set, ends it after the step under way."""
     start, first, finish = time.perf_counter(), 0.0, None
     reader, tokens = Reader(chat.bot.tokenizer), []
-    engine.admit(chat.decoder, "chat", request)
+    infer.admit(chat.decoder, "chat", request)
     while finish is None:
-        for event in engine.step(chat.decoder):
+        for event in infer.step(chat.decoder):
             first = first or time.perf_counter() - start
             tokens.append(event.token)
             finish = event.finish
             chat.screen.show(reader.feed(event.token))
         if finish is None and stop and stop.is_set():
-            engine.cancel(chat.decoder, "chat")
+            infer.cancel(chat.decoder, "chat")
             finish = "cancelled"
     chat.screen.show(reader.close())
     chat.screen.end()

@@ -27,16 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat import compare, dataloader, dataset, manifest, metrics, plots, pretrained, ranks, record, tokenizer
-from nanochat.compare import Interval
+from nanochat import checkpoint, distributed
+from nanochat.checkpoint import integrity
 from nanochat.config import UsageError, UserError
-from nanochat.dataset import DataConfig
+from nanochat.data import DataConfig, Tokenizer, loader, sources, tokenizer
+from nanochat.distributed import ControlGroup, Runtime, base_dir
+from nanochat.eval import Interval, significance
+from nanochat.metrics import Curve, RunInfo, logger, plots, run_folder
 from nanochat.model import Compute
-from nanochat.ranks import Ranks
-from nanochat.record import Curve, Record
-from nanochat.runtime import Runtime, base_dir
-from nanochat.tokenizer import Tokenizer
-from nanochat.units import duration
+from nanochat.text import format_duration
 
 BATCH_TOKENS = 2**14
 AXES = {"FLOPs": "training FLOPs", "time": "training time in minutes"}
@@ -71,7 +70,7 @@ class Side(NamedTuple):
     """
 
     name: str
-    records: list[Record]
+    records: list[RunInfo]
     steps: list[int]
     nats: list[np.ndarray]
 
@@ -93,8 +92,8 @@ def run(config: Config, runtime: Runtime) -> None:
     """Find the runs, measure them on the same text, and say how they differ."""
     if len(config.args) != 2:
         raise UsageError("compare takes two words, the runs: python launch.py --experiment=compare <a> <b>")
-    line = ranks.join()
-    with ranks.together(line):
+    line = distributed.create_group()
+    with distributed.raise_on_any_failure(line):
         sides = [side(word) for word in config.args]
         meant = [one for side in sides for one in side.records]
         limits = {axis: min(curve(one, axis)[0][-1] for one in meant) for axis in AXES}
@@ -120,13 +119,13 @@ def side(word: str) -> Side:
     folders = []
     for name in word.split(","):
         if "*" in name:
-            matching = sorted(p for p in pretrained.runs_folder().glob(name) if (p / metrics.FILE).exists())
+            matching = sorted(p for p in checkpoint.runs_folder().glob(name) if (p / logger.FILE).exists())
             if not matching:
-                raise UserError(f"{name}: matches no run in {pretrained.runs_folder()}")
+                raise UserError(f"{name}: matches no run in {checkpoint.runs_folder()}")
             folders += matching
         elif name:
-            folders.append(record.find(name))
-    records = [record.read(folder) for folder in folders]
+            folders.append(run_folder.find_run(name))
+    records = [run_folder.read_run(folder) for folder in folders]
     if not records:
         raise UsageError(f"{word!r}: names no run")
     for one in records:
@@ -134,24 +133,24 @@ def side(word: str) -> Side:
             raise UserError(f"run {one.name} is of stage {one.stage}: compare is for pretraining runs")
         if not one.steps:
             raise UserError(f"run {one.name} has no checkpoint yet")
-        if not metrics.curve(one.rows, "val/bpb")[0]:
+        if not logger.curve(one.rows, "val/bpb")[0]:
             raise UserError(f"run {one.name} has no evaluation in its metrics.jsonl: it has no curve to compare")
     return Side(word, records, [], [])
 
 
-def curve(one: Record, axis: str) -> Curve:
+def curve(one: RunInfo, axis: str) -> Curve:
     """Return (FLOPs or minutes, bits per byte) of a run's evaluations."""
-    steps, values = metrics.curve(one.rows, "val/bpb")
-    each = record.step_flops(one) if axis == "FLOPs" else (record.step_seconds(one) or 0.0) / 60
+    steps, values = logger.curve(one.rows, "val/bpb")
+    each = run_folder.step_flops(one) if axis == "FLOPs" else (run_folder.step_seconds(one) or 0.0) / 60
     if not each:
         raise UserError(f"run {one.name}: its metrics.jsonl does not tell the {axis} of a step")
     return [each * step for step in steps], values
 
 
-def measured_step(one: Record, flops: float) -> int:
+def measured_step(one: RunInfo, flops: float) -> int:
     """Return the checkpoint next to so many FLOPs, of those that lie on the run's curve."""
     xs, _ = curve(one, "FLOPs")
-    each = record.step_flops(one) or 1.0
+    each = run_folder.step_flops(one) or 1.0
     there = [step for step in one.steps if xs[0] <= each * step <= xs[-1]]
     if not there:
         raise UserError(f"run {one.name} has no checkpoint of after its first evaluation")
@@ -162,14 +161,14 @@ def described(sides: Sequence[Side]) -> Iterator[str]:
     """Yield lines that say what is compared, and in which settings the two differ."""
     for side in sides:
         for one, step in zip(side.records, side.steps):
-            flops = record.step_flops(one) or math.nan
+            flops = run_folder.step_flops(one) or math.nan
             yield f"{one.name}: checkpoint of step {step:,} of {one.last_step:,}, {flops:.3g} FLOPs a step"
     a, b = (flat(side.records[0]) for side in sides)
     changed = [name for name in a if name in b and a[name] != b[name] and name not in ("name", "seed", "resume")]
     yield "settings that differ: " + (", ".join(f"{n} {a[n]} → {b[n]}" for n in changed) or "none but name and seed")
 
 
-def flat(one: Record) -> dict[str, Any]:
+def flat(one: RunInfo) -> dict[str, Any]:
     """Return a run's settings by dotted name."""
     return dict(one.meta.get("config", {}))
 
@@ -177,10 +176,12 @@ def flat(one: Record) -> dict[str, Any]:
 # The measurement
 
 
-def measure(config: Config, runtime: Runtime, sides: Sequence[Side], line: Ranks) -> tuple[str, np.ndarray, list[Side]]:
+def measure(
+    config: Config, runtime: Runtime, sides: Sequence[Side], line: ControlGroup
+) -> tuple[str, np.ndarray, list[Side]]:
     """Return (what the pieces are, their bytes, the sides with the nats of each run on each piece)."""
     every = [(one, step) for side in sides for one, step in zip(side.records, side.steps)]
-    with ranks.together(line):
+    with distributed.raise_on_any_failure(line):
         toks = [tokenizer_of(one, step) for one, step in every]
         identities = [identity(one, tok) for (one, _), tok in zip(every, toks)]
         first = every[0][0]
@@ -189,8 +190,8 @@ def measure(config: Config, runtime: Runtime, sides: Sequence[Side], line: Ranks
         texts = [] if rows else documents(config, every, toks, tokens)
     sizes, nats = np.zeros(0), []
     for (one, step), tok in zip(every, toks):
-        with ranks.together(line):
-            bot = pretrained.load(one.folder, step=step, device=runtime.device, dtype=runtime.compute_dtype)
+        with distributed.raise_on_any_failure(line):
+            bot = checkpoint.load(one.folder, step=step, device=runtime.device, dtype=runtime.compute_dtype)
         context = bot.config.sequence_len
         batches = as_rows(one, tok, tokens, context, runtime) if rows else as_batches(texts, tok, context, runtime)
         found: list[Any] = []
@@ -201,8 +202,8 @@ def measure(config: Config, runtime: Runtime, sides: Sequence[Side], line: Ranks
                 batches
             ):  # every rank reads all of them: the same rows on any number of ranks
                 if number % runtime.world_size == runtime.rank:
-                    found += [[number, compare.piece_nats(bot.params, [batch], token_bytes, bot.config, compute)]]
-        whole = sorted(itertools.chain.from_iterable(ranks.gather(line, found)))
+                    found += [[number, significance.piece_nats(bot.params, [batch], token_bytes, bot.config, compute)]]
+        whole = sorted(itertools.chain.from_iterable(distributed.all_gather_object(line, found)))
         pairs = np.array([pair for _, part in whole for pair in part], np.float64)
         if len(sizes) and not np.array_equal(pairs[:, 1], sizes):
             raise UserError(f"run {one.name} was measured on other text: did the validation data change meanwhile?")
@@ -213,45 +214,47 @@ def measure(config: Config, runtime: Runtime, sides: Sequence[Side], line: Ranks
     return "rows" if rows else "documents", sizes, [s._replace(nats=[next(rest) for _ in s.records]) for s in sides]
 
 
-def tokenizer_of(one: Record, step: int) -> Tokenizer:
+def tokenizer_of(one: RunInfo, step: int) -> Tokenizer:
     """Return the tokenizer of a checkpoint."""
     path = one.folder / "checkpoints" / str(step)
-    files = manifest.check_files(path, manifest.read(path)["files"])
+    files = integrity.check_files(path, integrity.read(path)["files"])
     return tokenizer.load(files[tokenizer.TOKENS_FILE].parent)
 
 
-def identity(one: Record, tok: Tokenizer) -> list[Any]:
+def identity(one: RunInfo, tok: Tokenizer) -> list[Any]:
     """Return what the validation rows of a run follow from."""
     data = data_config(one)
     assert one.shape is not None
     return [tok.fingerprint, one.shape.sequence_len, data.source, data.text_column, data.buffer_docs]
 
 
-def data_config(one: Record) -> DataConfig:
+def data_config(one: RunInfo) -> DataConfig:
     """Return the data settings of a run."""
     known = {field.name for field in dataclasses.fields(DataConfig)}
     return DataConfig(**{name: x for name, x in one.settings.get("data", {}).items() if name in known})
 
 
-def as_rows(one: Record, tok: Tokenizer, tokens: int, context: int, runtime: Runtime) -> Batches:
+def as_rows(one: RunInfo, tok: Tokenizer, tokens: int, context: int, runtime: Runtime) -> Batches:
     """Yield the packed rows of the validation data, as the run's own evaluation reads them."""
     total = max(tokens // context, 2)
     size = next(n for n in range(max(min(BATCH_TOKENS // context, total), 1), 0, -1) if total % n == 0)
-    stream = dataloader.batches(
+    stream = loader.batches(
         data_config(one), tok, split="val", rows_per_step=size, sequence_len=context, seed=0, device=runtime.device
     )
     with contextlib.closing(stream):
         yield from (batch for batch, *_ in itertools.islice(stream, total // size))
 
 
-def documents(config: Config, every: Sequence[tuple[Record, int]], toks: Sequence[Tokenizer], tokens: int) -> list[str]:
+def documents(
+    config: Config, every: Sequence[tuple[RunInfo, int]], toks: Sequence[Tokenizer], tokens: int
+) -> list[str]:
     """Return documents of the validation data, each cut to what fits into every run's context."""
     data = data_config(every[0][0])
     data = dataclasses.replace(data, source=config.source) if config.source else data
     contexts = [one.shape.sequence_len for one, _ in every if one.shape]
     sizes = [tokenizer.token_bytes(tok) for tok in toks]
     texts, read = [], 0
-    for text in dataset.texts(data, "val"):
+    for text in sources.texts(data, "val"):
         whole = text.encode()
         ids = [tok.encode(text)[:context] for tok, context in zip(toks, contexts)]
         end = min(int(size[i].sum()) for size, i in zip(sizes, ids))
@@ -292,19 +295,19 @@ def compared(sides: Sequence[Side], sizes: np.ndarray, axis: str, limit: float) 
     for side, found in zip(sides, values):
         for one, step, nats in zip(side.records, side.steps, side.nats):
             xs, ys = curve(one, axis)
-            evaluated = metrics.curve(one.rows, "val/bpb")[0]
-            here, there = compare.at(xs, ys, limit), compare.at(evaluated, ys, step)
+            evaluated = logger.curve(one.rows, "val/bpb")[0]
+            here, there = significance.at(xs, ys, limit), significance.at(evaluated, ys, step)
             if here is None or there is None:
                 return None
             found.append(float(nats.sum() / math.log(2) / sizes.sum()) + here - there)
     means = [np.mean(side.nats, axis=0) for side in sides]
-    _, error = compare.paired(means[0], means[1], sizes)
-    return Found(limit, values, compare.interval(*values, error, len(sizes)))
+    _, error = significance.paired(means[0], means[1], sizes)
+    return Found(limit, values, significance.interval(*values, error, len(sizes)))
 
 
 def shown(axis: str, limit: float) -> str:
     """Return a place on an axis as text."""
-    return f"{limit:.3g} FLOPs" if axis == "FLOPs" else duration(60 * limit)
+    return f"{limit:.3g} FLOPs" if axis == "FLOPs" else format_duration(60 * limit)
 
 
 def table(sides: Sequence[Side], found: dict[str, Found | None]) -> str:
@@ -330,7 +333,7 @@ def notes(sides: Sequence[Side], limit: float) -> Iterator[str]:
             names = sorted({n for other in settings for n in other if other[n] != settings[0].get(n)})
             yield f"the runs of {side.name} differ in more than their seed ({', '.join(names)})"
         for one in side.records:
-            share = limit / ((record.step_flops(one) or 1.0) * one.last_step)
+            share = limit / ((run_folder.step_flops(one) or 1.0) * one.last_step)
             if not one.done:
                 yield f"{one.name} is not finished: its learning rate has yet to come down"
             elif share < SHORT_OF_ITS_END:
@@ -395,5 +398,5 @@ def gap(sides: Sequence[Side], axis: str, limit: float) -> Curve:
     curves = [[curve(one, axis) for one in side.records] for side in sides]
     start = max(xs[0] for group in curves for xs, _ in group)
     places = np.geomspace(start, limit, 60).tolist() if start < limit else []
-    found = [[[compare.at(xs, ys, x) or math.nan for xs, ys in group] for x in places] for group in curves]
+    found = [[[significance.at(xs, ys, x) or math.nan for xs, ys in group] for x in places] for group in curves]
     return places, [float(np.mean(b) - np.mean(a)) for a, b in zip(*found)]

@@ -23,10 +23,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from nanochat import checkpoint, convert, model, stage, tokenizer
+from nanochat import checkpoint
+from nanochat.checkpoint import convert
 from nanochat.config import UserError
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import Tokenizer
+from nanochat.data import Tokenizer, tokenizer
+from nanochat.distributed import Runtime
+from nanochat.model import gpt
+from nanochat.train import config as stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +86,13 @@ def run(config: Config, runtime: Runtime) -> None:
         tokenizer.save(tok, folder / "tokenizer")
         files = {name: folder / "tokenizer" / name for name in tokenizer.FILES}
     step = int(meta.get("step", 0))
-    manager = checkpoint.open(folder / "checkpoints")
+    manager = checkpoint.open_manager(folder / "checkpoints")
     try:
         saved = {"stage": config.stage, "model": dataclasses.asdict(shape), "converted_from": str(config.model)}
         checkpoint.save(manager, Weights(torch.tensor(step), params), saved, files=files)
     finally:
         checkpoint.close(manager)
-    print(f"{model.count(shape)['total']:,} parameters of step {step} written to {folder / 'checkpoints'}")
+    print(f"{gpt.count(shape)['total']:,} parameters of step {step} written to {folder / 'checkpoints'}")
     print(f"next: python launch.py --experiment=chat --set run={config.name}")
 
 

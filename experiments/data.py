@@ -12,10 +12,9 @@ but this command shows what is in it. Prints the folder, its shards and the next
 
 import dataclasses
 
-from nanochat import core_bundle, dataset, download, tokenizer
-from nanochat.dataset import DataConfig
-from nanochat.download import Options
-from nanochat.runtime import Runtime, base_dir
+from nanochat.data import DataConfig, Options, download, sources, tokenizer
+from nanochat.distributed import Runtime, base_dir
+from nanochat.eval import core_bundle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +53,12 @@ def run(config: Config, runtime: Runtime) -> None:
         if config.bundle_url:
             print(f"evaluation bundle: {core_bundle.fetch(url=config.bundle_url, options=config.download)}")
     for split in ("train", "val"):
-        shards = dataset.resolve(config.data, split)
+        shards = sources.shards_of(config.data, split)
         size = sum(shard.path.stat().st_size for shard in shards)
         of_it = " (part of it)" if shards[0].part != "all" else ""
         print(f"{split:<6}{len(shards):>6} shards  {size / 1e6:>10,.1f} MB{of_it}")
-    first = dataset.read_block(dataset.resolve(config.data, "train")[0], 0, config.data.text_column)
-    print(f"in {dataset.folder_of(config.data)}; the first document begins: {first[0][:60]!r}")
+    first = sources.read_block(sources.shards_of(config.data, "train")[0], 0, config.data.text_column)
+    print(f"in {sources.folder_of(config.data)}; the first document begins: {first[0][:60]!r}")
     setting = "" if source == DataConfig().source else f" --set data.source={source}"
     trained = (tokenizer.default_dir() / tokenizer.TOKENS_FILE).exists()
     print(f"next: torchrun launch.py --experiment={'pretrain_d20' if trained else 'tokenizer'}{setting}")

@@ -26,32 +26,17 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat import (
-    core,
-    core_bundle,
-    dataloader,
-    dataset,
-    evaluate,
-    evaluations,
-    generate,
-    loss,
-    manifest,
-    pretrained,
-    ranks,
-    stage,
-    tokenizer,
-)
+from nanochat import checkpoint, distributed, infer, train
+from nanochat.checkpoint import Pretrained, integrity
 from nanochat.config import UserError
-from nanochat.core import Results, TaskResult
-from nanochat.core_bundle import Bundle
-from nanochat.dataset import DataConfig
-from nanochat.generate import Request
-from nanochat.loss import IGNORE
-from nanochat.model import Compute
-from nanochat.pretrained import Pretrained
-from nanochat.ranks import LostRankError, Ranks
-from nanochat.runtime import Runtime
-from nanochat.units import duration
+from nanochat.data import DataConfig, loader, sources, tokenizer
+from nanochat.distributed import ControlGroup, LostRankError, Runtime
+from nanochat.eval import Bundle, Results, TaskResult, core, core_bundle
+from nanochat.infer import Request
+from nanochat.metrics import logger
+from nanochat.model import IGNORE, Compute, loss
+from nanochat.model import loss as evaluate
+from nanochat.text import format_duration
 
 BPB_TOKENS = 40 * 2**19  # of a model whose run does not say
 
@@ -85,7 +70,7 @@ class Config:
     text_column: str | None = None
     tokens: int | None = None
     device_batch_size: int = 16
-    prompts: tuple[str, ...] = stage.PROMPTS
+    prompts: tuple[str, ...] = train.PROMPTS
     sample_tokens: int = 16
     free_samples: int = 8
     free_tokens: int = 128
@@ -107,7 +92,7 @@ class Job:
     config: Config
     bot: Pretrained
     runtime: Runtime
-    line: Ranks
+    line: ControlGroup
     header: Mapping[str, Any]
 
     @property
@@ -123,14 +108,14 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Do each part, record what was found, and say what is missing."""
-    line = ranks.join()
+    line = distributed.create_group()
     if config.bundle is not None and "core" in config.tasks:
-        with ranks.together(line):
+        with distributed.raise_on_any_failure(line):
             core_bundle.read(config.bundle)  # a wrong one is said before anything is done
-    with ranks.together(line):
-        bot = pretrained.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
-        header = manifest.read(bot.folder / "checkpoints" / str(bot.step))
-    print(pretrained.describe(bot))
+    with distributed.raise_on_any_failure(line):
+        bot = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
+        header = integrity.read(bot.folder / "checkpoints" / str(bot.step))
+    print(checkpoint.describe_model(bot))
     job = Job(config, bot, runtime, line, header)
     parts: dict[str, Callable[[Job], tuple[dict[str, float], dict[str, str]]]]
     parts = {"samples": samples, "bpb": bits_per_byte, "core": core_score}
@@ -147,10 +132,10 @@ def run(config: Config, runtime: Runtime) -> None:
                 failed[name] = str(error)
                 print(f"{name} failed: {error}", flush=True)
     if found or failed:
-        with ranks.together(line):
+        with distributed.raise_on_any_failure(line):
             if runtime.is_main:
-                evaluations.append(bot.folder, bot.step, bot.stage, found, failed)
-        print(f"recorded in {bot.folder / evaluations.FILE}")
+                logger.append_evaluation(bot.folder, bot.step, bot.stage, found, failed)
+        print(f"recorded in {bot.folder / logger.EVALUATIONS_FILE}")
     if failed:
         partly = any(name.startswith("core/") for name in failed)
         mean = ", and with it CORE, a mean over all its tasks" if partly else ""
@@ -165,7 +150,7 @@ def run(config: Config, runtime: Runtime) -> None:
 
 def samples(job: Job) -> tuple[dict[str, float], dict[str, str]]:
     """Print and write what the model makes of the prompts, and of none. One rank does it, the others wait."""
-    with ranks.together(job.line):
+    with distributed.raise_on_any_failure(job.line):
         if job.runtime.is_main:
             rows = sampled(job)
             write(job.folder / f"samples_{job.bot.step}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
@@ -184,9 +169,9 @@ def sampled(job: Job) -> list[dict[str, Any]]:
         for seed, (text, max_tokens, temperature) in enumerate(asked)
     ]
     slots = max(min(8, len(requests)), 1)
-    decoder = generate.start(job.bot.params, job.bot.config, tok, slots=slots, compile=False, exact=True)
+    decoder = infer.start(job.bot.params, job.bot.config, tok, slots=slots, compile=False, exact=True)
     said: dict[Any, list[int]] = {key: [] for key in range(len(requests))}
-    for event in generate.run(decoder, requests):
+    for event in infer.run(decoder, requests):
         if event.finish != "stop":
             said[event.key].append(event.token)
     return [
@@ -221,9 +206,9 @@ def split_bits_per_byte(job: Job, data: DataConfig, split: Literal["train", "val
         UserError: the data is not there, or cannot be read.
     """
     bot, runtime, rows = job.bot, job.runtime, job.config.device_batch_size
-    with ranks.together(job.line):
-        dataset.resolve(data, split)
-    stream = dataloader.batches(
+    with distributed.raise_on_any_failure(job.line):
+        sources.shards_of(data, split)
+    stream = loader.batches(
         data, bot.tokenizer, split=split, rows_per_step=rows * runtime.world_size, sequence_len=bot.config.sequence_len,
         seed=seed, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
     )  # fmt: skip
@@ -251,7 +236,7 @@ def split_bits_per_byte(job: Job, data: DataConfig, split: Literal["train", "val
             bpb = evaluate.bits_per_byte(bot.params, counted(), token_bytes, functools.partial(loss.next_token, **how))
         except ValueError as error:  # no target stands for a byte
             errors.append(UserError(f"{split}: {error}"))
-    with ranks.together(job.line):
+    with distributed.raise_on_any_failure(job.line):
         if errors:
             raise errors[0]
     return bpb
@@ -263,16 +248,16 @@ def split_bits_per_byte(job: Job, data: DataConfig, split: Literal["train", "val
 def core_score(job: Job) -> tuple[dict[str, float], dict[str, str]]:
     """Return CORE and its tasks' scores; each task is shown, and kept, when it is done."""
     config, bot = job.config, job.bot
-    with ranks.together(job.line):
+    with distributed.raise_on_any_failure(job.line):
         if config.bundle is None and job.runtime.local_rank == 0:
             core_bundle.fetch()
-    with ranks.together(job.line):
+    with distributed.raise_on_any_failure(job.line):
         bundle = core_bundle.read(config.bundle or core_bundle.default_dir())
     kept_file = job.folder / f"core_{bot.step}.partial.jsonl"
-    with ranks.together(job.line):
+    with distributed.raise_on_any_failure(job.line):
         keys = task_keys(job, bundle) if job.runtime.is_main else {}
         kept = opened(kept_file, keys, overwrite=config.overwrite) if job.runtime.is_main else {}
-    keys, kept = ranks.tell(job.line, [keys, kept])
+    keys, kept = distributed.broadcast_object(job.line, [keys, kept])
     done = {label: TaskResult(**row) for label, row in kept.items()}
     counter = itertools.count(1)
     print(f"\n{'task':<40}{'accuracy':>10}{'centered':>10}")
@@ -282,7 +267,7 @@ def core_score(job: Job) -> tuple[dict[str, float], dict[str, str]]:
         if isinstance(outcome, str):
             print(f"{head} failed: {outcome}", flush=True)
             return
-        ending = ending or duration(outcome.seconds)
+        ending = ending or format_duration(outcome.seconds)
         print(f"{head}{outcome.accuracy:>10.2%}{outcome.centered:>10.4f}    {outcome.rows} rows, {ending}", flush=True)
 
     def show_and_keep(label: str, outcome: TaskResult | str) -> None:
@@ -298,7 +283,7 @@ def core_score(job: Job) -> tuple[dict[str, float], dict[str, str]]:
         on_task=show_and_keep,
     )  # fmt: skip
     table = job.folder / f"core_{bot.step}.csv"
-    with ranks.together(job.line):
+    with distributed.raise_on_any_failure(job.line):
         if job.runtime.is_main:
             write(table, core.table(results))
     print("\n".join(summary(config, results, table)))

@@ -25,13 +25,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat import chat_eval, evaluations, manifest, pretrained, ranks, tasks
-from nanochat.chat_eval import CHAT_CORE, TITLES, ChatEvalConfig, Score, Subject
+from nanochat import checkpoint, distributed
+from nanochat.checkpoint import Pretrained, integrity
 from nanochat.config import UserError
-from nanochat.pretrained import Pretrained
-from nanochat.ranks import LostRankError, Ranks
-from nanochat.runtime import Runtime
-from nanochat.units import duration
+from nanochat.distributed import ControlGroup, LostRankError, Runtime
+from nanochat.eval import CHAT_CORE, TITLES, ChatEvalConfig, ModelUnderTest, Score, chat_eval
+from nanochat.metrics import logger
+from nanochat.tasks import task as tasks
+from nanochat.text import format_duration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +63,17 @@ def run(config: Config, runtime: Runtime) -> None:
     names = [label(text) for text in config.tasks]
     if not names or len(set(names)) < len(names):
         raise UserError(f"tasks={','.join(config.tasks)}: expected one task or more, each once")
-    line = ranks.join()
-    with ranks.together(line):
-        bot = pretrained.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
-    print(pretrained.describe(bot))
-    if warning := pretrained.warning(bot):
+    line = distributed.create_group()
+    with distributed.raise_on_any_failure(line):
+        bot = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
+    print(checkpoint.describe_model(bot))
+    if warning := checkpoint.warning(bot):
         print(warning)
     partial = bot.folder / "eval" / f"chat_{bot.step}.partial.jsonl"
     scores = opened(partial, settings(config, bot, runtime), line)
     print(f"\n{'task':<18}{'accuracy':>10}{'centered':>10}")
     found, failed = evaluated(config, bot, runtime, line, scores, partial)
-    with ranks.together(line):
+    with distributed.raise_on_any_failure(line):
         if runtime.is_main:
             write(bot, found, failed, partial)
     core = chat_eval.chat_core(found)
@@ -90,10 +91,10 @@ def run(config: Config, runtime: Runtime) -> None:
 
 
 def evaluated(
-    config: Config, bot: Pretrained, runtime: Runtime, line: Ranks, done: Mapping[str, Score], partial: Path
+    config: Config, bot: Pretrained, runtime: Runtime, line: ControlGroup, done: Mapping[str, Score], partial: Path
 ) -> tuple[dict[str, Score], dict[str, str]]:
     """Return (the scores by name, the reasons of those that failed); each task is shown, and kept in `partial`."""
-    subject = Subject(bot.params, bot.config, bot.tokenizer, runtime.compute_dtype)
+    subject = ModelUnderTest(bot.params, bot.config, bot.tokenizer, runtime.compute_dtype)
     decoder = functools.cache(lambda: chat_eval.start(subject, config))
     scores: dict[str, Score] = {}
     failed: dict[str, str] = {}
@@ -101,7 +102,7 @@ def evaluated(
         name, started = label(text), time.perf_counter()
         try:
             if name not in done:
-                with ranks.together(line):
+                with distributed.raise_on_any_failure(line):
                     task = tasks.from_text(text, "test", source=config.source)
                 scores[name] = chat_eval.score(subject, task, config, decoder, line, show=True)
         except LostRankError:
@@ -114,8 +115,8 @@ def evaluated(
             scores[name] = done[name]
             ending = "done before"
         else:
-            ending = duration(time.perf_counter() - started)
-            with ranks.together(line):
+            ending = format_duration(time.perf_counter() - started)
+            with distributed.raise_on_any_failure(line):
                 if runtime.is_main:
                     keep(partial, {"task": name} | scores[name]._asdict())
         score = scores[name]
@@ -134,16 +135,16 @@ def label(text: str) -> str:
 
 def settings(config: Config, bot: Pretrained, runtime: Runtime) -> dict[str, Any]:
     """Return all that results depend on, as JSON holds it."""
-    state = manifest.read(bot.folder / "checkpoints" / str(bot.step))["state"]
+    state = integrity.read(bot.folder / "checkpoints" / str(bot.step))["state"]
     fields = [field.name for field in dataclasses.fields(ChatEvalConfig) if field.name != "compile"]
     values = {name: getattr(config, name) for name in fields}
     values |= {"source": str(config.source), "dtype": str(runtime.compute_dtype)}
     return values | {"checkpoint": state["params.lm_head"]["fingerprint"]}
 
 
-def opened(partial: Path, settings: Mapping[str, Any], line: Ranks) -> dict[str, Score]:
+def opened(partial: Path, settings: Mapping[str, Any], line: ControlGroup) -> dict[str, Score]:
     """Return the scores that an earlier process has left with the same settings; begins the file if there are none."""
-    with ranks.together(line):
+    with distributed.raise_on_any_failure(line):
         scores = []
         if line.rank == 0:
             lines = kept(partial)
@@ -154,7 +155,7 @@ def opened(partial: Path, settings: Mapping[str, Any], line: Ranks) -> dict[str,
                     print(f"{partial} is of another checkpoint or other settings: its results are left out")
                 partial.unlink(missing_ok=True)
                 keep(partial, settings)
-    return {name: Score(*values) for name, *values in ranks.tell(line, scores)}
+    return {name: Score(*values) for name, *values in distributed.broadcast_object(line, scores)}
 
 
 def kept(partial: Path) -> list[dict[str, Any]]:
@@ -201,4 +202,4 @@ def write(bot: Pretrained, scores: Mapping[str, Score], failed: Mapping[str, str
     except OSError as error:
         raise UserError(f"{csv_file(bot)} cannot be written ({error.strerror})") from None
     named = {TITLES.get(name, name): reason for name, reason in failed.items()}
-    evaluations.append(bot.folder, bot.step, bot.stage, chat_eval.as_metrics(scores), named)
+    logger.append_evaluation(bot.folder, bot.step, bot.stage, chat_eval.as_metrics(scores), named)

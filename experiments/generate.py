@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from experiments import chat
-from nanochat import generate as engine
-from nanochat import pretrained, progress
+from nanochat import checkpoint, infer
 from nanochat.config import UserError
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import Tokenizer
+from nanochat.data import Tokenizer
+from nanochat.distributed import Runtime
+from nanochat.metrics import progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,9 @@ def run(config: Config, runtime: Runtime) -> None:
         rows = [{"prompt": chat.read_prompt(config.prompt)}]
     bot, decoder = chat.load(config, runtime, slots=min(config.slots, len(rows) * config.samples))
     screen = chat.Screen(sys.stdout, sys.stderr)
-    screen.note(pretrained.describe(bot))
+    screen.note(checkpoint.describe_model(bot))
     requests = as_requests(config, bot.tokenizer, rows, decoder.context)
-    events = engine.run(decoder, requests)
+    events = infer.run(decoder, requests)
     with chat.quiet_pipe():
         if config.prompts is not None or config.output is not None:
             write(config, bot.tokenizer, rows, requests, events)
@@ -126,7 +126,7 @@ def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def as_requests(config: Config, tok: Tokenizer, rows: Sequence[dict[str, Any]], context: int) -> list[engine.Request]:
+def as_requests(config: Config, tok: Tokenizer, rows: Sequence[dict[str, Any]], context: int) -> list[infer.Request]:
     """Return the requests, all samples of a prompt beside each other.
 
     Raises:
@@ -139,11 +139,11 @@ def as_requests(config: Config, tok: Tokenizer, rows: Sequence[dict[str, Any]], 
             raise UserError(f"{which} has {len(ids) + 1} tokens, the model's context holds {context}: shorten it")
         for _ in range(config.samples):
             seed, prompt = config.seed + len(requests), (tok.bos, *ids)
-            requests.append(engine.Request(prompt, config.max_tokens, config.temperature, config.top_k, seed))
+            requests.append(infer.Request(prompt, config.max_tokens, config.temperature, config.top_k, seed))
     return requests
 
 
-def stream(tok: Tokenizer, events: Iterable[engine.Event]) -> None:
+def stream(tok: Tokenizer, events: Iterable[infer.Event]) -> None:
     """Print the one completion as it comes."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for event in events:
@@ -152,7 +152,7 @@ def stream(tok: Tokenizer, events: Iterable[engine.Event]) -> None:
         print(chat.printable(text, sys.stdout), end="\n" if event.finish else "", flush=True)
 
 
-def ordered(events: Iterable[engine.Event]) -> Iterator[tuple[int, list[int], str]]:
+def ordered(events: Iterable[infer.Event]) -> Iterator[tuple[int, list[int], str]]:
     """Yield (index, tokens, how it ended) of each request, in the order of the requests, as soon as that allows."""
     tokens: dict[Any, list[int]] = {}
     ended: dict[Any, str] = {}
@@ -175,8 +175,8 @@ def write(
     config: Config,
     tok: Tokenizer,
     rows: Sequence[dict[str, Any]],
-    requests: Sequence[engine.Request],
-    events: Iterable[engine.Event],
+    requests: Sequence[infer.Request],
+    events: Iterable[infer.Event],
 ) -> None:
     """Write a JSON line for each completion, in the order of the requests."""
     with written(config.output) as file, progress.bar(len(requests), label="generate", unit="completion") as bar:

@@ -11,7 +11,7 @@ those of --experiment=sft; writes runs/<run>_mid.
 import dataclasses
 
 from experiments import sft
-from nanochat.runtime import Runtime
+from nanochat.distributed import Runtime
 
 
 def config() -> sft.Config:
@@ -31,4 +31,4 @@ def config() -> sft.Config:
 
 def run(config: sft.Config, runtime: Runtime) -> None:
     """Mid-train the parent."""
-    sft.train(config, runtime, "mid", ("base",))
+    sft.train_stage(config, runtime, "mid", ("base",))

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments import pretrain
-from nanochat import allocator, metrics, milestones, model, plots, ranks, record, stage
+from nanochat import distributed, model, train
 from nanochat.config import UserError
-from nanochat.ranks import Ranks, together
-from nanochat.record import Record
-from nanochat.runtime import Runtime, base_dir
-from nanochat.units import duration, human
+from nanochat.distributed import ControlGroup, Runtime, base_dir, hardware, raise_on_any_failure
+from nanochat.metrics import RunInfo, logger, plots
+from nanochat.metrics import run_folder as record
+from nanochat.text import format_count, format_duration
+from nanochat.train import pipeline
 
 COLUMNS = (
     *("run", "depth", "width", "params_total", "params_scaling", "batch_tokens", "steps", "tokens", "tokens_per_param"),
@@ -60,48 +61,48 @@ def run(config: Config, runtime: Runtime) -> None:
     shared = dataclasses.replace(config.base, device=config.device, dtype=config.dtype)
     wanted = [dataclasses.replace(shared, depth=d, name=f"{config.name}_d{d}") for d in config.depths]
     folder = base_dir() / "miniseries" / config.name
-    line = ranks.join()
+    line = distributed.create_group()
     finished: list[dict[str, Any]] = []
     for number, one in enumerate(wanted, start=1):
         print(f"\n[{number}/{len(wanted)}] depth {one.depth}", flush=True)
         finished.append({"depth": one.depth, **trained(one, folder, runtime, line)})
-        with together(line):
+        with raise_on_any_failure(line):
             if runtime.is_main:
                 write(folder, COLUMNS, finished)
                 draw(folder, config.name, finished)
     print(f"\n{table(finished, ('depth', 'params_scaling', 'tokens', 'flops', 'val_bpb', 'core', 'train_seconds'))}")
     print(f"\nresults and pictures: {folder}")
-    ranks.leave(line)
+    distributed.destroy_group(line)
 
 
-def trained(config: pretrain.Config, folder: Path, runtime: Runtime, line: Ranks) -> dict[str, Any]:
+def trained(config: pretrain.Config, folder: Path, runtime: Runtime, line: ControlGroup) -> dict[str, Any]:
     """Train one run of a series unless it is done, and return what there is to say of it, by column.
 
     Args:
         config: of the run, with its name. folder: of the series, for the note that the run is done.
     """
     name = str(config.name)
-    path, settings = folder / "runs" / f"{name}.json", milestones.settings(config)
-    standing = milestones.where(path, settings, line)
+    path, settings = folder / "runs" / f"{name}.json", pipeline.settings(config)
+    standing = pipeline.describe_status(path, settings, line)
     says = {
         "new": f"{name}: to be trained",
         "begun": f"{name}: begun already",
-        "changed": f"{name}: again, for {milestones.reasons(standing)}",
-        "done": f"{name}: done already, in {duration(standing.seconds)}",
+        "changed": f"{name}: again, for {pipeline.reasons(standing)}",
+        "done": f"{name}: done already, in {format_duration(standing.seconds)}",
     }
     print(says[standing.state], flush=True)
 
     def train(opening: dict[str, bool]) -> None:
         pretrain.run(dataclasses.replace(config, **opening), runtime)
-        allocator.release()
+        hardware.release_memory()
 
-    run_folder = stage.run_folder(name)
-    milestones.work(path, settings, line, train, run=run_folder, intact=(run_folder / metrics.FILE).exists)
-    with together(line):
-        return facts(record.read(run_folder))
+    run_folder = train.run_folder(name)
+    pipeline.run_if_needed(path, settings, line, train, run=run_folder, intact=(run_folder / logger.FILE).exists)
+    with raise_on_any_failure(line):
+        return facts(record.read_run(run_folder))
 
 
-def facts(one: Record) -> dict[str, Any]:
+def facts(one: RunInfo) -> dict[str, Any]:
     """Return the columns of a finished run.
 
     Raises:
@@ -149,10 +150,10 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
         if value is None:
             return "-"
         if name == "train_seconds":
-            return duration(value)
+            return format_duration(value)
         if isinstance(value, float):
             return f"{value:.3g}" if value >= 1e4 else f"{value:.4f}"
-        return human(value) if value >= 1e4 else str(value)
+        return format_count(value) if value >= 1e4 else str(value)
 
     lines = [columns, *([cell(name, row[name]) for name in columns] for row in rows)]
     return "\n".join("  " + "".join(f"{text:>16}" for text in line) for line in lines)
@@ -170,8 +171,8 @@ def draw(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
             plots.line_chart(folder / file, drawn, marks=drawn, **how)
     curves = {}
     for row in rows:
-        one = record.read(stage.run_folder(row["run"]))
-        steps, values = metrics.curve(one.rows, "val/bpb")
+        one = record.read_run(train.run_folder(row["run"]))
+        steps, values = logger.curve(one.rows, "val/bpb")
         curves[f"d{row['depth']}"] = ([row["flops"] / row["steps"] * step for step in steps], values)
     plots.line_chart(
         folder / "curves.svg", curves, title=f"{name}: validation along each run", x_label="training FLOPs",

@@ -18,14 +18,12 @@ import torch
 
 from experiments import pretrain
 from experiments.pretrain import ShapeConfig
-from nanochat import model, planner, scaling
 from nanochat.config import UserError, nearest
-from nanochat.machines import GIB, MACHINES, Machine
-from nanochat.model import ModelConfig
-from nanochat.planner import Estimate
-from nanochat.runtime import Runtime
-from nanochat.scaling import Plan
-from nanochat.units import duration, human
+from nanochat.distributed import GIB, GPU_SPECS, GpuSpec, Runtime
+from nanochat.model import ModelConfig, gpt
+from nanochat.optim import Plan, scaling
+from nanochat.text import format_count, format_duration
+from nanochat.train import Estimate, planner
 
 DEPTHS = (12, 16, 20, 24, 26, 30, 34)
 SINGLES = ("rtx3070", "rtx3060", "rtx4090", "rtx5090", "l40s", "a100-80gb", "h100", "h200", "b200")
@@ -100,11 +98,11 @@ def run(config: Config, runtime: Runtime) -> None:
     print(f"\nnext: {command(config, found)}")
 
 
-def find(gpu: str) -> Machine:
+def find(gpu: str) -> GpuSpec:
     """Return the machine of that name. Raises: UserError."""
-    if gpu.lower() not in MACHINES:
-        raise UserError(f"gpu={gpu}: not in the table of nanochat/machines.py{nearest(gpu.lower(), MACHINES)}")
-    return MACHINES[gpu.lower()]
+    if gpu.lower() not in GPU_SPECS:
+        raise UserError(f"gpu={gpu}: not in the table of nanochat/machines.py{nearest(gpu.lower(), GPU_SPECS)}")
+    return GPU_SPECS[gpu.lower()]
 
 
 def modes_of(config: Config) -> Sequence[str]:
@@ -130,7 +128,7 @@ def resolve(config: Config, depth: int) -> tuple[ModelConfig, Plan]:
 SHARED = ("model", "total_batch_size", "num_iterations", "target_flops", "target_param_data_ratio")
 
 
-def estimate(config: Config, mode: str, shape: ModelConfig, plan: Plan, machine: Machine, **change: Any) -> Any:
+def estimate(config: Config, mode: str, shape: ModelConfig, plan: Plan, machine: GpuSpec, **change: Any) -> Any:
     """Return the planner's estimate, or None where it does not fit."""
     world_size = change.get("world_size", config.world_size)
     how: dict[str, Any] = {
@@ -150,7 +148,7 @@ def estimate(config: Config, mode: str, shape: ModelConfig, plan: Plan, machine:
 
 def counts(shape: ModelConfig, plan: Plan) -> str:
     """Return parameters by group, tokens, steps and FLOPs as text."""
-    numbers = model.count(shape)
+    numbers = gpt.count(shape)
     groups = {name: n for name, n in numbers.items() if name not in ("total", "scaling")}
     lines = [f"  {name.replace('_', ' '):<18}{n:>16,}" for name, n in [*groups.items(), ("total", numbers["total"])]]
     facts = {
@@ -170,7 +168,7 @@ def columns(rows: Iterable[Sequence[str]], *, first: int = 22, width: int = 14) 
 
 
 def memory_table(
-    config: Config, shape: ModelConfig, plan: Plan, machine: Machine, found: dict[str, Estimate | None]
+    config: Config, shape: ModelConfig, plan: Plan, machine: GpuSpec, found: dict[str, Estimate | None]
 ) -> str:
     """Return memory by part and mode; of a mode that does not fit, with the batch that was asked for or one row."""
     rows_per_rank = plan.total_batch_size // (shape.sequence_len * config.world_size)
@@ -210,10 +208,10 @@ def time_table(found: dict[str, Estimate | None]) -> str:
     lines = [["", *fits]]
     lines += [[f"{kind} GB", *(f"{one.traffic[kind] / 1e9:.3f}" for one in fits.values())] for kind in kinds]
     lines += [
-        ["computing", *(duration(one.compute_seconds) for one in fits.values())],
-        ["waiting for the wire", *(duration(one.exposed_seconds) for one in fits.values())],
-        ["tokens/s", *(human(one.tokens_per_second) for one in fits.values())],
-        ["whole run", *(duration(3600 * one.hours) for one in fits.values())],
+        ["computing", *(format_duration(one.compute_seconds) for one in fits.values())],
+        ["waiting for the wire", *(format_duration(one.exposed_seconds) for one in fits.values())],
+        ["tokens/s", *(format_count(one.tokens_per_second) for one in fits.values())],
+        ["whole run", *(format_duration(3600 * one.hours) for one in fits.values())],
         ["cost", *(f"${one.dollars:,.2f}" for one in fits.values())],
     ]
     return "\none step: bytes that a GPU sends, and time\n" + columns(lines)
@@ -226,14 +224,14 @@ def sweep(config: Config) -> str:
     lines = [["", *(f"depth {depth}" for depth in DEPTHS)]]
     for count, names in {1: SINGLES, 8: EIGHTS}.items():
         for name in names:
-            gib = MACHINES[name].memory_gib
-            cells = [cell(free, *plans[depth], MACHINES[name], count) for depth in DEPTHS]
+            gib = GPU_SPECS[name].memory_gib
+            cells = [cell(free, *plans[depth], GPU_SPECS[name], count) for depth in DEPTHS]
             lines.append([f"{count} x {name} ({gib:.0f} GiB)", *cells])
     legend = "device batch (z: zero2, f: fsdp), time and cost of the whole run; -: one row does not fit"
     return f"\nall depths on other machines: {legend}\n" + columns(lines, first=26, width=19)
 
 
-def cell(config: Config, shape: ModelConfig, plan: Plan, machine: Machine, world_size: int) -> str:
+def cell(config: Config, shape: ModelConfig, plan: Plan, machine: GpuSpec, world_size: int) -> str:
     """Return batch, mode, time and cost of the first mode that fits."""
     if plan.total_batch_size % (shape.sequence_len * world_size):
         return "batch not divisible"
@@ -243,11 +241,11 @@ def cell(config: Config, shape: ModelConfig, plan: Plan, machine: Machine, world
         )
         if one:
             letter = "" if world_size == 1 else mode[0]
-            return f"{one.rows}{letter} {duration(3600 * one.hours)} ${human(one.dollars)}"
+            return f"{one.rows}{letter} {format_duration(3600 * one.hours)} ${format_count(one.dollars)}"
     return "-"
 
 
-def assumptions(config: Config, machine: Machine) -> str:
+def assumptions(config: Config, machine: GpuSpec) -> str:
     """Return what is not known but assumed."""
     price = machine.dollars_per_hour if config.dollars_per_hour is None else config.dollars_per_hour
     nccl = f" and {planner.NCCL_BYTES / GIB:.2f} GiB of NCCL's" if config.world_size > 1 else ""

@@ -14,33 +14,21 @@ import math
 from pathlib import Path
 
 from nanochat import config as configs
-from nanochat import (
-    core,
-    core_bundle,
-    dataloader,
-    dataset,
-    events,
-    model,
-    optim,
-    scaling,
-    schedule,
-    sharding,
-    stage,
-    tokenizer,
-)  # fmt: skip
-from nanochat import run as runs
+from nanochat import train
 from nanochat.config import UserError
-from nanochat.core_bundle import Bundle
-from nanochat.dataset import DataConfig
-from nanochat.events import Evaluation, Job, Result
-from nanochat.model import Compute, ModelConfig
-from nanochat.optim import OptimConfig
-from nanochat.run import Stage
-from nanochat.runtime import Runtime
-from nanochat.scaling import Plan
-from nanochat.stage import StageConfig
-from nanochat.tokenizer import Tokenizer
-from nanochat.train import TrainState
+from nanochat.data import (
+    DataConfig,
+    Tokenizer,
+    loader,
+    sources,
+    tokenizer,  # fmt: skip
+)
+from nanochat.distributed import Runtime, sharding
+from nanochat.eval import Bundle, core, core_bundle
+from nanochat.model import Compute, ModelConfig, gpt
+from nanochat.optim import OptimConfig, Plan, muon_adamw, scaling, schedules
+from nanochat.train import Evaluation, Job, Result, Stage, StageConfig, TrainState
+from nanochat.train import stage as events
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +93,9 @@ def config() -> Config:
 def run(config: Config, runtime: Runtime) -> None:
     """Resolve the configuration, print the plan, and pretrain."""
     name = config.name or f"d{config.depth}"
-    config = runs.restarted(config, name, runtime)
+    config = train.was_restarted_here(config, name, runtime)
     if not config.dry_run:
-        dataset.resolve(config.data, "train")  # missing data is said before anything else
+        sources.shards_of(config.data, "train")  # missing data is said before anything else
     tok = load_tokenizer(config, name, required=not config.dry_run)
     shape, plan = resolve(config, tok)
     config = dataclasses.replace(
@@ -120,10 +108,10 @@ def run(config: Config, runtime: Runtime) -> None:
     auto = config.device_batch_size == "auto"
     if auto:
         rows = plan.total_batch_size // (shape.sequence_len * runtime.world_size)
-        config = dataclasses.replace(config, device_batch_size=stage.estimated_rows(config, shape, rows, runtime))
+        config = dataclasses.replace(config, device_batch_size=train.estimate_batch_size(config, shape, rows, runtime))
     print(describe(config, shape, plan, runtime), flush=True)
     if tok and not config.dry_run:
-        runs.run(config, base_stage(config, shape, plan, tok, runtime), shape, tok, runtime, try_rows=auto)
+        train.run_stage(config, base_stage(config, shape, plan, tok, runtime), shape, tok, runtime, try_rows=auto)
 
 
 def tokenizer_folder(config: Config) -> Path:
@@ -137,7 +125,7 @@ def load_tokenizer(config: Config, name: str, *, required: bool = True) -> Token
     Raises:
         UserError: there is none, or it is damaged.
     """
-    own, folder = stage.run_folder(name) / "tokenizer", tokenizer_folder(config)
+    own, folder = train.run_folder(name) / "tokenizer", tokenizer_folder(config)
     if config.resume and own.exists():
         tok = tokenizer.load(own)
         if folder.exists() and tokenizer.load(folder).fingerprint != tok.fingerprint:
@@ -151,7 +139,7 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
     rows_per_step = plan.total_batch_size // shape.sequence_len
     bundle = find_bundle(config.core)
     batches = functools.partial(
-        dataloader.batches,
+        loader.batches,
         config.data,
         tok,
         sequence_len=shape.sequence_len,
@@ -164,7 +152,7 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
     def evaluations(rows: int) -> list[Evaluation]:
         rows *= runtime.world_size
         validation = functools.partial(
-            events.bits_per_byte,
+            events.evaluate_bpb,
             batches=functools.partial(batches, split="val", rows_per_step=rows),
             steps=max(config.eval.tokens // (rows * shape.sequence_len), 1),
         )
@@ -172,7 +160,7 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
         if bundle:
             scored = functools.partial(core_score, bundle, config.core.max_per_task)
             found.append(Evaluation("core/CORE", config.core.every_steps, scored))
-        return [*found, Evaluation(None, config.eval.sample_every_steps, events.samples)]
+        return [*found, Evaluation(None, config.eval.sample_every_steps, events.print_samples)]
 
     return Stage(
         name="base",
@@ -226,7 +214,7 @@ def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
             f"model.vocab_size={vocab_size}: the tokenizer has {tok.vocab_size} tokens; set model.vocab_size=none"
         )
     from_depth = functools.partial(
-        model.from_depth,
+        gpt.from_depth,
         vocab_size=vocab_size,
         sequence_len=config.model.sequence_len,
         aspect_ratio=config.model.aspect_ratio,
@@ -238,9 +226,9 @@ def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
     except ValueError as error:
         raise UserError(str(error)) from None
     plan = scaling.plan(
-        model.count(shape)["scaling"],
-        model.count(reference)["scaling"],
-        model.flops_per_token(shape),
+        gpt.count(shape)["scaling"],
+        gpt.count(reference)["scaling"],
+        gpt.flops_per_token(shape),
         target_param_data_ratio=config.target_param_data_ratio,
         target_flops=config.target_flops,
         num_iterations=config.num_iterations,
@@ -254,8 +242,10 @@ def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -
     """Return the resolved configuration and what follows from it, as text."""
     rows = config.rows
     micro_batches = scaling.accumulation_steps(plan.total_batch_size, rows, shape.sequence_len, runtime.world_size)
-    counts = model.count(shape)
-    groups = optim.rates(config.optim, shape.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay)
+    counts = gpt.count(shape)
+    groups = muon_adamw.param_group_settings(
+        config.optim, shape.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay
+    )
     facts = {
         "width": f"{shape.n_embd} = {shape.n_head} heads of {shape.head_dim}; {shape.n_layer} layers",
         "parameters": f"{counts['total']:,} ({counts['scaling']:,} scaling)",
@@ -273,10 +263,12 @@ def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -
     return "\n".join(["configuration", configs.describe(config), "plan", *lines])
 
 
-def hparams_at(config: OptimConfig, shape: ModelConfig, plan: Plan, step: int) -> optim.Hparams:
+def hparams_at(config: OptimConfig, shape: ModelConfig, plan: Plan, step: int) -> muon_adamw.Hparams:
     """Return the hyperparameters of one step: the groups' rates under their schedules."""
-    rates = optim.rates(config, shape.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay)
-    factor = schedule.learning_rate(
+    rates = muon_adamw.param_group_settings(
+        config, shape.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay
+    )
+    factor = schedules.learning_rate(
         step,
         plan.num_steps,
         warmup_steps=config.warmup_steps,
@@ -285,7 +277,7 @@ def hparams_at(config: OptimConfig, shape: ModelConfig, plan: Plan, step: int) -
     )
     for group in rates.values():
         group["lr"] *= factor
-    matrix = rates[optim.MATRIX]
-    matrix["momentum"] = schedule.muon_momentum(step, plan.num_steps, warmdown_ratio=config.warmdown_ratio)
-    matrix["weight_decay"] *= schedule.weight_decay(step, plan.num_steps)
-    return optim.as_hparams(rates)
+    matrix = rates[muon_adamw.MATRIX]
+    matrix["momentum"] = schedules.muon_momentum(step, plan.num_steps, warmdown_ratio=config.warmdown_ratio)
+    matrix["weight_decay"] *= schedules.weight_decay(step, plan.num_steps)
+    return muon_adamw.as_hparams(rates)

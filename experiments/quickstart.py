@@ -15,15 +15,13 @@ import dataclasses
 import time
 
 from experiments import eval_chat, pretrain, report, rl, sft
-from nanochat import dataset, tokenizer
 from nanochat.checkpoint import CheckpointConfig
 from nanochat.config import UserError
-from nanochat.dataset import DataConfig
+from nanochat.data import DataConfig, sources, tokenizer
+from nanochat.distributed import Runtime, barrier, base_dir
 from nanochat.optim import OptimConfig
-from nanochat.rl import RolloutConfig
-from nanochat.runtime import Runtime, base_dir, wait_for_all
-from nanochat.stage import EvalConfig
-from nanochat.units import duration
+from nanochat.text import format_duration
+from nanochat.train import EvalConfig, RolloutConfig
 
 VOCAB_SIZE = 4096
 PROMPTS = ("Return the", "This module provides", "If the file does not exist,", "The list of", "A string that")
@@ -83,7 +81,7 @@ def run(config: Config, runtime: Runtime) -> None:
     start = time.perf_counter()
     if runtime.is_main:
         build(config)
-    wait_for_all()
+    barrier()
     heading(3, f"pretraining: {config.num_iterations} steps")
     pretrain.run(config, runtime)
     runs = [str(config.name)]
@@ -101,7 +99,7 @@ def run(config: Config, runtime: Runtime) -> None:
     heading(7, "report card")
     card = dataclasses.replace(report.config(), run=runs[-1], prompts=PROMPTS, questions=QUESTIONS, answer_tokens=64)
     report.run(dataclasses.replace(card, device=config.device, dtype=config.dtype), runtime)
-    print(f"quickstart took {duration(time.perf_counter() - start)}. Next:")
+    print(f"quickstart took {format_duration(time.perf_counter() - start)}. Next:")
     name = f" --set run={runs[-1]}"
     words = "" if config.sft_steps else " (a base model: it continues)"
     print(f"  python launch.py --experiment=chat{name:<31}talk to it{words}: What is 37+85?")
@@ -119,13 +117,13 @@ def build(config: Config) -> None:
     """Make the corpus and the tokenizer, unless they are there."""
     folder = pretrain.tokenizer_folder(config)
     print("1. corpus: text of this Python installation", flush=True)
-    shards = dataset.resolve(config.data, "train")
+    shards = sources.shards_of(config.data, "train")
     print(f"   {len(shards)} training shards and one for validation in {shards[0].path.parent}")
     print(f"2. tokenizer: {VOCAB_SIZE} tokens", flush=True)
     if (folder / tokenizer.TOKENS_FILE).exists():
         print(f"   already in {folder}")
     else:
-        tok = tokenizer.train(dataset.texts(config.data, "train"), VOCAB_SIZE)
+        tok = tokenizer.train(sources.texts(config.data, "train"), VOCAB_SIZE)
         tokenizer.save(tok, folder)
         print(f"   trained, saved in {folder}")
 

@@ -15,15 +15,14 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
-from nanochat import conversation, environment, generate, pretrained, ranks, record, report
+from nanochat import checkpoint, distributed, infer
+from nanochat.checkpoint import Pretrained
 from nanochat.config import UserError
-from nanochat.generate import Request
-from nanochat.pretrained import Pretrained
-from nanochat.record import Record
-from nanochat.report import Machine, Sample
-from nanochat.runtime import Runtime
-from nanochat.stage import PROMPTS
-from nanochat.tokenizer import Tokenizer
+from nanochat.data import Tokenizer, chat_format
+from nanochat.distributed import Runtime, hardware
+from nanochat.infer import Request
+from nanochat.metrics import Machine, RunInfo, Sample, report, run_folder
+from nanochat.train import PROMPTS
 
 QUESTIONS = (
     "Who are you?",
@@ -76,31 +75,31 @@ def run(config: Config, runtime: Runtime) -> None:
 
 def make(config: Config, runtime: Runtime, seconds: Mapping[str, float]) -> None:
     """Write the page; `seconds` tells what else took time, and how long."""
-    line = ranks.join()
-    with ranks.together(line):
+    line = distributed.create_group()
+    with distributed.raise_on_any_failure(line):
         if runtime.is_main:
-            runs = record.chain(record.find(config.run))
+            runs = run_folder.ancestors(run_folder.find_run(config.run))
             samples = sampled(config, runtime, runs) if config.samples else []
             page = report.write(runs, machine(config, runtime), samples, seconds=seconds)
             print(report.results(runs))
             print(f"\nreport card of {' → '.join(one.name for one in runs)}: {page}")
-    ranks.leave(line)
+    distributed.destroy_group(line)
 
 
 def machine(config: Config, runtime: Runtime) -> Machine:
     """Return what this machine is, and what its GPUs cost."""
-    names = environment.gpus()
+    names = hardware.gpus()
     count = max(len(names), runtime.world_size) if config.gpus is None else config.gpus
-    return Machine(environment.machine(), environment.dollars_per_hour(names[:1] * count))
+    return Machine(hardware.system_info(), hardware.dollars_per_hour(names[:1] * count))
 
 
-def sampled(config: Config, runtime: Runtime, runs: Sequence[Record]) -> list[Sample]:
+def sampled(config: Config, runtime: Runtime, runs: Sequence[RunInfo]) -> list[Sample]:
     """Return what each stage's model makes of the prompts; a stage whose checkpoint is gone is left out."""
     found = []
     for one in runs:
         if one.step not in one.steps:
             continue
-        bot = pretrained.load(one.folder, step=one.step, device=runtime.device, dtype=runtime.compute_dtype)
+        bot = checkpoint.load(one.folder, step=one.step, device=runtime.device, dtype=runtime.compute_dtype)
         texts = config.prompts if one.stage == "base" else config.questions
         limit = config.sample_tokens if one.stage == "base" else config.answer_tokens
         sample = functools.partial(Sample, one.stage, chat=one.stage != "base")
@@ -113,13 +112,13 @@ def completions(bot: Pretrained, stage: str, texts: Sequence[str], max_tokens: i
     if not texts:
         return []
     tok, room = bot.tokenizer, bot.config.sequence_len - 2
-    decoder = generate.start(bot.params, bot.config, tok, slots=len(texts), compile=False, exact=True)
+    decoder = infer.start(bot.params, bot.config, tok, slots=len(texts), compile=False, exact=True)
     if stage == "base":
         prompts = [[tok.bos, *tok.encode(text)][:room] for text in texts]
     else:
-        prompts = [conversation.prompt(tok, [{"role": "user", "content": text}])[-room:] for text in texts]
+        prompts = [chat_format.prompt(tok, [{"role": "user", "content": text}])[-room:] for text in texts]
     answers: list[list[int]] = [[] for _ in texts]
-    for event in generate.run(decoder, [Request(tuple(ids), max_tokens, 0.0, 0) for ids in prompts]):
+    for event in infer.run(decoder, [Request(tuple(ids), max_tokens, 0.0, 0) for ids in prompts]):
         answers[int(str(event.key))].append(event.token)
         if event.finish == "stop" and stage == "base":
             answers[int(str(event.key))].pop()
@@ -128,7 +127,7 @@ def completions(bot: Pretrained, stage: str, texts: Sequence[str], max_tokens: i
 
 def answer(tok: Tokenizer, ids: Sequence[int]) -> str:
     """Return an answer as text, with [call → result] where a tool was used."""
-    content = conversation.content(tok, ids)
+    content = chat_format.content(tok, ids)
     if isinstance(content, str):
         return content
     marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}

@@ -22,21 +22,32 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import config as configs
-from nanochat import conversation, generate, metrics, model, optim, parent, plots, ranks, rl, sharding, stage, tasks
-from nanochat import run as runs
+from nanochat import distributed, infer, model, tasks
 from nanochat.config import UserError
-from nanochat.events import Evaluation, Job, Result
-from nanochat.generate import Decoder
+from nanochat.data import Tokenizer, chat_format
+from nanochat.distributed import Runtime, sharding
+from nanochat.infer import Engine
+from nanochat.metrics import logger, plots
 from nanochat.model import ModelConfig, Params
-from nanochat.optim import OptimConfig
-from nanochat.parent import Parent
-from nanochat.rl import Reward, Rollout, RolloutConfig
-from nanochat.run import Stage
-from nanochat.runtime import Runtime
-from nanochat.stage import StageConfig
-from nanochat.task import Task
-from nanochat.tokenizer import Tokenizer
-from nanochat.train import TrainConfig, TrainState
+from nanochat.optim import OptimConfig, muon_adamw
+from nanochat.tasks import Task
+from nanochat.train import (
+    Evaluation,
+    InitCheckpoint,
+    Job,
+    Result,
+    Reward,
+    Rollout,
+    RolloutConfig,
+    Stage,
+    StageConfig,
+    TrainConfig,
+    TrainState,
+    init_from,
+    rl,
+)
+from nanochat.train import config as stage
+from nanochat.train import stage as runs
 
 PAD_TOKENS = 64  # the narrowest row that is compiled for
 
@@ -113,11 +124,11 @@ def run(config: Config, runtime: Runtime) -> None:
     config, origin, record = runs.child(config, "rl", runtime, run=config.run, step=config.step, parents=("sft",))
     practice = tasks.from_text(config.task, "train", source=config.source)
     exam = tasks.from_text(config.exam or config.task.partition(":")[0], "test", source=config.source)
-    reward = rl.right(practice)
+    reward = rl.correct_reward(practice)
     config = resolve(config, practice, runtime)
     print(describe(config, origin, record, practice), flush=True)
     it = practising(config, origin, runtime, record, practice, exam, reward)
-    runs.run(config, it, origin.shape, origin.tokenizer, runtime)
+    runs.run_stage(config, it, origin.shape, origin.tokenizer, runtime)
     if runtime.is_main:
         draw(stage.run_folder(str(config.name)))
 
@@ -144,7 +155,7 @@ def resolve(config: Config, practice: Task, runtime: Runtime) -> Config:
     return dataclasses.replace(config, num_iterations=steps)
 
 
-def describe(config: Config, origin: Parent, record: Mapping | None, practice: Task) -> str:
+def describe(config: Config, origin: InitCheckpoint, record: Mapping | None, practice: Task) -> str:
     """Return the resolved configuration and what it begins with, as text."""
     facts = {
         "parent": " ".join(str(x) for x in (record or {}).values()),
@@ -157,7 +168,13 @@ def describe(config: Config, origin: Parent, record: Mapping | None, practice: T
 
 
 def practising(
-    config: Config, origin: Parent, runtime: Runtime, record: Mapping | None, practice: Task, exam: Task, reward: Reward
+    config: Config,
+    origin: InitCheckpoint,
+    runtime: Runtime,
+    record: Mapping | None,
+    practice: Task,
+    exam: Task,
+    reward: Reward,
 ) -> Stage:
     """Return what this stage is: examples by their numbers, a step that plays them, pass@k and looks at answers."""
     shape, how = origin.shape, config.rollout
@@ -170,12 +187,12 @@ def practising(
 
     def step(train_step: Callable[..., Any], _: Any) -> Callable[..., Any]:
         return functools.partial(
-            rl.step,
+            rl.rl_step,
             play=play,
             train_step=train_step,
             batch_rows=config.device_batch_size,
             pad_tokens=PAD_TOKENS if config.compile else None,
-            line=ranks.join(),
+            line=distributed.create_group(),
             show=lambda played: latest.append(max(played, key=lambda group: len({one.reward for one in group}))),
         )
 
@@ -186,8 +203,8 @@ def practising(
         step_tokens=how.examples * how.samples * how.max_tokens,  # at most; each step says how many
         flops_per_token=model.flops_per_token(shape),
         hparams_at=functools.partial(hparams_at, config, shape.n_embd),
-        batches=lambda state, rows: rl.batches(practice, how.examples, state),
-        initial=lambda layout: parent.initial(origin, runtime, layout, moments=config.optim.moments),
+        batches=lambda state, rows: rl.prompt_batches(practice, how.examples, state),
+        initial=lambda layout: init_from.init_state_from(origin, runtime, layout, moments=config.optim.moments),
         evaluations=lambda rows: [
             Evaluation("rl/pass_at_1", config.eval.every_steps, functools.partial(examine, decoder, exam)),
             Evaluation(None, config.eval.sample_every_steps, functools.partial(look, latest)),
@@ -196,43 +213,43 @@ def practising(
     )
 
 
-def player(shape: ModelConfig, tok: Tokenizer, config: Config, runtime: Runtime) -> Callable[[Params], Decoder]:
+def player(shape: ModelConfig, tok: Tokenizer, config: Config, runtime: Runtime) -> Callable[[Params], Engine]:
     """Return a function that gives the run's one engine with the parameters that it is given.
 
     It is made when it is first needed, and keeps what it has compiled.
     """
-    made: list[Decoder] = []
+    made: list[Engine] = []
     how: dict[str, Any] = {"dtype": runtime.compute_dtype, "compile": config.compile, "slots": config.rollout.slots}
     context = min(model.CONTEXT_LIMIT * shape.sequence_len, shape.sequence_len + config.rollout.max_tokens)
 
-    def decoder(params: Params) -> Decoder:
+    def decoder(params: Params) -> Engine:
         if made:
-            generate.load_params_(made[0], params)
+            infer.load_params_(made[0], params)
         else:
-            made.append(generate.start(params, shape, tok, context=context, own=True, **how))
+            made.append(infer.start(params, shape, tok, context=context, own=True, **how))
         return made[0]
 
     return decoder
 
 
-def hparams_at(config: Config, n_embd: int, step: int, _: Mapping[str, float]) -> optim.Hparams:
+def hparams_at(config: Config, n_embd: int, step: int, _: Mapping[str, float]) -> muon_adamw.Hparams:
     """Return the hyperparameters of one step."""
     base = {n: getattr(config.optim, n) for n in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
-    rates = optim.rates(OptimConfig(**base), n_embd, weight_decay=0.0)
+    rates = muon_adamw.param_group_settings(OptimConfig(**base), n_embd, weight_decay=0.0)
     assert config.num_iterations
     for group in rates.values():
         group["lr"] *= config.optim.lr_fraction * (1 - step / config.num_iterations)
-    return optim.as_hparams(rates)
+    return muon_adamw.as_hparams(rates)
 
 
-def examine(decoder: Callable[[Params], Decoder], exam: Task, job: Job, state: TrainState) -> Result | None:
+def examine(decoder: Callable[[Params], Engine], exam: Task, job: Job, state: TrainState) -> Result | None:
     """Return pass@k on the test split."""
     config: Any = job.config
     params = sharding.whole(state.params)
-    line = ranks.join()
-    with ranks.together(line):
+    line = distributed.create_group()
+    with distributed.raise_on_any_failure(line):
         found = rl.pass_at_k(decoder(params), job.tok, exam, config.eval.problems, config.rollout, line)
-    ranks.leave(line)
+    distributed.destroy_group(line)
     if job.stop.agreed():
         return None
     names = {name: name.rpartition("_")[2] for name in found}
@@ -253,7 +270,7 @@ def look(latest: Sequence[Sequence[Rollout]], job: Job, state: TrainState) -> Re
 
 def shown(tok: Tokenizer, ids: Sequence[int]) -> str:
     """Return an answer in one line, with [call → result] where a tool was used."""
-    content = conversation.content(tok, ids)
+    content = chat_format.content(tok, ids)
     marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return repr("".join(marks[part["type"]].format(part["text"]) for part in parts))
@@ -261,11 +278,11 @@ def shown(tok: Tokenizer, ids: Sequence[int]) -> str:
 
 def draw(folder: Path) -> None:
     """Draw the curves of reward, length and pass@k into the run's folder, and show the reward's."""
-    rows = metrics.read(folder)
-    steps, rewards = metrics.curve(rows, "rl/reward")
+    rows = logger.read(folder)
+    steps, rewards = logger.curve(rows, "rl/reward")
     smooth, state = [], None
     for value in rewards:
-        state, mean = metrics.ema(state, value)
+        state, mean = logger.ema(state, value)
         smooth.append(mean)
     title = folder.name
     plots.line_chart(
@@ -275,9 +292,9 @@ def draw(folder: Path) -> None:
         x_label="step",
         y_label="mean reward",
     )
-    lengths = {"answers": metrics.curve(rows, "rl/answer_tokens")}
+    lengths = {"answers": logger.curve(rows, "rl/answer_tokens")}
     plots.line_chart(folder / "length.svg", lengths, title=f"{title}: length", x_label="step", y_label="tokens")
-    passed = {f"pass@{k}": metrics.curve(rows, f"rl/pass_at_{k}") for k in (1, 2, 4, rl.MAX_K)}
+    passed = {f"pass@{k}": logger.curve(rows, f"rl/pass_at_{k}") for k in (1, 2, 4, rl.MAX_K)}
     plots.line_chart(folder / "pass.svg", passed, title=f"{title}: test", x_label="step", y_label="share solved")
     if len(steps) > 1:
         print(plots.ascii_chart(steps, smooth, title="mean reward, smoothed, by step"))

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import miniseries, pretrain
-from nanochat import plots, ranks
+from nanochat import distributed
 from nanochat.config import UserError
-from nanochat.ranks import together
-from nanochat.runtime import Runtime, base_dir
+from nanochat.distributed import Runtime, base_dir, raise_on_any_failure
+from nanochat.metrics import plots
 
 COLUMNS = ("flops_budget", *miniseries.COLUMNS)
 
@@ -79,7 +79,7 @@ def run(config: Config, runtime: Runtime) -> None:
             raise UserError(f"{name}={','.join(f'{x:g}' for x in values)}: expected one or more above 0, each once")
     if config.base.num_iterations is not None:
         raise UserError("base.num_iterations: the budgets decide how long a run is; set it to none")
-    folder, line = base_dir() / "scaling_laws" / config.name, ranks.join()
+    folder, line = base_dir() / "scaling_laws" / config.name, distributed.create_group()
     shared = dataclasses.replace(config.base, device=config.device, dtype=config.dtype)
     cells = [(budget, depth) for budget in config.budgets for depth in config.depths]
     rows: list[dict[str, Any]] = []
@@ -88,13 +88,13 @@ def run(config: Config, runtime: Runtime) -> None:
         name = f"{config.name}_{short(budget)}_d{depth}"
         one = dataclasses.replace(shared, depth=depth, target_flops=budget, name=name)
         rows.append({"flops_budget": budget, "depth": depth, **miniseries.trained(one, folder, runtime, line)})
-        with together(line):
+        with raise_on_any_failure(line):
             if runtime.is_main:
                 miniseries.write(folder, COLUMNS, rows)
                 draw(folder, config.name, rows, optima(rows))
     shown = ("flops_budget", "depth", "params_scaling", "tokens", "tokens_per_param", "val_bpb", "train_seconds")
     print(f"\n{miniseries.table(rows, shown)}\n\n{laws(optima(rows))}\n\nresults and pictures: {folder}")
-    ranks.leave(line)
+    distributed.destroy_group(line)
 
 
 def short(number: float) -> str:

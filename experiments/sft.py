@@ -16,36 +16,30 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from nanochat import (
-    chat_eval,
-    conversation,
-    events,
-    generate,
-    model,
-    optim,
-    parent,
-    ranks,
-    scaling,
-    schedule,
-    sft,
-    sharding,
-    stage,
-    tasks,
-)
 from nanochat import config as configs
-from nanochat import run as runs
-from nanochat.chat_eval import ChatEvalConfig
+from nanochat import distributed, infer, model, train
 from nanochat.config import UserError
-from nanochat.events import Evaluation, Job, Result
-from nanochat.generate import Request
-from nanochat.optim import OptimConfig
-from nanochat.parent import Parent
-from nanochat.run import Stage
-from nanochat.runtime import Runtime
-from nanochat.sft import Packing
-from nanochat.stage import EvalConfig, StageConfig
-from nanochat.task import Task, mixture
-from nanochat.train import TrainState
+from nanochat.data import chat_format
+from nanochat.distributed import Runtime, sharding
+from nanochat.eval import ChatEvalConfig, chat_eval
+from nanochat.infer import Request
+from nanochat.optim import OptimConfig, muon_adamw, scaling, schedules
+from nanochat.tasks import Task, mixture
+from nanochat.tasks import task as tasks
+from nanochat.train import (
+    EvalConfig,
+    Evaluation,
+    InitCheckpoint,
+    Job,
+    Packing,
+    Result,
+    Stage,
+    StageConfig,
+    TrainState,
+    init_from,
+    sft,
+)
+from nanochat.train import stage as events
 
 PROMPTS = ("Who are you?", "What is 12*3?", "How many r are in strawberry?", "Why is the sky blue?")
 
@@ -118,21 +112,21 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Fine-tune the parent."""
-    train(config, runtime, "sft", ("base", "mid"))
+    train_stage(config, runtime, "sft", ("base", "mid"))
 
 
-def train(config: Config, runtime: Runtime, name: str, parents: tuple[str, ...]) -> None:
+def train_stage(config: Config, runtime: Runtime, name: str, parents: tuple[str, ...]) -> None:
     """Run the stage called `name` from a model of one of the stages `parents`."""
-    config, origin, record = runs.child(config, name, runtime, run=config.run, step=config.step, parents=parents)
+    config, origin, record = train.child(config, name, runtime, run=config.run, step=config.step, parents=parents)
     config, auto = resolve(config, origin, runtime)
     train_task, val_task = mix(config.tasks, config.source), mix(config.val_tasks, config.source)
     graded = [tasks.from_text(text, "test", source=config.source) for text in config.chat.tasks]
     print(describe(config, origin, record, train_task), flush=True)
     it = finetuning(config, origin, runtime, name, record, train_task, val_task, graded)
-    runs.run(config, it, origin.shape, origin.tokenizer, runtime, try_rows=auto)
+    train.run_stage(config, it, origin.shape, origin.tokenizer, runtime, try_rows=auto)
 
 
-def resolve(config: Config, origin: Parent, runtime: Runtime) -> tuple[Config, bool]:
+def resolve(config: Config, origin: InitCheckpoint, runtime: Runtime) -> tuple[Config, bool]:
     """Return the settings with what is none filled in from the parent, and whether the micro-batch is an estimate.
 
     Raises:
@@ -154,7 +148,7 @@ def resolve(config: Config, origin: Parent, runtime: Runtime) -> tuple[Config, b
         )
     rows, asked = total // (length * runtime.world_size), config.device_batch_size
     if asked == "auto":
-        found = stage.estimated_rows(config, origin.shape, rows, runtime)
+        found = train.estimate_batch_size(config, origin.shape, rows, runtime)
     elif asked is None:  # as many as the parent had, or what of it divides
         most = origin.setting(None, "device_batch_size", 32)
         found = math.gcd(rows, most) if rows % most else most
@@ -181,7 +175,7 @@ def mix(texts: tuple[str, ...], source: str | None) -> Task:
     return mixture(chosen, name=",".join(texts))
 
 
-def describe(config: Config, origin: Parent, record: Mapping | None, task: Task) -> str:
+def describe(config: Config, origin: InitCheckpoint, record: Mapping | None, task: Task) -> str:
     """Return the resolved configuration and what it begins with, as text."""
     facts = {
         "parent": " ".join(str(x) for x in (record or {}).values()),
@@ -194,7 +188,7 @@ def describe(config: Config, origin: Parent, record: Mapping | None, task: Task)
 
 
 def finetuning(
-    config: Config, origin: Parent, runtime: Runtime, name: str, record: Mapping | None, train_task: Task,
+    config: Config, origin: InitCheckpoint, runtime: Runtime, name: str, record: Mapping | None, train_task: Task,
     val_task: Task, graded: list[Task],
 ) -> Stage:  # fmt: skip
     """Return what this stage is: packed conversations, rates that fall, bits per byte, tasks and samples on the way."""
@@ -217,7 +211,7 @@ def finetuning(
         # As many rows whatever the ranks: what is read must not depend on how many there are.
         val = packing._replace(rows_per_step=rows * runtime.world_size, micro_rows=rows, epochs=1)
         validation = functools.partial(
-            events.bits_per_byte,
+            events.evaluate_bpb,
             batches=functools.partial(stream, val_task, how=val),
             steps=max(config.eval.tokens // (val.rows_per_step * length), 1),
         )
@@ -235,30 +229,32 @@ def finetuning(
         flops_per_token=model.flops_per_token(shape),
         hparams_at=functools.partial(hparams_at, config, shape.n_embd, batch_scale),
         batches=lambda state, rows: stream(train_task, how=packing._replace(micro_rows=rows), state=state),
-        initial=lambda layout: parent.initial(origin, runtime, layout, moments=config.optim.moments),
+        initial=lambda layout: init_from.init_state_from(origin, runtime, layout, moments=config.optim.moments),
         evaluations=evaluations,
     )
 
 
-def hparams_at(config: Config, n_embd: int, batch_scale: float, step: int, stats: Mapping[str, float]) -> optim.Hparams:
+def hparams_at(
+    config: Config, n_embd: int, batch_scale: float, step: int, stats: Mapping[str, float]
+) -> muon_adamw.Hparams:
     """Return the hyperparameters of one step, whose batch came with `stats`."""
     base = {n: getattr(config.optim, n) for n in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
-    rates = optim.rates(OptimConfig(**base), n_embd, batch_scale=batch_scale, weight_decay=0.0)
+    rates = muon_adamw.param_group_settings(OptimConfig(**base), n_embd, batch_scale=batch_scale, weight_decay=0.0)
     done = step / config.num_iterations if config.num_iterations else stats.get("share", 0.0)
-    factor = config.optim.lr_fraction * schedule.flat_then_linear(done, config.optim.warmdown_ratio)
+    factor = config.optim.lr_fraction * schedules.flat_then_linear(done, config.optim.warmdown_ratio)
     for group in rates.values():
         group["lr"] *= factor
-    rates[optim.MATRIX]["momentum"] = schedule.short_momentum(step)
-    return optim.as_hparams(rates)
+    rates[muon_adamw.MATRIX]["momentum"] = schedules.short_momentum(step)
+    return muon_adamw.as_hparams(rates)
 
 
 def grade(graded: list[Task], how: ChatConfig, job: Job, state: TrainState) -> Result | None:
     """Return the accuracy of tasks, and ChatCORE where its five are among them."""
-    subject = chat_eval.Subject(sharding.whole(state.params), job.shape, job.tok, job.runtime.compute_dtype)
-    line = ranks.join()
-    with ranks.together(line):
+    subject = chat_eval.ModelUnderTest(sharding.whole(state.params), job.shape, job.tok, job.runtime.compute_dtype)
+    line = distributed.create_group()
+    with distributed.raise_on_any_failure(line):
         scores = chat_eval.evaluate(subject, graded, how, line)
-    ranks.leave(line)
+    distributed.destroy_group(line)
     if job.stop.agreed():
         return None
     found = chat_eval.as_metrics(scores)
@@ -270,13 +266,13 @@ def samples(job: Job, state: TrainState) -> Result:
     how, params = job.config.eval, sharding.whole(state.params)
     if not job.runtime.is_main:
         return Result({}, [])
-    decoder = generate.start(
+    decoder = infer.start(
         params, job.shape, job.tok, slots=len(how.prompts), dtype=job.runtime.compute_dtype, compile=False
     )
-    prompts = [conversation.prompt(job.tok, [{"role": "user", "content": text}]) for text in how.prompts]
+    prompts = [chat_format.prompt(job.tok, [{"role": "user", "content": text}]) for text in how.prompts]
     settings = {"max_tokens": how.sample_tokens, "temperature": how.temperature, "top_k": how.top_k}
     answers: list[list[int]] = [[] for _ in prompts]
-    for event in generate.run(decoder, [Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]):
+    for event in infer.run(decoder, [Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]):
         answers[int(str(event.key))].append(event.token)
-    lines = [f"  {text!r} → {conversation.shown(job.tok, ids)!r}" for text, ids in zip(how.prompts, answers)]
+    lines = [f"  {text!r} → {chat_format.shown(job.tok, ids)!r}" for text, ids in zip(how.prompts, answers)]
     return Result({}, lines)

@@ -28,13 +28,24 @@ from experiments.pretrain import Config as PretrainStage
 from experiments.report import Config as ReportStage
 from experiments.sft import Config as SftStage
 from experiments.tokenizer import Config as TokenizerStage
-from nanochat import allocator, dataset, linear, machines, milestones, model, planner, ranks, sharding, stage, store
-from nanochat import tokenizer as bpe
+from nanochat import distributed, model
+from nanochat.checkpoint import storage
 from nanochat.config import UserError
-from nanochat.milestones import Standing
-from nanochat.ranks import LostRankError, Ranks, together
-from nanochat.runtime import Runtime, base_dir
-from nanochat.units import duration, human
+from nanochat.data import sources
+from nanochat.data import tokenizer as bpe
+from nanochat.distributed import (
+    ControlGroup,
+    LostRankError,
+    Runtime,
+    base_dir,
+    hardware,
+    raise_on_any_failure,
+    sharding,
+)
+from nanochat.model import linear
+from nanochat.text import format_count, format_duration
+from nanochat.train import StageStatus, pipeline, planner
+from nanochat.train import config as stage
 
 Name = Literal["data", "tokenizer", "pretrain", "eval_base", "sft", "eval_chat", "report"]
 ORDER: tuple[Name, ...] = ("data", "tokenizer", "pretrain", "eval_base", "sft", "eval_chat", "report")
@@ -101,7 +112,7 @@ def run(config: Config, runtime: Runtime) -> None:
     if not config.stages or config.stages != tuple(name for name in ORDER if name in config.stages):
         raise UserError(f"stages={','.join(config.stages)}: expected some of {', '.join(ORDER)}, in this order")
     config = filled(config, runtime)
-    line = ranks.join()
+    line = distributed.create_group()
     todo = stages(config)
     print(overview(config, todo, runtime, line), flush=True)
     took: dict[str, float] = {}
@@ -125,7 +136,7 @@ def run(config: Config, runtime: Runtime) -> None:
         took[one.name] = standing.seconds
         after = after if one.name.startswith("eval_") else standing.stamp  # nothing follows from an evaluation
     print(f"\n{ending(config, took)}")
-    ranks.leave(line)
+    distributed.destroy_group(line)
     if failed:
         raise UserError(
             f"{' and '.join(failed)} failed ({next(iter(failed.values()))}); all else is done, and the same command "
@@ -142,7 +153,7 @@ def filled(config: Config, runtime: Runtime) -> Config:
     train = dataclasses.replace(config.pretrain.train, linear="fp8" if fp8 else "dense")
     texts = {"source": config.source} if config.source else {}
 
-    def of(text: dataset.DataConfig) -> dataset.DataConfig:
+    def of(text: sources.DataConfig) -> sources.DataConfig:
         return dataclasses.replace(text, **texts)
 
     return dataclasses.replace(
@@ -169,11 +180,11 @@ def stages(config: Config) -> list[Stage]:
     base, tuned = stage.run_folder(config.name), stage.run_folder(f"{config.name}_sft")
 
     def trained() -> bool:  # then data and tokenizer may go: a run has its own copy of the tokenizer
-        return bool(milestones.look(mark(config, "pretrain"), {}).stamp)
+        return bool(pipeline.read_status(mark(config, "pretrain"), {}).stamp)
 
     def has_data() -> bool:
         try:
-            return bool(dataset.resolve(config.pretrain.data, "train"))
+            return bool(sources.shards_of(config.pretrain.data, "train"))
         except UserError:
             return trained()
 
@@ -187,24 +198,24 @@ def stages(config: Config) -> list[Stage]:
     found = {
         "data": (f"{text}{shards}", None, has_data),
         "tokenizer": (f"{config.tokenizer.vocab_size:,} tokens", None, has_tokenizer),
-        "pretrain": (f"depth {config.pretrain.depth}", base, lambda: bool(store.steps(base / "checkpoints"))),
+        "pretrain": (f"depth {config.pretrain.depth}", base, lambda: bool(storage.steps(base / "checkpoints"))),
         "eval_base": (", ".join(config.eval_base.tasks), None, lambda: True),
-        "sft": (f"{length} of {mixture}", tuned, lambda: bool(store.steps(tuned / "checkpoints"))),
+        "sft": (f"{length} of {mixture}", tuned, lambda: bool(storage.steps(tuned / "checkpoints"))),
         "eval_chat": (", ".join(config.eval_chat.tasks), None, lambda: True),
         "report": ("the report card", None, lambda: True),
     }
     return [Stage(name, getattr(config, name), *found[name]) for name in config.stages]
 
 
-def done(config: Config, one: Stage, after: str, runtime: Runtime, line: Ranks) -> Standing:
+def done(config: Config, one: Stage, after: str, runtime: Runtime, line: ControlGroup) -> StageStatus:
     """Do a stage unless it is done, and return where it stands."""
-    path, wanted = mark(config, one.name), milestones.settings(one.config, after)
-    before = milestones.where(path, wanted, line, intact=one.intact)
+    path, wanted = mark(config, one.name), pipeline.settings(one.config, after)
+    before = pipeline.describe_status(path, wanted, line, intact=one.intact)
     if before.state == "done":
-        print(f"done already, in {duration(before.seconds)}")
+        print(f"done already, in {format_duration(before.seconds)}")
         return before
     if before.state == "changed":
-        print(f"again: {milestones.reasons(before)}")
+        print(f"again: {pipeline.reasons(before)}")
 
     def act(opening: dict[str, bool]) -> None:
         try:
@@ -212,21 +223,21 @@ def done(config: Config, one: Stage, after: str, runtime: Runtime, line: Ranks) 
         except SystemExit:
             print(f"stopped during {one.name}: the same command goes on with it, and does the rest")
             raise
-        allocator.release()
+        hardware.release_memory()
 
-    return milestones.work(path, wanted, line, act, run=one.run, intact=one.intact)
+    return pipeline.run_if_needed(path, wanted, line, act, run=one.run, intact=one.intact)
 
 
 # What is said
 
 
-def overview(config: Config, todo: list[Stage], runtime: Runtime, line: Ranks) -> str:
+def overview(config: Config, todo: list[Stage], runtime: Runtime, line: ControlGroup) -> str:
     """Return what is going to be done, and what pretraining takes."""
     words = {"new": "to do", "begun": "goes on", "done": "done", "changed": "again"}
     rows, after, pending = [], "", False
     for one in todo:
-        wanted = milestones.settings(one.config, after)
-        standing = milestones.where(mark(config, one.name), wanted, line, intact=one.intact)
+        wanted = pipeline.settings(one.config, after)
+        standing = pipeline.describe_status(mark(config, one.name), wanted, line, intact=one.intact)
         state = "written" if one.name == "report" else words[standing.state]
         # What follows on something that has yet to be done is compared with what is not there yet.
         if pending and standing.state in ("done", "changed") and one.name != "report":
@@ -234,7 +245,7 @@ def overview(config: Config, todo: list[Stage], runtime: Runtime, line: Ranks) -
         trains = not one.name.startswith("eval_") and one.name != "report"
         pending, after = pending or (trains and standing.state != "done"), standing.stamp if trains else after
         rows.append(f"  {one.name:<11}{state:<9}{one.text}")
-    with together(line):
+    with raise_on_any_failure(line):
         price = estimate(config, runtime) if runtime.is_main else ""
     where = f"{runtime.world_size} x {runtime.device.type}"
     return "\n".join([f"speedrun {config.name} on {where}:", *rows, *([price] if price else [])])
@@ -248,11 +259,11 @@ def estimate(config: Config, runtime: Runtime) -> str:
     shape = dataclasses.replace(config.pretrain.model, vocab_size=vocab_size)
     built, plan = pretrain.resolve(dataclasses.replace(config.pretrain, model=shape), None)
     size = (
-        f"pretraining: {human(model.count(built)['total'])} parameters, {plan.num_steps:,} steps, "
-        f"{human(plan.total_tokens)} tokens, {plan.total_flops:.3g} FLOPs"
+        f"pretraining: {format_count(model.count(built)['total'])} parameters, {plan.num_steps:,} steps, "
+        f"{format_count(plan.total_tokens)} tokens, {plan.total_flops:.3g} FLOPs"
     )
     name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else runtime.device.type
-    machine = machines.of_device(name)
+    machine = hardware.gpu_spec(name)
     if machine is None:
         return f"{size}; no estimate of time and cost: {name} is not in the table of nanochat/machines.py"
     settings = sharding.resolve(config.pretrain.sharding)
@@ -267,7 +278,7 @@ def estimate(config: Config, runtime: Runtime) -> str:
         return f"{size}; by the planner's estimate it does not fit: --experiment=plan shows what does"
     price = f"${machine.dollars_per_hour:.2f} an hour and GPU"
     return (
-        f"{size}; about {duration(3600 * found.hours)} and ${found.dollars:,.0f} by the planner's estimate, at "
+        f"{size}; about {format_duration(3600 * found.hours)} and ${found.dollars:,.0f} by the planner's estimate, at "
         f"{planner.MFU:.0%} MFU and {price}; the other stages come on top"
     )
 
@@ -275,7 +286,7 @@ def estimate(config: Config, runtime: Runtime) -> str:
 def ending(config: Config, took: dict[str, float]) -> str:
     """Return how long it took, and what to do next."""
     run = f"{config.name}_sft" if "sft" in config.stages else config.name
-    lines = [f"speedrun {config.name}: {duration(sum(took.values()))} in all. Next:"]
+    lines = [f"speedrun {config.name}: {format_duration(sum(took.values()))} in all. Next:"]
     if "sft" in config.stages:
         lines += [
             f"  python launch.py --experiment=chat --set run={run}     talk to it",

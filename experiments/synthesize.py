@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 import requests
 
 from experiments import _identity_prompts, chat
-from nanochat import conversation, progress
 from nanochat.config import UserError
-from nanochat.runtime import Runtime, base_dir
-from nanochat.units import duration
+from nanochat.data import chat_format
+from nanochat.distributed import Runtime, base_dir
+from nanochat.metrics import progress
+from nanochat.text import format_duration
 
 MAX_RESPONSE_BYTES = 2**20
 MAX_MESSAGES, MAX_CHARACTERS = 16, 4000
@@ -118,7 +119,7 @@ def run(config: Config, runtime: Runtime) -> None:
     if seeds:
         failures = collect(config, path, key, facts, seeds)
     added = len(seeds) - failures.total()
-    print(f"{added} written to {path} in {duration(time.monotonic() - began)}")
+    print(f"{added} written to {path} in {format_duration(time.monotonic() - began)}")
     if failures:
         reasons = ", ".join(f"{reason} ({count}x)" for reason, count in failures.most_common(3))
         raise UserError(f"{failures.total()} of {len(seeds)} failed: {reasons}; the same command tries these again")
@@ -280,7 +281,7 @@ def checked(text: str) -> list[dict[str, str]]:
         if not isinstance(message["content"], str) or not 0 < len(message["content"].strip()) <= MAX_CHARACTERS:
             raise TryAgain("a message is empty, too long, or no text")
     try:
-        conversation.check(value)
+        chat_format.check(value)
     except UserError:
         raise TryAgain("user and assistant do not take turns") from None
     if not 2 <= len(messages) <= MAX_MESSAGES or len(messages) % 2 or messages[0]["role"] != "user":

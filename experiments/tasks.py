@@ -16,11 +16,11 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from experiments import chat
-from nanochat import checkpoint, conversation, pretrained, tasks, tokenizer
+from nanochat import checkpoint, tasks
 from nanochat.config import UserError
-from nanochat.runtime import Runtime
-from nanochat.task import Task
-from nanochat.tokenizer import Tokenizer
+from nanochat.data import Tokenizer, chat_format, tokenizer
+from nanochat.distributed import Runtime
+from nanochat.tasks import Task
 
 GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
@@ -83,14 +83,14 @@ def load_tokenizer(config: Config) -> Tokenizer:
     """Return the tokenizer that the settings name. Raises: UserError."""
     if config.run is None:
         return tokenizer.load(config.tokenizer or tokenizer.default_dir())
-    checkpoints = pretrained.find(config.run) / "checkpoints"
+    checkpoints = checkpoint.find_run(config.run) / "checkpoints"
     return tokenizer.load(checkpoints / str(checkpoint.latest_step(checkpoints)) / "files")
 
 
 def shown(tok: Tokenizer, task: Task, index: int, config: Config, colour: bool) -> list[str]:
     """Return the lines that show a row: how long it is, what else it has, and its text with what is learned."""
     row = task.row(index)
-    ids, mask = conversation.render(tok, row, config.max_tokens)
+    ids, mask = chat_format.render(tok, row, config.max_tokens)
     others = [f"{key}: {value!r}" for key, value in row.items() if key != "messages"]
     text = painted(tok, ids, mask, "|" if config.tokens else "", colour)
     return [f"--- row {index}: {len(ids)} tokens, {sum(mask)} learned", *others, text]

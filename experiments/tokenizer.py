@@ -16,10 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanochat import dataset, tokenizer
-from nanochat.dataset import DataConfig
-from nanochat.runtime import Runtime
-from nanochat.tokenizer import Tokenizer
+from nanochat.data import DataConfig, Tokenizer, sources, tokenizer
+from nanochat.distributed import Runtime
 
 CHECK_CHARS = 10_000_000
 
@@ -53,10 +51,10 @@ def run(config: Config, runtime: Runtime) -> None:
         return
     folder = Path(config.out) if config.out else tokenizer.default_dir()
     print(f"training {config.vocab_size:,} tokens on data.source={config.data.source}", flush=True)
-    dataset.resolve(config.data, "train")  # a missing source is reported before the progress bar
+    sources.shards_of(config.data, "train")  # a missing source is reported before the progress bar
     start = time.perf_counter()
     with tqdm(unit=" characters", unit_scale=True) as bar:
-        texts = counted(dataset.texts(config.data, "train"), bar, config.max_chars_per_doc)
+        texts = counted(sources.texts(config.data, "train"), bar, config.max_chars_per_doc)
         tok = tokenizer.train(
             texts, config.vocab_size, max_chars=config.max_chars, max_chars_per_doc=config.max_chars_per_doc
         )
@@ -82,7 +80,7 @@ def counted(texts: Iterable[str], bar: tqdm, max_chars_per_doc: int) -> Iterator
 def measure(tok: Tokenizer, data: DataConfig) -> None:
     """Print compression and speed on the validation split."""
     texts, chars = [], 0
-    for text in dataset.texts(data, "val"):
+    for text in sources.texts(data, "val"):
         texts.append(text)
         chars += len(text)
         if chars >= CHECK_CHARS:

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import tiktoken
 
-from nanochat import dataset, tokenizer
 from nanochat.config import UserError
-from nanochat.dataset import DataConfig
-from nanochat.runtime import Runtime
+from nanochat.data import DataConfig, sources, tokenizer
+from nanochat.distributed import Runtime
 
 OTHERS = ("gpt2", "cl100k_base")
 
@@ -214,7 +213,7 @@ def others(seconds: float) -> dict[str, tiktoken.Encoding | str]:
 def beginning(config: Config, split: str) -> list[str]:
     """Return the first documents of a split, `max_chars` characters in all."""
     texts, chars = [], 0
-    for text in dataset.texts(config.data, "train" if split == "train" else "val"):
+    for text in sources.texts(config.data, "train" if split == "train" else "val"):
         texts.append(text[: config.max_chars - chars])
         chars += len(texts[-1])
         if chars >= config.max_chars:

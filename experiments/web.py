@@ -24,12 +24,10 @@ from pathlib import Path
 
 import torch
 
-from nanochat import pool, pretrained, replica, serve, web_guard
+from nanochat import checkpoint
 from nanochat.config import UserError
-from nanochat.pool import Pool
-from nanochat.replica import Settings
-from nanochat.runtime import Runtime
-from nanochat.web_guard import Limits
+from nanochat.distributed import Runtime
+from nanochat.serve import Limits, Scheduler, Settings, app, middleware, scheduler, worker
 
 SLOTS = {"cuda": 64}  # requests at once where they are not set; elsewhere OTHER_SLOTS
 OTHER_SLOTS = 16
@@ -86,7 +84,7 @@ def run(config: Config, runtime: Runtime) -> None:
     """Load the model in a process for each device, and serve it until a signal comes."""
     if runtime.world_size > 1:
         raise UserError("web starts a process for each GPU by itself: start it with python, not torchrun")
-    folder = pretrained.find(config.run)  # a wrong name is an error now, not when a process has started
+    folder = checkpoint.find_run(config.run)  # a wrong name is an error now, not when a process has started
     limits = Limits(config.host, config.port, read_token(config), config.hosts, config.connections)
     compile = runtime.device.type == "cuda" if config.compile is None else config.compile
     slots = config.slots or SLOTS.get(runtime.device.type, OTHER_SLOTS)
@@ -96,11 +94,11 @@ def run(config: Config, runtime: Runtime) -> None:
         for place in devices(config.gpus, runtime.device)
     ]
     print(f"loading {folder.name} on {', '.join(s.device for s in settings)}", flush=True)
-    replicas = pool.create([functools.partial(replica.start, each) for each in settings], config.queue)
-    web_guard.run(serve.app(replicas, limits), replicas, limits, functools.partial(announce, replicas, limits))
+    replicas = scheduler.create([functools.partial(worker.start, each) for each in settings], config.queue)
+    middleware.run(app.app(replicas, limits), replicas, limits, functools.partial(announce, replicas, limits))
 
 
-def announce(replicas: Pool, limits: Limits, port: int) -> None:
+def announce(replicas: Scheduler, limits: Limits, port: int) -> None:
     """Print what is served and where."""
     assert replicas.info
     print(replicas.info.about)

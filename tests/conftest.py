@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from nanochat import runtime
+from nanochat.distributed import runtime
 
 # The models are tiny: a second thread only waits, ten times as long as the work takes when the cores are busy.
 torch.set_num_threads(1)
@@ -25,3 +26,9 @@ def one_measurement() -> Iterator[None]:
     """Let the runs of all tests share what each would measure for its MFU: that takes longer than their training."""
     with mock.patch.object(runtime, "measure_matmul", functools.cache(runtime.measure_matmul)):
         yield
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path

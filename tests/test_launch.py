@@ -224,7 +224,7 @@ def test_a_package_without_an_extra_is_a_bug(launch: Launch, capsys: Capture) ->
 
 def test_the_process_group_is_left_at_the_end_and_not_after_an_error(launch: Launch, monkeypatch: Patch) -> None:
     """After an error of one rank, leaving would wait for the others, which wait for this one."""
-    from nanochat import runtime
+    from nanochat.distributed import runtime
 
     closed = []
     monkeypatch.setattr(runtime, "close", lambda: closed.append(True))

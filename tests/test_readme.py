@@ -29,14 +29,15 @@ def test_python_examples_run_in_order():
 
 
 def test_the_checkpoint_and_the_engine_examples_run_on_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from nanochat import checkpoint, model, tokenizer, train
+    from nanochat import checkpoint, model, train
+    from nanochat.data import tokenizer
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     tokenizer.save(tokenizer.train(["the cat sat on the mat " * 9], 270), tmp_path / "tokenizer")
     config = model.ModelConfig(sequence_len=64, vocab_size=270, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
     state = train.init(model.init(config, 0), model.spec(config))
     files = {name: tmp_path / "tokenizer" / name for name in tokenizer.FILES}
-    manager = checkpoint.open(tmp_path / "runs/quickstart/checkpoints")
+    manager = checkpoint.open_manager(tmp_path / "runs/quickstart/checkpoints")
     checkpoint.save(manager, state, {"model": vars(config)}, files=files)
     checkpoint.close(manager)
     namespace: dict[str, Any] = {}

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from nanochat import loss, transform, tree
+from nanochat import transform, tree
+from nanochat.model import loss
 
 
 class Pair(NamedTuple):

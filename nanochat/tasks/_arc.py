@@ -6,9 +6,9 @@ Source: https://huggingface.co/datasets/allenai/ai2_arc, arXiv 1803.05457.
 from pathlib import Path
 from typing import Any
 
-from nanochat.conversation import Conversation
-from nanochat.task import Task, answered, multiple_choice
-from nanochat.tasks import _table
+from nanochat.data import Conversation
+from nanochat.tasks import hub_table
+from nanochat.tasks.task import Task, multiple_choice, qa_conversation
 
 COLUMNS = {"question": str, "choices": dict, "answerKey": str}
 
@@ -19,15 +19,15 @@ def load(name: str, subset: str, split: str, source: str | Path | None) -> Task:
     Raises:
         UserError: the data cannot be had, or is not of the right form.
     """
-    table = _table.read(_table.Source(name, "allenai/ai2_arc", subset, subset, split, COLUMNS), source)
+    table = hub_table.read(hub_table.Source(name, "allenai/ai2_arc", subset, subset, split, COLUMNS), source)
     return Task(name, "choice", len(table), lambda index: _row(table, index), baseline=0.25)
 
 
-def _row(table: _table.Table, index: int) -> Conversation:
+def _row(table: hub_table.Table, index: int) -> Conversation:
     row: dict[str, Any] = table[index]
     letters, texts, answer = row["choices"].get("label"), row["choices"].get("text"), row["answerKey"]
     if not letters or not texts or len(letters) != len(texts):
         raise table.bad(index, "choices: expected as many texts as labels, and one at least")
     if answer not in letters:
         raise table.bad(index, f"answerKey {answer!r} is none of the labels {', '.join(letters)}")
-    return {**answered(multiple_choice(row["question"], letters, texts), answer), "letters": list(letters)}
+    return {**qa_conversation(multiple_choice(row["question"], letters, texts), answer), "letters": list(letters)}

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from nanochat.task import Task
 from nanochat.tasks import _arc
+from nanochat.tasks.task import Task
 
 
 def load(split: str = "train", *, source: str | Path | None = None) -> Task:

@@ -14,9 +14,9 @@ import random
 from pathlib import Path
 
 from nanochat.config import UserError
-from nanochat.conversation import Conversation
-from nanochat.task import Task, answered, right_number
+from nanochat.data import Conversation
 from nanochat.tasks import _generated
+from nanochat.tasks.task import Task, match_final_number, qa_conversation
 
 TEST_SHARE = 8
 """One pair of operands of so many tests."""
@@ -55,7 +55,7 @@ def load(
         rng = random.Random(seed + rows[index])
         return problem(rng, split == "test", digits, product_digits)
 
-    return Task("arithmetic", "generative", len(rows), row, right_number)
+    return Task("arithmetic", "generative", len(rows), row, match_final_number)
 
 
 def problem(rng: random.Random, test: bool, digits: int, product_digits: int) -> Conversation:
@@ -75,7 +75,7 @@ def problem(rng: random.Random, test: bool, digits: int, product_digits: int) ->
         {"type": "python_output", "text": result},
         {"type": "text", "text": f"\n\n#### {result}"},
     ]
-    return answered(rng.choice(QUESTIONS + BARE * asked[0].isdigit()).format(asked), parts)
+    return qa_conversation(rng.choice(QUESTIONS + BARE * asked[0].isdigit()).format(asked), parts)
 
 
 def held_out(a: int, b: int) -> bool:

@@ -9,11 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanochat import conversation
 from nanochat.config import UserError
-from nanochat.conversation import Conversation
-from nanochat.task import Task
-from nanochat.tasks import _table
+from nanochat.data import Conversation, chat_format
+from nanochat.tasks import hub_table
+from nanochat.tasks.task import Task
 
 
 def load(split: str = "train", *, source: str | Path | None = None) -> Task:
@@ -30,7 +29,7 @@ def load(split: str = "train", *, source: str | Path | None = None) -> Task:
     if split != "train":
         raise UserError(f"task customjson has no split {split}: a file is all train; take another file for {split}")
     found = read(Path(source).expanduser())
-    order = _table.order(len(found))
+    order = hub_table.order(len(found))
     return Task("customjson", "chat", len(found), lambda index: found[order[index]])
 
 
@@ -59,7 +58,7 @@ def _conversation(path: Path, number: int, line: bytes) -> Conversation:
     if isinstance(value, list):
         value = {"messages": value}
     try:
-        conversation.check(value)
+        chat_format.check(value)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if value["messages"][-1]["role"] != "assistant":

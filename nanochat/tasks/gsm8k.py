@@ -10,9 +10,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat.conversation import Conversation
-from nanochat.task import Task, answered, final_answer, right_number
-from nanochat.tasks import _table
+from nanochat.data import Conversation
+from nanochat.tasks import hub_table
+from nanochat.tasks.task import Task, final_answer, match_final_number, qa_conversation
 
 MARK = re.compile(r"<<(.*?)>>")
 COLUMNS = {"question": str, "answer": str}
@@ -27,15 +27,15 @@ def load(split: str = "train", *, source: str | Path | None = None) -> Task:
     Raises:
         UserError: the data cannot be had, or is not of the right form.
     """
-    table = _table.read(_table.Source("gsm8k", "openai/gsm8k", "main", "main", split, COLUMNS), source)
-    return Task("gsm8k", "generative", len(table), lambda index: _row(table, index), right_number)
+    table = hub_table.read(hub_table.Source("gsm8k", "openai/gsm8k", "main", "main", split, COLUMNS), source)
+    return Task("gsm8k", "generative", len(table), lambda index: _row(table, index), match_final_number)
 
 
-def _row(table: _table.Table, index: int) -> Conversation:
+def _row(table: hub_table.Table, index: int) -> Conversation:
     row = table[index]
     if final_answer(row["answer"]) is None:
         raise table.bad(index, "the answer has no number behind #### ")
-    return answered(row["question"], parts_of(row["answer"]))
+    return qa_conversation(row["question"], parts_of(row["answer"]))
 
 
 def parts_of(answer: str) -> list[dict[str, str]]:

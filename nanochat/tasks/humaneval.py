@@ -8,9 +8,9 @@ from pathlib import Path
 
 from nanochat import sandbox
 from nanochat.config import UserError
-from nanochat.conversation import Conversation
-from nanochat.task import Task, answered
-from nanochat.tasks import _table
+from nanochat.data import Conversation
+from nanochat.tasks import hub_table
+from nanochat.tasks.task import Task, qa_conversation
 
 COLUMNS = {"prompt": str, "canonical_solution": str, "entry_point": str, "test": str}
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -30,8 +30,8 @@ def load(
     """
     if split != "test":
         raise UserError(f"task humaneval has no split {split}, only test: it is to be examined by, not to learn from")
-    data = _table.Source("humaneval", "openai/openai_humaneval", None, "openai_humaneval", split, COLUMNS)
-    table = _table.read(data, source)
+    data = hub_table.Source("humaneval", "openai/openai_humaneval", None, "openai_humaneval", split, COLUMNS)
+    table = hub_table.read(data, source)
 
     def right(row: Conversation, answer: str) -> bool:
         return sandbox.run(program(row, answer), timeout_seconds=timeout_seconds, weak=weak).success
@@ -39,10 +39,10 @@ def load(
     return Task("humaneval", "generative", len(table), lambda index: _row(table, index), right)
 
 
-def _row(table: _table.Table, index: int) -> Conversation:
+def _row(table: hub_table.Table, index: int) -> Conversation:
     row = table[index]
     solution = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"
-    return {**answered(row["prompt"], solution), "entry_point": row["entry_point"], "test": row["test"]}
+    return {**qa_conversation(row["prompt"], solution), "entry_point": row["entry_point"], "test": row["test"]}
 
 
 def program(row: Conversation, answer: str) -> str:

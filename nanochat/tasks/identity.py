@@ -6,8 +6,8 @@
 from pathlib import Path
 
 from nanochat.config import UserError
-from nanochat.task import Task
-from nanochat.tasks import _generated, _table, customjson
+from nanochat.tasks import _generated, customjson, hub_table
+from nanochat.tasks.task import Task
 
 TEST_SHARE = 10
 """One conversation of so many tests."""
@@ -35,5 +35,5 @@ def load(split: str = "train", *, source: str | Path | None = None) -> Task:
     ]
     if not found:
         raise UserError(f"source={path}: has too few conversations for a split test: {TEST_SHARE} are needed")
-    order = _table.order(len(found))
+    order = hub_table.order(len(found))
     return Task("identity", "chat", len(found), lambda index: found[order[index]])

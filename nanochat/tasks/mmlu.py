@@ -5,9 +5,9 @@ Source: https://huggingface.co/datasets/cais/mmlu, arXiv 2009.03300.
 
 from pathlib import Path
 
-from nanochat.conversation import Conversation
-from nanochat.task import Task, answered, multiple_choice
-from nanochat.tasks import _table
+from nanochat.data import Conversation
+from nanochat.tasks import hub_table
+from nanochat.tasks.task import Task, multiple_choice, qa_conversation
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = {"question": str, "choices": list, "answer": int}
@@ -24,13 +24,17 @@ def load(split: str = "train", *, source: str | Path | None = None) -> Task:
         UserError: the data cannot be had, or is not of the right form.
     """
     split = "auxiliary_train" if split == "train" else split
-    table = _table.read(_table.Source("mmlu", "cais/mmlu", "all", "all", split, COLUMNS), source)
+    table = hub_table.read(hub_table.Source("mmlu", "cais/mmlu", "all", "all", split, COLUMNS), source)
     return Task("mmlu", "choice", len(table), lambda index: _row(table, index), baseline=0.25)
 
 
-def _row(table: _table.Table, index: int) -> Conversation:
+def _row(table: hub_table.Table, index: int) -> Conversation:
     row = table[index]
     if len(row["choices"]) != len(LETTERS) or not 0 <= row["answer"] < len(LETTERS):
         raise table.bad(index, f"expected four choices and an answer of 0 to 3, got answer {row['answer']}")
     asked = multiple_choice(row["question"], LETTERS, row["choices"])
-    return {**answered(asked, LETTERS[row["answer"]]), "letters": list(LETTERS), "subject": row.get("subject", "")}
+    return {
+        **qa_conversation(asked, LETTERS[row["answer"]]),
+        "letters": list(LETTERS),
+        "subject": row.get("subject", ""),
+    }

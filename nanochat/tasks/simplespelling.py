@@ -6,9 +6,9 @@ Spell the word: apple  ->  apple:a,p,p,l,e
 import random
 from pathlib import Path
 
-from nanochat.conversation import Conversation
-from nanochat.task import Task, answered, plain_text
+from nanochat.data import Conversation
 from nanochat.tasks import _generated
+from nanochat.tasks.task import Task, plain_text, qa_conversation
 
 
 def load(split: str = "train", *, source: str | Path | None = None, size: int | None = None) -> Task:
@@ -28,7 +28,7 @@ def load(split: str = "train", *, source: str | Path | None = None, size: int | 
 
     def row(index: int) -> Conversation:
         word = random.Random(seed + rows[index]).choice(words)
-        return answered(f"Spell the word: {word}", spelled(word))
+        return qa_conversation(f"Spell the word: {word}", spelled(word))
 
     return Task("simplespelling", "generative", len(rows), row, right)
 

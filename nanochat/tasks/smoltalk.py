@@ -5,11 +5,10 @@ Source: https://huggingface.co/datasets/HuggingFaceTB/smol-smoltalk, arXiv 2502.
 
 from pathlib import Path
 
-from nanochat import conversation
 from nanochat.config import UserError
-from nanochat.conversation import Conversation
-from nanochat.task import Task
-from nanochat.tasks import _table
+from nanochat.data import Conversation, chat_format
+from nanochat.tasks import hub_table
+from nanochat.tasks.task import Task
 
 
 def load(split: str = "train", *, source: str | Path | None = None) -> Task:
@@ -22,14 +21,16 @@ def load(split: str = "train", *, source: str | Path | None = None) -> Task:
         UserError: the data cannot be had, or is not of the right form.
     """
     columns = {"messages": list}
-    table = _table.read(_table.Source("smoltalk", "HuggingFaceTB/smol-smoltalk", None, "data", split, columns), source)
+    table = hub_table.read(
+        hub_table.Source("smoltalk", "HuggingFaceTB/smol-smoltalk", None, "data", split, columns), source
+    )
     return Task("smoltalk", "chat", len(table), lambda index: _row(table, index))
 
 
-def _row(table: _table.Table, index: int) -> Conversation:
+def _row(table: hub_table.Table, index: int) -> Conversation:
     row = {"messages": table[index]["messages"]}
     try:
-        conversation.check(row)
+        chat_format.check(row)
     except UserError as error:
         raise table.bad(index, str(error)) from None
     return row

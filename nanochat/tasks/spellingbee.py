@@ -19,10 +19,10 @@ import random
 import string
 from pathlib import Path
 
-from nanochat.conversation import Conversation
-from nanochat.task import Task, answered, right_number
+from nanochat.data import Conversation
 from nanochat.tasks import _generated
 from nanochat.tasks.simplespelling import spelled
+from nanochat.tasks.task import Task, match_final_number, qa_conversation
 
 PHRASINGS = (
     # English
@@ -93,9 +93,9 @@ def load(split: str = "train", *, source: str | Path | None = None, size: int | 
         rng = random.Random(seed + rows[index])
         word = rng.choice(words)
         letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(string.ascii_lowercase)
-        return answered(question(rng, word, letter), answer(word, letter))
+        return qa_conversation(question(rng, word, letter), answer(word, letter))
 
-    return Task("spellingbee", "generative", len(rows), row, right_number)
+    return Task("spellingbee", "generative", len(rows), row, match_final_number)
 
 
 def question(rng: random.Random, word: str, letter: str) -> str:

@@ -1,0 +1,16 @@
+"""From text to batches: tokenizer, sources of documents, packing, the pretraining loader, the chat format."""
+
+from typing import TYPE_CHECKING
+
+from nanochat.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from nanochat.data import chat_format, download, embedded, loader, packing, sources, tokenizer
+    from nanochat.data.chat_format import Conversation, ConversationError, Message, Piece, Reader
+    from nanochat.data.download import Options
+    from nanochat.data.loader import BlockReader, BlockRequest, LoaderState, PrefetchStopped, TokenBlock, prefetch
+    from nanochat.data.packing import plan
+    from nanochat.data.sources import CorruptShardError, DataConfig, Shard, first_line
+    from nanochat.data.tokenizer import PATTERN, SPECIALS, Tokenizer
+
+__getattr__ = lazy_exports(__name__, __file__)

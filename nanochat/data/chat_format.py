@@ -1,0 +1,235 @@
+"""Conversations as token ids and back: rendering with a loss mask, the prompt of a chat, and a reader of the answer.
+
+A conversation is {"messages": [...]}: an optional system message, then user and assistant in turn. It becomes
+
+    <|bos|> (<|user_start|> … <|user_end|> <|assistant_start|> … <|assistant_end|>)*
+
+where the system message is put before the first user message, with a blank line between. An assistant's content is
+text, or a list of parts {"type": …, "text": …}: `text`, `python` (a tool call, between <|python_start|> and
+<|python_end|>) or `python_output` (its result, between <|output_start|> and <|output_end|>). Only these markers are
+special tokens: text that spells one stays text.
+"""
+
+import codecs
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from nanochat.config import UserError
+from nanochat.data.tokenizer import Tokenizer
+
+MARKERS = {"python": ("<|python_start|>", "<|python_end|>"), "python_output": ("<|output_start|>", "<|output_end|>")}
+PART_TYPES = ("text", *MARKERS)
+# What the tokens of an answer belong to from a marker on.
+KINDS = {
+    "<|python_start|>": "python",
+    "<|python_end|>": "text",
+    "<|output_start|>": "output",
+    "<|output_end|>": "text",
+}
+
+Conversation = Mapping[str, Any]
+Message = Mapping[str, Any]
+
+
+class ConversationError(UserError, ValueError):
+    """A conversation that is not of the form above; names the message (counted from 1), what is wrong, and the fix."""
+
+
+class Piece(NamedTuple):
+    """A bit of an answer as it streams: whole characters of one kind.
+
+    Attributes:
+        kind: "text", "python" (what a tool is asked) or "output" (what it answered).
+    """
+
+    kind: str
+    text: str
+
+
+def check(conversation: Conversation) -> None:
+    """Return if `conversation` can be rendered.
+
+    Raises:
+        ConversationError: says which message is wrong.
+    """
+    if not isinstance(conversation, Mapping) or not isinstance(conversation.get("messages"), list | tuple):
+        raise ConversationError('expected a conversation {"messages": [{"role": …, "content": …}, …]}')
+    messages = conversation["messages"]
+    system = bool(messages) and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+    if len(messages) <= system:
+        raise ConversationError("the conversation has no user message: add one" + " after the system's" * system)
+    for number, message in enumerate(messages, start=1):
+        where = f"message {number}"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ConversationError(f'{where}: expected an object {{"role": …, "content": …}}, got {_short(message)}')
+        expected = "system" if system and number == 1 else ("assistant", "user")[(number - system) % 2]
+        if message["role"] != expected:
+            raise ConversationError(f"{where}: role {_short(message['role'])}, {_expectation(expected, number)}")
+        _check_content(where, message["role"], message["content"])
+
+
+def render(
+    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Return a conversation's tokens and its loss mask.
+
+    Args:
+        conversation: as `check` wants it. max_tokens: cut both to so many; None: as long as they are.
+
+    Returns:
+        (ids, mask), of one length; the mask is 1 on what the assistant has to learn to say: its text, its tool calls
+        with both markers, and <|assistant_end|>. It is 0 on all else, tool outputs with their markers included.
+
+    Raises:
+        ConversationError: the conversation is not of the right form.
+        ValueError: `max_tokens` is below 1.
+    Source: spec/data.md, "Conversations".
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: must be at least 1")
+    check(conversation)
+    ids, mask = [tokenizer.bos], [0]
+
+    def add(learned: int, *pieces: str | int) -> None:
+        for piece in pieces:
+            tokens = tokenizer.encode(piece) if isinstance(piece, str) else [piece]
+            ids.extend(tokens)
+            mask.extend([learned] * len(tokens))
+
+    special = tokenizer.special
+    for message in _merged(conversation["messages"]):
+        if message["role"] == "user":
+            add(0, special("<|user_start|>"), message["content"], special("<|user_end|>"))
+            continue
+        add(0, special("<|assistant_start|>"))
+        for kind, text in _parts(message["content"]):
+            if kind == "text":
+                add(1, text)
+            else:
+                start, end = MARKERS[kind]
+                add(int(kind == "python"), special(start), text, special(end))
+        add(1, special("<|assistant_end|>"))
+    return ids[:max_tokens], mask[:max_tokens]
+
+
+def prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Return the tokens that an answer to the last message follows: they end in <|assistant_start|>.
+
+    Raises:
+        ConversationError: the messages are not of the right form, or the last one is not the user's.
+    """
+    ids, _ = render(tokenizer, {"messages": messages})
+    if messages[-1]["role"] != "user":
+        raise ConversationError(f"message {len(messages)}: the last message must be the user's, to be answered")
+    return [*ids, tokenizer.special("<|assistant_start|>")]
+
+
+def content(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[str, str]]:
+    """Return an answer's tokens as the content of an assistant's message, the inverse of `render`.
+
+    Args:
+        ids: what follows <|assistant_start|>; special tokens other than the tools' markers count for nothing.
+
+    Returns:
+        The text, or a list of parts where there are tool calls; a block that was not closed ends with the tokens.
+    """
+    first = tokenizer.special(tokenizer.specials[0])
+    spans: list[tuple[str, list[int]]] = [("text", [])]
+    for token in ids:
+        if token < first:
+            spans[-1][1].append(token)
+        elif (name := tokenizer.specials[token - first]) in KINDS:
+            spans.append(("python_output" if KINDS[name] == "output" else KINDS[name], []))
+    parts = [{"type": kind, "text": tokenizer.decode(span)} for kind, span in spans if span or kind != "text"]
+    return parts if any(part["type"] != "text" for part in parts) else "".join(part["text"] for part in parts)
+
+
+def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return an answer's tokens as one text to read, with [call → result] where a tool was used."""
+    said = content(tokenizer, ids)
+    if isinstance(said, str):
+        return said
+    marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
+    return "".join(marks[part["type"]].format(part["text"]) for part in said)
+
+
+class Reader:
+    """Turns the tokens of an answer into text while they come: `feed` each, then `close`.
+
+    The pieces hold whole characters only: the bytes of an unfinished one are held back until the next token. Bytes
+    that are no UTF-8 become U+FFFD. The tools' markers switch the kind and give no text; nor do other special tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokens, self._names = tokenizer.tokens, tokenizer.specials
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._kind = "text"
+
+    def feed(self, token: int) -> list[Piece]:
+        """Return what this token completes: no piece or one.
+
+        Raises:
+            ValueError: there is no such token.
+        """
+        index = token - len(self._tokens)
+        if not 0 <= token < len(self._tokens) + len(self._names):
+            raise ValueError(f"token id {token} is outside 0..{len(self._tokens) + len(self._names) - 1}")
+        if index < 0:
+            return self._piece(self._decoder.decode(self._tokens[token]))
+        held = self._flush()  # no character goes on behind a special token
+        self._kind = KINDS.get(self._names[index], self._kind)
+        return held
+
+    def close(self) -> list[Piece]:
+        """Return what was held back, as U+FFFD; the reader is as new then."""
+        held = self._flush()
+        self._kind = "text"
+        return held
+
+    def _flush(self) -> list[Piece]:
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return self._piece(text)
+
+    def _piece(self, text: str) -> list[Piece]:
+        return [Piece(self._kind, text)] if text else []
+
+
+def _merged(messages: Sequence[Message]) -> Sequence[Message]:
+    """Return the messages with the system's put before the first user's."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, user, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def _parts(content: str | Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    if isinstance(content, str):
+        return [("text", content)]
+    return [(part["type"], part["text"]) for part in content]
+
+
+def _check_content(where: str, role: str, content: Any) -> None:
+    if isinstance(content, str):
+        return
+    if role != "assistant":
+        raise ConversationError(f"{where}: content of the {role} must be a string, got {_short(content)}")
+    if not isinstance(content, list | tuple):
+        raise ConversationError(f"{where}: content must be a string or a list of parts, got {_short(content)}")
+    for number, part in enumerate(content, start=1):
+        if not isinstance(part, Mapping) or part.get("type") not in PART_TYPES or not isinstance(part.get("text"), str):
+            raise ConversationError(
+                f'{where}, part {number}: expected {{"type": {" | ".join(PART_TYPES)}, "text": string}}, '
+                f"got {_short(part)}"
+            )
+
+
+def _expectation(expected: str, number: int) -> str:
+    if number == 1:
+        return "expected user (or system): a conversation begins with one of them"
+    return f"expected {expected}: user and assistant take turns, and a system message comes first if at all"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"

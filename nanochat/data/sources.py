@@ -1,0 +1,447 @@
+"""Documents on disk: where a data source lies, its shards, and the blocks of text inside them.
+
+A source is a folder of `*.parquet` or `*.jsonl` shards, sorted by name; the last one validates. The embedded corpus
+and datasets of the hub are written as such a folder on first use. A block is what is read at once: a parquet row
+group, or 1000 lines of jsonl.
+
+Sources that `datasets` loads, from the hub or from the disk, written as a folder of parquet shards on first use.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.config import UserError, nearest
+from nanochat.data import embedded
+from nanochat.distributed import base_dir
+
+JSONL_BLOCK_LINES = 1000
+CLIMBMIX_VAL = "shard_06542.parquet"
+DATA_COMMAND = "torchrun launch.py --experiment=data"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where documents come from and how they are read.
+
+    Attributes:
+        source: embedded, climbmix, a folder of *.parquet / *.jsonl, hub:<dataset>[:<config>[:<split>]], or a local
+            path that `datasets` can load.
+        text_column: the column (or JSON field) that holds a document's text.
+        skip_bad_shards: leave out an unreadable shard, with a warning, instead of stopping.
+        token_cache: keep the tokens of documents on disk, so that a second pass does not tokenize again.
+        buffer_docs: documents among which the packing chooses.
+        shuffle: visit the shards and their blocks in an order drawn from the seed, anew in every epoch.
+        prefetch_batches: batches prepared ahead of the accelerator.
+        tokenizer_threads: threads that tokenize; none: one per core.
+    """
+
+    source: str = "climbmix"
+    text_column: str = "text"
+    skip_bad_shards: bool = False
+    token_cache: bool = True
+    buffer_docs: int = 1000
+    shuffle: bool = True
+    prefetch_batches: int = 4
+    tokenizer_threads: int | None = None
+
+
+class CorruptShardError(UserError):
+    """A shard that cannot be read; `path` names it."""
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(
+            f"{path}: {what}; mend, replace or delete the file, or leave it out with --set data.skip_bad_shards=true"
+        )
+        self.path = path
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of documents, or the training or validation part of the only file that there is.
+
+    Attributes:
+        path: the file.
+        fingerprint: name, size in bytes and time of change (ns): cheap, and different once the file changes.
+        part: which part of the file counts; a lone file's last 5% (whole blocks if it has more than one) validate.
+    """
+
+    path: Path
+    fingerprint: str
+    part: Literal["all", "train", "val"] = "all"
+
+
+def shards_of(config: DataConfig, split: Literal["train", "val"]) -> list[Shard]:
+    """Return the shards of a split, in order: the last file validates, the others train.
+
+    Raises:
+        UserError: the source does not exist or holds no shards.
+    """
+    folder = folder_of(config)
+    paths = [folder] if folder.is_file() else _shard_paths(folder)
+    if not paths:
+        raise UserError(f"data.source={config.source}: no *.parquet or *.jsonl in {folder}")
+    if len(paths) == 1:
+        return [_shard(paths[0], split)]
+    return [_shard(path, "all") for path in (paths[:-1] if split == "train" else paths[-1:])]
+
+
+def _shard(path: Path, part: Literal["all", "train", "val"]) -> Shard:
+    stat = path.stat()
+    return Shard(path, f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}:{part}", part)
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix in (".parquet", ".jsonl") and path.is_file())
+
+
+def folder_of(config: DataConfig) -> Path:
+    """Return the folder (or the single file) that holds the source's shards, building it where that is our job.
+
+    Raises:
+        UserError: there is no such source, or it cannot be built.
+    """
+    source = config.source
+    if source == "embedded":
+        folder = base_dir() / "embedded" / embedded.key()
+        build_once(folder, "the embedded corpus", embedded.build)
+        return folder
+    if source == "climbmix":
+        return _climbmix()
+    if source.startswith(("hub:", "hf:")):
+        return from_hub(source, config.text_column)
+    path = Path(source).expanduser()
+    if not path.exists():
+        near = nearest(source, ["embedded", "climbmix"])
+        raise UserError(
+            f"data.source={source}: no such file or folder{near if 'mean' in near else ''}"
+            " (embedded, climbmix, hub:<dataset> or a path)"
+        )
+    if path.is_file():
+        return path if path.suffix in (".parquet", ".jsonl") else from_disk(path, config.text_column)
+    return path if _shard_paths(path) else from_disk(path, config.text_column)
+
+
+def _climbmix() -> Path:
+    folder = base_dir() / "climbmix"
+    names = [path.name for path in _shard_paths(folder)]
+    if not names:
+        raise UserError(f"no climbmix shards in {folder}: download them with `{DATA_COMMAND}`")
+    if CLIMBMIX_VAL not in names:
+        raise UserError(f"{folder / CLIMBMIX_VAL}, which validates, is missing: fetch it with `{DATA_COMMAND}`")
+    if len(names) == 1:
+        raise UserError(f"{folder} holds only the validation shard: download more with `{DATA_COMMAND}`")
+    return folder
+
+
+def num_blocks(shard: Shard) -> int:
+    """Return the number of blocks in a shard.
+
+    Raises:
+        BadShardError: the file cannot be read.
+    """
+    start, stop, _ = _extent(shard)
+    return stop - start
+
+
+def read_block(shard: Shard, index: int, text_column: str) -> list[str]:
+    """Return the documents of block `index`; documents without text are left out.
+
+    Raises:
+        BadShardError: the file cannot be read.
+        UserError: it has no such column.
+    """
+    start, stop, inside = _extent(shard)
+    if not 0 <= index < stop - start:
+        raise IndexError(f"block {index} of {stop - start} in {shard.path}")
+    read = _read_parquet if shard.path.suffix == ".parquet" else _read_jsonl
+    texts = read(shard, start + index, text_column)
+    if inside:  # the only block of the only file: training and validation share it
+        if len(texts) < 2:
+            raise UserError(f"{shard.path}: a lone file needs two documents, one to train and one to validate")
+        cut = len(texts) - _held_out(len(texts))
+        texts = texts[:cut] if shard.part == "train" else texts[cut:]
+    return texts
+
+
+def texts(config: DataConfig, split: Literal["train", "val"]) -> Iterator[str]:
+    """Yield the documents of a split once, in the order of the files; bad shards are treated as `config` says."""
+    for shard in shards_of(config, split):
+        try:
+            for block in range(num_blocks(shard)):
+                yield from read_block(shard, block, config.text_column)
+        except CorruptShardError as error:
+            if not config.skip_bad_shards:
+                raise
+            print(f"warning: left out {error.path} from here on: {error}", flush=True)
+
+
+def _extent(shard: Shard) -> tuple[int, int, bool]:
+    """Return the shard's first block, the one after its last, and whether the split runs inside one block."""
+    blocks = _blocks_in_file(shard.path, shard.fingerprint)
+    if shard.part == "all" or blocks == 0:
+        return 0, blocks, False
+    if blocks == 1:
+        return 0, 1, True
+    cut = blocks - _held_out(blocks)
+    return (0, cut, False) if shard.part == "train" else (cut, blocks, False)
+
+
+def _held_out(count: int) -> int:
+    return max(1, count // 20)
+
+
+def _blocks_in_file(path: Path, fingerprint: str) -> int:
+    if path.suffix == ".jsonl":
+        return len(_jsonl_offsets(path, fingerprint))
+    return _parquet_row_groups(path, fingerprint)
+
+
+@functools.cache
+def _parquet_row_groups(path: Path, fingerprint: str) -> int:
+    with _parquet(path) as file:
+        return file.metadata.num_row_groups
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptShardError(path, f"unreadable parquet ({first_line(error)})") from None
+
+
+def _read_parquet(shard: Shard, index: int, text_column: str) -> list[str]:
+    with _parquet(shard.path) as file:
+        schema = file.schema_arrow
+        if text_column not in schema.names:
+            raise _no_column(shard.path, text_column, schema.names)
+        kind = schema.field(text_column).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise UserError(f"{shard.path}: column {text_column!r} holds {kind}, not text: set data.text_column")
+        column = file.read_row_group(index, columns=[text_column]).column(0)
+    try:
+        return [text for text in column.to_pylist() if text]
+    except UnicodeDecodeError as error:
+        raise CorruptShardError(shard.path, f"row group {index} is not UTF-8 ({error})") from None
+
+
+def _no_column(path: Path | str, column: str, names: Iterable[str]) -> UserError:
+    return UserError(f"{path}: no text column {column!r}, it has {', '.join(names)}: set data.text_column")
+
+
+@functools.cache
+def _jsonl_offsets(path: Path, fingerprint: str) -> tuple[int, ...]:
+    """Return the byte offset of every 1000th line."""
+    offsets, position = [], 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file):
+                if number % JSONL_BLOCK_LINES == 0:
+                    offsets.append(position)
+                position += len(line)
+    except OSError as error:
+        raise CorruptShardError(path, first_line(error)) from None
+    return tuple(offsets)
+
+
+def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
+    path = shard.path
+    texts = []
+    try:
+        with path.open("rb") as file:
+            file.seek(_jsonl_offsets(path, shard.fingerprint)[index])
+            lines = list(itertools.islice(file, JSONL_BLOCK_LINES))
+    except OSError as error:
+        raise CorruptShardError(path, first_line(error)) from None
+    for number, line in enumerate(lines, start=index * JSONL_BLOCK_LINES + 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # JSON and UTF-8 errors alike
+            raise CorruptShardError(path, f"line {number} is not JSON ({first_line(error)})") from None
+        if not isinstance(record, dict):
+            raise CorruptShardError(path, f"line {number} is not a JSON object")
+        if text_column not in record:
+            raise _no_column(f"{path} line {number}", text_column, record)
+        text = record[text_column]
+        if not isinstance(text, str | None):
+            raise CorruptShardError(path, f"line {number}: {text_column!r} is not text")
+        if text:
+            texts.append(text)
+    return texts
+
+
+SHARD_CHARS = 250_000_000
+VAL_CHARS = 10_000_000
+Rows = Iterable[Any]  # mappings from column to value
+
+
+def from_hub(source: str, text_column: str) -> Path:
+    """Return the folder of shards for `hub:<dataset>[:<config>[:<split>]]`, fetching the dataset the first time.
+
+    Raises:
+        UserError: the hub or the dataset cannot be reached, or has no such column.
+    """
+    name, *rest = source.split(":")[1:]
+    if not name or len(rest) > 2:
+        raise UserError(f"data.source={source}: expected hub:<dataset>[:<config>[:<split>]]")
+    subset, split = [*rest, "", ""][:2]
+    load = functools.partial(_load_dataset, name, subset or None, split=split or "train")
+    folder = base_dir() / "hub" / _slug(f"{name}:{subset}:{split or 'train'}:{text_column}")
+    build_once(folder, source, lambda target: _write_rows(load, target, source, text_column))
+    return folder
+
+
+def from_disk(path: Path, text_column: str) -> Path:
+    """Return the folder of shards for a local file or folder that `datasets` loads; a change is read anew.
+
+    Raises:
+        UserError: it cannot be read, or has no such column.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"data.source={path}: the folder is empty")
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(json.dumps([str(path.resolve()), text_column, stats]).encode()).hexdigest()[:16]
+    folder = base_dir() / "hub" / f"{_slug(path.stem)}-{digest}"
+    load = functools.partial(_load_local, path)
+    build_once(folder, str(path), lambda target: _write_rows(load, target, str(path), text_column))
+    return folder
+
+
+def _load_dataset(*args: Any, **options: Any) -> Rows:
+    import datasets  # takes seconds to import, and few sources need it
+
+    return datasets.load_dataset(*args, streaming=True, **options)
+
+
+def _load_local(path: Path) -> Rows:
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        import datasets
+
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.Dataset):
+            return saved
+        if "train" not in saved:
+            raise UserError(
+                f"data.source={path}: no split train; name one of {', '.join(map(str, saved))}: {path}/<split>"
+            )
+        return saved["train"]
+    if path.is_dir():
+        return _load_dataset(str(path), split="train")
+    kinds = {".csv": "csv", ".json": "json", ".txt": "text"}
+    if path.suffix not in kinds:
+        raise UserError(f"data.source={path}: expected a folder or a file of .parquet, .jsonl, {', '.join(kinds)}")
+    return _load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's name if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "__", text).strip("_") or "data"
+
+
+def _write_rows(load: Callable[[], Rows], folder: Path, source: str, text_column: str) -> None:
+    """Write documents as shards. Every hundredth, up to 10 million characters in all, goes to the validation shard."""
+    train: list[str] = []
+    val: list[str] = []
+    shards, train_chars, val_chars = 0, 0, 0
+    for number, text in enumerate(_loaded(load, source, text_column)):
+        if number % 100 == 1 and val_chars < VAL_CHARS:
+            val.append(text)
+            val_chars += len(text)
+            continue
+        train.append(text)
+        train_chars += len(text)
+        if train_chars >= SHARD_CHARS:
+            embedded.write_shard(folder / f"shard_{shards:05d}.parquet", train, column=text_column)
+            shards, train_chars = shards + 1, 0
+            train.clear()
+    if not val:
+        raise UserError(f"data.source={source}: needs two documents at least, one to train and one to validate")
+    for texts in [train, val]:
+        if texts:
+            embedded.write_shard(folder / f"shard_{shards:05d}.parquet", texts, column=text_column)
+            shards += 1
+
+
+def _loaded(load: Callable[[], Rows], source: str, text_column: str) -> Iterator[str]:
+    try:
+        for row in load():
+            if text_column not in row:
+                names = ", ".join(row)
+                raise UserError(
+                    f"data.source={source}: no column {text_column!r}, it has {names}: set data.text_column"
+                )
+            text = row[text_column]
+            if not isinstance(text, str | None):
+                raise UserError(f"data.source={source}: column {text_column!r} is not text: set data.text_column")
+            if text:
+                yield text
+    except UserError:
+        raise
+    except Exception as error:  # the hub, its caches and its readers fail in dozens of ways: one line for all
+        raise UserError(
+            f"data.source={source} cannot be read ({type(error).__name__}: {first_line(error)}); check the name and "
+            "the network, or use --set data.source=embedded"
+        ) from error
+
+
+def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> None:
+    """Let `build` fill a temporary folder that becomes `folder` when complete; one process builds, others wait.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if folder.is_dir():
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.with_name(f".{folder.name}.lock")):
+            if folder.is_dir():
+                return
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            print(f"writing {what} as parquet shards into {folder} (only this once)", flush=True)
+            build(temporary)
+            os.replace(temporary, folder)
+    except OSError as error:
+        if not folder.is_dir():  # else a process without our lock was quicker, which is as good
+            raise UserError(
+                f"{folder} cannot be written ({first_line(error)}): make room, or set NANOCHAT_BASE_DIR elsewhere"
+            ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an advisory lock on `path`; the system drops it when the process dies."""
+    with path.open("w") as file:
+        with contextlib.suppress(ImportError):  # Windows has no fcntl: there every process builds its own copy
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

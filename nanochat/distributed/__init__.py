@@ -1,0 +1,40 @@
+"""Processes and devices: what torchrun gives, collectives, where tensors live, torch.compile, GPU data."""
+
+from typing import TYPE_CHECKING
+
+from nanochat.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from nanochat.distributed import collectives, compile, hardware, runtime, sharding
+    from nanochat.distributed.collectives import (
+        ControlGroup,
+        LostRankError,
+        all_gather_ints,
+        all_gather_object,
+        broadcast_object,
+        create_group,
+        destroy_group,
+        raise_on_any_failure,
+    )
+    from nanochat.distributed.hardware import GIB, GPU_SPECS, GpuSpec
+    from nanochat.distributed.runtime import (
+        DTYPES,
+        Runtime,
+        all_reduce_max,
+        all_reduce_sum,
+        barrier,
+        base_dir,
+        choose_device,
+        choose_dtype,
+        close,
+        distributed_context,
+        free_bytes,
+        init,
+        mark_restart,
+        peak_flops,
+        synchronize,
+        was_restarted,
+    )
+    from nanochat.distributed.sharding import Gather, Layout, MuonAllToAll, ShardingConfig, mesh_shape, shard_dim
+
+__getattr__ = lazy_exports(__name__, __file__)

@@ -1,0 +1,13 @@
+"""What a run reports: metrics files, the progress bar, plots, reports."""
+
+from typing import TYPE_CHECKING
+
+from nanochat.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from nanochat.metrics import logger, plots, progress, report, run_folder
+    from nanochat.metrics.logger import MetricsConfig
+    from nanochat.metrics.report import Machine, Sample
+    from nanochat.metrics.run_folder import Curve, RunInfo
+
+__getattr__ = lazy_exports(__name__, __file__)

@@ -1,0 +1,385 @@
+"""AdamW and Muon as pure functions: `init` makes the state, `update` returns new parameters and new state.
+
+The state is a TensorDict: `step`, and for every optimizer group the moments of its parameters, so the state itself
+says which rule applies to which parameter. Hyperparameters are 0-d tensors: they change every step, and a compiled
+update does not recompile for that.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from nanochat import tree
+from nanochat.distributed import MuonAllToAll
+
+OptState = TensorDict
+Exchanges = Mapping[str, MuonAllToAll | None]
+NONE: Exchanges = {}
+Hparams = Mapping[str, Mapping[str, Tensor]]  # group -> name -> 0-d float32 tensor
+ADAM_EPS = 1e-10
+SMALL = 2**16  # elements below which an update is not worth compiling
+STACK = 2**28  # elements of a stack of matrices: enough to fill a GPU, and 1 GiB in float32 for each of a few copies
+SMEAR_LR = 0.2  # has no setting
+MATRIX = "matrix"  # the group that Muon updates; AdamW has the others
+
+# (a, b, c) of five Polar Express steps. Source: arXiv 2505.16932, 5 iterations, safety 2e-2, cushion 2.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+class Row(Protocol):
+    """What `init` needs of a row of the model's table."""
+
+    @property
+    def group(self) -> str:
+        """Name of the optimizer group."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Base learning rates, before they are scaled by width and batch size; see `rates`.
+
+    Attributes:
+        embedding_lr, unembedding_lr, matrix_lr, scalar_lr: of the tables, the output layer, the matrices, the scalars.
+        weight_decay: of the matrices, at the reference's batch and data size.
+        warmup_steps, warmdown_ratio, final_lr_fraction: the learning-rate schedule.
+    """
+
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+    weight_decay: float = 0.28
+    warmup_steps: int = 40
+    warmdown_ratio: float = 0.65
+    final_lr_fraction: float = 0.05
+
+
+def param_group_settings(
+    config: OptimConfig, n_embd: int, *, batch_scale: float = 1.0, weight_decay: float | None = None
+) -> dict[str, dict[str, float]]:
+    """Return the hyperparameters of every group, before any schedule.
+
+    Args:
+        config: base rates. n_embd: the width C, by which the rates of the tables scale as (C / 768)^-0.5.
+        batch_scale: sqrt(batch / reference batch), by which all rates but the smear's are multiplied.
+        weight_decay: of the matrices; the config's where it is None.
+    """
+    width = (n_embd / 768) ** -0.5
+    decay = config.weight_decay if weight_decay is None else weight_decay
+
+    def adamw(lr: float, beta1: float, beta2: float, weight_decay: float) -> dict[str, float]:
+        return {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay}
+
+    return {
+        "unembedding": adamw(config.unembedding_lr * width * batch_scale, 0.8, 0.96, 0.01),
+        "embedding": adamw(config.embedding_lr * width * batch_scale, 0.8, 0.995, 0.001),
+        "value_embedding": adamw(0.5 * config.embedding_lr * width * batch_scale, 0.8, 0.995, 0.01),
+        "resid": adamw(0.01 * config.scalar_lr * batch_scale, 0.8, 0.95, 0.05),
+        "x0": adamw(config.scalar_lr * batch_scale, 0.96, 0.95, 0.0),
+        "smear": adamw(SMEAR_LR, 0.8, 0.95, 0.0),
+        MATRIX: {"lr": config.matrix_lr * batch_scale, "momentum": 0.95, "beta2": 0.9, "weight_decay": decay},
+    }
+
+
+def as_hparams(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Tensor]]:
+    """Return `rates` with every number as a 0-d float32 tensor on the CPU, as `update` takes them."""
+    return {group: {k: torch.tensor(v, dtype=torch.float32) for k, v in row.items()} for group, row in rates.items()}
+
+
+def init(
+    params: TensorDict, spec: Mapping[str, Row], zeros: Callable[[str, torch.Size], Tensor] | None = None
+) -> OptState:
+    """Return the zero state for `params`: float32 moments, whatever the parameters are stored in.
+
+    Args:
+        params: nested TensorDict. spec: the model's table by dotted name; only its groups are read.
+        zeros: (parameter, shape of a moment of it) -> float32 zeros, where they do not lie on the parameter's device.
+
+    Returns:
+        {"step": 0-d int64, group: {"m", "v"}} for AdamW, {"momentum", "second"} for Muon, where `second` holds one
+        mean square per row (r, 1) where r >= c, and per column (1, c) where not.
+    """
+    flat = tree.flatten(params)
+    device = next(iter(flat.values())).device
+    zeros = zeros or (lambda _, shape: torch.zeros(shape, device=device))
+    state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.int64, device=device)}
+    for name, p in flat.items():
+        group = spec[name].group
+        if group == MATRIX:
+            mean_shape = list(p.shape)
+            mean_shape[reduced_axis(p.shape)] = 1
+            state[f"{group}.momentum.{name}"] = zeros(name, p.shape)
+            state[f"{group}.second.{name}"] = zeros(name, torch.Size(mean_shape))
+        else:
+            state[f"{group}.m.{name}"] = zeros(name, p.shape)
+            state[f"{group}.v.{name}"] = zeros(name, p.shape)
+    return tree.unflatten(state)
+
+
+class Rules(NamedTuple):
+    """The two update rules, to be swapped for compiled or in-place ones; see `adamw`, `muon` and `compiled`."""
+
+    adamw: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    muon: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def update(
+    grads: TensorDict,
+    opt_state: OptState,
+    params: TensorDict,
+    hparams: Hparams,
+    *,
+    grad_scale: Tensor | None = None,
+    keep: Tensor | None = None,
+    muon_dtype: torch.dtype | None = None,
+    exchanges: Exchanges = NONE,
+) -> tuple[TensorDict, OptState]:
+    """Return (new parameters, new state) after one step; the arguments are not changed.
+
+    Args:
+        grads: like `params`. opt_state: from `init` or the last `update`.
+        hparams: for each group of the state: lr, beta1, beta2 and weight_decay of AdamW; lr, momentum, beta2 and
+            weight_decay of Muon.
+        grad_scale: 0-d factor on the gradients. keep: 0-d bool; where True, everything stays as it was.
+        muon_dtype: dtype of the orthogonalisation; None keeps that of the momentum (float32).
+        exchanges: matrix -> how its parts on the ranks become whole matrices; none for those that are whole.
+    """
+    new: dict[str, Tensor] = {}
+    for _, names, tensors in _results(
+        Rules(adamw, muon), grads, opt_state, params, hparams, grad_scale, keep, muon_dtype, exchanges
+    ):
+        new.update(zip(names, tensors))
+    # In the order of the arguments, whatever the order of the groups.
+    flat_params = {name: new[f"params.{name}"] for name in tree.flatten(params)}
+    return tree.unflatten(flat_params), tree.unflatten({name: new[name] for name in tree.flatten(opt_state)})
+
+
+def update_(
+    grads: TensorDict,
+    opt_state: OptState,
+    params: TensorDict,
+    hparams: Hparams,
+    *,
+    grad_scale: Tensor | None = None,
+    keep: Tensor | None = None,
+    muon_dtype: torch.dtype | None = None,
+    exchanges: Exchanges = NONE,
+    rules: Rules | None = None,
+) -> None:
+    """Do what `update` does in the memory of `params` and `opt_state`, which the caller gives up.
+
+    Args:
+        rules: None for the plain ones, or those of `compiled`. The rest is as for `update`.
+    """
+    rules = rules or Rules(adamw_, muon)
+    results = _results(rules, grads, opt_state, params, hparams, grad_scale, keep, muon_dtype, exchanges)
+    for old, _, new in results:
+        for before, after in zip(old, new):
+            if after is not before:
+                before.copy_(after)
+        del old, new
+
+
+def compiled() -> Rules:
+    """Return the update rules, compiled: once for each shape and not for each parameter, at any depth.
+
+    What is small stays uncompiled: its time is that of a few launches, and compiling takes seconds.
+    """
+    # Shapes of several models in one process (a sweep over depths) may go beyond the default of 8.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    fast = [torch.compile(rule, fullgraph=True, dynamic=False) for rule in (adamw_, muon)]
+
+    def choose(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda p, *rest: (fast if p.numel() >= SMALL else plain)(p, *rest)
+
+    return Rules(choose(adamw_, fast[0]), choose(muon, fast[1]))
+
+
+def _results(
+    rules: Rules,
+    grads: TensorDict,
+    opt_state: OptState,
+    params: TensorDict,
+    hparams: Hparams,
+    grad_scale: Tensor | None,
+    keep: Tensor | None,
+    muon_dtype: torch.dtype | None,
+    exchanges: Exchanges,
+) -> Iterator[tuple[list[Tensor], list[str], list[Tensor]]]:
+    """Yield (old tensors, their names, new tensors), a few at a time; parameters are named params.<name>."""
+    flat_params, flat_grads = tree.flatten(params), tree.flatten(grads)
+    step = opt_state["step"] + 1
+    for group, h in hparams.items():
+        first_name, second_name = ("momentum", "second") if group == MATRIX else ("m", "v")
+        first, second = tree.flatten(opt_state[group, first_name]), tree.flatten(opt_state[group, second_name])
+        for names in _alike(first, exchanges) if group == MATRIX else [[name] for name in first]:
+            old = [[source[n] for n in names] for source in (flat_params, flat_grads, first, second)]
+            if group == MATRIX:
+                stacks = (torch.stack(part) for part in old)
+                new = rules.muon(*stacks, h, grad_scale, keep, muon_dtype, exchanges.get(names[0]))
+                parts = [list(part.unbind()) for part in new]
+            else:
+                new = rules.adamw(*(part[0] for part in old), step, h, grad_scale, keep)
+                parts = [[part] for part in new]
+            labels = ("params", f"{group}.{first_name}", f"{group}.{second_name}")
+            for label, before, after in zip(labels, (old[0], old[2], old[3]), parts):
+                yield before, [f"{label}.{name}" for name in names], after
+            del old, new, parts  # or they would live beside the next stack
+    yield [opt_state["step"]], ["step"], [step if keep is None else torch.where(keep, opt_state["step"], step)]
+
+
+def _alike(matrices: Mapping[str, Tensor], exchanges: Exchanges) -> list[list[str]]:
+    """Return the names in groups that may be stacked, none of them much over STACK elements."""
+    alike: dict[Any, list[str]] = {}
+    for name, matrix in matrices.items():
+        alike.setdefault((matrix.shape, exchanges.get(name)), []).append(name)
+    stacks = []
+    for (shape, _), names in alike.items():
+        n_stacks = max(round(len(names) * shape.numel() / STACK), 1)
+        each = -(-len(names) // n_stacks)
+        stacks += [names[i : i + each] for i in range(0, len(names), each)]
+    return stacks
+
+
+def adamw(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    h: Mapping[str, Tensor],
+    grad_scale: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (p, m, v) after one step of AdamW, computed in float32 and returned in the dtype of `p`.
+
+    p ← p·(1 - lr·wd); m ← lerp(m, g, 1-β1); v ← lerp(v, g², 1-β2); p ← p - lr·m̂ / (sqrt(v̂) + eps).
+
+    Args:
+        p, g: of one shape. m, v: the same in float32. step: 0-d, counts from 1.
+        h: lr, beta1, beta2, weight_decay as 0-d tensors. grad_scale: factor on `g`. keep: where True, no change.
+
+    Source: arXiv 1711.05101.
+    """
+    lr, beta1, beta2 = h["lr"], h["beta1"], h["beta2"]
+    g32 = g.float() if grad_scale is None else g.float() * grad_scale
+    new_m = m + (g32 - m) * (1 - beta1)
+    new_v = v + (g32 * g32 - v) * (1 - beta2)
+    t = step.float()
+    denominator = (new_v / (1 - beta2**t)).sqrt() + ADAM_EPS
+    decayed = p.float() * (1 - lr * h["weight_decay"])
+    new_p = (decayed - (lr / (1 - beta1**t)) * (new_m / denominator)).to(p.dtype)
+    return _where_kept(keep, (p, m, v), (new_p, new_m, new_v))
+
+
+def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `adamw` does in the memory of `p`, `m` and `v`; return them."""
+    for old, new in zip((p, m, v), adamw(p, g, m, v, *rest)):
+        old.copy_(new)
+    return p, m, v
+
+
+def muon(
+    p: Tensor,
+    g: Tensor,
+    momentum: Tensor,
+    second: Tensor,
+    h: Mapping[str, Tensor],
+    grad_scale: Tensor | None = None,
+    keep: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    exchange: MuonAllToAll | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (p, momentum, second) after one step of Muon, for a stack of matrices of one shape.
+
+    Nesterov momentum, orthogonalised, with its variance reduced and a cautious weight decay:
+    p ← p - lr'·u - lr'·wd·p·[u·p ≥ 0], lr' = lr·sqrt(max(1, r/c)).
+
+    Args:
+        p, g, momentum: (n, r, c). second: (n, r, 1) or (n, 1, c).
+        h: lr, momentum, beta2, weight_decay as 0-d tensors. grad_scale: factor on `g`. keep: where True, no change.
+        dtype: of the orthogonalisation; None: float32.
+        exchange: where all of these are one rank's parts of the matrices.
+
+    Source: https://kellerjordan.github.io/posts/muon/; NorMuon, arXiv 2510.05491.
+    """
+    g32 = g.float() if grad_scale is None else g.float() * grad_scale
+    new_momentum = momentum + (g32 - momentum) * (1 - h["momentum"])
+    u = g32 + (new_momentum - g32) * h["momentum"]
+    u, new_second = (u if dtype is None else u.to(dtype)), second
+    if exchange is not None:
+        u = exchange.to_whole(u, exchange.dim)
+        new_second = exchange.to_whole(second, exchange.moment_dim)
+    rows, columns = u.shape[-2:]
+    u, new_second = reduce_variance(orthogonalize(u).float(), new_second, h["beta2"])
+    if exchange is not None:
+        u = exchange.to_parts(u, exchange.dim, len(p))
+        new_second = exchange.to_parts(new_second, exchange.moment_dim, len(p))
+    lr = h["lr"] * max(1.0, rows / columns) ** 0.5
+    p32 = p.float()
+    decay = p32 * ((u * p32) >= 0) * h["weight_decay"]
+    new_p = (p32 - lr * (u + decay)).to(p.dtype)
+    return _where_kept(keep, (p, momentum, second), (new_p, new_momentum, new_second))
+
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _where_kept(keep: Tensor | None, old: Three, new: Three) -> Three:
+    if keep is None:
+        return new
+    p, first, second = (torch.where(keep, before, after) for before, after in zip(old, new))
+    return p, first, second
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Return the nearest semi-orthogonal matrices to a stack (n, r, c), scaled to Frobenius norm sqrt(min(r, c)).
+
+    Rows are first brought to equal norms; then five Polar Express steps push all singular values towards one.
+    Source: arXiv 2505.16932.
+    """
+    rows, columns = x.shape[-2:]
+    norm = x.norm(dim=(-2, -1), keepdim=True)
+    x = x * (norm / rows**0.5 / x.norm(dim=-1, keepdim=True).clamp_min(1e-6))
+    x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    tall = rows > columns
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x * (min(rows, columns) ** 0.5 / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-6))
+
+
+def reduced_axis(shape: torch.Size | tuple[int, ...]) -> int:
+    """Return the axis that the variance is averaged over: columns (-1) where r >= c, else rows (-2)."""
+    return -1 if shape[-2] >= shape[-1] else -2
+
+
+def reduce_variance(u: Tensor, second: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (u, second): `u` with rows or columns divided by their running root mean square, its norm kept.
+
+    Args:
+        u: (n, r, c) float32. second: running mean squares, (n, r, 1) or (n, 1, c). beta2: 0-d.
+
+    Source: NorMuon, arXiv 2510.05491.
+    """
+    axis = reduced_axis(u.shape)
+    size = u.shape[axis]
+    mean_square = u.square().mean(axis, keepdim=True)
+    second = second + (mean_square - second) * (1 - beta2)
+    scale = second.clamp_min(1e-10).rsqrt()
+    before = (size * mean_square.sum((-2, -1), keepdim=True)).sqrt()
+    after = (size * mean_square * scale.square()).sum((-2, -1), keepdim=True).sqrt()
+    return u * (scale * (before / after.clamp_min(1e-10))), second

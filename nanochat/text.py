@@ -1,0 +1,39 @@
+"""Numbers and spans of time as people read them."""
+
+import math
+
+_SUFFIXES = ("", "k", "M", "B", "T")
+
+
+def format_count(number: float) -> str:
+    """Return `number` with three significant digits and k, M, B or T: 1_234_567 is "1.23M", 8200 is "8.2k"."""
+    if not math.isfinite(number):
+        return str(float(number))
+    # Rounding comes first, so that 999_999 becomes 1M and not 1000k.
+    rounded = float(f"{number:.3g}")
+    power = 0
+    while abs(rounded) >= 1000 and power < len(_SUFFIXES) - 1:
+        rounded, power = rounded / 1000, power + 1
+    return f"{rounded:.3g}{_SUFFIXES[power]}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a span of time in its two largest units: 120ms, 3m12s, 1h02m, 2d05h; "?" if not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 0:
+        return f"-{format_duration(-seconds)}"
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.2g}ms" if seconds else "0s"
+    if seconds < 9.95:
+        return f"{seconds:.2g}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    hours = round(seconds / 3600)
+    return f"{hours // 24}d{hours % 24:02d}h"

@@ -1,0 +1,28 @@
+"""Training: the pure step, the loop around it, and the stages (pretraining, fine-tuning, RL)."""
+
+from typing import TYPE_CHECKING
+
+from nanochat.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from nanochat.train import activation_memory, config, init_from, pipeline, planner, rl, sft, stage, step
+    from nanochat.train.activation_memory import BufferLifetimes
+    from nanochat.train.config import (
+        PROMPTS,
+        EvalConfig,
+        StageConfig,
+        build_step_functions,
+        estimate_batch_size,
+        progress_from,
+        run_folder,
+        try_batch_size,
+    )
+    from nanochat.train.init_from import InitCheckpoint
+    from nanochat.train.pipeline import StageStatus
+    from nanochat.train.planner import Estimate
+    from nanochat.train.rl import Reward, Rollout, RolloutConfig
+    from nanochat.train.sft import Packing
+    from nanochat.train.stage import Evaluation, Job, Result, Stage, child, run_stage, was_restarted_here
+    from nanochat.train.step import Progress, StopFlag, TrainConfig, TrainState, gradient, init, make_update, train_step
+
+__getattr__ = lazy_exports(__name__, __file__)

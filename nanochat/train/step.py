@@ -1,0 +1,366 @@
+"""Training as a pure step on a state, and the one loop around it that every stage uses."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from nanochat import distributed, optim, transform, tree
+from nanochat.config import UserError
+from nanochat.distributed import Layout, sharding
+from nanochat.optim import Hparams, OptState
+
+Batch = Mapping[str, Tensor]
+LossFn = Callable[[TensorDict, Batch], tuple[Tensor, dict[str, Tensor]]]
+PROBLEM = 1000  # above all signals
+MAX_SKIPPED_STEPS = 50  # consecutive steps without a finite loss before skipping gives up
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a step is computed.
+
+    Attributes:
+        grad: autograd (torch.autograd.grad over the compiled loss) or func (torch.func.grad_and_value itself).
+        attention: kernel, one of attention.KERNELS; fa3 from wherever it is to be had; auto is the fastest here.
+        linear: dense, in the compute dtype, or fp8 (of Hopper and later; emulated elsewhere); evaluation stays dense.
+        chunk_tokens: tokens whose logits live at once in the loss; none: 1024 on the CPU, where they stay in the cache,
+            else 8192.
+        memory_budget: share of the activations that is kept for the backward; below 1, some are computed again.
+        skip_nonfinite: go on after a step whose loss or gradient is not finite, leaving it out, instead of stopping.
+    """
+
+    grad: Literal["autograd", "func"] = "autograd"
+    attention: Literal["auto", "fa3", "fa3_hub", "fa3_torch", "fa2", "flex", "cudnn", "flash", "sdpa", "math"] = "auto"
+    linear: Literal["dense", "fp8"] = "dense"
+    chunk_tokens: int | None = None
+    memory_budget: float = 1.0
+    skip_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise UserError(f"train.chunk_tokens={self.chunk_tokens}: must be at least 1")
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and changes; a checkpoint holds it whole.
+
+    Attributes:
+        step: 0-d int64, steps done. params: nested TensorDict. opt_state: optim's TensorDict.
+        scaler: {"scale": 0-d float32 factor on the loss, "good_steps": 0-d int64}; 1 unless computing in float16.
+    """
+
+    step: Tensor
+    params: TensorDict
+    opt_state: OptState
+    scaler: TensorDict
+
+
+def init(
+    params: TensorDict,
+    spec: Mapping[str, optim.Row],
+    compute_dtype: torch.dtype = torch.float32,
+    layout: Layout | None = None,
+) -> TrainState:
+    """Return the state before the first step; on the device of `params`, the meta device included.
+
+    Args:
+        params: as they lie between steps. spec: the model's table. layout: of several ranks, or None.
+    """
+    device = tree.leaves(params)[0].device
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    zeros = None if layout is None else (lambda name, shape: sharding.zeros(layout, name, shape, device))
+    return TrainState(step, params, optim.init(params, spec, zeros), init_scaler(compute_dtype, device))
+
+
+def init_scaler(compute_dtype: torch.dtype, device: torch.device) -> TensorDict:
+    """Return the factor on the loss before the first step: 2**16 for float16, else 1."""
+    scale = 2.0**16 if compute_dtype == torch.float16 else 1.0
+    leaves = {
+        "scale": torch.full((), scale, device=device),
+        "good_steps": torch.zeros((), dtype=torch.int64, device=device),
+    }
+    return TensorDict(leaves, batch_size=[])
+
+
+ValueAndGrad = Callable[[TensorDict, Batch, Tensor], tuple[TensorDict, tuple[Tensor, dict[str, Tensor]]]]
+Update = Callable[[TrainState, TensorDict, Tensor, Tensor, Hparams], tuple[TrainState, dict[str, Tensor]]]
+
+
+def train_step(
+    state: TrainState,
+    batches: Sequence[Batch],
+    hparams: Hparams,
+    *,
+    value_and_grad: ValueAndGrad,
+    update: Update,
+    enter: Callable[[TensorDict], TensorDict] = lambda params: params,
+    reduce: Callable[[TensorDict], TensorDict] = lambda grads: grads,
+) -> tuple[TrainState, dict[str, Tensor]]:
+    """Return the state after one optimizer step, and its metrics; what changes in place is up to `update`.
+
+    Args:
+        state: before the step. batches: this rank's micro-batches of equal size, whose gradients are averaged.
+        hparams: 0-d tensors by group, see `optim.update`.
+        value_and_grad, update: from `gradient` and `make_update`.
+        enter: parameters as they lie -> as the step computes with them. reduce: a rank's gradients -> their sum over
+            the ranks. See `sharding`.
+
+    Returns:
+        The new state, unchanged but for `step` and `scaler` where loss or gradient are not finite; and
+        {"loss", "grad_norm": 0-d float32, "finite": 0-d bool}.
+    """
+    scale, params = state.scaler["scale"], enter(state.params)
+    grads, (loss, _) = value_and_grad(params, batches[0], scale)
+    if len(batches) > 1:
+        grads = tree.map(lambda g: g.float(), grads)  # a sum of many in bfloat16 would lose the late ones
+    for batch in batches[1:]:
+        more, (value, _) = value_and_grad(params, batch, scale)
+        tree.map(lambda total, g: total.add_(g), grads, more)  # the sum is ours alone: in place
+        loss = loss + value
+    del params  # gathered ones take room that the update can use, and so do whole gradients
+    grads = reduce(grads)
+    n = len(batches)
+    return update(state, grads, 1 / (n * scale), loss / n, hparams)
+
+
+def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: Callable[[Any], Any] | None = None) -> ValueAndGrad:
+    """Return (params, batch, scale) -> (gradients of scale·loss, (loss, aux)).
+
+    Args:
+        loss_fn: (params, batch) -> (0-d loss, aux). grad: see `TrainConfig`.
+        compile: `compiling.compile` with its settings bound, or None.
+    """
+    compile = compile or (lambda f: f)
+
+    def scaled(params: TensorDict, batch: Batch, scale: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+        loss, aux = loss_fn(params, batch)
+        return loss * scale, (loss, aux)
+
+    if grad == "func":
+        whole = compile(torch.func.grad_and_value(scaled, has_aux=True))
+    else:
+        # Only the loss is compiled: AOTAutograd keeps its partitioner, and custom backwards work.
+        whole = transform.value_and_grad(compile(scaled), has_aux=True)
+
+    def value_and_grad(params: TensorDict, batch: Batch, scale: Tensor) -> Any:
+        grads, (_, aux) = whole(params, batch, scale)
+        return grads, aux
+
+    return value_and_grad
+
+
+def make_update(
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+    donate: bool = False,
+    layout: Layout | None = None,
+) -> Update:
+    """Return (state, grads, grad_scale, loss, hparams) -> (state, metrics), which leaves a non-finite step out.
+
+    The loss is a rank's own, the gradients are summed over the ranks; their means decide, so that all ranks take or
+    leave a step alike.
+
+    Args:
+        compute_dtype: Muon orthogonalises in bfloat16 when it is that; float16 has a dynamic loss scale.
+        donate: write the new state into the memory of the old one, which the caller gives up, instead of allocating
+            a second one (as jax.jit's donate_argnums); Muon still needs a few copies of its largest stack for a moment.
+        compile: whether the donating update is compiled. layout: of several ranks, or None.
+    """
+    muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
+    rules = optim.compiled() if compile and donate else None
+
+    @torch.no_grad()
+    def update(
+        state: TrainState, grads: TensorDict, grad_scale: Tensor, loss: Tensor, hparams: Hparams
+    ) -> tuple[TrainState, dict[str, Tensor]]:
+        grad_scale = grad_scale if layout is None else grad_scale / layout.ranks
+        loss, norm = sharding.loss_and_norm(layout, loss, grads)
+        grad_norm = norm * grad_scale
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        scaler = _rescale(state.scaler, finite) if compute_dtype == torch.float16 else state.scaler
+        params, opt_state = state.params, state.opt_state
+        how: dict[str, Any] = {"grad_scale": grad_scale, "keep": ~finite, "muon_dtype": muon_dtype}
+        if layout is not None:
+            second = tree.flatten(opt_state.get((optim.MATRIX, "second"), {}))
+            how["exchanges"] = {name: sharding.muon_all_to_all(layout, name, x.shape) for name, x in second.items()}
+            params, opt_state = sharding.parts(layout, params), sharding.local(opt_state)
+        if donate:
+            optim.update_(grads, opt_state, params, hparams, rules=rules, **how)
+            sharding.join_(layout, state.params)
+            new = TrainState(state.step + 1, state.params, state.opt_state, scaler)
+        else:
+            params, opt_state = optim.update(grads, opt_state, params, hparams, **how)
+            if layout is not None:
+                params = sharding.like(state.params, sharding.join(layout, params))
+                opt_state = sharding.like(state.opt_state, opt_state)
+            new = TrainState(state.step + 1, params, opt_state, scaler)
+        return new, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
+
+    return update
+
+
+def _rescale(scaler: TensorDict, finite: Tensor, patience: int = 2000) -> TensorDict:
+    """Return the loss scale halved after a non-finite step, doubled after `patience` finite ones."""
+    good = torch.where(finite, scaler["good_steps"] + 1, 0)
+    grown = good >= patience
+    scale = torch.where(finite, torch.where(grown, scaler["scale"] * 2, scaler["scale"]), scaler["scale"] / 2)
+    return TensorDict({"scale": scale, "good_steps": torch.where(grown, 0, good)}, batch_size=[])
+
+
+class NonFiniteLossError(UserError):
+    """The loss or the gradient stopped being finite; the state is still that of before the step."""
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT: the loop finishes its step, saves and returns."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.since = 0.0
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def agreed(self, problem: bool = False) -> bool:
+        """Return whether a signal, or a problem, has reached any rank; a signal then counts as every rank's."""
+        found = distributed.all_reduce_max(PROBLEM if problem else int(self.signal or 0))
+        if found and found != PROBLEM:
+            self.signal = self.signal or signal.Signals(found)
+        return bool(found)
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Within, the first SIGTERM or SIGINT only sets the flag; a SIGINT more than two seconds later interrupts at once.
+
+    torchrun passes a Ctrl-C on that the terminal has already sent, hence the two seconds.
+    """
+    flag = StopFlag()
+
+    def handle(number: int, _frame: Any) -> None:
+        if flag and number == signal.SIGINT and time.monotonic() - flag.since > 2:
+            raise KeyboardInterrupt
+        if not flag:
+            flag.signal, flag.since = signal.Signals(number), time.monotonic()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Progress(NamedTuple):
+    """What the loop knows beside the state; saved with it, so that a resumed run goes on as if it never stopped.
+
+    Attributes:
+        step: steps done. loader: the data loader's state, None before the first step. ema: running loss (metrics.ema).
+        skipped_steps: steps left out because loss or gradient were not finite.
+        tokens: of these steps, all ranks together.
+        timed_tokens, timed_seconds: of the steps but the first ten of each start.
+        wall_seconds: since the first step began, evaluations and all, without the time between a stop and a resume.
+        done: whether the last step was the run's last.
+    """
+
+    step: int = 0
+    loader: Any = None
+    ema: Any = None
+    skipped_steps: int = 0
+    tokens: int = 0
+    timed_tokens: int = 0
+    timed_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    done: bool = False
+
+
+def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
+    """Return micro-batches of `rows` rows each of a whole batch; None: the batch as it is."""
+    if rows is None:
+        return [batch]
+    parts = {name: x.split(rows) for name, x in batch.items()}
+    return [dict(zip(parts, values)) for values in zip(*parts.values())]
+
+
+def fit(
+    state: TrainState,
+    progress: Progress,
+    batches: Iterator[tuple[Batch, Any, dict[str, float]]],
+    *,
+    num_steps: int | None,
+    rows: int | None,
+    step_fn: Callable[[TrainState, Sequence[Batch], Hparams], tuple[TrainState, dict[str, Tensor]]],
+    hparams_at: Callable[[int, Mapping[str, float]], Hparams],
+    after_step: Callable[[TrainState, Progress, dict[str, float]], Progress],
+    save: Callable[[TrainState, Progress], None],
+    stop: StopFlag,
+    skip_nonfinite: bool = False,
+) -> tuple[TrainState, Progress]:
+    """Run steps `progress.step` … num_steps - 1, or to the last batch; return the last state and progress.
+
+    Args:
+        state, progress: where to begin; `state` is given up to `step_fn`.
+        batches: (batch of a whole step, loader state after it, statistics); all ranks come to its end together.
+        num_steps: None: as many as there are batches.
+        rows: of a micro-batch; None: a batch is not split. step_fn: `train_step` with its functions bound.
+        hparams_at: (step, statistics of its batch) -> hyperparameters.
+        after_step: logs, saves and evaluates as is due, given the step's numbers; returns the progress, updated.
+        save: called before a stop, by a signal, by the data or by a non-finite loss. stop: set by a signal.
+
+    Raises:
+        NonFiniteLossError: after saving the state of before the step, unless `skip_nonfinite`.
+        UserError: of the data, after saving.
+    """
+
+    def keep(state: TrainState, progress: Progress) -> None:
+        if progress.loader is not None:  # before the first step there is nothing that the seed does not give again
+            save(state, progress)
+
+    skipped, last = 0, time.perf_counter()
+    while num_steps is None or progress.step < num_steps:
+        started = time.perf_counter()
+        found, problem = None, None
+        try:
+            found = None if stop else next(batches, None)
+        except UserError as error:
+            problem = error
+        if stop.agreed(problem is not None):  # on one rank: all ranks end here together
+            keep(state, progress)
+            line = distributed.create_group()
+            with distributed.raise_on_any_failure(line):  # the same message on all
+                if problem:
+                    raise problem
+            break
+        if found is None:
+            break
+        batch, loader, stats = found
+        waited = time.perf_counter() - started
+        before = state
+        state, tensors = step_fn(state, split_batch(batch, rows), hparams_at(progress.step, stats))
+        numbers = {name: float(value) for name, value in tensors.items()}  # waits for the device: a step's one sync
+        seconds = time.perf_counter() - started
+        skipped = 0 if numbers.pop("finite") else skipped + 1
+        if skipped and (not skip_nonfinite or skipped > MAX_SKIPPED_STEPS):
+            keep(state._replace(step=torch.full_like(state.step, progress.step), scaler=before.scaler), progress)
+            what = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
+            raise NonFiniteLossError(f"step {progress.step}: the {what} is not finite")
+        now = time.perf_counter()
+        progress = progress._replace(
+            step=progress.step + 1,
+            loader=loader,
+            skipped_steps=progress.skipped_steps + bool(skipped),
+            wall_seconds=progress.wall_seconds + now - last,
+        )
+        last = now
+        timing = {"step_seconds": seconds, "data_wait_seconds": waited}
+        progress = after_step(state, progress, numbers | stats | timing)
+    return state, progress

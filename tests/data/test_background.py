@@ -1,0 +1,136 @@
+"""Running ahead: order, errors, and threads that end."""
+
+import gc
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from nanochat.data import PrefetchStopped, prefetch
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def running() -> int:
+    return sum(thread.name == "run-ahead" for thread in threading.enumerate())
+
+
+def test_gives_the_items_in_order_and_ends() -> None:
+    assert list(prefetch(lambda check: iter(range(100)), depth=3)) == list(range(100))
+    assert list(prefetch(lambda check: iter([None, (), StopIteration()]), depth=1))[:2] == [None, ()]
+    assert running() == 0
+
+
+def test_runs_ahead_as_far_as_told() -> None:
+    made = []
+
+    def make(check: Callable[[], None]) -> Iterator[int]:
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    items = prefetch(make, depth=4)
+    assert made == [], "nothing runs before the first item is asked for"
+    assert next(items) == 0
+    assert wait_for(lambda: len(made) == 6)  # one taken, four ready, one waiting for room
+    time.sleep(0.2)
+    assert len(made) == 6
+    items.close()
+
+
+def test_an_error_comes_with_its_type_after_the_items_before_it() -> None:
+    class Odd(Exception):
+        pass
+
+    def make(check: Callable[[], None]) -> Iterator[int]:
+        yield from range(3)
+        raise Odd("three")
+
+    items = prefetch(make, depth=2)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(Odd, match="three"):
+        next(items)
+    assert wait_for(lambda: running() == 0)
+
+
+@pytest.mark.parametrize("how", ["close", "forget", "error"])
+def test_the_thread_ends_with_the_generator(how: str) -> None:
+    closed = threading.Event()
+
+    def make(check: Callable[[], None]) -> Iterator[int]:
+        try:
+            yield from range(10**9)
+        finally:
+            closed.set()
+
+    items = prefetch(make, depth=2)
+    next(items)
+    started = time.monotonic()
+    if how == "close":
+        items.close()
+    elif how == "forget":
+        del items
+        gc.collect()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            items.throw(KeyboardInterrupt())
+    assert running() == 0
+    assert time.monotonic() - started < 1
+    assert wait_for(closed.is_set), "the iterator's own clean-up did not run"
+
+
+def test_long_work_is_stopped_by_its_check() -> None:
+    stopped = threading.Event()
+
+    def make(check: Callable[[], None]) -> Iterator[int]:
+        yield 0
+        try:
+            while True:
+                check()
+                time.sleep(0.01)
+        except PrefetchStopped:
+            stopped.set()
+            raise
+
+    items = prefetch(make, depth=2)
+    next(items)
+    items.close()
+    assert stopped.is_set() and running() == 0
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("pass", 0), ("raise RuntimeError('boom')", 1), ("next(stuck)", -2)],
+    ids=["end", "error", "^C"],
+)
+def test_the_process_ends_though_a_generator_is_open(ending: str, code: int) -> None:
+    program = f"""
+        import itertools, os, signal, threading, time
+        from nanochat.background import run_ahead
+        def wait(check):
+            while True:
+                check()
+                time.sleep(0.01)
+                yield from ()
+        items = run_ahead(lambda check: itertools.count(), depth=2)
+        next(items)
+        stuck = run_ahead(wait, depth=2)
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start() if "stuck" in {ending!r} else None
+        {ending}
+    """
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert result.returncode == code, result.stderr
+    assert "Exception ignored" not in result.stderr and "Fatal" not in result.stderr
+    assert time.monotonic() - started < 10

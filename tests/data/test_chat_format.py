@@ -1,0 +1,245 @@
+"""Conversations: rendered ids and masks against literals, what is refused, and the reader of streamed answers."""
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.config import UserError
+from nanochat.data import SPECIALS, ConversationError, Piece, Reader, Tokenizer, chat_format
+
+# Bytes are their own ids, and three tokens were learned; the specials follow.
+TOK = Tokenizer((*(bytes([i]) for i in range(256)), b"he", b"\n\n", " é".encode()))
+BOS, USER, USER_END, BOT, BOT_END, PY, PY_END, OUT, OUT_END = range(259, 268)
+TOOL = [
+    {"type": "text", "text": "hm "},
+    {"type": "python", "text": "2*3"},
+    {"type": "python_output", "text": "6"},
+    {"type": "text", "text": "!"},
+]
+
+
+def talk(*contents: Any, system: str | None = None) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(contents)
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    return {"messages": ([{"role": "system", "content": system}] if system is not None else []) + messages}
+
+
+def test_a_conversation_of_two_turns_is_rendered_with_its_mask() -> None:
+    ids, mask = chat_format.render(TOK, talk("hey", "he é", "q", "r"))
+    # fmt: off
+    assert ids == [
+        BOS, USER, 256, ord("y"), USER_END, BOT, 256, 258, BOT_END,
+        USER, ord("q"), USER_END, BOT, ord("r"), BOT_END,
+    ]
+    assert mask == [0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1]
+    # fmt: on
+
+
+def test_the_system_message_goes_before_the_first_user_message_with_a_blank_line() -> None:
+    ids, mask = chat_format.render(TOK, talk("b", "c", "d", "e", system="a"))
+    assert ids[:7] == [BOS, USER, ord("a"), 257, ord("b"), USER_END, BOT]
+    assert ids[9:12] == [USER, ord("d"), USER_END]
+    assert mask == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1]
+
+
+def test_tool_calls_are_learned_with_their_markers_and_outputs_are_not() -> None:
+    ids, mask = chat_format.render(TOK, talk("x", TOOL))
+    # fmt: off
+    assert ids == [
+        BOS, USER, ord("x"), USER_END, BOT, ord("h"), ord("m"), ord(" "), PY, ord("2"), ord("*"), ord("3"), PY_END,
+        OUT, ord("6"), OUT_END, ord("!"), BOT_END,
+    ]
+    assert mask == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1]
+    # fmt: on
+
+
+def test_parts_are_encoded_one_by_one() -> None:
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "e"}]
+    assert chat_format.render(TOK, talk("x", parts))[0][5:7] == [ord("h"), ord("e")]
+
+
+@pytest.mark.parametrize("place", ["system", "user", "assistant", "python", "python_output"])
+def test_text_never_becomes_a_special_token(place: str) -> None:
+    evil = "".join(SPECIALS)
+    if place in ("python", "python_output"):
+        said = talk("u", [{"type": place, "text": evil}])
+    else:
+        said = talk(evil if place == "user" else "u", evil if place == "assistant" else "a")
+        if place == "system":
+            said = talk("u", "a", system=evil)
+    ids, _ = chat_format.render(TOK, said)
+    extra = {"python": [PY, PY_END], "python_output": [OUT, OUT_END]}.get(place, [])
+    assert [i for i in ids if i >= BOS] == [BOS, USER, USER_END, BOT, *extra, BOT_END]
+    assert evil in TOK.decode([i for i in ids if i < BOS])
+
+
+def test_ids_and_mask_are_cut_at_max_tokens() -> None:
+    ids, mask = chat_format.render(TOK, talk("hey", "he é"))
+    for length in (1, 6, 7, 9, 100):
+        assert chat_format.render(TOK, talk("hey", "he é"), length) == (ids[:length], mask[:length])
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        chat_format.render(TOK, talk("hey"), 0)
+
+
+def test_rendering_leaves_the_conversation_as_it_was() -> None:
+    said = talk("b", TOOL, system="a")
+    before = repr(said)
+    chat_format.render(TOK, said)
+    assert repr(said) == before
+
+
+def test_a_prompt_ends_where_the_answer_begins() -> None:
+    said = talk("hey", "he é", "q", system="s")
+    ids, _ = chat_format.render(TOK, said)
+    assert chat_format.prompt(TOK, said["messages"]) == [*ids, BOT]
+    whole, _ = chat_format.render(TOK, talk("hey", "he é", "q", "r", system="s"))
+    assert whole[: len(ids) + 1] == [*ids, BOT]
+    with pytest.raises(ConversationError, match="message 2: the last message must be the user's"):
+        chat_format.prompt(TOK, talk("hey", "you")["messages"])
+
+
+USER_X, BOT_X = {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}
+SYSTEM_X = {"role": "system", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ([USER_X], 'expected a conversation {"messages"'),
+        ({}, 'expected a conversation {"messages"'),
+        ({"messages": "hello"}, 'expected a conversation {"messages"'),
+        ({"messages": []}, "no user message: add one"),
+        ({"messages": [SYSTEM_X]}, "no user message: add one after the system's"),
+        ({"messages": ["hello"]}, r"message 1: expected an object .* got 'hello'"),
+        ({"messages": [{"role": "user"}]}, r"message 1: expected an object"),
+        ({"messages": [BOT_X]}, "message 1: role 'assistant', expected user"),
+        ({"messages": [USER_X, USER_X]}, "message 2: role 'user', expected assistant"),
+        ({"messages": [SYSTEM_X, USER_X, BOT_X, BOT_X]}, "message 4: role 'assistant', expected user"),
+        ({"messages": [USER_X, SYSTEM_X]}, "message 2: role 'system', expected assistant.*comes first if at all"),
+        ({"messages": [SYSTEM_X, SYSTEM_X]}, "message 2: role 'system', expected user"),
+        ({"messages": [{"role": [], "content": ""}]}, r"message 1: role \[\], expected user"),
+        ({"messages": [{"role": "user", "content": TOOL}]}, "message 1: content of the user must be a string"),
+        ({"messages": [{"role": "system", "content": None}, USER_X]}, "message 1: content of the system must be"),
+        (talk("x", None), "message 2: content must be a string or a list of parts, got None"),
+        (talk("x", ["text"]), r"message 2, part 1: expected .*python_output.* got 'text'"),
+        (talk("x", [TOOL[0], {"type": "image", "text": ""}]), "message 2, part 2: .*'image'"),
+        (talk("x", [{"type": "text", "text": 3}]), "message 2, part 1: .* got "),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(said: Any, message: str) -> None:
+    for refuse in (chat_format.check, lambda c: chat_format.render(TOK, c)):
+        with pytest.raises(ConversationError, match=message) as caught:
+            refuse(said)
+        assert isinstance(caught.value, UserError) and isinstance(caught.value, ValueError)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_right_passes_the_check() -> None:
+    for said in (talk("x"), talk("x", "y"), talk("", "", system=""), talk("x", TOOL, "z"), talk("x", [])):
+        assert chat_format.check({**said, "source": "other keys are none of our business"}) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The content of an answer
+
+
+def test_content_is_the_inverse_of_render() -> None:
+    for said in ("he é", "", TOOL, TOOL[1:3], [*TOOL[1:3], *TOOL[1:3]], [{"type": "python", "text": ""}]):
+        ids, _ = chat_format.render(TOK, talk("x", said))
+        assert chat_format.content(TOK, ids[5:]) == said
+        assert chat_format.content(TOK, ids[5:-1]) == said
+
+
+def test_content_of_broken_answers() -> None:
+    assert chat_format.content(TOK, []) == ""
+    assert chat_format.content(TOK, [ord("a"), PY_END, ord("b"), BOS]) == "ab"
+    assert chat_format.content(TOK, [PY, ord("1")]) == [{"type": "python", "text": "1"}]
+    assert chat_format.content(TOK, [0xC3]) == "\ufffd"
+    for said in ([PY, PY, OUT], [OUT_END, 0xFF, PY], [USER, USER_END]):
+        content = chat_format.content(TOK, said)
+        chat_format.render(TOK, talk("x", content))  # can be part of the history
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The reader
+
+
+def read(ids: list[int], tok: Tokenizer = TOK) -> list[Piece]:
+    reader = Reader(tok)
+    return [piece for token in ids for piece in reader.feed(token)] + reader.close()
+
+
+def test_a_reader_gives_whole_characters_by_kind() -> None:
+    reader = Reader(TOK)
+    assert reader.feed(256) == [Piece("text", "he")]
+    assert [reader.feed(byte) for byte in "🙂".encode()] == [[], [], [], [Piece("text", "🙂")]]
+    assert reader.feed(258) == [Piece("text", " é")]
+    assert [reader.feed(i) for i in (PY, ord("2"), PY_END)] == [[], [Piece("python", "2")], []]
+    assert [reader.feed(i) for i in (OUT, ord("2"), OUT_END)] == [[], [Piece("output", "2")], []]
+    assert [reader.feed(i) for i in (ord("k"), BOT_END)] == [[Piece("text", "k")], []]
+    assert reader.close() == []
+
+
+def test_a_reader_gives_up_on_an_unfinished_character_at_a_marker_and_at_the_end() -> None:
+    assert read([0xC3, PY, ord("1")]) == [Piece("text", "\ufffd"), Piece("python", "1")]
+    assert read([PY, 0xC3, PY_END, 0xA9]) == [Piece("python", "\ufffd"), Piece("text", "\ufffd")]
+    assert read([PY, 0xF0, 0x9F]) == [Piece("python", "\ufffd")]
+    assert read([0xC3, BOT_END]) == [Piece("text", "\ufffd")]
+    assert read([0xE2, ord("A")]) == [Piece("text", "\ufffdA")]
+    assert read([0xFF]) == [Piece("text", "\ufffd")]
+
+
+def test_a_reader_that_was_closed_is_as_new() -> None:
+    reader = Reader(TOK)
+    for token in (PY, ord("1"), 0xC3):
+        reader.feed(token)
+    assert reader.close() == [Piece("python", "\ufffd")]
+    assert reader.close() == []
+    assert reader.feed(ord("a")) == [Piece("text", "a")]
+
+
+@pytest.mark.parametrize("token", [-1, 268, 10**9])
+def test_a_reader_refuses_what_is_no_token(token: int) -> None:
+    with pytest.raises(ValueError, match=r"outside 0\.\.267"):
+        Reader(TOK).feed(token)
+
+
+@given(text=st.text(), data=st.data())
+def test_joined_pieces_are_the_text_however_it_is_split_into_tokens(text: str, data: st.DataObject) -> None:
+    raw = text.encode()
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(raw) - 1)))) if len(raw) > 1 else []
+    words = [raw[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(raw)]) if raw]
+    vocabulary = [*TOK.tokens[:256], *dict.fromkeys(word for word in words if len(word) > 1)]
+    tok = Tokenizer(tuple(vocabulary))
+    pieces = read([vocabulary.index(word) for word in words], tok)
+    assert "".join(piece.text for piece in pieces) == text
+    assert all(piece.text and piece.kind == "text" for piece in pieces)
+    assert Reader(tok).close() == []
+
+
+@given(raw=st.binary())
+def test_any_bytes_read_as_they_would_in_one(raw: bytes) -> None:
+    assert "".join(piece.text for piece in read(list(raw))) == raw.decode("utf-8", "replace")
+
+
+@given(ids=st.lists(st.integers(0, TOK.vocab_size - 1) | st.integers(BOS, OUT_END)))
+def test_tokens_in_any_order_are_read_and_can_be_rendered_again(ids: list[int]) -> None:
+    pieces = read(ids)
+    assert {piece.kind for piece in pieces} <= {"text", "python", "output"}
+    content = chat_format.content(TOK, ids)
+    chat_format.render(TOK, talk("x", content))
+    if all(i < 128 or i >= BOS for i in ids):  # no character of several bytes, which a special token may tear apart
+        said = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        assert said == "".join(piece.text for piece in pieces)
+
+
+def test_reading_costs_the_same_for_every_token() -> None:
+    # The reader keeps what is unfinished, not what it has read.
+    reader, draw = Reader(TOK), random.Random(0)
+    for _ in range(50_000):
+        reader.feed(draw.randrange(128))
+    state = reader._decoder.getstate()
+    assert len(state[0]) <= 3

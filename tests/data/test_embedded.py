@@ -1,0 +1,190 @@
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat.data import embedded
+
+PROSE = "This is a sentence of plain English, and it is not the only one that we have here."
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    folder = tmp_path_factory.mktemp("embedded")
+    start = time.process_time()
+    embedded.build(folder)
+    return folder, time.process_time() - start
+
+
+def shard_texts(folder: Path) -> list[list[str]]:
+    return [pq.read_table(path)["text"].to_pylist() for path in sorted(folder.iterdir())]
+
+
+def test_corpus_is_megabytes_of_prose_built_quickly(built: tuple[Path, float]):
+    folder, seconds = built
+    assert seconds < 60
+    shards = shard_texts(folder)
+    texts = [text for shard in shards for text in shard]
+    # Distributions that package the help topics or ensurepip's wheels apart have less than the 4.4 million here.
+    assert sum(map(len, texts)) > 2_000_000
+    letters = sum(char.isalpha() or char.isspace() for text in texts for char in text)
+    assert letters > 0.85 * sum(map(len, texts))
+    assert max(map(len, texts)) < 1.5 * embedded.MAX_DOC_CHARS
+    assert not any(line.startswith(">>>") for text in texts for line in text.split("\n"))
+
+
+def test_shards_have_small_row_groups_and_the_last_one_validates(built: tuple[Path, float]):
+    folder, _ = built
+    paths = sorted(folder.iterdir())
+    assert [path.name for path in paths] == [f"shard_{i:05d}.parquet" for i in range(len(paths))]
+    assert len(paths) >= 3
+    for path in paths:
+        metadata = pq.ParquetFile(path).metadata
+        assert all(metadata.row_group(i).num_rows <= embedded.ROW_GROUP_DOCS for i in range(metadata.num_row_groups))
+    *train, val = shard_texts(folder)
+    share = sum(map(len, val)) / sum(len(text) for shard in [*train, val] for text in shard)
+    assert 0.02 < share < 0.08
+
+
+def test_no_text_twice_and_no_subject_on_both_sides(built: tuple[Path, float]):
+    *train, val = shard_texts(built[0])
+    texts = list(itertools.chain(*train))
+    assert len({*texts, *val}) == len(texts) + len(val)
+    subjects = [{text.split("\n", 1)[0] for text in side} for side in (texts, val)]
+    assert not subjects[0] & subjects[1]
+    bodies = [{p for text in side for p in text.split("\n\n")[1:] if len(p) > 60} for side in (texts, val)]
+    assert not bodies[0] & bodies[1]
+
+
+def test_the_same_interpreter_gives_the_same_bytes(tmp_path: Path):
+    """Two processes that hash strings differently, on a part of the standard library."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for name in ("email", "json", "logging"):
+        shutil.copytree(library / name, tmp_path / "library" / name)
+    code = (
+        "import sys, sysconfig\n"
+        "from pathlib import Path\n"
+        "from nanochat import corpus\n"
+        "paths = sysconfig.get_paths()\n"
+        "sysconfig.get_paths = lambda *_: {**paths, 'stdlib': sys.argv[1]}\n"
+        "corpus.build(Path(sys.argv[2]))\n"
+    )
+    outputs = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        command = [sys.executable, "-c", code, str(tmp_path / "library"), str(folder)]
+        subprocess.run(command, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
+        outputs.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert outputs[0] == outputs[1]
+    assert sum(map(len, outputs[0].values())) > 100_000
+
+
+def test_key_names_interpreter_and_version():
+    assert embedded.key().startswith("cpython-3.") or embedded.key().startswith("pypy-3.")
+    assert embedded.key().endswith(f"-v{embedded.VERSION}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pieces
+
+
+def test_wrapped_lines_join_and_lists_keep_their_lines():
+    text = f"""
+    {PROSE}
+        It goes on here, indented,
+    and here.
+
+    The options are these and no others:
+    - the first, which is
+      long
+    - the second
+    """
+    assert list(embedded.paragraphs(text)) == [
+        f"{PROSE} It goes on here, indented, and here.",
+        "The options are these and no others:\n- the first, which is long\n- the second",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0x59 -> LATIN SMALL LETTER SHARP S (GERMAN)",
+        ">>> this = is_not(the, prose) + of_the(day)\nand this is what it gives",
+        "for i in range(10): self.total[i] += x[i] * (y[i] - z[i]); return self._sum(total)",
+        "=====  ====== ------",
+        "stmt ::= 'if' expr ':' suite ('elif' expr ':' suite)* ['else' ':' suite]",
+        "Too short to say",
+        "An example of the use of this is:",
+        "\x00 is this the end of the line that we have in the file",
+    ],
+)
+def test_what_is_not_prose_is_left_out(text: str):
+    assert list(embedded.paragraphs(text)) == []
+
+
+def test_long_paragraphs_and_subjects_are_cut_at_sentences():
+    parts = [" ".join([PROSE] * 30), PROSE]
+    chunks = list(embedded._chunks("subject", parts))
+    assert len(chunks) > 2
+    assert all(chunk.startswith("subject\n\n") and len(chunk) <= embedded.MAX_DOC_CHARS + 20 for chunk in chunks)
+    body = " ".join(chunk.removeprefix("subject\n\n").replace("\n\n", " ") for chunk in chunks)
+    assert body == " ".join(parts)
+    assert all(chunk.endswith(".") for chunk in chunks)
+    solid = list(embedded._short("x" * 2000))
+    assert "".join(solid) == "x" * 2000 and max(map(len, solid)) <= embedded.MAX_DOC_CHARS
+
+
+def test_docstrings_are_grouped_by_class():
+    source = b'''"""Module."""
+def f():
+    """F."""
+    def inner():
+        """Inner."""
+if True:
+    class A:
+        """A."""
+        def g(self):
+            """G."""
+        class B:
+            """B."""
+    def h():
+        """H."""
+else:
+    async def k():
+        """K."""
+'''
+    assert [entry for entry in embedded._docstrings("m", source) if entry[2]] == [
+        ("m", "", "Module."),
+        ("m", "f", "F."),
+        ("m", "inner", "Inner."),
+        ("m", "h", "H."),
+        ("m", "k", "K."),
+        ("m.A", "", "A."),
+        ("m.A", "g", "G."),
+        ("m.A.B", "", "B."),
+    ]
+    assert list(embedded._docstrings("m", b"print 'Python 2'")) == []
+
+
+def test_neighbouring_comments_join_and_strings_hold_none():
+    source = b"""#!/usr/bin/python
+x = "# not a comment"  # behind code
+y = '''
+# nor this
+'''
+# one
+# two
+
+# three
+"""
+    [(subject, _, text)] = embedded._comments("m", source)
+    assert subject == "Notes on m"
+    assert [block.strip() for block in text.split("\n\n")] == ["/usr/bin/python", "behind code", "one\ntwo", "three"]

@@ -1,0 +1,564 @@
+"""The loader against a plain reference, over ranks, over resumes, with bad shards, caches and threads."""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from experiments import bench_data
+from nanochat import distributed
+from nanochat.config import UserError, override
+from nanochat.data import SPECIALS, CorruptShardError, DataConfig, LoaderState, Tokenizer
+from nanochat.data import loader as dataloader
+from nanochat.data import loader as token_cache
+
+TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
+BOS = 256
+Item = tuple[dict[str, torch.Tensor], LoaderState, dict[str, float]]
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three training shards of four blocks of up to ten documents, of 0 to 60 letters, and one to validate."""
+    random.seed(1)
+    shards = [[text(random.choice([0, 5, 20, 60])) for _ in range(37)] for _ in range(4)]
+    return write(tmp_path / "data", shards)
+
+
+def text(length: int) -> str:
+    return "".join(random.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(length))
+
+
+def write(folder: Path, shards: list[list[str]], block_docs: int = 10) -> Path:
+    folder.mkdir()
+    for i, texts in enumerate(shards):
+        table = pa.table({"text": pa.array(texts, pa.string())})
+        pq.write_table(table, folder / f"shard_{i:05d}.parquet", row_group_size=block_docs)
+    return folder
+
+
+def texts_of(folder: Path) -> list[list[str]]:
+    return [pq.read_table(path)["text"].to_pylist() for path in sorted(folder.glob("*.parquet"))]
+
+
+def loader(folder: Path, *, rows: int = 4, length: int = 24, tok: Tokenizer = TOK, **options: Any) -> Iterator[Item]:
+    """A loader over a small buffer; config fields and arguments of `batches` alike as options."""
+    fields = {field.name for field in dataclasses.fields(DataConfig)}
+    config = {"source": str(folder), "buffer_docs": 8, "tokenizer_threads": 2}
+    config |= {name: value for name, value in options.items() if name in fields}
+    arguments = {"split": "train", "seed": 0} | {n: v for n, v in options.items() if n not in fields}
+    return dataloader.batches(DataConfig(**config), tok, rows_per_step=rows, sequence_len=length, **arguments)
+
+
+def take(count: int, stream: Iterator[Item]) -> list[Item]:
+    items = list(itertools.islice(stream, count))
+    stream.close()  # type: ignore[attr-defined]
+    return items
+
+
+def rows_of(items: list[Item]) -> np.ndarray:
+    """All rows of T + 1 tokens, in order."""
+    return np.concatenate([torch.cat([b["inputs"], b["targets"][:, -1:]], 1).numpy() for b, _, _ in items])
+
+
+def same(one: list[Item], two: list[Item]) -> bool:
+    batches = [all(torch.equal(a[0][k], b[0][k]) for k in a[0]) for a, b in zip(one, two, strict=True)]
+    states = [
+        a[1]["position"] == b[1]["position"] and all(np.array_equal(a[1][k], b[1][k]) for k in ("tokens", "lengths"))
+        for a, b in zip(one, two)
+    ]
+    return all(batches) and all(states) and [a[2] for a in one] == [b[2] for b in two]
+
+
+def copied(state: LoaderState) -> LoaderState:
+    """The state as it comes back from a checkpoint: through JSON and array files."""
+    arrays = {}
+    for name in ("tokens", "lengths"):
+        file = io.BytesIO()
+        np.save(file, state[name])
+        file.seek(0)
+        arrays[name] = np.load(file, allow_pickle=False)
+    return LoaderState(position=json.loads(json.dumps(state["position"])), **arrays)
+
+
+def test_rows_are_those_of_a_plain_reference(folder: Path) -> None:
+    docs = [[BOS, *t.encode()] for shard in texts_of(folder)[:3] for t in shard if t]
+    stream, buffer, expected, cut = itertools.cycle(docs), [], [], 0
+    for _ in range(400):
+        row: list[int] = []
+        while len(row) < 25:
+            while len(buffer) < 8:
+                buffer.append(next(stream))
+            fitting = [doc for doc in buffer if len(doc) <= 25 - len(row)]
+            doc = max(fitting, key=len) if fitting else min(buffer, key=len)
+            buffer.remove(doc)
+            cut += len(doc) - len(doc[: 25 - len(row)])
+            row += doc[: 25 - len(row)]
+        expected.append(row)
+    items = take(100, loader(folder, shuffle=False))
+    assert rows_of(items).tolist() == expected
+    assert items[-1][2]["epoch"] > 3, "the test should run over the end of an epoch"
+    assert items[-1][2]["tokens_cut"] == cut
+    assert items[-1][2]["tokens_packed"] == 400 * 25
+    assert items[-1][2]["tokens_cut_fraction"] == cut / (cut + 400 * 25)
+
+
+def test_batches_are_shifted_int64(folder: Path) -> None:
+    batch, _, _ = take(1, loader(folder))[0]
+    assert batch["inputs"].dtype == batch["targets"].dtype == torch.int64
+    assert batch["inputs"].shape == batch["targets"].shape == (4, 24)
+    assert torch.equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
+    assert batch["inputs"].is_contiguous() and batch["targets"].is_contiguous()
+    assert (batch["inputs"][:, 0] == BOS).all()
+
+
+def test_a_large_vocabulary(folder: Path) -> None:
+    big = Tokenizer((*TOK.tokens, *(b"~" + i.to_bytes(4, "big") for i in range(2**16))))
+    row = rows_of(take(1, loader(folder, tok=big)))[0]
+    small = rows_of(take(1, loader(folder)))[0]
+    assert row[0] == big.bos > 2**16 and (row[row < 256] == small[small < 256]).all()
+
+
+@pytest.mark.parametrize("odd", [[], ["half a \ud800 pair"]])
+def test_tokens_are_those_of_the_tokenizer(tmp_path: Path, odd: list[str]) -> None:
+    texts = ["<|bos|> is text", "<|user_end|> too", "plain", "é 漢字 🎉", " x ", " " * 9000 + "x", "word " * 3000]
+    texts += ["a" + "y" * 5000, "b " * 2000 + "y" * 9001 + " c", "\n" * 9001 + "x", "b" + " " * 9000 + "x", "\0", *odd]
+    tok = Tokenizer((*TOK.tokens, b"or", b"wor", b"  ", b"    ", b"yy", b"\n\n"))
+    (tmp_path / "odd").mkdir()
+    for name in "ab":
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "odd" / f"{name}.jsonl").write_text(lines)
+    expected = [i for text in texts for i in (tok.bos, *tok.encode(text))]
+    stream = loader(tmp_path / "odd", tok=tok, shuffle=False, buffer_docs=1, rows=1, length=len(expected) - 1)
+    assert rows_of(take(1, stream))[0].tolist() == expected
+
+
+def whole_docs(tmp_path: Path) -> tuple[Path, list[int]]:
+    """Documents that fill a row each, so that rows come in the order of the documents: 3 shards of 5, 7, 9 blocks."""
+    counts = [5, 7, 9, 1]
+    ids = itertools.count()
+    return write(tmp_path / "whole", [[f"{next(ids):09d}" for _ in range(4 * n)] for n in counts], block_docs=4), counts
+
+
+def ids_of(items: list[Item]) -> list[int]:
+    return [int(bytes(row[1:].tolist())) for row in rows_of(items)]
+
+
+def test_every_epoch_is_a_new_permutation_of_shards_blocks_and_documents(tmp_path: Path) -> None:
+    source, counts = whole_docs(tmp_path)
+    total = 4 * sum(counts[:3])
+    ids = ids_of(take(3, loader(source, rows=total, length=9)))
+    epochs = [ids[i * total : (i + 1) * total] for i in range(3)]
+    shard_orders, block_orders = set(), set()
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(total))
+        blocks = [epoch[i : i + 4] for i in range(0, total, 4)]
+        assert all(max(block) // 4 == min(block) // 4 for block in blocks), "blocks are read one after another"
+        assert any(block != sorted(block) for block in blocks), "documents of a block are not shuffled"
+        shards = [(block[0] >= 20) + (block[0] >= 48) for block in blocks]
+        shard_orders.add(tuple(shard for shard, _ in itertools.groupby(shards)))
+        last = [block[0] // 4 for block, shard in zip(blocks, shards) if shard == 2]
+        assert last != sorted(last), "blocks are not shuffled"
+        block_orders.add(tuple(last))
+    assert len(shard_orders) > 1 and all(len(order) == 3 for order in shard_orders), "shards are read one after another"
+    assert len(block_orders) == 3
+    assert len({tuple(i for i in epoch if i < 4) for epoch in epochs}) > 1, "documents come in the same order again"
+    assert ids_of(take(1, loader(source, rows=total, length=9, seed=1))) != epochs[0]
+    assert ids_of(take(1, loader(source, rows=total, length=9))) == epochs[0]
+    assert ids_of(take(1, loader(source, rows=total, length=9, shuffle=False))) == list(range(total))
+
+
+def test_the_order_stays_what_it_was(tmp_path: Path) -> None:
+    # Runs resumed by a later version, on another machine or another numpy must see the same data.
+    source, _ = whole_docs(tmp_path)
+    ids = ids_of(take(1, loader(source, rows=12, length=9, seed=42)))
+    assert ids == [63, 61, 62, 60, 81, 83, 82, 80, 78, 77, 76, 79]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_interleave_to_the_same_rows(folder: Path, world_size: int) -> None:
+    one = take(30, loader(folder, rows=8))
+    ranks = [take(30, loader(folder, rows=8, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    for step, whole in enumerate(one):
+        for r in range(8):
+            part = ranks[r % world_size][step][0]
+            for name in ("inputs", "targets"):
+                assert part[name].shape == (8 // world_size, 24)
+                assert torch.equal(part[name][r // world_size], whole[0][name][r])
+        for rank in ranks:
+            assert same([(whole[0], *rank[step][1:])], [whole]), "state and statistics are those of all ranks"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_resumes_after_every_batch_bit_for_bit(folder: Path, cached: bool) -> None:
+    unbroken = take(60, loader(folder, token_cache=cached))
+    assert unbroken[-1][2]["epoch"] >= 2
+    for done in [1, 2, 3, 5, 8, 13, 21, 34, 55]:
+        state = copied(unbroken[done - 1][1])
+        assert same(take(60 - done, loader(folder, token_cache=cached, state=state)), unbroken[done:])
+
+
+def test_resumes_from_a_resumed_loader_at_every_batch(folder: Path) -> None:
+    unbroken = take(40, loader(folder))
+    state = None
+    for step in range(40):
+        item = take(1, loader(folder, state=state))[0]
+        assert same([item], [unbroken[step]])
+        state = copied(item[1])
+
+
+def test_resumes_with_other_ranks_and_rows(folder: Path) -> None:
+    unbroken = rows_of(take(20, loader(folder, rows=4)))
+    state = take(5, loader(folder, rows=4, rank=1, world_size=2))[-1][1]
+    assert np.array_equal(rows_of(take(7, loader(folder, rows=8, state=state)))[:56], unbroken[20:76])
+    parts = [rows_of(take(5, loader(folder, rows=4, rank=r, world_size=4, state=state))) for r in range(4)]
+    assert np.array_equal(np.stack(parts, 1).reshape(-1, 25), unbroken[20:40])
+
+
+def test_a_state_is_not_changed_by_what_follows(folder: Path) -> None:
+    stream = loader(folder)
+    _, state, _ = next(stream)
+    before = copied(state)
+    resumed = loader(folder, state=state)
+    for _ in range(20):
+        next(stream)
+        next(resumed)
+    for name in ("tokens", "lengths"):
+        assert np.array_equal(state[name], before[name])
+    assert state["position"] == before["position"]
+
+
+def test_the_state_is_no_longer_than_the_buffer(tmp_path: Path) -> None:
+    random.seed(2)
+    source = write(tmp_path / "long", [[text(random.choice([3, 5000])) for _ in range(200)]] * 2, block_docs=50)
+    state = take(20, loader(source))[-1][1]
+    assert state["lengths"].max() == 5001 and len(state["tokens"]) <= 8 * 25
+    assert state["tokens"].dtype == np.uint16 and state["lengths"].dtype == np.int32
+
+
+def test_blocks_are_let_go_though_documents_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random.seed(5)
+    source = write(tmp_path / "blocks", [[text(random.choice([3, 9, 5000])) for _ in range(400)]] * 2)
+    seen: list[weakref.ref[np.ndarray]] = []
+    result = token_cache.BlockReader.result
+
+    def watched(*arguments: Any) -> token_cache.TokenBlock:
+        block = result(*arguments)
+        seen.append(weakref.ref(block.tokens))
+        return block
+
+    monkeypatch.setattr(token_cache.BlockReader, "result", watched)
+    stream = loader(source, token_cache=False, buffer_docs=100, length=2000)
+    for _ in range(10):
+        next(stream)
+    alive = sum(ref() is not None for ref in seen)
+    assert len(seen) > 20 and alive <= 3, f"{alive} of {len(seen)} blocks are kept in memory"
+
+
+def test_a_state_of_another_stream_is_refused(folder: Path) -> None:
+    state = take(3, loader(folder))[-1][1]
+    other = Tokenizer((*TOK.tokens, b"ab"), specials=SPECIALS)
+    for name, options in {
+        "seed was 0, is 5": {"seed": 5},
+        "sequence_len was 24, is 32": {"length": 32},
+        "data.buffer_docs was 8, is 9": {"buffer_docs": 9},
+        "data.shuffle was True, is False": {"shuffle": False},
+        "tokenizer was": {"tok": other},
+        "split was train, is val": {"split": "val"},
+    }.items():
+        with pytest.raises(UserError, match=name):
+            loader(folder, state=state, **options)
+    damaged = LoaderState(position=state["position"], tokens=state["tokens"][:-1], lengths=state["lengths"])
+    with pytest.raises(UserError, match="damaged"):
+        loader(folder, state=damaged)
+    (folder / "shard_00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"data was 3 shards .*, is 2 shards"):
+        loader(folder, state=state)
+
+
+def test_a_state_of_data_that_has_changed_is_refused(folder: Path) -> None:
+    state = copied(take(3, loader(folder))[-1][1])
+    state["position"]["doc"] = 11
+    with pytest.raises(UserError, match=r"shard_\d+\.parquet has changed"):
+        next(loader(folder, state=state))
+
+
+def test_data_may_move_house(folder: Path, tmp_path: Path) -> None:
+    unbroken = take(10, loader(folder))
+    moved = folder.rename(tmp_path / "moved")
+    for path in moved.iterdir():
+        os.utime(path, (1, 1))
+    assert same(take(5, loader(moved, state=unbroken[4][1])), unbroken[5:])
+
+
+def test_validation_starts_at_its_beginning_every_time_unshuffled(folder: Path) -> None:
+    docs = [[BOS, *t.encode()] for t in texts_of(folder)[3] if t]
+    first = take(9, loader(folder, split="val", seed=1))
+    assert np.array_equal(rows_of(first), rows_of(take(9, loader(folder, split="val", seed=2))))
+    stream, expected = itertools.cycle(docs), []
+    for _ in range(36):  # with one document to choose from, they come in their own order
+        row: list[int] = []
+        while len(row) < 25:
+            row += next(stream)[: 25 - len(row)]
+        expected.append(row)
+    assert rows_of(take(9, loader(folder, split="val", buffer_docs=1))).tolist() == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The token cache
+
+
+def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> list[str]:
+        raise AssertionError("a shard was read")
+
+    monkeypatch.setattr(dataloader, "read_block", fail)
+
+
+def test_the_cache_gives_the_same_batches(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = take(50, loader(folder, token_cache=False))
+    assert not (base / "tokens").exists()
+    assert same(take(50, loader(folder)), plain)
+    files = sorted((base / "tokens" / TOK.fingerprint[:16]).glob("*/*"))
+    assert len(files) == 12 and all(file.suffix == ".tokens" for file in files)
+    forbid_reading(monkeypatch)
+    assert same(take(50, loader(folder)), plain)
+
+
+def test_another_tokenizer_or_text_is_not_served_from_the_cache(folder: Path, tmp_path: Path) -> None:
+    before = take(20, loader(folder))
+    other = Tokenizer((*TOK.tokens, b"ab"))
+    assert not np.array_equal(rows_of(take(20, loader(folder, tok=other))), rows_of(before))
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    random.seed(3)
+    write(folder, [[text(20) for _ in range(37)] for _ in range(4)])
+    fresh = take(20, loader(folder))
+    assert same(fresh, take(20, loader(folder, token_cache=False)))
+
+
+def test_a_damaged_cache_file_is_made_again(folder: Path, base: Path) -> None:
+    plain = take(30, loader(folder))
+    files = sorted(base.glob("tokens/*/*/*"))
+    whole = [file.read_bytes() for file in files]
+    for i, file in enumerate(files):
+        file.write_bytes([whole[i][:-3], b"", whole[i][:-1] + b"\xff\xff"][i % 3])
+    assert same(take(30, loader(folder)), plain)
+    assert [file.read_bytes() for file in files] == whole
+
+
+def test_a_disk_that_cannot_be_written_ends_caching(
+    folder: Path, base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = take(30, loader(folder, token_cache=False))
+    base.mkdir()
+    (base / "tokens").write_text("in the way")
+    assert same(take(30, loader(folder)), plain)
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == 1 and "no longer cached" in warnings[0]
+
+
+def test_ranks_tokenise_each_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random.seed(4)
+    source = write(tmp_path / "more", [[text(20) for _ in range(200)] for _ in range(4)])
+    plain = take(10, loader(source, rows=8, token_cache=False))
+    monkeypatch.setattr(token_cache, "OTHERS_WAIT_SECONDS", 60)
+    read, reads = dataloader.read_block, []
+
+    def counted(shard: Any, index: int, column: str) -> list[str]:
+        reads.append((shard.path.name, index))
+        time.sleep(0.02)
+        return read(shard, index, column)
+
+    monkeypatch.setattr(dataloader, "read_block", counted)
+    streams = [loader(source, rows=8, rank=rank, world_size=4) for rank in range(4)]
+    with ThreadPoolExecutor(4) as ranks:
+        results = [rows_of(items) for items in ranks.map(lambda stream: take(10, stream), streams)]
+    assert np.array_equal(np.stack(results, 1).reshape(-1, 25), rows_of(plain))
+    assert len(reads) == len(set(reads)), "a block was tokenised twice"
+    assert len(reads) < 60, "the test should end within the first epoch"
+
+
+def test_a_rank_alone_does_not_wait_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "OTHERS_WAIT_SECONDS", 0.2)
+    plain = rows_of(take(20, loader(folder, token_cache=False)))
+    assert np.array_equal(rows_of(take(20, loader(folder, rank=1, world_size=2))), plain[1::2])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data that cannot be read, or is not there
+
+
+def damage(folder: Path) -> Path:
+    """Damage the pages, and not the footer, of the second shard's third block."""
+    path = folder / "shard_00001.parquet"
+    start = pq.ParquetFile(path).metadata.row_group(2).column(0)
+    offset = start.dictionary_page_offset or start.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[offset : offset + start.total_compressed_size] = b"\xff" * start.total_compressed_size
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["block", "cut", "empty"])
+def test_a_bad_shard_is_named_in_its_turn(folder: Path, kind: str) -> None:
+    good = rows_of(take(30, loader(folder, shuffle=False)))
+    path = folder / "shard_00001.parquet"
+    if kind == "block":
+        damage(folder)
+    else:
+        path.write_bytes(path.read_bytes()[: 200 if kind == "cut" else 0])
+    stream, rows = loader(folder, shuffle=False, rows=1), []
+    with pytest.raises(CorruptShardError, match=r"shard_00001\.parquet") as caught:
+        for item in stream:
+            rows.append(item)
+    assert caught.value.path == path
+    assert len(rows) >= 10 and np.array_equal(rows_of(rows), good[: len(rows)])
+
+
+@pytest.mark.parametrize("kind", ["block", "cut"])
+def test_a_bad_shard_is_skipped_the_same_way_every_time(
+    folder: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = damage(folder) if kind == "block" else folder / "shard_00001.parquet"
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:200])
+    unbroken = take(60, loader(folder, skip_bad_shards=True))
+    assert unbroken[-1][2]["epoch"] >= 2
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == 1 and "shard_00001.parquet" in warnings[0]
+    for done in range(1, 60, 6):
+        state = copied(unbroken[done - 1][1])
+        assert same(take(60 - done, loader(folder, skip_bad_shards=True, state=state)), unbroken[done:])
+
+
+@pytest.mark.parametrize("kind", ["block", "cut"])
+def test_of_a_bad_shard_the_blocks_before_the_bad_one_are_read(folder: Path, tmp_path: Path, kind: str) -> None:
+    first, second, third, val = texts_of(folder)
+    if kind == "block":
+        damage(folder)
+        left = [first, second[:20], third, val]
+    else:
+        (folder / "shard_00001.parquet").write_bytes(b"")
+        left = [first, third, val]
+    expected = take(40, loader(write(tmp_path / "left", left), shuffle=False))
+    assert np.array_equal(rows_of(take(40, loader(folder, shuffle=False, skip_bad_shards=True))), rows_of(expected))
+
+
+@pytest.mark.parametrize("shards", [[["", ""]] * 3, [[]] * 3, [[], ["", "x"]]], ids=["blank", "no rows", "val only"])
+def test_data_without_documents_is_an_error(tmp_path: Path, shards: list[list[str]]) -> None:
+    source = write(tmp_path / "none", shards)
+    with pytest.raises(UserError, match="no documents to read for split train"):
+        next(loader(source))
+
+
+def test_only_bad_shards_is_an_error(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(b"not parquet")
+    with pytest.raises(UserError, match="no documents to read for split train"):
+        next(loader(folder, skip_bad_shards=True))
+
+
+def test_one_short_document_is_enough(tmp_path: Path) -> None:
+    rows = rows_of(take(3, loader(write(tmp_path / "one", [["ab"], ["cd"]]))))
+    assert rows.reshape(-1)[:7].tolist() == [BOS, 97, 98, BOS, 97, 98, BOS] and rows.shape == (12, 25)
+
+
+def test_wrong_settings_are_refused_at_once(folder: Path) -> None:
+    with pytest.raises(UserError, match="4 rows does not divide among 3 ranks"):
+        loader(folder, world_size=3)
+    for options in ({"buffer_docs": 0}, {"prefetch_batches": 0}, {"tokenizer_threads": 0}):
+        with pytest.raises(UserError, match=f"data.{next(iter(options))}=0"):
+            loader(folder, **dict[str, Any](options))
+    with pytest.raises(UserError, match="sequence_len=0"):
+        loader(folder, length=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+def test_closing_ends_every_thread(folder: Path) -> None:
+    before = threading.active_count()
+    for how in ("close", "forget", "unused"):
+        stream = loader(folder)
+        if how != "unused":
+            next(stream)
+        if how == "close":
+            stream.close()  # type: ignore[attr-defined]
+        del stream
+        deadline = time.monotonic() + 5
+        while threading.active_count() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threading.active_count() == before, how
+
+
+def test_closing_does_not_wait_for_all_that_is_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = dataloader._encode
+
+    def slow(tok: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+        time.sleep(0.2)
+        return encode(tok, texts)
+
+    monkeypatch.setattr(dataloader, "_encode", slow)
+    monkeypatch.setattr(token_cache, "CHUNK_CHARS", 20)
+    stream = loader(folder, token_cache=False, buffer_docs=1, rows=1, tokenizer_threads=1)
+    next(stream)
+    started = time.monotonic()
+    stream.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 1, "a block takes two seconds"
+
+
+def test_an_error_in_a_thread_keeps_its_type(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(Exception):
+        pass
+
+    def fail(*_: Any) -> list[str]:
+        raise Odd("from a thread")
+
+    monkeypatch.setattr(dataloader, "read_block", fail)
+    with pytest.raises(Odd, match="from a thread"):
+        next(loader(folder))
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_of_the_cpu(folder: Path) -> None:
+    on_cpu = take(50, loader(folder))
+    on_gpu = [(b["inputs"], b["targets"]) for b, _, _ in take(50, loader(folder, device="cuda"))]
+    for (inputs, targets), (batch, _, _) in zip(on_gpu, on_cpu):
+        assert inputs.is_cuda and torch.equal(inputs.cpu(), batch["inputs"])
+        assert torch.equal(targets.cpu(), batch["targets"])
+
+
+def test_bench_data_reports_its_figures(folder: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["tokens=5000", "rounds=1", "rows=4", "sequence_len=64", "vocab_size=270", f"data.source={folder}"]
+    bench_data.run(override(bench_data.config(), settings), distributed.init("cpu"))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["bench"] == "data" and result["config"]["vocab_size"] == 270
+    speeds = {name: value for name, value in result.items() if name.endswith("_tokens_per_second")}
+    assert len(speeds) == 4 and all(value > 0 for value in speeds.values())
+    assert result["uncached_loaded_tokens_per_second"] > result["uncached_packed_tokens_per_second"]
+    assert 0 < result["tokens_cut_fraction"] < 1
+    assert list((base / "tokens").iterdir()) == [], "the cache of a tokenizer that is forgotten stays behind"

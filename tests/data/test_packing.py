@@ -1,0 +1,113 @@
+"""Best-fit packing against a plain reference, and the promises that the loader builds on."""
+
+import itertools
+import random
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.data import plan
+
+LENGTHS = st.lists(st.integers(1, 40), max_size=120)
+
+
+def reference(lengths: Sequence[int], row_tokens: int, buffer_docs: int) -> Iterator[tuple[list, int]]:
+    """The rules word for word, looking at the whole buffer for every choice."""
+    waiting = list(enumerate(lengths))
+    buffer: list[tuple[int, int]] = []
+    while True:
+        pieces, used = [], 0
+        while used < row_tokens:
+            while waiting and len(buffer) < buffer_docs:
+                buffer.append(waiting.pop(0))
+            if not buffer:
+                return
+            fitting = [doc for doc in buffer if doc[1] <= row_tokens - used]
+            if fitting:
+                longest = max(length for _, length in fitting)
+                choice = next(doc for doc in fitting if doc[1] == longest)
+            else:
+                shortest = min(length for _, length in buffer)
+                choice = next(doc for doc in buffer if doc[1] == shortest)
+            buffer.remove(choice)
+            taken = min(choice[1], row_tokens - used)
+            pieces.append((choice[0], used, used + taken))
+            used += taken
+        yield pieces, sum(lengths[doc] for doc, _, _ in pieces) - row_tokens
+
+
+@given(LENGTHS, st.integers(1, 50), st.integers(1, 20))
+def test_equals_the_plain_reference(lengths: list[int], row_tokens: int, buffer_docs: int) -> None:
+    assert list(plan(lengths, row_tokens, buffer_docs)) == list(reference(lengths, row_tokens, buffer_docs))
+
+
+@given(LENGTHS, st.integers(1, 50), st.integers(1, 20))
+def test_every_token_is_in_one_row_or_lost(lengths: list[int], row_tokens: int, buffer_docs: int) -> None:
+    rows = list(plan(lengths, row_tokens, buffer_docs))
+    seen = [doc for pieces, _ in rows for doc, _, _ in pieces]
+    assert len(seen) == len(set(seen)), "a document was used twice"
+    for pieces, lost in rows:
+        edges = [0, *(stop for _, _, stop in pieces)]
+        assert edges[-1] == row_tokens
+        assert [start for _, start, _ in pieces] == edges[:-1], "a gap or an overlap"
+        cut = [lengths[doc] - (stop - start) for doc, start, stop in pieces]
+        assert cut == [0] * (len(pieces) - 1) + [lost] and lost >= 0, "only the last document of a row may be cut"
+    unused = sum(lengths) - sum(lengths[doc] for doc in seen)
+    assert sum(lengths) == len(rows) * row_tokens + sum(lost for _, lost in rows) + unused
+    assert unused < row_tokens, "more than an unfinished row was left over"
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 30), st.integers(1, 10), st.data())
+def test_goes_on_from_what_is_left_in_the_buffer(
+    lengths: list[int], row_tokens: int, buffer_docs: int, data: st.DataObject
+) -> None:
+    rows = list(plan(lengths, row_tokens, buffer_docs))
+    done = data.draw(st.integers(0, len(rows)))
+    loaded = 0
+
+    def counted() -> Iterator[int]:
+        nonlocal loaded
+        for length in lengths:
+            loaded += 1
+            yield length
+
+    first = list(itertools.islice(plan(counted(), row_tokens, buffer_docs), done))
+    used = {doc for pieces, _ in first for doc, _, _ in pieces}
+    left = [doc for doc in range(loaded) if doc not in used]
+    assert len(left) <= buffer_docs, "it read further ahead than the buffer goes"
+    numbers = left + list(range(loaded, len(lengths)))
+    rest = plan([lengths[doc] for doc in numbers], row_tokens, buffer_docs)
+    assert first + [([(numbers[d], a, b) for d, a, b in pieces], lost) for pieces, lost in rest] == rows
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([3, 7, 5, 4], [[(1, 0, 7), (0, 7, 10)]]),  # the longest that fits, then the longest that fits the rest
+        ([5, 5, 5], [[(0, 0, 5), (1, 5, 10)]]),  # of equals the earliest
+        ([8, 5, 4, 4], [[(0, 0, 8), (2, 8, 10)], [(1, 0, 5), (3, 5, 9)]]),  # none fits: the earliest of the shortest
+        ([30, 20, 25], [[(1, 0, 10)], [(2, 0, 10)], [(0, 0, 10)]]),  # longer than a row: cut, the rest is lost
+    ],
+)
+def test_choices(lengths: list[int], expected: list[list[tuple[int, int, int]]]) -> None:
+    rows = [pieces for pieces, _ in plan(lengths, row_tokens=10, buffer_docs=10)]
+    assert rows == [row for row in expected if row[-1][2] == 10]
+
+
+def test_buffer_is_full_before_every_choice() -> None:
+    # With two to choose from, 6 goes before 1, and 4, in the buffer by then, before 1 again.
+    assert next(plan([1, 6, 4, 9], 10, buffer_docs=2))[0] == [(1, 0, 6), (2, 6, 10)]
+    assert next(plan([1, 6, 4, 9], 10, buffer_docs=4))[0] == [(3, 0, 9), (0, 9, 10)]
+
+
+def test_search_does_not_scan_the_buffer() -> None:
+    random.seed(0)
+    lengths = [random.randint(1, 1000) for _ in range(100_000)]
+    started = time.perf_counter()
+    rows = sum(1 for _ in plan(lengths, 2049, buffer_docs=50_000))
+    seconds = time.perf_counter() - started
+    assert rows > 10_000
+    assert seconds < 15, f"{seconds:.0f} s: looking at every document for every choice takes minutes"

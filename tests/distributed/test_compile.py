@@ -1,0 +1,161 @@
+"""What `compiling.compile` switches on, and what must not be: the traps of torch.compile that were met."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from nanochat.config import UserError
+from nanochat.distributed import compile as compiling
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LAYERS, ROWS, WIDTH = 3, 64, 32
+
+
+def weights() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [(0.3 * torch.randn(WIDTH, WIDTH, generator=generator)).requires_grad_() for _ in range(LAYERS)]
+
+
+def perceptron(weights: list[Tensor], x: Tensor) -> Tensor:
+    for weight in weights:
+        x = x + torch.tanh(torch.sin(x @ weight) * torch.sigmoid(x @ weight))
+    return x.square().mean()
+
+
+def gradients_and_saved_bytes(f: Any) -> tuple[tuple[Tensor, ...], int]:
+    """Return the gradients of `f`, and the bytes of its activations that lived from the forward to the backward."""
+    leaves, x = weights(), torch.linspace(-1, 1, ROWS * WIDTH).view(ROWS, WIDTH)
+    sizes: list[int] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        if saved.shape[0] == ROWS and saved.data_ptr() != x.data_ptr():
+            sizes.append(saved.numel() * saved.element_size())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        loss = f(leaves, x)
+    return torch.autograd.grad(loss, leaves), sum(sizes)
+
+
+def test_a_memory_budget_keeps_less_for_the_backward_and_changes_no_gradient() -> None:
+    want, _ = gradients_and_saved_bytes(perceptron)
+    saved, whole = {}, torch.compile
+
+    def partitioned(f: Any, options: Any = None, **how: Any) -> Any:
+        """Compile as far as the budget goes: Inductor's kernels are written afterwards."""
+        return whole(f, backend="aot_eager_decomp_partition", **how)
+
+    for budget in (1.0, 0.4, 0.0):
+        torch._dynamo.reset()
+        with mock.patch.object(torch, "compile", partitioned):
+            f = compiling.compile_fn(perceptron, device=CPU, memory_budget=budget)
+        got, saved[budget] = gradients_and_saved_bytes(f)
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        assert torch._functorch.config.activation_memory_budget == 1.0  # not that of the next function
+    assert saved[0.0] == 0 < saved[0.4] < saved[1.0], saved
+
+
+@pytest.mark.parametrize("budget", [-0.1, 1.5])
+def test_a_budget_that_is_no_share_is_refused(budget: float) -> None:
+    with pytest.raises(UserError, match="memory_budget"):
+        compiling.compile_fn(perceptron, device=CPU, memory_budget=budget)
+
+
+def test_cuda_graphs_are_refused_where_there_are_none() -> None:
+    with pytest.raises(UserError, match="cuda_graphs"):
+        compiling.compile_fn(perceptron, device=CPU, cuda_graphs=True)
+
+
+def test_every_shape_gets_a_graph_of_fixed_sizes() -> None:
+    torch._dynamo.reset()
+    shapes = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        shapes.append([tuple(x.shape) for x in inputs])
+        return graph.forward
+
+    whole = torch.compile
+    with mock.patch.object(torch, "compile", lambda f, options=None, **kwargs: whole(f, backend=backend, **kwargs)):
+        f = compiling.compile_fn(lambda x: x.sin() + 1, device=CPU)
+    for rows in (*range(4, 20), 5):  # more of them than torch's own limit
+        f(torch.zeros(rows, 2))  # pyright: ignore[reportCallIssue]
+    assert shapes == [[(rows, 2)] for rows in range(4, 20)]
+    assert all(isinstance(size, int) for shape in shapes for size in shape[0])
+
+
+def options_of(**kwargs: Any) -> dict[str, Any]:
+    with mock.patch.object(torch, "compile") as compile:
+        compiling.compile_fn(perceptron, **kwargs)
+    return compile.call_args.kwargs["options"] or {}
+
+
+def test_overlap_is_for_collectives_on_cuda() -> None:
+    key = "aten_distributed_optimizations.enable_overlap_scheduling"
+    assert options_of(device=CUDA, collectives=True)[key] is True
+    assert options_of(device=CUDA, collectives=True, overlap=False) == {}
+    assert options_of(device=CUDA) == {}
+    assert options_of(device=CPU, collectives=True) == {}  # a CPU has no second queue to transfer in
+    assert options_of(device=CUDA, cuda_graphs=True) == {"triton.cudagraphs": True}
+
+
+def test_this_torch_knows_all_options_of_the_overlap() -> None:
+    torch.compile(perceptron, options=compiling.overlap_options())  # it checks names and types
+    with pytest.raises(RuntimeError, match="Unexpected optimization option"):
+        torch.compile(perceptron, options={"aten_distributed_optimizations.no_such_option": 1})
+
+
+def test_ranks_compile_alike_or_all_anew() -> None:
+    """Where the pass measures and lets the ranks talk, a rank with a cached graph would leave the others waiting."""
+    options = compiling.overlap_options()
+    analytical = options.get("aten_distributed_optimizations.compute_estimator") == "analytical"
+    assert analytical != (options.get("fx_graph_cache") is False)
+
+
+@pytest.mark.xfail(strict=True, reason="torch.compiler.nested_compile_region: wrong gradients under Inductor")
+def test_regional_compilation_gives_the_right_gradients() -> None:
+    """Once it passes, layers may be compiled once and called often: the graph of a step would compile much faster."""
+    torch._dynamo.reset()
+
+    @torch.compiler.nested_compile_region
+    def block(weight: Tensor, x: Tensor) -> Tensor:
+        return x + torch.relu(torch.nn.functional.rms_norm(x, (WIDTH,)) @ weight).square()
+
+    def f(weights: list[Tensor], scales: Tensor, x: Tensor) -> Tensor:
+        first = x
+        for scale, weight in zip(scales, weights):
+            x = block(weight, scale * x + 0.1 * first)  # pyright: ignore[reportCallIssue]
+        return x.square().mean()
+
+    leaves, scales = weights(), torch.ones(LAYERS, requires_grad=True)
+    x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1))
+    want = torch.autograd.grad(f(leaves, scales, x), [scales, *leaves])
+    got = torch.autograd.grad(torch.compile(f, fullgraph=True)(leaves, scales, x), [scales, *leaves])
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_compile_of_the_same_function_finds_its_kernels() -> None:
+    """A chunked loss and gathers are custom functions, which AOTAutograd's cache passes by; Inductor's own does not."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return 2 * grads[0]
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        x = torch.ones(7, requires_grad=True)
+        compiling.compile_fn(lambda x: Double.apply(x).sum(), device=CPU)(x).backward()  # pyright: ignore
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2  # forward and backward

@@ -1,0 +1,204 @@
+"""What the compiler makes of the collectives of a sharded loss: the order of starts, products and waits.
+
+Inductor's passes run here as on a GPU, with fixed times in place of measured ones; the graph that comes out is recorded
+and then run as it is, node by node, on two gloo ranks, so its gradients can be compared.
+"""
+
+import collections
+import contextlib
+import functools
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import ranks
+import small_model
+import torch
+import torch._inductor.compile_fx as inductor
+import torch._inductor.config
+import torch._inductor.fx_passes.overlap_scheduling as overlap_scheduling
+import torch.utils._runtime_estimation as estimation
+from torch._guards import detect_fake_mode
+from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.virtualized import V
+
+from nanochat import distributed, model, transform, tree
+from nanochat.distributed import ShardingConfig, compile, sharding
+from nanochat.model import Compute, ModelConfig, loss
+
+CONFIG = ModelConfig(sequence_len=32, vocab_size=128, n_layer=4, n_head=4, n_kv_head=2, n_embd=32)
+COLLECTIVE_MS, PRODUCT_MS = 0.3, 0.1
+
+
+def milliseconds(node: torch.fx.Node, size: int | None = None) -> float | None:
+    """Return what the pass is to believe: a collective takes as long as three products."""
+    if "c10d" in str(node.target):
+        return 0.0 if "wait_tensor" in str(node.target) else COLLECTIVE_MS
+    return PRODUCT_MS if overlap_scheduling.is_compute_node(node) else 0.0
+
+
+def kind(graph: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+    """Return gather, scatter, wait or product for a node that is one, also where it is wrapped to keep its place."""
+    target = str(node.target)
+    if target == "control_deps":
+        body = getattr(graph, str(getattr(node.args[1], "target", "")))
+        target = " ".join(str(inner.target) for inner in body.graph.nodes)
+    for name, part in {"gather": "all_gather_into", "scatter": "reduce_scatter_t", "wait": "wait_tensor"}.items():
+        if f"_c10d_functional.{part}" in target:
+            return name
+    return "product" if "aten.mm." in target or "attention" in target else None
+
+
+def order(graph: torch.fx.GraphModule) -> list[tuple[str, str]]:
+    """Return (kind, name) of the nodes that matter, as they run; a wait has the name of what it waits for."""
+    rows, started = [], {}
+    for node in graph.graph.nodes:
+        what = kind(graph, node)
+        if what in ("gather", "scatter"):
+            started[node] = node.name
+        name = node.name
+        if what == "wait":
+            inputs = [x for x in node.all_input_nodes if x in started]
+            # among a wrapped wait's inputs are what it has to follow; its own collective is the last argument
+            name = started[inputs[-1]] if len(inputs) == 1 else started[node.args[-1]]
+        if what:
+            rows.append((what, name))
+    return rows
+
+
+def call_in_place(_: Any, body: Any, *args: Any, **kwargs: Any) -> Any:
+    return body(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def recorded(graphs: list[Any]) -> Iterator[None]:
+    """Within, graphs go through Inductor's passes, into `graphs`, and are run by torch's own kernels."""
+
+    def lower(graph: torch.fx.GraphModule, inputs: Any, is_inference: bool = False, **_: Any) -> Any:
+        before = order(graph)
+        with V.set_fake_mode(detect_fake_mode(inputs)):
+            post_grad_passes(graph, is_inference)
+        graphs.append((before, order(graph)))
+        for node in graph.graph.nodes:
+            if str(node.target) == "control_deps":  # Inductor lowers it; torch has no kernel for it in every version
+                node.target = call_in_place
+        graph.recompile()
+
+        def run(args: list[Any]) -> Any:
+            return graph(*args)
+
+        run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
+        return run
+
+    whole = inductor.compile_fx
+
+    def compile_fx(graph: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args:  # the outermost call
+            kwargs.setdefault("inner_compile", lower)
+        return whole(graph, inputs, *args, **kwargs)
+
+    options = compile.overlap_options()
+    options["aten_distributed_optimizations.custom_runtime_estimation"] = milliseconds
+    with (
+        mock.patch.object(inductor, "compile_fx", compile_fx),
+        mock.patch.object(compile, "overlap_options", lambda: options),
+        mock.patch.object(estimation, "get_gpu_dram_gbps", lambda: 3350),
+        mock.patch.object(estimation, "get_device_tflops", lambda dtype: 989.0),
+        mock.patch.object(overlap_scheduling, "estimate_runtime_analytical", milliseconds, create=True),
+        torch._inductor.config.patch(force_disable_caches=True),
+    ):
+        yield
+
+
+def main() -> None:
+    """Compile the sharded loss with and without overlap; rank 0 prints the orders and the errors."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    ours = distributed.init("cpu")
+    spec = model.spec(CONFIG)
+    layout = sharding.make_layout(ShardingConfig("fsdp"), ours, spec)
+    assert layout
+    params = tree.unflatten(
+        {n: sharding.place(layout, n, x) for n, x in tree.flatten(small_model.random_params(CONFIG)).items()}
+    )
+    params = sharding.enter(layout, params, torch.float32)
+    batch = small_model.random_batch(CONFIG, rows=2, seed=ours.rank)
+    compute = Compute(gather=sharding.gatherer(layout, torch.float32))
+    f = functools.partial(loss.next_token, config=CONFIG, compute=compute, chunk_tokens=64)
+    eager, _ = transform.value_and_grad(f, has_aux=True)(params, batch)
+    graphs: list[Any] = []
+    with recorded(graphs):
+        f = compile.compile_fn(f, device=torch.device("cuda"), collectives=True)
+        grads, _ = transform.value_and_grad(f, has_aux=True)(params, batch)
+    worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(tree.leaves(grads), tree.leaves(eager)))
+    worst = max(distributed.all_reduce_sum([worst]))
+    if ours.is_main:
+        print(json.dumps({"graphs": graphs, "worst": worst, "cut": len(layout.cut)}))
+    distributed.close()
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return json.loads(ranks.run(2, "distributed/test_overlap.py")[0].splitlines()[-1])
+
+
+def hidden_behind(rows: list[Any]) -> list[tuple[str, int]]:
+    """Return, for each collective in order of its start, its kind and the number of products before its wait."""
+    at = {(what, name): i for i, (what, name) in enumerate(rows)}
+    products = [i for i, (what, _) in enumerate(rows) if what == "product"]
+    spans = [(what, at[what, name], at["wait", name]) for what, name in rows if what in ("gather", "scatter")]
+    return [(what, sum(start < i < wait for i in products)) for what, start, wait in spans]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["forward", "backward"])
+def test_every_collective_is_waited_for_once_and_after_its_start(found: Any, which: int) -> None:
+    rows = [tuple(row) for row in found["graphs"][which][1]]
+    starts = [name for what, name in rows if what in ("gather", "scatter")]
+    waits = [name for what, name in rows if what == "wait"]
+    assert starts and collections.Counter(starts) == collections.Counter(waits)
+    assert all(rows.index(("wait", name)) > [n for _, n in rows].index(name) for name in starts)
+
+
+def test_a_layer_is_one_collective_and_its_table_another(found: Any) -> None:
+    forward, backward = (collections.Counter(what for what, _ in after) for _, after in found["graphs"])
+    tables = 2 + sum(map(CONFIG.has_value_embed, range(CONFIG.n_layer)))  # of tokens, of the head, of values
+    assert forward == {
+        "gather": CONFIG.n_layer + tables,
+        "wait": CONFIG.n_layer + tables,
+        "product": forward["product"],
+    }
+    assert backward["scatter"] == CONFIG.n_layer + tables < found["cut"]
+    assert backward["gather"] == CONFIG.n_layer  # gathered again; the tables are not needed
+
+
+def test_without_the_pass_nothing_runs_beside_a_collective(found: Any) -> None:
+    """Otherwise the tests below would show nothing."""
+    for before, _ in found["graphs"]:
+        assert {n for _, n in hidden_behind(before)} == {0}
+
+
+def test_gathers_start_before_the_layer_ahead_of_theirs_ends(found: Any) -> None:
+    (_, forward), (_, backward) = found["graphs"]
+    gathers = [n for what, n in hidden_behind(forward) if what == "gather"]
+    assert all(n >= COLLECTIVE_MS / PRODUCT_MS for n in gathers[2:]), gathers  # the first two have nothing before them
+    assert max(gathers) <= 1.25 * compile.PREFETCH_PRODUCTS, gathers  # whole layers take memory: not much earlier
+    gathers = [n for what, n in hidden_behind(backward) if what == "gather"]
+    assert all(n > 0 for n in gathers[1:]), gathers
+    assert max(gathers) <= 1.25 * compile.PREFETCH_PRODUCTS, gathers
+
+
+def test_reductions_end_behind_the_next_layers_products(found: Any) -> None:
+    _, (_, backward) = found["graphs"]
+    scatters = [n for what, n in hidden_behind(backward) if what == "scatter"]
+    assert all(n >= COLLECTIVE_MS / PRODUCT_MS for n in scatters[:-2]), scatters  # nothing comes after the last
+
+
+def test_gradients_of_the_reordered_graph_equal_the_eager_ones(found: Any) -> None:
+    assert found["worst"] < 1e-5
+
+
+if __name__ == "__main__":
+    main()

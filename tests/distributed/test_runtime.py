@@ -1,0 +1,223 @@
+"""The runtime: torchrun's environment, devices, dtypes, the process group, folders, matmul limits."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nanochat.config import UserError
+from nanochat.distributed import Runtime, runtime
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, mps: bool = False, capability: int = 8) -> list[object]:
+    """Make torch report `cuda` GPUs of a capability, or MPS; returns the devices made current."""
+    chosen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (capability, 0))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    return chosen
+
+
+def test_one_process_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    made = runtime.init()
+    assert made == Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
+    assert made.is_main and not dist.is_initialized()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.rank = 1  # type: ignore[misc]
+
+
+def test_torchrun_with_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.init("cpu").node_ranks == 1
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "expected"),
+    [
+        ({"cuda": 1}, "auto", "cuda:0"),
+        ({"cuda": 1, "mps": True}, "auto", "cuda:0"),
+        ({"mps": True}, "auto", "mps"),
+        ({}, "auto", "cpu"),
+        ({"cuda": 1}, "cpu", "cpu"),
+        ({"cuda": 1}, "cuda", "cuda:0"),
+        ({"mps": True}, "mps", "mps"),
+    ],
+)
+def test_devices(monkeypatch: pytest.MonkeyPatch, machine: dict, device: str, expected: str) -> None:
+    chosen = pretend(monkeypatch, **machine)
+    assert runtime.init(device).device == torch.device(expected)
+    assert chosen == ([torch.device(expected)] if expected.startswith("cuda") else [])
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "message"),
+    [
+        ({}, "cuda", "device=cuda: this machine or this torch build has no CUDA; set device=cpu"),
+        ({"cuda": 1}, "mps", "device=mps: this machine or this torch build has no MPS; set device=cpu"),
+        ({}, "tpu", "device=tpu: expected auto, cpu, cuda or mps"),
+    ],
+)
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, machine: dict, device: str, message: str) -> None:
+    pretend(monkeypatch, **machine)
+    with pytest.raises(UserError) as caught:
+        runtime.init(device)
+    assert str(caught.value).startswith(message)
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cuda=2)
+    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="rank 2 has no GPU: 2 here; lower --nproc_per_node to 2"):
+        runtime.init()
+    assert not dist.is_initialized()
+
+
+def test_mps_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, mps=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device=mps runs in one process"):
+        runtime.init()
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "expected"),
+    [
+        ({}, "auto", torch.float32),
+        ({"mps": True}, "auto", torch.float32),
+        ({"cuda": 1, "capability": 7}, "auto", torch.float32),
+        ({"cuda": 1, "capability": 8}, "auto", torch.bfloat16),
+        ({"cuda": 1, "capability": 10}, "auto", torch.bfloat16),
+        ({"cuda": 1, "capability": 7}, "float16", torch.float16),
+        ({"cuda": 1, "capability": 9}, "float32", torch.float32),
+        ({}, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_dtypes(monkeypatch: pytest.MonkeyPatch, machine: dict, dtype: str, expected: torch.dtype) -> None:
+    pretend(monkeypatch, **machine)
+    assert runtime.init(dtype=dtype).compute_dtype == expected
+
+
+def test_a_dtype_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cuda=1, capability=7)
+    with pytest.raises(UserError, match="dtype=bfloat16: this GPU is older than Ampere; set dtype=float16"):
+        runtime.init(dtype="bfloat16")
+    with pytest.raises(UserError, match="dtype=int4: expected auto, float32, bfloat16, float16"):
+        runtime.init(dtype="int4")
+
+
+# In a function: a process group that a global keeps until the interpreter ends may abort it (gloo's threads).
+TWO_RANKS = """
+import sys, torch.distributed as dist
+from nanochat import runtime
+
+def main():
+    made = runtime.create("cpu")
+    again = runtime.create("cpu")  # a second call joins no second group
+    print(made.rank, made.local_rank, made.world_size, made.node_ranks, made.is_main, again == made)
+    print(runtime.agree(7 * made.rank), runtime.total([1.0, made.rank + 0.5]))
+    runtime.wait_for_all()
+
+main()
+runtime.close()
+runtime.close()
+print(dist.is_initialized(), flush=True)
+runtime.create("cpu", quiet=True)
+print("heard")
+runtime.close()
+"""
+
+
+def test_two_ranks_agree() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in ("0", "1"):
+        env = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", TWO_RANKS]
+        root = Path(__file__).parents[2]
+        processes.append(subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=100)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0] == ["0 0 2 2 True True", "7 [2.0, 2.0]", "False", "heard"]
+    assert outputs[1] == ["1 1 2 2 False True", "7 [2.0, 2.0]", "False"]
+
+
+def test_alone_there_is_nobody_to_agree_with() -> None:
+    assert runtime.all_reduce_max(3) == 3 and runtime.all_reduce_sum([1.5, 2]) == [1.5, 2]
+    runtime.barrier()
+
+
+def test_base_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NANOCHAT_BASE_DIR", raising=False)
+    assert runtime.base_dir() == tmp_path / ".cache" / "nanochat"
+    for given, folder in {"": ".cache/nanochat", "~/x": "x", str(tmp_path / "y"): "y"}.items():
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", given)
+        assert runtime.base_dir() == tmp_path / folder
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "single"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA L4", 121e12, 30.3e12),
+        ("NVIDIA L40S", 362e12, 91.6e12),
+    ],
+)
+def test_limits_of_known_gpus(monkeypatch: pytest.MonkeyPatch, name: str, half: float, single: float) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    for dtype, expected in ((torch.bfloat16, half), (torch.float16, half), (torch.float32, single)):
+        limit, source = runtime.peak_flops(torch.device("cuda", 0), dtype)
+        assert limit == expected and source.startswith("data sheet of ")
+
+
+@pytest.mark.parametrize("name", ["NVIDIA L40", "Tesla V100-SXM2-16GB", "AMD Instinct MI300X"])
+def test_other_gpus_are_measured(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(runtime, "measure_matmul", lambda size, device, dtype: 1e12 * size)
+    limit, source = runtime.peak_flops(torch.device("cuda", 0), torch.float32)
+    assert (limit, source) == (8192e12, "measured, 8192x8192x8192 matmul")
+
+
+def test_the_limit_of_a_cpu_is_measured() -> None:
+    cpu = torch.device("cpu")
+    limit, source = runtime.peak_flops(cpu, torch.float32)
+    assert 1e9 < limit < 1e14 and source.startswith("measured")
+    # The rate is per second, so that it does not depend on the size as the work does: that grows by 64.
+    small, large = (runtime.measure_matmul(size, cpu, torch.float32) for size in (256, 1024))
+    assert 1 / 16 < large / small < 16
+
+
+@pytest.mark.gpu
+def test_a_gpu() -> None:
+    made = runtime.init()
+    assert made.device == torch.device("cuda", 0)
+    capability = torch.cuda.get_device_capability(made.device)
+    assert made.compute_dtype == (torch.bfloat16 if capability >= (8, 0) else torch.float32)
+    limit, _ = runtime.peak_flops(made.device, made.compute_dtype)
+    # No product runs faster than the data sheet says, and a large one comes near.
+    assert 0.3 * limit < runtime.measure_matmul(8192, made.device, made.compute_dtype) < 1.05 * limit

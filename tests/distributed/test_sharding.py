@@ -1,0 +1,178 @@
+"""Sharded training: every mode gives what a process alone gives, in a part of the memory, by as many collectives."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nanochat import model, train, tree
+from nanochat.config import UserError
+from nanochat.distributed import Runtime, ShardingConfig, mesh_shape, shard_dim, sharding
+from nanochat.model import ModelConfig
+
+CONFIG = ModelConfig(sequence_len=32, vocab_size=250, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
+
+
+def cases(number: int, *names: str) -> dict[str, list[dict[str, Any]]]:
+    """Return what rank 0 of a job of so many found, by case."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in ranks.run(number, "sharded_steps.py", *names)[0].splitlines():
+        if line.startswith("{"):
+            row = json.loads(line)
+            found.setdefault(row.pop("case"), []).append(row)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> dict[str, list[dict[str, Any]]]:
+    """All cases of two ranks, by one job: its start takes as long as they do."""
+    return cases(2, "modes", "nonfinite", "derivatives", "graphs")
+
+
+def check_modes(found: list[dict[str, Any]], number: int) -> None:
+    for row in found:
+        assert row["losses"] < 1e-5 and row["norms"] < 1e-5, row
+        assert row["params"] < 1e-4 and row["moments"] < 1e-4, row
+        assert row["agree"], row
+        check_memory(row, number)
+        check_collectives(row)
+
+
+def test_every_mode_trains_on_two_ranks_as_a_process_alone(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
+    found = two_ranks["modes"]
+    assert [row["mode"].split(",")[0] for row in found] == ["replicate", "zero2", "fsdp", "fsdp"]
+    check_modes(found, 2)
+
+
+def test_every_mode_trains_on_four_ranks_as_a_process_alone() -> None:
+    found = cases(4, "modes")["modes"]
+    assert [row["mode"].split(",")[0] for row in found] == ["replicate", "zero2", "fsdp", "fsdp", "hsdp", "hsdp"]
+    check_modes(found, 4)
+
+
+def test_where_nothing_divides_it_trains_all_the_same() -> None:
+    found = cases(3, "few_steps")["modes"]  # no dimension is a multiple of 3
+    assert len(found) == 4
+    for row in found:
+        assert row["cut"] == 0 and row["share"] == 1 and row["counts"] == {"all_reduce_coalesced": 2}, row
+        assert row["losses"] < 1e-5 and row["params"] < 1e-4 and row["agree"], row
+
+
+def check_memory(row: dict[str, Any], number: int) -> None:
+    """The share of parameters and moments that a rank holds."""
+    mode = row["mode"].split(",")[0]
+    if mode == "replicate":
+        assert row["share"] == 1
+    elif mode == "zero2":  # parameters whole, and nearly two moments for each cut
+        assert 1 / number < row["share"] < 1 / number + 0.5
+    else:
+        parts = number if mode == "fsdp" else 2
+        assert row["share"] == pytest.approx(1 / parts, rel=0.02)
+
+
+def check_collectives(row: dict[str, Any]) -> None:
+    """A step of two micro-batches: every one of these calls is one collective, or one for a list of tensors."""
+    cut, counts = row["cut"], row["counts"]
+    exchanges = 4 * 4  # four shapes of matrices; they and their second moments, there and back
+    if row["mode"] == "replicate":
+        assert cut == 0 and counts == {"all_reduce_coalesced": 2}  # gradients; loss and norm
+        return
+    wanted = {"all_reduce_coalesced": 2, "all_to_all_single": exchanges}
+    if row["mode"].startswith("hsdp"):
+        wanted["all_reduce_coalesced"] += 1  # over the replicas
+    if row["mode"] == "zero2":
+        wanted |= {"reduce_scatter_tensor_coalesced": 1, "all_gather_into_tensor_out": cut}
+    elif row["mode"].endswith("once a step"):
+        wanted |= {"reduce_scatter_tensor_coalesced": 1, "all_gather_into_tensor_coalesced": 1}
+    else:
+        gathers = 2 * (2 + 4 + 2)  # of each micro-batch: wte, lm_head, four layers, two value embeddings
+        wanted |= {"reduce_scatter_tensor": gathers, "all_gather_into_tensor": gathers}
+    assert counts == wanted, row["mode"]
+
+
+def test_compiled_layers_are_gathered_again_in_the_backward(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
+    (found,) = two_ranks["graphs"]
+    gathers = 4 + 1  # wte, lm_head, two layers; and a value embedding
+    forward, backward = found["graphs"]
+    assert forward == {"all_gather_into_tensor": gathers, "wait_tensor": gathers}
+    # The layers again. The gradient of lm_head is made in the forward, and that of a table does not need the table.
+    assert backward == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": gathers, "wait_tensor": 2 + gathers}
+    assert found["error"] < 1e-7
+
+
+def test_gradients_through_a_gather(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
+    (found,) = two_ranks["derivatives"]
+    assert found["eager"] == pytest.approx(found["difference"], rel=1e-7)
+    assert found["compiled"] == pytest.approx(found["eager"], rel=1e-12)
+
+
+def test_what_one_rank_cannot_use_no_rank_uses(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
+    assert len(two_ranks["nonfinite"]) == 3
+    for row in two_ranks["nonfinite"]:
+        assert row == {"mode": row["mode"], "finite": False, "same": True}
+
+
+def test_which_dimension_is_cut() -> None:
+    assert shard_dim((64, 32), ("hidden", "embed"), 4) == 0
+    assert shard_dim((6, 32), ("heads", "embed"), 4) == 1  # the rows do not divide
+    assert shard_dim((6, 9), ("heads", "embed"), 4) is None
+    assert shard_dim((64, 12), ("kv_heads_count", "gate"), 4) is None  # too small to be worth it
+    assert shard_dim((64, 32), ("hidden", "embed"), 1) is None
+
+
+def test_meshes() -> None:
+    assert mesh_shape(ShardingConfig("replicate"), 8, 4) == (8, 1)
+    assert mesh_shape(ShardingConfig("zero2"), 8, 4) == mesh_shape(ShardingConfig("fsdp"), 8, 4) == (1, 8)
+    assert mesh_shape(ShardingConfig("hsdp"), 8, 4) == (2, 4)  # a node's ranks share one copy
+    assert mesh_shape(ShardingConfig("hsdp", shard_ranks=2), 8, 4) == (4, 2)
+    with pytest.raises(UserError, match=r"sharding\.shard_ranks=3: must divide the 8 ranks"):
+        mesh_shape(ShardingConfig("hsdp", shard_ranks=3), 8, 4)
+
+
+@pytest.fixture
+def three_ranks() -> Iterator[Runtime]:
+    """The first of three ranks whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
+    yield Runtime(0, 0, 3, 3, 0, torch.device("cpu"), torch.float32)
+    dist.destroy_process_group()
+
+
+def test_what_does_not_divide_stays_whole_and_is_said_once(
+    three_ranks: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = sharding.make_layout(ShardingConfig("fsdp"), three_ranks, model.spec(CONFIG))
+    assert layout is not None and layout.cut == []  # 64, 128 and 256 are no multiples of 3
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "wte (256, 64) and" in said and "do not divide by 3: whole on every rank" in said
+
+
+def test_state_is_allocated_in_parts(three_ranks: Runtime) -> None:
+    config = ModelConfig(sequence_len=32, vocab_size=192, n_layer=2, n_head=6, n_kv_head=6, n_embd=96)
+    for mode, share in {"zero2": 1, "fsdp": 1 / 3}.items():
+        layout = sharding.make_layout(ShardingConfig(mode), three_ranks, model.spec(config))  # pyright: ignore
+        params = model.init(config, 0, layout=layout)
+        state = train.init(params, model.spec(config), layout=layout)
+        whole = train.init(model.init(config, 0), model.spec(config))
+        here = sharding.local(state)
+        assert tree.nbytes(here.params) == pytest.approx(share * tree.nbytes(whole.params), rel=0.02)
+        assert tree.nbytes(here.opt_state) == pytest.approx(tree.nbytes(whole.opt_state) / 3, rel=0.02)
+        for got, want in zip(
+            tree.leaves((state.params, state.opt_state)), tree.leaves((whole.params, whole.opt_state))
+        ):
+            assert got.shape == want.shape and got.dtype == want.dtype
+        wrapped = sharding.like(state.params, sharding.local(state.params))
+        for got, want in zip(tree.leaves(wrapped), tree.leaves(state.params)):
+            assert got.placements == want.placements and got.to_local() is not None
+
+
+def test_alone_nothing_is_wrapped() -> None:
+    here = Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
+    assert sharding.make_layout(ShardingConfig("fsdp"), here, model.spec(CONFIG)) is None
+    assert sharding.gatherer(None, torch.float32) is None
+    params = model.init(CONFIG, 0)
+    assert sharding.enter(None, params, torch.float32) is params and sharding.reduce(None, params) is params

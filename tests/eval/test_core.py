@@ -1,0 +1,392 @@
+"""CORE against the plain implementation in plain_core.py, row by row; its seeds, ranks, table, and its faults."""
+
+import functools
+import http.server
+import io
+import json
+import shutil
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import core_ranks
+import plain_core
+import pytest
+import ranks
+import torch
+from core_ranks import BUNDLE, small_config, small_tokenizer
+from small_model import WINDOWED, random_params
+
+from nanochat.config import UserError
+from nanochat.data import PATTERN, Options, Tokenizer
+from nanochat.eval import CoreTask, Prompt, Question, Row, Scored, core, core_bundle, likelihood
+from nanochat.model import ModelConfig
+
+LABELS = ["arc_easy", "copa", "winograd", "winogrande", "jeopardy", "lambada_openai"]
+WHOLE_BUNDLE = Path(__file__).parents[3] / "shared" / "eval_bundle"
+WINDOWS = ModelConfig(**{**WINDOWED.__dict__, "vocab_size": 400})
+
+
+def assert_as_plain(
+    folder: Path,
+    label: str,
+    config: ModelConfig,
+    tok: Tokenizer,
+    *,
+    count: int | None = None,
+    max_tokens: int | None = None,
+    tokens_per_batch: int | None = None,
+) -> None:
+    """Compare prompts, spans and answers of a task's first rows with those of the plain implementation."""
+    params, entry = random_params(config), plain_core.entries(folder)[label]
+    rows = plain_core.read_rows(folder, entry)
+    task = core_bundle.load(core_bundle.read(folder), label)
+    asked = list(core.questions(task, tok, max_tokens or 10 * config.sequence_len))[:count]
+    scored = likelihood.score(
+        params, config, [q.prompts for q in asked], padding=tok.bos, tokens_per_batch=tokens_per_batch
+    )
+    assert len(asked) == min(count or len(rows), len(rows))
+    for index, (question, scores) in enumerate(zip(asked, scored)):
+        want = plain_core.answer(params, config, tok, entry, rows, index, max_tokens)
+        got = core.answer(question, scores)
+        assert [prompt.ids for prompt in question.prompts] == want.prompts, (label, index)
+        assert [(prompt.start, prompt.end) for prompt in question.prompts] == want.spans, (label, index)
+        assert got.losses == pytest.approx(want.losses, abs=2e-5, nan_ok=True), (label, index)
+        assert got.right == want.right, (label, index)
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("tokens_per_batch", [1, 700, None])
+def test_rows_are_answered_as_by_the_plain_implementation(label: str, tokens_per_batch: int | None):
+    assert_as_plain(BUNDLE, label, small_config(), small_tokenizer(), tokens_per_batch=tokens_per_batch)
+
+
+@pytest.mark.parametrize("label", ["arc_easy", "winograd", "jeopardy"])
+@pytest.mark.parametrize("max_tokens", [3, 40, 150])
+def test_long_prompts_keep_their_last_tokens(label: str, max_tokens: int):
+    assert_as_plain(BUNDLE, label, WINDOWS, small_tokenizer(), max_tokens=max_tokens, count=4)
+
+
+@pytest.mark.parametrize("label", plain_core.entries(WHOLE_BUNDLE) if WHOLE_BUNDLE.exists() else [None])
+def test_the_tasks_of_the_larger_bundle(label: str | None):
+    if label is None:
+        pytest.skip(f"needs a bundle of more tasks in {WHOLE_BUNDLE}")
+    assert_as_plain(WHOLE_BUNDLE, label, WINDOWS, small_tokenizer(), count=6, max_tokens=1000)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Seeds and texts
+
+
+def test_few_shot_rows_are_these():
+    assert core.few_shot(0, 40, 10) == [29, 8, 1, 6, 3, 36, 7, 23, 38, 37]
+    assert core.few_shot(7, 12, 3) == [10, 11, 8]
+    assert core.few_shot(39, 40, 10) == [34, 35, 1, 29, 32, 38, 14, 2, 28, 0]
+    assert core.few_shot(2, 3, 2) == [1, 0]
+    assert core.few_shot(5, 10, 0) == []
+
+
+def test_rows_are_shuffled_then_cut():
+    bundle = core_bundle.read(BUNDLE)
+    assert [row.line for row in core_bundle.load(bundle, "copa").rows] == [1, 4, 8, 3, 2, 7, 5, 6]
+    assert [row.line for row in core_bundle.load(bundle, "copa", 3).rows] == [1, 4, 8]
+    assert [row.line for row in core_bundle.load(bundle, "jeopardy").rows] == [1, 4, 8, 3, 2, 7, 5, 6, 9]
+
+
+def made_task(kind: str, rows: list[dict], *, shots: int = 1, delimiter: str = " ") -> CoreTask:
+    numbered = tuple(Row(i, row) for i, row in enumerate(rows, start=1))
+    return CoreTask("made", kind, Path("made.jsonl"), shots, delimiter, 0.0, numbered)
+
+
+BYTES = Tokenizer(tuple(bytes([i]) for i in range(256)))
+
+
+def texts(task: CoreTask, tok: Tokenizer = BYTES) -> list[list[tuple[str, str]]]:
+    """Return for each prompt of each row its text after <|bos|>, and that of its answer."""
+    found = []
+    for question in core.questions(task, tok, 10**6):
+        assert all(ids[0] == tok.bos for ids, *_ in question.prompts)
+        found.append([(tok.decode(p.ids[1:]), tok.decode(p.ids[p.start : p.end])) for p in question.prompts])
+    return found
+
+
+def test_the_text_of_each_kind():
+    choice = [
+        {"query": "1+1 is", "choices": ["two", "ten"], "gold": 0},
+        {"query": "A cow", "choices": ["moos", "meows"], "gold": 1},
+    ]
+    assert texts(made_task("multiple_choice", choice, delimiter="\nAnswer: "))[0] == [
+        ("A cow\nAnswer: meows\n\n1+1 is\nAnswer: two", "wo"),  # both begin with a t
+        ("A cow\nAnswer: meows\n\n1+1 is\nAnswer: ten", "en"),
+    ]
+    schema = [
+        {"context_options": ["Tom left since Tom", "Tom left since Al"], "continuation": "was ill.", "gold": 0},
+        {"context_options": ["It", "She"], "continuation": "sang.", "gold": 1},
+    ]
+    assert texts(made_task("schema", schema))[0] == [
+        ("She sang.\n\nTom left since Tom was ill.", " was ill."),
+        ("She sang.\n\nTom left since Al was ill.", " was ill."),
+    ]
+    words = [{"context": " Up and ", "continuation": "down"}, {"context": "\nLeft and", "continuation": "right "}]
+    assert texts(made_task("language_modeling", words))[0] == [("Left and right \n\nUp and down", " down")]
+    assert texts(made_task("language_modeling", words, shots=0))[1] == [("Left and right ", " right ")]
+
+
+def test_rows_that_begin_with_space_are_encoded_with_what_is_before_them(tmp_path: Path):
+    """There, a token may cross the border between two rows: the row cannot be encoded by itself."""
+    rows = [
+        {"query": f"{space}q{i}", "choices": ["a", " b"], "gold": 1} for i, space in enumerate([" ", "\n", "", "  "])
+    ]
+    tok = Tokenizer((*BYTES.tokens, b"\n\n", b"\n\n\n", b"\n\n "), PATTERN)
+    for kept in (rows, rows[2:3] * 2):
+        folder = shutil.copytree(BUNDLE, tmp_path / str(len(kept)))
+        (folder / "eval_data/commonsense_reasoning/copa.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in kept))
+        lines = (folder / "core.yaml").read_text().replace("num_fewshot:\n  - 0", "num_fewshot:\n  - 1")
+        (folder / "core.yaml").write_text(lines)
+        config = ModelConfig(**{**small_config().__dict__, "vocab_size": tok.vocab_size})
+        assert_as_plain(folder, "copa", config, tok)
+
+
+def test_a_prompt_that_is_cut_into_its_answer():
+    prompt = Prompt(list(range(10)), 6, 9)
+    assert core.cropped(prompt, 10) == prompt
+    assert core.cropped(prompt, 5) == Prompt([5, 6, 7, 8, 9], 1, 4)
+    assert core.cropped(prompt, 3) == Prompt([7, 8, 9], 1, 2), "7 has no token before it that could predict it"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def test_the_lowest_mean_wins_and_of_equal_ones_the_first():
+    prompts = [Prompt([0], 1, 1)] * 3
+
+    def choice(*scores: tuple[float, int]) -> int:
+        return core.answer(Question(prompts, 1), [Scored(nats, 0, tokens) for nats, tokens in scores]).choice
+
+    assert choice((4.0, 2), (3.0, 1), (9.0, 9)) == 2
+    assert choice((4.0, 2), (2.0, 1), (6.0, 3)) == 0
+    assert choice((9.0, 1), (2.0, 1), (0.0, 0)) == 1, "an answer without a token of its own has no loss"
+
+
+def test_a_continuation_is_right_if_every_token_is_the_likeliest():
+    question = Question([Prompt([0], 1, 1)], None)
+    assert core.answer(question, [Scored(1.0, 3, 3)]).right
+    assert not core.answer(question, [Scored(0.1, 2, 3)]).right
+    assert core.answer(question, [Scored(1.5, 2, 3)]).losses == (0.5,)
+
+
+def test_scores_are_centered_and_averaged():
+    task = core_bundle.load(core_bundle.read(BUNDLE), "arc_easy")
+    assert task.baseline == 0.25
+    found = [core.Answer(i < 4, 0, ()) for i in range(8)]
+    scored = core.result(task, found, 1.0)
+    assert (scored.rows, scored.right, scored.accuracy) == (8, 4, 0.5)
+    assert scored.centered == pytest.approx((0.5 - 0.25) / 0.75)
+    results = core_ranks.evaluate(random_params(small_config()))
+    assert list(results.tasks) == LABELS and results.failed == {}
+    assert results.core == pytest.approx(sum(task.centered for task in results.tasks.values()) / 6)
+    lines = core.table(results).splitlines()
+    assert lines[0] == "Task,Accuracy,Centered" and lines[-1] == f"CORE,,{results.core:.6f}"
+    assert lines[2] == f"copa,{results.tasks['copa'].accuracy:.6f},{2 * results.tasks['copa'].accuracy - 1:.6f}"
+
+
+@functools.cache
+def one_rank() -> str:
+    return core_ranks.as_json(core_ranks.evaluate(random_params(small_config())))
+
+
+@pytest.mark.parametrize("mode", ["replicate", "fsdp"])
+def test_two_ranks_answer_as_one_does_to_the_last_bit(mode: str):
+    first, second = ranks.run(2, "core_ranks.py", mode)
+    assert first == second and first.strip() == one_rank()
+
+
+def test_tasks_that_are_done_are_not_done_again():
+    bundle, params, seen = core_bundle.read(BUNDLE), random_params(small_config()), []
+    whole = json.loads(one_rank())
+    before = core_ranks.evaluate(params)
+    done = {label: before.tasks[label] for label in ("copa", "jeopardy")}
+    how = {"done": done, "on_task": lambda label, _: seen.append(label), "tokens_per_batch": 700}
+    again = core.evaluate(params, small_config(), small_tokenizer(), bundle, **how)
+    assert seen == ["arc_easy", "winograd", "winogrande", "lambada_openai"]
+    assert again.core == before.core == whole[0] and list(again.tasks) == LABELS
+    assert again.tasks["copa"] is done["copa"]
+
+
+def test_settings_out_of_range():
+    bundle, params = core_bundle.read(BUNDLE), random_params(small_config())
+    evaluate = functools.partial(core.evaluate, params, small_config(), small_tokenizer(), bundle)
+    with pytest.raises(UserError, match=r"max_tokens=641: expected 2 … 640"):
+        evaluate(max_tokens=641)
+    with pytest.raises(UserError, match="max_per_task=0: expected at least 1"):
+        evaluate(max_per_task=0)
+
+
+def test_another_order_of_batches_or_a_loss_in_half_precision_is_close():
+    params = random_params(small_config(), dtype=torch.bfloat16)
+    compute = core_ranks.Compute(dtype=torch.bfloat16)
+    half, full = core_ranks.evaluate(params, compute), core_ranks.evaluate(random_params(small_config()))
+    for label in LABELS:
+        for a, b in zip(half.tasks[label].answers, full.tasks[label].answers, strict=True):
+            assert a.losses == pytest.approx(b.losses, abs=0.25), label
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+Change = Callable[[Path], object]
+
+
+def edited(name: str, old: str, new: str) -> Change:
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+COPA = "eval_data/commonsense_reasoning/copa.jsonl"
+WRONG_BUNDLES: dict[str, tuple[Change, str]] = {
+    "no core.yaml": (lambda folder: (folder / "core.yaml").unlink(), r"bundle=\S+: has no core.yaml; give the folder"),
+    "no YAML": (edited("core.yaml", "- label: copa", "- label: [copa"), r"core.yaml:\d+: is no YAML \("),
+    "no tasks": (lambda folder: (folder / "core.yaml").write_text("tasks: []"), "core.yaml: has no list of icl_tasks"),
+    "no label": (edited("core.yaml", "label: copa", "name: copa"), "core.yaml: task 2 of icl_tasks has no label"),
+    "a label twice": (edited("core.yaml", "label: copa", "label: arc_easy"), "task 2 .* has the label arc_easy again"),
+    "no table": (lambda folder: (folder / "eval_meta_data.csv").unlink(), "eval_meta_data.csv: cannot be read"),
+    "no column": (
+        edited("eval_meta_data.csv", "Random", "Any"),
+        "eval_meta_data.csv:1: has no column 'Random baseline'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BUNDLES)
+def test_a_wrong_bundle_is_named(name: str, tmp_path: Path):
+    change, message = WRONG_BUNDLES[name]
+    folder = shutil.copytree(BUNDLE, tmp_path / "bundle")
+    change(folder)
+    with pytest.raises(UserError, match=message) as error:
+        core_bundle.read(folder)
+    assert "\n" not in str(error.value)
+
+
+WRONG_TASKS: dict[str, tuple[Change, str]] = {
+    "kind": (edited("core.yaml", "multiple_choice\n- label: w", "choice\n- label: w"), "icl_task_type 'choice'"),
+    "few-shot": (edited("core.yaml", "  - 0", "  - many"), r"copa has num_fewshot 'many'; expected a list of one"),
+    "too few rows": (edited("core.yaml", "  - 0", "  - 8"), r"copa.jsonl: 8 rows .*, but 8 solved ones have to stand"),
+    "no file": (lambda folder: (folder / COPA).unlink(), "copa.jsonl: cannot be read .No such file"),
+    "no JSON": (edited(COPA, '"gold": 1', '"gold": one'), r"copa.jsonl:1: is no JSON \("),
+    "no object": (lambda folder: (folder / COPA).write_text("\n[1]\n"), "copa.jsonl:2: expected an object"),
+    "no query": (edited(COPA, '"query"', '"question"'), "copa.jsonl:1: query is missing; a multiple_choice row has it"),
+    "no text": (edited(COPA, '"query": "', '"query": 1, "x": "'), "copa.jsonl:1: query is no text"),
+    "no choices": (edited(COPA, '"choices"', '"options"'), "copa.jsonl:1: choices is missing"),
+    "one choice": (edited(COPA, '"choices": [', '"choices": ["a"], "x": ['), "choices is no list of two texts or more"),
+    "gold": (edited(COPA, '"gold": 1', '"gold": 2'), "copa.jsonl:1: gold is 2; expected the index .* 0 … 1"),
+    "gold is no index": (edited(COPA, '"gold": 1', '"gold": true'), "gold is True"),
+    "no baseline": (edited("eval_meta_data.csv", "copa", "cola"), "eval_meta_data.csv: has no line for copa"),
+    "baseline": (edited("eval_meta_data.csv", "reasoning,50", "reasoning,half"), r"csv:4: the random .* is 'half'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_TASKS)
+def test_a_fault_of_one_task_leaves_the_others(name: str, tmp_path: Path):
+    change, message = WRONG_TASKS[name]
+    folder = shutil.copytree(BUNDLE, tmp_path / "bundle")
+    change(folder)
+    told = []
+    results = core.evaluate(
+        random_params(small_config()), small_config(), small_tokenizer(), core_bundle.read(folder),
+        max_per_task=8, on_task=lambda label, outcome: told.append((label, outcome)),
+    )  # fmt: skip
+    assert list(results.failed) == ["copa"] and results.core is None
+    with pytest.raises(UserError, match=message):
+        raise UserError(results.failed["copa"])
+    assert "\n" not in results.failed["copa"]
+    assert list(results.tasks) == [label for label in LABELS if label != "copa"]
+    assert told[1] == ("copa", results.failed["copa"]) and len(told) == 6
+    assert "CORE" not in core.table(results)
+
+
+def test_too_few_rows_by_the_setting():
+    with pytest.raises(UserError, match=r"2 rows \(max_per_task=2\), but 3 solved ones"):
+        core_bundle.load(core_bundle.read(BUNDLE), "arc_easy", 2)
+
+
+@pytest.mark.parametrize("continuation", ["", "s"])
+def test_a_continuation_that_changes_what_is_before_it(continuation: str):
+    tok = Tokenizer((*BYTES.tokens, b"ts"))
+    rows = [{"context": "some cat", "continuation": "s"}, {"context": "all cats", "continuation": continuation}]
+    with pytest.raises(UserError, match=r"made.jsonl:1: the tokens of the text before the continuation"):
+        list(core.questions(made_task("language_modeling", rows, delimiter=""), tok, 100))
+
+
+def test_the_digest_is_of_all_that_decides_a_result():
+    bundle = core_bundle.read(BUNDLE)
+    task = core_bundle.load(bundle, "copa")
+    same = core_bundle.load(bundle, "copa")
+    assert core_bundle.digest(task) == core_bundle.digest(same)
+    for other in ("winograd", "arc_easy"):
+        assert core_bundle.digest(core_bundle.load(bundle, other)) != core_bundle.digest(task)
+    assert core_bundle.digest(core_bundle.load(bundle, "copa", 7)) != core_bundle.digest(task)
+    for change in ({"num_fewshot": 1}, {"delimiter": "\n"}, {"baseline": 0.1}, {"rows": task.rows[::-1]}):
+        assert core_bundle.digest(CoreTask(**{**task.__dict__, **change})) != core_bundle.digest(task)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Download
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[bytes]]]:
+    """Yield the address of a server, and the answers that it will give, one after another."""
+    answers: list[bytes] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = answers.pop(0)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_address[1]}/eval_bundle.zip", answers
+        running.shutdown()
+        thread.join()
+
+
+def zipped(top: str) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        for path in sorted(BUNDLE.rglob("*")):
+            file.write(path, f"{top}{path.relative_to(BUNDLE)}")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("top", ["eval_bundle/", ""])
+def test_the_bundle_is_fetched_once(server: tuple[str, list[bytes]], tmp_path: Path, top: str):
+    url, answers = server
+    answers += [b"<html>log in first</html>", zipped(top)]
+    folder = tmp_path / "base" / "eval_bundle"
+    options = Options(attempts=3, backoff_seconds=0.01)
+    for _ in range(2):
+        assert core_bundle.fetch(folder, url=url, options=options) == folder
+    assert answers == [] and list(core_bundle.read(folder).entries) == LABELS
+    assert [path.name for path in folder.parent.iterdir()] == ["eval_bundle"]
+
+
+def test_a_bundle_that_cannot_be_had(server: tuple[str, list[bytes]], tmp_path: Path):
+    url, answers = server
+    answers += [b"<html>"] * 2
+    with pytest.raises(UserError, match=r"eval_bundle\.zip: not a zip file; does a proxy answer .* \(2 attempts\)"):
+        core_bundle.fetch(tmp_path / "eval_bundle", url=url, options=Options(attempts=2, backoff_seconds=0.01))
+    assert not (tmp_path / "eval_bundle").exists()

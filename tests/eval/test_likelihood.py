@@ -1,0 +1,162 @@
+"""Scores of answers, batched and with shared beginnings, against the logits of each prompt by itself."""
+
+import functools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_model import CONFIG, WINDOWED, LargestTensor, Unchanged, random_params
+
+from nanochat import model
+from nanochat.eval import PackedRow, Prompt, Scored, likelihood
+from nanochat.model import ModelConfig, PackedPositions
+
+PADDING = 99
+SHORT = ModelConfig(sequence_len=8, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="L")
+score = functools.partial(likelihood.score, padding=PADDING)
+
+
+def alone(config: ModelConfig, prompt: Prompt) -> tuple[float, int]:
+    """Return nats and hits of an answer, from the logits of all of its prompt."""
+    ids, start, end = prompt
+    logits = model.apply(random_params(config), torch.tensor([ids]), config=config)[0, start - 1 : end - 1]
+    targets = torch.tensor(ids[start:end], dtype=torch.int64)
+    return F.cross_entropy(logits, targets, reduction="sum").item(), int((logits.argmax(-1) == targets).sum())
+
+
+def draw_ids(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(100) for _ in range(count)]
+
+
+def draw_group(rng: random.Random, prompts: int, most: int) -> list[Prompt]:
+    """Return prompts that share a beginning, or do not, whose answers are anywhere behind their first token."""
+    shared, group = draw_ids(rng, rng.randint(0, most)), []
+    for _ in range(prompts):
+        ids = [PADDING, *shared, *draw_ids(rng, rng.randint(1, 9))]
+        start = rng.randint(1, len(ids) - 1)
+        group.append(Prompt(ids, start, rng.randint(start, len(ids))))
+    return group
+
+
+def assert_as_alone(config: ModelConfig, groups: list[list[Prompt]], found: list[list[Scored]]) -> None:
+    for group, scores in zip(groups, found, strict=True):
+        for prompt, got in zip(group, scores, strict=True):
+            nats, hits = alone(config, prompt)
+            assert got.tokens == prompt.end - prompt.start and got.hits == hits
+            assert got.nats == pytest.approx(nats, rel=1e-6, abs=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    tokens_per_batch=st.sampled_from([1, 60, 200, None]),
+)
+def test_any_groups_are_scored_as_each_prompt_alone(seed: int, sizes: list[int], tokens_per_batch: int | None):
+    """Also with prompts that are longer than all windows of SHORT reach (25 tokens)."""
+    rng = random.Random(seed)
+    groups = [draw_group(rng, size, 60) for size in sizes]
+    found = score(random_params(SHORT), SHORT, groups, tokens_per_batch=tokens_per_batch)
+    assert_as_alone(SHORT, groups, found)
+
+
+@pytest.mark.parametrize("config", [WINDOWED, ModelConfig(**{**WINDOWED.__dict__, "n_layer": 1})], ids=["3", "1 layer"])
+def test_windows_reach_from_the_ends_into_the_beginning(config: ModelConfig):
+    rng = random.Random(0)
+    shared = draw_ids(rng, 300)
+    prompts = [Prompt([*shared, *draw_ids(rng, n)], 301, 300 + n) for n in (5, 140, 2)]
+    other = [Prompt([*shared[:200], *draw_ids(rng, n)], 199, 200 + n) for n in (3, 4)]
+    found = score(random_params(config), config, [prompts, other], tokens_per_batch=2000)
+    assert_as_alone(config, [prompts, other], found)
+
+
+def test_what_is_out_of_reach_is_not_computed():
+    assert likelihood.receptive_tokens(SHORT) == 25
+    ids = list(range(90))
+    whole, *_ = likelihood.pack_rows([[Prompt(ids, 80, 82)]], 25)[0]
+    assert whole == PackedRow(54, ids[54:], [], [(25, 80, 0), (26, 81, 0)])
+    two = [Prompt([*ids[:70], 1, 2, 3], 71, 73), Prompt([*ids[:70], 4, 5], 71, 72)]
+    (line,) = likelihood.pack_rows([two], 25)[0]
+    assert line.skipped == 45 and line.shared == ids[45:70] and line.ends == [[1, 2, 3], [4, 5]]
+    assert line.read == [(25, 2, 0), (26, 3, 0), (28, 5, 1)]
+
+
+def test_the_reach_is_no_longer_than_said():
+    """A token further before an answer than that changes nothing; the last one within does."""
+    ids = torch.tensor([draw_ids(random.Random(0), 60)])
+    params, config = random_params(SHORT), SHORT
+    want, changed = model.features(params, ids, config=config), []
+    for i in range(60):
+        other = ids.clone()
+        other[0, i] = (other[0, i] + 1) % 100
+        changed.append((model.features(params, other, config=config) != want)[0, 59].any().item())
+    assert changed.index(True) == 59 - likelihood.receptive_tokens(config)
+
+
+def test_the_same_prompts_have_the_same_number_to_the_last_bit():
+    one, other = Prompt([1, 2, 3, 4], 2, 4), Prompt([1, 2, 5], 2, 3)
+    lines, numbers, count = likelihood.pack_rows([[one, other, one], [one]], 100)
+    assert numbers == [[0, 1, 0], [2]] and count == 3
+    assert [line.ends for line in lines] == [[[2, 3, 4], [2, 5]], []]
+    first, _, third = score(random_params(), CONFIG, [[one, other, one]])[0]
+    assert first == third
+
+
+def test_hits_are_the_tokens_that_are_likeliest():
+    params, ids = random_params(), [5, 6, 7]
+    for _ in range(4):
+        ids.append(int(model.apply(params, torch.tensor([ids]), config=CONFIG)[0, -1].argmax()))
+    wrong = [*ids[:-1], (ids[-1] + 1) % 100]
+    (right, but_one), (empty,) = score(params, CONFIG, [[Prompt(ids, 3, 7), Prompt(wrong, 3, 7)], [Prompt(ids, 2, 2)]])
+    assert (right.hits, right.tokens) == (4, 4) and (but_one.hits, but_one.tokens) == (3, 4)
+    assert empty == Scored(0.0, 0, 0)
+
+
+def test_batches_hold_every_line_once_are_bounded_and_of_like_lengths():
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 300) for _ in range(200)]
+    lines = [PackedRow(0, [0] * n, [[0] * rng.randint(0, 9)] * 2, [(0, 0, i)]) for i, n in enumerate(lengths)]
+    batches = likelihood.batched(lines, 2000)
+    assert sorted(line.read[0][2] for batch in batches for line in batch) == list(range(200))
+    sizes = []
+    for batch in batches:
+        tokens = likelihood.assemble(batch, 0).tokens_BT
+        used = sum(len(line.shared) + sum(map(len, line.ends)) for line in batch)
+        assert tokens.numel() <= 2000
+        assert tokens.numel() - used <= tokens.numel() / 8 or tokens.numel() <= 2000 / 8
+        sizes.append(tokens.shape[1])
+    assert len(batches) < 30 and sizes[0] > sizes[-1]
+    assert [len(batch) for batch in likelihood.batched(lines[:3], 1)] == [1, 1, 1], "a line is never cut"
+
+
+def test_logits_are_made_only_where_answers_are_read():
+    config = ModelConfig(sequence_len=64, vocab_size=5000, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
+    groups, params = [[Prompt(draw_ids(random.Random(i), 60), 58, 60)] for i in range(8)], random_params(config)
+    with LargestTensor() as largest:
+        score(params, config, groups)
+    tokens_read, table = 16, params["lm_head"].numel()
+    assert largest.numel <= max(tokens_read * config.vocab_size, table) < 60 * config.vocab_size
+
+
+def test_features_since_a_column_are_those_of_all():
+    params, tokens = random_params(), torch.tensor([draw_ids(random.Random(0), 12)])
+    want = model.features(params, tokens, config=CONFIG)
+    for since in (0, 1, 11):
+        got = model.features(params, tokens, since=since, config=CONFIG)
+        assert got.shape == (1, 12 - since, 32) and (got - want[:, since:]).abs().max() < 1e-5
+
+
+def test_an_order_that_is_a_line_changes_nothing():
+    params, tokens = random_params(), torch.tensor([draw_ids(random.Random(0), 12)])
+    order = PackedPositions(torch.arange(12)[None], (torch.arange(12)[None] - 1).clamp_min(0))
+    got = model.features(params, tokens, order=order, config=CONFIG)
+    assert (got - model.features(params, tokens, config=CONFIG)).abs().max() < 1e-5
+
+
+def test_nothing_is_changed_in_place():
+    params = random_params()
+    with Unchanged(params):
+        score(params, CONFIG, [draw_group(random.Random(1), 3, 9)])

@@ -1,0 +1,350 @@
+"""The benchmarks: what they measure is right where it can be known, and every path of theirs runs on a CPU."""
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import _bench, _trace, bench_gpu, bench_infer, bench_scale, bench_train, pretrain
+from experiments._bench import Limits
+from experiments._trace import Trace
+from nanochat import distributed, model
+from nanochat.config import UserError, override
+from nanochat.distributed import Runtime
+from nanochat.model import attention
+
+HERE = Runtime(
+    rank=0,
+    local_rank=0,
+    world_size=1,
+    node_ranks=1,
+    restarts=0,
+    device=torch.device("cpu"),
+    compute_dtype=torch.float32,
+)
+TINY = ["depth=1", "width=64", "head_dim=32", "vocab_size=128", "sequence_len=32", "batch_size=2", "rounds=1"]
+TINY += ["compile=false", "steps_per_round=1"]
+PROFILED = ["width=64", "head_dim=32", "vocab_size=128", "sequence_len=32", "batch_size=2", "rounds=1"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+
+
+def event(name: str, ts: float, dur: float, cat: str = "kernel") -> dict[str, Any]:
+    return {"name": name, "ts": ts, "dur": dur, "cat": cat, "ph": "X"}
+
+
+# Traces
+
+
+def test_union_of_spans() -> None:
+    assert _trace.merge_intervals([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
+    assert _trace.total_seconds([(0, 2), (1, 3), (10, 11)]) == 4
+
+
+def test_profile_of_a_gpu_finds_busy_time_and_gaps() -> None:
+    kernels = [
+        event("nvjet_tst_gemm", 100, 300),
+        event("flash_fwd_kernel", 300, 200),  # beside the first for 100
+        event("triton_poi_fused_add", 600, 100),
+        event("Memcpy HtoD", 700, 50, "gpu_memcpy"),
+        event("aten::mm", 0, 900, "cpu_op"),  # no time of the GPU's
+    ]
+    found = _trace.profile(Trace(0, 1000e-6, kernels))
+    assert found.busy_seconds == pytest.approx(550e-6) and found.idle_seconds == pytest.approx(450e-6)
+    assert found.kinds == pytest.approx(
+        {"products": 300e-6, "attention": 200e-6, "elementwise (compiled)": 100e-6, "copies": 50e-6}
+    )
+    assert found.top[0][0] == "nvjet_tst_gemm" and found.top[0][2] == 1
+    assert [gap[1:] for gap in found.gaps] == [
+        ("start of the step", "nvjet_tst_gemm"),
+        ("flash_fwd_kernel", "triton_poi_fused_add"),
+    ]
+    assert [gap[0] for gap in found.gaps] == pytest.approx([100e-6, 100e-6])
+
+
+def test_communication_counts_what_nothing_hides() -> None:
+    kernels = [event("nvjet", 0, 100), event("ncclDevKernel_AllGather", 50, 100), event("ncclDevKernel_X", 200, 10)]
+    found = _trace.communication(Trace(0, 1e-3, kernels))
+    assert found == pytest.approx((110e-6, 60e-6))
+
+
+def test_a_trace_holds_the_second_call_alone(tmp_path: Path) -> None:
+    calls = []
+
+    def f() -> None:
+        calls.append(torch.ones(64, 64) @ torch.ones(64, 64))
+
+    found = _trace.trace(f, HERE, path=tmp_path / "trace.json")
+    products = [e for e in found.events if e["name"] == "aten::mm"]
+    assert len(calls) == 2 and len(products) == 1
+    assert (tmp_path / "trace.json").read_text().count('"aten::mm"') == 2
+    assert 0 < products[0]["dur"] / 1e6 < found.seconds
+
+
+@pytest.mark.gpu
+def test_synchronisations_of_the_host_are_counted() -> None:
+    x = torch.ones(8, device="cuda")
+    assert _bench.host_syncs(lambda: x * 2) == []
+    assert len(_bench.host_syncs(lambda: [float(x.sum()), float(x.sum())])) == 2
+
+
+def collective(name: str, ts: float, dims: list[Any], dtype: str) -> dict[str, Any]:
+    found = event(f"_c10d_functional::{name}", ts, 1, "cpu_op")
+    return found | {"tid": 1, "args": {"Input Dims": [dims], "Input type": [dtype]}}
+
+
+def test_bytes_of_lists_are_those_of_their_results() -> None:
+    layout: Any = SimpleNamespace(shards=2, replicas=1, ranks=2, cut=["a", "b"])
+    events = [
+        collective("all_gather_into_tensor_coalesced", 0, [[4, 8], [2, 8]], "TensorList"),
+        collective("reduce_scatter_tensor", 2, [16, 8], "float"),
+        collective("wait_tensor", 4, [8, 8], "float"),  # of the reduction, before those of the gather
+        collective("wait_tensor", 6, [4, 8], "c10::BFloat16"),
+        collective("wait_tensor", 8, [8, 8], "c10::BFloat16"),
+        collective("all_reduce_", 9, [3], "float"),
+    ]
+    with pytest.raises(LookupError, match="no wait"):
+        _trace.sent_bytes(Trace(0, 1, events[:3]), layout)
+    events[2] = collective("wait_tensor", 4, [16, 4], "float") | {"tid": 2}
+    found = _trace.sent_bytes(Trace(0, 1, events), layout)
+    assert found == {"all_gather": 48 * 2, "reduce_scatter": 128 * 4 / 2, "all_reduce": 12, "all_to_all": 0}
+
+
+# Predictions
+
+
+def test_roofline_is_that_of_the_counts() -> None:
+    shape = model.ModelConfig(1024, 512, 4, 2, 2, 256, "SSSL")
+    limits = Limits(1e12, 2e12, 1e11)
+    found = _bench.roofline(shape, 2, 3, limits, torch.bfloat16, False)
+    tokens = 2 * 3 * 1024
+    keys = sum(12 * shape.n_embd * w for w in shape.windows)
+    assert found["products"] == pytest.approx((model.flops_per_token(shape) - keys) * tokens / 1e12)
+    visible = sum(int(attention.mask(1024, w).sum()) for w in shape.windows) / 1024
+    assert found["attention"] == pytest.approx(14 * shape.n_embd * visible * tokens / 1e12, rel=0.02)
+    assert found["quantise"] == 0
+    fp8 = _bench.roofline(shape, 2, 3, limits, torch.bfloat16, True)
+    assert fp8["products"] < 0.6 * found["products"] and fp8["quantise"] > 0
+    assert {n: fp8[n] for n in ("attention", "muon", "optimizer")} == {
+        n: found[n] for n in ("attention", "muon", "optimizer")
+    }
+
+
+def test_functions_are_timed_in_turns() -> None:
+    found = _bench.seconds_of({"long": lambda: time.sleep(0.03), "short": lambda: time.sleep(0.01)}, HERE.device, 3)
+    assert 0.01 <= found["short"] < found["long"] and found["long"] >= 0.03
+
+
+# Jobs
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_job_returns_its_last_line_of_json() -> None:
+    found = _bench.run_subprocess(python("print('x'); print('{\"bench\": \"a\", \"n\": 3}'); print('bye')"), seconds=20)
+    assert found.result == {"bench": "a", "n": 3} and found.problem == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("import sys; sys.exit('error: no such kernel; set another')", "no such kernel; set another"),
+        ("raise ValueError('of a bug')", "ValueError: of a bug"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
+        ("print('done')", "it printed no result"),
+        ("raise SystemExit(7)", "exit code 7"),
+    ],
+)
+def test_a_job_that_fails_says_why_in_a_line(code: str, problem: str) -> None:
+    assert _bench.run_subprocess(python(code), seconds=20) == (None, problem)
+
+
+def test_a_job_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(alive)!r}).touch()"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    begin = time.monotonic()
+    assert _bench.run_subprocess(python(code), seconds=1).problem == "stopped after 1 s"
+    assert time.monotonic() - begin < 20
+    time.sleep(2.5)
+    assert not alive.exists()
+
+
+def test_settings_survive_the_command_line() -> None:
+    settings = ["compiles=true,false", "kernels=auto,sdpa", "depth=none", "compile=false", "train.memory_budget=0.5"]
+    config = override(bench_train.config(), settings)
+    values = {"compiles": config.compiles, "kernels": config.kernels, "depth": None, "compile": False}
+    words = _bench.launch_command(Path("launch.py"), "bench_train", values | {"train.memory_budget": 0.5}, 2)
+    assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    given = [word for before, word in itertools.pairwise(words) if before == "--set"]
+    assert override(bench_train.config(), given) == config
+
+
+# bench_train
+
+
+def test_depth_alone_gives_the_shape_of_pretraining() -> None:
+    config, shape = bench_train.resolve(override(bench_train.config(), ["depth=20"]))
+    assert shape == pretrain.resolve(pretrain.Config(depth=20), None)[0]
+    assert (config.batch_size, config.width) == (pretrain.Config().rows, 1280)
+    _, small = bench_train.resolve(bench_train.config())
+    assert (small.n_layer, small.n_embd, small.n_head, small.sequence_len) == (4, 256, 4, 512)
+    with pytest.raises(UserError, match="width=100: must be a multiple of head_dim=64"):
+        bench_train.resolve(override(bench_train.config(), ["width=100"]))
+
+
+def test_a_sweep_goes_on_past_what_does_not_run(capfd: pytest.CaptureFixture[str]) -> None:
+    config = override(bench_train.config(), [*TINY, "kernels=cudnn,sdpa", "profile=false"])
+    bench_train.run(config, HERE)
+    out = capfd.readouterr().out
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [row["kernel"] for row in rows] == ["cudnn", "sdpa"]
+    assert "cudnn" in rows[0]["problem"] and "tokens_per_second" not in rows[0]
+    assert rows[1]["problem"] is None and rows[1]["tokens_per_second"] > 0
+    assert "did not run:\n  single, cudnn, fp32, False: attention=cudnn" in out
+
+
+def test_a_sweep_has_all_combinations() -> None:
+    config = override(bench_train.config(), ["modes=zero2,fsdp", "precisions=fp32,fp8", "compiles=true,false"])
+    two = dataclasses.replace(HERE, world_size=2, node_ranks=2)
+    found = bench_train.cases(config, two)
+    assert len(found) == 8 and {case["mode"] for case in found} == {"zero2", "fsdp"}
+    assert {case["mode"] for case in bench_train.cases(config, HERE)} == {"single"}
+    with pytest.raises(UserError, match="one node"):
+        bench_train.run(config, dataclasses.replace(two, node_ranks=1))
+    with pytest.raises(UserError, match="precisions=int4: expected some of bf16"):
+        override(bench_train.config(), ["precisions=int4"])
+
+
+# bench_scale
+
+
+def test_scaling_compares_ranks(capfd: pytest.CaptureFixture[str]) -> None:
+    settings = [*PROFILED, "depth=1", "compile=false", "ranks=1,2", "modes=zero2", "strong=false"]
+    bench_scale.run(override(bench_scale.config(), settings), HERE)
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    one, two = result["results"]
+    assert (one["ranks"], two["ranks"]) == (1, 2) and one["efficiency"] == 1
+    assert two["efficiency"] == pytest.approx(two["tokens_per_second"] / 2 / one["tokens_per_second"])
+    # Beside the planned ones, a few bytes of the loss and the norm.
+    assert 0 <= two["sent_bytes"] - two["sent_bytes_expected"] <= 16 and "sent_bytes" not in one
+    assert 0 < two["communication_exposed_share"] <= two["communication_share"] < 1
+
+
+def test_scaling_refuses_what_it_cannot_compare() -> None:
+    config = override(bench_scale.config(), ["ranks=2,3"])
+    with pytest.raises(UserError, match="ranks=2: must divide 3"):
+        bench_scale.run(config, HERE)
+    with pytest.raises(UserError, match="without --nproc_per_node"):
+        bench_scale.run(config, dataclasses.replace(HERE, world_size=2))
+
+
+# bench_gpu
+
+
+def test_bench_gpu_wants_a_gpu() -> None:
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        bench_gpu.run(bench_gpu.config(), HERE)
+    with pytest.raises(UserError, match="sections=trian: expected some of limits"):
+        bench_gpu.run(override(bench_gpu.config(), ["device=cpu", "sections=trian"]), HERE)
+
+
+def test_bench_gpu_goes_through_the_motions(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = ["device=cpu", "depths=2", "profile_depth=2", "head_dim=64", "sequence_len=64", "vocab_size=256"]
+    settings += ["batches=2", "step_tokens=256", "rounds=1", "compile=false", "matmul_size=128", "copy_bytes=1e6"]
+    settings += ["tests=tests/test_tree.py", f"out={tmp_path / 'out'}"]
+    bench_gpu.run(override(bench_gpu.config(), settings), distributed.init("cpu"))
+    out = capfd.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out/bench_gpu.jsonl").read_text().splitlines()]
+    units = ["limits", "check", "train:2:dense", "train:2:fp8", "attention", "linear"]
+    assert [row["unit"] for row in rows if row["event"] == "start"] == units
+    assert {row["unit"]: row["problem"] for row in rows if row["event"] == "end"} == dict.fromkeys(units)
+    results = {(row["unit"], row["what"]): row for row in rows if row["event"] == "result"}
+    assert results["check", "gradients dense"]["error"] < 1e-5
+    assert 1e-3 < results["check", "gradients fp8"]["error"] < 0.1
+    assert abs(results["check", "fp8 loss"]["change"]) < 0.02
+    assert results["check", "pytest"]["outcome"] == "none selected"  # of that file none needs a GPU
+    step, more = (results["train:2:dense", what] for what in ("step", "accumulated"))
+    assert step["predicted_seconds"] > 0 and step["planned_bytes"] > 0 and more["micro_batches"] == 2
+    assert results["attention", "sdpa"]["error"] < 1e-4
+    assert ("attention", "cudnn") not in results and "cudnn      not here" in out
+    assert "skipped, no GPU here" in out and "not done" not in out
+
+
+def test_what_takes_too_long_is_stopped_and_what_fails_is_said(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = subprocess.Popen(python("import time; time.sleep(60)"), start_new_session=True)
+    try:
+        bench_gpu.write(log, event="start", unit="limits", stop_at=time.time() - 2)
+        assert bench_gpu.watch(process, log, 0, time.time() + 60) == "stopped: it took too long"
+        assert bench_gpu.watch(process, log, 1, time.time() - 3) == "stopped: the time for all is over"
+    finally:
+        _bench.stop_process(process)
+    ended = subprocess.Popen(python("raise SystemExit(3)"), start_new_session=True)
+    assert bench_gpu.watch(ended, log, 1, time.time() + 60) == "its process ended with exit code 3"
+
+    def wrong() -> None:
+        math.sqrt(-1)
+
+    problem = bench_gpu.attempt(wrong)
+    assert problem is not None and problem.startswith("ValueError: ") and "test_bench.py" in problem
+    assert bench_gpu.attempt(lambda: None) is None
+
+
+def test_what_was_not_done_has_its_command() -> None:
+    config = override(bench_gpu.config(), ["out=x", "depths=12,24", "rounds=3"])
+    assert bench_gpu.again(config, ["train:24:fp8", "linear"]) == (
+        "torchrun launch.py --experiment=bench_gpu --set out=x --set rounds=3 --set sections=train,linear "
+        "--set depths=24"
+    )
+
+
+# Inference
+
+
+def test_bench_infer_reports_every_batch_and_its_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["depth=1", "vocab_size=300", "sequence_len=64", "batches=1,3", "prompt_tokens=10", "new_tokens=6"]
+    bench_infer.run(override(bench_infer.config(), [*settings, "rounds=1", "compile=false"]), HERE)
+    printed = capsys.readouterr().out
+    report = json.loads(printed.splitlines()[-1])
+    assert set(report) == {"settings", "limits", "prefill", "batch_1", "batch_3"}
+    shape = model.from_depth(1, vocab_size=300, sequence_len=64)
+    for batch in (1, 3):
+        row = report[f"batch_{batch}"]
+        read = model.decode_bytes(shape, batch, 13, 4)
+        assert math.isclose(row["floor_seconds"], read / report["limits"]["copy_bytes_per_second"])
+        assert math.isclose(row["tokens_per_second"] * row["step_seconds"], batch)
+        assert row["first_token_seconds"] > 0 and row["peak_memory_bytes"] > 2**20
+    assert report["prefill"]["tokens"] == 63
+
+
+def test_what_a_decode_step_needs() -> None:
+    shape = model.ModelConfig(sequence_len=512, vocab_size=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    assert shape.windows == (128, 512)
+    matrices = 2 * 12 * 32**2 - 2 * 2 * 32 * 16 + 12 * 2 + 24 + 64 * 32  # gates and the unembedding included
+    assert model.decode_flops(shape, 200) == 2 * matrices + 4 * 32 * (128 + 200)
+    assert model.decode_bytes(shape, 3, 200, 2) == 2 * (matrices + 3 * 2 * 2 * 8 * (128 + 200))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("batches=0", "at least 1"), ("prompt_tokens=500", "over the context"), ("vocab_size=100", "at least 265")],
+)
+def test_bench_infer_refuses_what_it_cannot_measure(setting: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        bench_infer.run(override(bench_infer.config(), ["depth=1", setting]), HERE)

@@ -1,0 +1,183 @@
+"""eval_base: what it writes and says, going on after a stop or a fault, and two ranks as one."""
+
+import csv
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from core_ranks import BUNDLE, small_config, small_tokenizer
+from small_model import random_params
+
+import launch
+from experiments import convert, eval_base
+from nanochat import checkpoint
+from nanochat.config import UserError
+from nanochat.data import tokenizer
+from nanochat.metrics import logger
+
+ROOT = Path(__file__).resolve().parents[2]
+LABELS = ["arc_easy", "copa", "winograd", "winogrande", "jeopardy", "lambada_openai"]
+SETTINGS = (f"bundle={BUNDLE}", "device=cpu", "prompts=The cat", "sample_tokens=5", "free_samples=1", "free_tokens=4")
+
+
+def save(base: Path, seed: int) -> None:
+    """Write a run of one checkpoint, with random parameters."""
+    folder, tok = base / "runs/bot", small_tokenizer()
+    tokenizer.save(tok, folder / "tokenizer")
+    settings = {"data.source": str(base / "texts"), "data.text_column": "body", "eval.tokens": 640, "seed": 1}
+    meta = {"stage": "base", "model": dataclasses.asdict(small_config()), "config": settings}
+    manager = checkpoint.open_manager(folder / "checkpoints", checkpoint.CheckpointConfig(asynchronous=False))
+    state = convert.Weights(torch.tensor(7), random_params(small_config(), seed))
+    checkpoint.save(manager, state, meta, files={name: folder / "tokenizer" / name for name in tokenizer.FILES})
+    checkpoint.close(manager)
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base folder with texts, and a run that was trained on them."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    rng, texts = random.Random(0), tmp_path / "texts"
+    texts.mkdir()
+    for name in ("train", "val"):
+        rows = [{"body": " ".join(rng.choices(["the", "cat", "sat", "up"], k=40))} for _ in range(60)]
+        (texts / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    save(tmp_path, seed=0)
+    return tmp_path
+
+
+def main(*settings: str) -> int:
+    """Run the experiment in this process; return its exit code."""
+    words = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
+    return launch.main(["launch.py", "--experiment=eval_base", *words])
+
+
+def table(base: Path) -> dict[str, list[str]]:
+    with (base / "runs/bot/eval/core_7.csv").open(newline="") as file:
+        return {name: values for name, *values in csv.reader(file)}
+
+
+def test_all_parts(base: Path, capsys: pytest.CaptureFixture[str]):
+    assert main() == 0
+    out = capsys.readouterr().out
+    (row,) = logger.read_evaluations(base / "runs/bot")
+    assert (row["step"], row["stage"], row["failed"]) == (7, "base", {})
+    found = row["metrics"]
+    names = [f"core/{label}{what}" for label in LABELS for what in ("", "/accuracy")]
+    assert sorted(found) == sorted(["train/bpb", "val/bpb", "core/CORE", *names])
+    scores = table(base)
+    assert list(scores) == ["Task", *LABELS, "CORE"]
+    for label in LABELS:
+        assert float(scores[label][0]) == pytest.approx(found[f"core/{label}/accuracy"], abs=1e-6)
+        assert float(scores[label][1]) == pytest.approx(found[f"core/{label}"], abs=1e-6)
+        assert re.search(rf"\d/6 {label} +[\d.]+% +-?[\d.]+ +\d rows, \S+s\n", out), label
+    assert float(scores["CORE"][1]) == pytest.approx(sum(found[f"core/{label}"] for label in LABELS) / 6, abs=1e-6)
+    assert f"{found['val/bpb']:.4f} bits per byte of {base / 'texts'}" in out
+    assert found["val/bpb"] != found["train/bpb"]
+    lines = (base / "runs/bot/eval/samples_7.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [(s["prompt"], s["temperature"]) for s in samples] == [("The cat", 0.0), ("", 1.0)]
+    assert "of 6 of the 22 published tasks: not to be compared with published numbers" in out
+    assert "next: python launch.py --experiment=sft --set run=bot" in out
+
+
+def test_tasks_that_are_done_are_kept_until_something_changes(base: Path, capsys: pytest.CaptureFixture[str]):
+    assert main("tasks=core") == 0
+    first, kept = table(base), base / "runs/bot/eval/core_7.partial.jsonl"
+    lines = kept.read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    kept.write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote
+    capsys.readouterr()
+
+    def done(*settings: str) -> int:
+        assert main("tasks=core", *settings) == 0
+        return capsys.readouterr().out.count("done before")
+
+    assert done() == 3 and table(base) == first
+    assert done() == 6 and table(base) == first
+    assert done("tokens_per_batch=300") == 6
+    assert done("max_tokens=60") == 0
+    assert done("max_tokens=60") == 6
+    assert done("max_tokens=60", "max_per_task=8") == 5, "jeopardy alone has more rows"
+    assert done("max_tokens=60", "max_per_task=8", "overwrite=true") == 0
+    shutil.copytree(BUNDLE, base / "bundle")
+    path = base / "bundle/eval_data/commonsense_reasoning/copa.jsonl"
+    path.write_text(path.read_text().replace("faucet", "tap"))
+    assert done("max_tokens=60", "max_per_task=8", f"bundle={base / 'bundle'}") == 5
+    shutil.rmtree(base / "runs/bot/checkpoints")
+    save(base, seed=1)
+    assert done("max_tokens=60", "max_per_task=8") == 0, "another model, of the same name and step"
+
+
+def test_a_failed_task_is_said_at_the_end_and_done_by_the_same_command(base: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(BUNDLE, base / "bundle")
+    copa = base / "bundle/eval_data/commonsense_reasoning/copa.jsonl"
+    text = copa.read_text()
+    copa.write_text(text + "{}\n")
+    assert main("tasks=core", f"bundle={base / 'bundle'}") == 1
+    out, err = capsys.readouterr()
+    assert re.search(r"\d/6 copa +failed: \S+copa\.jsonl:9: query is missing", out)
+    assert err == (
+        "error: 1 failed: core/copa, and with it CORE, a mean over all its tasks; each says why above, and the same "
+        "command does it again\n"
+    )
+    assert "CORE" not in table(base) and len(table(base)) == 6
+    (row,) = logger.read_evaluations(base / "runs/bot")
+    assert list(row["failed"]) == ["core/copa"] and "core/CORE" not in row["metrics"]
+    assert "core/winograd" in row["metrics"]
+    copa.write_text(text)
+    assert main("tasks=core", f"bundle={base / 'bundle'}") == 0
+    assert capsys.readouterr().out.count("done before") == 5
+    assert "CORE" in table(base)
+
+
+def test_missing_data_does_not_keep_core_from_being_done(base: Path, capsys: pytest.CaptureFixture[str]):
+    assert main("tasks=bpb,core", f"source={base / 'nothing'}") == 1
+    out, err = capsys.readouterr()
+    assert "bpb failed: data.source=" in out and err.startswith("error: 1 failed: bpb; each says why above")
+    assert "core/CORE" in logger.latest_evaluation(base / "runs/bot")
+
+
+def test_a_wrong_bundle_or_setting(base: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(f"bundle={base}") == 1
+    wrong = f"error: bundle={base}: has no core.yaml; give the folder of the unpacked eval_bundle.zip\n"
+    assert capsys.readouterr() == ("", wrong), "before anything is done"
+    assert main("tokens=0") == 1
+    assert capsys.readouterr().err == "error: tokens=0: must be at least 1\n"
+    assert main("tasks=cor") == 2
+    assert "expected one of samples, bpb, core; did you mean core?" in capsys.readouterr().err
+
+
+def run_on(ranks: int, base: Path) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "launch.py"]
+    command += ["--experiment=eval_base", *(word for setting in SETTINGS for word in ("--set", setting))]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(base)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_ranks_find_what_one_finds(base: Path):
+    assert main("device_batch_size=3") == 0  # rows of a step that do not divide the rows that count
+    one, scores = logger.latest_evaluation(base / "runs/bot"), table(base)
+    samples = (base / "runs/bot/eval/samples_7.jsonl").read_text()
+    shutil.rmtree(base / "runs/bot/eval")
+    out = run_on(2, base)
+    two = logger.read_evaluations(base / "runs/bot")[-1]["metrics"]
+    assert two == pytest.approx(one, rel=1e-6) and list(two) == list(one)
+    assert {k: v for k, v in two.items() if "core" in k} == {k: v for k, v in one.items() if "core" in k}
+    assert table(base) == scores and (base / "runs/bot/eval/samples_7.jsonl").read_text() == samples
+    assert out.count("arc_easy") == 1, "one rank prints"
+
+
+def test_defaults_are_checked():
+    with pytest.raises(UserError, match="device_batch_size=0"):
+        eval_base.Config(device_batch_size=0)
+    assert eval_base.config() == eval_base.Config()

@@ -1,0 +1,291 @@
+"""Series of runs: what is finished is skipped, what is broken goes on; the fits of scaling laws."""
+
+import csv
+import dataclasses
+import itertools
+import math
+import os
+import signal
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks as gloo
+import small_corpus
+
+from experiments import miniseries, pretrain, scaling_laws
+from nanochat import distributed
+from nanochat.config import UserError, override
+from nanochat.data import tokenizer
+from nanochat.metrics import logger, run_folder
+from nanochat.train import config as stage
+from nanochat.train import pipeline
+from nanochat.train import stage as runs
+
+ALONE = distributed.ControlGroup()
+TINY = (
+    *("compile=false", "model.sequence_len=32", "model.aspect_ratio=32", "model.head_dim=32", "model.window_pattern=L"),
+    *("device_batch_size=4", "total_batch_size=256", "checkpoint.every_steps=2", "eval.every_steps=4"),
+    *(
+        "eval.tokens=256",
+        "eval.sample_tokens=2",
+        "eval.prompts=the cat",
+        "metrics.every_steps=1",
+        "core.every_steps=none",
+    ),
+    *("train.chunk_tokens=50", "data.buffer_docs=20", "optim.matrix_lr=0.1"),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A base folder with a tokenizer and a folder of small documents."""
+    folder = tmp_path_factory.mktemp("base")
+    texts = small_corpus.write(folder)
+    tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        patch.setattr(runs, "peak_flops", lambda *_: (1e12, "made up"))  # measuring it takes longer than the runs
+        yield folder
+
+
+def tiny(config: Any, base: Path, *more: str) -> Any:
+    shared = [f"base.{word}" for word in (*TINY, f"data.source={base / 'text'}")]
+    return override(config, [*shared, "device=cpu", *more])
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, bool]]:
+    """The runs that pretrain is asked for: (name, resume, overwrite)."""
+    seen: list[tuple[str, bool, bool]] = []
+    original = pretrain.run
+
+    def watched(config: pretrain.Config, here: distributed.Runtime) -> None:
+        seen.append((str(config.name), config.resume, config.overwrite))
+        original(config, here)
+
+    monkeypatch.setattr(pretrain, "run", watched)
+    return seen
+
+
+def results(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Milestones
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    depth: int = 3
+    resume: bool = False
+    device_batch_size: int = 4
+
+
+def test_work_is_done_once_and_again_when_its_settings_change(tmp_path: Path) -> None:
+    path, done = tmp_path / "marks" / "a.json", []
+
+    def work(config: Settings, after: str = "") -> pipeline.StageStatus:
+        return pipeline.run_if_needed(path, pipeline.settings(config, after), ALONE, lambda _: done.append(config))
+
+    first = work(Settings())
+    assert first.state == "done" and first.stamp and len(done) == 1
+    assert work(Settings(resume=True, device_batch_size=2)) == first and len(done) == 1, "how it is done does not count"
+    look = pipeline.read_status(path, pipeline.settings(Settings(depth=4)))
+    assert (look.state, pipeline.reasons(look)) == ("changed", "depth 3 → 4")
+    second = work(Settings(depth=4))
+    assert len(done) == 2 and second.stamp != first.stamp
+    assert work(Settings(depth=4), after="x").state == "done" and len(done) == 3, "what it follows on counts"
+    assert pipeline.run_if_needed(
+        path, pipeline.settings(Settings(depth=4), "x"), ALONE, lambda _: done.append(0), intact=bool
+    )
+    assert done[-1] == 0, "what is gone is made again"
+
+
+def test_work_that_fails_stays_begun_and_its_time_adds_up(tmp_path: Path) -> None:
+    path, wanted = tmp_path / "a.json", pipeline.settings(Settings())
+
+    def fails(_: dict[str, bool]) -> None:
+        raise SystemExit(143)
+
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            pipeline.run_if_needed(path, wanted, ALONE, fails)
+        assert pipeline.read_status(path, wanted).state == "begun"
+    before = pipeline.read_status(path, wanted).seconds
+    after = pipeline.run_if_needed(path, wanted, ALONE, lambda _: None).seconds
+    assert 0 < before < after
+    path.write_text("{")
+    with pytest.raises(UserError, match="delete it"):
+        pipeline.read_status(path, wanted)
+
+
+# Miniseries
+
+
+def test_a_miniseries_is_broken_resumed_and_skipped(
+    base: Path,
+    trained: list[tuple[str, bool, bool]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    here = distributed.init("cpu", "float32")
+    config = tiny(miniseries.config(), base, "name=mini", "depths=1,2", "base.num_iterations=8")
+    original = logger.write
+
+    def interrupted(log: Any, step: int, values: Any) -> None:
+        original(log, step, values)
+        if step == 5 and "d2" in str(log.file and log.file.name):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(logger, "write", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        miniseries.run(config, here)
+    assert stop.value.code == 128 + signal.SIGTERM
+    monkeypatch.setattr(logger, "write", original)
+    folder = base / "miniseries" / "mini"
+    assert [row["depth"] for row in results(folder)] == ["1"], "what is finished is in the table"
+    miniseries.run(config, here)
+    assert trained == [("mini_d1", False, False), ("mini_d2", False, False), ("mini_d2", True, False)]
+    assert "resumed from step 5" in capsys.readouterr().out
+    rows = results(folder)
+    assert list(rows[0]) == list(miniseries.COLUMNS)
+    for row, depth in zip(rows, (1, 2), strict=True):
+        one = run_folder.read_run(stage.run_folder(f"mini_d{depth}"))
+        assert row["run"] == one.name and row["depth"] == str(depth) and row["steps"] == "8" and row["core"] == ""
+        assert float(row["val_bpb"]) == logger.curve(one.rows, "val/bpb")[1][-1]
+        assert float(row["flops"]) == 8 * (run_folder.step_flops(one) or 0) and row["tokens"] == str(8 * 256)
+        assert [r["step"] for r in one.rows if "train/loss" in r] == list(range(1, 9))
+    for file in ("bpb.svg", "curves.svg"):
+        assert ET.parse(folder / file).getroot().tag.endswith("svg")
+    assert not (folder / "core.svg").exists()
+    miniseries.run(config, here)
+    assert len(trained) == 3 and "done already" in capsys.readouterr().out
+
+
+def test_a_changed_setting_trains_anew_even_when_that_is_broken_at_once(
+    base: Path,
+    trained: list[tuple[str, bool, bool]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    here = distributed.init("cpu", "float32")
+    config = tiny(miniseries.config(), base, "name=again", "depths=1", "base.num_iterations=4")
+    miniseries.run(config, here)
+    other = override(config, ["base.optim.matrix_lr=0.05"])
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "open_checkpoints", lambda *_: (_ for _ in ()).throw(UserError("the disk is on fire")))
+        with pytest.raises(UserError, match="on fire"):
+            miniseries.run(other, here)
+    assert "again, for optim.matrix_lr 0.1 → 0.05" in capsys.readouterr().out
+    miniseries.run(other, here)
+    # The second start must not take the old run's checkpoint for the new one's.
+    assert trained == [("again_d1", False, False), ("again_d1", False, True), ("again_d1", False, True)]
+    miniseries.run(other, here)
+    assert len(trained) == 3
+
+
+def test_a_run_of_somebody_else_is_left_alone(base: Path, trained: list[tuple[str, bool, bool]]) -> None:
+    here = distributed.init("cpu", "float32")
+    config = tiny(miniseries.config(), base, "name=mine", "depths=1", "base.num_iterations=2")
+    pretrain.run(dataclasses.replace(config.base, depth=1, name="mine_d1", device="cpu"), here)
+    with pytest.raises(UserError, match=r"not of this.*name="):
+        miniseries.run(config, here)
+    assert len(trained) == 1
+    with pytest.raises(UserError, match="each once"):
+        miniseries.run(override(config, ["depths=1,1"]), here)
+
+
+# Scaling laws
+
+
+def test_a_sweep_spends_its_budgets_and_finds_what_there_is(
+    base: Path, trained: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = distributed.init("cpu", "float32")
+    config = tiny(
+        scaling_laws.config(), base, "name=laws", "depths=1,2,3", "budgets=6e8,1.2e9", "base.eval.every_steps=none"
+    )
+    scaling_laws.run(config, here)
+    folder = base / "scaling_laws" / "laws"
+    rows = results(folder)
+    cells = [(float(row["flops_budget"]), int(row["depth"])) for row in rows]
+    assert cells == list(itertools.product((6e8, 1.2e9), (1, 2, 3)))
+    for row in rows:
+        step = float(row["flops"]) / int(row["steps"])
+        assert abs(float(row["flops"]) - float(row["flops_budget"])) <= step / 2 + 1, "to the nearest step"
+    assert ET.parse(folder / "isoflop.svg").getroot().tag.endswith("svg")
+    out = capsys.readouterr().out
+    assert "flops_budget" in out and ("best N" in out or "no optimum" in out)
+    scaling_laws.run(config, here)
+    assert len(trained) == 6, "all are skipped"
+    scaling_laws.run(override(config, ["budgets=6e8,1.2e9,4e8", "depths=2"]), here)
+    assert trained[6:] == [("laws_4e8_d2", False, False)], "a larger sweep keeps what there is"
+
+
+def chinchilla(params: float, budget: float) -> tuple[float, float]:
+    """Return (tokens, loss) of a law L = E + A / N^0.34 + B / D^0.28, with C = 6 N D."""
+    tokens = budget / (6 * params)
+    return tokens, 0.8 + 40.0 / params**0.34 + 30.0 / tokens**0.28
+
+
+def test_the_fit_finds_the_optimum_and_the_exponents_of_a_known_law() -> None:
+    rows = []
+    for budget in (1e18, 1e19, 1e20):
+        # dL / dN = 0 at N^(0.34 + 0.28) = (0.34 A / 0.28 B) (C / 6)^0.28
+        best = (0.34 * 40 / (0.28 * 30) * (budget / 6) ** 0.28) ** (1 / 0.62)
+        for factor in (0.4, 0.6, 0.9, 1.3, 2.0):
+            tokens, loss = chinchilla(best * factor, budget)
+            rows.append({"flops_budget": budget, "params_scaling": best * factor, "tokens": tokens, "val_bpb": loss})
+        found = scaling_laws.optima(rows)[-1]
+        assert found.inside and found.params == pytest.approx(best, rel=0.02)
+        assert found.tokens == pytest.approx(chinchilla(best, budget)[0], rel=0.02)
+        assert found.bpb == pytest.approx(chinchilla(best, budget)[1], abs=2e-4)
+        assert np.polyval(found.curve, math.log(found.params)) == pytest.approx(found.bpb, abs=1e-6)
+    text = scaling_laws.laws(scaling_laws.optima(rows))
+    # a = 0.28 / 0.62 = 0.4516, b = 0.34 / 0.62 = 0.5484
+    assert "N ~ C^0.452, D ~ C^0.548, from 3 budgets" in text
+
+
+def test_an_optimum_outside_of_the_depths_tried_is_left_out() -> None:
+    def row(budget: float, params: float, bpb: float) -> dict[str, float]:
+        return {"flops_budget": budget, "params_scaling": params, "tokens": budget / params, "val_bpb": bpb}
+
+    falling = [row(1.0, n, bpb) for n, bpb in ((10.0, 1.3), (20.0, 1.1), (40.0, 1.0))]
+    (found,) = scaling_laws.optima(falling)
+    assert (
+        not found.inside and "left out" in scaling_laws.laws([found]) and "no exponents" in scaling_laws.laws([found])
+    )
+    arched = [row(2.0, n, bpb) for n, bpb in ((10.0, 1.0), (20.0, 1.2), (40.0, 1.0))]
+    assert scaling_laws.optima(arched) == [] and "no optimum" in scaling_laws.laws([])
+    assert scaling_laws.optima(falling[:2]) == []
+
+
+def test_budgets_decide_the_length(base: Path) -> None:
+    here = distributed.init("cpu", "float32")
+    with pytest.raises(UserError, match="num_iterations"):
+        scaling_laws.run(override(scaling_laws.config(), ["base.num_iterations=3"]), here)
+    with pytest.raises(UserError, match="budgets=1,0"):
+        scaling_laws.run(override(scaling_laws.config(), ["budgets=1,0"]), here)
+
+
+def test_two_ranks_train_the_series_of_one(base: Path) -> None:
+    settings = [f"--set=base.{word}" for word in (*TINY, f"data.source={base / 'text'}", "num_iterations=3")]
+    table = {}
+    for count in (1, 2):
+        words = [f"--set=name=on{count}", "--set=depths=1", "--set=device=cpu", *settings]
+        if count == 1:
+            miniseries.run(
+                override(miniseries.config(), [w.removeprefix("--set=") for w in words]), distributed.init("cpu")
+            )
+        else:
+            outs = gloo.run(2, "launch.py", "--experiment=miniseries", *words)
+            assert "results and pictures" in outs[0] and not outs[1]
+        (table[count],) = results(base / "miniseries" / f"on{count}")
+    same = [name for name in miniseries.COLUMNS if name not in ("run", "val_bpb", "train_seconds")]
+    assert [table[1][name] for name in same] == [table[2][name] for name in same]
+    assert float(table[1]["val_bpb"]) == pytest.approx(float(table[2]["val_bpb"]), rel=1e-5)

@@ -1,0 +1,156 @@
+"""Reinforcement learning as a whole, tiny: its record and curves, resumed bit for bit, and the same on two ranks."""
+
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import rl_ranks
+import torch
+from trained_run import save_run
+
+from experiments import rl as experiment
+from nanochat import checkpoint, distributed, text, train, tree
+from nanochat.config import UserError, override
+from nanochat.metrics import logger
+from nanochat.train import rl
+from nanochat.train import stage as events
+from nanochat.train import stage as runs
+
+SETTINGS = (
+    "run=tuned", "task=arithmetic:size=64", "exam=arithmetic:size=6", "num_iterations=5", "device_batch_size=3",
+    "rollout.examples=4", "rollout.samples=4", "rollout.max_tokens=8", "rollout.slots=16", "optim.lr_fraction=0.2",
+    "eval.every_steps=3", "eval.problems=3", "eval.sample_every_steps=4", "checkpoint.every_steps=2",
+    "metrics.every_steps=1", "compile=false", "device=cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A base folder with a fine-tuned model of random weights, and rewards that such a model gets."""
+    folder = tmp_path_factory.mktemp("base")
+    save_run(folder, "tuned", stage="sft")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        patch.setattr(rl, "correct_reward", rl_ranks.reward)
+        patch.setattr(runs, "peak_flops", lambda *_: (1e12, "made up"))
+        yield folder
+
+
+def practise(*more: str) -> Path:
+    config = override(experiment.config(), [*SETTINGS, *more])
+    experiment.run(config, distributed.init("cpu"))
+    return train.run_folder(str(config.name))
+
+
+@pytest.fixture(scope="module")
+def unbroken(base: Path) -> Path:
+    return practise("name=unbroken")
+
+
+def test_the_record_the_curves_and_the_checkpoint(base: Path, capsys: pytest.CaptureFixture[str]):
+    folder = practise("name=seen")
+    rows = logger.read(folder)
+    steps, rewards = logger.curve(rows, "rl/reward")
+    assert steps == [1, 2, 3, 4, 5] and min(rewards) > 0 and len(set(rewards)) > 1
+    assert logger.curve(rows, "train/lr_factor")[1] == pytest.approx([0.2 * (1 - i / 5) for i in range(5)])
+    assert logger.curve(rows, "train/epoch")[1] == pytest.approx([4 * i / 64 for i in range(1, 6)])
+    passed = [logger.curve(rows, f"rl/pass_at_{k}") for k in range(1, 9)]
+    assert all(steps == [3, 5] for steps, _ in passed)
+    assert all(a <= b for (_, some), (_, more) in itertools.pairwise(passed) for a, b in zip(some, more))
+    tokens = [16 * mean for mean in logger.curve(rows, "rl/answer_tokens")[1]]
+    assert logger.curve(rows, "train/tokens")[1] == pytest.approx(list(itertools.accumulate(tokens)))
+    for name in ("rl/answer_tokens", "rl/finished", "rl/mixed", "perf/rollout_tokens_per_second"):
+        assert len(logger.curve(rows, name)[1]) == 5
+    for name in ("reward", "length", "pass", "loss"):
+        assert (folder / f"{name}.svg").read_text().startswith("<svg")
+    out = capsys.readouterr().out
+    assert f"done 5 of 5 steps, {text.format_count(sum(tokens))} tokens" in out and "bpb.svg" not in out
+    for words in ("step 3: pass @1 ", "mean reward, smoothed", "--experiment=eval_chat --set run=seen"):
+        assert words in out
+    looked = out[out.index("step 4: ") :].splitlines()
+    assert looked[0].startswith("step 4: '") and looked[1].startswith(("  0", "  1"))
+    meta = checkpoint.load_params(folder / "checkpoints")[1]
+    assert meta["stage"] == "rl" and meta["parent"] == {"run": "tuned", "step": 1, "stage": "sft"}
+    assert meta["loader"] == {"read": 20, "task": "arithmetic", "size": 64}
+    bot = checkpoint.load("seen", device="cpu")
+    assert bot.stage == "rl" and not torch.equal(bot.params["lm_head"], checkpoint.load("tuned").params["lm_head"])
+
+
+def test_a_rate_of_zero_leaves_its_group_alone(base: Path):
+    folder = practise("name=held", "num_iterations=2", "optim.matrix_lr=0", "optim.embedding_lr=0")
+    before = tree.flatten(checkpoint.load("tuned", device="cpu").params)
+    after = tree.flatten(checkpoint.load("held", device="cpu").params)
+    moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert moved == {"lm_head", "resid_lambdas", "x0_lambdas", "backout_lambda", "smear_lambda", "smear_gate"}
+    assert logger.curve(logger.read(folder), "train/lr_factor")[1] == pytest.approx([0.2, 0.1])
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_stopped_and_resumed_is_the_unbroken_run(
+    base: Path, unbroken: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
+):
+    after_step = events.log_step
+
+    def and_stop(job: Any, show: Any, state: Any, at: Any, numbers: Any) -> Any:
+        at = after_step(job, show, state, at, numbers)
+        if at.step == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return at
+
+    name = f"name=stopped{stop_after}"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(events, "log_step", and_stop)
+        practise(name)
+    folder = practise(name, "resume=true", "run=none" if stop_after == 1 else "run=gone")
+    for row, other in zip(logger.read(unbroken), logger.read(folder), strict=True):
+        kept = [name for name in row if name.startswith(("train/", "rl/"))]
+        assert {n: row[n] for n in kept} == {n: other[n] for n in kept}
+    (a, meta_a, _), (b, meta_b, _) = (checkpoint.load_params(one / "checkpoints") for one in (unbroken, folder))
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b)))
+    assert meta_a["loader"] == meta_b["loader"] and meta_a["parent"] == meta_b["parent"]
+
+
+@pytest.mark.parametrize("mode", ["zero2", "fsdp"])
+def test_two_ranks_are_one(base: Path, unbroken: Path, mode: str):
+    words = [f"--set={value}" for value in (*SETTINGS, f"name={mode}", f"sharding.mode={mode}")]
+    ranks.run(2, "rl_ranks.py", "--experiment=rl", *words)
+    rows = [logger.read(found) for found in (unbroken, base / "runs" / mode)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    # Weights are not compared: AdamW makes a scalar's step of a gradient that is rounding. Answers follow from them.
+    for name, rel in {"rl/reward": 1e-9, "rl/answer_tokens": 1e-9, "train/loss": 1e-3, "train/grad_norm": 1e-3}.items():
+        alone, shared = (logger.curve(found, name)[1] for found in rows)
+        assert shared == pytest.approx(alone, rel=rel) and len(alone) == 5, name
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("run=nothing", "run=nothing: no such run"),
+        ("num_iterations=none", None),
+        ("rollout.examples=65", "arithmetic has 64 rows: no step of 65"),
+        ("train.attention=flex", "train.attention=flex: rows .* have many lengths"),
+        ("device_batch_size=0", "device_batch_size=0"),
+        ("task=customjson:/nowhere.jsonl", "/nowhere.jsonl"),
+        ("exam=nothing", "'nothing': no such task"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(base: Path, setting: str, words: str | None):
+    if words is None:  # an epoch is 64 rows in steps of 4
+        config = override(experiment.config(), [*SETTINGS, setting])
+        practice = experiment.tasks.from_text(config.task)
+        assert experiment.resolve(config, practice, distributed.init("cpu")).num_iterations == 16
+        return
+    more = ["num_iterations=none"] if "examples" in setting else []
+    with pytest.raises(UserError, match=words):
+        practise("name=wrong", setting, *more)
+
+
+def test_without_a_model_the_command_that_makes_one_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="no sft model in"):
+        experiment.run(experiment.config(), distributed.init("cpu"))

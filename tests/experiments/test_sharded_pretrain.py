@@ -1,0 +1,182 @@
+"""Pretraining as a job of several ranks, started by torchrun: the same losses, and nothing lost when a rank is."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import ranks
+
+from nanochat import checkpoint
+from nanochat.data import tokenizer
+from nanochat.metrics import logger
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = (
+    "depth=2",
+    "name=tiny",
+    "compile=false",
+    "device=cpu",
+    "model.sequence_len=32",
+    "model.aspect_ratio=32",
+    "model.head_dim=32",
+    "model.window_pattern=L",
+    "device_batch_size=2",
+    "total_batch_size=256",
+    "num_iterations=6",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep_last=none",
+    "eval.every_steps=3",
+    "eval.tokens=512",
+    "eval.sample_tokens=4",
+    "eval.prompts=the cat",
+    "metrics.every_steps=1",
+    "data.buffer_docs=20",
+    "optim.warmup_steps=100",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    words = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "then", "quick", "lazy", "over"]
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) + "." for _ in range(400)]
+    (folder / "text").mkdir()
+    for name, part in {"a": texts[:180], "b": texts[180:360], "val": texts[360:]}.items():
+        (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
+    return folder
+
+
+def words(data: Path, *more: str) -> list[str]:
+    """Return the words of a command line: settings, and options with their dashes."""
+    given = (*SETTINGS, f"data.source={data / 'text'}", f"tokenizer={data / 'tokenizer'}", *more)
+    return ["--experiment=pretrain", *(word if word.startswith("--") else f"--set={word}" for word in given)]
+
+
+def run(data: Path, base: Path, count: int, *more: str) -> str:
+    """Run a job of so many ranks, and return what all of them printed."""
+    with mock.patch.dict(os.environ, NANOCHAT_BASE_DIR=str(base)):
+        return "".join(ranks.run(count, "launch.py", *words(data, *more)))
+
+
+def start(data: Path, base: Path, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start a job of two ranks by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    command += ["launch.py", *words(data, *more)]
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def fail(*args: Any, **options: Any) -> str:
+    """Return what a job that torchrun starts prints before it fails."""
+    process = start(*args, **options)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    return output
+
+
+def curve(base: Path) -> dict[int, float]:
+    steps, losses = logger.curve(logger.read(base / "runs" / "tiny"), "train/loss")
+    return {int(step): loss for step, loss in zip(steps, losses)}
+
+
+def bits(base: Path) -> list[float]:
+    return logger.curve(logger.read(base / "runs" / "tiny"), "val/bpb")[1]
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base folder of the run in one process."""
+    base = tmp_path_factory.mktemp("alone")
+    run(data, base, 1)
+    return base
+
+
+def test_two_ranks_train_evaluate_and_sample_as_one(data: Path, tmp_path: Path, alone: Path) -> None:
+    output = run(data, tmp_path, 2, "sharding.mode=fsdp")
+    assert re.search(r"sharding +fsdp on 1 x 2 ranks", output)
+    assert output.count("done 6 of 6 steps") == 1  # one rank speaks
+    assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-5)
+    assert bits(tmp_path) == pytest.approx(bits(alone), rel=1e-5)
+
+
+def test_resumed_by_other_ranks_in_another_mode(data: Path, tmp_path: Path, alone: Path) -> None:
+    run(data, tmp_path, 2, "sharding.mode=zero2")
+    folder = tmp_path / "runs" / "tiny" / "checkpoints"
+    for step in checkpoint.steps(folder)[1:]:
+        shutil.rmtree(folder / str(step))
+    output = run(data, tmp_path, 4, "--resume", "sharding.mode=hsdp", "sharding.shard_ranks=2", "device_batch_size=1")
+    assert "resumed from step 2" in output
+    assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-5)
+    assert bits(tmp_path) == pytest.approx(bits(alone), rel=1e-5)
+
+
+def test_a_preempted_job_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+    settings = ("num_iterations=40", "sharding.mode=fsdp", "eval.every_steps=none")
+    run(data, tmp_path / "unbroken", 2, *settings)
+    process = start(data, tmp_path / "broken", *settings)
+    folder = tmp_path / "broken" / "runs" / "tiny" / "checkpoints"
+    wait_until(lambda: checkpoint.steps(folder), process)
+    process.send_signal(signal.SIGTERM)  # as a scheduler does
+    output, _ = process.communicate(timeout=120)
+    stopped = checkpoint.latest_step(folder)
+    assert stopped is not None and stopped < 40, output
+    assert f"stopped by SIGTERM; step {stopped} is saved" in output
+    run(data, tmp_path / "broken", 2, *settings, "--resume")
+    assert curve(tmp_path / "broken") == curve(tmp_path / "unbroken")
+    assert bits(tmp_path / "broken") == bits(tmp_path / "unbroken")
+
+
+def test_a_killed_rank_restarts_the_job_from_its_last_checkpoint(data: Path, tmp_path: Path) -> None:
+    options = ("--max-restarts=1",)
+    process = start(data, tmp_path, "num_iterations=60", "optim.warmup_steps=1000", options=options)
+    folder = tmp_path / "runs" / "tiny" / "checkpoints"
+    wait_until(lambda: len(checkpoint.steps(folder)) > 1, process)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "restart 1 by torchrun: going on from the last checkpoint" in output
+    assert int(re.findall(r"resumed from step (\d+)", output)[0]) >= 3
+    assert sorted(curve(tmp_path)) == list(range(1, 61))  # every step once
+    assert "done 60 of 60 steps" in output
+
+
+def test_a_restart_does_not_touch_the_run_of_another_job(data: Path, tmp_path: Path, alone: Path) -> None:
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    before = curve(tmp_path)
+    output = fail(data, tmp_path, "num_iterations=8", options=("--max-restarts=1",))
+    assert len(re.findall("^error: run .* has checkpoints up to step 6: --resume", output, re.MULTILINE)) == 2
+    assert curve(tmp_path) == before and checkpoint.latest_step(tmp_path / "runs" / "tiny" / "checkpoints") == 6
+
+
+def test_torch_func_is_for_one_process(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    ended = ranks.end(2, "launch.py", *words(data, "train.grad=func"))
+    assert ended.codes == [1, 1]
+    assert all(error.startswith("error: train.grad=func runs in one process") for error in ended.errors), ended
+
+
+def test_what_is_wrong_is_said_once(data: Path, tmp_path: Path) -> None:
+    output = fail(data, tmp_path, "sharding.mode=hsdp", "sharding.shard_ranks=3")
+    assert len(re.findall("^error: sharding.shard_ranks=3: must divide the 2 ranks", output, re.MULTILINE)) == 1
+
+
+def wait_until(done: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -1,0 +1,238 @@
+"""The speedrun, tiny: broken in the middle, resumed, skipped, and done again where a setting has changed."""
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks as gloo
+import small_corpus
+import torch
+
+from experiments import speedrun
+from nanochat import distributed, train
+from nanochat.checkpoint import storage
+from nanochat.config import UserError, override
+from nanochat.metrics import logger, run_folder
+from nanochat.train import pipeline
+from nanochat.train import stage as runs
+
+MODEL = (
+    *(
+        "compile=false",
+        "model.sequence_len=128",
+        "model.aspect_ratio=32",
+        "model.head_dim=32",
+        "model.window_pattern=L",
+    ),
+    *("depth=1", "device_batch_size=2", "total_batch_size=512", "num_iterations=6", "checkpoint.every_steps=2"),
+    *("eval.every_steps=none", "eval.tokens=512", "eval.sample_tokens=2", "eval.prompts=the cat"),
+    *("metrics.every_steps=1", "core.every_steps=none", "train.chunk_tokens=100", "data.buffer_docs=20"),
+)
+TUNING = (
+    *(
+        "compile=false",
+        "tasks=arithmetic:size=40",
+        "val_tasks=arithmetic:test:size=8",
+        "chat.tasks=",
+        "num_iterations=4",
+    ),
+    *(
+        "eval.every_steps=none",
+        "eval.tokens=512",
+        "eval.sample_tokens=2",
+        "eval.prompts=hi",
+        "checkpoint.every_steps=2",
+    ),
+    *("metrics.every_steps=1", "train.chunk_tokens=100"),
+)
+TINY = (
+    *("device=cpu", "tokenizer.vocab_size=300"),
+    *(f"pretrain.{word}" for word in MODEL),
+    *(
+        "eval_base.tasks=samples,bpb",
+        "eval_base.free_samples=1",
+        "eval_base.free_tokens=2",
+        "eval_base.sample_tokens=2",
+    ),
+    *("eval_base.tokens=512", "eval_base.device_batch_size=2"),
+    *(f"sft.{word}" for word in TUNING),
+    *("eval_chat.tasks=arithmetic:size=4", "eval_chat.max_tokens=4", "eval_chat.compile=false"),
+    *("report.sample_tokens=2", "report.answer_tokens=2", "report.questions=hi", "report.prompts=the cat"),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A base folder with a folder of small documents."""
+    folder = tmp_path_factory.mktemp("base")
+    small_corpus.write(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        patch.setattr(runs, "peak_flops", lambda *_: (1e12, "made up"))  # measuring it takes longer than the runs
+        yield folder
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, bool]]:
+    """The stages that are run: (experiment, resume, overwrite)."""
+    seen: list[tuple[str, bool, bool]] = []
+
+    def watched(name: str, original: Any) -> Any:
+        def call(config: Any, here: distributed.Runtime) -> None:
+            seen.append((name, getattr(config, "resume", False), getattr(config, "overwrite", False)))
+            original(config, here)
+
+        return call
+
+    for name, module in speedrun.MODULES.items():
+        monkeypatch.setattr(module, "run", watched(name, module.run))
+    return seen
+
+
+def tiny(base: Path, *more: str) -> speedrun.Config:
+    return override(speedrun.config(), [*TINY, f"source={base / 'text'}", *more])
+
+
+def steps(name: str) -> list[int]:
+    return [row["step"] for row in logger.read(train.run_folder(name)) if "train/loss" in row]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, run: str, at: int) -> None:
+    """Have SIGTERM sent after a step of a run, as a scheduler would."""
+    original = logger.write
+
+    def write(log: Any, step: int, values: Any) -> None:
+        original(log, step, values)
+        if step == at and log.file and Path(log.file.name).parent.name == run and "train/loss" in values:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(logger, "write", write)
+
+
+def test_a_speedrun_broken_twice_comes_to_its_end_and_is_then_skipped(
+    base: Path,
+    called: list[tuple[str, bool, bool]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    here = distributed.init("cpu", "float32")
+    config = tiny(base, "name=fast")
+    for run, at in (("fast", 3), ("fast_sft", 3)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, run, at)
+            with pytest.raises(SystemExit) as stop:
+                speedrun.run(config, here)
+        assert stop.value.code == 128 + signal.SIGTERM
+    out = capsys.readouterr().out
+    assert "stopped during pretrain: the same command goes on" in out and "stopped during sft" in out
+    assert re.search(r"no estimate of time and cost: cpu", out) and "6 steps, 3.07k tokens" in out
+    speedrun.run(config, here)
+    assert called == [
+        ("data", False, False),
+        ("tokenizer", False, False),
+        ("pretrain", False, False),
+        ("pretrain", True, False),
+        ("eval_base", False, False),
+        ("sft", False, False),
+        ("sft", True, False),
+        ("eval_chat", False, False),
+    ]
+    assert steps("fast") == [1, 2, 3, 4, 5, 6] and steps("fast_sft") == [1, 2, 3, 4]
+    out = capsys.readouterr().out
+    assert "resumed from step 3" in out and "--experiment=chat --set run=fast_sft" in out
+    chain = run_folder.ancestors(train.run_folder("fast_sft"))
+    assert [(one.name, one.stage, one.done) for one in chain] == [("fast", "base", True), ("fast_sft", "sft", True)]
+    page = (train.run_folder("fast_sft") / "report.md").read_text("utf-8")
+    assert "| eval_chat" in page and "| tokenizer" in page and "rithmetic" in page and "user: hi" in page
+    assert len(logger.read_evaluations(train.run_folder("fast"))) == 1
+    del called[:]
+    speedrun.run(config, here)
+    assert called == [], "what is finished is skipped"
+    assert capsys.readouterr().out.count("done already") == 6
+
+
+def test_a_changed_setting_does_its_stage_and_those_after_it_again(
+    base: Path, called: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = distributed.init("cpu", "float32")
+    words = [
+        "name=again",
+        "stages=data,tokenizer,pretrain,sft,eval_chat",
+        "pretrain.num_iterations=2",
+        "sft.num_iterations=2",
+    ]
+    speedrun.run(tiny(base, *words), here)
+    assert [name for name, *_ in called] == ["data", "tokenizer", "pretrain", "sft", "eval_chat"]
+    before = pipeline.newest(train.run_folder("again"))
+    del called[:]
+    words[-1] = "sft.num_iterations=3"
+    speedrun.run(tiny(base, *words, "sft.device_batch_size=4"), here)
+    assert called == [("sft", False, True), ("eval_chat", False, False)]
+    out = capsys.readouterr().out
+    assert "again: num_iterations 2 → 3" in out and "again: what it follows on was done again" in out
+    assert steps("again_sft") == [1, 2, 3] and pipeline.newest(train.run_folder("again")) == before
+    del called[:]
+    speedrun.run(tiny(base, *words, "pretrain.optim.matrix_lr=0.05"), here)
+    assert called == [("pretrain", False, True), ("sft", False, True), ("eval_chat", False, False)]
+    assert storage.steps(train.run_folder("again") / "checkpoints.old") == [2], "what is replaced is kept once more"
+    assert "pretrain   again" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_fails_does_not_stop_the_rest(
+    base: Path, called: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = distributed.init("cpu", "float32")
+    words = ["name=part", "pretrain.num_iterations=1", "sft.num_iterations=1", "report.samples=false"]
+    with pytest.raises(UserError, match="eval_chat failed"):
+        speedrun.run(tiny(base, *words, "eval_chat.tasks=arithmetic:size=4,gsm8k:/nowhere"), here)
+    assert (train.run_folder("part_sft") / "report.md").exists(), "the report is written all the same"
+    assert "next" in capsys.readouterr().out.lower()
+    del called[:]
+    speedrun.run(tiny(base, *words), here)
+    assert [name for name, *_ in called] == ["eval_chat"]
+
+
+def test_what_is_asked_for_has_to_make_sense(base: Path) -> None:
+    here = distributed.init("cpu", "float32")
+    with pytest.raises(UserError, match="in this order"):
+        speedrun.run(tiny(base, "stages=pretrain,data"), here)
+    with pytest.raises(UserError, match="expected one of data"):
+        tiny(base, "stages=pretraining")
+
+
+def test_the_parts_take_over_name_device_and_source(base: Path) -> None:
+    config = speedrun.filled(tiny(base, "name=x", "fp8=true"), distributed.init("cpu", "float32"))
+    assert (config.pretrain.name, config.sft.run, config.sft.name, config.eval_chat.run) == ("x", "x", "x_sft", "x_sft")
+    assert config.pretrain.tokenizer == config.tokenizer.out == str(base / "x_tokenizer")
+    assert {config.data.data.source, config.tokenizer.data.source, config.pretrain.data.source} == {str(base / "text")}
+    assert config.pretrain.train.linear == "fp8" and config.sft.device == config.pretrain.device == "cpu"
+    plain = speedrun.config()
+    assert plain.pretrain.depth == 24 and plain.data.num_shards == 170
+    assert speedrun.filled(plain, distributed.init("cpu", "float32")).pretrain.train.linear == "dense"
+
+
+def test_time_and_cost_are_told_before_on_a_gpu_that_is_known(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    eight = distributed.Runtime(0, 0, 8, 8, 0, torch.device("cuda", 0), torch.bfloat16)
+    config = speedrun.config()
+    text = speedrun.estimate(override(config, ["pretrain.depth=4"]), eight)
+    found = re.search(r"about (\S+) and \$([\d,]+) by the planner's estimate, at 50% MFU and \$3.00", text)
+    assert found, text
+    assert "does not fit" in speedrun.estimate(
+        override(config, ["pretrain.depth=4", "pretrain.device_batch_size=4096"]), eight
+    )
+
+
+def test_two_ranks_come_to_the_end_of_one(base: Path) -> None:
+    words = ["name=two", "pretrain.num_iterations=2", "sft.num_iterations=2", "report.samples=false"]
+    outs = gloo.run(
+        2, "launch.py", "--experiment=speedrun", *(f"--set={w}" for w in (*TINY, f"source={base / 'text'}", *words)),
+        timeout=500,
+    )  # fmt: skip
+    assert "Next:" in outs[0] and not outs[1]
+    chain = run_folder.ancestors(train.run_folder("two_sft"))
+    assert [one.done for one in chain] == [True, True]

@@ -1,0 +1,348 @@
+"""Synthetic conversations: asked of a local endpoint that answers well, badly, slowly, or not at all."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import _identity_prompts, synthesize
+from nanochat import distributed, tasks
+from nanochat.config import UserError, override
+from nanochat.data import chat_format
+
+ROOT = Path(__file__).resolve().parents[2]
+TALK = [{"role": "user", "content": "Hi é"}, {"role": "assistant", "content": "Hello!\nI am nanochat."}]
+
+
+def completion(text: Any, finish: str = "stop") -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    return {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": finish}]}
+
+
+def good(*messages: Any) -> dict[str, Any]:
+    return completion(json.dumps({"messages": messages or TALK}))
+
+
+Answer = Callable[[int, int], tuple[int, Any, dict[str, str]]]
+"""(seed, attempt of that seed) -> status, body (JSON, or bytes just so, or seconds to say nothing), headers."""
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Answers as `answer` says and notes what it was asked."""
+
+    daemon_threads, block_on_close = True, False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer: Answer = lambda seed, attempt: (200, good(), {})
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.times: list[float] = []
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+
+    def handle_error(self, *_: Any) -> None:
+        """Keep silent about clients that have left."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Endpoint
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+            self.server.bodies.append(body)
+            self.server.keys.append(self.headers.get("Authorization"))
+            self.server.times.append(time.monotonic())
+        attempt, seed = divmod(body["seed"], 1_000_003)
+        try:
+            assert self.path == "/v1/chat/completions"
+            status, answer, headers = self.server.answer(seed, attempt)
+            if isinstance(answer, float):
+                time.sleep(answer)
+                answer = good()
+            content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    server = Endpoint()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def settings(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> synthesize.Config:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    return synthesize.Config(
+        model="large",
+        base_url=f"http://127.0.0.1:{endpoint.server_port}/v1",
+        output=tmp_path / "out.jsonl",
+        count=12,
+        workers=4,
+        timeout_seconds=10,
+        backoff_seconds=0.01,
+    )
+
+
+def run(config: synthesize.Config, **changes: Any) -> None:
+    synthesize.run(dataclasses.replace(config, **changes), distributed.init("cpu"))
+
+
+def lines(config: synthesize.Config) -> list[dict[str, Any]]:
+    assert config.output
+    return [json.loads(line) for line in config.output.read_text("utf-8").splitlines()]
+
+
+def seeds(config: synthesize.Config) -> list[int]:
+    return sorted(line["seed"] for line in lines(config))
+
+
+def test_conversations_are_asked_for_and_kept(
+    settings: synthesize.Config, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(settings)
+    assert seeds(settings) == list(range(12))
+    assert all(line["messages"] == TALK and line["model"] == "large" for line in lines(settings))
+    assert set(endpoint.keys) == {"Bearer sk-secret"} and len(endpoint.bodies) == 12
+    body = next(body for body in endpoint.bodies if body["seed"] == 3)
+    assert body["model"] == "large" and body["temperature"] == 1.0
+    assert body["messages"] == [{"role": "user", "content": _identity_prompts.prompt(_identity_prompts.FACTS, 3)}]
+    assert body["response_format"]["json_schema"]["schema"] == _identity_prompts.SCHEMA
+    out = capsys.readouterr().out
+    assert "12 conversations, 0 of them are in" in out and f"12 written to {settings.output}" in out
+    assert f"--experiment=tasks --set task=identity:{settings.output}" in out and "sk-secret" not in out
+    some = tasks.from_text(f"identity:all:{settings.output}")
+    assert some.size == 12 and some.row(0)["messages"] == TALK
+    assert tasks.from_text(f"customjson:{settings.output}").size == 12
+
+
+def test_prompts_are_drawn_from_the_seed() -> None:
+    prompts = [_identity_prompts.prompt("- It is FACT.", seed) for seed in range(300)]
+    assert prompts == [_identity_prompts.prompt("- It is FACT.", seed) for seed in range(300)]
+    assert len(set(prompts)) > 290 and all("- It is FACT." in text and "JSON" in text for text in prompts)
+    for words in (_identity_prompts.TOPICS, _identity_prompts.PERSONAS, _identity_prompts.OPENINGS):
+        assert all(any(word in text for text in prompts) for word in words)
+    counts = {re.search(r"exactly (\d) messages?", text)[1] for text in prompts}  # type: ignore[index]
+    assert counts == {"1", "2", "3", "4"}
+
+
+def test_the_same_command_goes_on_where_it_stopped(settings: synthesize.Config, endpoint: Endpoint) -> None:
+    run(settings, count=5)
+    assert settings.output
+    with settings.output.open("ab") as file:
+        file.write(b'{"messages": [{"role": "user", "con')  # killed while it wrote
+    endpoint.bodies.clear()
+    run(settings)
+    assert sorted(body["seed"] for body in endpoint.bodies) == list(range(5, 12))
+    assert seeds(settings) == list(range(12))
+    endpoint.bodies.clear()
+    run(settings)
+    run(settings, seed=4, count=8)
+    assert endpoint.bodies == []
+    settings.output.write_bytes(settings.output.read_bytes().rstrip(b"\n"))  # an editor took it
+    run(settings, count=13)
+    assert seeds(settings) == list(range(13))
+
+
+def test_a_file_of_something_else_is_not_touched(settings: synthesize.Config, endpoint: Endpoint) -> None:
+    assert settings.output
+    settings.output.write_text(f"{json.dumps(TALK)}\n{json.dumps(TALK)}")
+    with pytest.raises(UserError, match=r"out.jsonl line 1: not by synthesize; choose another file"):
+        run(settings)
+    assert settings.output.read_text() == f"{json.dumps(TALK)}\n{json.dumps(TALK)}" and not endpoint.bodies
+
+
+def test_a_key_a_file_of_facts_and_a_schema_can_be_left_out(
+    settings: synthesize.Config, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "facts.txt").write_text("It is called Otto.")
+    run(settings, key_variable=None, facts=tmp_path / "facts.txt", schema=False, count=2)
+    assert endpoint.keys == [None, None] and "response_format" not in endpoint.bodies[0]
+    assert "It is called Otto." in endpoint.bodies[0]["messages"][0]["content"]
+    assert override(settings, ["key_variable=none", "count=7"]).key_variable is None
+
+
+BAD: list[Any] = [
+    b"<html>",
+    b"[]",
+    {"choices": []},
+    {"choices": [{"message": None}]},
+    completion(None),
+    completion("I would rather not."),
+    completion(json.dumps({"messages": TALK})[:-4], "length"),
+    completion(json.dumps(TALK)),
+    completion(json.dumps({"messages": TALK, "note": 1})),
+    completion(json.dumps({"messages": "hello"})),
+    good(TALK[0]),
+    good(TALK[1], TALK[0]),
+    good(TALK[0], TALK[0]),
+    good(*TALK, TALK[0]),
+    good(TALK[0], {"role": "assistant", "content": " "}),
+    good(TALK[0], {"role": "assistant", "content": "x" * 5000}),
+    good(TALK[0], {"role": "assistant", "content": ["a"]}),
+    good(TALK[0], {"role": "assistant", "content": "a", "name": "b"}),
+    good({"role": "system", "content": "s"}, *TALK),
+    good(*TALK * 9),
+    completion("x" * 2**21),
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: str(bad)[:40])
+def test_a_malformed_answer_is_asked_for_again(settings: synthesize.Config, endpoint: Endpoint, bad: Any) -> None:
+    endpoint.answer = lambda seed, attempt: (200, bad if seed == 1 and attempt < 2 else good(), {})
+    run(settings, count=3)
+    assert seeds(settings) == [0, 1, 2] and all(line["messages"] == TALK for line in lines(settings))
+    assert sorted(body["seed"] for body in endpoint.bodies) == [0, 1, 2, 1_000_004, 2_000_007]
+
+
+@pytest.mark.parametrize("text", ["```json\n{}\n```", "```\n{}```", " {} \n"])
+def test_an_answer_may_be_fenced(text: str) -> None:
+    padded = [{"role": m["role"], "content": f" {m['content']}\n"} for m in TALK]
+    assert synthesize.checked(text.replace("{}", json.dumps({"messages": padded}))) == TALK
+    chat_format.check({"messages": TALK})
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
+def test_an_overloaded_endpoint_is_asked_again(settings: synthesize.Config, endpoint: Endpoint, status: int) -> None:
+    endpoint.answer = lambda seed, attempt: (status if attempt < 2 else 200, good(), {})
+    run(settings, count=4)
+    assert seeds(settings) == [0, 1, 2, 3] and len(endpoint.bodies) == 12
+
+
+def test_waits_double_and_what_the_endpoint_asks_for_counts(settings: synthesize.Config, endpoint: Endpoint) -> None:
+    endpoint.answer = lambda seed, attempt: (200 if attempt == 3 else 503, good(), {})
+    run(settings, count=1, backoff_seconds=0.1)
+    waits = [later - sooner for sooner, later in zip(endpoint.times, endpoint.times[1:])]
+    assert all(wait >= least for wait, least in zip(waits, (0.1, 0.2, 0.4), strict=True))
+    endpoint.times.clear()
+    endpoint.answer = lambda seed, attempt: (429, b"", {"Retry-After": "1"}) if attempt == 0 else (200, good(), {})
+    run(settings, seed=1, count=1)
+    assert endpoint.times[1] - endpoint.times[0] >= 1
+
+
+def test_a_slow_endpoint_is_given_up_and_asked_again(settings: synthesize.Config, endpoint: Endpoint) -> None:
+    endpoint.answer = lambda seed, attempt: (200, 60.0 if attempt == 0 else good(), {})
+    began = time.monotonic()
+    run(settings, count=4, timeout_seconds=0.5)
+    assert seeds(settings) == [0, 1, 2, 3] and time.monotonic() - began < 50
+
+
+def test_requests_run_beside_each_other(settings: synthesize.Config, endpoint: Endpoint) -> None:
+    endpoint.answer = lambda seed, attempt: (200, 0.5, {})
+    run(settings, workers=4)
+    assert 3 <= endpoint.most_at_once <= 4
+
+
+def test_what_failed_is_said_at_the_end_and_tried_again_by_the_same_command(
+    settings: synthesize.Config, endpoint: Endpoint
+) -> None:
+    endpoint.answer = lambda seed, attempt: (500 if seed == 2 else 200, completion("?") if seed == 3 else good(), {})
+    with pytest.raises(UserError) as caught:
+        run(settings, attempts=2)
+    assert str(caught.value) == (
+        "2 of 12 failed: HTTP 500 (1x), the answer is no JSON (1x); the same command tries these again"
+    ) or str(caught.value).startswith("2 of 12 failed: the answer is no JSON (1x), HTTP 500 (1x)")
+    assert seeds(settings) == [0, 1, *range(4, 12)]
+    endpoint.answer = lambda seed, attempt: (200, good(), {})
+    endpoint.bodies.clear()
+    run(settings)
+    assert len(endpoint.bodies) == 2 and seeds(settings) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"refuses the request: HTTP 401 no such key: …; is the key in OPENAI_API_KEY right\?"),
+        (403, r"HTTP 403 .*is the key in OPENAI_API_KEY right"),
+        (404, r"HTTP 404 .*are base_url and model right"),
+    ],
+)
+def test_a_refusal_ends_the_run_at_once(
+    settings: synthesize.Config, endpoint: Endpoint, status: int, message: str
+) -> None:
+    body = {"error": {"message": "no such key: sk-secret\nsecond line"}}
+    endpoint.answer = lambda seed, attempt: (status, body, {})
+    with pytest.raises(UserError, match=message) as caught:
+        run(settings, count=1000)
+    assert len(endpoint.bodies) <= 4 and "sk-secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_endpoint_without_schemas_is_told_of(settings: synthesize.Config, endpoint: Endpoint) -> None:
+    endpoint.answer = lambda seed, attempt: (400, {"error": "response_format is unknown"}, {})
+    with pytest.raises(UserError, match=r"10 .* in a row failed.*HTTP 400 response_format is unknown; .*schema=false"):
+        run(settings, count=1000)
+    assert len(endpoint.bodies) < 20  # each once
+
+
+def test_an_endpoint_out_of_reach_ends_the_run(settings: synthesize.Config) -> None:
+    with pytest.raises(UserError, match=r"10 conversations in a row failed, the last: cannot connect to http://127"):
+        run(settings, base_url="http://127.0.0.1:9/v1", attempts=2, count=1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "set the model's name at the endpoint: --set model="),
+        ({"key_variable": "NO_SUCH_KEY"}, "the environment variable NO_SUCH_KEY holds no API key: export NO_SUCH_KEY="),
+        ({"facts": Path("/no/such.txt")}, r"facts=/no/such.txt: cannot be read \(No such file"),
+        ({"output": Path("/proc/no/out.jsonl")}, "output=/proc/no/out.jsonl: cannot be written"),
+        ({"output": Path("/")}, r"output=/: cannot be read \(Is a directory\)"),
+        ({"count": 0}, "count=0: must be at least 1"),
+        ({"timeout_seconds": 0.0}, "timeout_seconds=0.0: must be above 0"),
+    ],
+)
+def test_wrong_settings_are_said_before_anything_is_asked(
+    settings: synthesize.Config, endpoint: Endpoint, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(settings, **changes)
+    assert len(endpoint.bodies) == 0
+
+
+def test_ctrl_c_keeps_what_has_come_and_does_not_wait(settings: synthesize.Config, endpoint: Endpoint) -> None:
+    endpoint.answer = lambda seed, attempt: (200, good() if seed < 3 else 60.0, {})
+    command = [sys.executable, "launch.py", "--experiment=synthesize", "--set", "model=m", "--set", "workers=3"]
+    command += ["--set", f"base_url={settings.base_url}", "--set", f"output={settings.output}"]
+
+    def written() -> int:
+        return settings.output.read_bytes().count(b"\n") if settings.output and settings.output.exists() else 0
+
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not (written() == 3 and len(endpoint.bodies) == 6):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=50)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "stopped by Ctrl-C" in err
+    assert seeds(settings) == [0, 1, 2]

@@ -1,0 +1,93 @@
+"""What the ranks of tests/test_chat_eval.py run: tasks evaluated together; and the tasks themselves.
+
+python tests/chat_eval_ranks.py        prints [rank, results, failures] of each, as JSON
+"""
+
+import json
+import random
+import sys
+from typing import Any
+
+import torch
+from small_model import random_params
+
+from nanochat import distributed
+from nanochat.config import UserError
+from nanochat.data import Tokenizer
+from nanochat.eval import ChatEvalConfig, ModelUnderTest, chat_eval
+from nanochat.model import ModelConfig
+from nanochat.tasks import Task, multiple_choice, qa_conversation
+
+TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
+CONFIG = ModelConfig(sequence_len=192, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+SAMPLED = ChatEvalConfig(samples=3, temperature=1.0, max_tokens=12, slots=2, compile=False)
+
+
+def subject() -> ModelUnderTest:
+    """Return a model of random weights."""
+    return ModelUnderTest(random_params(CONFIG), CONFIG, TOKENIZER, torch.float32)
+
+
+def choice_row(index: int) -> dict[str, Any]:
+    """Return a question of random words, with three to five choices."""
+    rng = random.Random(index)
+    letters = list("ABCDE")[: rng.randint(3, 5)]
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in letters]
+    question = multiple_choice(" ".join(rng.choices(words, k=rng.randint(1, 20))), letters, words)
+    return {**qa_conversation(question, rng.choice(letters)), "letters": letters}
+
+
+def even(row: Any, text: str) -> bool:
+    """Accept half of what a random model says."""
+    return sum(text.encode()) % 2 == 0
+
+
+def choice(size: int = 40) -> Task:
+    return Task("mmlu", "choice", size, choice_row, None, 0.25)
+
+
+def generative(size: int = 21, right: Any = even) -> Task:
+    return Task("gsm8k", "generative", size, lambda i: qa_conversation(f"question {'?' * (i % 5)}{i}", "#### 1"), right)
+
+
+def refuse(row: Any, text: str) -> bool:
+    raise UserError("the sandbox cannot run here")
+
+
+def results(line: distributed.ControlGroup = distributed.ControlGroup()) -> list[Any]:
+    """Return what this rank knows of each problem at the end."""
+    bot = subject()
+    decoder = chat_eval.start(bot, SAMPLED)
+    scores = chat_eval.evaluate(bot, [choice(), generative()], SAMPLED, line)
+    return [
+        chat_eval.score_multiple_choice(bot, choice(), range(40), 512, line),
+        chat_eval.sample_answers(decoder, TOKENIZER, generative(), range(21), SAMPLED, line),
+        {name: score._asdict() for name, score in scores.items()},
+    ]
+
+
+def failures(line: distributed.ControlGroup) -> list[str]:
+    """Return what this rank is told of a row that one rank alone meets, and of answers that only some can check."""
+    found = []
+    # Rank 0 is dealt the first batch of answers, rank 1 the second.
+    judge = refuse if line.rank == 1 else even
+    for size, right in ((21, judge), (21, even)):
+        try:
+            score = chat_eval.evaluate(subject(), [generative(size, right)], SAMPLED, line)["gsm8k"]
+            found.append(f"{score.total} problems")
+        except UserError as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with distributed.distributed_context("cpu") as here:
+        line = distributed.create_group()
+        found = results(line), failures(line)
+        sys.stdout = sys.__stdout__  # of ranks other than 0 too
+        print(json.dumps([here.rank, *found]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What the ranks of tests/test_core.py run: CORE on the small bundle, with whole parameters or with parts of them.
+
+python tests/core_ranks.py <replicate or fsdp>        prints the answers of all tasks as JSON
+"""
+
+import functools
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from small_model import random_params
+from tensordict import TensorDict
+
+from nanochat import distributed, model, tree
+from nanochat.data import Tokenizer, tokenizer
+from nanochat.distributed import ShardingConfig, sharding
+from nanochat.eval import Results, core, core_bundle
+from nanochat.model import Compute, ModelConfig
+
+BUNDLE = Path(__file__).parents[1] / "data" / "core_bundle"
+TOKENS_PER_BATCH = 700  # several batches a task, and seldom an even number of them
+
+
+@functools.cache
+def small_tokenizer() -> Tokenizer:
+    """Return a tokenizer learned from the bundle's own rows."""
+    texts = [path.read_text("utf-8") for path in sorted(BUNDLE.glob("eval_data/*/*.jsonl"))]
+    return tokenizer.train(texts, 400)
+
+
+def small_config() -> ModelConfig:
+    """Return a shape in which prompts are longer than all windows together."""
+    return ModelConfig(sequence_len=64, vocab_size=400, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="L")
+
+
+def evaluate(params: TensorDict, compute: Compute = Compute()) -> Results:
+    """Return the scores of the small model."""
+    bundle = core_bundle.read(BUNDLE)
+    how = {"compute": compute, "tokens_per_batch": TOKENS_PER_BATCH}
+    return core.evaluate(params, small_config(), small_tokenizer(), bundle, **how)
+
+
+def as_json(results: Results) -> str:
+    """Return all answers, with every bit of their losses."""
+    assert not results.failed
+    return json.dumps([results.core, {label: task.answers for label, task in results.tasks.items()}])
+
+
+def main(mode: str) -> None:
+    torch.set_num_threads(1)
+    here = distributed.init("cpu")
+    params, compute = random_params(small_config()), Compute()
+    if mode == "fsdp":
+        layout = sharding.make_layout(ShardingConfig("fsdp"), here, model.spec(small_config()))
+        assert layout is not None
+        params = tree.unflatten({name: sharding.place(layout, name, x) for name, x in tree.flatten(params).items()})
+        params = sharding.enter(layout, params, torch.float32)
+        compute = Compute(gather=sharding.gatherer(layout, torch.float32))
+    random.seed(here.rank)  # nothing may hang on it
+    print(as_json(evaluate(params, compute)))
+    distributed.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

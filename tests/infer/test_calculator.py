@@ -1,0 +1,254 @@
+"""Calculator: Python's values inside its grammar, nothing outside of it, in bounded time, in any thread."""
+
+import math
+import random
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from nanochat.infer import calculate, tool_use
+
+FUZZ_STRINGS = 100_000
+LIMIT_SECONDS = 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1+2", "3"),
+        ("1,000*2", "2000"),
+        ("1,234,567.5 + 1", "1234568.5"),
+        ("7/2", "3.5"),
+        ("6/2", "3.0"),
+        ("0.1+0.2", "0.30000000000000004"),
+        ("-(3 - 5) * +2", "4"),
+        ("--1", "1"),
+        ("-0.0", "-0.0"),
+        (".5 + 5.", "5.5"),
+        ("  2 * 3\n", "6"),
+        ("((((((1))))))", "1"),
+        ("'strawberry'.count('r')", "3"),
+        ("\"it's, so\".count('s')", "2"),
+        ("'a,b,c' . count( ',' )", "2"),
+        ("'abc'.count('')", "4"),
+        ("'ünï'.count('ï')", "1"),
+        ("'__import__(\"os\")'.count('o')", "2"),
+    ],
+)
+def test_values(text: str, expected: str) -> None:
+    assert calculate(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", ".", "...", "()", "1,2", "1,0000", "1234,567", "1,000,00", "(1,000,)", "1;2", "1\n+2", "1 2", "01"),
+        *("2**3", "9**9**9", "7//2", "7%2", "1e5", "1_000", "0x10", "1j", "1<2", "1if 1else 2", "~1", "1@2", "3(4)"),
+        *(
+            "x",
+            "True",
+            "None",
+            "abs(-1)",
+            "(1).real",
+            "1 .real",
+            "[1][0]",
+            "{}",
+            "lambda: 1",
+            "'a'",
+            "'a'*3",
+            "'a'+'b'",
+        ),
+        *(
+            "'a'.count",
+            "'a'.count()",
+            "'a'.count('a', 1)",
+            "'a'.upper()",
+            "'a'.count(1)",
+            "b'a'.count(b'a')",
+            "'a'.count(x)",
+        ),
+        *("f'{1}'.count('1')", "'a'.count(sub='a')", "'a'.count('a').real", r"'\d'.count('d')", "'a'.count('a')+1"),
+        *("__import__('os').system('true')", "'a'.__class__", "().__class__.__bases__", "'a'.count.__self__"),
+        *("1/0", "1/(1-1)", "0/0", "1.0/0", "9" * 200, "1" * 400 + ".0", "1" * 400 + "/3.5", "9" * 400 + "/7"),
+        *("(" * 250, "(" * 250 + "1" + ")" * 250, "-" * 999 + "1", "1" + "+1" * 499, "1" * 5000),
+        *("１+１", "٣+1", "2×3", "1\x0c+1", "1\0", "\ud800", "'\ud800'.count('a')", "'a\0'.count('a')", "\ufeff1+1"),
+    ],
+)
+def test_no_result(text: str) -> None:
+    assert calculate(text) is None
+
+
+def test_infinity_is_no_result_even_on_the_way() -> None:
+    huge = "9" * 200 + ".0"
+    assert eval(f"1/({huge}*{huge})") == 0.0
+    assert calculate(f"1/({huge}*{huge})") is None
+
+
+def random_expression(rng: random.Random, depth: int) -> str:
+    """Return a valid expression, without commas, so that Python reads it as we do."""
+    kind = rng.random()
+    if depth == 0 or kind < 0.2:
+        whole = str(rng.choice([rng.randrange(10), rng.randrange(10**4), rng.randrange(10**18)]))
+        return rng.choice([whole, whole, f"{whole}.{rng.randrange(1000)}", f"{whole}.", f".{rng.randrange(1000)}"])
+    if kind < 0.3:
+        return rng.choice("+-") + random_expression(rng, depth - 1)
+    if kind < 0.5:
+        return f"({random_expression(rng, depth - 1)})"
+    space = rng.choice(["", " "])
+    parts = random_expression(rng, depth - 1), random_expression(rng, depth - 1)
+    return f"{parts[0]}{space}{rng.choice('+-*/')}{space}{parts[1]}"
+
+
+def python_value(text: str) -> str | None:
+    try:
+        value = eval(text, {"__builtins__": {}})
+    except ArithmeticError:
+        return None
+    if not math.isfinite(value) or len(str(value)) > tool_use.MAX_RESULT_CHARACTERS:
+        return None
+    return str(value)
+
+
+def test_equals_python_on_valid_expressions() -> None:
+    rng = random.Random(0)
+    results = 0
+    for _ in range(5000):
+        text = random_expression(rng, rng.randrange(7))
+        if len(text) <= tool_use.MAX_CHARACTERS and sum(map(text.count, "+-*/(")) <= tool_use.MAX_OPERATORS:
+            expected = python_value(text)
+            assert calculate(text) == expected, text
+            results += expected is not None
+    assert results > 4000
+
+
+def test_commas_between_thousands_change_nothing() -> None:
+    rng = random.Random(1)
+    for _ in range(2000):
+        a, b = rng.randrange(10 ** rng.randrange(1, 15)), rng.randrange(10 ** rng.randrange(1, 15))
+        operation = rng.choice("+-*")
+        assert calculate(f"{a:,} {operation} ({b:,})") == str(eval(f"{a}{operation}{b}")), (a, b)
+        assert calculate(f"{a:,}.25") == str(float(Fraction(a) + Fraction(1, 4)))
+
+
+def test_counts_as_python() -> None:
+    rng = random.Random(2)
+    for _ in range(2000):
+        where = "".join(rng.choices("abc ,.'()é中🙂#{}", k=rng.randrange(30)))
+        what = "".join(rng.choices("abc ,.'é", k=rng.randrange(3)))
+        assert calculate(f'"{where}".count("{what}")') == str(where.count(what))
+
+
+ALPHABET = "0123456789+-*/()., "
+CODE = [
+    *(
+        "__import__('os').system('touch /tmp/x')",
+        "().__class__.__mro__[1].__subclasses__()",
+        "open('/etc/passwd').read()",
+    ),
+    *("exec('1')", "[x for x in range(10**9)]", "9**9**9", "'a'*10**9", "10**10**10", "lambda:0", "(yield)", "a:=1"),
+    *("'a'.count('a').__class__", "f'{9**9**9}'", "'%s'.format(1)", "'a'.join('b')", "1if 1else 2", "0or 1", "await x"),
+    *("'strawberry'.count('r')", '"a b".count("")', r"'\d'.count('d')", "print(1)", "...", "{1:2}[1]", "*1", "**1"),
+]
+
+
+def random_unicode(rng: random.Random) -> str:
+    top = rng.choice([0x80, 0x100, 0x3000, 0x110000])
+    return "".join(chr(rng.randrange(top)) for _ in range(rng.randrange(60)))
+
+
+def mutated(rng: random.Random) -> str:
+    text = rng.choice([random_expression(rng, 4), rng.choice(CODE), "1,000*(2+3)", "'abcabc'.count('b')"])
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(len(text) + 1)
+        new = rng.choice(
+            [rng.choice(ALPHABET), chr(rng.randrange(128)), chr(rng.randrange(0x3000)), rng.choice(CODE), ""]
+        )
+        text = text[:at] + new + text[at + rng.randrange(3) :]
+    return text
+
+
+def deep(rng: random.Random) -> str:
+    n = rng.choice([10, 50, 99, 150, 199, 300, 10_000])
+    a, b = rng.choice([("(", ")"), ("-", ""), ("+-", ""), ("(-", ")"), ("1+", ""), ("2*(1+", ")"), ("'a'.count(", ")")])
+    return a * n + rng.choice(["1", "1.5", "", "x"]) + b * rng.choice([n, n, n - 1])
+
+
+def huge(rng: random.Random) -> str:
+    numbers = ["9" * rng.choice([5, 50, 300, 900, 5000, 10**5]) + rng.choice(["", ".", ".0", ",000"]) for _ in range(2)]
+    return rng.choice("+-*/").join(numbers)
+
+
+KINDS: list[Callable[[random.Random], str]] = [
+    random_unicode,
+    lambda rng: "".join(rng.choices(ALPHABET, k=rng.randrange(1, 30))),
+    lambda rng: "".join(rng.choices(ALPHABET + "'\"count", k=rng.randrange(1, 60))),
+    mutated,
+    mutated,
+    lambda rng: random_expression(rng, 7),
+    deep,
+    huge,
+]
+
+
+def timed(text: str) -> tuple[str | None, float]:
+    started = time.thread_time()  # what other processes take does not count
+    return calculate(text), time.thread_time() - started
+
+
+def test_fuzz() -> None:
+    """Never raises, never warns, never takes long; a value only for a text that is arithmetic or a count."""
+    rng = random.Random(3)
+    slowest, results = (0.0, ""), 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning of the parser would reach the user's terminal
+        for number in range(FUZZ_STRINGS):
+            text = KINDS[number % len(KINDS)](rng)
+            result, seconds = timed(text)
+            if seconds > LIMIT_SECONDS / 2:  # the garbage collector's turn, most likely: it would not come again
+                seconds = min(timed(text)[1] for _ in range(3))
+            slowest = max(slowest, (seconds, text))
+            if result is not None:
+                results += 1
+                bare = text.strip()
+                arithmetic = set(bare) <= set(ALPHABET + "\t")
+                assert arithmetic or (bare[0] in "'\"" and "count" in bare), text
+                assert "**" not in text or not arithmetic, text
+                assert result == python_value(bare.replace(",", "") if arithmetic else bare), text
+    assert slowest[0] < LIMIT_SECONDS, slowest
+    assert FUZZ_STRINGS * 0.1 < results < FUZZ_STRINGS * 0.9
+    print(f"slowest of {FUZZ_STRINGS}: {slowest[0] * 1e6:.0f} µs, {results} had a result")
+
+
+def test_any_thread_and_any_depth_of_the_stack() -> None:
+    text = "1" + "+1" * 99
+    seen: list[str | None] = []
+    threads = [threading.Thread(target=lambda: seen.append(calculate(text))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["100"] * 8
+
+    def at_the_bottom() -> list[str | None]:
+        try:
+            return [*at_the_bottom(), calculate(text)]
+        except RecursionError:
+            return []
+
+    found = set(at_the_bottom())  # from where the stack ends up to here: a value or none, never an error
+    assert "100" in found and found <= {"100", None}
+
+
+def test_command_line() -> None:
+    command = [sys.executable, "-m", "nanochat.infer.tool_use"]
+    done = subprocess.run([*command, "1,000 * 2"], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout) == (0, "2000\n")
+    done = subprocess.run([*command, "1/0"], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout) == (1, "no result\n")

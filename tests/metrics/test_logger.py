@@ -1,0 +1,362 @@
+"""The record of a run: lines, resuming, damage, the options; and the small numeric helpers."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.config import UserError
+from nanochat.metrics import logger
+from nanochat.text import format_count, format_duration
+
+NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+def record(folder: Path, steps: range, resume_step: int | None = None) -> bytes:
+    """Write a line of loss a step, and one of an evaluation every other step; return the file."""
+    log = logger.open_log(folder, resume_step=resume_step)
+    for step in steps:
+        logger.write(log, step, {"loss": 1 / step, "tokens": step * 100})
+        if step % 2 == 0:
+            logger.write(log, step, {"bits_per_byte": 2 / step})
+    logger.close(log)
+    return (folder / "metrics.jsonl").read_bytes()
+
+
+def test_lines_are_json_objects_and_come_back(tmp_path: Path) -> None:
+    content = record(tmp_path / "new" / "run", range(1, 4))
+    assert content.decode().splitlines()[:2] == [
+        '{"step": 1, "loss": 1.0, "tokens": 100}',
+        '{"step": 2, "loss": 0.5, "tokens": 200}',
+    ]
+    rows = logger.read(tmp_path / "new" / "run")
+    assert rows[2] == {"step": 2, "bits_per_byte": 1.0}
+    assert logger.curve(rows, "loss") == ([1, 2, 3], [1.0, 0.5, 1 / 3])
+    assert logger.curve(rows, "bits_per_byte") == ([2], [1.0])
+    assert logger.curve(rows, "nothing") == ([], [])
+    assert logger.read(tmp_path / "elsewhere") == []
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+    log = logger.open_log(tmp_path)
+    logger.write(log, 1, dict(zip("abc", NOT_FINITE)))
+    logger.close(log)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"step": 1, "a": "nan", "b": "inf", "c": "-inf"}
+    (row,) = logger.read(tmp_path)
+    assert math.isnan(row["a"]) and (row["b"], row["c"]) == (float("inf"), -float("inf"))
+
+
+def test_tensors_and_numpy_numbers_are_read(tmp_path: Path) -> None:
+    log = logger.open_log(tmp_path)
+    values: dict[str, Any] = {"t": torch.tensor(0.25), "b": torch.tensor(2.0, dtype=torch.bfloat16), "done": True}
+    logger.write(log, 1, values)
+    assert logger.read(tmp_path) == [{"step": 1, "t": 0.25, "b": 2.0, "done": 1}]
+    with pytest.raises(ValueError, match="cannot be called step"):
+        logger.write(log, 1, {"step": 3})
+    logger.close(log)
+    logger.close(log)
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3, 6])
+@pytest.mark.parametrize("torn", [b"", b'{"step": 9, "lo', b"\xff\xfe"])
+def test_a_resumed_record_equals_an_unbroken_one(tmp_path: Path, stopped: int, torn: bytes) -> None:
+    unbroken = record(tmp_path / "a", range(1, 7))
+    record(tmp_path / "b", range(1, 7))  # went on past the checkpoint of step `stopped`, then was killed
+    with (tmp_path / "b" / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    assert len(logger.read(tmp_path / "b")) == 9
+    assert record(tmp_path / "b", range(stopped + 1, 7), resume_step=stopped) == unbroken
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
+    unbroken = record(tmp_path, range(1, 4))
+    (tmp_path / "metrics.jsonl").write_bytes(unbroken[:-1])
+    assert record(tmp_path, range(4, 4), resume_step=3) == unbroken
+
+
+def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    good = record(tmp_path, range(1, 4))
+    for damage in (b"x", b'{"loss": 1}', b"[1]", b"", b'{"step": "x"}', b"\x00\x00"):
+        bad = damage + b"\n" + good
+        (tmp_path / "metrics.jsonl").write_bytes(bad)
+        with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a line of metrics; delete that line"):
+            logger.open_log(tmp_path, resume_step=2)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == bad
+
+
+def test_starting_anew_keeps_the_old_record(tmp_path: Path) -> None:
+    first = record(tmp_path, range(1, 3))
+    second = record(tmp_path, range(1, 5))
+    third = record(tmp_path, range(1, 4))
+    assert third != second != first
+    assert (tmp_path / "metrics.1.jsonl").read_bytes() == first
+    assert (tmp_path / "metrics.2.jsonl").read_bytes() == second
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = logger.open_log(tmp_path / "run", enabled=False, tensorboard=True, wandb="project", config=object())
+    logger.write(log, 1, {"loss": 1.0})
+    logger.close(log)
+    assert not (tmp_path / "run").exists()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from nanochat import metrics
+log = metrics.open(Path(sys.argv[1]))
+step = 0
+while True:
+    step += 1
+    metrics.write(log, step, {"loss": 1 / step, "a_name_that_makes_the_line_longer": float(step)})
+    if step == 200:
+        print("ready", flush=True)
+"""
+
+
+def test_a_killed_process_leaves_every_line_it_wrote(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows = logger.read(tmp_path)
+    assert len(rows) >= 200
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    log = logger.open_log(tmp_path, resume_step=150)
+    logger.write(log, 151, {"loss": 0.0})
+    logger.close(log)
+    assert [row["step"] for row in logger.read(tmp_path)] == list(range(1, 152))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = logger.open_log(tmp_path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write the metrics: No space left on device"):
+        logger.write(log, 1, {"loss": 1.0})
+    with pytest.raises(UserError, match="No space left on device"):
+        logger.close(log)  # what could not be written is tried once more
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file.*: cannot write the metrics: "):
+        logger.open_log(tmp_path / "file" / "run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    betas: tuple[float, ...] = (0.9, float("inf"))
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    depth: int = 12
+    seed: int | None = None
+    compile: bool = True
+    folder: Path = Path("a/b")
+    inner: Inner = Inner()
+
+
+def test_the_resolved_configuration_is_written(tmp_path: Path) -> None:
+    logger.close(logger.open_log(tmp_path, config=Config()))
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "depth": 12,
+        "seed": None,
+        "compile": True,
+        "folder": "a/b",
+        "inner": {"betas": [0.9, "inf"], "dtype": "torch.bfloat16"},
+    }
+    logger.write_config(tmp_path, Config(depth=20))
+    assert json.loads((tmp_path / "config.json").read_text())["depth"] == 20
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_configuration_is_replaced_in_one_piece(tmp_path: Path) -> None:
+    logger.write_config(tmp_path, Config())
+    done = threading.Event()
+
+    def rewrite() -> None:
+        for depth in range(30):
+            logger.write_config(tmp_path, Config(depth=depth))
+        done.set()
+
+    thread = threading.Thread(target=rewrite)
+    thread.start()
+    reads = 0
+    while not done.is_set() or not reads:
+        json.loads((tmp_path / "config.json").read_text())
+        reads += 1
+    thread.join()
+
+
+@pytest.mark.parametrize(("option", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "p"}, "wandb")])
+def test_a_missing_tracker_names_the_extra_and_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any], package: str
+) -> None:
+    before = record(tmp_path, range(1, 4))
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    message = rf'the package {package} is missing: pip install -e "\.\[track\]"'
+    with pytest.raises(UserError, match=message):
+        logger.open_log(tmp_path, config=Config(), **option)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for resume_step, steps in ((None, (1, 2, 3)), (1, (2, 3, 4))):
+        log = logger.open_log(tmp_path, tensorboard=True, resume_step=resume_step)
+        for step in steps:
+            logger.write(log, step, {"train/loss": step / 2})
+        logger.close(log)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
+
+
+def test_wandb_gets_the_same_numbers_and_a_resumed_run_its_old_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = logger.open_log(tmp_path, wandb="nanochat-test", config=Config())
+    logger.write(log, 1, {"train/loss": 0.5})
+    assert log.wandb.config["inner.dtype"] == "torch.bfloat16"
+    assert dict(log.wandb.summary)["train/loss"] == 0.5
+    logger.close(log)
+    again = logger.open_log(tmp_path, wandb="nanochat-test", config=Config(), resume_step=1)
+    assert again.wandb.id == log.wandb.id
+    logger.close(again)
+    fresh = logger.open_log(tmp_path, wandb="nanochat-test", config=Config())
+    assert fresh.wandb.id != log.wandb.id
+    logger.close(fresh)
+
+
+def test_ema_is_debiased() -> None:
+    state, means = None, []
+    for value in (4.0, 2.0, 3.0):
+        state, mean = logger.ema(state, value)
+        means.append(mean)
+    assert means[0] == pytest.approx(4.0)
+    assert means[1] == pytest.approx((0.9 * 4 + 2) / 1.9)
+    assert means[2] == pytest.approx((0.81 * 4 + 0.9 * 2 + 3) / 2.71)
+    restored = json.loads(json.dumps(state))
+    assert logger.ema(restored, 1.5) == logger.ema(state, 1.5)
+
+
+def test_ema_leaves_out_what_is_not_finite() -> None:
+    state, mean = logger.ema(None, 4.0)
+    for value in NOT_FINITE:
+        assert logger.ema(state, value) == (state, mean)
+    assert math.isnan(logger.ema(None, float("nan"))[1])
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0.0, 0.99))
+def test_ema_lies_between_the_extremes(values: list[float], beta: float) -> None:
+    state = None
+    for value in values:
+        state, mean = logger.ema(state, value, beta)
+        room = 1e-6 + 1e-9 * max(map(abs, values))
+        assert min(values) - room <= mean <= max(values) + room
+
+
+# What the starting process held must not count in the started one's peak: hence the first block.
+MEMORY = """
+import os, subprocess, sys
+import torch
+if len(sys.argv) == 1:
+    block = torch.ones(1 << 30, dtype=torch.uint8)
+    raise SystemExit(subprocess.run([sys.executable, __file__, "child"]).returncode)
+from nanochat import metrics
+before = metrics.peak_memory_bytes(torch.device("cpu"))
+block = torch.ones(256 << 20, dtype=torch.uint8)
+print(before, metrics.peak_memory_bytes(torch.device("cpu")) - before)
+"""
+
+
+def test_peak_memory_is_the_process_s_own_and_in_bytes(tmp_path: Path) -> None:
+    (tmp_path / "memory.py").write_text(MEMORY)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "memory.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    before, grown = map(int, done.stdout.split())
+    assert 20 << 20 < before < 800 << 20
+    assert 192 << 20 < grown < 384 << 20
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_a_gpu() -> None:
+    device = torch.device("cuda", 0)
+    torch.cuda.reset_peak_memory_stats(device)
+    block = torch.ones(64 << 20, dtype=torch.uint8, device=device)
+    del block
+    assert logger.peak_memory_bytes(device) >= 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (999.6, "1k"),
+        (8200, "8.2k"),
+        (1_234_567, "1.23M"),
+        (999_999, "1M"),
+        (1_000_000_000, "1B"),
+        (-45_600, "-45.6k"),
+        (2.5e13, "25T"),
+        (0.123456, "0.123"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (4.33e19, "4.33e+07T"),
+    ],
+)
+def test_human(number: float, text: str) -> None:
+    assert format_count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (0.0123, "12ms"),
+        (0.25, "0.25s"),
+        (3.14, "3.1s"),
+        (9.96, "10s"),
+        (45.4, "45s"),
+        (59.6, "1m00s"),
+        (192, "3m12s"),
+        (3599.9, "1h00m"),
+        (3720, "1h02m"),
+        (86399, "1d00h"),
+        (190_800, "2d05h"),
+        (-192, "-3m12s"),
+        (float("inf"), "?"),
+        (float("nan"), "?"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

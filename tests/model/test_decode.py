@@ -1,0 +1,204 @@
+"""Cached decoding against the full forward: every split, ragged rows, rings, grouped heads, depths, the fixed point."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_model import COMPILE, CONFIG, WINDOWED, Unchanged, random_params
+from tensordict import TensorDict
+from torch._inductor.utils import run_and_get_code
+
+from nanochat import model, tree
+from nanochat.model import ModelConfig, kv_cache
+
+TOLERANCE = 1e-4  # the spec's, for float32
+
+
+def ids(rows: int, n_time: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 100, (rows, n_time), generator=torch.Generator().manual_seed(seed))
+
+
+def by_parts(
+    config: ModelConfig, params: TensorDict, tokens: torch.Tensor, parts: list[int], context: int | None = None
+) -> torch.Tensor:
+    """Return the logits of `tokens`, decoded in parts of the given lengths."""
+    cache, logits = kv_cache.empty(config, tokens.shape[0], context or tokens.shape[1]), []
+    for part in tokens.split(parts, dim=1):
+        out, cache = model.decode(params, part, cache, config=config)
+        logits.append(out)
+    assert cache["length"].tolist() == [tokens.shape[1]] * tokens.shape[0]
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("depth", range(1, 7))
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_every_split_at_every_depth(depth: int, kv_heads: int):
+    config = dataclasses.replace(CONFIG, n_layer=depth, n_kv_head=kv_heads)
+    params, tokens = random_params(config), ids(2, 12)
+    want = model.apply(params, tokens, config=config)
+    for parts in ([12], [1] * 12, [5, 1, 1, 5], [11, 1], [1, 11]):
+        assert (by_parts(config, params, tokens, parts) - want).abs().max() < TOLERANCE, parts
+
+
+# A short window has 128 tokens at least: its ring of 129 slots is filled, and passed, at several kinds of border.
+@pytest.mark.parametrize("pattern", ["SSSL", "S", "L", "LS"])
+@pytest.mark.parametrize("parts", [[128, 1, 1, 1, 1, 168], [300], [129, 171], [1, 130, 169], [290] + [1] * 10], ids=str)
+def test_windows_in_rings(pattern: str, parts: list[int]):
+    config = dataclasses.replace(WINDOWED, window_pattern=pattern, n_layer=4)
+    params, tokens = random_params(config), ids(1, 300)
+    want = model.apply(params, tokens, config=config)
+    assert (by_parts(config, params, tokens, parts) - want).abs().max() < TOLERANCE
+
+
+def test_a_ring_is_as_small_as_its_window():
+    cache = kv_cache.empty(WINDOWED, rows=2, context=200)
+    assert [cache["layers", str(i), "k"].shape[1] for i in range(3)] == [129, 129, 200]
+    assert kv_cache.bytes_per_row(WINDOWED, 200, torch.bfloat16) == (129 + 129 + 200) * 2 * 2 * 8 * 2 + 32 * 2 + 8
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=2, max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_ragged_rows(lengths: list[list[int]], seed: int):
+    """Each row takes its own number of tokens in each of three calls: the logits are those of the row alone."""
+    config = CONFIG
+    params, rows = random_params(config), len(lengths)
+    tokens = ids(rows, 27, seed)
+    cache, done = kv_cache.empty(config, rows, 27), [0] * rows
+    for call in range(3):
+        added = [row[call] for row in lengths]
+        width = max(1, *added)
+        given_BT = ids(rows, width, seed + 1 + call)  # what fills up is random too
+        for b, n in enumerate(added):
+            given_BT[b, :n] = tokens[b, done[b] : done[b] + n]
+        logits, cache = model.decode(params, given_BT, cache, added_B=torch.tensor(added), config=config)
+        for b, n in enumerate(added):
+            if n:
+                want = model.apply(params, tokens[b : b + 1, : done[b] + n], config=config)[0, done[b] :]
+                assert (logits[b, :n] - want).abs().max() < TOLERANCE
+            done[b] += n
+    assert cache["length"].tolist() == done
+
+
+def test_a_fresh_cache_takes_the_kernel_and_gives_the_same():
+    params, tokens = random_params(WINDOWED), ids(2, 140)
+    cache, added = kv_cache.empty(WINDOWED, 2, 200), torch.tensor([140, 133])
+    called = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        called.append(window)
+        return model.Compute().attend(q, k, v, window)
+
+    compute = model.Compute(attend=attend)
+    want_x, want = model.decode_features(params, tokens, cache, added_B=added, config=WINDOWED)
+    x, new = model.decode_features(params, tokens, cache, added_B=added, fresh=True, config=WINDOWED, compute=compute)
+    assert called == [128, 128, 256]
+    assert (x - want_x)[0].abs().max() < TOLERANCE and (x - want_x)[1, :133].abs().max() < TOLERANCE
+    for name, value in tree.flatten(want).items():
+        torch.testing.assert_close(tree.flatten(new)[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_views_and_copies_of_rows_are_caches():
+    params, tokens = random_params(WINDOWED), ids(3, 150)
+    cache = kv_cache.empty(WINDOWED, 3, 200)
+    one = kv_cache.empty(WINDOWED, 1, 150)
+    for b in range(3):
+        _, alone = model.decode(params, tokens[b : b + 1, : 140 + b], one, config=WINDOWED)
+        kv_cache.copy_row_(cache, 2 - b, alone)
+    assert cache["length"].tolist() == [142, 141, 140]
+    part, last = kv_cache.view(cache, rows=2), torch.stack([tokens[2, 142:143], tokens[1, 141:142]])
+    logits, _ = model.decode(params, last, part, span=150, config=WINDOWED)
+    for row, (b, n) in enumerate(((2, 143), (1, 142))):
+        want = model.apply(params, tokens[b : b + 1, :n], config=WINDOWED)[0, -1]
+        assert (logits[row, 0] - want).abs().max() < TOLERANCE
+
+
+def test_nothing_is_changed_in_place():
+    params, tokens = random_params(), ids(2, 4)
+    _, cache = model.decode(params, tokens, kv_cache.empty(CONFIG, 2, 16), config=CONFIG)
+    assert isinstance(cache, TensorDict)
+    for n_time in (1, 3):
+        with Unchanged(params, cache):
+            model.decode(params, tokens[:, :n_time], cache, config=CONFIG)
+
+
+def test_a_donated_cache_is_written_in_place():
+    params, tokens = random_params(WINDOWED), ids(2, 141)
+    _, cache = model.decode(params, tokens[:, :140], kv_cache.empty(WINDOWED, 2, 200), config=WINDOWED)
+    want, want_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED)
+    before = {name: x.data_ptr() for name, x in tree.flatten(cache).items() if name.startswith("layers")}
+    got, got_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED, donate=True)
+    assert torch.equal(got, want)
+    for name, value in tree.flatten(want_cache).items():
+        assert torch.equal(tree.flatten(got_cache)[name], value), name
+    assert {name: tree.flatten(got_cache)[name].data_ptr() for name in before} == before
+
+
+def test_a_compiler_takes_tensordicts():
+    params, tokens = random_params(WINDOWED), ids(2, 150)
+    _, cache = model.decode(params, tokens[:, :140], kv_cache.empty(WINDOWED, 2, 200), config=WINDOWED)
+
+    def step(params: TensorDict, tokens: torch.Tensor, cache: TensorDict) -> tuple[torch.Tensor, TensorDict]:
+        logits, new = model.decode(params, tokens, cache, config=WINDOWED)
+        assert isinstance(new, TensorDict)
+        return logits, new
+
+    with torch.no_grad():
+        want, want_cache = step(params, tokens[:, 140:141], cache)
+        got, got_cache = torch.compile(step, fullgraph=True, backend="eager")(params, tokens[:, 140:141], cache)
+    assert (got - want).abs().max() < 1e-5
+    for name, value in tree.flatten(want_cache).items():
+        torch.testing.assert_close(tree.flatten(got_cache)[name], value, msg=name)
+
+
+def test_half_precision_is_that_of_the_full_forward():
+    params, tokens = random_params(dtype=torch.bfloat16), ids(2, 12)
+    cache = kv_cache.empty(CONFIG, 2, 12, dtype=torch.bfloat16)
+    want = model.apply(params, tokens, config=CONFIG)
+    exact = model.apply(random_params(), tokens, config=CONFIG)
+    got = []
+    for part in tokens.split([7, 1, 1, 3], dim=1):
+        out, cache = model.decode(params, part, cache, config=CONFIG)
+        got.append(out)
+    error = (torch.cat(got, dim=1) - exact).abs().mean()
+    assert error < 1.3 * (want - exact).abs().mean(), "no further from float32 than the full forward in bfloat16"
+    assert cache["layers"]["0"]["k"].dtype == torch.bfloat16
+
+
+def test_fused_projections_are_the_same():
+    params, tokens = random_params(), ids(2, 9)
+    with Unchanged(params):
+        fused = model.fuse_qkv(params)
+    assert fused["layers"]["1"]["attn"].keys() == {"proj", "qkv"}
+    got = model.apply(fused, tokens, config=CONFIG)
+    assert (got - model.apply(params, tokens, config=CONFIG)).abs().max() < TOLERANCE
+
+
+def test_a_compiled_step_is_eager_and_writes_one_slot():
+    """The trap: given slots that are a slice, or a stack of layers, the compiler copies the whole cache and back."""
+    config = dataclasses.replace(WINDOWED, n_layer=2)  # a ring, and a layer that sees all
+    rows, context, tokens = 2, 230, ids(2, 150)
+    params = tree.nest(tree.flatten(random_params(config)))
+    _, cache = model.decode(
+        params, tokens[:, :140], tree.nest(tree.flatten(kv_cache.empty(config, rows, context))), config=config
+    )
+
+    def step(params: dict, tokens: torch.Tensor, cache: dict) -> torch.Tensor:
+        logits, new = model.decode(params, tokens, cache, span=145, config=config)
+        tree.map(lambda old, x: old.copy_(x), cache, new)
+        return logits
+
+    with torch.no_grad():
+        want, want_cache = model.decode(params, tokens[:, 140:141], cache, config=config)
+        got, (code,) = run_and_get_code(COMPILE(step), params, tokens[:, 140:141], cache)
+    assert (got - want).abs().max() < 1e-5
+    for name, value in tree.flatten(want_cache).items():
+        torch.testing.assert_close(tree.flatten(cache)[name], value, msg=name)
+    made = [tuple(map(int, shape.split(","))) for shape in re.findall(r"empty_strided_cpu\(\(([\d, ]+\d),? ?\)", code)]
+    assert made and max(math.prod(shape) for shape in made) < rows * 129 * config.n_kv_head * config.head_dim

@@ -1,0 +1,387 @@
+"""The model: its table of parameters, causality, windows, purity, numbers of parameters and FLOPs, and refusals."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from small_model import CONFIG, WINDOWED, Unchanged, assert_trees_close, random_batch, random_params
+from torch import Tensor
+
+from nanochat import model, transform, tree
+from nanochat.checkpoint import convert
+from nanochat.model import Compute, ModelConfig, Params, attention, linear, loss
+from nanochat.model import params as parameters
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+# Copied from the specification of the parameters: reference name, shape, initial distribution, optimizer group, at
+# C = 128, N = 4, K = 2, H = 32, V = 1000 (padded to 1024), L = 4, and s = sqrt(3 / 128).
+TABLE_CONFIG = ModelConfig(sequence_len=64, vocab_size=1000, n_layer=4, n_head=4, n_kv_head=2, n_embd=128)
+S = math.sqrt(3 / 128)
+TABLE = {
+    "transformer.wte.weight": ((1024, 128), ("normal", 0.8), "embedding"),
+    "lm_head.weight": ((1024, 128), ("normal", 0.001), "unembedding"),
+    "transformer.h.i.attn.c_q.weight": ((128, 128), ("uniform", -S, S), "matrix"),
+    "transformer.h.i.attn.c_k.weight": ((64, 128), ("uniform", -S, S), "matrix"),
+    "transformer.h.i.attn.c_v.weight": ((64, 128), ("uniform", -S, S), "matrix"),
+    "transformer.h.i.attn.c_proj.weight": ((128, 128), ("zero",), "matrix"),
+    "transformer.h.i.attn.ve_gate.weight": ((2, 12), ("uniform", 0, 0.02), "matrix"),
+    "transformer.h.i.mlp.c_fc.weight": ((512, 128), ("uniform", -0.4 * S, 0.4 * S), "matrix"),
+    "transformer.h.i.mlp.c_proj.weight": ((128, 512), ("zero",), "matrix"),
+    "value_embeds.i.weight": ((1024, 64), ("uniform", -S, S), "value_embedding"),
+    "resid_lambdas": ((4,), ("values", 1.15, 1.15 - 0.1 / 3, 1.15 - 0.2 / 3, 1.05), "resid"),
+    "x0_lambdas": ((4,), ("values", 0.20, 0.15, 0.10, 0.05), "x0"),
+    "smear_gate.weight": ((1, 24), ("uniform", 0, 0.02), "smear"),
+    "smear_lambda": ((1,), ("values", 0.0), "smear"),
+    "backout_lambda": ((1,), ("values", 0.2), "smear"),
+}
+
+
+def table_rows() -> dict[str, tuple[tuple[int, ...], tuple[object, ...], str]]:
+    """Return the table with its rows of layers written out; value embeddings are on layers 1 and 3 of 4."""
+    rows = {}
+    for name, row in TABLE.items():
+        with_value = "ve_gate" in name or "value_embeds" in name
+        layers = ["1", "3"] if with_value else ["0", "1", "2", "3"]
+        rows |= {name.replace(".i.", f".{i}."): row for i in layers} if ".i." in name else {name: row}
+    return rows
+
+
+def test_shapes_and_groups_are_the_tables():
+    got = {
+        reference: (tuple(value.shape), model.spec(TABLE_CONFIG)[convert.to_ours(reference)].group)
+        for reference, value in convert.to_reference(model.init(TABLE_CONFIG, 0), TABLE_CONFIG).items()
+    }
+    assert got == {name: (shape, group) for name, (shape, _, group) in table_rows().items()}
+
+
+@pytest.mark.parametrize("name", table_rows())
+def test_initial_values_have_the_tables_distribution(name: str):
+    _, (kind, *numbers), _ = table_rows()[name]
+    values = tree.flatten(model.init(TABLE_CONFIG, 3))[convert.to_ours(name)]
+    n = values.numel()
+    if kind == "values":
+        torch.testing.assert_close(values, torch.tensor(numbers))
+    elif kind == "zero":
+        assert not values.any()
+    elif kind == "uniform":
+        low, high = (float(x) for x in numbers)  # pyright: ignore[reportArgumentType]
+        width = high - low
+        assert low <= values.min() < low + 10 * width / n and high - 10 * width / n < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 4 * width / math.sqrt(12 * n)
+        middle = ((values - low) / width - 0.5).abs() < 0.25
+        assert abs(middle.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(n)
+    else:
+        std = float(numbers[0])  # pyright: ignore[reportArgumentType]
+        assert abs(values.mean()) < 4 * std / math.sqrt(n)
+        assert abs(values.std() / std - 1) < 4 / math.sqrt(2 * n)
+        assert abs((values.abs() < std).float().mean() - 0.6827) < 4 * 0.5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("n_layer, layers", [(1, [0]), (2, [1]), (4, [1, 3]), (5, [0, 2, 4])])
+def test_value_embeddings_are_on_every_second_layer_with_the_last(n_layer: int, layers: list[int]):
+    config = dataclasses.replace(CONFIG, n_layer=n_layer)
+    assert [i for i in range(n_layer) if f"layers.{i}.attn.value_embed" in model.spec(config)] == layers
+
+
+def test_tables_are_stored_in_the_compute_dtype():
+    tables = {"wte", *(f"layers.{i}.attn.value_embed" for i in (0, 2))}
+    for dtype, stored in [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")]:
+        for name, value in tree.flatten(model.init(CONFIG, 0, dtype=getattr(torch, dtype))).items():
+            assert value.dtype == (getattr(torch, stored) if name in tables else torch.float32), (name, dtype)
+
+
+# --- initial values depend on the seed and the name alone -----------------------------------------------------------
+
+
+def test_same_seed_same_values_whatever_the_global_generator():
+    torch.manual_seed(1)
+    first = tree.flatten(model.init(CONFIG, 7))
+    state = torch.manual_seed(2).get_state()
+    second = tree.flatten(model.init(CONFIG, 7))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(torch.get_rng_state(), state), "init drew from the global generator"
+
+
+def test_another_seed_or_name_gives_other_values():
+    a, b = (tree.flatten(model.init(CONFIG, seed)) for seed in (0, 1))
+    drawn = [name for name in a if a[name].unique().numel() > CONFIG.n_layer]
+    assert "wte" in drawn and "layers.2.attn.value_gate" in drawn
+    for name in drawn:
+        assert not torch.equal(a[name], b[name]), name
+    assert not torch.equal(a["layers.0.attn.k"], a["layers.0.attn.v"])
+    assert not torch.equal(a["layers.0.attn.q"], a["layers.1.attn.q"])
+
+
+def test_order_and_presence_of_other_parameters_do_not_matter(monkeypatch: pytest.MonkeyPatch):
+    rows, whole = model.spec(CONFIG), tree.flatten(model.init(CONFIG, 0))
+    for names in (list(rows)[::-1], list(rows)[::3], ["layers.1.mlp.fc"]):
+        monkeypatch.setattr(parameters, "spec", lambda _, names=names: {name: rows[name] for name in names})
+        part = tree.flatten(model.init(CONFIG, 0))
+        assert set(part) == set(names)
+        assert all(torch.equal(part[name], whole[name]) for name in names)
+
+
+def test_a_deeper_model_starts_with_the_same_lower_layers():
+    shallow = tree.flatten(model.init(CONFIG, 0))
+    deep = tree.flatten(model.init(dataclasses.replace(CONFIG, n_layer=5), 0))
+    same = ["wte", "lm_head", *(f"layers.{i}.attn.{m}" for i in range(3) for m in "qkv")]
+    assert all(torch.equal(shallow[name], deep[name]) for name in same)
+
+
+def test_meta_device_has_the_same_names_shapes_and_dtypes():
+    real = tree.flatten(model.init(CONFIG, 0, dtype=torch.bfloat16))
+    meta = tree.flatten(model.init(CONFIG, 0, dtype=torch.bfloat16, device="meta"))
+    assert all(x.is_meta for x in meta.values())
+    assert [(n, x.shape, x.dtype) for n, x in meta.items()] == [(n, x.shape, x.dtype) for n, x in real.items()]
+
+
+# --- forward --------------------------------------------------------------------------------------------------------
+
+
+def test_causality_by_gradients():
+    params = random_params()
+    n_time = 9
+    tokens = torch.randperm(CONFIG.vocab_size, generator=torch.Generator().manual_seed(0))[:n_time]
+    tables = ["wte", "layers.0.attn.value_embed", "layers.2.attn.value_embed"]
+
+    def at(position: int, params: Params) -> Tensor:
+        return model.apply(params, tokens[None], config=CONFIG)[0, position].square().sum()
+
+    for t in range(n_time):  # every token is another row of the tables, so a row stands for a position
+        grads = tree.flatten(torch.func.grad(at, argnums=1)(t, params))
+        for table in tables:
+            reached = grads[table][tokens].abs().amax(-1) > 0
+            assert reached.tolist() == [s <= t for s in range(n_time)], (t, table)
+
+
+@pytest.mark.parametrize("n_time", [150, 300])  # over the short window of 128; over the context of 256 as well
+def test_windows_of_the_whole_model_against_an_explicit_mask(n_time: int):
+    assert WINDOWED.windows == (128, 128, 256)
+    params, batch = random_params(WINDOWED), random_batch(WINDOWED, n_time=n_time)
+    grads = {}
+    for attend in (attention.sdpa, attention.math):
+        compute = Compute(attend=attend)
+        f = transform.value_and_grad(lambda p: loss.next_token(p, batch, config=WINDOWED, compute=compute)[0])  # noqa: B023
+        logits = model.apply(params, batch["inputs"], config=WINDOWED, compute=compute)
+        grads[attend] = f(params)[0], logits
+    torch.testing.assert_close(grads[attention.sdpa][1], grads[attention.math][1], rtol=0, atol=1e-4)
+    assert_trees_close(grads[attention.sdpa][0], grads[attention.math][0], rtol=1e-4)
+    # The window hides something: with full attention everywhere the late positions differ, the early ones do not.
+    full = dataclasses.replace(WINDOWED, window_pattern="L")
+    other = model.apply(params, batch["inputs"], config=full)
+    torch.testing.assert_close(other[:, :129], grads[attention.math][1][:, :129], rtol=0, atol=1e-4)
+    assert (other - grads[attention.math][1])[:, 129:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "sequence_len, n_layer, pattern, windows",
+    [
+        (2048, 4, "SSSL", (512, 512, 512, 2048)),
+        (2048, 6, "sl", (512, 2048, 512, 2048, 512, 2048)),
+        (2048, 2, "S", (512, 2048)),  # the last layer is always full
+        (1000, 3, "SLS", (256, 1000, 1000)),  # 250 rounded up to a multiple of 128
+        (32, 2, "S", (128, 32)),
+    ],
+)
+def test_windows(sequence_len: int, n_layer: int, pattern: str, windows: tuple[int, ...]):
+    config = ModelConfig(sequence_len=sequence_len, n_layer=n_layer, window_pattern=pattern)
+    assert config.windows == windows
+
+
+def test_smear_by_a_loop():
+    params = random_params()
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    got = model.smear(params, x[:, 1:], x[:, :-1], Compute())
+    for b in range(2):
+        for t in range(1, 5):
+            gate = torch.sigmoid(params["smear_gate"][0] @ x[b, t, :24])
+            torch.testing.assert_close(got[b, t - 1], x[b, t] + params["smear_lambda"] * gate * x[b, t - 1])
+
+
+def test_rotation_depends_on_the_distance_alone():
+    head_dim, n_time = 8, 12
+    rotary = model.rotation(torch.arange(n_time), head_dim, torch.float32)
+    q, k = torch.randn(2, head_dim, generator=torch.Generator().manual_seed(0))
+    queries, keys = (model.rotate(x.expand(1, n_time, 1, head_dim), rotary)[0, :, 0] for x in (q, k))
+    scores = queries @ keys.T
+    for distance in range(-n_time + 1, n_time):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)
+    angle = 100_000 ** (-2 * 3 / head_dim) * 5  # frequency 3 at position 5
+    assert math.isclose(rotary[0][5, 0, 3], math.cos(angle), rel_tol=1e-5)
+    assert math.isclose(queries[5, 3], q[3] * math.cos(angle) + q[7] * math.sin(angle), rel_tol=1e-4)
+    assert math.isclose(queries[5, 7], q[7] * math.cos(angle) - q[3] * math.sin(angle), rel_tol=1e-4)
+
+
+def test_every_matrix_product_goes_through_the_linear_argument():
+    seen = []
+
+    def counting(x: Tensor, weight: Tensor) -> Tensor:
+        seen.append(tuple(weight.shape))
+        return linear.dense(x, weight)
+
+    compute = Compute(linear=counting)
+    got = model.apply(random_params(), random_batch()["inputs"], config=CONFIG, compute=compute)
+    assert sorted(seen) == sorted(row.shape for row in model.spec(CONFIG).values() if row.matmul)
+    assert torch.equal(got, model.apply(random_params(), random_batch()["inputs"], config=CONFIG))
+
+
+def test_dense_computes_in_the_dtype_of_its_input():
+    x, weight = torch.randn(3, 5, dtype=torch.bfloat16), torch.randn(4, 5)
+    y = linear.dense(x, weight)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, x @ weight.to(torch.bfloat16).T)
+
+
+def test_half_precision_is_near_float32_and_gives_float32_logits():
+    tokens = random_batch()["inputs"]
+    want = model.apply(random_params(), tokens, config=CONFIG)
+    stored = model.apply(random_params(dtype=torch.bfloat16), tokens, config=CONFIG)
+    asked = model.apply(random_params(), tokens, config=CONFIG, compute=Compute(dtype=torch.bfloat16))
+    for got in (stored, asked):
+        assert got.dtype == torch.float32
+        assert 0 < (got - want).abs().mean() < 0.02 * want.abs().max()
+
+
+def test_logits_are_capped_and_padding_of_the_vocabulary_is_cut():
+    params = random_params()
+    big = tree.flatten(params) | {"lm_head": 1000 * params["lm_head"]}
+    logits = model.apply(tree.unflatten(big), random_batch()["inputs"], config=CONFIG)
+    assert logits.shape == (2, 16, 100) and params["lm_head"].shape == (128, 32)
+    assert logits.abs().max() <= 15 and logits.abs().mean() > 10
+    capped = model.unembed(torch.ones(1, 32), torch.full((128, 32), 0.5), CONFIG)
+    torch.testing.assert_close(capped, torch.full((1, 100), 15 * math.tanh(16 / 15)))
+
+
+def test_arguments_are_unchanged_by_apply_and_gradients():
+    params, batch = random_params(), random_batch()
+    tree.map(lambda x: x.requires_grad_(), params)
+    with Unchanged(params, batch):
+        model.apply(params, batch["inputs"], config=CONFIG)
+    plain = random_params()
+    f = lambda p: loss.next_token(p, batch, config=CONFIG)[0]  # noqa: E731
+    for p in (params, plain):
+        with Unchanged(p, batch):
+            transform.value_and_grad(f)(p)
+            torch.func.grad(f)(p)
+
+
+# --- counts ---------------------------------------------------------------------------------------------------------
+
+# Scaling parameters: 12·L·C² of the layers, K·12 of the gates on half of them, and 32768·C of the unembedding.
+# FLOPs: 6·(scaling parameters + 24) + 12·C·keys; keys: ¾ of the layers see 512, the others and the last one 2048.
+# Total: scaling + 32768·C embeddings + L/2 value embeddings of the same size + 2·L + 26 scalars.
+DEPTHS = {
+    12: (768, 84_935_088 + 25_165_824, 6 * (110_100_912 + 24) + 12 * 768 * (9 * 512 + 3 * 2048), 286_261_730),
+    20: (1280, 393_217_200 + 41_943_040, 6 * (435_160_240 + 24) + 12 * 1280 * (15 * 512 + 5 * 2048), 896_533_746),
+    24: (1536, 679_478_976 + 50_331_648, 6 * (729_810_624 + 24) + 12 * 1536 * (18 * 512 + 6 * 2048), 1_384_122_122),
+    26: (1664, 863_897_580 + 54_525_952, 6 * (918_423_532 + 24) + 12 * 1664 * (19 * 512 + 7 * 2048), 1_681_786_938),
+}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_counts_and_flops_by_depth(depth: int):
+    width, scaling, flops, total = DEPTHS[depth]
+    config = model.from_depth(depth)
+    assert (config.n_embd, config.n_head, config.n_kv_head) == (width, width // 128, width // 128)
+    assert model.count(config)["scaling"] == scaling
+    assert model.count(config)["total"] == total
+    assert model.flops_per_token(config) == flops
+
+
+def test_counts_are_those_of_real_parameters():
+    params = tree.flatten(model.init(CONFIG, 0))
+    counts = model.count(CONFIG)
+    assert counts["total"] == sum(x.numel() for x in params.values())
+    assert counts["scaling"] == sum(x.numel() for n, x in params.items() if x.dim() == 2) - sum(
+        params[n].numel() for n in params if n.endswith(("wte", "value_embed", "smear_gate"))
+    )
+
+
+def test_flops_at_another_length():
+    short = model.flops_per_token(model.from_depth(12), 256)  # within every window
+    assert model.flops_per_token(model.from_depth(12)) - short == 12 * 768 * (9 * 256 + 3 * 1792)
+
+
+@pytest.mark.parametrize("depth, n_head", [(1, 1), (3, 2), (13, 7)])
+def test_width_is_rounded_up_to_whole_heads(depth: int, n_head: int):
+    config = model.from_depth(depth)
+    assert (config.n_head, config.n_embd, config.head_dim) == (n_head, n_head * 128, 128)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_layer": 0}, "model n_layer=0: must be at least 1"),
+        ({"vocab_size": -5}, "model vocab_size=-5: must be at least 1"),
+        ({"sequence_len": 0}, "model sequence_len=0: must be at least 1"),
+        ({"n_embd": 30}, "model n_embd=30: must be n_head=4 times an even head width"),
+        ({"n_embd": 36}, "model n_embd=36: must be n_head=4 times an even head width"),  # heads of 9
+        ({"n_kv_head": 3}, "model n_head=4: must be a multiple of n_kv_head=3"),
+        ({"n_embd": 16}, "model n_embd=16: must be at least 24"),
+        ({"window_pattern": "SXL"}, "model window_pattern='SXL': letters S and L only"),
+        ({"window_pattern": ""}, "model window_pattern='': letters S and L only"),
+    ],
+)
+def test_impossible_shapes_are_refused(change: dict[str, object], message: str):
+    with pytest.raises(ValueError) as error:
+        dataclasses.replace(CONFIG, **change)
+    assert str(error.value) == message
+
+
+def test_impossible_depths_are_refused():
+    with pytest.raises(ValueError, match="n_layer=0"):
+        model.from_depth(0)
+    with pytest.raises(ValueError, match="head_dim=0"):
+        model.from_depth(12, head_dim=0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_layer": 4}, "parameters have n_layer 3, the config 4"),
+        ({"n_embd": 64}, "parameters have n_embd 32, the config 64"),
+        ({"vocab_size": 200}, "parameters have padded vocabulary 128, the config 256"),
+        ({"n_kv_head": 4}, "parameters have n_kv_head 2, the config 4"),
+        ({"n_kv_head": 1}, "parameters have n_kv_head 2, the config 1"),
+        ({"n_head": 8, "n_kv_head": 2}, "parameters have n_kv_head x head_dim 16, the config 8"),
+    ],
+)
+def test_parameters_of_another_shape_are_refused(change: dict[str, int], message: str):
+    config = dataclasses.replace(CONFIG, **change)
+    with pytest.raises(ValueError) as error:
+        model.apply(random_params(), random_batch()["inputs"], config=config)
+    assert str(error.value) == f"{message}: pass the config they were made with"
+
+
+def test_a_forgotten_config_is_refused_and_not_guessed():
+    with pytest.raises(ValueError, match="parameters have n_layer 3, the config 12"):
+        model.apply(random_params(), random_batch()["inputs"])
+
+
+def test_the_sequence_limit():
+    params, n_time = random_params(), 10 * CONFIG.sequence_len
+    assert model.apply(params, torch.zeros(1, n_time, dtype=torch.long), config=CONFIG).isfinite().all()
+    with pytest.raises(ValueError, match="sequence of 161 tokens: over the limit of 10 x sequence_len=16"):
+        model.apply(params, torch.zeros(1, n_time + 1, dtype=torch.long), config=CONFIG)
+
+
+@pytest.mark.parametrize("bad", [128, -1])
+def test_a_token_over_the_table_is_refused(bad: int):
+    tokens = random_batch()["inputs"].clone()
+    tokens[1, 4] = bad
+    params = random_params()
+    with pytest.raises(ValueError, match="token id outside of 0 … 127, the rows of the embedding table"):
+        model.apply(params, tokens, config=CONFIG)
+    with pytest.raises(ValueError, match="token id outside"):
+        torch.func.vmap(lambda t: model.apply(params, t[None], config=CONFIG))(tokens)
+
+
+def test_tokens_without_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"tokens of shape \(16,\): expected \(batch, time\)"):
+        model.apply(random_params(), random_batch()["inputs"][0], config=CONFIG)

@@ -1,0 +1,364 @@
+"""fp8: its numbers and gradients against the formulas, what it refuses, what it keeps, and a short run with it."""
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat import model, transform, tree
+from nanochat.model import Compute, Linear, ModelConfig, dense, fp8, fp8_emulated, linear, loss
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+BOTH = [fp8, fp8_emulated]  # torch's CPU multiplies float8 as well, slowly: the native path runs here too
+COMPILED: dict[Linear, torch.dtype] = {
+    fp8: torch.bfloat16,
+    fp8_emulated: torch.float32,
+}  # by Inductor, once for all tests
+CUDA = torch.device("cuda")
+
+
+def inputs(rows: int = 48, c: int = 128, o: int = 144, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Return x, weight and the gradient of the product, each with its own range."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(n, m, generator=generator) for n, m in ((rows, c), (o, c), (rows, o)))
+    return x.to(dtype), 0.03 * weight, (1e-5 * grad.exp()).to(dtype)
+
+
+def with_grads(f: Any, x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    y = f(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Quantise by looking up the nearest of the format's values, in float64; ties take the even code."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(dtype).double()
+    values, codes = values[values.isfinite()], codes[values.isfinite()]
+    order = values.argsort(stable=True)
+    values, codes = values[order], codes[order]
+    scale = values.max() / x.abs().max().double()
+    scaled = (x.float() * scale.float()).double().clamp(values.min(), values.max())
+    above = torch.searchsorted(values, scaled).clamp(1, len(values) - 1)
+    low, high = values[above - 1], values[above]
+    tie_to_low = (codes[above - 1] % 2) == 0
+    nearer_low = (scaled - low < high - scaled) | ((scaled - low == high - scaled) & tie_to_low)
+    return torch.where(nearer_low, low, high) / scale
+
+
+def formulas(x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    """The product and its straight-through gradients in float64, from operands rounded as above."""
+    x8, weight8, grad8 = rounded(x, E4M3), rounded(weight, E4M3), rounded(grad, E5M2)
+    return [x8 @ weight8.T, grad8 @ weight8, grad8.T @ x8]
+
+
+def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
+    for name, a, b in zip(("y", "grad x", "grad weight"), got, want):
+        distance = (a.double() - b.double()).norm() / b.double().norm()
+        assert distance < tolerance, f"{name}: {distance:.1e}"
+
+
+@functools.cache
+def compiled(f: Linear, backend: str = "inductor") -> Any:
+    """Return `f` compiled, once for all tests, for each dtype."""
+    return torch.compile(f, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "f, dtype, backend",
+    [
+        (f, dtype, "inductor" if dtype == COMPILED[f] else "aot_eager")
+        for f in BOTH
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+)
+def test_eager_and_compiled_are_the_formulas(f: Linear, dtype: torch.dtype, backend: str):
+    given = inputs(dtype=dtype)
+    want = formulas(*given)
+    for run in (f, compiled(f, backend)):
+        got = with_grads(run, *given)
+        assert [t.dtype for t in got] == [dtype, dtype, torch.float32]
+        # Within float32's rounding of the sums; bfloat16 rounds the result, and inductor its input once less.
+        assert_close(got, want, 1e-6 if dtype == torch.float32 else 3e-3)
+    exact = with_grads(dense, *given)
+    for a, b in zip(want, exact):
+        assert 0.01 < (a - b).norm() / b.norm() < 0.1, "fp8 should be seen to differ, and not by much"
+
+
+@pytest.mark.parametrize("f", BOTH)
+def test_gradients_are_finite_differences_of_the_quantised_product(f: Linear):
+    """With the other operands held at their rounded values the product is linear: differences are its slope."""
+    x, weight, grad = inputs(rows=16, c=128, o=128)
+    _, grad_x, grad_weight = with_grads(f, x, weight, grad)
+    x8, weight8, grad8 = rounded(x, E4M3), rounded(weight, E4M3), rounded(grad, E5M2)
+    for place in ((0, 0), (5, 77), (15, 127)):
+        nudge = torch.zeros(16, 128, dtype=torch.float64)
+        nudge[place] = 1e-3
+        ahead, behind = (((x8 + s * nudge) @ weight8.T * grad8).sum() for s in (1, -1))
+        assert math.isclose(grad_x[place], (ahead - behind) / 2e-3, rel_tol=1e-4, abs_tol=1e-9)
+        nudge = torch.zeros(128, 128, dtype=torch.float64)
+        nudge[place] = 1e-3
+        ahead, behind = ((x8 @ (weight8 + s * nudge).T * grad8).sum() for s in (1, -1))
+        assert math.isclose(grad_weight[place], (ahead - behind) / 2e-3, rel_tol=1e-4, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("f", BOTH)
+def test_leading_dimensions_and_strides_do_not_matter(f: Linear):
+    x, weight, grad = inputs()
+    flat = with_grads(f, x, weight, grad)
+    batched = with_grads(f, x.view(2, 24, 128), weight, grad.view(2, 24, 144))
+    assert batched[0].shape == (2, 24, 144) and batched[1].shape == (2, 24, 128)
+    for a, b in zip(flat, batched):
+        assert torch.equal(a, b.view(a.shape))
+    strided = with_grads(f, x.T.contiguous().T, weight.T.contiguous().T, grad.T.contiguous().T)
+    assert all(torch.equal(a, b) for a, b in zip(flat, strided))
+
+
+@pytest.mark.parametrize(
+    "rows, c, o, fits",
+    [
+        (16, 128, 128, True),
+        (48, 256, 144, True),
+        (17, 128, 128, False),
+        (16, 136, 128, False),
+        (16, 128, 136, False),
+        (16, 112, 256, False),
+        (16, 256, 112, False),
+        (0, 128, 128, False),
+    ],
+)
+def test_other_sizes_are_dense(rows: int, c: int, o: int, fits: bool):
+    x, weight, grad = inputs(rows, c, o)
+    assert linear.fp8_fits(rows, weight) == fits
+    assert linear.matmuls(fp8, rows, weight) is linear.MATMULS[fp8 if fits else dense]
+    got, plain = with_grads(fp8, x, weight, grad), with_grads(dense, x, weight, grad)
+    assert all(torch.equal(a, b) for a, b in zip(got, plain)) != fits
+
+
+@pytest.mark.parametrize("f", BOTH)
+def test_zeros_stay_zero(f: Linear):
+    x, weight, grad = inputs(dtype=COMPILED[f])
+    for run in (f, compiled(f)):
+        for given in ((0 * x, weight, grad), (x, 0 * weight, grad), (x, weight, 0 * grad), (0 * x, weight, 0 * grad)):
+            for got, want in zip(with_grads(run, *given), with_grads(dense, *given)):
+                assert got.isfinite().all()
+                assert got.any() == want.any()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("f", BOTH)
+def test_what_is_not_finite_is_not_hidden(f: Linear, bad: float, compile: bool):
+    run = compiled(f) if compile else f
+    for place in range(3):
+        given = [t.clone() for t in inputs(dtype=COMPILED[f])]
+        given[place][3, 5] = bad
+        y, grad_x, grad_weight = with_grads(run, *given)
+        assert y.isfinite().all() == (place == 2)
+        assert grad_x.isfinite().all() == (place == 0)
+        assert grad_weight.isfinite().all() == (place == 1)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e6, 1e25])
+def test_the_scale_follows_the_tensor(scale: float):
+    x, weight, grad = inputs()
+    y, grad_x, grad_weight = with_grads(fp8_emulated, x * scale, weight / scale, grad)
+    want = with_grads(fp8_emulated, x, weight, grad)
+    assert_close([y, grad_x * scale, grad_weight / scale], want, 1e-2)
+
+
+@pytest.mark.parametrize("f", BOTH)
+def test_the_backward_keeps_eight_bits(f: Linear):
+    x, weight, _ = inputs(dtype=torch.bfloat16)
+    kept: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        f(x.requires_grad_(), weight.requires_grad_())
+    assert sum(t.nbytes for t in kept) == x.numel() + weight.numel() + 2 * 4
+
+
+def test_the_products_of_every_linear_are_those_it_trains_with():
+    given = inputs()
+    for f in (dense, fp8, fp8_emulated):
+        products = linear.matmuls(f, len(given[0]), given[1])
+        x, weight = (products.operand(t, torch.float32) for t in given[:2])
+        grad = products.grad_operand(given[2], torch.float32)
+        got = [
+            products.y(x, weight, torch.float32),
+            products.grad_x(grad, weight, torch.float32),
+            products.grad_w(grad, x, torch.float32),
+        ]
+        assert_close(got, with_grads(f, *given), 1e-6)
+    with pytest.raises(ValueError, match="its products are not known"):
+        linear.matmuls(lambda x, weight: x, 16, given[1])
+
+
+def test_torch_func_refuses_it():
+    x, weight, _ = inputs()
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: fp8_emulated(x, weight).sum())(x)
+
+
+def test_choose_says_what_it_took(monkeypatch: pytest.MonkeyPatch):
+    cpu = torch.device("cpu")
+    assert linear.choose("dense", cpu) == (dense, "dense")
+    assert linear.fp8_support(cpu) == "emulated"
+    f, text = linear.choose("fp8", cpu)
+    assert f is fp8_emulated and text == "fp8 emulated in float32 (slow: this cpu device multiplies no float8)"
+    monkeypatch.setattr(linear, "fp8_support", lambda device: "native")
+    assert linear.choose("fp8", cpu) == (fp8, "fp8")
+    with pytest.raises(ValueError, match="linear=int4: expected dense or fp8"):
+        linear.choose("int4", cpu)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_probe_runs_a_product_and_compares(monkeypatch: pytest.MonkeyPatch):
+    class Device:  # looks like a GPU, is the CPU
+        type = "cuda"
+
+    real_to, multiply = Tensor.to, linear._multiply
+    monkeypatch.setattr(Tensor, "to", lambda x, *a, **k: x if isinstance(a[0], Device) else real_to(x, *a, **k))
+    assert linear.fp8_support(Device()) == "native"  # pyright: ignore[reportArgumentType]
+
+    def wrong(*args: Any, how: str, **kwargs: Any) -> Tensor:
+        return multiply(*args, how=how, **kwargs) * (1.1 if how == "native" else 1)
+
+    def fails(*args: Any, how: str, **kwargs: Any) -> Tensor:
+        raise RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0")
+
+    for broken in (wrong, fails):
+        monkeypatch.setattr(linear, "_multiply", broken)
+        assert linear.fp8_support(Device()) == "emulated"  # pyright: ignore[reportArgumentType]
+
+
+# --- a short run ----------------------------------------------------------------------------------------------------
+
+SMALL = ModelConfig(sequence_len=64, vocab_size=250, n_layer=2, n_head=2, n_kv_head=2, n_embd=128)
+
+
+def text(rows: int, generator: torch.Generator) -> Tensor:
+    """Return ids in which the next one mostly follows from the last two: something to learn, at several speeds."""
+    ids = torch.randint(0, 50, (rows, SMALL.sequence_len + 1), generator=generator)
+    noise = torch.rand(ids.shape, generator=generator) < 0.1
+    for t in range(2, ids.shape[1]):
+        follows = (7 * ids[:, t - 1] + ids[:, t - 2] % 3) % 50
+        ids[:, t] = torch.where(noise[:, t], ids[:, t], follows)
+    return ids
+
+
+def losses(f: Linear, *, chunk_tokens: int | None, steps: int = 30) -> list[float]:
+    """Train with Adam and a falling rate, so that runs that differ by rounding stay close; return every loss."""
+    params = model.init(SMALL, 0, dtype=torch.bfloat16)
+    compute = Compute(dtype=torch.bfloat16, linear=f)
+    run = transform.value_and_grad(
+        functools.partial(loss.next_token, config=SMALL, compute=compute, chunk_tokens=chunk_tokens), has_aux=True
+    )
+    generator = torch.Generator().manual_seed(0)
+    first = second = tree.map(lambda p: torch.zeros_like(p, dtype=torch.float32), params)
+    values = []
+    for step in range(1, steps + 1):
+        ids = text(8, generator)
+        grads, (value, _) = run(params, {"inputs": ids[:, :-1], "targets": ids[:, 1:]})
+        first = tree.map(lambda m, g: 0.8 * m + 0.2 * g, first, grads)
+        second = tree.map(lambda v, g: 0.95 * v + 0.05 * g.float().square(), second, grads)
+        rate = 0.004 * (1 - step / steps) * (1 - 0.95**step) ** 0.5 / (1 - 0.8**step)
+        params = tree.map(
+            lambda p, m, v: (p - rate * m / (v.sqrt() + 1e-8)).to(p.dtype),  # noqa: B023
+            params,
+            first,
+            second,
+        )
+        values.append(float(value))
+    return values
+
+
+def test_a_short_run_in_fp8_ends_within_two_percent_of_bfloat16(monkeypatch: pytest.MonkeyPatch):
+    def end(f: Linear) -> float:
+        values = losses(f, chunk_tokens=256)
+        assert values[0] > 5, "it starts at the logarithm of the vocabulary"
+        return sum(values[-5:]) / 5
+
+    plain, quantised = end(dense), end(fp8_emulated)
+    assert plain < 2, "little was learned: there is little to compare"
+    assert plain != quantised, "fp8 was not at work"
+    assert abs(quantised / plain - 1) < 0.02
+    # With a scale that does not follow the gradients it does not hold: most of them are lost.
+    quantise = linear.quantise
+
+    def fixed(x: Tensor, dtype: torch.dtype) -> linear.Float8:
+        return quantise(x, dtype) if dtype == E4M3 else linear.Float8((x * 1e-2).to(dtype), torch.tensor(1e2))
+
+    monkeypatch.setattr(linear, "quantise", fixed)
+    assert end(fp8_emulated) / plain > 1.05
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_fp8_on_cuda_is_the_formulas(dtype: torch.dtype):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no float8 products before Ada and Hopper")
+    assert linear.choose("fp8", CUDA) == (fp8, "fp8")
+    given = inputs(256, 512, 384, dtype)
+    want = formulas(*given)
+    on_gpu = [t.cuda() for t in given]
+    torch._dynamo.reset()
+    for run in (fp8, torch.compile(fp8, fullgraph=True), fp8_emulated):
+        got = [t.cpu() for t in with_grads(run, *on_gpu)]
+        # Fast accumulation rounds partial sums of the forward to about 14 bits.
+        assert_close(got[:1], want[:1], 3e-3)
+        assert_close(got[1:], want[1:], 3e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.gpu
+def test_fp8_on_cuda_never_waits_for_the_device():
+    given = [t.cuda() for t in inputs(256, 512, 384, torch.bfloat16)]
+    f, _ = linear.choose("fp8", CUDA)
+    run = torch.compile(f, fullgraph=True)
+    with_grads(run, *given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with_grads(run, *given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_fp8_on_cuda_is_faster_than_bfloat16_where_matrices_are_large():
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("Hopper and later")
+    x = torch.randn(16384, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(8192, 2048, device="cuda", requires_grad=True)
+    grad = torch.randn(16384, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def seconds(f: Linear) -> float:
+        torch._dynamo.reset()
+        run = torch.compile(f, fullgraph=True)
+        best = math.inf
+        for _ in range(8):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()  # pyright: ignore[reportCallIssue]
+            torch.autograd.grad(run(x, weight), [x, weight], grad)
+            end.record()  # pyright: ignore[reportCallIssue]
+            torch.cuda.synchronize()
+            best = min(best, start.elapsed_time(end))
+        return best
+
+    plain, quantised = seconds(dense), seconds(fp8)
+    assert quantised < plain, f"fp8 {quantised:.2f} ms, bfloat16 {plain:.2f} ms"
+
+
+def test_dense_is_the_product_in_the_dtype_of_its_input():
+    x, weight, _ = inputs(dtype=torch.bfloat16)
+    got = dense(x, weight)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, F.linear(x, weight.bfloat16()))

@@ -1,0 +1,441 @@
+"""The loss: chunks against the plain form, and every transformation of torch.func on it."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_model import CONFIG, LargestTensor, assert_trees_close, random_batch, random_params
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanochat import model, transform, tree
+from nanochat.model import Compute, ModelConfig, Params, attention, linear, loss
+
+MATH = Compute(attend=attention.math)
+Chunked = tuple[Tensor, Tensor, Tensor]
+
+
+def head_inputs(rows: int = 24, vocab: int = 100, dtype: torch.dtype = torch.float32) -> Chunked:
+    """Return (x, lm_head, targets) as the last layer sees them; the table is padded by 28 rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 32, generator=generator).to(dtype)
+    weight = torch.randn(vocab + 28, 32, generator=generator)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    targets[::5] = -1
+    return x, weight, targets
+
+
+def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The definition: capped logits, cross entropy, mean over what counts."""
+    logits = 15 * torch.tanh(F.linear(x, weight.to(x.dtype))[:, :100].float() / 15)
+    picked = logits.log_softmax(-1).gather(-1, targets.clamp_min(0)[:, None])[:, 0]
+    counted = targets >= 0
+    return -(picked * counted).sum() / counted.sum().clamp_min(1)
+
+
+def with_grads(f: Callable[..., Tensor], inputs: Chunked, factor: float = 1.0) -> list[Tensor]:
+    x, weight = (t.clone().requires_grad_() for t in inputs[:2])
+    value = f(x, weight, inputs[2])
+    return [value.detach(), *torch.autograd.grad(factor * value, [x, weight])]
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("chunk", [1, 7, 8, 24, 1000])  # one token, no divisor, a divisor, all, more than all
+def test_chunks_equal_the_plain_loss(chunk: int, factor: float):
+    inputs = head_inputs()
+    got = with_grads(lambda x, w, t: loss.chunked(x, w, t, 100, chunk), inputs, factor)
+    for value, want in zip(got, with_grads(plain, inputs, factor)):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-7)
+    assert not got[2][100:].any(), "the padding of the vocabulary got a gradient"
+    assert not got[1][::5].any(), "an ignored target got a gradient"
+
+
+@pytest.mark.parametrize("chunk", [None, 7, 1000])
+def test_weights_make_the_loss_a_weighted_sum_of_the_tokens(chunk: int | None):
+    params, batch = random_params(), random_batch()
+    weights = torch.randn(batch["targets"].shape, generator=torch.Generator().manual_seed(1))
+    weights[:, ::3] = 0.0
+
+    def f(params: Params, weights: Tensor) -> Tensor:
+        return loss.next_token(params, batch | {"weights": weights}, config=CONFIG, chunk_tokens=chunk)[0]
+
+    def definition(params: Params) -> Tensor:
+        return (weights * loss.per_token(params, batch, config=CONFIG)).sum()
+
+    grads, value = transform.value_and_grad(f)(params, weights)
+    wanted_grads, wanted = transform.value_and_grad(definition)(params)
+    torch.testing.assert_close(value, wanted)
+    assert_trees_close(grads, wanted_grads, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(f(params, weights), wanted)
+    counted = (batch["targets"] >= 0) / (batch["targets"] >= 0).sum()
+    torch.testing.assert_close(f(params, counted), loss.next_token(params, batch, config=CONFIG, chunk_tokens=chunk)[0])
+    grads, value = transform.value_and_grad(f)(params, torch.zeros_like(weights))
+    assert value == 0 and not any(g.any() for g in tree.leaves(grads))
+
+
+def test_tiny_weights_do_not_underflow_in_float16():
+    x, weight, targets = head_inputs(dtype=torch.float16)
+    weights = torch.full((len(x),), 2.0**-40)
+    _, grad_x, grad_weight = with_grads(
+        lambda x, w, t: loss.chunked(x, w, t, 100, 7, weights_R=weights), (x, weight, targets), 2.0**40
+    )
+    exact = with_grads(lambda x, w, t: len(x) * plain(x, w, t), (x.float(), weight, targets))
+    counted = (targets >= 0).sum() / len(x)
+    for got, want in ((grad_x, exact[1]), (grad_weight, exact[2])):
+        assert (got.float() - counted * want).norm() < 0.003 * want.norm()
+
+
+def test_chunks_in_half_precision():
+    inputs = head_inputs(dtype=torch.bfloat16)
+    value, grad_x, grad_weight = with_grads(lambda x, w, t: loss.chunked(x, w, t, 100, 7), inputs)
+    assert (value.dtype, grad_x.dtype, grad_weight.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    exact = with_grads(plain, (inputs[0].float(), *inputs[1:]))
+    for got, want in zip((value, grad_x, grad_weight), exact):
+        assert (got.float() - want).abs().max() < 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**16])
+def test_chunks_in_float16_neither_underflow_nor_overflow(factor: float):
+    """The probability of most tokens, divided by the rows, is under float16's range; a loss scale is over it."""
+    generator = torch.Generator().manual_seed(0)
+    rows, vocab = 2048, 2048
+    x, weight = torch.randn(rows, 16, generator=generator).half(), 0.1 * torch.randn(vocab, 16, generator=generator)
+    targets = torch.randint(0, vocab // 2, (rows,), generator=generator)  # the other half of the table is no target
+    value, grad_x, grad_weight = with_grads(
+        lambda x, w, t: loss.chunked(x, w, t, vocab, 512), (x, weight, targets), factor
+    )
+    exact = with_grads(lambda x, w, t: loss.chunked(x, w, t, vocab, 512), (x.float(), weight, targets), factor)
+    assert math.isclose(value, exact[0], rel_tol=1e-3)
+    for got, want in ((grad_x, exact[1]), (grad_weight, exact[2]), (grad_weight[vocab // 2 :], exact[2][vocab // 2 :])):
+        assert (got.float() - want).norm() < 0.003 * want.norm()
+
+
+def test_no_target_gives_a_zero_and_finite_gradient():
+    x, weight, targets = head_inputs()
+    for f in (plain, lambda x, w, t: loss.chunked(x, w, t, 100, 7)):
+        for got in with_grads(f, (x, weight, torch.full_like(targets, -1))):
+            assert not got.any()
+    params, batch = random_params(), random_batch()
+    nothing = {**batch, "targets": torch.full_like(batch["targets"], -1)}
+    for chunk in (None, 7):
+        f = transform.value_and_grad(lambda p: loss.next_token(p, nothing, config=CONFIG, chunk_tokens=chunk)[0])  # noqa: B023
+        grads, value = f(params)
+        assert value == 0 and not any(g.any() for g in tree.leaves(grads))
+
+
+def test_extreme_logits_stay_finite():
+    x, weight, targets = head_inputs()
+    for got in with_grads(lambda x, w, t: loss.chunked(x, w, t, 100, 7), (1e4 * x, weight, targets)):
+        assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [7, 16, 1000])
+def test_the_models_loss_and_gradients_by_chunks(chunk: int):
+    params, batch = random_params(), random_batch()
+
+    def f(params: Params, chunk_tokens: int | None) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss.next_token(params, batch, config=CONFIG, chunk_tokens=chunk_tokens)
+
+    run = transform.value_and_grad(f, has_aux=True)
+    grads, (value, aux) = run(params, chunk)
+    wanted_grads, (wanted, wanted_aux) = run(params, None)
+    torch.testing.assert_close(value, wanted)
+    assert aux["targets"] == wanted_aux["targets"] == 29
+    assert_trees_close(grads, wanted_grads, rtol=1e-4)
+    with torch.no_grad():  # another path: no gradient is made
+        torch.testing.assert_close(f(params, chunk)[0], wanted)
+
+
+def test_all_logits_are_never_in_memory():
+    rows, vocab, chunk = 256, 1000, 16
+    inputs = head_inputs(rows, vocab)
+
+    def peak(f: Callable[..., Tensor]) -> int:
+        with LargestTensor() as largest:
+            with_grads(f, inputs)
+        return largest.numel
+
+    def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(x, weight[:vocab])
+        return F.cross_entropy(15 * torch.tanh(logits / 15), targets, ignore_index=-1)
+
+    assert peak(whole) >= rows * vocab  # the probe sees them where they are
+    assert peak(lambda x, w, t: loss.chunked(x, w, t, vocab, chunk)) <= (vocab + 28) * 32  # the table itself
+
+
+def test_chunks_agree_with_finite_differences_in_float64():
+    x, weight, targets = head_inputs()
+    inputs = (x.double(), weight.double(), targets)
+
+    def f(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return loss.chunked(x, weight, targets, 100, 7)
+
+    value, *grads = with_grads(f, inputs)
+    assert value.dtype == torch.float64
+    generator = torch.Generator().manual_seed(1)
+    towards = [1e-6 * torch.randn(grad.shape, generator=generator, dtype=torch.float64) for grad in grads]
+    for dx, dw in ((towards[0], torch.tensor(0.0)), (torch.tensor(0.0), towards[1])):
+        slope = (grads[0] * dx).sum() + (grads[1] * dw).sum()
+        ahead, behind = (f(inputs[0] + s * dx, inputs[1] + s * dw, targets) for s in (1, -1))
+        torch.testing.assert_close(slope, (ahead - behind) / 2, rtol=1e-6, atol=0)
+
+
+def fp8_formulas(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, chunk: int) -> list[Tensor]:
+    """The mean loss and its straight-through gradients, from rounded operands chunk by chunk, in float64."""
+
+    def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+        values, scale = linear.quantise(t, dtype)
+        return values.double() * scale.double()
+
+    weight8 = rounded(weight, torch.float8_e4m3fn)
+    total, grads_x, grad_weight = torch.tensor(0.0).double(), [], torch.zeros_like(weight8)
+    for rows, ids in zip(x.split(chunk), targets.split(chunk)):
+        x8 = rounded(rows, torch.float8_e4m3fn)
+        z = (x8 @ weight8.T).float().requires_grad_()
+        value = F.cross_entropy(15 * torch.tanh(z[:, :vocab] / 15), ids, ignore_index=-1, reduction="sum")
+        grad8 = rounded(torch.autograd.grad(value, z)[0], torch.float8_e5m2)
+        total = total + value.detach()
+        grads_x.append(grad8 @ weight8)
+        grad_weight = grad_weight + grad8.T @ x8
+    counted = (targets >= 0).sum().clamp_min(1)
+    return [total / counted, torch.cat(grads_x) / counted, grad_weight / counted]
+
+
+@pytest.mark.parametrize("f, backend", [(linear.fp8, "aot_eager"), (linear.fp8_emulated, "inductor")])
+def test_chunks_in_fp8_are_the_formulas_eager_and_compiled(f: linear.Linear, backend: str):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(48, 128, generator=generator), 0.2 * torch.randn(256, 128, generator=generator)
+    targets = torch.randint(0, 250, (48,), generator=generator)
+    targets[::5] = -1
+    want = fp8_formulas(x, weight, targets, 250, 32)
+
+    def run(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return loss.chunked(x, weight, targets, 250, 32, f)
+
+    torch._dynamo.reset()
+    for g in (run, torch.compile(run, fullgraph=True, backend=backend)):
+        got = with_grads(g, (x, weight, targets))
+        for value, expected in zip(got, want):
+            # A gradient next to the middle of two e5m2 values may round the other way.
+            assert (value.double() - expected).norm() < 3e-3 * expected.norm()
+        assert not got[2][250:].any(), "the padding of the vocabulary got a gradient"
+    for value, plain in zip(want, with_grads(lambda x, w, t: loss.chunked(x, w, t, 250, 32), (x, weight, targets))):
+        assert (value - plain).norm() > 5e-3 * plain.norm() or value.dim() == 0, "fp8 should be seen to differ"
+    # Rows that are no multiple of 16 are dense, in every chunk.
+    odd = (x[:40], weight, targets[:40])
+    for a, b in zip(with_grads(run, odd), with_grads(lambda x, w, t: loss.chunked(x, w, t, 250, 32), odd)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_compiled_are_eager(dtype: torch.dtype):
+    """Up to the kernels; Inductor's are in the training step's test."""
+    inputs = head_inputs(dtype=dtype)
+
+    def run(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return loss.chunked(x, weight, targets, 100, 14)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for a, b in zip(with_grads(compiled, inputs, 3.0), with_grads(run, inputs, 3.0)):
+        assert a.dtype == b.dtype
+        assert (a.float() - b.float()).norm() < (1e-5 if dtype == torch.float32 else 5e-3) * b.float().norm()
+
+
+def test_the_models_loss_takes_its_linear_in_the_head_too():
+    config = ModelConfig(sequence_len=16, vocab_size=250, n_layer=1, n_head=2, n_kv_head=2, n_embd=128)
+    params, batch = random_params(config), random_batch(config)
+    asked = []
+
+    def spy(x: Tensor, weight: Tensor) -> Tensor:
+        asked.append(tuple(weight.shape))
+        return linear.fp8_emulated(x, weight)
+
+    def value(f: linear.Linear, chunk: int | None) -> Tensor:
+        return loss.next_token(params, batch, config=config, compute=Compute(linear=f), chunk_tokens=chunk)[0]
+
+    plain = value(spy, None)
+    assert (256, 128) in asked
+    torch.testing.assert_close(value(linear.fp8_emulated, 32), plain, rtol=1e-5, atol=0)
+    assert abs(float(value(linear.dense, 32) / plain) - 1) > 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(value(linear.fp8_emulated, 32), plain, rtol=1e-5, atol=0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within, records the most bytes that the results of operations hold at once, each storage counted once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree.leaves(out):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.storages = {key: (ref, n) for key, (ref, n) in self.storages.items() if not ref.expired()}
+        self.peak_bytes = max(self.peak_bytes, sum(n for _, n in self.storages.values()))
+        return out
+
+
+@pytest.mark.parametrize("f", [linear.dense, linear.fp8_emulated])
+def test_peak_memory_grows_with_the_chunk_and_not_with_the_tokens(f: linear.Linear):
+    rows, width, vocab, chunk = 2048, 128, 2032, 32
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, width, generator=generator), torch.randn(2048, width, generator=generator)
+    inputs = (x, weight, torch.randint(0, vocab, (rows,), generator=generator))
+
+    def value(x: Tensor, weight: Tensor, targets: Tensor, tokens: int | None) -> Tensor:
+        if tokens is not None:
+            return loss.chunked(x, weight, targets, vocab, tokens, f)
+        return F.cross_entropy(15 * torch.tanh(f(x, weight)[:, :vocab] / 15), targets)
+
+    peak = {}
+    for tokens in (None, chunk, 2 * chunk):
+        with LiveBytes() as live:
+            with_grads(functools.partial(value, tokens=tokens), inputs)
+        peak[tokens] = live.peak_bytes
+    all_logits, table, one = 4 * rows * 2048, weight.nbytes, 4 * chunk * 2048
+    assert peak[None] > 2 * all_logits
+    # A few copies of a chunk's logits, and of the table with its gradient: a (R, V) tensor has no room in it.
+    assert peak[chunk] < 10 * one + 6 * table + 4 * x.nbytes < all_logits
+    assert one < peak[2 * chunk] - peak[chunk] < 10 * one
+    print(f"peak bytes: plain {peak[None]}, chunks of {chunk} {peak[chunk]}, of {2 * chunk} {peak[2 * chunk]}")
+
+
+def test_per_token_is_the_same_loss_token_by_token():
+    params, batch = random_params(), random_batch()
+    logits = model.apply(params, batch["inputs"], config=CONFIG)
+    each = loss.per_token(params, batch, config=CONFIG)
+    assert each.shape == (2, 16) and each.dtype == torch.float32
+    for b in range(2):
+        for t in range(16):
+            target = batch["targets"][b, t]
+            want = logits[b, t].logsumexp(0) - logits[b, t, target] if target >= 0 else torch.tensor(0.0)
+            torch.testing.assert_close(each[b, t], want)
+    torch.testing.assert_close(loss.per_token(params, batch, config=CONFIG, chunk_tokens=5), each)
+    torch.testing.assert_close(loss.next_token(params, batch, config=CONFIG)[0], each.sum() / 29)
+
+
+def test_equal_logits_cost_the_logarithm_of_the_vocabulary():
+    params = tree.unflatten(tree.flatten(random_params()) | {"lm_head": torch.zeros(128, 32)})
+    for chunk in (None, 7):
+        value, _ = loss.next_token(params, random_batch(), config=CONFIG, chunk_tokens=chunk)
+        assert math.isclose(value, math.log(CONFIG.vocab_size), rel_tol=1e-6)
+
+
+# --- torch.func on the loss -----------------------------------------------------------------------------------------
+
+
+def mean_loss(params: Params, batch: dict[str, Tensor], compute: Compute = Compute()) -> Tensor:
+    return loss.next_token(params, batch, config=CONFIG, compute=compute)[0]
+
+
+def in_float64(seed: int = 0) -> Params:
+    return tree.map(lambda x: x.double(), random_params(seed=seed))
+
+
+def inner(a: Params, b: Params) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(tree.leaves(a), tree.leaves(b))]).sum()
+
+
+def moved(params: Params, direction: Params, by: float) -> Params:
+    return tree.map(lambda p, d: p + by * d, params, direction)
+
+
+def test_grad_agrees_with_finite_differences_in_float64():
+    params, direction, batch = in_float64(), in_float64(seed=1), random_batch()
+    assert mean_loss(params, batch).dtype == torch.float64
+    slope = inner(torch.func.grad(mean_loss)(params, batch), direction)
+    step = 1e-6
+    ahead, behind = (mean_loss(moved(params, direction, by), batch) for by in (step, -step))
+    torch.testing.assert_close(slope, (ahead - behind) / (2 * step), rtol=1e-6, atol=0)
+    ours = transform.value_and_grad(mean_loss)(params, batch)[0]
+    torch.testing.assert_close(inner(ours, direction), slope, rtol=1e-9, atol=0)
+
+
+def test_every_gradient_agrees_with_finite_differences_in_float64():
+    params, batch, step = in_float64(), random_batch(), 1e-6
+    grads = tree.flatten(torch.func.grad(mean_loss)(params, batch))
+    flat = tree.flatten(params)
+    for name, grad in grads.items():
+        place = tuple(int(i) for i in torch.unravel_index(grad.abs().argmax(), grad.shape))
+        nudge = torch.zeros_like(grad)
+        nudge[place] = step
+        ahead, behind = (mean_loss(tree.unflatten(flat | {name: flat[name] + s * nudge}), batch) for s in (1, -1))
+        torch.testing.assert_close(grad[place], (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-10, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("compute", [Compute(), MATH], ids=["sdpa", "math"])
+def test_gradients_of_every_example_equal_a_loop(compute: Compute):
+    params, batch = random_params(), random_batch(rows=3)
+
+    def one(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
+        return mean_loss(params, {"inputs": inputs[None], "targets": targets[None]}, compute)
+
+    each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(params, batch["inputs"], batch["targets"])
+    for i in range(3):
+        alone = transform.value_and_grad(one)(params, batch["inputs"][i], batch["targets"][i])[0]
+        assert_trees_close(tree.map(lambda g: g[i], each), alone, rtol=1e-4)  # noqa: B023
+
+
+def test_an_ensemble_under_vmap_equals_a_loop():
+    members, batch = [random_params(seed=s) for s in range(3)], random_batch()
+    stacked = tree.map(lambda *leaves: torch.stack(leaves), *members)
+    got = torch.func.vmap(lambda p: mean_loss(p, batch, MATH))(stacked)
+    torch.testing.assert_close(got, torch.stack([mean_loss(p, batch) for p in members]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:Attempted to insert a get_attr Node")
+def test_jvp_and_linearize_agree_with_grad():
+    params, direction, batch = in_float64(), in_float64(seed=1), random_batch()
+
+    def f(params: Params) -> Tensor:
+        return mean_loss(params, batch, MATH)
+
+    value, slope = torch.func.jvp(f, (params,), (direction,))  # pyright: ignore[reportAssignmentType]
+    torch.testing.assert_close(value, f(params))
+    torch.testing.assert_close(slope, inner(torch.func.grad(f)(params), direction))
+    _, push = torch.func.linearize(f, params)
+    torch.testing.assert_close(push(direction), slope)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_curvature_agrees_with_finite_differences_of_the_gradient():
+    params, direction, batch = in_float64(), in_float64(seed=1), random_batch()
+    grad = torch.func.grad(lambda p: mean_loss(p, batch, MATH))
+    # Forward over reverse: the Hessian times a direction.
+    _, product = torch.func.jvp(grad, (params,), (direction,))  # pyright: ignore[reportAssignmentType]
+    step = 1e-6
+    ahead, behind = (grad(moved(params, direction, by)) for by in (step, -step))
+    assert_trees_close(product, tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind), rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [1000, 32768])
+def test_chunks_on_cuda_in_bfloat16(vocab: int):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2048, 256, generator=generator).to("cuda", torch.bfloat16)
+    weight = (0.1 * torch.randn(vocab + 64, 256, generator=generator)).cuda()
+    targets = torch.randint(0, vocab, (2048,), generator=generator).cuda()
+    targets[::9] = -1
+
+    def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(x.float(), weight[:vocab].to(torch.bfloat16).float())
+        return F.cross_entropy(15 * torch.tanh(logits / 15), targets, ignore_index=-1)
+
+    inputs = (x, weight, targets)
+    got = with_grads(lambda x, w, t: loss.chunked(x, w, t, vocab, 300), inputs)
+    for value, want in zip(got, with_grads(whole, inputs)):
+        assert (value.float() - want.float()).abs().max() < 0.03 * want.float().abs().max()

@@ -1,0 +1,383 @@
+"""AdamW against torch's own, Muon against a second writing of its rule, matrix by matrix in float64."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from small_model import CONFIG, Unchanged, assert_trees_close, random_params
+from tensordict import TensorDict
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from nanochat import model, tree
+from nanochat.optim import muon_adamw
+
+ADAMW_GROUPS = ("unembedding", "embedding", "value_embedding", "resid", "x0", "smear")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    group: str
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hparams(group: str, **values: float) -> muon_adamw.Hparams:
+    return muon_adamw.as_hparams({group: values})
+
+
+def muon_hparams(
+    lr: float = 0.02, momentum: float = 0.9, beta2: float = 0.9, weight_decay: float = 0.1
+) -> muon_adamw.Hparams:
+    return hparams("matrix", lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay)
+
+
+def matrices(*shapes: tuple[int, int], seed: int = 0) -> TensorDict:
+    return tree.unflatten({f"m{i}": numbers(*s, seed=seed + i) for i, s in enumerate(shapes)})
+
+
+def muon_state(params: TensorDict) -> muon_adamw.OptState:
+    return muon_adamw.init(params, {name: Row("matrix") for name in tree.flatten(params)})
+
+
+# --- AdamW ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta1, beta2, decay", [(0.8, 0.96, 0.01), (0.96, 0.95, 0.0), (0.8, 0.995, 0.5)])
+def test_adamw_equals_torchs(beta1: float, beta2: float, decay: float):
+    params = tree.unflatten({"a": numbers(5, 3), "b": numbers(7, seed=1)})
+    state = muon_adamw.init(params, {"a": Row("g"), "b": Row("g")})
+    theirs = [params["a"].clone().requires_grad_(), params["b"].clone().requires_grad_()]
+    torchs = torch.optim.AdamW(theirs, lr=0.1, betas=(beta1, beta2), eps=1e-10, weight_decay=decay)
+    for step in range(6):
+        lr = 0.1 / (step + 1)
+        grads = tree.unflatten({"a": numbers(5, 3, seed=10 + step), "b": numbers(7, seed=20 + step)})
+        h = hparams("g", lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay)
+        params, state = muon_adamw.update(grads, state, params, h)
+        theirs[0].grad, theirs[1].grad = grads["a"], grads["b"]
+        torchs.param_groups[0]["lr"] = lr
+        torchs.step()
+    torch.testing.assert_close(params["a"], theirs[0].detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(params["b"], theirs[1].detach(), rtol=1e-5, atol=1e-6)
+    assert state["step"] == 6
+
+
+def test_adamw_first_step_by_hand():
+    params = tree.unflatten({"a": torch.tensor([2.0, -1.0])})
+    state = muon_adamw.init(params, {"a": Row("g")})
+    h = hparams("g", lr=0.1, beta1=0.8, beta2=0.96, weight_decay=0.5)
+    params, state = muon_adamw.update(tree.unflatten({"a": torch.tensor([3.0, -4.0])}), state, params, h)
+    # The first step's corrected moments are g and g², so each entry moves by lr; decay takes 1 - 0.1·0.5 first.
+    torch.testing.assert_close(params["a"], torch.tensor([2 * 0.95 - 0.1, -1 * 0.95 + 0.1]))
+    torch.testing.assert_close(state["g", "m", "a"], torch.tensor([0.6, -0.8]))
+    torch.testing.assert_close(state["g", "v", "a"], torch.tensor([0.36, 0.64]))
+
+
+def test_a_table_stored_in_half_precision_is_updated_in_float32():
+    exact = tree.unflatten({"a": numbers(64, 8).bfloat16().float()})
+    stored = tree.unflatten({"a": exact["a"].bfloat16()})
+    rows = {"a": Row("g")}
+    exact_state, state = muon_adamw.init(exact, rows), muon_adamw.init(stored, rows)
+    assert state["g", "m", "a"].dtype == state["g", "v", "a"].dtype == torch.float32
+    grads = tree.unflatten({"a": numbers(64, 8, seed=1)})
+    h = hparams("g", lr=0.1, beta1=0.8, beta2=0.96, weight_decay=0.1)
+    new_exact, new_exact_state = muon_adamw.update(grads, exact_state, exact, h)
+    new, new_state = muon_adamw.update(grads, state, stored, h)
+    assert torch.equal(new["a"], new_exact["a"].bfloat16()), "rounded once, at the end"
+    assert torch.equal(new_state["g", "v", "a"], new_exact_state["g", "v", "a"])
+
+
+# --- Muon -----------------------------------------------------------------------------------------------------------
+
+SHAPES = {"tall": (48, 16), "wide": (16, 48), "square": (24, 24), "row": (1, 12), "column": (12, 1), "gate": (2, 12)}
+
+
+@pytest.mark.parametrize("shape", [SHAPES[name] for name in ("tall", "wide", "square", "gate")])
+def test_orthogonalize_pushes_singular_values_to_one(shape: tuple[int, int]):
+    x = numbers(3, *shape)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    # Spread the singular values over two orders of magnitude, more than a gradient's bulk has.
+    spread = u * torch.logspace(0, -2, s.shape[-1])[:, None].mT @ v if shape[0] != shape[1] else x
+    got = muon_adamw.orthogonalize(spread)
+    values = torch.linalg.svdvals(got)
+    assert (got.norm(dim=(-2, -1)) / min(shape) ** 0.5 - 1).abs().max() < 1e-4
+    assert values.max() < 1.2 and values.mean() > 0.95
+    if shape[0] != shape[1]:  # a random square matrix has singular values near zero, which take more than five steps
+        assert values.min() > 0.8
+
+
+def test_orthogonalize_keeps_the_singular_vectors():
+    basis = torch.linalg.qr(numbers(16, 16)).Q
+    equal_rows = basis[:8] @ torch.diag(torch.linspace(1, 3, 16))
+    x = equal_rows / equal_rows.norm(dim=1, keepdim=True)  # equilibration then changes nothing
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    got = muon_adamw.orthogonalize(x[None])[0]
+    cosine = (got * (u @ v)).sum() / (got.norm() * (u @ v).norm())
+    assert cosine > 0.99
+
+
+def test_orthogonalize_ignores_scale_and_the_scale_of_rows():
+    x = numbers(2, 16, 24)
+    torch.testing.assert_close(muon_adamw.orthogonalize(1000 * x), muon_adamw.orthogonalize(x), rtol=1e-4, atol=1e-4)
+    rows = torch.logspace(-2, 2, 16)[:, None]
+    torch.testing.assert_close(muon_adamw.orthogonalize(rows * x), muon_adamw.orthogonalize(x), rtol=1e-3, atol=1e-3)
+
+
+def test_orthogonalize_in_bfloat16_is_near_float32():
+    x = numbers(2, 32, 16)
+    got = muon_adamw.orthogonalize(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    want = muon_adamw.orthogonalize(x)
+    assert (got.float() - want).norm() < 0.05 * want.norm()
+
+
+COEFFICIENTS = [  # of the five steps, from arXiv 2505.16932
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def muon_by_the_book(
+    p: Tensor, g: Tensor, buf: Tensor, v: Tensor, lr: float, mu: float, beta2: float, wd: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One matrix, one step, in float64, in the words of the rule: no stack, no broadcasting tricks."""
+    r, c = p.shape
+    buf = mu * buf + (1 - mu) * g
+    x = (1 - mu) * g + mu * buf
+    whole = x.square().sum().sqrt()
+    x = torch.stack([row * (whole / math.sqrt(r)) / max(float(row.square().sum().sqrt()), 1e-6) for row in x])
+    x = x / (1.01 * x.square().sum().sqrt() + 1e-6)
+    for a1, b1, c1 in COEFFICIENTS:
+        if r > c:
+            gram = x.T @ x
+            x = a1 * x + x @ (b1 * gram + c1 * gram @ gram)
+        else:
+            gram = x @ x.T
+            x = a1 * x + (b1 * gram + c1 * gram @ gram) @ x
+    x = x * math.sqrt(min(r, c)) / max(float(x.square().sum().sqrt()), 1e-6)
+    over_columns = r >= c
+    s = torch.stack([line.square().mean() for line in (x if over_columns else x.T)])
+    d = c if over_columns else r
+    v = beta2 * v.flatten() + (1 - beta2) * s
+    q = 1 / v.clamp_min(1e-10).sqrt()
+    before, after = (d * s.sum()).sqrt(), (d * s * q * q).sum().sqrt()
+    factor = q * before / max(float(after), 1e-10)
+    u = x * (factor[:, None] if over_columns else factor[None, :])
+    lr = lr * math.sqrt(max(1, r / c))
+    agree = (u * p >= 0).double()
+    return p - lr * u - lr * wd * p * agree, buf, v.reshape(r, 1) if over_columns else v.reshape(1, c)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_muon_equals_the_rule_matrix_by_matrix(name: str):
+    shape = SHAPES[name]
+    params = matrices(shape, shape, shape)
+    state = muon_state(params)
+    # Rows and columns of different size, so that the variance reduction has work to do.
+    uneven = torch.linspace(0.2, 2, shape[0])[:, None] * torch.linspace(2, 0.2, shape[1])
+    lines = shape[0] if shape[0] >= shape[1] else shape[1]
+    zeros = torch.zeros(shape).double(), torch.zeros(lines).double()
+    books = {n: (p.double(), *zeros) for n, p in tree.flatten(params).items()}
+    for step in range(3):
+        h = {"lr": 0.1 / (step + 1), "momentum": 0.85 + 0.04 * step, "beta2": 0.9, "weight_decay": 0.3}
+        grads = tree.map(lambda g: g * uneven, matrices(shape, shape, shape, seed=10 * step + 5))
+        params, state = muon_adamw.update(grads, state, params, muon_adamw.as_hparams({"matrix": h}))
+        for n, (p, buf, v) in books.items():
+            books[n] = muon_by_the_book(
+                p, grads[n].double(), buf, v, h["lr"], h["momentum"], h["beta2"], h["weight_decay"]
+            )
+    for n, (p, buf, v) in books.items():
+        torch.testing.assert_close(params[n].double(), p, rtol=0, atol=1e-4)
+        torch.testing.assert_close(state["matrix", "momentum", n].double(), buf, rtol=1e-5, atol=1e-6)
+        assert state["matrix", "second", n].shape == v.shape
+        torch.testing.assert_close(state["matrix", "second", n].double(), v, rtol=1e-3, atol=1e-6)
+
+
+def test_the_coefficients_are_the_papers():
+    assert list(muon_adamw.POLAR_EXPRESS) == COEFFICIENTS
+
+
+def test_the_second_moment_has_one_number_a_row_or_a_column():
+    params = matrices(*SHAPES.values())
+    second = tree.flatten(muon_state(params)["matrix", "second"])
+    shapes = {name: tuple(second[f"m{i}"].shape) for i, name in enumerate(SHAPES)}
+    assert shapes == {
+        "tall": (48, 1), "wide": (1, 48), "square": (24, 1), "row": (1, 12), "column": (12, 1), "gate": (1, 12)
+    }  # fmt: skip
+
+
+def test_a_stack_of_matrices_equals_one_at_a_time():
+    shapes = [(16, 8), (8, 16), (16, 8), (8, 8), (8, 16), (16, 8)]
+    params, grads = matrices(*shapes), matrices(*shapes, seed=20)
+    state, h = muon_state(params), muon_hparams()
+    together, together_state = muon_adamw.update(grads, state, params, h)
+    together, together_state = muon_adamw.update(grads, together_state, together, h)
+    for name in tree.flatten(params):
+        p, g = (tree.unflatten({name: x[name]}) for x in (params, grads))
+        alone, alone_state = muon_adamw.update(g, muon_state(p), p, h)
+        alone, alone_state = muon_adamw.update(g, alone_state, alone, h)
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-5)
+        for part in ("momentum", "second"):
+            torch.testing.assert_close(together_state["matrix", part, name], alone_state["matrix", part, name])
+
+
+def test_decay_only_where_update_and_parameter_agree_in_sign():
+    params, grads = matrices((8, 8)), matrices((8, 8), seed=5)
+    plain, _ = muon_adamw.update(grads, muon_state(params), params, muon_hparams(lr=0.1, weight_decay=0.0))
+    decayed, _ = muon_adamw.update(grads, muon_state(params), params, muon_hparams(lr=0.1, weight_decay=0.4))
+    p, update = params["m0"], params["m0"] - plain["m0"]
+    agree = update * p > 0
+    assert 8 < agree.sum() < 56
+    torch.testing.assert_close(decayed["m0"], plain["m0"] - torch.where(agree, 0.1 * 0.4 * p, 0.0))
+
+
+def test_rate_grows_with_the_height_of_tall_matrices_only():
+    for shape, factor in [((32, 8), 2.0), ((8, 32), 1.0), ((8, 8), 1.0)]:
+        params, grads = matrices(shape), matrices(shape, seed=5)
+        new, _ = muon_adamw.update(grads, muon_state(params), params, muon_hparams(lr=0.1, weight_decay=0.0))
+        size = (new["m0"] - params["m0"]).norm()  # u has norm sqrt(min(r, c)), before and after the reduction
+        assert math.isclose(size, 0.1 * factor * min(shape) ** 0.5, rel_tol=1e-3)
+
+
+def test_a_zero_gradient_is_harmless():
+    params = matrices((8, 4), (4, 8))
+    zeros = tree.map(torch.zeros_like, params)
+    new, state = muon_adamw.update(zeros, muon_state(params), params, muon_hparams(weight_decay=0.0))
+    assert_trees_close(new, params, rtol=0)
+    assert all(x.isfinite().all() for x in tree.leaves(state))
+
+
+# --- the whole model ------------------------------------------------------------------------------------------------
+
+
+def test_state_of_the_model_has_every_parameter_once_in_its_group():
+    params, spec = random_params(dtype=torch.bfloat16), model.spec(CONFIG)
+    state = muon_adamw.init(params, spec)
+    assert state["step"].dtype == torch.int64 and state["step"] == 0
+    for name, p in tree.flatten(params).items():
+        group = spec[name].group
+        parts = ("momentum", "second") if group == "matrix" else ("m", "v")
+        for part in parts:
+            leaf = tree.flatten(state[group, part])[name]
+            assert leaf.dtype == torch.float32 and not leaf.any()
+            assert part == "second" or leaf.shape == p.shape
+    assert len(tree.flatten(state)) == 1 + 2 * len(tree.flatten(params))
+    meta = muon_adamw.init(model.init(CONFIG, 0, device="meta", dtype=torch.bfloat16), spec)
+    assert all(x.is_meta for x in tree.leaves(meta))
+    assert {n: x.shape for n, x in tree.flatten(meta).items()} == {n: x.shape for n, x in tree.flatten(state).items()}
+
+
+def test_update_changes_no_argument_and_keeps_the_structure():
+    params, grads = random_params(), random_params(seed=1)
+    state = muon_adamw.init(params, model.spec(CONFIG))
+    h = muon_adamw.as_hparams(muon_adamw.param_group_settings(muon_adamw.OptimConfig(), CONFIG.n_embd))
+    for _ in range(2):
+        with Unchanged(params, grads, state, h):
+            new, new_state = muon_adamw.update(grads, state, params, h)
+        assert list(tree.flatten(new)) == list(tree.flatten(params))
+        assert list(tree.flatten(new_state)) == list(tree.flatten(state))
+        moved = [n for n, x in tree.flatten(new).items() if not torch.equal(x, tree.flatten(params)[n])]
+        assert moved == list(tree.flatten(params)), "every parameter moves"
+        params, state = new, new_state
+
+
+def test_update_in_place_does_the_same_in_the_memory_of_its_arguments():
+    params, grads = random_params(dtype=torch.bfloat16), random_params(seed=1, dtype=torch.bfloat16)
+    state = muon_adamw.init(params, model.spec(CONFIG))
+    h = muon_adamw.as_hparams(muon_adamw.param_group_settings(muon_adamw.OptimConfig(), CONFIG.n_embd))
+    for _ in range(2):
+        want, wanted_state = muon_adamw.update(grads, state, params, h)
+        addresses = [x.data_ptr() for x in tree.leaves((params, state))]
+        with Unchanged(grads, h):
+            muon_adamw.update_(grads, state, params, h)
+        assert [x.data_ptr() for x in tree.leaves((params, state))] == addresses
+        assert_trees_close(params, want, rtol=0)
+        assert_trees_close(state, wanted_state, rtol=0)
+
+
+def test_scaled_gradients_and_steps_left_out():
+    params, grads = random_params(), random_params(seed=1)
+    state = muon_adamw.init(params, model.spec(CONFIG))
+    h = muon_adamw.as_hparams(muon_adamw.param_group_settings(muon_adamw.OptimConfig(), CONFIG.n_embd))
+    params, state = muon_adamw.update(grads, state, params, h)
+    want, wanted_state = muon_adamw.update(grads, state, params, h)
+    big = tree.map(lambda g: 8 * g, grads)
+    got, got_state = muon_adamw.update(big, state, params, h, grad_scale=torch.tensor(1 / 8), keep=torch.tensor(False))
+    assert_trees_close(got, want, rtol=0)
+    assert_trees_close(got_state, wanted_state, rtol=0)
+    bad = tree.map(lambda g: g * torch.nan, grads)
+    kept, kept_state = muon_adamw.update(bad, state, params, h, keep=torch.tensor(True))
+    assert_trees_close(kept, params, rtol=0)
+    assert_trees_close(kept_state, state, rtol=0)
+    muon_adamw.update_(bad, state, params, h, keep=torch.tensor(True))
+    assert_trees_close(params, kept, rtol=0)
+    assert_trees_close(state, kept_state, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_compiled_rules_equal_the_plain_ones_and_do_not_compile_again_for_other_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(muon_adamw, "SMALL", 100)
+    params = tree.unflatten({"a": numbers(16, 8), "b": numbers(16, 8, seed=1), "c": numbers(3)} | {
+        f"m{i}": numbers(12, 20, seed=2 + i) for i in range(3)
+    })  # fmt: skip
+    rows = {name: Row("matrix" if name.startswith("m") else "g") for name in tree.flatten(params)}
+    state = muon_adamw.init(params, rows)
+    torch._dynamo.reset()
+    counters.clear()
+    rules = muon_adamw.compiled()
+    for step in range(4):
+        lr = 0.1 / (step + 1)
+        h = hparams("g", lr=lr, beta1=0.8 + step / 100, beta2=0.96, weight_decay=0.1)
+        h = {**h, **muon_hparams(lr=lr, momentum=0.85 + step / 100, weight_decay=0.2 - step / 20)}
+        grads = tree.map(lambda p: numbers(*p.shape, seed=p.numel() + step), params)  # noqa: B023
+        scale, keep = torch.tensor(0.5 + step), torch.tensor(step == 2)
+        want, wanted_state = muon_adamw.update(grads, state, params, h, grad_scale=scale, keep=keep)
+        muon_adamw.update_(grads, state, params, h, grad_scale=scale, keep=keep, rules=rules)
+        assert_trees_close(params, want, rtol=1e-4)
+        assert_trees_close(state, wanted_state, rtol=1e-4)
+    assert state["step"] == 3
+    assert counters["stats"]["unique_graphs"] == 2, "one for AdamW's tables, one for Muon's stack"
+
+
+def test_muon_dtype_is_the_precision_of_the_orthogonalisation_alone():
+    params, grads = matrices((32, 16)), matrices((32, 16), seed=5)
+    exact, exact_state = muon_adamw.update(grads, muon_state(params), params, muon_hparams())
+    half, half_state = muon_adamw.update(grads, muon_state(params), params, muon_hparams(), muon_dtype=torch.bfloat16)
+    assert half["m0"].dtype == torch.float32
+    assert torch.equal(half_state["matrix", "momentum", "m0"], exact_state["matrix", "momentum", "m0"])
+    step, half_step = exact["m0"] - params["m0"], half["m0"] - params["m0"]
+    assert 0 < (step - half_step).norm() < 0.05 * step.norm()
+
+
+def test_rates_of_every_group():
+    # At width 1280, batch four times the reference's: tables × (1280/768)^-0.5, all but the smear × sqrt(4).
+    got = muon_adamw.param_group_settings(muon_adamw.OptimConfig(), 1280, batch_scale=2.0, weight_decay=0.1)
+    width = 0.7745966692414834
+    want = {
+        "unembedding": {"lr": 0.016 * width, "beta1": 0.8, "beta2": 0.96, "weight_decay": 0.01},
+        "embedding": {"lr": 0.6 * width, "beta1": 0.8, "beta2": 0.995, "weight_decay": 0.001},
+        "value_embedding": {"lr": 0.3 * width, "beta1": 0.8, "beta2": 0.995, "weight_decay": 0.01},
+        "resid": {"lr": 0.01, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.05},
+        "x0": {"lr": 1.0, "beta1": 0.96, "beta2": 0.95, "weight_decay": 0.0},
+        "smear": {"lr": 0.2, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.0},
+        "matrix": {"lr": 0.04, "beta2": 0.9, "weight_decay": 0.1},
+    }
+    got["matrix"].pop("momentum")
+    assert list(got) == list(want)
+    for group, row in want.items():
+        assert got[group] == pytest.approx(row), group
+    assert set(got) == {row.group for row in model.spec(CONFIG).values()}
+    assert muon_adamw.param_group_settings(muon_adamw.OptimConfig(), 768)["matrix"]["weight_decay"] == 0.28
+
+
+def test_hparams_are_scalar_tensors():
+    for row in muon_adamw.as_hparams(muon_adamw.param_group_settings(muon_adamw.OptimConfig(), 768)).values():
+        assert all(x.shape == () and x.dtype == torch.float32 for x in row.values())

@@ -1,0 +1,64 @@
+"""Schedules at their corners, by hand."""
+
+import itertools
+import math
+
+import pytest
+
+from nanochat.optim import schedules
+
+# 1000 steps: warm-up 0 … 39, flat until step 350, then 650 steps down.
+RATES = {0: 1 / 40, 1: 2 / 40, 38: 39 / 40, 39: 1, 40: 1, 349: 1, 350: 1, 351: 649 / 650 + 0.05 / 650, 675: 0.525}
+RATES |= {999: 1 / 650 + 649 / 650 * 0.05}
+
+
+@pytest.mark.parametrize("step", RATES)
+def test_learning_rate(step: int):
+    assert math.isclose(schedules.learning_rate(step, 1000), RATES[step], rel_tol=1e-12)
+
+
+def test_learning_rate_falls_evenly_to_its_end():
+    factors = [schedules.learning_rate(s, 1000) for s in range(350, 1001)]
+    steps = {round(a - b, 9) for a, b in itertools.pairwise(factors)}
+    assert steps == {round(0.95 / 650, 9)} and math.isclose(factors[-1], 0.05)
+
+
+def test_learning_rate_of_other_shapes():
+    flat = [schedules.learning_rate(s, 10, warmup_steps=0, warmdown_ratio=0.0) for s in range(10)]
+    assert flat == [1.0] * 10
+    to_zero = [schedules.learning_rate(s, 10, warmup_steps=0, warmdown_ratio=0.2, final=0.0) for s in range(10)]
+    assert to_zero == [1.0] * 9 + [0.5]
+    # A run shorter than the warm-up never leaves it.
+    assert [schedules.learning_rate(s, 3) for s in range(3)] == [1 / 40, 2 / 40, 3 / 40]
+    assert schedules.learning_rate(0, 1, warmup_steps=0) == 1.0
+
+
+# 2000 steps: up to 400, flat until 700, then 1300 steps down.
+MOMENTA = {0: 0.85, 1: 0.8503, 100: 0.88, 200: 0.91, 399: 0.9697, 400: 0.97, 699: 0.97, 700: 0.97, 1350: 0.935}
+MOMENTA |= {1999: 0.90 + 0.07 / 1300}
+
+
+@pytest.mark.parametrize("step", MOMENTA)
+def test_muon_momentum(step: int):
+    assert math.isclose(schedules.muon_momentum(step, 2000), MOMENTA[step], rel_tol=1e-12)
+
+
+def test_muon_momentum_in_a_short_run_rises_to_step_400_all_the_same():
+    # 600 steps: the way down would begin at 210, but the first 400 steps go up.
+    assert math.isclose(schedules.muon_momentum(300, 600), 0.94)
+    assert math.isclose(schedules.muon_momentum(400, 600), 0.97 - 0.07 * 190 / 390)
+    assert math.isclose(schedules.muon_momentum(599, 600), 0.97 - 0.07 * 389 / 390)
+    assert schedules.muon_momentum(500, 600, warmdown_ratio=0.0) == 0.97
+
+
+def test_weight_decay_is_a_half_cosine():
+    factors = {0: 1.0, 250: 0.5 + math.sqrt(0.5) / 2, 500: 0.5, 750: 0.5 - math.sqrt(0.5) / 2, 1000: 0.0}
+    for step, factor in factors.items():
+        assert math.isclose(schedules.weight_decay(step, 1000), factor, abs_tol=1e-12)
+
+
+def test_fine_tuning_is_flat_then_falls_to_zero():
+    factors = [schedules.flat_then_linear(done, 0.5) for done in (0.0, 0.5, 0.75, 1.0)]
+    assert factors == [1.0, 1.0, 0.5, 0.0]
+    assert schedules.flat_then_linear(0.9, 0.2) == pytest.approx(0.5) and schedules.flat_then_linear(1.0, 0.0) == 1.0
+    assert [schedules.short_momentum(step) for step in (0, 150, 300, 900)] == pytest.approx([0.85, 0.90, 0.95, 0.95])

@@ -1,0 +1,717 @@
+"""Sandbox: what a program may do, what it may not, how it is told, and that nothing of it is left behind."""
+
+import functools
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import nanochat
+from nanochat.config import UserError
+from nanochat.sandbox import MIB, Result, bubblewrap, seccomp
+from nanochat.sandbox import bubblewrap as sandbox
+
+ROOT = Path(__file__).parents[2]
+RUNS = int(os.environ.get("NANOCHAT_SANDBOX_RUNS", "200"))
+"""Runs of the test for leaks."""
+
+
+def processes(mark: str) -> list[int]:
+    """Return the processes whose command line holds `mark`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark.encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue  # ended meanwhile
+    return found
+
+
+def descriptors() -> dict[str, str]:
+    """Return what the descriptors of this process are, sockets and pipes among them."""
+    found = {}
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            found[entry] = os.readlink(f"/proc/self/fd/{entry}")
+        except OSError:
+            continue  # the one that listed them
+    return found
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """Mark the processes of this test, then hold that no process, descriptor, mount or temporary file is left."""
+    mark, text = f"# {uuid.uuid4()}", sandbox._jail()
+    monkeypatch.setattr(sandbox, "_jail", lambda: f"{text}\n{mark}\n")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    before, mounts = descriptors(), Path("/proc/self/mounts").read_text()
+    yield mark
+    assert processes(mark) == []
+    assert descriptors() == before
+    assert os.listdir(temporary) == []
+    assert Path("/proc/self/mounts").read_text() == mounts
+    with pytest.raises(ChildProcessError):  # no zombie either
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+
+@pytest.fixture
+def kernel(mark: str) -> str:
+    """Skip where the kernel does not isolate."""
+    reason = sandbox.available()
+    if reason:
+        pytest.skip(reason)
+    return mark
+
+
+def run(code: str, **options: float) -> Result:
+    return sandbox.run(textwrap.dedent(code), **options)  # type: ignore[arg-type]
+
+
+ATTEMPT = """
+import ctypes, os
+def attempt(door, *arguments):
+    try:
+        print("OPEN", door, arguments, door(*arguments))
+    except OSError as error:
+        print("refused:", os.strerror(error.errno))
+"""
+
+
+def refusals(code: str) -> Result:
+    """Run code that tries doors with `attempt`; all of them have to be shut, and the program goes on."""
+    result = run(ATTEMPT + textwrap.dedent(code))
+    assert result.success, result
+    assert "refused:" in result.stdout and "OPEN" not in result.stdout, result.stdout
+    return result
+
+
+def test_success(kernel: str) -> None:
+    result = run("import sys\nprint('häl', 'lo')\nprint('warn', file=sys.stderr)\nprint(sys.stdin.read() == '')")
+    assert result.success and result.error is None
+    assert (result.stdout, result.stderr) == ("häl lo\nTrue\n", "warn\n")
+    assert not result.timed_out and not result.memory_exceeded
+    assert 0 < result.seconds < 5
+
+
+def test_an_error_is_told_with_the_line(kernel: str) -> None:
+    result = run("def f(x):\n    return 1 / x\nf(0)")
+    assert not result.success and result.error == "ZeroDivisionError: division by zero"
+    assert result.stderr.startswith('Traceback (most recent call last):\n  File "program.py", line 3, in <module>')
+    assert "return 1 / x" in result.stderr and "jail" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("assert 1 == 2", "AssertionError"),
+        ("x = (", r"SyntaxError: '\(' was never closed"),
+        ("\0", "SyntaxError: source code string cannot contain null bytes|ValueError"),
+        ("'\ud800'", "SyntaxError: .*utf-8"),
+        ("def f(): f()\nf()", "RecursionError"),
+        ("class E(Exception):\n    def __str__(self): raise KeyError\nraise E", "E: <unprintable: KeyError>"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        ("import ctypes\nctypes.string_at(0)", "killed by SIGSEGV"),
+        ("import os\nos.abort()", "killed by SIGABRT"),
+        ("import os\nos.kill(os.getpid(), 9)", "killed by SIGKILL"),
+        ("import sys\nsys.exit(0)", "SystemExit: 0 .*before its last line"),
+        ("raise SystemExit", "SystemExit .*before its last line"),
+        ("import os\nos._exit(0)", "left with exit code 0 before its last line"),
+        ("import os, threading\nthreading.Thread(target=os._exit, args=(0,)).start()\nwhile True: pass", "exit code 0"),
+        ("import atexit, os\natexit.register(os._exit, 0)", "left with exit code 0"),
+        ("import os\nos.closerange(0, 256)", "left with exit code"),
+        (
+            "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'=' * 9999)\n    except OSError: pass\n1 / 0",
+            ".+",
+        ),
+    ],
+)
+def test_only_the_last_line_is_success(kernel: str, code: str, error: str) -> None:
+    result = run(code)
+    assert not result.success
+    assert result.error is not None
+    assert re.search(error, result.error), result.error
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import asyncio\nasync def f(): await asyncio.sleep(0.001)\nasyncio.run(f())",
+        "from concurrent.futures import ThreadPoolExecutor as T\nimport threading\nb = threading.Barrier(16)\n"
+        "assert len(list(T(16).map(lambda x: b.wait(), range(16)))) == 16",
+        "import threading\nthreading.Thread(target=print, args=('later',)).start()",
+        "import os, builtins, sys\nos.write = os.read = os.pread = os._exit = sys.exit = builtins.print = None",
+        "import dataclasses, pickle\n"
+        "@dataclasses.dataclass\nclass A: x: int\nassert pickle.loads(pickle.dumps(A(1))) == A(1)",
+        "if __name__ == '__main__':\n    import sys\n    assert sys.argv == ['program.py']\nelse:\n    1 / 0",
+        "import os, shutil\nopen('a', 'w').write('x')\nshutil.copytree('.', 'b')\nassert os.getcwd() == '/tmp'",
+        "import tempfile\nwith tempfile.TemporaryDirectory() as d, tempfile.TemporaryFile() as f: f.write(b'x')",
+        "import sqlite3\nc = sqlite3.connect('x.db')\nc.execute('create table t (x)')\nc.commit()\nc.close()",
+        "import ctypes, decimal, hashlib, json, random, ssl, statistics, zoneinfo, os\n"
+        "assert os.cpu_count() and random.random()",
+        "import faulthandler, mmap, select, signal, time\n"
+        "signal.setitimer(signal.ITIMER_REAL, 9)\ntime.sleep(0.001)\nmmap.mmap(-1, 9)",
+    ],
+)
+def test_what_ordinary_programs_do_works(kernel: str, code: str) -> None:
+    result = run(code)
+    assert result.success, result
+
+
+def test_the_same_program_prints_the_same(kernel: str) -> None:
+    assert len({run("print({'a', 'b', 'c', 'd', 'e', 'f'})").stdout for _ in range(4)}) == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import time\ntime.sleep(1000)",
+        "import os, time\nos.closerange(0, 256)\ntime.sleep(1000)",
+        "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass",
+        "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+        "import threading\nthreading.Thread(target=threading.Event().wait).start()",
+        "9 ** 9 ** 9",
+    ],
+)
+def test_endless(kernel: str, code: str) -> None:
+    result = run(code, timeout_seconds=0.4)
+    assert not result.success and result.timed_out and not result.memory_exceeded
+    assert result.error == "timed out after 0.4 s"
+    assert 0.4 <= result.seconds < 3
+
+
+def test_processor_time_is_limited_by_the_kernel_too(kernel: str) -> None:
+    # Four threads that leave the interpreter's lock use up the processor's second before the clock's.
+    code = """
+        import resource, signal, time
+        soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        print(soft, hard)
+        resource.setrlimit(resource.RLIMIT_CPU, (1, hard))
+        while True: pass
+    """
+    result = run(code, timeout_seconds=4)
+    assert result.timed_out and result.stdout == ""  # what was not flushed is lost, as with any signal
+    assert result.seconds < 3.9
+    result = run("import resource\nprint(resource.getrlimit(resource.RLIMIT_CPU))", timeout_seconds=1.2)
+    assert result.stdout == "(2, 3)\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nwhile True: os.fork()",
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'pass'])",
+        "import multiprocessing\nmultiprocessing.Process(target=print).start()",
+        "import os\nos.posix_spawn('/usr/bin/true', ['true'], {})",
+        "import os, sys\nos.execv(sys.executable, ['python', '-c', ''])",
+        "import threading, time\nthreading.stack_size(32768)\n"
+        "while True: threading.Thread(target=time.sleep, args=(99,)).start()",
+        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
+    ],
+)
+def test_fork_and_thread_bombs(kernel: str, code: str) -> None:
+    result = run(code, timeout_seconds=0.5)
+    assert not result.success
+    refusals = "Operation not permitted", "Function not implemented", "can't start new thread"
+    assert any(refusal in str(result.error) for refusal in refusals) or result.timed_out
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = []\nwhile True: x.append(bytearray(2**20))",
+        "x = bytearray(10**12)",
+        "x = 'a' * 10**9",
+        "x = []\nwhile True: x.append(x[-1:] * 9 + [len(x)] * 99)",
+        "x = {}\nwhile True: x[str(len(x))] = len(x)",
+    ],
+)
+def test_memory_bombs(kernel: str, code: str) -> None:
+    result = run(code, timeout_seconds=30)
+    assert not result.success and result.memory_exceeded and not result.timed_out
+    assert str(result.error).startswith("MemoryError")
+
+
+def test_memory_beside_the_address_space(kernel: str) -> None:
+    """A folder in memory, files without bytes, shared memory, maps: none of them goes around the limit."""
+    result = run("""
+        import mmap, os
+        def fill(door):
+            done = 0
+            try:
+                while True: done += door(done)
+            except (OSError, MemoryError) as error:
+                print(done, type(error).__name__)
+        def write(done):
+            with open(f"{done}", "wb") as file: return file.write(bytes(2**20))
+        fill(write)
+        for name in os.listdir(): os.remove(name)
+        fill(lambda done: not open(f"{done}", "w").close())
+        kept = []
+        fill(lambda done: not kept.append(mmap.mmap(-1, 2**20)))
+        del kept
+        fill(lambda done: os.memfd_create("x"))
+        fill(lambda done: not os.pipe() == 0)
+    """)
+    assert result.success, result
+    folder, files, maps, shared, pipes = (line.split() for line in result.stdout.splitlines())
+    assert 16 * MIB < int(folder[0]) <= sandbox.FOLDER_BYTES
+    assert 500 < int(files[0]) <= sandbox.FOLDER_FILES
+    assert 100 < int(maps[0]) <= 256
+    assert shared == ["0", "PermissionError"]
+    assert int(pipes[0]) <= 32
+    assert run("open('x', 'wb').truncate(2**40)").error == "OSError: [Errno 27] File too large"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_gigabyte_of_output(kernel: str, stream: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = run(f"import sys\nfor _ in range(1000): sys.{stream}.write('x' * 10**6)", max_output_bytes=100_000)
+    assert not result.success and result.error == "wrote more than 100000 bytes"
+    assert getattr(result, stream) == "x" * 100_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+    exact = run(f"import sys\nsys.{stream}.write('x' * 100_000)", max_output_bytes=100_000)
+    assert exact.success and len(getattr(exact, stream)) == 100_000
+
+
+def test_writes(kernel: str, tmp_path: Path) -> None:
+    package = Path(str(nanochat.__file__)).parent
+    name = f"written-{uuid.uuid4()}"
+    places = [
+        Path.home(),
+        package,
+        ROOT,
+        tmp_path,
+        Path(sys.base_prefix) / "lib",
+        *map(Path, ("/", "/usr/lib", "/dev")),
+    ]
+    places += [Path("/etc"), Path("/dev/shm"), Path("/var/tmp"), Path("/tmp")]
+    result = run(f"""
+        import os
+        for place in {list(map(str, places))}:
+            try:
+                open(place + "/{name}", "w").write("x")
+            except OSError:
+                continue
+            print(place)
+        print(os.listdir())
+    """)
+    assert result.success and result.stdout == f"/tmp\n['{name}']\n", result  # its own /tmp
+    assert [place for place in places if (place / name).exists()] == []
+    refusals(f"""
+        attempt(os.remove, {str(package / "sandbox.py")!r})
+        attempt(os.remove, os.__file__)
+        attempt(os.chmod, os.__file__, 0)
+        attempt(os.truncate, os.__file__, 0)
+    """)
+
+
+def test_reads(kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("API_SECRET", "in-the-environment")
+    (tmp_path / "secret").write_text("in-a-file")
+    paths = ["/etc/passwd", "/etc/hostname", "/proc/1/environ", "/proc/self/environ", str(tmp_path / "secret")]
+    paths += [f"/proc/{os.getpid()}/environ", f"/proc/{os.getppid()}/environ", str(Path.home() / ".bashrc")]
+    paths += [str(Path(sandbox.__file__))]
+    result = refusals(f"""
+        for path in {paths}:
+            attempt(open, path)
+        for path in ("/etc", "/proc", "/sys", "/home", "/var", "/dev/shm", {str(ROOT)!r}):
+            attempt(os.listdir, path)
+        getenv = ctypes.CDLL(None).getenv
+        getenv.restype = ctypes.c_char_p
+        print(sorted(os.environ), getenv(b"API_SECRET"), os.uname().nodename, os.getuid(), os.getppid())
+    """)
+    assert "in-the-environment" not in result.stdout and "in-a-file" not in result.stdout
+    names = sorted([*bubblewrap.environment("/tmp"), "PWD"])
+    assert result.stdout.endswith(f"{names} None sandbox 65534 1\n")
+
+
+def listener() -> socket.socket:
+    server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(0.05)
+    return server
+
+
+def test_network(kernel: str) -> None:
+    with listener() as server:
+        refusals(f"""
+            import socket, urllib.request
+            attempt(socket.create_connection, {server.getsockname()}, 1)
+            attempt(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
+            attempt(socket.socket, socket.AF_UNIX)
+            attempt(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW)
+            attempt(socket.socketpair, socket.AF_INET)
+            attempt(socket.create_server, ("127.0.0.1", 0))
+            attempt(socket.gethostbyname, "localhost")
+        """)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_killing(kernel: str) -> None:
+    result = run(f"""
+        import os, signal
+        for pid in (os.getppid(), {os.getpid()}, {os.getppid()}, 1, 0, -1):
+            for number in (signal.SIGTERM, signal.SIGKILL) if pid else ():
+                try:
+                    os.kill(pid, number)
+                    print("sent", pid)
+                except OSError as error:
+                    print(error.strerror)
+    """)
+    assert result.success, result  # the first process of its namespace is not to be killed from within
+    assert result.stdout.count("No such process") >= 4
+
+
+def test_ctypes(kernel: str) -> None:
+    """Straight to the C library and the kernel, past all that Python would check."""
+    with listener() as server:
+        result = run(f"""
+            import ctypes, os
+            libc = ctypes.CDLL(None, use_errno=True)
+            def call(name, *arguments):
+                ctypes.set_errno(0)
+                answer = getattr(libc, name)(*arguments)
+                print(name, "refused" if answer == -1 else f"OPEN {{answer}}", os.strerror(ctypes.get_errno()))
+            zero = ctypes.c_long(0)
+            call("fork")
+            call("vfork")
+            call("socket", 2, 1, 0)
+            call("socketpair", 2, 1, 0, (ctypes.c_int * 2)())
+            call("kill", {os.getpid()}, 9)
+            call("kill", {os.getpid()}, 0)
+            print("system", "refused" if libc.system(b"true") in (-1, 127 << 8) else "OPEN")
+            call("execv", b"/bin/sh", None)
+            call("unshare", 0x10000000)
+            call("unshare", 0x20000)
+            call("setns", 0, 0)
+            call("mount", b"tmpfs", b"/tmp", b"tmpfs", zero, None)
+            call("umount2", b"/tmp", 2)
+            call("chroot", b"/tmp")
+            call("ptrace", 16, 1, zero, zero)
+            call("process_vm_readv", 1, None, zero, None, zero, zero)
+            call("memfd_create", b"x", 0)
+            call("shmget", 0, 4096, 0o1600)
+            call("semget", 0, 1, 0o1600)
+            call("msgget", 0, 0o1600)
+            call("inotify_init1", 0)
+            call("personality", zero)
+            call("prctl", 4, zero, zero, zero, zero)
+            call("prctl", 22, zero, None)
+            call("prlimit", 1, 7, None, None)
+            call("ioctl", 0, 0x5412, b"x")
+            call("setuid", 0)
+            call("sethostname", b"x", 1)
+            call("reboot", 0)
+            call("swapon", b"x", 0)
+            for name, number in {{"clone3": 435, "io_uring_setup": 425, "pidfd_open": 434, "bpf": 321, "keyctl": 250,
+                                 "perf_event_open": 298, "userfaultfd": 323, "add_key": 248, "kexec_load": 246,
+                                 "memfd_secret": 447, "pidfd_getfd": 438, "open_by_handle_at": 304, 
+                                 "fsopen": 430, "mount_setattr": 442, "landlock": 444, "clone": 56}}.items():
+                if os.uname().machine == "x86_64":
+                    print(end=name + " ")
+                    call("syscall", ctypes.c_long(number), ctypes.c_long(17), zero, zero, zero, zero)
+        """)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert result.success, result
+    lines = result.stdout.splitlines()
+    assert len(lines) >= 29 and [line for line in lines if "refused" not in line] == []
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86-64 has further tables of system calls")
+def test_another_table_of_system_calls_is_no_way_around(kernel: str) -> None:
+    result = run("import ctypes\nctypes.CDLL(None).syscall(ctypes.c_long(2**30 + 39))")  # x32's getpid
+    assert result.error == "killed by SIGSYS"
+
+
+def test_reaching_os_through_objects(kernel: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    result = run(
+        f"""
+        found = [c for c in ().__class__.__base__.__subclasses__() if c.__name__ == "_wrap_close"][0]
+        os_globals = found.__init__.__globals__
+        print(os_globals["system"]("touch {made}"))
+        try: os_globals["popen"]("touch {made}")
+        except OSError as error: print(error.strerror)
+        try: open("{made}", "w")
+        except OSError as error: print(error.strerror)
+        import sys
+        frame = sys._getframe()
+        while frame: system, frame = frame.f_globals.get("os"), frame.f_back
+        print(system.system("touch {made}"))
+    """.replace('__builtins__["open"]', "open")
+    )
+    assert result.success, result
+    assert result.stdout.split("\n") == [
+        "32512",  # as the shell says that it could not be started
+        "Operation not permitted",
+        "No such file or directory",
+        "32512",
+        "",
+    ]
+    assert not made.exists()
+
+
+def test_deleting_its_own_folder(kernel: str) -> None:
+    result = run("""
+        import os, shutil
+        os.makedirs("a/b/c")
+        shutil.rmtree(os.getcwd(), ignore_errors=True)
+        print(os.listdir("/tmp"))
+        try: os.rmdir("/tmp")
+        except OSError as error: print(error.strerror)
+        try: shutil.rmtree("/")
+        except OSError as error: print(error.strerror)
+    """)
+    assert result.success, result
+    assert result.stdout.startswith("[]\n")
+    assert os.path.isdir("/tmp") and os.path.exists(os.__file__)
+
+
+GRANDCHILDREN = """
+import os, time
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(1000)
+        os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("end", ["print('end')", "while True: pass"])
+def test_namespaces_hold_without_the_filter(kernel: str, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """The layers hold one by one: with all calls allowed, grandchildren die, and nothing outside is reached."""
+    monkeypatch.setattr(sandbox, "_filter", lambda weak: b"")
+    monkeypatch.setattr(sandbox, "_jail", lambda jail=sandbox._jail: jail().replace('"RLIMIT_NPROC"', '"RLIMIT_CORE"'))
+    with listener() as server:
+        code = f"""
+import os, socket
+try: socket.create_connection({server.getsockname()}, 1)
+except OSError as error: print(error.strerror)
+for pid in ({os.getpid()}, {os.getppid()}):
+    try: os.kill(pid, 9)
+    except OSError as error: print(error.strerror)
+{GRANDCHILDREN}
+print("made", flush=True)
+{end}
+"""
+        result = run(code, timeout_seconds=0.7)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert result.success == ("end" in end), result
+    expected = ["Connection refused", "No such process", "No such process", "made", *(["end"] if "end" in end else [])]
+    assert result.stdout.splitlines() == expected
+
+
+def test_nothing_runs_on_when_the_parent_is_killed(kernel: str) -> None:
+    code = "import time\nprint(1, flush=True)\ntime.sleep(1000)"
+    program = f"from nanochat import sandbox\njail = sandbox._jail()\nsandbox._jail = lambda: jail + {kernel!r}\n"
+    program += f"print('ready', flush=True)\nsandbox.run({code!r}, timeout_seconds=100)"
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT)
+    assert parent.stdout
+    parent.stdout.readline()
+    deadline = time.monotonic() + 30
+    while len(processes(kernel)) < 4 and time.monotonic() < deadline:  # the parent, bubblewrap twice, the interpreter
+        time.sleep(0.01)
+    assert len(processes(kernel)) == 4
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while processes(kernel) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert processes(kernel) == []
+
+
+def test_many_runs_leave_nothing(kernel: str) -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    for _ in range(10):
+        assert run("pass").success
+    before, memory, started = descriptors(), resident_bytes(), time.monotonic()
+    for number in range(RUNS):
+        assert run(f"print({number})").stdout == f"{number}\n"
+    seconds = time.monotonic() - started
+    print(
+        f"{RUNS} runs: {seconds / RUNS * 1e3:.1f} ms each, memory grew by {(resident_bytes() - memory) / 1024:.0f} KiB"
+    )
+    assert processes(kernel) == [] and descriptors() == before
+    assert resident_bytes() - memory < 4 * MIB
+
+
+def test_eight_at_once(kernel: str) -> None:
+    codes = [
+        "print({n})",
+        "1 / 0",
+        "while True: pass",
+        "x = 'a' * 10**9",
+        "while True: print('x' * 10**5)",
+        "print({n})",
+    ]
+
+    def one(n: int) -> tuple[int, Result]:
+        return n, run(codes[n % len(codes)].format(n=n), timeout_seconds=1.5)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(one, range(48)))
+    for n, result in results:
+        kind = n % len(codes)
+        assert result.success == (kind in (0, 5)), (n, result)
+        if kind in (0, 5):
+            assert result.stdout == f"{n}\n"
+        assert result.timed_out == (kind == 2) and result.memory_exceeded == (kind == 3), (n, result)
+
+
+def test_limits_are_the_callers(kernel: str) -> None:
+    code = "x = bytearray(150 * 2**20)"
+    assert run(code).success
+    assert run(code, memory_bytes=128 * MIB).memory_exceeded
+    assert run("pass", memory_bytes=sandbox.MIN_MEMORY_BYTES).success
+    for options in (
+        {"timeout_seconds": 0},
+        {"timeout_seconds": float("nan")},
+        {"memory_bytes": 1},
+        {"max_output_bytes": -1},
+    ):
+        with pytest.raises(UserError, match=next(iter(options))):
+            run("pass", **options)
+    assert run("x = 1\n" * 10**5).success  # a program of 600 kB
+
+
+HUMANEVAL = json.loads((ROOT / "tests/data/humaneval.json").read_text())
+
+
+@pytest.mark.parametrize("task", HUMANEVAL, ids=lambda task: task["entry_point"])
+def test_humaneval(kernel: str, task: dict[str, str]) -> None:
+    check = f"{task['test']}\ncheck({task['entry_point']})"
+    result = run(f"{task['prompt']}{task['canonical_solution']}\n{check}")
+    assert result.success, result
+    wrong = run(f"{task['prompt']}    return None\n{check}")
+    assert not wrong.success and str(wrong.error).startswith(("AssertionError", "TypeError")), wrong
+    left = run(f"{task['prompt']}    import sys; sys.exit(0)\n{check}")
+    assert not left.success
+
+
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `available` be found out anew, here and after the test."""
+    monkeypatch.setattr(sandbox, "available", functools.cache(sandbox.available.__wrapped__))
+    monkeypatch.setattr(bubblewrap, "command", bubblewrap.command.__wrapped__)
+    monkeypatch.setattr(seccomp, "compile_filter", seccomp.compile_filter.__wrapped__)
+
+
+def refused(match: str) -> None:
+    assert match in str(sandbox.available())
+    with pytest.raises(UserError, match="weak=True"):
+        run("pass")
+    assert run("print(1)", weak=True).success
+
+
+def test_without_bubblewrap(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    fresh(monkeypatch)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    refused("apt-get install bubblewrap")
+
+
+def test_without_libseccomp(monkeypatch: pytest.MonkeyPatch, mark: str, tmp_path: Path) -> None:
+    fresh(monkeypatch)
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/false")
+    monkeypatch.setattr(seccomp, "LIBRARY", "libseccomp-none.so")
+    refused("apt-get install libseccomp2")
+
+
+def test_where_namespaces_are_forbidden(monkeypatch: pytest.MonkeyPatch, mark: str, tmp_path: Path) -> None:
+    fresh(monkeypatch)
+    fake = tmp_path / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr("shutil.which", lambda name: str(fake))
+    try:
+        seccomp.compile_filter(signals=True)
+    except UserError as error:
+        pytest.skip(str(error))
+    refused("No permissions to create new namespace")
+    assert "apparmor" in str(sandbox.available())
+
+
+def test_an_open_door_is_found(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh(monkeypatch)
+    monkeypatch.setattr(sandbox, "_filter", lambda weak: b"")
+    assert "is open" in str(sandbox.available())
+
+
+def test_weak(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the kernel's namespaces: the limits and an empty environment, and a folder that goes away."""
+    monkeypatch.setenv("API_SECRET", "in-the-environment")
+    result = run("import os\nopen('x', 'w').write('y')\nprint(os.listdir(), os.getcwd())\nprint(os.environ)", weak=True)
+    assert result.success and result.stdout.startswith("['x']") and "API_SECRET" not in result.stdout
+    assert not os.path.exists(result.stdout.split()[1])
+    assert run("while True: pass", weak=True, timeout_seconds=0.3).timed_out
+    assert run("x = 'a' * 10**9", weak=True).memory_exceeded
+    assert run("while True: print('x' * 10**5)", weak=True).error == f"wrote more than {MIB} bytes"
+    assert run("import os\nos._exit(0)", weak=True).error == "left with exit code 0 before its last line"
+    assert run("import os\nos.abort()", weak=True).error == "killed by SIGABRT"
+
+
+def test_weak_with_the_filter(mark: str) -> None:
+    try:
+        seccomp.compile_filter(signals=False)
+    except UserError as error:
+        pytest.skip(str(error))
+    for code in (
+        "os.fork()",
+        f"os.kill({os.getpid()}, 9)",
+        "__import__('socket').socket()",
+        "os.execv('/bin/true', ['x'])",
+    ):
+        assert str(run(f"import os\n{code}", weak=True).error).startswith("PermissionError"), code
+
+
+@pytest.mark.parametrize("end", ["print('end')", "while True: pass", "os._exit(0)"])
+def test_weak_without_the_filter_ends_its_group(mark: str, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr(sandbox, "_filter", lambda weak: b"")
+    monkeypatch.setattr(sandbox, "_jail", lambda jail=sandbox._jail: jail().replace('"RLIMIT_NPROC"', '"RLIMIT_CORE"'))
+    started = time.monotonic()
+    code = f"import os, time\nif os.fork() == 0: time.sleep(1000)\n{end}"
+    result = run(code, weak=True, timeout_seconds=0.7)
+    assert result.success == ("end" in end)
+    assert time.monotonic() - started < 20
+    deadline = time.monotonic() + 5  # init reaps the orphan
+    while processes(mark) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_command_line(kernel: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("print('from a file')")
+    command = [sys.executable, "-m", "nanochat.sandbox"]
+    done = subprocess.run([*command, str(program)], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "from a file\n") and done.stderr.startswith("success")
+    done = subprocess.run(command, input="1 / 0", capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "ZeroDivisionError: division by zero (" in done.stderr
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys\nfrom nanochat import calculator, sandbox\nassert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL

@@ -1,0 +1,683 @@
+"""The web server as clients meet it, good ones and bad ones; the model is scripted (tests/scripted.py)."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import openai
+import pytest
+import scripted
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanochat.config import UserError
+from nanochat.serve import Limits, app, middleware, scheduler
+from nanochat.serve import schema as api
+from nanochat.serve import schema as openapi
+from tests.serve.test_schema import JSON, NAMES
+
+REPLIES = {
+    "hello": ["Hi ", "there", "!"],
+    "tool": ["It is ", ("python", "1+1"), ("output", "2"), "2."],
+    "cut": [b"\xf0\x9f", b"\x98\x80", b" and ", b"\xe2\x82"],
+    "long": ["x"] * 2000,
+    "slow": [0.3, "a", 60.0, "b"],
+    "die": ["some", scripted.FAIL],
+    "refuse": [scripted.REFUSE],
+    "stops": ["one S", "TO", "P two"],
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[scripted.Server]:
+    with scripted.serve(REPLIES) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: scripted.Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def body(content: str, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], **more}
+
+
+HTTP = httpx.Client(timeout=20)  # making one takes longer than most requests
+
+
+def ask(server: scripted.Server, content: str, path: str = "/chat/completions", **more: Any) -> httpx.Response:
+    return HTTP.post(server.url + path, json=body(content, **more))
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.text.split("\n") if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines)
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def error(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    found = response.json()["error"]
+    assert set(found) == {"message", "type", "param", "code"} and found["message"]
+    return found
+
+
+def wait_for(true: Callable[[], Any], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.005)
+
+
+def idle(server: scripted.Server) -> bool:
+    return server.pool.active == 0 and not server.pool.queue
+
+
+# Our own dialect
+
+
+def test_an_answer_streams_in_pieces(server: scripted.Server) -> None:
+    got = events(ask(server, "tool"))
+    assert got == [
+        {"token": "It is ", "gpu": 0},
+        {"token": "1+1", "gpu": 0, "kind": "python"},
+        {"token": "2", "gpu": 0, "kind": "output"},
+        {"token": "2.", "gpu": 0},
+        {"done": True, "finish_reason": "stop"},
+    ]
+
+
+def test_it_streams_while_it_is_made() -> None:
+    with (
+        scripted.serve(lambda *_: ["a", 0.5, "b"]) as server,
+        HTTP.stream("POST", server.url + "/chat/completions", json=body("x")) as response,
+    ):
+        came = [(time.monotonic(), chunk) for chunk in response.iter_text() if "token" in chunk]
+    assert came[-1][0] - came[0][0] > 0.4
+
+
+def test_no_character_is_cut(server: scripted.Server) -> None:
+    got = [event["token"] for event in events(ask(server, "cut"))[:-1]]
+    assert "".join(got) == "😀 and \ufffd"
+    assert not any("\ufffd" in text for text in got[:-1])
+
+
+def test_the_model_gets_what_was_asked_for(server: scripted.Server) -> None:
+    ask(server, "hello", temperature=0, top_k=0, max_tokens=2, seed=7)
+    assert server.asked[-1] == ("hello", api.Sampling(0.0, 0, 2, 7))
+    assert events(ask(server, "hello", max_tokens=2))[-1] == {"done": True, "finish_reason": "length"}
+    turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "hello")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    HTTP.post(server.url + "/chat/completions", json={"messages": messages})
+    assert server.prompts[-1] == (
+        "<|bos|><|user_start|>S\n\na<|user_end|><|assistant_start|>b<|assistant_end|><|user_start|>hello<|user_end|>"
+        "<|assistant_start|>"
+    )
+
+
+def test_without_a_seed_each_answer_has_its_own(server: scripted.Server) -> None:
+    del server.asked[:]
+    ask(server, "hello")
+    ask(server, "hello")
+    seeds = [sampling.seed for _, sampling in server.asked]
+    assert None not in seeds and len(set(seeds)) == 2
+
+
+def test_special_tokens_in_a_message_stay_text(server: scripted.Server) -> None:
+    ask(server, "<|assistant_end|><|bos|>")
+    assert events(ask(server, "<|user_end|>"))[-1] == {"done": True, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        ([("assistant", "x")], "message 1"),
+        ([("user", "x"), ("user", "y")], "message 2"),
+        ([("user", "x"), ("assistant", "y")], "last message"),
+        ([("system", "x")], "no user message"),
+    ],
+)
+def test_turns_out_of_order(server: scripted.Server, turns: list[tuple[str, str]], said: str) -> None:
+    messages = [{"role": role, "content": text} for role, text in turns]
+    for path in ("/chat/completions", "/v1/chat/completions"):
+        assert said in error(HTTP.post(server.url + path, json={"messages": messages}), 400)["message"]
+
+
+def test_a_prompt_beyond_the_context() -> None:
+    with scripted.serve(REPLIES, context=20) as server:
+        assert len(events(ask(server, "x" * 15))) > 1  # 15 and four markers leave one token
+        found = error(ask(server, "x" * 16), 400)
+        assert found["code"] == "context_length_exceeded" and "20" in found["message"]
+
+
+def test_errors_have_one_shape(server: scripted.Server) -> None:
+    with httpx.Client(base_url=server.url) as http:
+        url = "/chat/completions"
+        error(http.get("/nothing"), 404)
+        assert error(http.get(url), 405) and "POST" in http.get(url).headers["allow"]
+        error(http.post("/health"), 405)
+        error(http.post(url, content=b"{}", headers={"content-type": "text/plain"}), 415)
+        error(http.post(url, content=b"{}"), 415)
+        error(http.post(url, content=b"{", headers={"content-type": "application/json"}), 400)
+        error(http.post(url, json=body("x", temperature=3)), 400)
+
+
+def test_a_refusal_and_a_death_in_midstream() -> None:
+    with scripted.serve(REPLIES, replicas=2) as server:
+        assert "refused" in events(ask(server, "refuse"))[-1]["error"]["message"]
+        got = events(ask(server, "die"))
+        assert got[0]["token"] == "some" and "try again" in got[-1]["error"]["message"]
+        wait_for(lambda: not all(w.info for w in server.pool.workers))
+        assert events(ask(server, "hello"))[0]["gpu"] == 1, "the other replica goes on"
+        health = HTTP.get(server.url + "/health").json()
+        assert health["ready"] and [worker["ready"] for worker in health["workers"]] == [False, True]
+        wait_for(lambda: all(worker.info for worker in server.pool.workers))
+        stats = HTTP.get(server.url + "/stats").json()
+        assert [worker["restarts"] for worker in stats["workers"]] == [1, 0]
+        assert idle(server)
+
+
+def test_while_no_replica_is_ready_requests_wait_or_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "RESTART_SECONDS", (0.3, 1.0))
+    with scripted.serve(REPLIES, load_seconds=0.5, wait=False) as server:
+        assert HTTP.get(server.url + "/health").json()["status"] == "loading"
+        response = ask(server, "hello")
+        assert error(response, 503)["type"] == "overloaded_error" and int(response.headers["retry-after"]) > 0
+        assert HTTP.get(server.url + "/v1/models").json()["data"] == []
+        wait_for(lambda: server.pool.ready)
+        assert "error" in events(ask(server, "die"))[-1]
+        wait_for(lambda: not server.pool.ready)
+        assert HTTP.get(server.url + "/health").json()["status"] == "restarting"
+        assert events(ask(server, "hello"))[-1]["done"], "it waited for the restart"
+
+
+def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "HANG_SECONDS", 0.4)
+    monkeypatch.setattr(scheduler, "RESTART_SECONDS", (0.2, 1.0))
+    with scripted.serve({"hang": ["a", 60.0], "slow": ["a", 0.25, "b", 0.25, "c"], "late": [0.25, "a"]}) as server:
+        assert events(ask(server, "slow"))[-1]["done"]
+        time.sleep(0.5)  # long silent, for nobody asked: the time begins anew with the next question
+        assert events(ask(server, "late"))[-1]["done"]
+        assert "try again" in events(ask(server, "hang"))[-1]["error"]["message"]
+        assert "hung" in HTTP.get(server.url + "/stats").json()["workers"][0]["error"]
+        wait_for(lambda: server.pool.ready)
+        assert events(ask(server, "slow"))[-1]["done"]
+        assert [worker.restarts for worker in server.pool.workers] == [1]
+
+
+def test_a_full_queue() -> None:
+    with scripted.serve({"": ["a", 0.6, "b"]}, slots=1, queue_limit=1) as server, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            response = stack.enter_context(HTTP.stream("POST", server.url + "/chat/completions", json=body("x")))
+            assert response.status_code == 200
+        refused = ask(server, "x")
+        assert error(refused, 503)["message"].startswith("1 requests wait")
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        error(ask(server, "x", "/v1/chat/completions", n=2), 503)
+        assert len(server.pool.queue) == 1, "a refused request leaves nothing behind"
+        wait_for(lambda: idle(server))
+        assert events(ask(server, "x"))[-1]["done"]
+
+
+def test_without_a_queue_a_free_slot_is_taken() -> None:
+    with scripted.serve({"": ["a", 0.4, "b"]}, slots=2, queue_limit=0) as server:
+        with HTTP.stream("POST", server.url + "/chat/completions", json=body("x")) as response:
+            assert response.status_code == 200
+            error(ask(server, "x", "/v1/chat/completions", n=2), 503)
+            assert ask(server, "x").is_success
+        wait_for(lambda: idle(server))
+
+
+# Clients that leave
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_frees_the_place(path: str, stream: bool) -> None:
+    more = {"stream": stream} if path.startswith("/v1") else {}
+    with scripted.serve({"": ["x"] * 1000}, delay=0.02, slots=1) as server:
+        for waiting in (False, True):  # the second time as one that still waits for the slot
+            with contextlib.ExitStack() as stack:
+                if waiting:
+                    stack.enter_context(HTTP.stream("POST", server.url + "/chat/completions", json=body("first")))
+                connection = http.client.HTTPConnection(urlsplit(server.url).netloc)
+                connection.request("POST", path, json.dumps(body("gone", **more)), {"content-type": "application/json"})
+                wait_for(lambda: len(server.pool.queue) == 1 if waiting else server.pool.active == 1)  # noqa: B023
+                connection.sock.close()
+                left = time.monotonic()
+                wait_for(lambda: not server.pool.queue and server.pool.active == int(waiting))  # noqa: B023
+                assert time.monotonic() - left < 0.25
+        wait_for(lambda: idle(server))
+        assert server.cancelled == ["gone", "first"]
+
+
+def test_an_end_of_the_server_ends_the_streams() -> None:
+    with scripted.serve(REPLIES) as server:
+        ended = threading.Event()
+        with HTTP.stream("POST", server.url + "/chat/completions", json=body("slow")) as response:
+            lines = response.iter_lines()
+            assert "token" in next(line for line in lines if line.startswith("data"))
+
+            def stop() -> None:
+                server.stop()
+                ended.set()
+
+            threading.Thread(target=stop).start()
+            rest = [line for line in lines if line.startswith("data")]
+        assert "shutting down" in rest[-1]
+        assert ended.wait(5)
+
+
+# OpenAI's protocol
+
+
+def test_openai_whole(client: openai.OpenAI, server: scripted.Server) -> None:
+    assert [model.id for model in client.models.list()] == ["scripted"]
+    got = client.chat.completions.create(
+        model="scripted", messages=[{"role": "user", "content": "hello"}], seed=3, max_completion_tokens=100
+    )
+    assert got.choices[0].message.content == "Hi there!" and got.choices[0].finish_reason == "stop"
+    assert got.usage and (got.usage.prompt_tokens, got.usage.completion_tokens) == (9, 10)
+    assert server.asked[-1][1].max_tokens == 100
+    for model in ("nanochat", "scripted"):
+        got = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hello"}], max_tokens=2)
+        assert (got.choices[0].message.content, got.choices[0].finish_reason, got.model) == ("Hi", "length", "scripted")
+
+
+def test_openai_stream(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model="scripted",
+            messages=[{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "Hi there!"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].usage and chunks[-1].usage.total_tokens == 19 and not chunks[-1].choices
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_openai_several_choices(client: openai.OpenAI, server: scripted.Server) -> None:
+    messages: Any = [{"role": "user", "content": "hello"}]
+    del server.asked[:]
+    got = client.chat.completions.create(model="scripted", messages=messages, n=3, seed=2**63 - 1)
+    assert [choice.message.content for choice in got.choices] == ["Hi there!"] * 3
+    assert got.usage and got.usage.completion_tokens == 30
+    assert [sampling.seed for _, sampling in server.asked] == [2**63 - 1, 0, 1]
+    texts = {0: "", 1: ""}
+    for chunk in client.chat.completions.create(model="scripted", messages=messages, n=2, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == {0: "Hi there!", 1: "Hi there!"}
+
+
+def test_openai_stop_text(client: openai.OpenAI, server: scripted.Server) -> None:
+    messages: Any = [{"role": "user", "content": "stops"}]
+    got = client.chat.completions.create(model="scripted", messages=messages, stop=["never", "STOP"])
+    assert (got.choices[0].message.content, got.choices[0].finish_reason) == ("one ", "stop")
+    stream = client.chat.completions.create(model="scripted", messages=messages, stop="two", stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "one STOP "
+    wait_for(lambda: idle(server))
+
+
+def test_openai_tool_calls_stand_apart_and_can_be_sent_back(client: openai.OpenAI, server: scripted.Server) -> None:
+    messages: Any = [{"role": "user", "content": "tool"}]
+    message = client.chat.completions.create(model="scripted", messages=messages).choices[0].message
+    assert message.content == "It is 2."
+    messages += [message, {"role": "user", "content": "hello"}]
+    client.chat.completions.create(model="scripted", messages=messages)
+    called = "It is <|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>2.<|assistant_end|>"
+    assert called in server.prompts[-1]
+    stream = client.chat.completions.create(model="scripted", messages=messages[:1], stream=True)
+    extra = [(c.choices[0].delta.model_extra or {}).get("nanochat_parts") for c in stream]
+    assert [part for parts in extra if parts for part in parts] == [
+        {"type": "python", "text": "1+1"},
+        {"type": "python_output", "text": "2"},
+    ]
+
+
+def test_openai_errors_are_its_exceptions(client: openai.OpenAI) -> None:
+    hello: Any = [{"role": "user", "content": "hello"}]
+    with pytest.raises(openai.BadRequestError, match="temperature is 3"):
+        client.chat.completions.create(model="scripted", messages=hello, temperature=3)
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        client.chat.completions.create(
+            model="scripted", messages=hello, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+    with pytest.raises(openai.NotFoundError, match="there is scripted"):
+        client.chat.completions.create(model="gpt-4", messages=hello)
+    stream = client.chat.completions.create(
+        model="scripted", messages=[{"role": "user", "content": "refuse"}], stream=True
+    )
+    with pytest.raises(openai.APIError, match="refused"):
+        list(stream)
+    with pytest.raises(openai.InternalServerError, match="refused"):
+        client.chat.completions.create(model="scripted", messages=[{"role": "user", "content": "refuse"}])
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize("stream", [True, False])
+def test_curl(server: scripted.Server, stream: bool) -> None:
+    command = ["curl", "-sN", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", "@-"]
+    given = json.dumps(body("hello", stream=stream))
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=20, check=True)
+    if stream:
+        assert done.stdout.endswith("data: [DONE]\n\n") and '"content":"Hi "' in done.stdout
+    else:
+        assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "Hi there!"
+
+
+# Strangers
+
+
+def test_a_token_guards_all_but_the_page_and_health() -> None:
+    with scripted.serve(REPLIES, token="secret") as server, httpx.Client(base_url=server.url) as http:
+        for path in ("/", "/health"):
+            assert http.get(path).status_code == 200
+        for path in ("/stats", "/metrics", "/v1/models", "/openapi.json", "/nothing"):
+            refused = http.get(path)
+            assert error(refused, 401)["type"] == "authentication_error"
+            assert refused.headers["www-authenticate"] == "Bearer"
+        for given in ("secret", "Bearer", "Bearer secre", "Bearer secrets", "Basic secret", "Bearer sécret"):
+            headers = {b"authorization": given.encode("latin-1")}
+            error(http.post("/chat/completions", json=body("hello"), headers=headers), 401)
+        for given in ("Bearer secret", "bearer  secret"):
+            assert http.post("/chat/completions", json=body("hello"), headers={"authorization": given}).is_success
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
+        assert openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret").models.list().data
+
+
+def test_other_pages_and_rebound_names_are_refused(server: scripted.Server) -> None:
+    port = urlsplit(server.url).port
+    with httpx.Client(base_url=server.url) as http:
+
+        def status(**headers: str) -> int:
+            return http.post("/chat/completions", json=body("hello"), headers=headers).status_code
+
+        assert status(host=f"localhost:{port}", origin=f"http://localhost:{port}") == 200
+        assert status(host=f"[::1]:{port}") == 200
+        for origin in (
+            "https://evil.example",
+            "null",
+            f"http://localhost:{port}",
+            f"http://127.0.0.1:{port}.evil.example",
+        ):
+            assert status(origin=origin) == 403, origin
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "[", "::1"):
+            assert status(host=host) == 403, host
+        assert http.options("/chat/completions", headers={"origin": "https://evil.example"}).status_code == 403
+        for path in ("/", "/health", "/stats"):
+            assert "access-control-allow-origin" not in http.get(path).headers
+
+
+def test_a_proxy_s_name_is_allowed_by_a_setting() -> None:
+    with scripted.serve(REPLIES, hosts=("chat.example",)) as server:
+        headers = {"host": "chat.example", "origin": "https://chat.example"}
+        assert HTTP.post(server.url + "/chat/completions", json=body("hello"), headers=headers).is_success
+
+
+def test_the_page_loads_nothing_from_elsewhere(server: scripted.Server) -> None:
+    response = HTTP.get(server.url + "/")
+    policy = dict(rule.split(" ", 1) for rule in response.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
+    assert policy["script-src"].startswith("'sha256-") and "unsafe" not in response.headers["content-security-policy"]
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+# Slow, large and broken requests
+
+
+def raw(server: scripted.Server, *parts: bytes, pause: float = 0.0, seconds: float = 5.0) -> bytes:
+    """Send parts with a pause after each, return all that comes until the server closes."""
+    with socket.create_connection(("127.0.0.1", urlsplit(server.url).port or 0), timeout=seconds) as sock:
+        with contextlib.suppress(ConnectionError, BrokenPipeError):
+            for part in parts:
+                sock.sendall(part)
+                time.sleep(pause)
+        found = b""
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := sock.recv(65536):
+                found += chunk
+        return found
+
+
+HEAD = b"POST /chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def test_large_bodies_are_refused(server: scripted.Server) -> None:
+    large = b"x" * (api.MAX_BODY_BYTES + 1)
+    assert b" 413 " in raw(server, HEAD + b"Content-Length: 9999999999\r\n\r\n").split(b"\r\n")[0]
+    assert b" 413 " in raw(server, HEAD + b"Content-Length: %d\r\n\r\n" % len(large), large).split(b"\r\n")[0]
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(large), large)
+    assert b" 413 " in raw(server, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunked).split(b"\r\n")[0]
+    assert idle(server)
+
+
+def test_slow_clients_are_timed_out() -> None:
+    with scripted.serve(REPLIES, header_seconds=0.3, body_seconds=0.3, idle_seconds=1) as server:
+        for sent, expected in {
+            b"": b"",  # connected, and silent
+            b"POST /chat": b"",
+            HEAD: b"",  # the header does not end
+            HEAD + b"Content-Length: 10\r\n\r\n{": b" 408 ",
+            HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n": b" 408 ",
+        }.items():
+            start = time.monotonic()
+            got = raw(server, sent)
+            assert expected in got.split(b"\r\n")[0] and bool(got) == bool(expected), sent
+            assert time.monotonic() - start < 2
+        # a byte now and then gains nothing
+        start = time.monotonic()
+        raw(server, *[bytes([byte]) for byte in HEAD], pause=0.02)
+        assert time.monotonic() - start < 3
+        got = raw(server, HEAD + b"Content-Length: 500\r\n\r\n", *[b" "] * 100, pause=0.02)
+        assert b" 408 " in got.split(b"\r\n")[0]
+        # nor does what comes after a whole request
+        got = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea")
+        assert got.startswith(b"HTTP/1.1 200")
+        wait_for(lambda: not connections(server))
+
+
+def connections(server: scripted.Server) -> int:
+    return len(server.uvicorn.server_state.connections)
+
+
+def test_a_client_that_does_not_read_is_dropped() -> None:
+    # Each token comes by itself, and its event has 40 bytes: in all more than the buffers between server and client.
+    with scripted.serve({"": ["x"] * 4096}, send_seconds=0.5) as server, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", urlsplit(server.url).port or 0))
+        given = json.dumps(body("x", max_tokens=4096, n=8, stream=True)).encode()
+        head = HEAD.replace(b"/chat", b"/v1/chat")
+        sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(given) + given)
+        wait_for(lambda: server.asked)
+        wait_for(lambda: idle(server))
+        start = time.monotonic()
+        wait_for(lambda: not connections(server))
+        assert time.monotonic() - start < 2
+
+
+def test_too_many_connections() -> None:
+    with scripted.serve(REPLIES, connections=3) as server:
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(socket.create_connection(("127.0.0.1", urlsplit(server.url).port or 0)))
+            wait_for(lambda: connections(server) == 3)
+            got = raw(server)
+            assert got.startswith(b"HTTP/1.1 503") and b"too many connections" in got and b"retry-after" in got
+        wait_for(lambda: not connections(server))
+        assert HTTP.get(server.url + "/health").is_success
+
+
+def test_broken_http_is_refused_in_json(server: scripted.Server) -> None:
+    for sent in (
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.x\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000 + b"\r\n",
+    ):
+        head, _, content = raw(server, sent).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400"), sent
+        assert json.loads(content)["error"]["type"] == "invalid_request_error"
+
+
+def test_two_requests_at_once_on_a_connection(server: scripted.Server) -> None:
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    got = raw(server, request + b"\r\n" + request + b"Connection: close\r\n\r\n")
+    assert got.count(b"HTTP/1.1 200") == 2
+
+
+# What it says of itself
+
+
+def test_stats_and_metrics_count() -> None:
+    with scripted.serve(REPLIES, notice="a base model", slots=2) as server, httpx.Client(base_url=server.url) as http:
+        events(ask(server, "hello"))
+        error(ask(server, "hello", temperature=9), 400)
+        assert http.get("/health").json()["notice"] == "a base model"
+        stats = http.get("/stats").json()
+        assert stats["model"] == {"name": "scripted", "step": 1, "stage": "base", "context": 40_000}
+        assert stats["answers"] == {"stop": 1} and stats["tokens"] == 10 and stats["queue"]["length"] == 0
+        assert stats["workers"][0]["slots"] == 2
+        lines = http.get("/metrics").text.splitlines()
+        assert 'nanochat_answers_total{finish="stop"} 1' in lines and "nanochat_tokens_total 10" in lines
+        assert 'nanochat_responses_total{code="400"} 1' in lines and "nanochat_ready 1" in lines
+        assert "nanochat_first_token_seconds_count 1" in lines
+        assert all(line.startswith("#") or float(line.rpartition(" ")[2]) >= 0 for line in lines)
+
+
+def test_nothing_of_a_conversation_is_logged(capfd: pytest.CaptureFixture[str], caplog: Any) -> None:
+    with scripted.serve(REPLIES, replicas=2) as server:
+        for content in ("hello", "die", "refuse"):
+            ask(server, content + " xyzzy" if content == "hello" else content)
+        ask(server, "xyzzy", temperature=9)
+        HTTP.get(server.url + "/xyzzy")
+    out, err = capfd.readouterr()
+    assert "xyzzy" not in out + err + caplog.text.replace("/xyzzy", "")
+
+
+# A fuzz by the schema
+
+
+def from_schema(schema: dict[str, Any], whole: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Return a strategy of values that the schema allows: as much of JSON Schema as `openapi` uses."""
+    if "$ref" in schema:
+        return from_schema(whole["components"]["schemas"][schema["$ref"].rpartition("/")[2]], whole)
+    if "anyOf" in schema:
+        return st.one_of([from_schema(one, whole) for one in schema["anyOf"]])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    if isinstance(schema["type"], list):
+        return st.one_of([from_schema(schema | {"type": kind}, whole) for kind in schema["type"]])
+    match schema["type"]:
+        case "null":
+            return st.none()
+        case "object":
+            fields = {name: from_schema(value, whole) for name, value in schema["properties"].items()}
+            needed = {name: fields.pop(name) for name in schema.get("required", ())}
+            return st.fixed_dictionaries(needed, optional=fields)
+        case "array":
+            least, most = schema.get("minItems", 0), min(4, schema.get("maxItems", 4))
+            return st.lists(from_schema(schema["items"], whole), min_size=least, max_size=most)
+        case "string":
+            return st.text(min_size=schema.get("minLength", 0), max_size=20)
+        case "boolean":
+            return st.booleans()
+        case kind:
+            return (st.integers if kind == "integer" else st.floats)(schema["minimum"], schema["maximum"])
+
+
+DOCUMENT = openapi.openapi()
+POSTS = [path for path, methods in DOCUMENT["paths"].items() if "post" in methods]
+BROKEN = st.dictionaries(NAMES | st.text(max_size=5), JSON, max_size=2)
+
+
+@pytest.mark.parametrize("path", POSTS)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_request_by_the_schema_or_near_it_is_a_500(server: scripted.Server, path: str, data: st.DataObject) -> None:
+    schema = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    value = data.draw(from_schema(schema, DOCUMENT)) | data.draw(st.just({}) | BROKEN)
+    content = json.dumps(value).encode()
+    if data.draw(st.integers(0, 9)) == 0:
+        cut = data.draw(st.integers(0, len(content)))
+        content = content[:cut] + data.draw(st.binary(max_size=3)) + content[cut:]
+    response = HTTP.post(server.url + path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404), (response.status_code, content)
+    if response.status_code != 200:
+        error(response, response.status_code)
+    elif not response.headers["content-type"].startswith("text/event-stream"):
+        assert response.json()["choices"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "FOO"])
+def test_no_method_on_any_path_is_a_500(server: scripted.Server, method: str) -> None:
+    with httpx.Client(base_url=server.url) as http:
+        for path in [*DOCUMENT["paths"], "/", "//", "/%00", "/v1/", "/../etc/passwd", "/health/", "/?a=%ff"]:
+            assert http.request(method, path).status_code < 500, (method, path)
+
+
+# The address
+
+
+def test_a_port_that_is_taken(server: scripted.Server) -> None:
+    with pytest.raises(UserError, match=r"cannot be listened on .*--set port"):
+        middleware.listen(Limits(port=urlsplit(server.url).port or 0))
+    with pytest.raises(UserError, match="cannot be listened on"):
+        middleware.listen(Limits(host="no.such.host.invalid"))
+
+
+@pytest.mark.parametrize(
+    ("host", "local"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("a.b", False)]
+)
+def test_who_can_reach_an_address(host: str, local: bool) -> None:
+    assert Limits(host).is_local == local
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
+    def connect(deliver: Callable[[Any], None]) -> Any:
+        deliver(("failed", "run=x: no such run", True))
+        deliver(("gone",))
+        return type("Link", (), {"send": lambda *_: None, "close": lambda *_: None})()
+
+    pool_, limits = scheduler.create([connect], 1), Limits(port=0)
+    with pytest.raises(UserError, match="run=x: no such run"):
+        middleware.run(app.app(pool_, limits), pool_, limits)
+
+
+def test_the_silence_of_a_long_wait_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "SILENCE_SECONDS", 0.05)
+    with scripted.serve({"": [0.3, "a"]}) as server:
+        assert ask(server, "x").text.count(": waiting\n\n") >= 3
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
+            stream = client.chat.completions.create(
+                model="nanochat", messages=[{"role": "user", "content": "x"}], stream=True
+            )
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "a"
+
+
+def test_many_clients_at_once_get_their_own_answers(server: scripted.Server) -> None:
+    async def all_of_them() -> list[str]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=20) as http:
+            got = await asyncio.gather(*(http.post("/chat/completions", json=body(f"n{i}")) for i in range(40)))
+        return ["".join(event.get("token", "") for event in events(response)) for response in got]
+
+    assert asyncio.run(all_of_them()) == [f"You said: n{i}" for i in range(40)]
+    assert idle(server)

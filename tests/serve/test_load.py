@@ -1,0 +1,332 @@
+"""The web experiment as a whole, its processes included: many clients at once, some rude; deaths; a clean end.
+
+The model is tiny and random. Its answers are nonsense, but each is a function of prompt and seed, and is so under load.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import small_model
+import torch
+import web_clients
+from web_clients import whole_answer
+
+from experiments import bench_serve, convert, web
+from nanochat import checkpoint, distributed, infer
+from nanochat.config import UserError, override
+from nanochat.data import Tokenizer, tokenizer
+from nanochat.model import ModelConfig
+from nanochat.serve import Sampling
+from nanochat.serve import worker as replica
+
+ROOT = Path(__file__).resolve().parents[2]
+TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
+SHAPE = ModelConfig(sequence_len=128, vocab_size=TOK.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
+SLOTS, REQUESTS = 16, 500
+# What is asked: few enough that the answer to each is known beforehand.
+QUESTIONS = [
+    {
+        "messages": [{"role": "user", "content": f"question {i} " + "x" * (3 * i)}],
+        "seed": i,
+        "max_tokens": 4 + 3 * (i % 7),
+    }
+    for i in range(20)
+]
+
+
+@dataclasses.dataclass
+class Running:
+    """A server's process, its address, the process of its replica, and what it printed until it was ready."""
+
+    process: subprocess.Popen[str]
+    url: str
+    replica: int
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer.save(TOK, folder / "tokenizer")
+    files = {file: folder / "tokenizer" / file for file in tokenizer.FILES}
+    manager = checkpoint.open_manager(folder / "runs/tiny/checkpoints", checkpoint.CheckpointConfig(asynchronous=False))
+    state = convert.Weights(torch.tensor(7), small_model.random_params(SHAPE))
+    checkpoint.save(manager, state, {"model": dataclasses.asdict(SHAPE)}, files=files)
+    checkpoint.close(manager)
+    return folder
+
+
+def launch(base: Path, *words: str) -> "subprocess.Popen[str]":
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "launch.py"), "--experiment=web", *(f"--set={word}" for word in words)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+
+
+@pytest.fixture(scope="module")
+def servers(base: Path) -> Iterator[list[Running]]:
+    """Two servers of the tiny model: one for the load, one to be killed."""
+    settings = ("port=0", "device=cpu", "compile=false", "exact=true", f"slots={SLOTS}", f"queue={REQUESTS}")
+    processes = [launch(base, *settings) for _ in range(2)]
+    try:
+        yield [ready(process) for process in processes]
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def ready(process: "subprocess.Popen[str]") -> Running:
+    printed = ""
+    assert process.stdout
+    for line in process.stdout:
+        printed += line
+        if found := re.search(r"open (http://localhost:\d+) ", line):
+            return Running(process, found[1], *replicas(process.pid), printed)  # type: ignore[call-arg]
+    raise AssertionError(f"it ended:\n{printed}")
+
+
+def replicas(pid: int) -> list[int]:
+    """Return the processes that `pid` spawned to compute, multiprocessing's own helper apart."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def rss_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1024
+
+
+def by_clients(url: str, answers: list[str], requests: int, seed: int) -> int:
+    """Let many clients ask, from a process of their own; returns how many answers were read to their end."""
+    command = [sys.executable, web_clients.__file__, url, str(requests), str(seed)]
+    given = json.dumps({"questions": QUESTIONS, "answers": answers})
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+async def alone(url: str) -> list[str]:
+    return [await whole_answer(url, question) for question in QUESTIONS]
+
+
+@contextlib.contextmanager
+def health_of(server: Running) -> Iterator[list[tuple[float, float]]]:
+    """Ask for /health meanwhile; yields what will be (seconds that it took, and of them in the queue for a core)."""
+    command = [sys.executable, web_clients.__file__, "--health", server.url, str(server.process.pid)]
+    found: list[tuple[float, float]] = []
+
+    def add(line: str) -> None:
+        took, queued = map(float, line.split())
+        found.append((took, queued))
+
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nurse:
+        assert nurse.stdout
+        add(nurse.stdout.readline())
+        yield found
+        for line in nurse.communicate()[0].splitlines():
+            add(line)
+        assert nurse.returncode == 0
+
+
+def settle(url: str) -> dict[str, Any]:
+    """Return /stats once nothing is being answered any more."""
+    end = time.monotonic() + 5
+    while True:
+        stats = httpx.get(url + "/stats").json()
+        if stats["active"] == 0 and stats["queue"]["length"] == 0:
+            return stats
+        assert time.monotonic() < end, stats
+        time.sleep(0.02)
+
+
+def test_what_it_prints(servers: list[Running]) -> None:
+    printed = servers[0].printed
+    assert "loading tiny on cpu" in printed and "tiny, step 7 (base)" in printed and "16 requests at once" in printed
+    assert "note: tiny is a base model" in printed and "Ctrl-C stops it" in printed
+    assert "base model" in httpx.get(servers[0].url + "/health").json()["notice"]
+
+
+def test_under_load_every_answer_is_the_unloaded_one(servers: list[Running]) -> None:
+    url, pids = servers[0].url, (servers[0].process.pid, servers[0].replica)
+    answers = asyncio.run(alone(url))
+    assert len(set(answers)) > len(QUESTIONS) // 2, "the questions have answers of their own"
+    by_clients(url, answers, REQUESTS // 2, seed=0)
+    settle(url)
+    before = [rss_mb(pid) for pid in pids]
+    with health_of(servers[0]) as health:
+        complete = by_clients(url, answers, REQUESTS // 2, seed=1)
+    stats = settle(url)
+    assert complete > REQUESTS // 4
+    assert stats["answers"]["cancelled"] > 5 and "failed" not in stats["answers"]
+    assert stats["workers"][0]["active"] == 0 and stats["workers"][0]["restarts"] == 0
+    # Without what the machine, which may have other work, let server and client wait: the rest is the server's own.
+    slowest = max(took for took, _ in health)
+    print(f"/health took up to {1000 * slowest:.1f} ms in {len(health)} requests")
+    assert max(took - queued for took, queued in health) < 0.1, f"/health took up to {slowest:.3f} s: {health}"
+    for pid, size in zip(pids, before):
+        assert rss_mb(pid) < size + 8, f"{size:.0f} MB grew to {rss_mb(pid):.0f} MB"
+    # No slot has leaked: as many as there are answer at once, and the queue stays empty.
+    asyncio.run(all_slots_work(url))
+
+
+async def all_slots_work(url: str) -> None:
+    question = QUESTIONS[0] | {"max_tokens": 100}
+    asked = [asyncio.create_task(whole_answer(url, question | {"seed": i})) for i in range(SLOTS)]
+    most = 0
+    async with httpx.AsyncClient(base_url=url) as http:
+        while not all(task.done() for task in asked):
+            stats = (await http.get("/stats")).json()
+            most = max(most, stats["active"])
+            assert stats["queue"]["length"] == 0
+    assert len([task.result() for task in asked]) == SLOTS
+    assert most > SLOTS // 2
+
+
+def test_a_killed_replica_fails_its_streams_and_comes_back(servers: list[Running]) -> None:
+    url = servers[1].url
+    question = QUESTIONS[0] | {"max_tokens": 120}
+    with httpx.stream("POST", url + "/chat/completions", json=question, timeout=20) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: "))
+        next(lines)
+        os.kill(servers[1].replica, signal.SIGKILL)
+        *_, last = lines
+    assert "try again" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    # Asked while no replica is there: it waits for the next one.
+    response = httpx.post(url + "/v1/chat/completions", json=QUESTIONS[1], timeout=60)
+    assert response.json()["usage"]["completion_tokens"] > 0
+    assert httpx.get(url + "/stats").json()["workers"][0]["restarts"] == 1
+
+
+def test_a_replica_ends_with_its_parent(servers: list[Running]) -> None:
+    process = servers[1].process
+    (replica,) = replicas(process.pid)
+    process.kill()
+    process.wait()
+    wait_for_end(replica)
+
+
+def wait_for_end(pid: int) -> None:
+    end = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < end, "the process lives"
+        time.sleep(0.05)
+
+
+def test_the_bench_prints_a_table(servers: list[Running], capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"url={servers[0].url}", "clients=1,4", "seconds=0.2", "max_tokens=8", "prompt=x"]
+    bench_serve.run(override(bench_serve.config(), settings), distributed.init("cpu"))
+    *_, one, four = capsys.readouterr().out.splitlines()
+    assert one.split()[0] == "1" and one.split()[3] == "1.00" and four.split()[0] == "4" and float(four.split()[2]) > 0
+    with pytest.raises(UserError, match="no server answers"):
+        bench_serve.run(override(bench_serve.config(), ["url=http://localhost:9"]), distributed.init("cpu"))
+
+
+def test_sigterm_while_it_is_loading_ends_all_of_it(base: Path) -> None:
+    process = launch(base, "port=0", "device=cpu", "compile=false")
+    try:
+        assert process.stdout and "loading" in process.stdout.readline()
+        end = time.monotonic() + 20
+        while not replicas(process.pid):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        (replica_,) = replicas(process.pid)
+        process.terminate()
+        assert process.wait(15) == 143
+        wait_for_end(replica_)
+        assert "Traceback" not in process.stdout.read()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_ends_streams_processes_and_program(servers: list[Running]) -> None:
+    server = servers[0]
+    question = QUESTIONS[0] | {"max_tokens": 120, "seed": 1}
+    with contextlib.ExitStack() as stack:
+        streams = [
+            stack.enter_context(httpx.stream("POST", server.url + "/chat/completions", json=question | {"seed": seed}))
+            for seed in range(8)
+        ]
+        os.killpg(server.process.pid, signal.SIGINT)  # a terminal sends it to all of the group
+        for stream in streams:
+            last = [line for line in stream.iter_lines() if line.startswith("data: ")][-1]
+            assert '"done"' in last or "shutting down" in last
+    printed = server.process.stdout.read() if server.process.stdout else ""
+    assert server.process.wait(10) == 130 and printed == "stopped by Ctrl-C\n"
+    wait_for_end(server.replica)
+
+
+def until_the_end(pipe: Any, decoder: infer.Engine) -> None:
+    with contextlib.suppress(EOFError, ConnectionError):
+        replica.work(pipe, decoder)
+
+
+def test_a_replica_forgets_at_once_what_is_cancelled() -> None:
+    decoder = infer.start(small_model.random_params(SHAPE), SHAPE, TOK, slots=1, compile=False)
+    ours, theirs = multiprocessing.Pipe()
+    worker = threading.Thread(target=until_the_end, args=(theirs, decoder))
+    worker.start()
+    prompt, long = [TOK.bos, 5, 6], Sampling(1.0, 0, 100, 1)
+    ours.send(("new", "runs", prompt, long))
+    assert ours.recv()[0] == "tokens"
+    ours.send(("new", "waits", prompt, long))
+    ours.send(("new", "refused", [], long))
+    ours.send(("new", "short", prompt, dataclasses.replace(long, max_tokens=3)))
+    ours.send(("cancel", "waits"))
+    ours.send(("cancel", "runs"))
+    ours.send(("cancel", "nobody's"))
+    told: list[Any] = []
+    while not told or told[-1][0] != "tokens" or told[-1][1][-1][2] is None:
+        assert ours.poll(20)
+        told.append(ours.recv())
+    keys = [key for message in told if message[0] == "tokens" for key, *_ in message[1]]
+    assert keys.count("short") <= 3 and keys[-1] == "short" and "waits" not in keys
+    assert keys.count("runs") < 60, "it would have had 99 to come"
+    assert [message[1] for message in told if message[0] == "refused"] == ["refused"]
+    assert infer.free(decoder) == 1
+    ours.close()
+    worker.join(10)
+    assert not worker.is_alive(), "the end of the pipe is its end"
+
+
+def refused(base: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> str:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    with pytest.raises(UserError) as caught:
+        web.run(override(web.config(), ["device=cpu", "compile=false", "port=0", *settings]), distributed.init("cpu"))
+    return str(caught.value)
+
+
+def test_mistakes_are_told_before_anything_starts(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no trained model" in refused(tmp_path, monkeypatch)
+    assert "run=tinny: no such run" in refused(base, monkeypatch, "run=tinny")
+    assert "slots=0" in refused(base, monkeypatch, "slots=0")
+    assert "gpus=2" in refused(base, monkeypatch, "gpus=2")
+    assert "both set" in refused(base, monkeypatch, "token=a", f"token_file={tmp_path}")
+    assert "cannot be read" in refused(base, monkeypatch, f"token_file={tmp_path / 'none'}")
+    assert "token is empty" in refused(base, monkeypatch, "token=a b")
+    file = tmp_path / "token"
+    file.write_text("secret\n")
+    config = override(web.config(), [f"token_file={file}"])
+    assert web.read_token(config) == "secret"
+    assert "secret" not in repr(dataclasses.replace(config, token="secret", token_file=None))
+
+
+def test_a_step_that_is_not_there_ends_the_server(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.search("step", refused(base, monkeypatch, "step=999"))

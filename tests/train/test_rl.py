@@ -1,0 +1,292 @@
+"""Reinforcement learning: its gradient is that of REINFORCE by hand, answers by their seeds, steps, pass@k."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from small_model import Unchanged, assert_trees_close, random_params
+from torch import Tensor
+
+from nanochat import infer, model, optim, train, tree
+from nanochat.config import UserError
+from nanochat.data import Tokenizer, chat_format
+from nanochat.infer import sampling
+from nanochat.model import ModelConfig, loss
+from nanochat.tasks import Task, qa_conversation
+from nanochat.train import Rollout, RolloutConfig, TrainState, rl
+
+TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
+CONFIG = ModelConfig(sequence_len=32, vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+HOW = RolloutConfig(examples=4, samples=3, max_tokens=8, slots=5)
+CPU = torch.device("cpu")
+END = TOK.special("<|assistant_end|>")
+
+
+def rollout(prompt: Sequence[int], tokens: Sequence[int], reward: float, forced: Sequence[int] = ()) -> Rollout:
+    sampled = [i not in forced for i in range(len(tokens))]
+    return Rollout(tuple(prompt), list(tokens), sampled, "stop", "", reward)
+
+
+# Two examples: one of three answers, whose second had a tool force two tokens into it; one of two.
+PLAYED = [
+    [
+        rollout([1, 2, 3], [4, 5, 6], 1.0),
+        rollout([1, 2, 3], [7, 8, 9, 10, 11], 0.0, forced=(2, 3)),
+        rollout([1, 2, 3], [12], 0.0),
+    ],
+    [rollout([13, 14], [15, 16], 0.25), rollout([13, 14], [17], 1.0)],
+]
+# The same by hand: (tokens that were sampled for the example, [(advantage, ids, places of what was sampled)]).
+BY_HAND = [
+    (
+        7,
+        [
+            (2 / 3, [1, 2, 3, 4, 5, 6], [3, 4, 5]),
+            (-1 / 3, [1, 2, 3, 7, 8, 9, 10, 11], [3, 4, 7]),
+            (-1 / 3, [1, 2, 3, 12], [3]),
+        ],
+    ),
+    (3, [(-0.375, [13, 14, 15, 16], [2, 3]), (0.375, [13, 14, 17], [2])]),
+]
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_and_targets_of_a_step():
+    rows = [row for group in PLAYED for row in rl.weighted(group)]
+    assert [row.ids for row in rows] == [ids for _, answers in BY_HAND for _, ids, _ in answers]
+    for row, (count, (advantage, _, drawn)) in zip(rows, [(n, one) for n, answers in BY_HAND for one in answers]):
+        want = [advantage / count if i in drawn else 0.0 for i in range(len(row.ids))]
+        assert row.weights == pytest.approx(want)
+    first, second = rl.micro_batches(rows, 2, 3, 10.0, None, CPU)
+    assert first["inputs"].tolist() == [[13, 14, 17], [1, 2, 3], [13, 14, 15]]  # the shortest rows first
+    assert first["targets"].tolist() == [[-1, 17, -1], [-1, -1, 12], [-1, 15, 16]]
+    torch.testing.assert_close(first["weights"], torch.tensor([[0, 1.25, 0], [0, 0, -10 / 21], [0, -1.25, -1.25]]))
+    assert second["targets"].tolist() == [[-1, -1, 4, 5, 6, -1, -1], [-1, -1, 7, 8, -1, -1, 11], [-1] * 7]
+    assert second["weights"][2].tolist() == [0.0] * 7 and second["inputs"].dtype == torch.int64
+    for pad, widths in ((4, [4, 8]), (3, [3, 12]), (16, [16, 16])):
+        padded = rl.micro_batches(rows, 2, 3, 1.0, pad, CPU)
+        assert [batch["inputs"].shape[1] for batch in padded] == widths
+
+
+def plain_loss(params: Any) -> Tensor:
+    """Return the loss from its definition: each answer's log-probabilities, summed up one row at a time."""
+    total = torch.zeros((), dtype=torch.float64)
+    for count, answers in BY_HAND:
+        for advantage, ids, drawn in answers:
+            logp_TV = model.apply(params, torch.tensor([ids]), config=CONFIG)[0].double().log_softmax(-1)
+            total = total - advantage * sum(logp_TV[i - 1, ids[i]] for i in drawn) / count
+    return total / len(BY_HAND)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_the_gradient_is_that_of_reinforce(batch_rows: int, chunk_tokens: int | None):
+    params = random_params(CONFIG)
+    leaves = tree.map(lambda x: x.clone().requires_grad_(), params)
+    want_loss = plain_loss(leaves)
+    grads = torch.autograd.grad(want_loss, tree.leaves(leaves), allow_unused=True, materialize_grads=True)
+    want = tree.unflatten(dict(zip(tree.flatten(params), grads)))
+    rows = [row for group in PLAYED for row in rl.weighted(group)]
+    n_batches = -(-len(rows) // batch_rows)
+    batches = rl.micro_batches(rows, n_batches, batch_rows, n_batches / len(PLAYED), None, CPU)
+    seen: list[Any] = []
+
+    def update(state: TrainState, grads: Any, scale: Tensor, value: Tensor, hparams: Any) -> Any:
+        seen.append((tree.map(lambda g: g * scale, grads), value))
+        return state, {}
+
+    loss_fn = functools.partial(loss.next_token, config=CONFIG, chunk_tokens=chunk_tokens)
+    state = train.init(params, model.spec(CONFIG))
+    train.train_step(state, batches, {}, value_and_grad=train.gradient(loss_fn), update=update)
+    assert_trees_close(seen[0][0], want, rtol=2e-5, atol=1e-7)
+    assert float(seen[0][1]) == pytest.approx(float(want_loss.detach()), rel=1e-5)
+
+
+def test_the_gradient_of_a_single_token_is_the_formula_of_the_softmax():
+    """The unembedding's gradient for one answer of one token: advantage · (one-hot − p)(1 − tanh²) ⊗ x, by hand."""
+    params = random_params(CONFIG)
+    group = [rollout([5, 6, 7], [9], 1.0), rollout([5, 6, 7], [10], 0.0)]
+    batches = rl.micro_batches(rl.weighted(group), 1, 2, 1.0, None, CPU)
+    grads, _ = train.gradient(functools.partial(loss.next_token, config=CONFIG))(params, batches[0], torch.tensor(1.0))
+    x_C = model.features(params, torch.tensor([[5, 6, 7]]), config=CONFIG)[0, -1]
+    tanh_V = torch.tanh((params["lm_head"] @ x_C)[: CONFIG.vocab_size] / 15)
+    p_V = (15 * tanh_V).softmax(0)
+    want_V = torch.zeros(CONFIG.vocab_size)
+    for token, advantage in ((9, 0.5), (10, -0.5)):
+        onehot_V = torch.nn.functional.one_hot(torch.tensor(token), CONFIG.vocab_size)
+        want_V -= advantage / 2 * (onehot_V - p_V) * (1 - tanh_V**2)
+    torch.testing.assert_close(grads["lm_head"][: CONFIG.vocab_size], want_V[:, None] * x_C, rtol=1e-4, atol=1e-7)
+
+
+def test_answers_of_one_reward_teach_nothing():
+    assert rl.advantages([1.0, 0.0, 0.0, 1.0]) == [0.5, -0.5, -0.5, 0.5]
+    assert rl.advantages([0.1] * 3) == [0.0] * 3
+    assert rl.weighted([rollout([1], [2, 3], 0.7)] * 3) == []
+    group = [rollout([1], [2, 3], r) for r in (0.0, 0.5, 1.0)]
+    assert [row.weights[1] for row in rl.weighted(group)] == pytest.approx([-0.5 / 6, 0.5 / 6])
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def task(size: int = 6, right: Any = lambda row, text: "7" in text) -> Task:
+    return Task("sevens", "generative", size, lambda i: qa_conversation(f"say {'7' * (1 + i % 3)}", "7"), right)
+
+
+def decoder(**settings: Any) -> infer.Engine:
+    how: dict[str, Any] = {"slots": HOW.slots, "context": 60, "compile": False, "own": True} | settings
+    return infer.start(random_params(CONFIG), CONFIG, TOK, **how)
+
+
+def play(numbers: Sequence[int], how: RolloutConfig = HOW, seed: int = 1, **settings: Any) -> list[list[Rollout]]:
+    return rl.rollouts(decoder(**settings), TOK, task(), rl.correct_reward(task()), numbers, how=how, seed=seed)
+
+
+def test_answers_depend_on_their_numbers_and_the_seed_alone():
+    want = play(range(8))
+    assert [len(group) for group in want] == [3] * 8
+    assert len({tuple(one.tokens) for group in want for one in group}) == 24
+    assert play([5, 3]) == [want[5], want[3]] and play(range(8), slots=2) == want
+    assert play(range(8), seed=2) != want
+    assert want[0][0].prompt == want[6][0].prompt, "number 6 is row 0 again, with draws of its own"
+    prompt = chat_format.prompt(TOK, task().row(2)["messages"][:1])
+    assert list(want[2][0].prompt) == prompt[-CONFIG.sequence_len :]
+    for one in [one for group in want for one in group]:
+        assert one.finish == ("stop" if one.tokens[-1] in (END, TOK.bos) else "length") and len(one.tokens) <= 8
+
+
+def test_answers_come_with_what_a_tool_forced_and_their_reward(monkeypatch: pytest.MonkeyPatch):
+    call = [TOK.special("<|python_start|>"), *b"3+4", TOK.special("<|python_end|>")]
+    result = [TOK.special("<|output_start|>"), *b"7", TOK.special("<|output_end|>")]
+    row = qa_conversation("3+4?", "7")
+    n_prompt = len(chat_format.prompt(TOK, row["messages"][:1]))
+    texts = [[*call, *result, *b"#7", END], [*b"It is 5", END], [*call, *result, *b"8", END]]
+    order = {rl.seed_of(1, 0, i): text for i, text in enumerate(texts)}
+
+    def drawn(logits_BV: Tensor, *, seed_B: Tensor, position_B: Tensor, **_: Any) -> Tensor:
+        pairs = zip(seed_B.tolist(), position_B.tolist())
+        return torch.tensor([order.get(s, [0])[p - n_prompt] if s in order and p >= n_prompt else 0 for s, p in pairs])
+
+    monkeypatch.setattr(sampling, "draw", drawn)
+    one = Task("sum", "generative", 1, lambda i: row, lambda row, text: text == "#7")
+    how = dataclasses.replace(HOW, max_tokens=20)
+    (group,) = rl.rollouts(decoder(), TOK, one, rl.correct_reward(one), [0], how=how, seed=1)
+    assert [answer.tokens for answer in group] == texts
+    assert group[0].sampled == [True] * 5 + [False] * 3 + [True] * 3
+    assert [answer.text for answer in group] == ["#7", "It is 5", "8"] and [a.reward for a in group] == [1.0, 0.0, 0.0]
+    rows = rl.weighted(group)
+    forced = range(n_prompt + 5, n_prompt + 8)
+    assert all(row.weights[i] == 0 for row in (rows[0], rows[2]) for i in (*range(n_prompt), *forced))
+    assert [sum(w != 0 for w in row.weights) for row in rows] == [8, 8, 7]
+    assert sum(rows[0].weights) == pytest.approx(8 * (2 / 3) / (8 + 8 + 7))
+
+
+def test_batches_count_the_examples_through_and_go_on():
+    stream = rl.prompt_batches(task(), 4)
+    found = [next(stream) for _ in range(3)]
+    assert [batch["numbers"] for batch, _, _ in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [stats["epoch"] for _, _, stats in found] == pytest.approx([4 / 6, 8 / 6, 2])
+    assert next(rl.prompt_batches(task(), 4, found[1][1]))[0] == found[2][0]
+    assert next(rl.prompt_batches(task(), 2, found[1][1]))[0]["numbers"] == [8, 9]
+    with pytest.raises(UserError, match="5 rows of sevens: the run has 6 of sevens"):
+        next(rl.prompt_batches(task(5), 4, found[0][1]))
+
+
+def test_pass_at_k_is_any_of_the_first_k(monkeypatch: pytest.MonkeyPatch):
+    solved = [[False, False, True], [True, False, False], [False, False, False], [False, True, True]]
+    asked = []
+
+    def samples(_decoder: Any, _tok: Any, _task: Any, indices: Any, how: Any, _line: Any) -> list[list[bool]]:
+        asked.append((list(indices), how.samples, how.temperature, how.top_k, how.max_tokens))
+        return solved
+
+    monkeypatch.setattr(rl.chat_eval, "samples", samples)
+    assert rl.pass_at_k(decoder(), TOK, task(), 4, HOW, most=3) == {
+        "rl/pass_at_1": 0.25,
+        "rl/pass_at_2": 0.5,
+        "rl/pass_at_3": 0.75,
+    }
+    assert asked == [([0, 1, 2, 3], 3, 1.0, 50, 8)]
+
+
+def test_what_cannot_be_practised_says_why():
+    with pytest.raises(UserError, match="task chat: nothing judges"):
+        rl.correct_reward(Task("chat", "chat", 1, lambda i: {}))
+    wrong = {"examples": 0, "samples": 1, "temperature": 0, "top_k": -1, "max_tokens": 0, "slots": 0}
+    for name, value in wrong.items():
+        with pytest.raises(UserError, match=f"rollout.{name}={value}"):
+            RolloutConfig(**{name: value})
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def rates(lr: float) -> Any:
+    found = optim.param_group_settings(optim.OptimConfig(0.3, 0.1, 0.05, 0.5), CONFIG.n_embd, weight_decay=0.0)
+    for group in found.values():
+        group["lr"] *= lr
+    return optim.as_hparams(found)
+
+
+def stepper(reward: rl.Reward, how: RolloutConfig = HOW, donate: bool = False, **more: Any) -> Any:
+    """Return (state, numbers, hparams) -> (state, metrics), with an engine of its own."""
+    engine = decoder(slots=how.slots)
+    loss_fn = functools.partial(loss.next_token, config=CONFIG, chunk_tokens=64)
+    train_step = functools.partial(
+        train.train_step, value_and_grad=train.gradient(loss_fn), update=train.make_update(donate=donate)
+    )
+
+    def answers(params: Any, numbers: Sequence[int]) -> list[list[Rollout]]:
+        infer.load_params_(engine, params)
+        return rl.rollouts(engine, TOK, task(), reward, numbers, how=how, seed=3)
+
+    step = functools.partial(rl.rl_step, play=answers, train_step=train_step, **{"batch_rows": 5, **more})
+    return lambda state, numbers, hparams: step(state, [{"numbers": numbers}], hparams)
+
+
+def ascii_share(row: Any, text: str) -> float:
+    """Return the share of characters that are ASCII."""
+    return sum(ord(letter) < 128 for letter in text) / max(len(text), 1)
+
+
+def test_a_step_is_pure_and_reports_what_it_saw():
+    state = train.init(random_params(CONFIG), model.spec(CONFIG))
+    seen: list[Any] = []
+    with Unchanged(state.params, state.opt_state):
+        new, found = stepper(ascii_share, show=seen.append)(state, [0, 1, 2, 3], rates(0.1))
+    (played,) = seen
+    answers = [one for group in played for one in group]
+    assert float(found["rl/reward"]) == pytest.approx(sum(one.reward for one in answers) / 12)
+    assert float(found["rl/answer_tokens"]) == sum(len(one.tokens) for one in answers) / 12
+    assert float(found["tokens"]) == sum(len(one.tokens) for one in answers)
+    assert float(found["rl/finished"]) == sum(one.finish == "stop" for one in answers) / 12
+    assert float(found["rl/mixed"]) == 1.0 and found["finite"] and float(found["grad_norm"]) > 0
+    assert float(found["perf/rollout_tokens_per_second"]) > 0
+    assert int(new.step) == 1 and not torch.equal(new.params["lm_head"], state.params["lm_head"])
+
+
+def test_a_step_without_a_difference_changes_nothing_but_its_number():
+    state = train.init(random_params(CONFIG), model.spec(CONFIG))
+    step = stepper(lambda row, text: 1.0)
+    new, found = step(state, [0, 1, 2, 3], rates(0.1))
+    assert int(new.step) == 1 and float(found["rl/reward"]) == 1.0 and float(found["rl/mixed"]) == 0.0
+    assert found["finite"] and float(found["loss"]) == 0.0
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(new.params), tree.leaves(state.params)))
+    assert int(new.opt_state["step"]) == 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_rewarded_becomes_more_likely(sign: int):
+    how = RolloutConfig(examples=3, samples=8, max_tokens=6, slots=24)
+    state = train.init(random_params(CONFIG), model.spec(CONFIG))
+    step, shares = stepper(lambda row, text: sign * ascii_share(row, text), how, donate=True, batch_rows=24), []
+    for number in range(0, 45, 3):
+        state, found = step(state, range(number, number + 3), rates(0.04))
+        shares.append(sign * float(found["rl/reward"]))
+    first, last = sum(shares[:3]) / 3, sum(shares[-3:]) / 3
+    assert sign * (last - first) > 0.15, shares

@@ -1,0 +1,488 @@
+"""The training step: pure or donating, accumulated, compiled, safe against what is not finite; and its loop."""
+
+import dataclasses
+import functools
+import math
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from small_model import COMPILE, CONFIG, Unchanged, assert_trees_close, random_batch, random_params
+from tensordict import TensorDict
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from nanochat import model, optim, train, transform, tree
+from nanochat.config import UserError
+from nanochat.distributed import Runtime
+from nanochat.model import Compute, ModelConfig, attention, loss
+from nanochat.train import Progress, StopFlag, TrainState
+from nanochat.train import step as steps
+
+RATES = optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd)
+HPARAMS = optim.as_hparams(RATES)
+
+
+GRADS = ("autograd", "func")
+
+
+def new_state(compute_dtype: torch.dtype = torch.float32, config: ModelConfig = CONFIG) -> TrainState:
+    return train.init(random_params(config), model.spec(config), compute_dtype)
+
+
+def poisoned_loss(params: TensorDict, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The model's loss; with batch["poison"] 1 it is nan, with 2 it is finite and its gradient is not."""
+    value, aux = loss.next_token(params, batch, config=CONFIG)
+    poison = int(batch["poison"][0])
+    if poison == 1:
+        value = value * torch.nan
+    if poison == 2:
+        value = value + (0 * params["smear_lambda"]).sqrt().sum()
+    return value, aux
+
+
+def batch_of(rows: int = 4, seed: int = 0, poison: int = 0) -> dict[str, Tensor]:
+    """Return a batch whose targets all count, so that micro-batches weigh alike."""
+    ids = random_batch(rows=rows, seed=seed)["inputs"]
+    return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "poison": torch.full((rows,), poison)}
+
+
+def make_step(*, grad: str = "autograd", donate: bool = False, compute_dtype: torch.dtype = torch.float32) -> Any:
+    return functools.partial(
+        train.train_step,
+        value_and_grad=train.gradient(poisoned_loss, grad=grad),
+        update=train.make_update(compute_dtype=compute_dtype, donate=donate),
+    )
+
+
+def copy_of(state: TrainState) -> TrainState:
+    return tree.map(lambda x: x.clone(), state)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_pure_and_moves_everything():
+    state, batch = new_state(), batch_of()
+    with Unchanged(state, batch, HPARAMS):
+        new, metrics = make_step()(state, [batch], HPARAMS)
+    assert new.step == 1 and new.opt_state["step"] == 1
+    moved = tree.map(lambda a, b: not torch.equal(a, b), new.params, state.params)
+    assert all(tree.leaves(moved))
+    assert_equal(new.scaler, state.scaler)
+    value = loss.next_token(state.params, batch, config=CONFIG)[0]
+    assert torch.equal(metrics["loss"], value) and bool(metrics["finite"])
+    grads, _ = transform.value_and_grad(lambda p: loss.next_token(p, batch, config=CONFIG)[0])(state.params)
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in tree.leaves(grads)))
+    assert math.isclose(metrics["grad_norm"], norm, rel_tol=1e-5)
+    assert not any(x.requires_grad for x in tree.leaves((new, metrics)))
+
+
+def test_a_donated_state_is_written_over_with_the_same_numbers():
+    state, batch = new_state(), batch_of()
+    want, wanted_metrics = make_step()(copy_of(state), [batch], HPARAMS)
+    addresses = [x.data_ptr() for x in tree.leaves(state[1:3])]
+    new, metrics = make_step(donate=True)(state, [batch], HPARAMS)
+    assert [x.data_ptr() for x in tree.leaves(new[1:3])] == addresses
+    assert_equal(new, want)
+    assert_equal(metrics, wanted_metrics)
+
+
+def test_micro_batches_equal_one_large_batch():
+    batch = batch_of(rows=6)
+    parts = train.split_batch(batch, 2)
+    assert len(parts) == 3 and all(len(part["inputs"]) == 2 for part in parts)
+    whole, metrics = make_step()(new_state(), [batch], HPARAMS)
+    accumulated, more = make_step()(new_state(), parts, HPARAMS)
+    torch.testing.assert_close(metrics, more)
+    # One step of Muon and AdamW divides by the size of the gradient: rounding is all that may differ.
+    assert_trees_close(accumulated.params, whole.params, rtol=1e-3)
+    assert_trees_close(accumulated.opt_state, whole.opt_state, rtol=1e-4)
+
+
+def test_split_keeps_every_row_in_order():
+    batch = batch_of(rows=6)
+    for name in batch:
+        assert torch.equal(torch.cat([part[name] for part in train.split_batch(batch, 3)]), batch[name])
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("poison", [1, 2])
+def test_what_is_not_finite_leaves_parameters_and_moments_untouched(poison: int, donate: bool):
+    state, _ = make_step()(new_state(), [batch_of()], HPARAMS)  # moments that are not zero
+    before = copy_of(state)
+    new, metrics = make_step(donate=donate)(state, [batch_of(), batch_of(poison=poison)], HPARAMS)
+    assert not metrics["finite"]
+    assert metrics["loss"].isfinite() == (poison == 2)
+    assert not metrics["grad_norm"].isfinite()
+    assert_equal(new[1:], before[1:])
+    assert new.step == 2 and new.opt_state["step"] == 1, "the data moves on, the moments' count does not"
+
+
+def test_training_lowers_the_loss():
+    state, batch, step = new_state(), batch_of(rows=8), make_step(donate=True)
+    losses = []
+    for _ in range(15):
+        state, metrics = step(state, [batch], HPARAMS)
+        losses.append(metrics["loss"].item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_torch_func_gives_the_same_training():
+    states, losses = {}, {}
+    for grad in GRADS:
+        state, losses[grad] = new_state(), []
+        for i in range(5):
+            state, metrics = make_step(grad=grad)(state, train.split_batch(batch_of(seed=i), 2), HPARAMS)
+            losses[grad].append(metrics["loss"].item())
+        states[grad] = state
+    assert losses["func"] == pytest.approx(losses["autograd"], rel=1e-6)
+    assert_trees_close(states["func"].params, states["autograd"].params, rtol=1e-4)
+
+
+CPU = Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
+
+
+def test_training_by_torch_func_never_meets_a_custom_backward(monkeypatch: pytest.MonkeyPatch):
+    """Compiled, torch.func would drop it without a word: see test_transform's trap."""
+    settings = {grad: train.StageConfig(compile=False, train=train.TrainConfig(grad=grad)) for grad in GRADS}
+    want, metrics = train.build_step_functions(settings["autograd"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
+
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("the chunked loss was asked for")
+
+    monkeypatch.setattr(loss, "chunked", refuse)
+    got, same = train.build_step_functions(settings["func"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
+    assert float(same["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    assert float(same["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+    assert_trees_close(got.params, want.params, rtol=1e-2)  # Muon makes the rounding of small directions large
+    with pytest.raises(AssertionError, match="the chunked loss was asked for"):  # the default is the one that uses it
+        train.build_step_functions(settings["autograd"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
+    flex = attention.Choice(dict.fromkeys(CONFIG.windows, "flex"), "flex")
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: flex)
+    with pytest.raises(UserError, match=r"train\.grad=func: flex .* has a custom backward"):
+        train.build_step_functions(dataclasses.replace(settings["func"], compile=True), CONFIG, CPU)
+
+
+def test_tables_stay_in_half_precision():
+    state = train.init(random_params(dtype=torch.bfloat16), model.spec(CONFIG), torch.bfloat16)
+    want, wanted_metrics = make_step()(new_state(), [batch_of()], HPARAMS)
+    for donate in (False, True):
+        step = make_step(compute_dtype=torch.bfloat16, donate=donate)
+        new, metrics = step(copy_of(state), [batch_of()], HPARAMS)
+        assert [x.dtype for x in tree.leaves(new)] == [x.dtype for x in tree.leaves(state)]
+        assert math.isclose(metrics["loss"], wanted_metrics["loss"], rel_tol=0.02)
+        assert math.isclose(metrics["grad_norm"], wanted_metrics["grad_norm"], rel_tol=0.05)
+        assert (new.params["lm_head"] - want.params["lm_head"]).abs().mean() < 0.1 * 0.04  # of a step of 0.04
+
+
+# --- float16's loss scale -------------------------------------------------------------------------------------------
+
+
+def test_the_loss_scale_is_taken_out_of_the_update_again():
+    state, plain = new_state(torch.float16), new_state()
+    assert state.scaler["scale"] == 2.0**16 and plain.scaler["scale"] == 1
+    half, metrics = make_step(compute_dtype=torch.float16)(state, train.split_batch(batch_of(), 2), HPARAMS)
+    want, wanted_metrics = make_step()(plain, train.split_batch(batch_of(), 2), HPARAMS)
+    assert_equal(half[:3], want[:3])  # a power of two: not even the rounding differs
+    assert_equal(metrics, wanted_metrics)
+    assert half.scaler["good_steps"] == 1
+
+
+def test_the_loss_scale_halves_and_doubles():
+    step = make_step(compute_dtype=torch.float16, donate=True)
+    state, _ = step(new_state(torch.float16), [batch_of(poison=1)], HPARAMS)
+    assert (state.scaler["scale"], state.scaler["good_steps"]) == (2.0**15, 0)
+    state, _ = step(state, [batch_of()], HPARAMS)
+    state, _ = step(state, [batch_of(poison=2)], HPARAMS)
+    assert (state.scaler["scale"], state.scaler["good_steps"]) == (2.0**14, 0), "the count starts anew"
+    state.scaler["good_steps"].fill_(1998)
+    state, _ = step(state, [batch_of()], HPARAMS)
+    assert (state.scaler["scale"], state.scaler["good_steps"]) == (2.0**14, 1999)
+    state, _ = step(state, [batch_of()], HPARAMS)
+    assert (state.scaler["scale"], state.scaler["good_steps"]) == (2.0**15, 0)
+
+
+def test_other_precisions_have_no_loss_scale():
+    for dtype in (torch.float32, torch.bfloat16):
+        state, _ = make_step(compute_dtype=dtype)(new_state(dtype), [batch_of(poison=1)], HPARAMS)
+        assert (state.scaler["scale"], state.scaler["good_steps"]) == (1.0, 0)
+
+
+def test_an_abstract_state_has_the_shapes_of_a_real_one():
+    meta = train.init(model.init(CONFIG, 0, device="meta"), model.spec(CONFIG), torch.float16)
+    real = new_state(torch.float16)
+    for name in TrainState._fields[1:]:
+        a, b = (tree.flatten(getattr(s, name)) for s in (meta, real))
+        assert [(n, x.shape, x.dtype) for n, x in a.items()] == [(n, x.shape, x.dtype) for n, x in b.items()]
+        assert all(x.is_meta for x in a.values())
+    assert meta.step.is_meta
+
+
+def test_an_impossible_chunk_is_refused():
+    with pytest.raises(UserError, match=r"train\.chunk_tokens=0: must be at least 1"):
+        train.TrainConfig(chunk_tokens=0)
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_compiled_gradients_equal_eager_ones_with_the_chunked_loss():
+    config = ModelConfig(sequence_len=16, vocab_size=100, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    params, scale = random_params(config), torch.tensor(4.0)
+
+    def loss_fn(params: TensorDict, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss.next_token(params, batch, config=config, chunk_tokens=12)  # 12, 12 and 8 tokens
+
+    torch._dynamo.reset()
+    counters.clear()
+    eager, compiled = (train.gradient(loss_fn, compile=c) for c in (None, COMPILE))
+    for seed in (0, 1):
+        batch = random_batch(config, seed=seed)
+        with Unchanged(params, batch):
+            grads, (value, aux) = compiled(params, batch, scale)
+        wanted_grads, (wanted, wanted_aux) = eager(params, batch, scale)
+        torch.testing.assert_close(value, wanted)
+        assert torch.equal(aux["targets"], wanted_aux["targets"])
+        # With two layers, what is backed out is the last layer's own output: that gradient is zero but for rounding.
+        assert_trees_close(grads, wanted_grads, rtol=1e-4, atol=1e-6)
+        # Micro-batches are added into these in place: no two may share memory.
+        assert len({g.untyped_storage().data_ptr() for g in tree.leaves(grads)}) == len(tree.leaves(grads))
+    assert counters["stats"]["unique_graphs"] == 1, "the second batch compiled anew"
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A loop over seeded batches that keeps a record of what it was asked to do."""
+
+    def __init__(self, poisons: dict[int, int] | None = None, stop_after: int | None = None) -> None:
+        self.poisons, self.stop_after = poisons or {}, stop_after
+        self.stop = StopFlag()
+        self.saved: list[tuple[TrainState, Progress]] = []
+        self.steps: list[tuple[int, dict[str, float]]] = []
+        self.asked: list[int] = []
+        self.sizes: list[int] = []
+
+    def batches(self, first: int) -> Iterator[tuple[dict[str, Tensor], Any, dict[str, float]]]:
+        i = first
+        while True:
+            yield batch_of(seed=i, poison=self.poisons.get(i, 0)), {"next": i + 1}, {"epoch": i / 10}
+            i += 1
+
+    def step(self, state: TrainState, batches: Any, hparams: optim.Hparams) -> Any:
+        self.sizes += [len(batch["inputs"]) for batch in batches]
+        return make_step(donate=True)(state, batches, hparams)
+
+    def hparams_at(self, step: int, _stats: Any) -> optim.Hparams:
+        self.asked.append(step)
+        return HPARAMS
+
+    def after_step(self, state: TrainState, progress: Progress, numbers: dict[str, float]) -> Progress:
+        assert int(state.step) == progress.step
+        self.steps.append((progress.step, numbers))
+        if progress.step == self.stop_after:
+            self.stop.signal = signal.SIGTERM
+        return progress._replace(ema=numbers["loss"])
+
+    def fit(self, state: TrainState, progress: Progress, num_steps: int, **how: Any) -> tuple[TrainState, Progress]:
+        first = progress.loader["next"] if progress.loader else 0
+        return train.fit(
+            state,
+            progress,
+            self.batches(first),
+            num_steps=num_steps,
+            rows=2,
+            step_fn=self.step,
+            hparams_at=self.hparams_at,
+            after_step=self.after_step,
+            save=lambda state, progress: self.saved.append((copy_of(state), progress)),
+            stop=self.stop,
+            **how,
+        )
+
+
+START = Progress()
+
+
+def test_fit_runs_all_steps_and_hands_the_numbers_on():
+    run = Run()
+    state, progress = run.fit(new_state(), START, 3)
+    assert progress.step == 3 and int(state.step) == 3 and progress.loader == {"next": 3}
+    assert run.asked == [0, 1, 2] and run.sizes == [2] * 6 and run.saved == []
+    assert [step for step, _ in run.steps] == [1, 2, 3]
+    for i, (_, numbers) in enumerate(run.steps):
+        names = {"loss", "grad_norm", "epoch", "step_seconds", "data_wait_seconds"}
+        assert set(numbers) == names and numbers["epoch"] == i / 10
+        assert numbers["step_seconds"] >= numbers["data_wait_seconds"] >= 0
+    assert progress.ema == run.steps[-1][1]["loss"], "after_step's progress is kept"
+
+
+def test_fit_of_a_finished_run_does_nothing():
+    run, state = Run(), new_state()
+    done = START._replace(step=3)
+    assert run.fit(state, done, 3) == (state, done)
+    assert run.steps == run.saved == []
+
+
+def test_a_stopped_run_saves_and_goes_on_to_the_same_end():
+    whole, _ = Run().fit(new_state(), START, 5)
+    first = Run(stop_after=2)
+    state, progress = first.fit(new_state(), START, 5)
+    assert progress.step == 2 and len(first.saved) == 1
+    saved, saved_progress = first.saved[0]
+    assert_equal(saved, state)
+    assert saved_progress == progress and progress.loader == {"next": 2}
+    second = Run()
+    resumed, _ = second.fit(saved, saved_progress, 5)
+    assert second.asked == [2, 3, 4]
+    assert_equal(resumed, whole)
+
+
+def test_a_stop_at_the_last_step_saves_nothing_more():
+    run = Run(stop_after=3)
+    _, progress = run.fit(new_state(), START, 3)
+    assert progress.step == 3 and run.saved == []
+
+
+@pytest.mark.parametrize("poison, what", [(1, "loss"), (2, "gradient")])
+def test_a_step_that_is_not_finite_stops_the_run_with_the_state_of_before_it(poison: int, what: str):
+    before, progress_before = Run().fit(new_state(), START, 2)
+    run = Run(poisons={2: poison})
+    with pytest.raises(train.NonFiniteLossError) as error:
+        run.fit(new_state(), START, 5)
+    message = str(error.value)
+    assert message == f"step 2: the {what} is not finite"
+    assert isinstance(error.value, UserError)
+    [(saved, progress)] = run.saved
+    assert_equal(saved, before)
+    assert int(saved.step) == progress.step == 2 and progress.loader == progress_before.loader == {"next": 2}
+
+
+def test_skipping_goes_on_without_the_step():
+    run = Run(poisons={1: 1, 2: 2})
+    state, progress = run.fit(new_state(), START, 5, skip_nonfinite=True)
+    assert progress.step == 5 and int(state.step) == 5 and int(state.opt_state["step"]) == 3
+    assert progress.skipped_steps == 2
+    assert all(x.isfinite().all() for x in tree.leaves(state)) and run.saved == []
+
+
+def test_skipping_gives_up_after_too_many_in_a_row(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(steps, "MAX_SKIPPED_STEPS", 2)
+    run = Run(poisons={0: 1, 1: 1, 3: 1, 4: 1, 5: 1})  # two, one good step, three
+    with pytest.raises(train.NonFiniteLossError, match="step 5: the loss is not finite"):
+        run.fit(new_state(), START, 9, skip_nonfinite=True)
+    assert [progress.step for _, progress in run.saved] == [5]
+    assert all(x.isfinite().all() for x in tree.leaves(run.saved[0][0]))
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_the_flag_and_the_handlers_are_restored(number: signal.Signals):
+    before = handlers()
+    with train.stop_on_signals() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop and stop.signal is number
+        os.kill(os.getpid(), signal.SIGTERM)  # once more changes nothing
+        assert stop.signal is number
+    assert handlers() == before
+
+
+def test_handlers_are_restored_after_an_error():
+    before = handlers()
+    with pytest.raises(ZeroDivisionError), train.stop_on_signals():
+        raise ZeroDivisionError
+    assert handlers() == before
+
+
+def test_a_second_ctrl_c_interrupts_but_an_echo_of_the_first_does_not(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr(steps.time, "monotonic", lambda: now)
+    with pytest.raises(KeyboardInterrupt), train.stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        now = 101.0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal is signal.SIGINT
+        now = 103.0
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the loop could not be interrupted")
+
+
+def test_fit_under_a_real_signal_finishes_its_step():
+    run = Run()
+    with train.stop_on_signals() as run.stop:
+        monitored = run.after_step
+
+        def after_step(state: TrainState, progress: Progress, numbers: dict[str, float]) -> Progress:
+            if progress.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return monitored(state, progress, numbers)
+
+        run.after_step = after_step  # pyright: ignore[reportAttributeAccessIssue]
+        _, progress = run.fit(new_state(), START, 10)
+    assert progress.step == 2 and [p.step for _, p in run.saved] == [2]
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
+def test_compiled_steps_on_cuda_in_bfloat16(kernel: str):
+    config = ModelConfig(sequence_len=512, vocab_size=1000, n_layer=4, n_head=4, n_kv_head=2, n_embd=256)
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    heads = (config.n_head, config.n_kv_head, config.head_dim)
+    choice = attention.choose(kernel, config.sequence_len, config.windows, heads, device, dtype)
+    assert set(choice.names.values()) == {kernel}
+    compute = Compute(dtype=dtype, attend=attention.build(choice.names, config.sequence_len, device))
+
+    def loss_fn(params: TensorDict, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss.next_token(params, batch, config=config, compute=compute, chunk_tokens=300)
+
+    batch = {n: x.cuda() for n, x in random_batch(config, rows=4).items()}
+    params = model.init(config, 0, device=device, dtype=dtype)
+    exact = tree.map(lambda x: x.float(), params)
+    wanted, _ = loss.next_token(exact, batch, config=config, compute=Compute(attend=attention.math))
+    state = train.init(params, model.spec(config), dtype)
+    step = functools.partial(
+        train.train_step,
+        value_and_grad=train.gradient(loss_fn, compile=COMPILE),
+        update=train.make_update(compute_dtype=dtype, compile=True, donate=True),
+    )
+    losses = []
+    for _ in range(10):
+        state, metrics = step(
+            state, [batch], optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), config.n_embd))
+        )
+        losses.append(metrics["loss"].item())
+    assert math.isclose(losses[0], wanted.item(), rel_tol=1e-2)
+    assert losses[-1] < 0.8 * losses[0]
+    assert state.params["wte"].dtype == dtype
+
+
+@pytest.mark.gpu
+def test_gradients_on_cuda_in_bfloat16_are_near_float32():
+    params, batch = random_params(), random_batch()
+    wanted, _ = transform.value_and_grad(lambda p: loss.next_token(p, batch, config=CONFIG)[0])(params)
+    there = tree.to(random_params(dtype=torch.bfloat16), "cuda")
+    batch = {n: x.cuda() for n, x in batch.items()}
+    f = transform.value_and_grad(lambda p: loss.next_token(p, batch, config=CONFIG, chunk_tokens=7)[0])
+    for name, grad in tree.flatten(f(there)[0]).items():
+        want = tree.flatten(wanted)[name]
+        assert (grad.float().cpu() - want).norm() < 0.1 * want.norm(), name
