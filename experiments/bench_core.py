@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import checkpoint, model
-from nanochat.config import UserError
+from nanochat.config import UserError, base_dir
 from nanochat.data import DataConfig, Tokenizer, sources, tokenizer
-from nanochat.distributed import Runtime, base_dir, synchronize
+from nanochat.distributed import Runtime, synchronize
 from nanochat.eval import Answer, Question, core, core_bundle, likelihood
 from nanochat.model import CONTEXT_LIMIT, Compute, ModelConfig
 

@@ -19,9 +19,9 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from nanochat.config import UserError
+from nanochat.config import UserError, base_dir
 from nanochat.data import DataConfig, Tokenizer, loader, sources, tokenizer
-from nanochat.distributed import Runtime, base_dir
+from nanochat.distributed import Runtime
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,8 @@ from experiments._bench import format_cli_value as text
 from experiments._gpu_bench import Bench, Config
 from experiments.bench_train import ROOT
 from nanochat import config as configs
-from nanochat.config import UserError
-from nanochat.distributed import Runtime, base_dir
+from nanochat.config import UserError, base_dir
+from nanochat.distributed import Runtime
 
 # Seconds: after which a unit of work is stopped, and below which it is not begun.
 SECONDS = {"limits": (45, 10), "check": (130, 45), "train": (150, 60), "attention": (100, 25), "linear": (60, 20)}

@@ -317,9 +317,8 @@ def sweep(config: Config, here: Runtime) -> None:
         problems += [f"{', '.join(map(str, case.values()))}: {outcome.problem}"] * bool(outcome.problem)
     header = ["mode", "kernel", "precision", "compile", "tokens/s", "MFU", "of matmul", "peak GiB"]
     header += ["communication", "exposed", "cold s", "warm s"]
-    print(
-        f"\nMFU: of {distributed.peak_flops(here.device, here.compute_dtype)[1]}; of matmul: of the largest one measured"
-    )
+    peak_from = distributed.peak_flops(here.device, here.compute_dtype)[1]
+    print(f"\nMFU: of {peak_from}; of matmul: of the largest one measured")
     print(_bench.table([header, *rows]))
     print("\n".join(["did not run:", *(f"  {line}" for line in problems)] if problems else ["all of them ran"]))
     print("note what is worth keeping, with date, machine and commit, in experiments/RESULTS.md")

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from nanochat import checkpoint, distributed
 from nanochat.checkpoint import integrity
-from nanochat.config import UsageError, UserError
+from nanochat.config import UsageError, UserError, base_dir
 from nanochat.data import DataConfig, Tokenizer, loader, sources, tokenizer
-from nanochat.distributed import ControlGroup, Runtime, base_dir
+from nanochat.distributed import ControlGroup, Runtime
 from nanochat.eval import Interval, significance
 from nanochat.metrics import Curve, RunInfo, logger, plots, run_folder
 from nanochat.model import Compute

@@ -12,8 +12,9 @@ but this command shows what is in it. Prints the folder, its shards and the next
 
 import dataclasses
 
+from nanochat.config import base_dir
 from nanochat.data import DataConfig, Options, download, sources, tokenizer
-from nanochat.distributed import Runtime, base_dir
+from nanochat.distributed import Runtime
 from nanochat.eval import core_bundle
 
 

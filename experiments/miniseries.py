@@ -19,8 +19,8 @@ from typing import Any
 
 from experiments import pretrain
 from nanochat import distributed, model, train
-from nanochat.config import UserError
-from nanochat.distributed import ControlGroup, Runtime, base_dir, hardware, raise_on_any_failure
+from nanochat.config import UserError, base_dir
+from nanochat.distributed import ControlGroup, Runtime, hardware, raise_on_any_failure
 from nanochat.metrics import RunInfo, logger, plots
 from nanochat.metrics import run_folder as record
 from nanochat.text import format_count, format_duration

@@ -16,9 +16,9 @@ import time
 
 from experiments import eval_chat, pretrain, report, rl, sft
 from nanochat.checkpoint import CheckpointConfig
-from nanochat.config import UserError
+from nanochat.config import UserError, base_dir
 from nanochat.data import DataConfig, sources, tokenizer
-from nanochat.distributed import Runtime, barrier, base_dir
+from nanochat.distributed import Runtime, barrier
 from nanochat.optim import OptimConfig
 from nanochat.text import format_duration
 from nanochat.train import EvalConfig, RolloutConfig

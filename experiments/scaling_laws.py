@@ -25,8 +25,8 @@ import numpy as np
 
 from experiments import miniseries, pretrain
 from nanochat import distributed
-from nanochat.config import UserError
-from nanochat.distributed import Runtime, base_dir, raise_on_any_failure
+from nanochat.config import UserError, base_dir
+from nanochat.distributed import Runtime, raise_on_any_failure
 from nanochat.metrics import plots
 
 COLUMNS = ("flops_budget", *miniseries.COLUMNS)

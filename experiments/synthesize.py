@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import requests
 
 from experiments import _identity_prompts, chat
-from nanochat.config import UserError
+from nanochat.config import UserError, base_dir
 from nanochat.data import chat_format
-from nanochat.distributed import Runtime, base_dir
+from nanochat.distributed import Runtime
 from nanochat.metrics import progress
 from nanochat.text import format_duration
 

@@ -7,6 +7,7 @@ strings from the command line; nothing else in the program parses configuration.
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 C = TypeVar("C")
+
+
+def base_dir() -> Path:
+    """Return the folder for data, tokenizers and runs: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat."""
+    folder = os.environ.get("NANOCHAT_BASE_DIR")
+    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "nanochat"
 
 
 class UserError(Exception):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanochat import distributed, model, tree
 from nanochat.checkpoint import integrity, manager
-from nanochat.config import UserError, nearest
+from nanochat.config import UserError, base_dir, nearest
 from nanochat.data import SPECIALS, Tokenizer, tokenizer
 from nanochat.model import ModelConfig, Params
 from nanochat.text import format_count
@@ -117,7 +117,7 @@ def find_run(run: str | Path | None = None) -> Path:
 
 def runs_folder() -> Path:
     """Return the folder of all runs."""
-    return distributed.base_dir() / "runs"
+    return base_dir() / "runs"
 
 
 def list_runs() -> list[Path]:
@@ -141,8 +141,8 @@ def describe_model(bot: Pretrained) -> str:
     embedding = bot.params["wte"]
     place = f"{embedding.device.type} {str(embedding.dtype).removeprefix('torch.')}"
     return (
-        f"{bot.name}, step {bot.step} ({bot.stage}): {format_count(counts)} parameters, {bot.config.vocab_size} tokens of "
-        f"vocabulary, context {bot.config.sequence_len}, {place}"
+        f"{bot.name}, step {bot.step} ({bot.stage}): {format_count(counts)} parameters, {bot.config.vocab_size} tokens "
+        f"of vocabulary, context {bot.config.sequence_len}, {place}"
     )
 
 

@@ -41,11 +41,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.config import UserError
+from nanochat.config import UserError, base_dir
 from nanochat.data import packing
 from nanochat.data.sources import CorruptShardError, DataConfig, Shard, num_blocks, read_block, shards_of
 from nanochat.data.tokenizer import RUN_CHARS, Tokenizer
-from nanochat.distributed import base_dir
 
 T = TypeVar("T")
 

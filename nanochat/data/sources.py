@@ -23,9 +23,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.config import UserError, nearest
+from nanochat.config import UserError, base_dir, nearest
 from nanochat.data import embedded
-from nanochat.distributed import base_dir
 
 JSONL_BLOCK_LINES = 1000
 CLIMBMIX_VAL = "shard_06542.parquet"

@@ -25,8 +25,7 @@ import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from nanochat.config import UserError
-from nanochat.distributed import base_dir
+from nanochat.config import UserError, base_dir
 
 # GPT-4's pattern, but numbers are cut into at most two digits: kinder to small vocabularies.
 PATTERN = (

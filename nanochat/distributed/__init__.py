@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         all_reduce_max,
         all_reduce_sum,
         barrier,
-        base_dir,
         choose_device,
         choose_dtype,
         close,

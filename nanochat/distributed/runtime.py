@@ -48,12 +48,6 @@ class Runtime:
         return self.rank == 0
 
 
-def base_dir() -> Path:
-    """Return the folder for data, tokenizers and runs: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat."""
-    folder = os.environ.get("NANOCHAT_BASE_DIR")
-    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "nanochat"
-
-
 def init(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) -> Runtime:
     """Read torchrun's environment, choose device and compute dtype, and join the process group if there is one.
 

@@ -26,9 +26,8 @@ from typing import Any, NamedTuple, TypeGuard
 
 import yaml
 
-from nanochat.config import UserError, nearest
+from nanochat.config import UserError, base_dir, nearest
 from nanochat.data import download
-from nanochat.distributed import base_dir
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import requests
 
-from nanochat.config import UserError
+from nanochat.config import UserError, base_dir
 from nanochat.data import first_line
-from nanochat.distributed import base_dir
 
 SEED = 42
 REACH_SECONDS = 5.0

@@ -20,7 +20,7 @@ from nanochat import config as configs
 from nanochat import distributed, model
 from nanochat.checkpoint import CheckpointConfig
 from nanochat.checkpoint import manager as checkpoint
-from nanochat.config import UserError
+from nanochat.config import UserError, base_dir
 from nanochat.distributed import Layout, Runtime, ShardingConfig, sharding
 from nanochat.distributed import compile as compiling
 from nanochat.metrics import MetricsConfig
@@ -107,7 +107,7 @@ class StageConfig:
 
 def run_folder(name: str) -> Path:
     """Return where the run called `name` keeps its files."""
-    return distributed.base_dir() / "runs" / name
+    return base_dir() / "runs" / name
 
 
 def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> checkpoint.Manager:

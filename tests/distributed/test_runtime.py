@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanochat.config import UserError
+from nanochat.config import UserError, base_dir
 from nanochat.distributed import Runtime, runtime
 
 
@@ -171,10 +171,10 @@ def test_alone_there_is_nobody_to_agree_with() -> None:
 def test_base_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NANOCHAT_BASE_DIR", raising=False)
-    assert runtime.base_dir() == tmp_path / ".cache" / "nanochat"
+    assert base_dir() == tmp_path / ".cache" / "nanochat"
     for given, folder in {"": ".cache/nanochat", "~/x": "x", str(tmp_path / "y"): "y"}.items():
         monkeypatch.setenv("NANOCHAT_BASE_DIR", given)
-        assert runtime.base_dir() == tmp_path / folder
+        assert base_dir() == tmp_path / folder
     assert not list(tmp_path.iterdir())
 
 

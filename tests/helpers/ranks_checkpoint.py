@@ -1,4 +1,4 @@
-"""What the ranks of test_sharded_checkpoint.py do: `python -m tests.helpers.ranks_checkpoint <check> <size> <folder>`."""
+"""What the ranks of test_sharded_checkpoint.py do: `python -m tests.helpers.ranks_checkpoint <check> <size> <dir>`."""
 
 import functools
 import itertools
