@@ -70,7 +70,7 @@ def app(pool_: Scheduler, limits: Limits) -> Starlette:
 
         return Route(path, called, methods=[method])
 
-    html, policy = middleware.page(importlib.resources.files("nanochat").joinpath("ui.html").read_text("utf-8"))
+    html, policy = middleware.page(importlib.resources.files("nanochat.serve").joinpath("ui.html").read_text("utf-8"))
 
     async def page(_: Front, __: Request) -> Response:
         return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})

@@ -228,4 +228,4 @@ def options_of(name: str, given: typing.Iterable[str] = ()) -> dict[str, Any]:
 def _module(name: str) -> Any:
     if name not in names():
         raise UserError(f"{name!r}: no such task{nearest(name, names())}")
-    return importlib.import_module(f"nanochat.tasks.task.{name}")
+    return importlib.import_module(f"nanochat.tasks.{name}")

@@ -23,6 +23,19 @@ if TYPE_CHECKING:
     from nanochat.train.rl import Reward, Rollout, RolloutConfig
     from nanochat.train.sft import Packing
     from nanochat.train.stage import Evaluation, Job, Result, Stage, child, run_stage, was_restarted_here
-    from nanochat.train.step import Progress, StopFlag, TrainConfig, TrainState, gradient, init, make_update, train_step
+    from nanochat.train.step import (
+        NonFiniteLossError,
+        Progress,
+        StopFlag,
+        TrainConfig,
+        TrainState,
+        fit,
+        gradient,
+        init,
+        make_update,
+        split_batch,
+        stop_on_signals,
+        train_step,
+    )
 
 __getattr__ = lazy_exports(__name__, __file__)

@@ -484,7 +484,8 @@ def test_a_damaged_metrics_file_is_named_when_the_folder_is_opened(tmp_path: Pat
 KILLED = """
     import os, sys, time
     import torch
-    from nanochat import checkpoint, store, tree
+    from nanochat import checkpoint, tree
+from nanochat.checkpoint import storage as store
     from tests.checkpoint.test_manager import State, big_state
     torch.set_num_threads(1)  # no pool of threads: the children are forked
     store.orbax()

@@ -25,7 +25,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 def run_ranks(check: str, size: int, folder: Path) -> None:
     """Run a function of tests/ranks_checkpoint.py on so many ranks."""
-    command = [sys.executable, "-m", "tests.ranks_checkpoint", check, str(size), str(folder)]
+    command = [sys.executable, "-m", "tests.helpers.ranks_checkpoint", check, str(size), str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
@@ -113,7 +113,7 @@ JOBS = [(4, "fsdp"), (2, "fsdp"), (4, "hsdp"), (4, "replicate"), (1, "plain")]
 @pytest.mark.parametrize("everybody", [False, True])
 def test_a_save_killed_at_ten_moments_never_hurts(tmp_path: Path, everybody: bool) -> None:
     forker = subprocess.Popen(
-        [sys.executable, "-m", "tests.ranks_checkpoint", "kill_ranks", "1", str(tmp_path)],
+        [sys.executable, "-m", "tests.helpers.ranks_checkpoint", "kill_ranks", "1", str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -164,7 +164,7 @@ def test_torchrun_starts_again_from_the_last_good_step(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     begun = time.monotonic()
     done = subprocess.run(
-        [*torchrun, "-m", "tests.ranks_checkpoint", "under_torchrun", "2", str(tmp_path)],
+        [*torchrun, "-m", "tests.helpers.ranks_checkpoint", "under_torchrun", "2", str(tmp_path)],
         cwd=ROOT,
         env=ENV,
         capture_output=True,

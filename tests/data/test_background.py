@@ -115,7 +115,7 @@ def test_long_work_is_stopped_by_its_check() -> None:
 def test_the_process_ends_though_a_generator_is_open(ending: str, code: int) -> None:
     program = f"""
         import itertools, os, signal, threading, time
-        from nanochat.background import run_ahead
+        from nanochat.data.loader import prefetch as run_ahead
         def wait(check):
             while True:
                 check()

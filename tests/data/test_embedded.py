@@ -71,7 +71,7 @@ def test_the_same_interpreter_gives_the_same_bytes(tmp_path: Path):
     code = (
         "import sys, sysconfig\n"
         "from pathlib import Path\n"
-        "from nanochat import corpus\n"
+        "from nanochat.data import embedded as corpus\n"
         "paths = sysconfig.get_paths()\n"
         "sysconfig.get_paths = lambda *_: {**paths, 'stdlib': sys.argv[1]}\n"
         "corpus.build(Path(sys.argv[2]))\n"

@@ -150,7 +150,7 @@ def test_processes_fill_one_cache_together(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         import numpy as np
-        from nanochat.token_cache import BlockReader, Request
+        from nanochat.data.loader import BlockReader, BlockRequest as Request
         rank, world_size = map(int, sys.argv[1:])
         def encode(texts):
             return [np.array([256, *text.encode()], np.uint32) for text in texts]

@@ -127,7 +127,7 @@ def test_a_dtype_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
 # In a function: a process group that a global keeps until the interpreter ends may abort it (gloo's threads).
 TWO_RANKS = """
 import sys, torch.distributed as dist
-from nanochat import runtime
+from nanochat.distributed import runtime
 
 def main():
     made = runtime.create("cpu")

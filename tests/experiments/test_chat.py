@@ -104,7 +104,7 @@ class Scripted:
 
 def main(argv: list[str]) -> int:
     """Run launch.py's command line in this process, with the scripted engine at a visible pace."""
-    chat.engine = generate.engine = Scripted  # type: ignore[assignment]
+    chat.infer = generate.infer = Scripted  # type: ignore[assignment]
     Scripted.pace = 0.01
     if os.isatty(0):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # for Ctrl-C to become a signal
@@ -126,8 +126,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def scripted(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "engine", Scripted)
-    monkeypatch.setattr(generate, "engine", Scripted)
+    monkeypatch.setattr(chat, "infer", Scripted)
+    monkeypatch.setattr(generate, "infer", Scripted)
 
 
 Ran = Callable[..., tuple[str, str]]
@@ -447,7 +447,7 @@ def test_completions_so_far_stay_when_it_is_stopped(
         yield from Scripted.run(decoder, requests[:2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "engine", type("Stopped", (Scripted,), {"run": staticmethod(stopped)}))
+    monkeypatch.setattr(generate, "infer", type("Stopped", (Scripted,), {"run": staticmethod(stopped)}))
     with pytest.raises(KeyboardInterrupt):
         ran(generate, f"prompts={tmp_path / 'in.txt'}", f"output={tmp_path / 'out.jsonl'}")
     assert [path.name for path in tmp_path.glob("out*")] == ["out.jsonl.partial"]

@@ -120,8 +120,8 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from nanochat import metrics
-log = metrics.open(Path(sys.argv[1]))
+from nanochat.metrics import logger as metrics
+log = metrics.open_log(Path(sys.argv[1]))
 step = 0
 while True:
     step += 1
@@ -289,7 +289,7 @@ import torch
 if len(sys.argv) == 1:
     block = torch.ones(1 << 30, dtype=torch.uint8)
     raise SystemExit(subprocess.run([sys.executable, __file__, "child"]).returncode)
-from nanochat import metrics
+from nanochat.metrics import logger as metrics
 before = metrics.peak_memory_bytes(torch.device("cpu"))
 block = torch.ones(256 << 20, dtype=torch.uint8)
 print(before, metrics.peak_memory_bytes(torch.device("cpu")) - before)

@@ -161,7 +161,7 @@ def test_other_ranks_are_silent(
 
 ON_A_TERMINAL = """
 import sys, time
-from nanochat import progress
+from nanochat.metrics import progress
 with progress.bar(60, initial=20, label="pretraining") as shown:
     for step in range(40):
         time.sleep(0.01)
