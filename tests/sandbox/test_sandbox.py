@@ -712,7 +712,8 @@ def test_command_line(kernel: str, tmp_path: Path) -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys\nfrom nanochat import sandbox\nfrom nanochat.infer import tool_use\nsandbox.run, tool_use.calculate\n"
+    code = "import sys\nfrom nanochat import sandbox\nfrom nanochat.infer import tool_use\n"
+    code += "sandbox.run, tool_use.calculate\n"
     code += "assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
