@@ -130,17 +130,17 @@ import sys, torch.distributed as dist
 from nanochat.distributed import runtime
 
 def main():
-    made = runtime.create("cpu")
-    again = runtime.create("cpu")  # a second call joins no second group
+    made = runtime.init("cpu")
+    again = runtime.init("cpu")  # a second call joins no second group
     print(made.rank, made.local_rank, made.world_size, made.node_ranks, made.is_main, again == made)
-    print(runtime.agree(7 * made.rank), runtime.total([1.0, made.rank + 0.5]))
-    runtime.wait_for_all()
+    print(runtime.all_reduce_max(7 * made.rank), runtime.all_reduce_sum([1.0, made.rank + 0.5]))
+    runtime.barrier()
 
 main()
 runtime.close()
 runtime.close()
 print(dist.is_initialized(), flush=True)
-runtime.create("cpu", quiet=True)
+runtime.init("cpu", quiet=True)
 print("heard")
 runtime.close()
 """

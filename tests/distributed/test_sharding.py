@@ -1,6 +1,7 @@
 """Sharded training: every mode gives what a process alone gives, in a part of the memory, by as many collectives."""
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,8 +136,9 @@ def test_meshes() -> None:
 
 
 @pytest.fixture
-def three_ranks() -> Iterator[Runtime]:
+def three_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """The first of three ranks whose collectives do nothing."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # init_process_group replaces it
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
     yield Runtime(0, 0, 3, 3, 0, torch.device("cpu"), torch.float32)
     dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """The planner: exact counts, memory against real states and compiled steps, traffic by hand, and its experiment."""
 
 import dataclasses
+import sys
 import functools
 import math
 from collections.abc import Iterator
@@ -141,10 +142,11 @@ def test_parts_add_up() -> None:
 
 
 @pytest.fixture
-def four_ranks() -> Iterator[Runtime]:
+def four_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """This process as rank 1 of 4, with collectives that do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # init_process_group replaces it
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     yield dataclasses.replace(HERE, rank=1, local_rank=1, world_size=4, node_ranks=4)
     dist.destroy_process_group()
