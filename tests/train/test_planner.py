@@ -1,9 +1,9 @@
 """The planner: exact counts, memory against real states and compiled steps, traffic by hand, and its experiment."""
 
 import dataclasses
-import sys
 import functools
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
