@@ -30,14 +30,13 @@ from experiments.sft import Config as SftStage
 from experiments.tokenizer import Config as TokenizerStage
 from nanochat import distributed, model
 from nanochat.checkpoint import storage
-from nanochat.config import UserError
+from nanochat.config import UserError, base_dir
 from nanochat.data import sources
 from nanochat.data import tokenizer as bpe
 from nanochat.distributed import (
     ControlGroup,
     LostRankError,
     Runtime,
-    base_dir,
     hardware,
     raise_on_any_failure,
     sharding,
