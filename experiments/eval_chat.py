@@ -25,13 +25,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat import checkpoint, distributed
+from nanochat import checkpoint, distributed, tasks
 from nanochat.checkpoint import Pretrained, integrity
 from nanochat.config import UserError
 from nanochat.distributed import ControlGroup, LostRankError, Runtime
 from nanochat.eval import CHAT_CORE, TITLES, ChatEvalConfig, ModelUnderTest, Score, chat_eval
 from nanochat.metrics import logger
-from nanochat.tasks import task as tasks
 from nanochat.text import format_duration
 
 

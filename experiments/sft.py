@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from nanochat import config as configs
-from nanochat import distributed, infer, model, train
+from nanochat import distributed, infer, model, tasks, train
 from nanochat.config import UserError
 from nanochat.data import chat_format
 from nanochat.distributed import Runtime, sharding
@@ -25,7 +25,6 @@ from nanochat.eval import ChatEvalConfig, chat_eval
 from nanochat.infer import Request
 from nanochat.optim import OptimConfig, muon_adamw, scaling, schedules
 from nanochat.tasks import Task, mixture
-from nanochat.tasks import task as tasks
 from nanochat.train import (
     EvalConfig,
     Evaluation,

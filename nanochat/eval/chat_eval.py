@@ -162,13 +162,13 @@ def score(
     Raises:
         UserError: as for `evaluate`; or the task cannot be scored.
     """
-    if task.kind not in ("choice", "generative"):
+    if task.kind not in ("multiple_choice", "generative"):
         raise UserError(f"{task.name}: is of kind {task.kind}, whose answers are neither right nor wrong")
     limits = [task.size, how.max_problems, how.max_generative if task.kind == "generative" else None]
     indices = range(min(limit for limit in limits if limit is not None))
     if not indices:
         raise UserError(f"{task.name}: has no rows")
-    if task.kind == "choice":
+    if task.kind == "multiple_choice":
         solved = score_multiple_choice(subject, task, indices, how.batch_tokens, line, show=show)
     else:
         found = sample_answers(decoder(), subject.tokenizer, task, indices, how, line, show=show)
@@ -335,9 +335,9 @@ def answer_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 def is_correct(task: Task, row: Conversation, text: str) -> bool:
     """Return whether a task accepts an answer to one of its rows. Raises: UserError."""
-    if task.right is None:
+    if task.is_correct is None:
         raise UserError(f"{task.name}: has nothing to judge an answer by")
-    return task.right(row, text)
+    return task.is_correct(row, text)
 
 
 def _bar(task: Task, total: int, show: bool, unit: str = "problem") -> progress.Bar:

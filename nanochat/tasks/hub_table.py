@@ -1,4 +1,4 @@
-"""Rows of a data set: from the hub, or from local files with the same columns, shuffled with one seed."""
+"""Rows of a data set, shuffled with a fixed seed: from the Hugging Face hub, or from local files with its columns."""
 
 import contextlib
 import dataclasses
@@ -12,23 +12,22 @@ import requests
 from nanochat.config import UserError, base_dir
 from nanochat.data import first_line
 
-SEED = 42
-REACH_SECONDS = 5.0
+SHUFFLE_SEED = 42
+HUB_TIMEOUT_SECONDS = 5.0
 SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the rows of a task come from.
+    """A split of a data set.
 
     Attributes:
-        task: its name. hub: the data set's on the hub. subset: its configuration; None: the only one.
-        folder: where the hub keeps the files of that. split: as the data set calls it.
-        columns: name -> the type that a row's value must have.
+        repo: its name on the hub. subset: its configuration, if it has several. folder: of its files on the hub.
+        columns: the columns that are needed, name -> type of the values.
     """
 
     task: str
-    hub: str
+    repo: str
     subset: str | None
     folder: str
     split: str
@@ -37,15 +36,14 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The shuffled rows of a data set.
+    """Shuffled rows: row `index` of the table is row `order[index]` of `rows`, a `datasets.Dataset`.
 
     Attributes:
-        source: what they are. where: the hub's name or the file's, for messages.
-        rows: a `datasets.Dataset`. order: index -> row of it.
+        origin: the hub's name or the file's, for error messages.
     """
 
     source: Source
-    where: str
+    origin: str
     rows: Any
     order: list[int]
 
@@ -56,45 +54,44 @@ class Table:
         row = self.rows[self.order[index]]
         for name, kind in self.source.columns.items():
             if not isinstance(row[name], kind):
-                raise self.bad(index, f"{name} is {str(row[name])[:40]!r}, expected {kind.__name__}")
+                raise self.error(index, f"{name} is {str(row[name])[:40]!r}, expected {kind.__name__}")
         return row
 
-    def bad(self, index: int, what: str) -> UserError:
-        """Return the error for row `index` (of the task), naming the row of the data."""
-        return UserError(f"{self.where}, row {self.order[index]}, counted from 0: {what}")
+    def error(self, index: int, message: str) -> UserError:
+        """Return an error about a row that names its position in the data set."""
+        return UserError(f"{self.origin}, row {self.order[index]} (counted from 0): {message}")
 
 
-def order(size: int) -> list[int]:
-    """Return index -> row of a shuffled split, as `datasets.Dataset.shuffle(seed=42)` shuffles."""
-    return np.random.default_rng(SEED).permutation(size).tolist()
+def shuffled_indices(size: int) -> list[int]:
+    """Return the order of `datasets.Dataset.shuffle(seed=42)`."""
+    return np.random.default_rng(SHUFFLE_SEED).permutation(size).tolist()
 
 
-def read(source: Source, path: str | Path | None) -> Table:
+def load(source: Source, path: str | Path | None) -> Table:
     """Return the rows of `source`, from the hub or from `path`.
 
     Args:
-        path: a folder that has <task>_<split>.parquet or <split>*.parquet (or .jsonl) in it, in a folder named after
-            the task, or where the hub's repository has them; or a file, which is taken for the split that is asked for.
+        path: a file, which is taken for the requested split; or a folder with <task>_<split>.parquet or
+            <split>*.parquet (or .jsonl), in it, in a folder named after the task, or in the folder of the hub.
 
     Raises:
-        UserError: the hub cannot be reached, or the files are not there, cannot be read, are empty or lack a column.
+        UserError: the data could not be loaded, is empty, or lacks a column.
     """
     if path is None:
-        where, rows = f"{source.hub}, split {source.split}", _from_hub(source)
+        origin, rows = f"{source.repo}, split {source.split}", _load_from_hub(source)
     else:
-        files = _files(source, Path(path).expanduser())
-        where, rows = f"source={files[0]}", _from_files(files)
+        files = _find_files(source, Path(path).expanduser())
+        origin, rows = f"source={files[0]}", _load_files(files)
     missing = [name for name in source.columns if name not in rows.column_names]
     if missing:
-        raise UserError(
-            f"{where}: has no column {missing[0]}, which {source.task} needs; it has {', '.join(rows.column_names)}"
-        )
+        columns = ", ".join(rows.column_names)
+        raise UserError(f"{origin}: has no column {missing[0]}, which {source.task} needs; it has {columns}")
     if len(rows) == 0:
-        raise UserError(f"{where}: has no rows")
-    return Table(source, where, rows, order(len(rows)))
+        raise UserError(f"{origin}: has no rows")
+    return Table(source, origin, rows, shuffled_indices(len(rows)))
 
 
-def _files(source: Source, path: Path) -> list[Path]:
+def _find_files(source: Source, path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"source={path}: expected a folder or a file of {', '.join(SUFFIXES)}")
@@ -103,37 +100,37 @@ def _files(source: Source, path: Path) -> list[Path]:
         raise UserError(f"source={path}: no such file or folder")
     for folder in (path, path / source.task, path / source.folder):
         for stem in (f"{source.task}_{source.split}", source.split):
-            if found := sorted(file for file in folder.glob(f"{stem}[.-]*") if file.suffix in SUFFIXES):
-                return found
+            if files := sorted(file for file in folder.glob(f"{stem}[.-]*") if file.suffix in SUFFIXES):
+                return files
     raise UserError(
         f"source={path}: has no file of {source.task}, {source.split}: expected {source.task}_{source.split}.parquet "
         f"(or .jsonl), or {source.folder}/{source.split}*.parquet as on the hub"
     )
 
 
-def _from_files(files: list[Path]) -> Any:
-    import datasets  # takes seconds to import, and many tasks do without
+def _load_files(files: list[Path]) -> Any:
+    import datasets  # takes seconds to import, and many tasks do not need it
 
     builder = "parquet" if files[0].suffix == ".parquet" else "json"
     cache = str(base_dir() / "datasets")
     try:
-        with _without_bars():
+        with _without_progress_bars():
             return datasets.load_dataset(builder, data_files=[str(f) for f in files], split="train", cache_dir=cache)
-    except Exception as error:  # its readers fail in dozens of ways: one line for all
+    except Exception as error:  # its readers raise dozens of types
         raise UserError(f"source={files[0]}: cannot be read ({_reason(error)})") from error
 
 
-def _from_hub(source: Source) -> Any:
+def _load_from_hub(source: Source) -> Any:
     import datasets
 
-    with _offline_if_unreachable() as reached:
+    with _offline_if_unreachable() as reachable:
         try:
-            return datasets.load_dataset(source.hub, source.subset, split=source.split)
-        except Exception as error:  # the hub, its caches and its readers fail in dozens of ways: one line for all
-            reason = _reason(error) if reached else "the hub does not answer, and no earlier download is kept"
+            return datasets.load_dataset(source.repo, source.subset, split=source.split)
+        except Exception as error:  # the hub, its cache and its readers raise dozens of types
+            reason = _reason(error) if reachable else "the hub is not reachable, and no earlier download is cached"
             raise UserError(
-                f"the data set {source.hub}, split {source.split}, cannot be had: {reason}; check the network, or name "
-                f"a file or folder with its rows: source=/path"
+                f"the data set {source.repo}, split {source.split}, could not be loaded: {reason}; check the network, "
+                "or give a file or folder with its rows: source=/path"
             ) from error
 
 
@@ -143,35 +140,34 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _offline_if_unreachable() -> Iterator[bool]:
-    """Spare `datasets` its half minute of retries where the hub is out of reach; it looks into its cache then."""
+    """Let `datasets` use its cache at once if the hub is not reachable, without half a minute of retries."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
-    reached = before or _answers(config.HF_ENDPOINT)
-    config.HF_HUB_OFFLINE = not reached or before
+    reachable = before or _responds(config.HF_ENDPOINT)
+    config.HF_HUB_OFFLINE = before or not reachable
     try:
-        yield reached
+        yield reachable
     finally:
         config.HF_HUB_OFFLINE = before
 
 
-def _answers(address: str) -> bool:
+def _responds(url: str) -> bool:
     try:
-        requests.head(address, timeout=REACH_SECONDS)
+        requests.head(url, timeout=HUB_TIMEOUT_SECONDS)
     except requests.RequestException:
         return False
     return True
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def _without_progress_bars() -> Iterator[None]:
     import datasets
 
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
+    enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        if enabled:
+            datasets.enable_progress_bars()

@@ -89,7 +89,7 @@ def correct_reward(task: Task) -> Reward:
     Raises:
         UserError: the task does not tell right from wrong.
     """
-    if task.kind != "generative" or task.right is None:
+    if task.kind != "generative" or task.is_correct is None:
         raise UserError(f"task {task.name}: nothing judges its answers; name a generative one, as gsm8k or arithmetic")
     return lambda row, text: float(chat_eval.is_correct(task, row, text))
 

@@ -50,7 +50,12 @@ def test_batches_are_of_similar_lengths_and_hold_each_row_once():
 
 def test_a_prompt_beyond_the_context_keeps_its_last_tokens():
     long = Task(
-        "mmlu", "choice", 1, lambda i: {**qa_conversation("x" * 500 + "?", "A"), "letters": ["A", "B"]}, None, 0.5
+        "mmlu",
+        "multiple_choice",
+        1,
+        lambda i: {**qa_conversation("x" * 500 + "?", "A"), "letters": ["A", "B"]},
+        None,
+        0.5,
     )
     assert chat_eval.score_multiple_choice(subject(), long, [0]) == [plain_choice(long, 0)]
     asked: list[Request] = []
@@ -62,7 +67,7 @@ def test_a_prompt_beyond_the_context_keeps_its_last_tokens():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "run", seen)
-        task = dataclasses.replace(long, kind="generative", right=lambda row, text: False)
+        task = dataclasses.replace(long, kind="generative", is_correct=lambda row, text: False)
         chat_eval.evaluate(subject(), [task], ChatEvalConfig(max_tokens=2, compile=False))
     whole = chat_format.prompt(TOKENIZER, long.row(0)["messages"][:-1])
     assert list(asked[0].prompt) == whole[-CONFIG.sequence_len :] and len(whole) > CONFIG.sequence_len
@@ -168,7 +173,7 @@ def test_chat_core_is_the_mean_of_the_centered_accuracies():
 
 def test_what_cannot_be_scored_says_why():
     def rows(row: Any, **how: Any) -> Task:
-        return Task("mmlu", "choice", 3, lambda i: row, None, 0.25)
+        return Task("mmlu", "multiple_choice", 3, lambda i: row, None, 0.25)
 
     good = {**qa_conversation("which?", "A"), "letters": ["A", "B"]}
     for task, why in (

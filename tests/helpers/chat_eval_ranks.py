@@ -16,7 +16,7 @@ from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.eval import ChatEvalConfig, ModelUnderTest, chat_eval
 from nanochat.model import ModelConfig
-from nanochat.tasks import Task, multiple_choice, qa_conversation
+from nanochat.tasks import Task, multiple_choice_prompt, qa_conversation
 
 TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
 CONFIG = ModelConfig(sequence_len=192, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
@@ -33,7 +33,7 @@ def choice_row(index: int) -> dict[str, Any]:
     rng = random.Random(index)
     letters = list("ABCDE")[: rng.randint(3, 5)]
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in letters]
-    question = multiple_choice(" ".join(rng.choices(words, k=rng.randint(1, 20))), letters, words)
+    question = multiple_choice_prompt(" ".join(rng.choices(words, k=rng.randint(1, 20))), letters, words)
     return {**qa_conversation(question, rng.choice(letters)), "letters": letters}
 
 
@@ -43,7 +43,7 @@ def even(row: Any, text: str) -> bool:
 
 
 def choice(size: int = 40) -> Task:
-    return Task("mmlu", "choice", size, choice_row, None, 0.25)
+    return Task("mmlu", "multiple_choice", size, choice_row, None, 0.25)
 
 
 def generative(size: int = 21, right: Any = even) -> Task:

@@ -1,30 +1,36 @@
-"""Tasks as rows: slices and mixtures by literal indices, the rendering of choices, and final answers."""
+"""Slices and mixtures by literal indices, multiple-choice prompts, final answers, and tasks by name."""
 
 import pydoc_data.topics
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from task_rows import ROWS, question, write
 
 from nanochat import tasks
 from nanochat.config import UserError
 from nanochat.data import Tokenizer, chat_format, tokenizer
 from nanochat.tasks import Task
+from nanochat.tasks.task import final_answer, match_final_number
 
 
 def numbers(name: str, size: int) -> Task:
-    """Return a task whose row i is the text `<name><i>`."""
+    """Return a task whose row i asks `<name><i>`."""
     return Task(
         name, "generative", size, lambda i: tasks.qa_conversation(f"{name}{range(size)[i]}", "a"), lambda *_: True
     )
 
 
-def questions(some: Task) -> list[str]:
-    return [some.row(i)["messages"][0]["content"] for i in range(some.size)]
+def questions(task: Task) -> list[str]:
+    return [question(task.row(i)) for i in range(task.size)]
 
 
 @pytest.mark.parametrize(
-    ("cut", "expected"),
+    ("arguments", "expected"),
     [
         ((), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
         ((3,), [3, 4, 5, 6, 7, 8, 9]),
@@ -36,21 +42,21 @@ def questions(some: Task) -> list[str]:
         ((5, 5), []),
     ],
 )
-def test_a_view_is_a_slice(cut: tuple[Any, ...], expected: list[int]) -> None:
-    sliced = tasks.slice_task(numbers("a", 10), *cut)
+def test_slice_task_follows_python_slices(arguments: tuple[Any, ...], expected: list[int]) -> None:
+    sliced = tasks.slice_task(numbers("a", 10), *arguments)
     assert questions(sliced) == [f"a{i}" for i in expected]
-    assert (sliced.name, sliced.kind, sliced.right is None) == ("a", "generative", False)
+    assert (sliced.name, sliced.kind, sliced.is_correct is None) == ("a", "generative", False)
     with pytest.raises(IndexError):
         sliced.row(len(expected))
 
 
-def test_a_view_of_a_view() -> None:
+def test_slices_compose_and_refuse_step_zero() -> None:
     assert questions(tasks.slice_task(tasks.slice_task(numbers("a", 10), 1, None, 2), 1, 4)) == ["a3", "a5", "a7"]
     with pytest.raises(ValueError, match="zero"):
         tasks.slice_task(numbers("a", 10), step=0)
 
 
-def test_a_view_makes_no_row_before_it_is_asked_for() -> None:
+def test_rows_are_made_on_demand() -> None:
     made: list[int] = []
     source = Task("a", "chat", 10, lambda i: made.append(i) or {"messages": []})
     mixed = tasks.mixture([tasks.slice_task(source, 2, 4), source])
@@ -59,58 +65,46 @@ def test_a_view_makes_no_row_before_it_is_asked_for() -> None:
     assert len(made) == 1
 
 
-def test_a_mixture_has_the_order_of_one_shuffle() -> None:
+def test_mixture_is_one_shuffle_of_all_rows() -> None:
     mixed = tasks.mixture([numbers("a", 3), numbers("b", 4)])
     assert questions(mixed) == ["a1", "b0", "b1", "a2", "b3", "a0", "b2"]
-    assert (mixed.name, mixed.kind, mixed.size, mixed.right) == ("mixture", "chat", 7, None)
+    assert (mixed.name, mixed.kind, mixed.size, mixed.is_correct) == ("mixture", "chat", 7, None)
     for index in (7, 100):
         with pytest.raises(IndexError):
             mixed.row(index)
-
-
-def test_a_mixture_shuffles_pairs_as_the_plain_way_does() -> None:
-    parts = [numbers("a", 30), numbers("empty", 0), numbers("b", 11), numbers("c", 1)]
+    parts = [numbers("a", 30), numbers("empty", 0), numbers("b", 11), numbers("c", 1), numbers("b", 11)]
     for seed in (42, 7):
-        pairs = [f"{part.name}{i}" for part in parts for i in range(part.size)]
-        random.Random(seed).shuffle(pairs)
-        assert questions(tasks.mixture(parts, seed=seed)) == pairs
-
-
-def test_a_task_named_twice_counts_twice() -> None:
-    asked = questions(tasks.mixture([numbers("a", 5), numbers("b", 5), numbers("a", 5)]))
-    assert {q: asked.count(q) for q in asked} == {f"a{i}": 2 for i in range(5)} | {f"b{i}": 1 for i in range(5)}
-    with pytest.raises(ValueError, match="a task at least"):
+        rows = [f"{part.name}{i}" for part in parts for i in range(part.size)]  # a task listed twice counts twice
+        random.Random(seed).shuffle(rows)
+        assert questions(tasks.mixture(parts, seed=seed)) == rows
+    with pytest.raises(ValueError, match="at least one task"):
         tasks.mixture([])
 
 
-def test_multiple_choice_is_rendered_as_the_spec_says() -> None:
-    assert tasks.multiple_choice("What is wet?", ["A", "B"], ["stone", "water"]) == (
+def test_multiple_choice_prompt_lists_each_choice_before_its_letter() -> None:
+    assert tasks.multiple_choice_prompt("What is wet?", ["A", "B"], ["stone", "water"]) == (
         "Multiple Choice question: What is wet?\n- stone=A\n- water=B\n\nRespond only with the letter of the correct "
         "answer."
     )
     with pytest.raises(ValueError, match="argument 2 is longer"):
-        tasks.multiple_choice("?", ["A"], ["x", "y"])
+        tasks.multiple_choice_prompt("?", ["A"], ["x", "y"])
 
 
-@pytest.fixture(scope="module")
-def trained() -> Tokenizer:
-    """A tokenizer that learned 700 tokens from Python's own manual."""
-    return tokenizer.train(list(pydoc_data.topics.topics.values()), 965)
-
-
-def test_a_letter_is_the_same_token_in_question_and_answer(trained: Tokenizer) -> None:
+def test_letter_is_the_same_token_in_prompt_and_answer() -> None:
+    trained = tokenizer.train(list(pydoc_data.topics.topics.values()), 965)
     letters = ["A", "B", "C", "D", "E", "1", "2", "3", "4"]
     choices = ["the sun", "42", "x", "an end.", "a (b)", "", "1", "é", "x="]
     ids = tasks.letter_ids(trained, letters)
     assert len(set(ids)) == len(letters) and [trained.decode([i]) for i in ids] == letters
-    row = tasks.qa_conversation(tasks.multiple_choice("Which?", letters, choices), "C")
+    row = tasks.qa_conversation(tasks.multiple_choice_prompt("Which?", letters, choices), "C")
     tokens, mask = chat_format.render(trained, row)
-    assert [token for token, learned in zip(tokens, mask) if learned] == [ids[2], trained.special("<|assistant_end|>")]
+    supervised = [token for token, weight in zip(tokens, mask) if weight]
+    assert supervised == [ids[2], trained.special("<|assistant_end|>")]
     ends = [i for i, token in enumerate(tokens) if trained.decode([token]).endswith("=")]
     assert [tokens[i + 1] for i in ends if tokens[i + 1] in ids] == ids
 
 
-def test_a_tokenizer_that_merges_a_letter_with_its_sign_is_refused() -> None:
+def test_tokenizer_that_merges_a_letter_with_its_sign_is_refused() -> None:
     single = tuple(bytes([i]) for i in range(256))
     assert tasks.letter_ids(Tokenizer(single), ["A"]) == [65]
     with pytest.raises(UserError, match="letter 'A'"):
@@ -133,13 +127,70 @@ def test_a_tokenizer_that_merges_a_letter_with_its_sign_is_refused() -> None:
         ("", None),
     ],
 )
-def test_the_final_answer_is_the_number_behind_the_marks(text: str, number: str | None) -> None:
-    assert tasks.final_answer(text) == number
+def test_final_answer_is_the_number_after_the_marker(text: str, number: str | None) -> None:
+    assert final_answer(text) == number
 
 
-def test_an_answer_is_right_by_its_number() -> None:
+def test_answer_is_correct_by_its_final_number() -> None:
     parts = [{"type": "python", "text": "9"}, {"type": "python_output", "text": "#### 9"}]
     row = tasks.qa_conversation("?", [*parts, {"type": "text", "text": "#### 1,000"}])
-    assert tasks.match_final_number(row, "I say #### 1000") and tasks.match_final_number(row, "#### 1,000")
-    assert not tasks.match_final_number(row, "#### 9") and not tasks.match_final_number(row, "1000")
-    assert not tasks.match_final_number(tasks.qa_conversation("?", "no number"), "no number")
+    assert match_final_number(row, "I say #### 1000") and match_final_number(row, "#### 1,000")
+    assert not match_final_number(row, "#### 9") and not match_final_number(row, "1000")
+    assert not match_final_number(tasks.qa_conversation("?", "no number"), "no number")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tasks by name
+
+
+def test_all_tasks_are_listed_with_a_description() -> None:
+    listed = "arc_challenge arc_easy arithmetic customjson gsm8k humaneval identity mmlu simplespelling smoltalk"
+    assert tasks.names() == [*listed.split(), "spellingbee"]
+    assert all(tasks.about(name) for name in tasks.names())
+
+
+def test_text_names_a_task_with_split_source_and_options(tmp_path: Path) -> None:
+    task = tasks.from_text("arithmetic:test:size=7:digits=1")
+    assert (task.name, task.size) == ("arithmetic", 7)
+    assert all(len(n) == 1 for i in range(7) for n in re.findall("[0-9]+", question(task.row(i))))
+    assert tasks.from_text("arithmetic", "test", size=5).row(3) == tasks.load("arithmetic", "test").row(3)
+    assert tasks.from_text("arithmetic:test", "train").row(0) == tasks.load("arithmetic", "test").row(0)
+    path = write(tmp_path / "my.jsonl", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert tasks.from_text(f"customjson:{path}").size == 1
+    assert tasks.from_text("gsm8k:test", source=ROWS).size == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arithmetik", "'arithmetik': no such task; did you mean arithmetic?"),
+        ("hub_table", "'hub_table': no such task"),
+        ("", "'': no such task; there are: arc_challenge"),
+        ("arithmetic:sise=3", "task arithmetic has no option sise; did you mean size?"),
+        ("gsm8k:size=3", "task gsm8k has no option size; there are none"),
+        ("arithmetic:size=many", "task arithmetic:size=many: size=many: expected a whole number or none"),
+        ("arithmetic:size=0", "size=0: expected 1 to 10,000,000"),
+        ("arithmetic:digits=0", "digits=0, product_digits=2: expected 1 or more"),
+        ("arithmetic:validation", "task arithmetic has no split validation; it has train and test"),
+        ("spellingbee:val", "task spellingbee has no split val; it has train and test"),
+        ("identity:val", "task identity has no split val; it has train, test and all"),
+        ("humaneval:train", "task humaneval has no split train, only test"),
+        ("customjson", "task customjson needs a file of conversations"),
+        ("customjson:test:/x.jsonl", "a file is all train"),
+        ("customjson:/no/such.jsonl", "/no/such.jsonl: cannot be read (No such file or directory)"),
+        ("gsm8k:/no/such", "source=/no/such: no such file or folder"),
+        ("simplespelling:/no/such.json", "source=/no/such.json: cannot be read"),
+    ],
+)
+def test_load_error_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        tasks.from_text(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_listing_tasks_imports_neither_datasets_nor_torch() -> None:
+    code = "import sys; from nanochat import tasks; [tasks.about(n) for n in tasks.names()]; print(*sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert "nanochat.tasks.conversations" in done.stdout.split()
+    assert not {"datasets", "torch"} & set(done.stdout.split())

@@ -1,0 +1,107 @@
+"""Conversations to learn from: SmolTalk (arXiv 2502.02737), files of your own, and the assistant's identity.
+
+A conversation file has one conversation a line: a JSON array of messages, or an object {"messages": [...]}.
+
+    [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello! What can I do for you?"}]
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochat.config import UserError
+from nanochat.data import Conversation, chat_format
+from nanochat.tasks import hub_table
+from nanochat.tasks.hub_table import Source, Table, shuffled_indices
+from nanochat.tasks.task import Task
+
+IDENTITY = Path(__file__).parent / "data" / "identity.jsonl"
+TEST_FRACTION = 10  # every tenth identity conversation is in the test split
+
+
+def smoltalk(split: str = "train", *, source: str | Path | None = None) -> Task:
+    """SmolTalk: 460,000 conversations on many topics, in the edition for small models."""
+    table = hub_table.load(
+        Source("smoltalk", "HuggingFaceTB/smol-smoltalk", None, "data", split, {"messages": list}), source
+    )
+    return Task("smoltalk", "chat", len(table), lambda index: _smoltalk_row(table, index))
+
+
+def _smoltalk_row(table: Table, index: int) -> Conversation:
+    row = {"messages": table[index]["messages"]}
+    try:
+        chat_format.check(row)
+    except UserError as error:
+        raise table.error(index, str(error)) from None
+    return row
+
+
+def customjson(split: str = "train", *, source: str | Path | None = None) -> Task:
+    """CustomJSON: your own conversations, a jsonl file with an array of messages on each line."""
+    if source is None:
+        raise UserError("task customjson needs a file of conversations: customjson:/path/file.jsonl")
+    if split != "train":
+        raise UserError(f"task customjson has no split {split}: a file is all train; use another file for {split}")
+    return _shuffled("customjson", read_conversations(Path(source).expanduser()))
+
+
+def identity(split: str = "train", *, source: str | Path | None = None) -> Task:
+    """Identity: conversations about who the assistant is and what it can do; a small set ships with the package.
+
+    Args:
+        split: train, test (every tenth line), or all.
+        source: a conversation file, for example from `--experiment=synthesize`, or a folder with identity.jsonl. None,
+            or a folder without it: the set that ships with the package.
+    """
+    path = IDENTITY if source is None else Path(source).expanduser()
+    if path.is_dir():
+        path = path / "identity.jsonl" if (path / "identity.jsonl").exists() else IDENTITY
+    if split not in ("train", "test", "all"):
+        raise UserError(f"task identity has no split {split}; it has train, test and all")
+    rows = [
+        row
+        for number, row in enumerate(read_conversations(path), start=1)
+        if split == "all" or (number % TEST_FRACTION == 0) == (split == "test")
+    ]
+    if not rows:
+        raise UserError(f"source={path}: has too few conversations for a test split: it needs {TEST_FRACTION}")
+    return _shuffled("identity", rows)
+
+
+def _shuffled(name: str, rows: Sequence[Conversation]) -> Task:
+    order = shuffled_indices(len(rows))
+    return Task(name, "chat", len(rows), lambda index: rows[order[index]])
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """Return the conversations of a file, in its order.
+
+    Raises:
+        UserError: the file cannot be read or is empty, or a line is not a conversation that ends with an answer.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"source={path}: cannot be read ({error.strerror or error})") from None
+    rows = [_conversation(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise UserError(f"source={path}: contains no conversations")
+    return rows
+
+
+def _conversation(path: Path, number: int, line: bytes) -> Conversation:
+    prefix = f"source={path} line {number}"
+    try:
+        value: Any = json.loads(line)
+    except ValueError as error:  # JSON and UTF-8 errors alike
+        raise UserError(f"{prefix}: not valid JSON ({error})") from None
+    if isinstance(value, list):
+        value = {"messages": value}
+    try:
+        chat_format.check(value)
+    except UserError as error:
+        raise UserError(f"{prefix}: {error}") from None
+    if value["messages"][-1]["role"] != "assistant":
+        raise UserError(f"{prefix}: the last message must be the assistant's")
+    return value

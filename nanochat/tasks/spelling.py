@@ -1,0 +1,169 @@
+"""SimpleSpelling and SpellingBee: a model reads tokens and sees no letters, so it has to learn how words are spelled.
+
+Spell the word: apple  ->  apple:a,p,p,l,e
+
+How many r are in strawberry?  ->  strawberry:s,t,r,a,w,b,e,r,r,y
+
+                                   Counting r:
+                                   s 0
+                                   t 0
+                                   r 1
+                                   …
+                                   Check: <python>'strawberry'.count('r')</python><output>3</output>
+
+                                   #### 3
+"""
+
+import functools
+import random
+import string
+from pathlib import Path
+
+from nanochat.config import UserError
+from nanochat.data import Conversation
+from nanochat.tasks.task import Task, generated, match_final_number, plain_text, qa_conversation
+
+WORDS = Path(__file__).parent / "data" / "words.txt"
+PHRASINGS = (
+    # English
+    "How many {letter} are in {word}?",
+    "How many {letter} are there in {word}?",
+    "How many {letter}s are in {word}?",
+    "How many {letter}s does {word} have?",
+    "How many times does {letter} occur in {word}?",
+    "How many times do you find {letter} in {word}?",
+    "How often does {letter} appear in {word}?",
+    "How often is {letter} used to write {word}?",
+    "How often do I write {letter} when I spell {word}?",
+    "Count the {letter}s in {word}.",
+    "Count how often {letter} is in {word}.",
+    "Can you count the letter {letter} in the word {word}?",
+    "Tell me the number of {letter}s in {word}.",
+    "What is the number of {letter} in {word}?",
+    "In the word {word}, how many letters are {letter}?",
+    "The word {word} has how many {letter}?",
+    "Look at {word}: how many {letter} do you see?",
+    "Number of {letter} in {word}",
+    "{word}: how many {letter}?",
+    "Please count: {letter} in {word}",
+    # Spanish
+    "¿Cuántas {letter} hay en {word}?",
+    "¿Cuántas veces aparece {letter} en {word}?",
+    "¿Cuántas letras {letter} tiene la palabra {word}?",
+    "Cuenta las {letter} de {word}.",
+    # French
+    "Combien de {letter} y a-t-il dans {word} ?",
+    "Combien de fois trouve-t-on {letter} dans {word} ?",
+    "Combien de lettres {letter} compte le mot {word} ?",
+    "Compte les {letter} dans {word}.",
+    # German
+    "Wie viele {letter} sind in {word}?",
+    "Wie oft kommt {letter} in {word} vor?",
+    "Wie oft steht {letter} in dem Wort {word}?",
+    "Zähle die {letter} in {word}.",
+    # Italian
+    "Quante {letter} ci sono in {word}?",
+    "Quante volte compare {letter} in {word}?",
+    # Portuguese
+    "Quantas letras {letter} tem a palavra {word}?",
+    "Quantas vezes {letter} aparece em {word}?",
+    # Chinese
+    "{word}里有几个{letter}?",
+    "单词{word}中{letter}出现了多少次?",
+)
+QUOTES = ("{}", "{}", "'{}'", '"{}"')
+
+
+def simplespelling(split: str = "train", *, source: str | Path | None = None, size: int | None = None) -> Task:
+    """SimpleSpelling: words spelled letter by letter, the easy half of SpellingBee; generated, no download.
+
+    Args:
+        split: train or test; a word may occur in both. source: as for `load_words`.
+        size: number of rows; None: 200,000 of train, 256 of test.
+    """
+    words = load_words(source)
+
+    def make_row(rng: random.Random) -> Conversation:
+        word = rng.choice(words)
+        return qa_conversation(f"Spell the word: {word}", _spelled(word))
+
+    def is_correct(row: Conversation, answer: str) -> bool:
+        return answer.strip() == plain_text(row["messages"][-1]["content"])
+
+    return generated("simplespelling", split, size, train_rows=200_000, make_row=make_row, is_correct=is_correct)
+
+
+def spellingbee(split: str = "train", *, source: str | Path | None = None, size: int | None = None) -> Task:
+    """SpellingBee: how often a letter occurs in a word, asked in many ways and seven languages; no download.
+
+    Args:
+        split: train or test; a word may occur in both. source: as for `load_words`.
+        size: number of rows; None: 80,000 of train, 256 of test.
+    """
+    words = load_words(source)
+
+    def make_row(rng: random.Random) -> Conversation:
+        word = rng.choice(words)
+        letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(string.ascii_lowercase)
+        return qa_conversation(_question(rng, word, letter), counting_answer(word, letter))
+
+    return generated("spellingbee", split, size, train_rows=80_000, make_row=make_row, is_correct=match_final_number)
+
+
+def _question(rng: random.Random, word: str, letter: str) -> str:
+    """Return a question, sometimes without capitals, quotes or a question mark, as people write."""
+    text = rng.choice(PHRASINGS)
+    if rng.random() < 0.2:
+        text = text.lower()
+    if rng.random() < 0.3:
+        text = text.rstrip("?. ")
+    return text.format(letter=rng.choice(QUOTES).format(letter), word=rng.choice(QUOTES).format(word))
+
+
+def counting_answer(word: str, letter: str) -> list[dict[str, str]]:
+    """Return the answer as message parts: the word spelled, a running count, and a tool call to check it."""
+    lines, count = [], 0
+    for char in word:
+        count += char == letter
+        lines.append(f"{char} {count}\n")
+    return [
+        {"type": "text", "text": f"{_spelled(word)}\n\nCounting {letter}:\n{''.join(lines)}Check: "},
+        {"type": "python", "text": f"'{word}'.count('{letter}')"},
+        {"type": "python_output", "text": str(count)},
+        {"type": "text", "text": f"\n\n#### {count}"},
+    ]
+
+
+def _spelled(word: str) -> str:
+    return f"{word}:{','.join(word)}"
+
+
+def load_words(source: str | Path | None) -> tuple[str, ...]:
+    """Return the words to spell.
+
+    Args:
+        source: a text file with one word a line, or a folder with words.txt. None, or a folder without it: the list
+            that ships with the package.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not one word.
+    """
+    path = WORDS if source is None else Path(source).expanduser()
+    if path.is_dir():
+        path = path / "words.txt" if (path / "words.txt").exists() else WORDS
+    return _read_words(path)
+
+
+@functools.cache
+def _read_words(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"source={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    words = tuple(line.strip() for line in lines if line.strip())
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not line.strip().isalpha():
+            raise UserError(f"source={path} line {number}: expected one word of letters, got {line.strip()[:40]!r}")
+    if not words:
+        raise UserError(f"source={path}: contains no words")
+    return words

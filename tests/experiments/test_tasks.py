@@ -1,0 +1,71 @@
+"""The viewer of tasks: supervised tokens, token borders, colors, the list of tasks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from task_rows import ROWS, TOKENIZER
+
+from experiments import tasks as viewer
+from nanochat import distributed, tasks
+from nanochat.config import UserError
+from nanochat.data import chat_format, tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the folder of a tokenizer."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    tokenizer.save(TOKENIZER, tmp_path / "tok")
+    return str(tmp_path / "tok")
+
+
+def show(**settings: Any) -> None:
+    viewer.run(viewer.Config(**settings), distributed.init("cpu"))
+
+
+def test_supervised_tokens_are_marked(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    show(task="arithmetic:train", start=1, count=1, tokenizer=folder)
+    assert capsys.readouterr().out.splitlines() == [
+        "arithmetic: 20,000 rows, generative",
+        "",
+        "--- row 1: 73 tokens, 36 supervised",
+        "<|bos|><|user_start|>Compute the sum of 361 and 1<|user_end|><|assistant_start|>[[Let me calculate: "
+        "<|python_start|>361+1<|python_end|>]]<|output_start|>362<|output_end|>[[",
+        "",
+        "#### 362<|assistant_end|>]]",
+    ]
+
+
+def test_tokens_letters_and_truncation(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(ROWS)
+    show(task="arc_easy", split="test", source=source, count=1, tokens=True, max_tokens=5, tokenizer=folder)
+    assert capsys.readouterr().out.splitlines() == [
+        "arc_easy: 4 rows, multiple_choice",
+        "",
+        "--- row 0: 5 tokens, 0 supervised",
+        "letters: ['A', 'B', 'C', 'D']",
+        "<|bos|>|<|user_start|>|M|u|l",
+    ]
+
+
+def test_colors_on_a_terminal() -> None:
+    row = tasks.qa_conversation("é\x1b[5m", "b")
+    ids, mask = chat_format.render(TOKENIZER, row)
+    text = viewer.format_tokens(TOKENIZER, ids, mask, "", color=True)
+    assert text == (
+        "\x1b[2m<|bos|><|user_start|>\x1b[0mé\ufffd[5m\x1b[2m<|user_end|><|assistant_start|>\x1b[0m"
+        "\x1b[32mb<|assistant_end|>\x1b[0m"
+    )
+
+
+def test_list_of_tasks_and_wrong_settings(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    show()
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()] == tasks.names() and "(size, digits, product_digits)" in out
+    with pytest.raises(UserError, match="start=300: arithmetic has 256 rows"):
+        show(task="arithmetic:test", start=300, tokenizer=folder)
+    with pytest.raises(UserError, match="count=0: must be at least 1"):
+        viewer.Config(count=0)
+    with pytest.raises(UserError, match="train a tokenizer"):
+        show(task="arithmetic")

@@ -1,0 +1,175 @@
+"""Arithmetic and spelling: rows, correct answers, disjoint splits, and the words to spell."""
+
+import math
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from task_rows import question, reference
+
+from nanochat import tasks
+from nanochat.config import UserError
+from nanochat.data import Conversation, chat_format, tokenizer
+from nanochat.infer import tool_use
+from nanochat.tasks import Task, arithmetic, plain_text, spelling
+
+
+def operands(row: Conversation) -> tuple[str, str, str]:
+    call = next(part["text"] for part in reference(row) if part["type"] == "python")
+    match = re.fullmatch(r"([0-9]+)([-+*])([0-9]+)", call)
+    assert match, call
+    return match[1], match[2], match[3]
+
+
+def rows(task: Task) -> list[Conversation]:
+    return [task.row(index) for index in range(task.size)]
+
+
+def test_rows_are_pinned_by_their_seeds() -> None:
+    row = tasks.load("arithmetic").row(1)
+    assert question(row) == "Compute the sum of 361 and 1"
+    assert reference(row) == [
+        {"type": "text", "text": "Let me calculate: "},
+        {"type": "python", "text": "361+1"},
+        {"type": "python_output", "text": "362"},
+        {"type": "text", "text": "\n\n#### 362"},
+    ]
+    row = tasks.load("simplespelling").row(0)
+    word = question(row).removeprefix("Spell the word: ")
+    assert word in spelling.load_words(None) and reference(row) == f"{word}:{','.join(word)}"
+    assert spelling.counting_answer("robot", "o") == [
+        {"type": "text", "text": "robot:r,o,b,o,t\n\nCounting o:\nr 0\no 1\nb 1\no 2\nt 2\nCheck: "},
+        {"type": "python", "text": "'robot'.count('o')"},
+        {"type": "python_output", "text": "2"},
+        {"type": "text", "text": "\n\n#### 2"},
+    ]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_arithmetic_answers_are_correct_and_copy_the_operands(split: str) -> None:
+    task = tasks.load("arithmetic", split, size=600)
+    operations: Counter[str] = Counter()
+    for row in rows(task):
+        a, operation, b = operands(row)
+        operations[operation] += 1
+        assert re.findall("[0-9]+", question(row)) == [a, b]
+        assert re.search(rf"{re.escape(operation)}|plus|minus|times|sum|difference|product", question(row))
+        assert max(len(a), len(b)) <= (2 if operation == "*" else 3)
+        _, call, output, final = (part["text"] for part in reference(row))
+        assert tool_use.calculate(call) == output and final == f"\n\n#### {output}"
+        assert task.is_correct and task.is_correct(row, plain_text(reference(row)))
+        assert not task.is_correct(row, f"#### {output}1") and not task.is_correct(row, output)
+    assert min(operations[operation] for operation in "+-*") > 150
+
+
+def test_arithmetic_splits_share_no_operands() -> None:
+    pairs: dict[str, set[tuple[int, int]]] = {"train": set(), "test": set()}
+    for split, seen in pairs.items():
+        for row in rows(tasks.load("arithmetic", split, size=4000)):
+            a, _, b = operands(row)
+            seen.add((min(int(a), int(b)), max(int(a), int(b))))
+    assert len(pairs["train"]) > 1500 and len(pairs["test"]) > 1000
+    assert not pairs["train"] & pairs["test"]
+    fraction = sum(arithmetic.is_test_pair(a, b) for a in range(100) for b in range(100)) / 100**2
+    assert math.isclose(fraction, 1 / 8, abs_tol=0.01)
+
+
+def test_identity_sums_look_like_arithmetic_and_are_not_test_problems() -> None:
+    with_tools = [row for row in rows(tasks.load("identity", "all")) if isinstance(reference(row), list)]
+    assert len(with_tools) == 3
+    for row in with_tools:
+        a, _, b = operands(row)
+        assert not arithmetic.is_test_pair(int(a), int(b))
+        lead, call, output, final = (part["text"] for part in reference(row))
+        assert (lead, final) == ("Let me calculate: ", f"\n\n#### {tool_use.calculate(call)}") and output in final
+
+
+def test_arithmetic_digits_bound_the_operands() -> None:
+    lengths = {operation: set[int]() for operation in "+-*"}
+    for row in rows(tasks.load("arithmetic", "test", size=200, digits=6, product_digits=4)):
+        a, operation, b = operands(row)
+        lengths[operation] |= {len(a), len(b)}
+    assert lengths == {"+": {1, 2, 3, 4, 5, 6}, "-": {1, 2, 3, 4, 5, 6}, "*": {1, 2, 3, 4}}
+
+
+def test_digits_are_the_same_tokens_in_question_and_tool_call() -> None:
+    tok = tokenizer.train([f"{i} is {i * 7} or {i}+{i}\n" for i in range(1000)], 360)
+    for row in rows(tasks.load("arithmetic", "train", size=200)):
+        a, _, b = operands(row)
+        ids, _ = chat_format.render(tok, row)
+        start = ids.index(tok.special("<|python_start|>"))
+        call = ids[start + 1 : ids.index(tok.special("<|python_end|>"))]
+        for number in map(tok.encode, (a, b)):
+            for span in (ids[:start], call):
+                assert any(span[i : i + len(number)] == number for i in range(len(span)))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_spelling_answers_are_correct(split: str) -> None:
+    task, phrasings = tasks.load("spellingbee", split, size=300), set()
+    for row in rows(task):
+        _, call, output, _ = (part["text"] for part in reference(row))
+        word, letter = re.fullmatch(r"'([a-z]+)'\.count\('([a-z])'\)", call).groups()  # type: ignore[union-attr]
+        assert tool_use.calculate(call) == output == str(word.count(letter))
+        assert word in question(row) and letter in question(row)
+        assert task.is_correct and task.is_correct(row, plain_text(reference(row)))
+        assert not task.is_correct(row, "#### 99")
+        phrasings.add(question(row).replace(word, "W"))
+    assert len(phrasings) > 150
+    task = tasks.load("simplespelling", split, size=100)
+    for row in rows(task):
+        assert task.is_correct and task.is_correct(row, f" {reference(row)}\n")
+        assert not task.is_correct(row, reference(row)[:-1])
+
+
+def test_every_phrasing_has_letter_and_word() -> None:
+    for text in spelling.PHRASINGS:
+        asked = text.format(letter="q", word="zebra")
+        assert "q" in asked and "zebra" in asked and asked.lower().format() == asked.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("arithmetic", 20_000), ("spellingbee", 80_000), ("simplespelling", 200_000)]
+)
+def test_train_and_test_rows_have_different_seeds(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    real = random.Random
+    monkeypatch.setattr("nanochat.tasks.task.random.Random", lambda seed: seeds.append(seed) or real(seed))
+    train, test = tasks.load(name, "train"), tasks.load(name, "test")
+    assert (train.size, test.size) == (size, 256)
+    for task in (train, test):
+        task.row(0)
+        task.row(task.size - 1)
+    assert seeds == [0, train.size - 1, 10_000_000, 10_000_000 + test.size - 1]
+    with pytest.raises(IndexError):
+        train.row(train.size)
+
+
+def test_rows_do_not_depend_on_size_or_order() -> None:
+    few, many = tasks.load("spellingbee", size=10), tasks.load("spellingbee")
+    assert [few.row(i) for i in reversed(range(10))] == [many.row(i) for i in range(10)][::-1]
+
+
+def test_shipped_words_are_a_few_thousand() -> None:
+    words = spelling.load_words(None)
+    assert 3000 < len(words) == len(set(words)) and list(words) == sorted(words)
+    assert all(re.fullmatch("[a-z]{3,17}", word) for word in words) and "strawberry" in words
+
+
+def test_words_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text("añil\n\n  zorro \n", "utf-8")
+    asked = {question(row) for row in rows(tasks.load("simplespelling", source=path, size=30))}
+    assert asked == {"Spell the word: añil", "Spell the word: zorro"}
+    assert question(tasks.load("spellingbee", source=path).row(0))
+    assert spelling.load_words(tmp_path) == spelling.load_words(None)  # a folder of other tasks
+    path.rename(tmp_path / "words.txt")
+    assert spelling.load_words(tmp_path) == ("añil", "zorro")
+    (tmp_path / "bad.txt").write_text("ok\ntwo words\n")
+    with pytest.raises(UserError, match=r"bad.txt line 2: expected one word of letters, got 'two words'"):
+        spelling.load_words(tmp_path / "bad.txt")
+    (tmp_path / "none.txt").write_text("\n")
+    with pytest.raises(UserError, match="contains no words"):
+        spelling.load_words(tmp_path / "none.txt")
