@@ -19,7 +19,7 @@ PACKAGE = ROOT / "nanochat"
 
 # A package imports only from rows above its own, a file of nanochat/ itself only from such files.
 ROWS = [
-    {"config", "lazy", "text", "transform", "tree"},
+    {"config", "jsonl", "lazy", "text", "transform", "tree"},
     {"distributed", "sandbox"},
     {"data", "model"},
     {"infer", "optim", "tasks"},

@@ -1,0 +1,93 @@
+"""JSON Lines files: one reader, whose errors name the line, and one appender, which survives a crash."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nanochat.config import UserError
+
+
+class InvalidLineError(UserError):
+    """A line that is not valid JSON; `number` counts from 1, `reason` says what is wrong."""
+
+    def __init__(self, path: Path, number: int, reason: str):
+        super().__init__(f"{path}:{number}: {reason}")
+        self.number, self.reason = number, reason
+
+
+def read(path: Path, *, missing_ok: bool = False, drop_partial: bool = False) -> list[tuple[int, Any]]:
+    """Return (line number, value) of every line that is not blank.
+
+    Args:
+        missing_ok: a file that does not exist is empty.
+        drop_partial: ignore a last line without a line break: what a process killed in `append` leaves behind.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not valid JSON (an `InvalidLineError`).
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        if missing_ok and isinstance(error, FileNotFoundError):
+            return []
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if drop_partial:
+        data = data[: data.rfind(b"\n") + 1]
+    return list(parse(data.split(b"\n"), path))
+
+
+def parse(lines: Iterable[bytes], path: Path, first_number: int = 1) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) of the lines that are not blank; `path` and `first_number` are for the errors.
+
+    Raises:
+        InvalidLineError: a line is not valid JSON or not UTF-8.
+    """
+    for number, line in enumerate(lines, start=first_number):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InvalidLineError(path, number, f"not valid JSON ({error})") from None
+        yield number, value
+
+
+def append(path: Path, *rows: Any) -> None:
+    """Add each row as a line and sync the file; creates it and its folder, and removes a partial last line first.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: a row holds NaN or infinity, which JSON does not have.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    lines = text.encode("utf-8", "backslashreplace")  # half a surrogate pair becomes its JSON escape
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            _drop_partial_line_(file)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _drop_partial_line_(file: Any) -> None:
+    """Truncate a file, opened at its end, behind its last line break."""
+    end = file.tell()
+    if not end:
+        return
+    start = end
+    while start:
+        previous, start = start, max(start - 65536, 0)
+        file.seek(start)
+        newline = file.read(previous - start).rfind(b"\n")
+        if newline >= 0:
+            start += newline + 1
+            break
+    if start < end:
+        file.truncate(start)
+    file.seek(0, os.SEEK_END)
