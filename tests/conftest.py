@@ -1,9 +1,12 @@
-"""What all tests share: one thread a test, no GPU test without a GPU, and the machine's speed measured once."""
+"""What all tests share: one thread a test, a worker per core, no GPU test without a GPU, one measured speed."""
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each of the workers compiles by itself
 
 import pytest
 import torch
@@ -12,6 +15,12 @@ from nanochat.distributed import runtime
 
 # The models are tiny: a second thread only waits, ten times as long as the work takes when the cores are busy.
 torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker per core for folders of tests; none for single files and for the tests of the one GPU."""
+    single = config.args and all(".py" in arg for arg in config.args)
+    return 0 if single or config.option.markexpr == "gpu" else min(os.cpu_count() or 1, 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,6 @@ and then run as it is, node by node, on two gloo ranks, so its gradients can be 
 import collections
 import contextlib
 import functools
-import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -113,9 +112,8 @@ def recorded(graphs: list[Any]) -> Iterator[None]:
         yield
 
 
-def main() -> None:
-    """Compile the sharded loss with and without overlap; rank 0 prints the orders and the errors."""
-    torch.set_num_threads(1)
+def compile_with_overlap() -> dict[str, Any]:
+    """Compile the sharded loss with and without overlap; return the orders and the errors."""
     logging.disable(logging.WARNING)
     ours = distributed.init("cpu")
     spec = model.spec(CONFIG)
@@ -135,14 +133,13 @@ def main() -> None:
         grads, _ = transform.value_and_grad(f, has_aux=True)(params, batch)
     worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(tree.leaves(grads), tree.leaves(eager)))
     worst = max(distributed.all_reduce_sum([worst]))
-    if ours.is_main:
-        print(json.dumps({"graphs": graphs, "worst": worst, "cut": len(layout.cut)}))
     distributed.close()
+    return {"graphs": graphs, "worst": worst, "cut": len(layout.cut)}
 
 
 @pytest.fixture(scope="module")
 def found() -> Any:
-    return json.loads(ranks.run(2, "distributed/test_overlap.py")[0].splitlines()[-1])
+    return ranks.call(2, compile_with_overlap)[0]
 
 
 def hidden_behind(rows: list[Any]) -> list[tuple[str, int]]:
@@ -198,7 +195,3 @@ def test_reductions_end_behind_the_next_layers_products(found: Any) -> None:
 
 def test_gradients_of_the_reordered_graph_equal_the_eager_ones(found: Any) -> None:
     assert found["worst"] < 1e-5
-
-
-if __name__ == "__main__":
-    main()

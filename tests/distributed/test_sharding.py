@@ -1,12 +1,12 @@
 """Sharded training: every mode gives what a process alone gives, in a part of the memory, by as many collectives."""
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ranks
+import sharded_steps
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -21,12 +21,7 @@ CONFIG = ModelConfig(sequence_len=32, vocab_size=250, n_layer=4, n_head=4, n_kv_
 
 def cases(number: int, *names: str) -> dict[str, list[dict[str, Any]]]:
     """Return what rank 0 of a job of so many found, by case."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line in ranks.run(number, "sharded_steps.py", *names)[0].splitlines():
-        if line.startswith("{"):
-            row = json.loads(line)
-            found.setdefault(row.pop("case"), []).append(row)
-    return found
+    return ranks.call(number, sharded_steps.run, *names)[0]
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def test_what_cannot_be_judged_is_said_before_anything_is_generated(monkeypatch:
 def test_two_ranks_find_what_one_finds_and_fail_together():
     want = json.loads(json.dumps(chat_eval_ranks.results()))
     failures = ["UserError: the sandbox cannot run here", "21 problems"]  # of one rank, on both; the next task goes on
-    found = [json.loads(out) for out in ranks.run(2, "chat_eval_ranks.py")]
+    found = json.loads(json.dumps(ranks.call(2, chat_eval_ranks.results_and_failures)))
     assert found == [[0, want, failures], [1, want, failures]]
     letters, samples, scores = want
     assert 0 < sum(letters) < 40 and 0 < sum(map(sum, samples)) < 63

@@ -199,7 +199,7 @@ def one_rank() -> str:
 
 @pytest.mark.parametrize("mode", ["replicate", "fsdp"])
 def test_two_ranks_answer_as_one_does_to_the_last_bit(mode: str):
-    first, second = ranks.run(2, "core_ranks.py", mode)
+    first, second = ranks.call(2, core_ranks.evaluate_on_ranks, mode)
     assert first == second and first.strip() == one_rank()
 
 

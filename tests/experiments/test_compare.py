@@ -247,6 +247,6 @@ def test_runs_that_cannot_be_compared_are_named(base: Path, capsys: pytest.Captu
 
 def test_two_ranks_say_what_one_says(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = compared(capsys, "one", "slow")
-    outs = gloo.run(2, "launch.py", "--experiment=compare", "one", "slow", "--set=device=cpu")
+    outs = gloo.launch(2, "--experiment=compare", "one", "slow", "--set=device=cpu")
     assert not outs[1]
     assert [line for line in outs[0].splitlines() if line] == [line for line in alone.splitlines() if line]

@@ -3,15 +3,13 @@
 import csv
 import dataclasses
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from core_ranks import BUNDLE, small_config, small_tokenizer
 from small_model import random_params
@@ -155,21 +153,13 @@ def test_a_wrong_bundle_or_setting(base: Path, capsys: pytest.CaptureFixture[str
     assert "expected one of samples, bpb, core; did you mean core?" in capsys.readouterr().err
 
 
-def run_on(ranks: int, base: Path) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "launch.py"]
-    command += ["--experiment=eval_base", *(word for setting in SETTINGS for word in ("--set", setting))]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(base)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_two_ranks_find_what_one_finds(base: Path):
     assert main("device_batch_size=3") == 0  # rows of a step that do not divide the rows that count
     one, scores = logger.latest_evaluation(base / "runs/bot"), table(base)
     samples = (base / "runs/bot/eval/samples_7.jsonl").read_text()
     shutil.rmtree(base / "runs/bot/eval")
-    out = run_on(2, base)
+    words = [f"--set={setting}" for setting in SETTINGS]
+    out = "".join(ranks.launch(2, "--experiment=eval_base", *words, env={"NANOCHAT_BASE_DIR": str(base)}))
     two = logger.read_evaluations(base / "runs/bot")[-1]["metrics"]
     assert two == pytest.approx(one, rel=1e-6) and list(two) == list(one)
     assert {k: v for k, v in two.items() if "core" in k} == {k: v for k, v in one.items() if "core" in k}

@@ -186,6 +186,6 @@ def test_two_ranks_give_the_table_of_one(source: Path):
     want = table(source)
     (source.parent / "runs" / "bot" / "eval" / "chat_1.csv").unlink()
     settings = ["run=bot", f"source={source}", f"tasks={','.join(tasks)}", "slots=1", "batch_tokens=300"]
-    outs = ranks.run(2, "launch.py", "--experiment=eval_chat", *LIMITS, *(f"--set={value}" for value in settings))
+    outs = ranks.launch(2, "--experiment=eval_chat", *LIMITS, *(f"--set={value}" for value in settings))
     assert table(source) == want and outs[1] == ""
     assert len(logger.read_evaluations(source.parent / "runs" / "bot")) == 2

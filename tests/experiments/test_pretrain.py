@@ -9,15 +9,13 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import small_model
 import torch
 
@@ -175,25 +173,19 @@ def test_stopped_and_resumed_is_the_unbroken_run(base: Path, unbroken: Path, sto
     assert_same_run(base, "unbroken", name)
 
 
-def launch(base: Path, *more: str) -> list[str]:
+def start_tiny(base: Path, *more: str) -> ranks.Job:
     settings = [*TINY, f"data.source={base / 'text'}", *more]
-    return [sys.executable, str(ROOT / "launch.py"), "--experiment=pretrain", *(f"--set={s}" for s in settings)]
+    return ranks.start_launch(1, "--experiment=pretrain", *(f"--set={s}" for s in settings))
 
 
 def test_killed_while_saving_and_resumed_is_the_unbroken_run(base: Path):
     settings = ("num_iterations=12", "checkpoint.every_steps=1", "eval.every_steps=none")
     train_tiny(base, "name=whole", *settings)
-    command = launch(base, "name=killed", *settings)
     folder = train.run_folder("killed") / "checkpoints"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    with start_tiny(base, "name=killed", *settings) as job:
         # A temporary folder beside a finished step: a save is under way.
-        if folder.exists() and checkpoint.steps(folder) and any("tmp" in p.name for p in folder.iterdir()):
-            break
-    assert process.poll() is None, "the run ended before a save was seen under way"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        job.until(lambda: checkpoint.steps(folder) and any("tmp" in path.name for path in folder.iterdir()))
+        job.send_signal(signal.SIGKILL)
     kept = checkpoint.latest_step(folder)
     assert kept is not None and kept < 12
     train_tiny(base, "name=killed", "resume=true", *settings)
@@ -214,15 +206,14 @@ def test_an_evaluation_that_a_kill_left_out_is_made_up_for(base: Path, unbroken:
 
 
 def test_sigterm_saves_and_exits_cleanly(base: Path):
-    command = launch(base, "name=termed", "num_iterations=2000", "checkpoint.every_steps=none", "eval.every_steps=none")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     record = train.run_folder("termed") / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (record.exists() and record.read_text().count("\n") > 3):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM, output
+    settings = ("num_iterations=2000", "checkpoint.every_steps=none", "eval.every_steps=none")
+    with start_tiny(base, "name=termed", *settings) as job:
+        job.until(lambda: record.exists() and record.read_text().count("\n") > 3)
+        job.send_signal(signal.SIGTERM)
+        (finished,) = job.wait(60)
+    output = finished.out + finished.err
+    assert finished.code == 128 + signal.SIGTERM, output
     step = checkpoint.latest_step(train.run_folder("termed") / "checkpoints")
     assert step and f"stopped by SIGTERM; step {step} is saved" in output
 

@@ -283,7 +283,7 @@ def test_two_ranks_train_the_series_of_one(base: Path) -> None:
                 override(miniseries.config(), [w.removeprefix("--set=") for w in words]), distributed.init("cpu")
             )
         else:
-            outs = gloo.run(2, "launch.py", "--experiment=miniseries", *words)
+            outs = gloo.launch(2, "--experiment=miniseries", *words)
             assert "results and pictures" in outs[0] and not outs[1]
         (table[count],) = results(base / "miniseries" / f"on{count}")
     same = [name for name in miniseries.COLUMNS if name not in ("run", "val_bpb", "train_seconds")]

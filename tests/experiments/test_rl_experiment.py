@@ -118,7 +118,7 @@ def test_stopped_and_resumed_is_the_unbroken_run(
 @pytest.mark.parametrize("mode", ["zero2", "fsdp"])
 def test_two_ranks_are_one(base: Path, unbroken: Path, mode: str):
     words = [f"--set={value}" for value in (*SETTINGS, f"name={mode}", f"sharding.mode={mode}")]
-    ranks.run(2, "rl_ranks.py", "--experiment=rl", *words)
+    ranks.call(2, rl_ranks.launch_rl, "--experiment=rl", *words)
     rows = [logger.read(found) for found in (unbroken, base / "runs" / mode)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     # Weights are not compared: AdamW makes a scalar's step of a gradient that is rounding. Answers follow from them.

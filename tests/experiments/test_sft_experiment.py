@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 
 from experiments import midtrain, pretrain, sft
@@ -142,13 +141,8 @@ def test_a_finished_run_is_not_trained_again(base: Path, unbroken: Path, capsys:
 
 def test_two_ranks_are_one(base: Path):
     one = tune(base, "name=one", "num_iterations=2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "launch.py"]
-    command += ["--experiment=sft"]
-    for word in settings(base, "name=two", "num_iterations=2", "device_batch_size=2"):
-        command += ["--set", word]
-    env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = settings(base, "name=two", "num_iterations=2", "device_batch_size=2")
+    ranks.launch(2, "--experiment=sft", *(f"--set={word}" for word in words), env={"NANOCHAT_BASE_DIR": str(base)})
     rows = [logger.read(found) for found in (one, base / "runs" / "two")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     # To within rounding, which Muon makes larger where a base model of two steps has weights of nearly zero.

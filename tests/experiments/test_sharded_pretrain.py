@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import ranks
@@ -67,8 +66,7 @@ def words(data: Path, *more: str) -> list[str]:
 
 def run(data: Path, base: Path, count: int, *more: str) -> str:
     """Run a job of so many ranks, and return what all of them printed."""
-    with mock.patch.dict(os.environ, NANOCHAT_BASE_DIR=str(base)):
-        return "".join(ranks.run(count, "launch.py", *words(data, *more)))
+    return "".join(ranks.launch(count, *words(data, *more), env={"NANOCHAT_BASE_DIR": str(base)}))
 
 
 def start(data: Path, base: Path, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -123,14 +121,14 @@ def test_resumed_by_other_ranks_in_another_mode(data: Path, tmp_path: Path, alon
     assert bits(tmp_path) == pytest.approx(bits(alone), rel=1e-5)
 
 
-def test_a_preempted_job_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+def test_preempted_job_resumes_to_the_same_bits(data: Path, tmp_path: Path) -> None:
     settings = ("num_iterations=40", "sharding.mode=fsdp", "eval.every_steps=none")
     run(data, tmp_path / "unbroken", 2, *settings)
-    process = start(data, tmp_path / "broken", *settings)
     folder = tmp_path / "broken" / "runs" / "tiny" / "checkpoints"
-    wait_until(lambda: checkpoint.steps(folder), process)
-    process.send_signal(signal.SIGTERM)  # as a scheduler does
-    output, _ = process.communicate(timeout=120)
+    with ranks.start_launch(2, *words(data, *settings), env={"NANOCHAT_BASE_DIR": str(tmp_path / "broken")}) as job:
+        job.until(lambda: checkpoint.steps(folder))
+        job.send_signal(signal.SIGTERM)  # as a scheduler does
+        output = job.wait()[0].out
     stopped = checkpoint.latest_step(folder)
     assert stopped is not None and stopped < 40, output
     assert f"stopped by SIGTERM; step {stopped} is saved" in output
@@ -162,16 +160,11 @@ def test_a_restart_does_not_touch_the_run_of_another_job(data: Path, tmp_path: P
     assert curve(tmp_path) == before and checkpoint.latest_step(tmp_path / "runs" / "tiny" / "checkpoints") == 6
 
 
-def test_torch_func_is_for_one_process(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    ended = ranks.end(2, "launch.py", *words(data, "train.grad=func"))
-    assert ended.codes == [1, 1]
-    assert all(error.startswith("error: train.grad=func runs in one process") for error in ended.errors), ended
-
-
-def test_what_is_wrong_is_said_once(data: Path, tmp_path: Path) -> None:
-    output = fail(data, tmp_path, "sharding.mode=hsdp", "sharding.shard_ranks=3")
-    assert len(re.findall("^error: sharding.shard_ranks=3: must divide the 2 ranks", output, re.MULTILINE)) == 1
+def test_torch_func_needs_a_single_process(data: Path, tmp_path: Path) -> None:
+    with ranks.start_launch(2, *words(data, "train.grad=func"), env={"NANOCHAT_BASE_DIR": str(tmp_path)}) as job:
+        finished = job.wait()
+    assert [rank.code for rank in finished] == [1, 1]
+    assert all(rank.err.startswith("error: train.grad=func runs in one process") for rank in finished), finished
 
 
 def wait_until(done: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:

@@ -229,8 +229,7 @@ def test_time_and_cost_are_told_before_on_a_gpu_that_is_known(base: Path, monkey
 
 def test_two_ranks_come_to_the_end_of_one(base: Path) -> None:
     words = ["name=two", "pretrain.num_iterations=2", "sft.num_iterations=2", "report.samples=false"]
-    outs = gloo.run(
-        2, "launch.py", "--experiment=speedrun", *(f"--set={w}" for w in (*TINY, f"source={base / 'text'}", *words)),
+    outs = gloo.launch(2, "--experiment=speedrun", *(f"--set={w}" for w in (*TINY, f"source={base / 'text'}", *words)),
         timeout=500,
     )  # fmt: skip
     assert "Next:" in outs[0] and not outs[1]

@@ -1,11 +1,6 @@
-"""What the ranks of tests/test_chat_eval.py run: tasks evaluated together; and the tasks themselves.
+"""What the ranks of test_chat_eval.py run: tasks evaluated together; and the tasks themselves."""
 
-python tests/chat_eval_ranks.py        prints [rank, results, failures] of each, as JSON
-"""
-
-import json
 import random
-import sys
 from typing import Any
 
 import torch
@@ -80,14 +75,8 @@ def failures(line: distributed.ControlGroup) -> list[str]:
     return found
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def results_and_failures() -> list[Any]:
+    """Return [rank, results, failures] of this rank."""
     with distributed.distributed_context("cpu") as here:
         line = distributed.create_group()
-        found = results(line), failures(line)
-        sys.stdout = sys.__stdout__  # of ranks other than 0 too
-        print(json.dumps([here.rank, *found]))
-
-
-if __name__ == "__main__":
-    main()
+        return [here.rank, results(line), failures(line)]

@@ -1,12 +1,8 @@
-"""What the ranks of tests/test_core.py run: CORE on the small bundle, with whole parameters or with parts of them.
-
-python tests/core_ranks.py <replicate or fsdp>        prints the answers of all tasks as JSON
-"""
+"""What the ranks of test_core.py run: CORE on the small bundle, with plain or sharded parameters."""
 
 import functools
 import json
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -48,8 +44,8 @@ def as_json(results: Results) -> str:
     return json.dumps([results.core, {label: task.answers for label, task in results.tasks.items()}])
 
 
-def main(mode: str) -> None:
-    torch.set_num_threads(1)
+def evaluate_on_ranks(mode: str) -> str:
+    """Return the answers of all tasks as JSON; `mode`: replicate or fsdp."""
     here = distributed.init("cpu")
     params, compute = random_params(small_config()), Compute()
     if mode == "fsdp":
@@ -59,9 +55,6 @@ def main(mode: str) -> None:
         params = sharding.enter(layout, params, torch.float32)
         compute = Compute(gather=sharding.gatherer(layout, torch.float32))
     random.seed(here.rank)  # nothing may hang on it
-    print(as_json(evaluate(params, compute)))
+    answers = as_json(evaluate(params, compute))
     distributed.close()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return answers

@@ -1,12 +1,7 @@
-"""What the ranks of tests/test_rl_experiment.py run: --experiment=rl with a reward that a random model gets.
-
-python tests/rl_ranks.py <words of launch.py>
-"""
+"""What the ranks of test_rl_experiment.py run: --experiment=rl with a reward that a random model gets."""
 
 import sys
 from typing import Any
-
-import torch
 
 import launch
 from nanochat.train import Reward, rl
@@ -21,7 +16,7 @@ def reward(task: Any) -> Reward:
     return ascii_share
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def launch_rl(*words: str) -> None:
+    """Run launch.py with that reward."""
     rl.correct_reward = reward
-    sys.exit(launch.main(["launch.py", *sys.argv[1:]]))
+    sys.exit(launch.main(["launch.py", *words]))

@@ -1,13 +1,8 @@
-"""What the ranks of tests/test_sharding.py run: training steps in a mode of sharding, against the process alone.
-
-python tests/sharded_steps.py <case> ...    prints lines of JSON, one for each mode, that name the case (rank 0)
-"""
+"""What the ranks of test_sharding.py run: training steps in a mode of sharding, against a single process."""
 
 import collections
 import contextlib
 import functools
-import json
-import sys
 from typing import Any
 
 import small_model
@@ -46,8 +41,11 @@ class Counter(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+RESULTS: dict[str, list[dict[str, Any]]] = {}
+
+
 def say(case: str, found: dict[str, Any]) -> None:
-    print(json.dumps({"case": case, **found}))
+    RESULTS.setdefault(case, []).append(found)
 
 
 def data() -> Tensor:
@@ -228,10 +226,10 @@ def graphs(here: distributed.Runtime) -> None:
     say("graphs", {"graphs": found, "error": error})
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    place = distributed.init("cpu", quiet=True)
-    cases = (modes, few_steps, nonfinite, derivatives, graphs)
-    for name in sys.argv[1:]:
-        {case.__name__: case for case in cases}[name](place)
-    distributed.close()
+def run(*names: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each case, by its name."""
+    cases = {case.__name__: case for case in (modes, few_steps, nonfinite, derivatives, graphs)}
+    with distributed.distributed_context("cpu") as here:
+        for name in names:
+            cases[name](here)
+    return RESULTS

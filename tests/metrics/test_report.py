@@ -263,6 +263,6 @@ def test_two_ranks_write_the_page_of_one(last: Path) -> None:
     experiment.run(dataclasses.replace(experiment.config(), **settings), distributed.init("cpu", "float32"))
     alone = (last / "report.md").read_text("utf-8").partition("## Code and machine")[0]
     words = [f"--set={name}={x[0] if isinstance(x, tuple) else x}" for name, x in settings.items()]
-    outs = gloo.run(2, "launch.py", "--experiment=report", "--set=device=cpu", *words)
+    outs = gloo.launch(2, "--experiment=report", "--set=device=cpu", *words)
     assert outs[0] and not outs[1]
     assert (last / "report.md").read_text("utf-8").partition("## Code and machine")[0] == alone
