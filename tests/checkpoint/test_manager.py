@@ -484,17 +484,17 @@ def test_a_damaged_metrics_file_is_named_when_the_folder_is_opened(tmp_path: Pat
 KILLED = """
     import os, sys, time
     import torch
-    from nanochat import checkpoint, tree
-from nanochat.checkpoint import storage as store
+    from nanochat import checkpoint
+    from nanochat.checkpoint import storage
     from tests.checkpoint.test_manager import State, big_state
     torch.set_num_threads(1)  # no pool of threads: the children are forked
-    store.orbax()
+    storage.orbax()
     for line in sys.stdin:
         step, phase, delay = line.split()
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
-            manager = checkpoint.open(sys.argv[1], checkpoint.CheckpointConfig(keep_last=1))
+            manager = checkpoint.open_manager(sys.argv[1], checkpoint.CheckpointConfig(keep_last=1))
             state = big_state(int(step))
             os.write(write, b".")
             begun = time.monotonic()
@@ -700,18 +700,19 @@ def test_a_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: A
 PROGRAM = """
     import os, signal, socket, sys
     from pathlib import Path
-    from nanochat import checkpoint, store
+    from nanochat import checkpoint
+    from nanochat.checkpoint import storage
     assert not {"jax", "orbax.checkpoint", "tensorstore"} & set(sys.modules)
     from tests.checkpoint.test_manager import make_state
     caught = []
     signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
-    store.orbax()
+    storage.orbax()
     import jax
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=1, process_id=0)  # where jax takes SIGTERM by default
-    manager = checkpoint.open(Path(sys.argv[1]))
+    manager = checkpoint.open_manager(Path(sys.argv[1]))
     assert "JAX_PLATFORMS" not in os.environ and jax.config.jax_platforms == "cpu"
     checkpoint.save(manager, make_state(1), {})
     checkpoint.save(manager, make_state(2), {}, metrics={"val/bpb": 1.0})
