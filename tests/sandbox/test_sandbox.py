@@ -525,7 +525,8 @@ print("made", flush=True)
 
 def test_nothing_runs_on_when_the_parent_is_killed(kernel: str) -> None:
     code = "import time\nprint(1, flush=True)\ntime.sleep(1000)"
-    program = f"from nanochat.sandbox import bubblewrap as sandbox\njail = sandbox._jail()\nsandbox._jail = lambda: jail + {kernel!r}\n"
+    program = "from nanochat.sandbox import bubblewrap as sandbox\njail = sandbox._jail()\n"
+    program += f"sandbox._jail = lambda: jail + {kernel!r}\n"
     program += f"print('ready', flush=True)\nsandbox.run({code!r}, timeout_seconds=100)"
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT)
     assert parent.stdout
