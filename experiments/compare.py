@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from nanochat import checkpoint, distributed
-from nanochat.checkpoint import integrity
 from nanochat.config import UsageError, UserError, base_dir
 from nanochat.data import DataConfig, Tokenizer, loader, sources, tokenizer
 from nanochat.distributed import ControlGroup, Runtime
@@ -217,7 +216,7 @@ def measure(
 def tokenizer_of(one: RunInfo, step: int) -> Tokenizer:
     """Return the tokenizer of a checkpoint."""
     path = one.folder / "checkpoints" / str(step)
-    files = integrity.check_files(path, integrity.read(path)["files"])
+    files = checkpoint.check_files(path, checkpoint.read_header(path)["files"])
     return tokenizer.load(files[tokenizer.TOKENS_FILE].parent)
 
 

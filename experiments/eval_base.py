@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 
 from nanochat import checkpoint, distributed, infer, train
-from nanochat.checkpoint import Pretrained, integrity
+from nanochat.checkpoint import Pretrained
 from nanochat.config import UserError
 from nanochat.data import DataConfig, loader, sources, tokenizer
 from nanochat.distributed import ControlGroup, LostRankError, Runtime
@@ -114,7 +114,7 @@ def run(config: Config, runtime: Runtime) -> None:
             core_bundle.read(config.bundle)  # a wrong one is said before anything is done
     with distributed.raise_on_any_failure(line):
         bot = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
-        header = integrity.read(bot.folder / "checkpoints" / str(bot.step))
+        header = checkpoint.read_header(bot.folder / "checkpoints" / str(bot.step))
     print(checkpoint.describe_model(bot))
     job = Job(config, bot, runtime, line, header)
     parts: dict[str, Callable[[Job], tuple[dict[str, float], dict[str, str]]]]

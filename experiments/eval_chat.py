@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import checkpoint, distributed, tasks
-from nanochat.checkpoint import Pretrained, integrity
+from nanochat.checkpoint import Pretrained
 from nanochat.config import UserError
 from nanochat.distributed import ControlGroup, LostRankError, Runtime
 from nanochat.eval import CHAT_CORE, TITLES, ChatEvalConfig, ModelUnderTest, Score, chat_eval
@@ -134,7 +134,7 @@ def label(text: str) -> str:
 
 def settings(config: Config, bot: Pretrained, runtime: Runtime) -> dict[str, Any]:
     """Return all that results depend on, as JSON holds it."""
-    state = integrity.read(bot.folder / "checkpoints" / str(bot.step))["state"]
+    state = checkpoint.read_header(bot.folder / "checkpoints" / str(bot.step))["state"]
     fields = [field.name for field in dataclasses.fields(ChatEvalConfig) if field.name != "compile"]
     values = {name: getattr(config, name) for name in fields}
     values |= {"source": str(config.source), "dtype": str(runtime.compute_dtype)}

@@ -28,8 +28,7 @@ from experiments.pretrain import Config as PretrainStage
 from experiments.report import Config as ReportStage
 from experiments.sft import Config as SftStage
 from experiments.tokenizer import Config as TokenizerStage
-from nanochat import distributed, model
-from nanochat.checkpoint import storage
+from nanochat import checkpoint, distributed, model
 from nanochat.config import UserError, base_dir
 from nanochat.data import sources
 from nanochat.data import tokenizer as bpe
@@ -197,9 +196,9 @@ def stages(config: Config) -> list[Stage]:
     found = {
         "data": (f"{text}{shards}", None, has_data),
         "tokenizer": (f"{config.tokenizer.vocab_size:,} tokens", None, has_tokenizer),
-        "pretrain": (f"depth {config.pretrain.depth}", base, lambda: bool(storage.steps(base / "checkpoints"))),
+        "pretrain": (f"depth {config.pretrain.depth}", base, lambda: bool(checkpoint.steps(base / "checkpoints"))),
         "eval_base": (", ".join(config.eval_base.tasks), None, lambda: True),
-        "sft": (f"{length} of {mixture}", tuned, lambda: bool(storage.steps(tuned / "checkpoints"))),
+        "sft": (f"{length} of {mixture}", tuned, lambda: bool(checkpoint.steps(tuned / "checkpoints"))),
         "eval_chat": (", ".join(config.eval_chat.tasks), None, lambda: True),
         "report": ("the report card", None, lambda: True),
     }

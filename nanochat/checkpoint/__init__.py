@@ -1,23 +1,26 @@
-"""Checkpoints by orbax: `save`, `restore`, and `load` for a trained model; conversion from and to the reference."""
+"""Checkpoints with orbax: `save` and `restore` a train state, `load` a trained model.
+
+`convert` converts weights from and to karpathy/nanochat.
+"""
 
 from typing import TYPE_CHECKING
 
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.checkpoint import convert, integrity, manager, pretrained, storage
-    from nanochat.checkpoint.integrity import CorruptCheckpointError, fingerprint
+    from nanochat.checkpoint import convert, manager, pretrained
+    from nanochat.checkpoint.config import CheckpointConfig
+    from nanochat.checkpoint.integrity import CorruptCheckpointError, check_files, read_header
     from nanochat.checkpoint.manager import (
-        CheckpointConfig,
         Manager,
         add_metrics,
         close,
-        describe,
         latest_step,
         load_params,
         open_manager,
         restore,
         save,
+        step_metrics,
         steps,
         wait,
     )

@@ -1,14 +1,9 @@
-"""What a checkpoint says about itself, in its item `meta`, and whether the rest of it is true to that.
+"""What a checkpoint says about itself (the item `meta`), and whether its bytes agree.
 
-orbax and the disk do not notice a flipped byte, exchanged leaves, another shape or dtype, a leaf that is not there.
-Everything read here is held against the shapes, dtypes and checksums that were noted down when the step was saved.
-
-A checksum of a tensor that is computed where the tensor lies and adds up over its shards.
-
-Which part of a sharded tensor lies in this process, and one checksum per tensor over all processes.
-
-A leaf is a plain tensor, equal on every rank, or a DTensor with even shards. What several ranks hold a copy of is
-written by one of them, taken in turns over the leaves, and counts once in the checksum.
+orbax and the disk do not notice a flipped byte, swapped leaves, a missing leaf or a wrong shape or dtype. So the header
+records shape, dtype and checksum of everything saved, and everything read is compared with it. A leaf's checksum is
+computed on its device and adds up over its shards, so a checkpoint may be read with another sharding than it was
+written with.
 """
 
 import hashlib
@@ -28,189 +23,190 @@ from nanochat.checkpoint import storage
 from nanochat.config import UserError
 from nanochat.distributed import ControlGroup, raise_on_any_failure
 
-
-def fingerprint(shard: Tensor, offsets: Sequence[int] | None = None) -> int:
-    """Return a 64-bit checksum of a tensor's bits and their positions; the values of its shards add up to the whole's.
-
-        Σ bits(x[i, j, …]) · w₀[i] · w₁[j] · …   modulo 2**64,  with odd pseudo-random weights per dimension.
-
-    A change of one element always shows (an odd multiple of less than 2**32 is not 0 modulo 2**64); exchanged
-    elements, rows or leaves do, but for a chance of about 2**-32. Runs on the tensor's device in bounded memory.
-
-    Args:
-        shard: any dtype of 1, 2, 4 or 8 bytes; the tensor, or a block of it.
-        offsets: where the block begins in the whole tensor, per dimension; None: at 0.
-
-    Returns:
-        An integer in [0, 2**64). For shards: sum(fingerprint(s, o) for s, o in …) % 2**64.
-    """
-    return int(checksum(shard, offsets)) % 2**64
-
-
-def checksum(shard: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
-    """Return `fingerprint`, modulo 2**64, as a 0-d int64 tensor on the shard's device: nothing waits for the device."""
-    bits = shard.detach()
-    begin = list(offsets) if offsets is not None else [0] * bits.ndim
-    if bits.ndim == 0:
-        bits, begin = bits.reshape(1), [0]
-    if bits.element_size() == 8:  # as halves: an element's difference must stay below 2**32
-        bits = bits.contiguous().view(torch.int32)
-        begin[-1] *= 2
-    else:
-        bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[bits.element_size()])
-    # Large enough to amortise the launches, small enough for the cache (CPU) and for bounded memory (GPU).
-    chunk_elements = min(2**24 if bits.is_cuda else 2**19, bits.numel())
-    # One buffer for all chunks: the first touch of fresh memory costs more than the sums.
-    scratch = torch.empty(chunk_elements, dtype=torch.int64, device=bits.device)
-    return _weighted_sum(bits, begin, scratch)
-
-
-def _weighted_sum(bits: Tensor, begin: list[int], scratch: Tensor) -> Tensor:
-    if bits.numel() > scratch.numel():
-        dim = next(d for d, n in enumerate(bits.shape) if n > 1)
-        half = bits.shape[dim] // 2
-        middle = [b + half if d == dim else b for d, b in enumerate(begin)]
-        first = _weighted_sum(bits.narrow(dim, 0, half), begin, scratch)
-        return first + _weighted_sum(bits.narrow(dim, half, bits.shape[dim] - half), middle, scratch)
-    total = scratch[: bits.numel()].view(bits.shape).copy_(bits)
-    for dim in reversed(range(bits.ndim)):
-        total = total.mul_(_odd_weights(dim, begin[dim], bits.shape[dim], bits.device)).sum(-1)
-    return total
-
-
-def _odd_weights(dim: int, begin: int, count: int, device: torch.device) -> Tensor:
-    # The mixing steps of splitmix64 (Steele, Lea, Flood 2014), in int64 that wraps; `& mask` makes >> a logical shift.
-    x = torch.arange(begin + 1, begin + 1 + count, dtype=torch.int64, device=device)
-    x = (x + (dim << 40)) * -0x61C8864680B583EB
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
-    return (x ^ ((x >> 31) & (2**33 - 1))) | 1
-
-
-class Part(NamedTuple):
-    """A block of a tensor: where it begins and how large it is, per dimension; `number` counts the tensor's blocks."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    number: int = 0
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        """The index of the block in the whole tensor."""
-        return tuple(slice(begin, begin + size) for begin, size in zip(self.offsets, self.sizes))
-
-
-def local_part(leaf: Tensor, name: str = "tensor") -> Part:
-    """Return which part of `leaf` this process holds.
-
-    Raises:
-        UserError: the shards are not even, or `leaf` is not yet reduced (a placement other than Shard and Replicate).
-    """
-    sizes, offsets, number = list(leaf.shape), [0] * leaf.ndim, 0
-    if isinstance(leaf, DTensor):
-        coordinate = leaf.device_mesh.get_coordinate()
-        if coordinate is None:
-            raise UserError(f"{name} lies on a mesh that leaves out some of the job's processes")
-        for here, count, placement in zip(coordinate, leaf.device_mesh.shape, leaf.placements):
-            if type(placement) is Shard and sizes[placement.dim] % count == 0:
-                sizes[placement.dim] //= count
-                offsets[placement.dim] += here * sizes[placement.dim]
-                number = number * count + here
-            elif type(placement) is not Replicate:
-                raise UserError(
-                    f"{name} {tuple(leaf.shape)} is placed {placement} over {count} ranks: checkpoints hold tensors "
-                    "that are replicated or cut into even shards"
-                )
-    return Part(tuple(offsets), tuple(sizes), number)
-
-
-def local_values(leaf: Tensor) -> Tensor:
-    """Return this process's part of `leaf` as a plain tensor over the same memory."""
-    return (leaf.to_local() if isinstance(leaf, DTensor) else leaf).detach()
-
-
-def assemble(here: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor that is sharded as `like` and whose local part is `here`."""
-    if not isinstance(like, DTensor):
-        return here
-    return DTensor.from_local(
-        here, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-
-
-def gather_part_indices(ranks: ControlGroup, parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return (ranks, leaves, 2): the number of every rank's part of every leaf, and its checksum; equal on all ranks.
-
-    The checksums are computed where the tensors lie, and cross to the host in one transfer.
-    """
-    sums = [checksum(tensor, parts[name].offsets) for name, tensor in tensors.items()]
-    host = torch.stack(sums).cpu() if sums else torch.empty(0, dtype=torch.int64)
-    numbers = torch.tensor([parts[name].number for name in tensors], dtype=torch.int64)
-    return distributed.all_gather_ints(ranks, torch.stack([numbers, host], dim=-1))
-
-
-def fingerprints(found: Tensor, names: list[str]) -> dict[str, str]:
-    """Return the checksum of each whole leaf in hexadecimal, from what `survey` found.
-
-    Raises:
-        UserError: names the first leaf of which two ranks hold different copies.
-    """
-    whole = {}
-    for i, name in enumerate(names):
-        seen: dict[int, tuple[int, int]] = {}
-        for rank, (number, value) in enumerate(found[:, i].tolist()):
-            first, before = seen.setdefault(number, (rank, value))
-            if value != before:
-                raise UserError(f"{name} differs between rank {first} and rank {rank}, which should hold the same")
-        whole[name] = f"{sum(value for _, value in seen.values()) % 2**64:016x}"
-    return whole
-
-
-def parts_to_write(found: Tensor, rank: int) -> list[bool]:
-    """Return for every leaf whether this rank is the one of those that hold its part to write it."""
-    mine = []
-    for i in range(found.shape[1]):
-        holders = (found[:, i, 0] == found[rank, i, 0]).nonzero().flatten().tolist()
-        mine.append(holders[i % len(holders)] == rank)
-    return mine
-
-
-def chunk(sizes: tuple[int, ...], itemsize: int, limit_bytes: int = 2**24) -> list[int]:
-    """Return the shape of even pieces of a block, cut along its first dimensions until they are small.
-
-    Ranks that read a part of what one rank wrote read whole pieces.
-    """
-    pieces = list(sizes)
-    for dim in range(len(pieces)):
-        while math.prod(pieces) * itemsize > limit_bytes and pieces[dim] % 2 == 0:
-            pieces[dim] //= 2
-    return pieces
-
-
 FORMAT = 1
 
 Specs = Mapping[str, Mapping[str, Any]]  # name → shape, dtype and checksum, as JSON
 
 
 class CorruptCheckpointError(UserError):
-    """A checkpoint whose bytes cannot be read or are not those that were saved."""
+    """A checkpoint that cannot be read, or whose bytes are not those that were saved."""
 
 
-def build(
-    step: int,
-    meta: Mapping[str, Any],
-    leaves: Specs,
-    arrays: Specs,
-    files: Mapping[str, bytes],
-) -> dict[str, Any]:
-    """Return the item `meta` of a checkpoint of these things, as JSON will give it back.
+# Checksums that add up over shards
+
+
+def fingerprint(shard: Tensor, offsets: Sequence[int] | None = None) -> int:
+    """Return a 64-bit checksum of a tensor's bits and their positions.
+
+        Σ bits(x[i, j, …]) · w₀[i] · w₁[j] · …   modulo 2**64,  with odd pseudo-random weights per dimension.
+
+    The checksums of the shards of a tensor add up to its checksum modulo 2**64. A change of one element is always
+    detected (an odd multiple of less than 2**32 is not 0 modulo 2**64); swapped elements, rows or leaves are missed
+    with a probability of about 2**-32. Runs on the tensor's device in bounded memory.
 
     Args:
-        leaves: the whole leaves of the state, with their fingerprints.
-        arrays: as `describe_arrays` gives them.
+        shard: the tensor or a block of it, any dtype of 1, 2, 4 or 8 bytes.
+        offsets: where the block starts in the full tensor, per dimension; None: at 0.
+    """
+    return int(checksum(shard, offsets)) % 2**64
+
+
+def checksum(shard: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
+    """Return `fingerprint` modulo 2**64 as a 0-d int64 tensor on the shard's device, without synchronization."""
+    bits = shard.detach()
+    starts = list(offsets) if offsets is not None else [0] * bits.ndim
+    if bits.ndim == 0:
+        bits, starts = bits.reshape(1), [0]
+    if bits.element_size() == 8:  # as halves: the difference of an element has to stay below 2**32
+        bits = bits.contiguous().view(torch.int32)
+        starts[-1] *= 2
+    else:
+        bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[bits.element_size()])
+    # Large enough to amortize kernel launches, small enough for the cache (CPU) and for bounded memory (GPU).
+    chunk_elements = min(2**24 if bits.is_cuda else 2**19, bits.numel())
+    # One buffer for all chunks: touching fresh memory costs more than the sums.
+    scratch = torch.empty(chunk_elements, dtype=torch.int64, device=bits.device)
+    return _weighted_sum(bits, starts, scratch)
+
+
+def _weighted_sum(bits: Tensor, starts: list[int], scratch: Tensor) -> Tensor:
+    if bits.numel() > scratch.numel():
+        dim = next(d for d, n in enumerate(bits.shape) if n > 1)
+        half = bits.shape[dim] // 2
+        middle = [start + half if d == dim else start for d, start in enumerate(starts)]
+        first = _weighted_sum(bits.narrow(dim, 0, half), starts, scratch)
+        return first + _weighted_sum(bits.narrow(dim, half, bits.shape[dim] - half), middle, scratch)
+    total = scratch[: bits.numel()].view(bits.shape).copy_(bits)
+    for dim in reversed(range(bits.ndim)):
+        total = total.mul_(_odd_weights(dim, starts[dim], bits.shape[dim], bits.device)).sum(-1)
+    return total
+
+
+def _odd_weights(dim: int, start: int, count: int, device: torch.device) -> Tensor:
+    # The mixing steps of splitmix64 (Steele, Lea, Flood 2014) in wrapping int64; `& mask` makes >> a logical shift.
+    x = torch.arange(start + 1, start + 1 + count, dtype=torch.int64, device=device)
+    x = (x + (dim << 40)) * -0x61C8864680B583EB
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return (x ^ ((x >> 31) & (2**33 - 1))) | 1
+
+
+# Shards of a leaf: a plain tensor, equal on every rank, or a DTensor with even shards
+
+
+class LocalShard(NamedTuple):
+    """The block of a tensor that a process holds; `index` numbers the distinct blocks of the tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    index: int = 0
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.sizes))
+
+
+def local_shard(leaf: Tensor, name: str = "tensor") -> LocalShard:
+    """Return which block of `leaf` this process holds.
 
     Raises:
-        UserError: a file's name has folders in it.
+        UserError: the shards are uneven, or a placement is neither Shard nor Replicate.
+    """
+    sizes, offsets, index = list(leaf.shape), [0] * leaf.ndim, 0
+    if isinstance(leaf, DTensor):
+        coordinate = leaf.device_mesh.get_coordinate()
+        if coordinate is None:
+            raise UserError(f"{name} is on a mesh without rank {leaf.device_mesh.get_rank()}: use a mesh of all ranks")
+        for position, count, placement in zip(coordinate, leaf.device_mesh.shape, leaf.placements):
+            if type(placement) is Shard and sizes[placement.dim] % count == 0:
+                sizes[placement.dim] //= count
+                offsets[placement.dim] += position * sizes[placement.dim]
+                index = index * count + position
+            elif type(placement) is not Replicate:
+                raise UserError(
+                    f"{name} {tuple(leaf.shape)} is placed {placement} over {count} ranks: checkpoints hold tensors "
+                    "that are replicated or evenly sharded"
+                )
+    return LocalShard(tuple(offsets), tuple(sizes), index)
+
+
+def local_tensor(leaf: Tensor) -> Tensor:
+    """Return this process's shard of `leaf` as a plain tensor over the same memory."""
+    return (leaf.to_local() if isinstance(leaf, DTensor) else leaf).detach()
+
+
+def from_local(shard: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor that is sharded like `like` and has this local shard."""
+    if not isinstance(like, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def gather_shard_checksums(
+    group: ControlGroup, shards: Mapping[str, LocalShard], tensors: Mapping[str, Tensor]
+) -> Tensor:
+    """Return every rank's (shard index, checksum) of every leaf, (ranks, leaves, 2) on the CPU. Collective call."""
+    checksums = [checksum(tensor, shards[name].offsets) for name, tensor in tensors.items()]
+    on_cpu = torch.stack(checksums).cpu() if checksums else torch.empty(0, dtype=torch.int64)  # one transfer
+    indices = torch.tensor([shards[name].index for name in tensors], dtype=torch.int64)
+    return distributed.all_gather_ints(group, torch.stack([indices, on_cpu], dim=-1))
+
+
+def full_fingerprints(shard_checksums: Tensor, names: list[str]) -> dict[str, str]:
+    """Return the hexadecimal checksum of each full leaf; replicated shards count once.
+
+    Raises:
+        UserError: two ranks hold different copies of a shard.
+    """
+    fingerprints = {}
+    for i, name in enumerate(names):
+        distinct: dict[int, tuple[int, int]] = {}
+        for rank, (index, value) in enumerate(shard_checksums[:, i].tolist()):
+            first_rank, first_value = distinct.setdefault(index, (rank, value))
+            if value != first_value:
+                raise UserError(f"{name} differs between rank {first_rank} and rank {rank}: it should be equal on both")
+        fingerprints[name] = f"{sum(value for _, value in distinct.values()) % 2**64:016x}"
+    return fingerprints
+
+
+def shards_to_write(shard_checksums: Tensor, rank: int) -> list[bool]:
+    """Return for every leaf whether `rank` writes its shard: ranks with copies of a shard take turns over leaves."""
+    writes = []
+    for i in range(shard_checksums.shape[1]):
+        indices = shard_checksums[:, i, 0]
+        holders = (indices == indices[rank]).nonzero().flatten().tolist()
+        writes.append(holders[i % len(holders)] == rank)
+    return writes
+
+
+def chunk_shape(sizes: tuple[int, ...], itemsize: int, limit_bytes: int = 2**24) -> list[int]:
+    """Return the shape of even chunks of a block, split along its first dimensions until they are small enough.
+
+    A rank that reads a part of a block reads full chunks.
+    """
+    chunk = list(sizes)
+    for dim in range(len(chunk)):
+        while math.prod(chunk) * itemsize > limit_bytes and chunk[dim] % 2 == 0:
+            chunk[dim] //= 2
+    return chunk
+
+
+# The header
+
+
+def build_header(
+    step: int, meta: Mapping[str, Any], leaves: Specs, arrays: Specs, files: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """Return the item `meta`, as JSON will return it.
+
+    Args:
+        leaves: of the state, with the fingerprints of the full leaves.
+        arrays: from `array_specs`.
+
+    Raises:
+        UserError: a file name has folders in it.
     """
     for name in files:
         if Path(name).name != name:
@@ -227,24 +223,29 @@ def build(
     )
 
 
-def describe_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def tensor_spec(value: Tensor | np.ndarray) -> dict[str, Any]:
+    """Return {"shape", "dtype"} as JSON values."""
+    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def array_specs(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Return shape, dtype and checksum of each array.
 
     Raises:
-        UserError: one holds something else than numbers.
+        UserError: an array is not numeric.
     """
     for name, array in arrays.items():
-        if array.dtype.kind not in "biuf" and array.dtype != storage.numpy_dtype("bfloat16"):
+        if array.dtype.kind not in "biuf" and array.dtype != storage.BFLOAT16:
             raise UserError(f"array {name} is {array.dtype}: checkpoints hold numbers")
     return {name: {**tensor_spec(array), "sha256": _sha256(array.tobytes())} for name, array in arrays.items()}
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read what `build` gave for the checkpoint at `path`.
+def read_header(path: Path) -> dict[str, Any]:
+    """Read what `build_header` returned for the step at `path`.
 
     Raises:
-        DamagedCheckpoint: it is not as it was written.
-        UserError: a newer nanochat wrote it.
+        CorruptCheckpointError: it has changed.
+        UserError: it was written by a newer nanochat.
     """
     file = path / "meta" / "metadata"
     try:
@@ -255,12 +256,22 @@ def read(path: Path) -> dict[str, Any]:
     if isinstance(version, int) and version > FORMAT:
         raise UserError(f"checkpoint {path} has format {version}, this nanochat reads {FORMAT}: update nanochat")
     if version != FORMAT or header != _with_checksum(header):
-        raise corruption_error(path, f"{file} is not as it was written")
+        raise corruption_error(path, f"{file} has changed since it was written")
     return header
 
 
-def compare(path: Path, saved: Specs, wanted: Specs) -> None:
-    """Check that the leaves saved at `path` are those wanted, by name, shape and dtype.
+def _with_checksum(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the header as JSON will return it, with a checksum over the rest of it."""
+    values = json.loads(json.dumps({name: value for name, value in header.items() if name != "sha256"}))
+    return {**values, "sha256": _sha256(json.dumps(values, sort_keys=True).encode())}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def compare_specs(path: Path, saved: Specs, expected: Specs) -> None:
+    """Check names, shapes and dtypes of the leaves saved at `path`.
 
     Raises:
         UserError: names the first three differences.
@@ -270,16 +281,19 @@ def compare(path: Path, saved: Specs, wanted: Specs) -> None:
         return f"({', '.join(map(str, leaf['shape']))}) {leaf['dtype']}"
 
     differences = []
-    for name in {**wanted, **saved}:
+    for name in {**expected, **saved}:
         if name not in saved:
-            differences.append(f"has no {name}, this model wants {show(wanted[name])}")
-        elif name not in wanted:
-            differences.append(f"has {name} {show(saved[name])}, which this model lacks")
-        elif show(saved[name]) != show(wanted[name]):
-            differences.append(f"has {name} {show(saved[name])}, this model wants {show(wanted[name])}")
+            differences.append(f"has no {name}, this model expects {show(expected[name])}")
+        elif name not in expected:
+            differences.append(f"has {name} {show(saved[name])}, which this model does not have")
+        elif show(saved[name]) != show(expected[name]):
+            differences.append(f"has {name} {show(saved[name])}, this model expects {show(expected[name])}")
     if differences:
         more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
         raise UserError(f"checkpoint {path} {'; it '.join(differences[:3])}{more}")
+
+
+# Reading and verifying
 
 
 def read_leaves(
@@ -287,114 +301,111 @@ def read_leaves(
     saved: Specs,
     device: torch.device | str,
     like: Mapping[str, Tensor] | None = None,
-    ranks: ControlGroup = ControlGroup(),
+    group: ControlGroup = ControlGroup(),
 ) -> dict[str, Tensor]:
-    """Read these leaves of the state to `device`, and verify them there.
+    """Read leaves of the state to `device` and verify them there.
 
     Args:
-        like: by name, tensors of these shapes that say which part of each leaf this process is to have; None: all.
-        ranks: those that read together, which between them have all parts; every one of them calls this.
+        like: tensors of these shapes whose placements say which shard of each leaf to read; None: full leaves.
+        group: the ranks that read together and between them read every shard. Collective call.
 
     Returns:
-        {name: this process's part}.
+        {name: this process's shard}.
 
     Raises:
-        DamagedCheckpoint: names the leaf; on all ranks.
+        CorruptCheckpointError: names the leaf; on all ranks.
     """
-    with raise_on_any_failure(ranks):
-        whole = {name: torch.empty(leaf["shape"], device="meta") for name, leaf in saved.items()}
-        parts = {name: local_part((like or whole)[name], name) for name in saved}
-        found = _read_item(path / "state", saved, parts)
-        tensors = {name: storage.to_tensor(found.pop(name)).to(device) for name in saved}
-    survey = gather_part_indices(ranks, parts, tensors)
-    with raise_on_any_failure(
-        ranks
-    ):  # all ranks see the same; the way out, by the disk, may look different from another node
+    with raise_on_any_failure(group):
+        full = {name: torch.empty(leaf["shape"], device="meta") for name, leaf in saved.items()}
+        shards = {name: local_shard((like or full)[name], name) for name in saved}
+        arrays = _read_item(path / "state", saved, shards)
+        tensors = {name: storage.to_tensor(arrays.pop(name)).to(device) for name in saved}
+    shard_checksums = gather_shard_checksums(group, shards, tensors)
+    # All ranks find the same damage, but another node may see another list of steps to suggest instead.
+    with raise_on_any_failure(group):
         try:
-            found = fingerprints(survey, list(saved))
+            fingerprints = full_fingerprints(shard_checksums, list(saved))
         except UserError as error:
-            raise corruption_error(path, f"{error}: they read {path / 'state'} differently") from error
+            raise corruption_error(path, f"ranks read different bytes from {path / 'state'} ({error})") from error
         for name, leaf in saved.items():
-            if found[name] != leaf["fingerprint"]:
-                raise corruption_error(path, f"{name} is damaged: bytes in {path / 'state'} have changed")
+            if fingerprints[name] != leaf["fingerprint"]:
+                raise corruption_error(path, f"{name} is corrupt: bytes in {path / 'state'} have changed")
     return tensors
 
 
 def read_arrays(path: Path, saved: Specs) -> dict[str, np.ndarray]:
-    """Read and verify these arrays.
+    """Read and verify arrays.
 
     Raises:
-        DamagedCheckpoint: names the array.
+        CorruptCheckpointError: names the array.
     """
-    whole = {name: Part((0,) * len(array["shape"]), tuple(array["shape"])) for name, array in saved.items()}
-    found = _read_item(path / "arrays", saved, whole)
+    full = {name: LocalShard((0,) * len(array["shape"]), tuple(array["shape"])) for name, array in saved.items()}
+    arrays = _read_item(path / "arrays", saved, full)
     for name, array in saved.items():
-        if _sha256(found[name].tobytes()) != array["sha256"]:
-            raise corruption_error(path, f"{name} is damaged: bytes in {path / 'arrays'} have changed")
-    return found
+        if _sha256(arrays[name].tobytes()) != array["sha256"]:
+            raise corruption_error(path, f"{name} is corrupt: bytes in {path / 'arrays'} have changed")
+    return arrays
 
 
-def _read_item(item: Path, saved: Specs, parts: Mapping[str, Part]) -> dict[str, np.ndarray]:
-    wanted = {n: (array["shape"], parts[n].slices) for n, array in saved.items() if math.prod(array["shape"])}
+def _read_item(item: Path, saved: Specs, shards: Mapping[str, LocalShard]) -> dict[str, np.ndarray]:
+    stored = {n: (array["shape"], shards[n].slices) for n, array in saved.items() if math.prod(array["shape"])}
     try:
-        found = storage.read_blocks(item, wanted)
+        blocks = storage.read_blocks(item, stored)
     except MemoryError:
         raise
     except Exception as error:  # tensorstore raises whatever the damage leads it to
         raise corruption_error(item.parent, f"{item} cannot be read ({reason(error)})") from error
     arrays = {}
     for name, array in saved.items():
-        if not math.prod(array["shape"]):  # orbax stores no empty arrays
-            found[name] = np.empty(parts[name].sizes, storage.numpy_dtype(array["dtype"]))
-        arrays[name] = found.pop(name, None)
-        if arrays[name] is None or tensor_spec(arrays[name]) != {
-            "shape": [*parts[name].sizes],
-            "dtype": array["dtype"],
-        }:
-            raise corruption_error(
-                item.parent, f"{name} in {item} is missing or of another shape or dtype than was saved"
-            )
+        if name not in stored:  # orbax stores no empty arrays
+            arrays[name] = np.empty(shards[name].sizes, np.dtype(array["dtype"]))
+            continue
+        expected = {"shape": [*shards[name].sizes], "dtype": array["dtype"]}
+        if name not in blocks or tensor_spec(blocks[name]) != expected:
+            raise corruption_error(item.parent, f"{name} in {item} is missing or has another shape or dtype than saved")
+        arrays[name] = blocks.pop(name)
     return arrays
 
 
 def check_files(path: Path, saved: Specs) -> dict[str, Path]:
-    """Verify these files and return {name: where it lies}.
+    """Verify files and return {name: path}.
 
     Raises:
-        DamagedCheckpoint: names the file.
+        CorruptCheckpointError: names the file.
     """
     files = {name: path / "files" / name for name in saved}
     for name, file in files.items():
         if not file.is_file() or _sha256(file.read_bytes()) != saved[name]["sha256"]:
-            raise corruption_error(path, f"{file} is missing or damaged")
+            raise corruption_error(path, f"{file} is missing or corrupt")
     return files
 
 
-def matches_saved(path: Path, header: Mapping[str, Any], state: Mapping[str, Tensor], ranks: ControlGroup) -> bool:
-    """Return True if the checkpoint at `path` is what `header` describes, byte for byte; False if it is damaged.
+def matches_saved(path: Path, header: Mapping[str, Any], state: Mapping[str, Tensor], group: ControlGroup) -> bool:
+    """Return True if the step at `path` is what `header` describes, byte for byte, and False if it is corrupt.
 
     Args:
-        header: rank 0's counts.
-        state: the leaves, of which every rank reads the part that it holds.
+        header: rank 0's is used.
+        state: the leaves; every rank reads the shards that it holds.
 
     Raises:
-        UserError: it is sound or not, but of other values.
+        UserError: the step was saved with other values.
     """
     try:
-        with raise_on_any_failure(ranks):
-            saved = _read_copy(path, header) if ranks.rank == 0 else {}
-        saved = distributed.broadcast_object(ranks, saved)
-        read_leaves(path, saved["state"], "cpu", state, ranks)
-        with raise_on_any_failure(ranks):
-            read_arrays(path, saved["arrays"] if ranks.rank == 0 else {})
-            check_files(path, saved["files"] if ranks.rank == 0 else {})
+        with raise_on_any_failure(group):
+            saved = _read_same_header(path, header) if group.rank == 0 else {}
+        saved = distributed.broadcast_object(group, saved)
+        read_leaves(path, saved["state"], "cpu", state, group)
+        with raise_on_any_failure(group):
+            if group.rank == 0:
+                read_arrays(path, saved["arrays"])
+                check_files(path, saved["files"])
     except CorruptCheckpointError:
         return False
     return True
 
 
-def _read_copy(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    saved = read(path)
+def _read_same_header(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    saved = read_header(path)
     for item in ("state", "arrays", "files"):
         for name in {**saved[item], **header[item]}:
             if saved[item].get(name) != header[item].get(name):
@@ -402,19 +413,15 @@ def _read_copy(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def tensor_spec(value: Tensor | np.ndarray) -> dict[str, Any]:
-    """Return shape and dtype as JSON."""
-    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+# Error messages
 
 
 def corruption_error(path: Path, problem: str) -> CorruptCheckpointError:
-    """Return the error about the checkpoint at `path`, with the step to go on from instead."""
+    """Return the error about the step at `path`, with the step to resume from instead."""
     others = [step for step in storage.steps(path.parent) if step != int(path.name)]
     good = max([step for step in others if step < int(path.name)] or others, default=None)
-    way_out = f"step {good} is there too: delete {path} to go on from it"
-    return CorruptCheckpointError(
-        f"checkpoint {path}: {problem}; {'no other step is there' if good is None else way_out}"
-    )
+    fix = "there is no other step" if good is None else f"step {good} exists too: delete {path} to resume from it"
+    return CorruptCheckpointError(f"checkpoint {path}: {problem}; {fix}")
 
 
 def reason(error: BaseException) -> str:
@@ -426,13 +433,3 @@ def reason(error: BaseException) -> str:
     lines = str(error).split(" [")[0].strip().splitlines()
     why = lines[0].rsplit(": ", 1)[-1][:200] if lines else ""
     return why if isinstance(error, ValueError) else f"{type(error).__name__} {why}".rstrip()
-
-
-def _with_checksum(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the header as JSON will give it back, with a checksum over the rest of it."""
-    sealed = json.loads(json.dumps({name: value for name, value in header.items() if name != "sha256"}))
-    return {**sealed, "sha256": _sha256(json.dumps(sealed, sort_keys=True).encode())}
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

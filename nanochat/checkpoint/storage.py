@@ -1,11 +1,11 @@
-"""Tensors on disk through orbax: what `checkpoint` needs of jax, orbax, tensorstore and NumPy, and nothing on training.
+"""Arrays on disk in orbax's layout, as NumPy arrays: what `checkpoint` needs of jax, orbax and tensorstore.
 
-orbax makes the folders, names a step when it is complete, and says which ones stay; the process that is rank 0 runs
-it. The arrays themselves go into orbax's layout (zarr arrays in one OCDBT database that is merged from a part of
-every process) by tensorstore, orbax's own engine, as NumPy arrays: each process writes its blocks of them. That keeps
-int64 and bfloat16 bit for bit without `jax_enable_x64`, a switch for the whole process that would change the results
-of a program that uses JAX itself, and it needs no `jax.distributed`, whose service would end the surviving ranks when
-one is lost. jax, orbax and tensorstore are imported when a function here first needs them; they take seconds.
+orbax's CheckpointManager, on rank 0, creates the folders, publishes a complete step by renaming it and deletes old
+steps. Every process writes its own blocks of the arrays with tensorstore, orbax's storage engine.
+
+orbax's PyTreeSave alone cannot do this. Across processes it saves jax.Arrays only, which takes `jax.distributed`,
+whose service terminates the surviving ranks when one is lost; and int64 jax.Arrays take `jax_enable_x64`, a
+process-wide switch that would change the results of a program that uses JAX itself.
 """
 
 import dataclasses
@@ -18,29 +18,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanochat import tree
 
-DELETED = "deleted"  # the subfolder for steps on their way out
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DELETED = "deleted"  # subfolder for steps that are being deleted
 
 
 @functools.cache
 def orbax() -> Any:
-    """Import jax and orbax, keep them quiet, and return `orbax.checkpoint`.
+    """Import jax and orbax on first use (it takes seconds), silence them, and return `orbax.checkpoint`.
 
-    JAX stays off the accelerator, whose memory it would fill, unless the program imported it before or chose by
-    JAX_PLATFORMS; and it must not take SIGTERM away from the program.
+    Keeps JAX off the accelerator, whose memory it would reserve, unless the program imported JAX before or set
+    JAX_PLATFORMS. Also keeps JAX from intercepting SIGTERM.
     """
-    ours = "jax" not in sys.modules and "JAX_PLATFORMS" not in os.environ
+    configure_platform = "jax" not in sys.modules and "JAX_PLATFORMS" not in os.environ
     import jax
 
-    if ours:
+    if configure_platform:
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_preemption_service", False)
-    import absl.logging  # first, for it to make the logger of its own class
+    import absl.logging  # before orbax, so that absl creates the logger with its own class
     import orbax.checkpoint
 
     absl.logging.get_absl_logger().addFilter(_log_filter)
@@ -48,215 +50,185 @@ def orbax() -> Any:
 
 
 def _log_filter(record: logging.LogRecord) -> bool:
-    # orbax tells of every step it takes, and logs as an error what it raises as well.
+    # orbax logs every step it takes, and also logs the exceptions that it raises.
     from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
     return not from_orbax or (record.levelno >= logging.ERROR and not record.exc_info)
 
 
+# Tensors and NumPy arrays
+
+
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """Return a copy in host memory; bfloat16, which NumPy does not have, becomes ml_dtypes' bit for bit."""
+    """Copy to host memory; bfloat16 becomes ml_dtypes.bfloat16, bit for bit."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
     if host.dtype == torch.bfloat16:
-        return host.view(torch.uint16).numpy().view(numpy_dtype("bfloat16"))
+        return host.view(torch.uint16).numpy().view(BFLOAT16)
     return host.numpy()
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
-    """Return a tensor over the memory of `array`, or over a copy where that is read-only or not contiguous."""
+    """Return a tensor that shares the memory of `array`, or a copy if that is read-only or not contiguous."""
     array = np.require(array, requirements=["C", "W"])
-    if array.dtype == numpy_dtype("bfloat16"):
+    if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
-def numpy_dtype(name: str) -> np.dtype:
-    """Return NumPy's dtype of that name, bfloat16 included."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+# Steps in a folder
 
 
 def open_orbax_manager(folder: Path, policy: Any, score: Callable[[Any], float]) -> Any:
-    """Return orbax's CheckpointManager of `folder`, after clearing away what a killed one left.
-
-    Its `save` returns when the step is complete: who wants to go on meanwhile calls it in a thread.
+    """Return a synchronous orbax CheckpointManager for `folder`, after removing what a killed process left there.
 
     Args:
-        folder: exists; its steps are the subfolders with numbers for names.
-        policy: orbax's PreservationPolicy, which says after each save what stays.
-        score: of a step's metrics, the lower the better.
+        policy: orbax's PreservationPolicy, applied after every save.
+        score: maps the metrics of a step to a number; lower is better.
     """
     ocp = orbax()
-    clear(folder)
+    remove_partial_steps(folder)
     options = ocp.CheckpointManagerOptions(
         create=False,
         best_fn=score,
         best_mode="min",
         preservation_policy=policy,
-        todelete_subdir=DELETED,  # a kill in the middle of a deletion must not leave half a step under its name
+        todelete_subdir=DELETED,  # a process killed during a deletion must not leave half a step under its name
         enable_async_checkpointing=False,
     )
-    items = {"state": _arrays_handler(), "arrays": _arrays_handler(), "meta": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(folder, options=options, item_handlers={**items, "files": _files_item()[0]()})
+    handlers = {"state": _arrays_handler(), "arrays": _arrays_handler(), "meta": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
 def steps(folder: Path) -> list[int]:
-    """Return the complete steps in `folder`, in rising order; orbax gives a step its name when it is complete."""
+    """Return the complete steps in ascending order; orbax gives a step its name when it is complete."""
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
-def clear(folder: Path) -> None:
-    """Remove deleted steps, and the temporary folders of saves that were killed or failed.
+def remove_partial_steps(folder: Path) -> None:
+    """Remove deleted steps and the temporary folders of killed or failed saves.
 
-    At once, and not by orbax's `cleanup_tmp_directories`, which works in the background: the room is needed now.
+    orbax's `cleanup_tmp_directories` does this in the background, but the disk space is needed now.
     """
     for path in [folder / DELETED, *folder.glob(f"*{orbax().utils.TMP_DIR_SUFFIX}*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+# Writing: orbax calls the handler of an item, which calls `write` with the item's folder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DeferredArray:
+    """A leaf for PyTreeSave; the first leaf's `write(folder)` writes the values of all leaves."""
+
+    write: Callable[[Path], None]
+
+
+def arrays_item(names: Iterable[str], write: Callable[[Path], None]) -> Any:
+    """Return the save arguments of the PyTree {"a": {"b": array}} for the names "a.b".
+
+    Args:
+        names: of arrays with elements; orbax stores no empty ones.
+        write: called with the item's folder; has to call `write_blocks` there in every process.
+    """
+    return orbax().args.PyTreeSave(tree.nest(dict.fromkeys(names, DeferredArray(write))))
+
+
+def _arrays_handler() -> Any:
+    ocp = orbax()
+
+    class DeferredArrayHandler(ocp.type_handlers.NumpyHandler):
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+            values[0].write(Path(infos[0].parent_dir))
+            return []
+
+    registry = ocp.type_handlers.create_type_handler_registry((DeferredArray, DeferredArrayHandler()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+# Blocks of arrays
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Block:
-    """A part of an array to be written: its values, the shape of the whole, where it begins, the shape of its pieces.
+    """A part of an array to write. All blocks of an array have one size, which is a multiple of `chunk_shape`.
 
-    The blocks of one array are of one size; so are the pieces, which divide the block, and are what is read at once.
+    Attributes:
+        shape: of the full array. offsets: where the block starts in it.
+        chunk_shape: of the pieces in which the block is stored and read.
     """
 
     values: np.ndarray
     shape: Sequence[int]
     offsets: Sequence[int]
-    chunk: Sequence[int]
+    chunk_shape: Sequence[int]
 
 
-def whole_block(values: np.ndarray) -> Block:
-    """Return the block that is all of an array."""
+def full_block(values: np.ndarray) -> Block:
+    """Return the block that covers a full array."""
     return Block(values, values.shape, (0,) * values.ndim, values.shape)
 
 
 def write_blocks(folder: Path, process: int, blocks: Mapping[str, Block]) -> None:
-    """Write the blocks of one process, by name, into an arrays item that orbax is about to complete.
+    """Write the named blocks of one process into an arrays item.
 
     Raises:
-        Exception: of any kind; nothing is being written any more then.
+        Exception: of any type, after all writes have ended.
     """
     import tensorstore
 
     context = _context()
-    opened = {}
+    arrays = {}
     for name, block in blocks.items():
         spec = {
             **_array_spec(folder / f"ocdbt.process_{process}", name),
             "dtype": block.values.dtype.name,
-            # Weights hardly compress, and writing them is three times as fast without the attempt.
-            "metadata": {"shape": [*block.shape], "chunks": [*block.chunk], "compressor": None},
+            # Weights hardly compress, and writing them uncompressed is three times as fast.
+            "metadata": {"shape": [*block.shape], "chunks": [*block.chunk_shape], "compressor": None},
             "store_data_equal_to_fill_value": True,
         }
-        opened[name] = tensorstore.open(spec, create=True, open=True, context=context)
+        arrays[name] = tensorstore.open(spec, create=True, open=True, context=context)
     writes = []
     for name, block in blocks.items():
-        place = tuple(slice(begin, begin + size) for begin, size in zip(block.offsets, block.values.shape))
-        writes.append(opened[name].result()[place].write(block.values, can_reference_source_data_indefinitely=True))
-    failures = [failure for failure in [write.exception() for write in writes] if failure is not None]
-    if failures:
-        raise failures[0]
+        index = tuple(slice(start, start + size) for start, size in zip(block.offsets, block.values.shape))
+        writes.append(arrays[name].result()[index].write(block.values, can_reference_source_data_indefinitely=True))
+    errors = [error for error in [write.exception() for write in writes] if error is not None]
+    if errors:
+        raise errors[0]
 
 
-def read_blocks(folder: Path, wanted: Mapping[str, tuple[Sequence[int], tuple[slice, ...]]]) -> dict[str, np.ndarray]:
-    """Read a part of each of these arrays of an arrays item; one that it lacks in this shape is left out.
+def read_blocks(folder: Path, blocks: Mapping[str, tuple[Sequence[int], tuple[slice, ...]]]) -> dict[str, np.ndarray]:
+    """Read a block of each named array of an arrays item; arrays missing there or of another shape are skipped.
 
     Args:
-        wanted: name → shape of the whole, index of the part.
+        blocks: name → (shape of the full array, index of the block).
 
     Raises:
-        ValueError: the item is damaged.
+        ValueError: the item is corrupt.
     """
     import tensorstore
 
     context = _context()
-    opened = {name: tensorstore.open(_array_spec(folder, name), read=True, context=context) for name in wanted}
+    arrays = {name: tensorstore.open(_array_spec(folder, name), read=True, context=context) for name in blocks}
     reads = {}
-    for name, (shape, place) in wanted.items():
-        if not _is_missing(opened[name].exception()) and opened[name].result().shape == tuple(shape):
-            reads[name] = opened[name].result()[place].read()
+    for name, (shape, index) in blocks.items():
+        error = arrays[name].exception()
+        missing = error is not None and str(error).startswith("NOT_FOUND")
+        if not missing and arrays[name].result().shape == tuple(shape):
+            reads[name] = arrays[name].result()[index].read()
     return {name: np.asarray(read.result()) for name, read in reads.items()}
 
 
 def _context() -> Any:
     import tensorstore
 
-    # One context for all arrays of an item: they share the database, and one cache of its index.
+    # All arrays of an item share one database and one cache of its index.
     return tensorstore.Context({"cache_pool": {"total_bytes_limit": 10**8}, "file_io_concurrency": {"limit": 64}})
 
 
 def _array_spec(folder: Path, name: str) -> dict[str, Any]:
-    # As orbax has it: small values lie in the index, under its checksum.
+    # As orbax has it: small values are stored in the index, under its checksum.
     index = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8, "manifest_kind": "single"}
     base = {"driver": "file", "path": f"{folder}/", "file_io_locking": {"mode": "non_atomic"}}
     store = {"driver": "ocdbt", "base": base, "path": f"{name}/", "config": index}
     return {"driver": "zarr", "kvstore": store, "recheck_cached_data": False, "recheck_cached_metadata": False}
-
-
-def _is_missing(error: BaseException | None) -> bool:
-    return error is not None and str(error).startswith("NOT_FOUND")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _DeferredArrays:
-    """A leaf whose values are written, with those of all other leaves, by calling `write` with the item's folder."""
-
-    write: Callable[[Path], None]
-
-
-def arrays_item(names: Iterable[str], write: Callable[[Path], None]) -> Any:
-    """Return what to save arrays "a.b" by, as the PyTree {"a": {"b": array}}; none may be empty (orbax's rule).
-
-    Args:
-        write: called with the item's folder; calls `write_blocks` here and makes other processes do so.
-    """
-    return orbax().args.PyTreeSave(tree.nest(dict.fromkeys(names, _DeferredArrays(write))))
-
-
-def json_item(values: Mapping[str, Any]) -> Any:
-    """Return what to save JSON values by."""
-    return orbax().args.JsonSave(dict(values))
-
-
-def files_item(contents: Mapping[str, bytes]) -> Any:
-    """Return what to save {file name: content} by."""
-    return _files_item()[1](dict(contents))
-
-
-def _arrays_handler() -> Any:
-    ocp = orbax()
-
-    class PromiseHandler(ocp.type_handlers.NumpyHandler):
-        async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
-            values[0].write(Path(infos[0].parent_dir))
-            return []
-
-    registry = ocp.type_handlers.create_type_handler_registry((_DeferredArrays, PromiseHandler()))
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-
-
-@functools.cache
-def _files_item() -> tuple[Any, Any]:
-    """Return what teaches orbax to store plain files: a handler, and the arguments to save by."""
-    ocp = orbax()
-
-    class FilesHandler(ocp.CheckpointHandler):
-        def save(self, directory: Any, args: Any) -> None:
-            for name, content in args.contents.items():
-                (directory / name).write_bytes(content)
-
-        def restore(self, directory: Any, args: Any = None) -> dict[str, bytes]:
-            return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-    @ocp.args.register_with_handler(FilesHandler, for_save=True, for_restore=True)
-    @dataclasses.dataclass
-    class FilesArgs(ocp.args.CheckpointArgs):
-        contents: dict[str, bytes] = dataclasses.field(default_factory=dict)
-
-    return FilesHandler, FilesArgs

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat import checkpoint, model
-from nanochat.checkpoint import integrity, storage
 from nanochat.config import UserError, nearest
 from nanochat.metrics import logger
 from nanochat.model import ModelConfig
@@ -92,9 +91,9 @@ def read_run(folder: Path, step: int | None = None) -> RunInfo:
     Raises:
         UserError: a file is there and damaged.
     """
-    steps = storage.steps(folder / "checkpoints")
+    steps = checkpoint.steps(folder / "checkpoints")
     newest = step if step in steps else max(steps, default=None)
-    meta = integrity.read(folder / "checkpoints" / str(newest))["meta"] if newest is not None else {}
+    meta = checkpoint.read_header(folder / "checkpoints" / str(newest))["meta"] if newest is not None else {}
     config = folder / "config.json"
     try:
         settings = json.loads(config.read_text("utf-8")) if config.exists() else {}

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from nanochat import checkpoint, distributed, model, tree
-from nanochat.checkpoint import integrity
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.distributed import Layout, Runtime, sharding
@@ -65,7 +64,7 @@ def load(run: str | Path | None, step: int | None = None) -> InitCheckpoint:
         raise UserError(f"no checkpoint of step {step} in {folder}; there are steps {', '.join(map(str, saved))}")
     step = saved[-1] if step is None else step
     path = folder / "checkpoints" / str(step)
-    header = integrity.read(path)
+    header = checkpoint.read_header(path)
     meta, where = header["meta"], f"checkpoint {path}"
     leaves = {name: torch.empty(leaf["shape"], device="meta") for name, leaf in header["state"].items()}
     weights = {name.removeprefix("params."): leaf for name, leaf in leaves.items() if name.startswith("params.")}
@@ -74,7 +73,7 @@ def load(run: str | Path | None, step: int | None = None) -> InitCheckpoint:
         step,
         str(meta.get("stage", "base")),
         checkpoint.infer_config(where, meta, weights),
-        checkpoint.load_tokenizer(where, integrity.check_files(path, header["files"])),
+        checkpoint.load_tokenizer(where, checkpoint.check_files(path, header["files"])),
         meta.get("config", {}),
         any(name.startswith("opt_state.") for name in leaves),
         meta.get("parent"),
@@ -89,7 +88,7 @@ def newest(stages: Collection[str]) -> Path:
     """
     for folder in checkpoint.list_runs():
         step = checkpoint.steps(folder / "checkpoints")[-1]
-        if integrity.read(folder / "checkpoints" / str(step))["meta"].get("stage", "base") in stages:
+        if checkpoint.read_header(folder / "checkpoints" / str(step))["meta"].get("stage", "base") in stages:
             return folder
     raise UserError(
         f"no {' or '.join(stages)} model in {checkpoint.runs_folder()} to begin with: "
@@ -111,7 +110,7 @@ def init_state_from(
     checkpoints, spec, dtype = parent.folder / "checkpoints", model.spec(parent.shape), runtime.compute_dtype
     place = functools.partial(sharding.place, layout)
     if moments and parent.moments:
-        header = integrity.read(checkpoints / str(parent.step))
+        header = checkpoint.read_header(checkpoints / str(parent.step))
         stored = DTYPES[header["state"]["params.wte"]["dtype"]]
         nothing = model.init(parent.shape, 0, device="meta", dtype=stored, layout=layout)
         abstract = train.init(nothing, spec, stored, layout)

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat import distributed
-from nanochat.checkpoint import integrity, storage
+from nanochat import checkpoint, distributed
 from nanochat.config import UserError, flatten
 from nanochat.distributed import ControlGroup, raise_on_any_failure
 
@@ -131,10 +130,10 @@ def describe_status(
 
 def newest(run: Path) -> str:
     """Return a name for the newest checkpoint of a run, different for each that was ever written; "" for none."""
-    steps = storage.steps(run / "checkpoints")
+    steps = checkpoint.steps(run / "checkpoints")
     if not steps:
         return ""
-    header = integrity.read(run / "checkpoints" / str(steps[-1]))
+    header = checkpoint.read_header(run / "checkpoints" / str(steps[-1]))
     text = json.dumps([header["step"], header["state"], header["meta"].get("progress")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -22,8 +22,9 @@ import torch
 from tensordict import TensorDict
 
 from nanochat import tree
-from nanochat.checkpoint import CheckpointConfig, CorruptCheckpointError, fingerprint, integrity, storage
+from nanochat.checkpoint import CheckpointConfig, CorruptCheckpointError, integrity, storage
 from nanochat.checkpoint import manager as checkpoint
+from nanochat.checkpoint.integrity import fingerprint
 from nanochat.config import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,7 +194,7 @@ def test_which_step_is_read(tmp_path: Path) -> None:
         checkpoint.restore(tmp_path / "nowhere", make_state(0))
     manager = saved(tmp_path, 0, 9, 10)
     assert checkpoint.steps(manager) == checkpoint.steps(tmp_path) == [0, 9, 10]
-    assert checkpoint.latest_step(tmp_path) == 10 and checkpoint.best_step(tmp_path) is None
+    assert checkpoint.latest_step(tmp_path) == 10
     assert checkpoint.restore(manager, make_state(0), step=9)[0].step == 9
     with pytest.raises(UserError, match=r"no checkpoint of step 5 in .*; there are steps 0, 9, 10"):
         checkpoint.restore(manager, make_state(0), step=5)
@@ -230,17 +231,8 @@ def test_exactly_these_steps_stay(tmp_path: Path, keep: Any, scores: list[float 
     checkpoint.close(manager)
     assert checkpoint.steps(tmp_path) == stay
     assert not temporary(tmp_path)
-    found = checkpoint.describe(tmp_path)
+    found = checkpoint.step_metrics(tmp_path)
     assert [found[step].get("val/bpb") for step in stay] == [scores[step - 1] for step in stay]
-
-
-def test_best_step_is_the_lowest_finite_bpb(tmp_path: Path) -> None:
-    manager = checkpoint.open_manager(tmp_path, CheckpointConfig(keep_last=None))
-    for step, metrics in enumerate([{"val/bpb": float("nan")}, {"val/bpb": 2.0}, {"other": 0.1}, {"val/bpb": 2.0}, {}]):
-        checkpoint.save(manager, make_state(step), {}, metrics=metrics)
-    checkpoint.close(manager)
-    assert checkpoint.best_step(tmp_path) == 3
-    assert checkpoint.describe(tmp_path)[2] == {"other": 0.1} and checkpoint.describe(tmp_path)[4] == {}
 
 
 # A step that exists
@@ -257,12 +249,12 @@ def test_an_existing_step_is_left_alone_if_it_is_the_same(tmp_path: Path) -> Non
 def test_metrics_can_be_added_to_a_saved_step(tmp_path: Path) -> None:
     manager = saved(tmp_path, 1, keep_last=1)
     checkpoint.save(manager, make_state(1), {}, metrics={"val/bpb": 1.5})  # after the evaluation
-    assert checkpoint.describe(manager) == {1: {"val/bpb": 1.5}} and not list(tmp_path.rglob("*.partial"))
+    assert checkpoint.step_metrics(manager) == {1: {"val/bpb": 1.5}} and not list(tmp_path.rglob("*.partial"))
     checkpoint.save(manager, make_state(1), {}, metrics={"val/bpb": 9.0})  # the first ones stand
     for step in (2, 3):
         checkpoint.save(manager, make_state(step), {}, metrics={"val/bpb": 2.0})
     checkpoint.close(manager)
-    assert checkpoint.steps(tmp_path) == [1, 3] and checkpoint.best_step(tmp_path) == 1
+    assert checkpoint.steps(tmp_path) == [1, 3]
     assert_same(checkpoint.restore(tmp_path, make_state(1), step=1)[0], make_state(1))
 
 
@@ -319,13 +311,15 @@ def test_names_shapes_and_dtypes_are_compared_before_anything_is_read(tmp_path: 
 
     start = f"checkpoint {tmp_path / '1'} "
     assert message(lambda p: p.set("wte", torch.zeros(8, 50))) == (
-        start + "has params.wte (50, 8) float32, this model wants (8, 50) float32"
+        start + "has params.wte (50, 8) float32, this model expects (8, 50) float32"
     )
     assert message(lambda p: p.set("wte", torch.zeros(50, 8).bfloat16())) == (
-        start + "has params.wte (50, 8) float32, this model wants (50, 8) bfloat16"
+        start + "has params.wte (50, 8) float32, this model expects (50, 8) bfloat16"
     )
-    assert message(lambda p: p.set("new", torch.zeros(2))) == start + "has no params.new, this model wants (2) float32"
-    assert message(lambda p: p.pop("wte")) == start + "has params.wte (50, 8) float32, which this model lacks"
+    assert (
+        message(lambda p: p.set("new", torch.zeros(2))) == start + "has no params.new, this model expects (2) float32"
+    )
+    assert message(lambda p: p.pop("wte")) == start + "has params.wte (50, 8) float32, which this model does not have"
     many = message(lambda p: [p.set(f"new{i}", torch.zeros(2)) for i in range(9)])
     assert many.count("; it ") == 2 and many.endswith("(and 6 more differences)")
 
@@ -339,7 +333,7 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
         checkpoint.save(manager, state, {}, arrays={"words": np.array(["a"])})
     with pytest.raises(UserError, match=r"file \.\./x: expected a name without folders"):
         checkpoint.save(manager, state, {}, files={"../x": Path(__file__)})
-    with pytest.raises(UserError, match=r"gone\.txt belongs into the checkpoint and cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"gone\.txt cannot be copied to the checkpoint \(No such file"):
         checkpoint.save(manager, state, {}, files={"x": tmp_path / "gone.txt"})
     with pytest.raises(TypeError, match="not JSON serializable"):
         checkpoint.save(manager, state, {"x": torch.zeros(1)})
@@ -368,8 +362,8 @@ def test_a_flipped_bit_is_named(tmp_path: Path) -> None:
     checkpoint.close(saved(tmp_path, 1, 2))
     flip_in_leaf(tmp_path / "2", make_state(2).params["h", "0", "k"], bit=3)
     expected = re.escape(
-        f"checkpoint {tmp_path / '2'}: params.h.0.k is damaged: bytes in {tmp_path / '2' / 'state'} have changed; "
-        f"step 1 is there too: delete {tmp_path / '2'} to go on from it"
+        f"checkpoint {tmp_path / '2'}: params.h.0.k is corrupt: bytes in {tmp_path / '2' / 'state'} have changed; "
+        f"step 1 exists too: delete {tmp_path / '2'} to resume from it"
     )
     with pytest.raises(CorruptCheckpointError, match=f"^{expected}$"):
         checkpoint.restore(tmp_path, make_state(2))
@@ -423,15 +417,15 @@ def rewrite_state(step: Path, change: Any) -> None:
     [
         (
             lambda x: x.update({"params.h.0.q": x["params.h.0.k"], "params.h.0.k": x["params.h.0.q"]}),
-            "h.0.q is damaged",
+            "h.0.q is corrupt",
         ),
         (lambda x: x.pop("params.wte"), "params.wte in .* is missing"),
         (
             lambda x: x.update({"params.wte": x["params.wte"].astype(np.float16)}),
-            "params.wte in .* another shape or dtype",
+            "params.wte in .* has another shape or dtype",
         ),
-        (lambda x: x.update({"params.wte": x["params.wte"].T.copy()}), "params.wte in .* another shape or dtype"),
-        (lambda x: x.update({"params.wte": x["params.wte"][::-1].copy()}), "params.wte is damaged"),
+        (lambda x: x.update({"params.wte": x["params.wte"].T.copy()}), "params.wte in .* has another shape or dtype"),
+        (lambda x: x.update({"params.wte": x["params.wte"][::-1].copy()}), "params.wte is corrupt"),
     ],
     ids=["exchanged", "absent", "cast", "reshaped", "rows"],
 )
@@ -449,7 +443,7 @@ def test_a_changed_value_in_the_header_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "1" / "meta" / "metadata"
     path.write_text(path.read_text().replace('"seed": 1', '"seed": 3'))
     for read in (checkpoint.load_params, lambda folder: checkpoint.restore(folder, make_state(1))):
-        with pytest.raises(CorruptCheckpointError, match="meta/metadata is not as it was written"):
+        with pytest.raises(CorruptCheckpointError, match="meta/metadata has changed since it was written"):
             read(tmp_path)
 
 
@@ -462,7 +456,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         checkpoint.restore(tmp_path, make_state(1))
     assert not isinstance(caught.value, CorruptCheckpointError)
     path.write_text(json.dumps({"other": "program"}))
-    with pytest.raises(CorruptCheckpointError, match=r"metadata cannot be read .*no other step is there"):
+    with pytest.raises(CorruptCheckpointError, match=r"metadata cannot be read .*there is no other step"):
         checkpoint.load_params(tmp_path)
 
 
@@ -604,7 +598,7 @@ def test_an_error_in_the_background_surfaces_once_and_hurts_nothing(
     message = str(caught.value)
     assert re.fullmatch(
         rf"checkpoint of step 2 could not be written to {re.escape(str(tmp_path))} \(.*\); "
-        r"it needs 1\.7 MB, [\d.]+ MB are free; step 1 is still good",
+        r"it needs 1\.7 MB, [\d.]+ MB are free; step 1 is intact",
         message,
     )
     assert "too large" in message
@@ -623,7 +617,7 @@ def test_no_room_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.M
         checkpoint.save(manager, make_state(2), {})
     assert str(caught.value) == (
         f"checkpoint of step 2 needs 1.1 MB, {tmp_path} has 0.1 MB free: make room or save to another folder; "
-        "step 1 is still good"
+        "step 1 is intact"
     )
     assert checkpoint.steps(tmp_path) == [1] and not temporary(tmp_path)
     monkeypatch.undo()
@@ -681,14 +675,14 @@ def test_a_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: A
     manager = checkpoint.open_manager(folder, CheckpointConfig(keep_last=None))
     for step in (1, 2):
         checkpoint.save(manager, make_state(step, rows), {})
-    with pytest.raises(UserError, match=r"step 3 needs 11\.4 MB, .* has 1[01]\.\d MB free.*step 2 is still good"):
+    with pytest.raises(UserError, match=r"step 3 needs 11\.4 MB, .* has 1[01]\.\d MB free.*step 2 is intact"):
         checkpoint.save(manager, make_state(3, rows), {})
     (small_disk / "other").write_bytes(bytes(5 * 2**20))
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage("/"))  # it fills up while we write
     checkpoint.save(manager, make_state(3, rows), {})
     free_before = usage(small_disk).free
-    with pytest.raises(UserError, match=r"step 3 could not be written to .*No space left.*; step 2 is still good"):
+    with pytest.raises(UserError, match=r"step 3 could not be written to .*No space left.*; step 2 is intact"):
         checkpoint.close(manager)
     # The writer may not have begun when it was measured, and a grown directory keeps its few pages.
     assert usage(small_disk).free >= free_before - 2**16
@@ -746,10 +740,10 @@ def test_it_is_lazy_and_quiet_and_leaves_sigterm_to_the_program(tmp_path: Path) 
 
 def test_bad_settings_and_folders_are_named(tmp_path: Path) -> None:
     for name in ("every_steps", "keep_last", "keep_every_steps"):
-        with pytest.raises(UserError, match=f"checkpoint {name}=0: expected a number above 0, or none"):
+        with pytest.raises(UserError, match=f"checkpoint.{name}=0: expected a number above 0, or none"):
             checkpoint.open_manager(tmp_path / "run", dataclasses.replace(CheckpointConfig(), **{name: 0}))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"checkpoint folder .*file/run cannot be made"):
+    with pytest.raises(UserError, match=r"checkpoint folder .*file/run cannot be created"):
         checkpoint.open_manager(tmp_path / "file" / "run")
 
 

@@ -184,7 +184,7 @@ def test_a_changed_byte(base: Path):
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
     message = refused()
-    assert "no other step is there" in message and "step=" not in message
+    assert "there is no other step" in message and "step=" not in message
 
 
 def test_parts_that_do_not_belong_together(base: Path):

@@ -16,7 +16,8 @@ import torch
 from ranks_checkpoint import KILL_WIDTH, assert_same, whole_state
 
 from nanochat import checkpoint, distributed, tree
-from nanochat.checkpoint import CorruptCheckpointError, fingerprint, integrity, storage
+from nanochat.checkpoint import CorruptCheckpointError, integrity, storage
+from nanochat.checkpoint.integrity import fingerprint
 from nanochat.config import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,11 +198,11 @@ def test_fingerprints_from_parts_count_copies_once() -> None:
     parts = [fingerprint(x[:3]), fingerprint(x[3:], [3, 0])]
     signed = [value - 2**64 if value >= 2**63 else value for value in parts]
     found = torch.tensor([[[number, signed[number]]] for number in (0, 1, 0, 1)])
-    assert integrity.fingerprints(found, ["x"]) == {"x": f"{fingerprint(x):016x}"}
-    assert [integrity.parts_to_write(found, rank) for rank in range(4)] == [[True], [True], [False], [False]]
+    assert integrity.full_fingerprints(found, ["x"]) == {"x": f"{fingerprint(x):016x}"}
+    assert [integrity.shards_to_write(found, rank) for rank in range(4)] == [[True], [True], [False], [False]]
     found[2, 0, 1] += 1
     with pytest.raises(UserError, match="x differs between rank 0 and rank 2"):
-        integrity.fingerprints(found, ["x"])
+        integrity.full_fingerprints(found, ["x"])
 
 
 @pytest.mark.parametrize(
@@ -209,12 +210,12 @@ def test_fingerprints_from_parts_count_copies_once() -> None:
     [((), 8, []), ((8, 6), 96, [4, 6]), ((8, 6), 20, [1, 3]), ((3, 4), 16, [3, 1]), ((2, 2), 16, [2, 2])],
 )
 def test_pieces_divide_a_block(sizes: tuple[int, ...], limit: int, pieces: list[int]) -> None:
-    assert integrity.chunk(sizes, 4, limit) == pieces
+    assert integrity.chunk_shape(sizes, 4, limit) == pieces
 
 
 def test_pieces_come_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = integrity.chunk
-    monkeypatch.setattr(integrity, "chunk", lambda sizes, itemsize: chunk(sizes, itemsize, 64))
+    chunk = integrity.chunk_shape
+    monkeypatch.setattr(integrity, "chunk_shape", lambda sizes, itemsize: chunk(sizes, itemsize, 64))
     manager = checkpoint.open_manager(tmp_path)
     checkpoint.save(manager, whole_state(1), {})
     assert_same(checkpoint.restore(manager, whole_state(1))[0], whole_state(1))

@@ -138,7 +138,7 @@ def test_a_run_writes_what_it_promises(unbroken: Path):
     steps, bpb = logger.curve(rows, "val/bpb")
     assert steps == [3, 6] and bpb[1] < bpb[0]
     assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
-    assert checkpoint.describe(unbroken / "checkpoints")[6]["val/bpb"] == bpb[1]
+    assert checkpoint.step_metrics(unbroken / "checkpoints")[6]["val/bpb"] == bpb[1]
     assert (unbroken / "loss.svg").read_text().startswith("<svg") and (unbroken / "bpb.svg").exists()
     saved = json.loads((unbroken / "config.json").read_text())
     assert saved["num_iterations"] == 6 and saved["model"]["vocab_size"] == 300

@@ -13,8 +13,7 @@ import small_corpus
 import torch
 
 from experiments import speedrun
-from nanochat import distributed, train
-from nanochat.checkpoint import storage
+from nanochat import checkpoint, distributed, train
 from nanochat.config import UserError, override
 from nanochat.metrics import logger, run_folder
 from nanochat.train import pipeline
@@ -178,7 +177,7 @@ def test_a_changed_setting_does_its_stage_and_those_after_it_again(
     del called[:]
     speedrun.run(tiny(base, *words, "pretrain.optim.matrix_lr=0.05"), here)
     assert called == [("pretrain", False, True), ("sft", False, True), ("eval_chat", False, False)]
-    assert storage.steps(train.run_folder("again") / "checkpoints.old") == [2], "what is replaced is kept once more"
+    assert checkpoint.steps(train.run_folder("again") / "checkpoints.old") == [2], "what is replaced is kept once more"
     assert "pretrain   again" in capsys.readouterr().out
 
 

@@ -1,0 +1,30 @@
+"""Checkpoint settings, importable without torch."""
+
+import dataclasses
+
+from nanochat.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which ones are kept.
+
+    Attributes:
+        every_steps: save every N steps; none: only at the end and on SIGTERM or Ctrl-C.
+        keep_last: keep the N newest steps; none: keep all.
+        keep_best: also keep the step with the lowest `val/bpb`.
+        keep_every_steps: also keep every step divisible by N.
+        asynchronous: write in the background; `save` returns once it has copied the state.
+    """
+
+    every_steps: int | None = None
+    keep_last: int | None = 2
+    keep_best: bool = True
+    keep_every_steps: int | None = None
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep_last", "keep_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint.{name}={value}: expected a number above 0, or none")
