@@ -14,6 +14,8 @@ The first word comes after about five seconds, most of them to import torch and 
 compile=false: compiling takes a good half minute more, and pays off after thousands of tokens.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import io
@@ -24,13 +26,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from nanochat import checkpoint, infer
-from nanochat.checkpoint import Pretrained
+from nanochat import checkpoint, data, infer
 from nanochat.config import UserError
-from nanochat.data import Message, Piece, Reader, chat_format
-from nanochat.distributed import Runtime
+from nanochat.data import chat_format
+
+if TYPE_CHECKING:
+    from nanochat.checkpoint import Pretrained
+    from nanochat.data import Message, Piece
+    from nanochat.distributed import Runtime
 
 HELP = "`clear` begins a new conversation, `quit` or Ctrl-D leaves, Ctrl-C stops an answer"
 PROMPT = "> "
@@ -95,7 +100,7 @@ class Chat:
     config: Config
     bot: Pretrained
     decoder: infer.Engine
-    screen: "Screen"
+    screen: Screen
     messages: list[Message] = dataclasses.field(default_factory=list)
     answered: int = 0
 
@@ -215,7 +220,7 @@ def fit(bot: Pretrained, messages: list[Message], context: int, reserve: int) ->
 def stream(chat: Chat, request: infer.Request, stop: threading.Event | None) -> Answer:
     """Show an answer as it comes; `stop`, once set, ends it after the step under way."""
     start, first, finish = time.perf_counter(), 0.0, None
-    reader, tokens = Reader(chat.bot.tokenizer), []
+    reader, tokens = data.Reader(chat.bot.tokenizer), []
     infer.admit(chat.decoder, "chat", request)
     while finish is None:
         for event in infer.step(chat.decoder):

@@ -14,6 +14,8 @@ Prints a table and a sentence; draws the curves and their difference into compar
 as long as an evaluation of each run.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import itertools
@@ -21,24 +23,28 @@ import math
 import re
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from nanochat import checkpoint, distributed
+from nanochat import checkpoint, data, distributed, eval, metrics, model
 from nanochat.config import UsageError, UserError, base_dir
-from nanochat.data import DataConfig, Tokenizer, loader, sources, tokenizer
-from nanochat.distributed import ControlGroup, Runtime
-from nanochat.eval import Interval, significance
-from nanochat.metrics import Curve, RunInfo, logger, plots, run_folder
-from nanochat.model import Compute
+from nanochat.data import DataConfig, sources, tokenizer
+from nanochat.metrics import plots
 from nanochat.text import format_duration
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanochat.data import Tokenizer
+    from nanochat.distributed import ControlGroup, Runtime
+    from nanochat.eval import Interval
+    from nanochat.metrics import Curve, RunInfo
+
+    Batches = Generator[dict[str, Tensor], None, None]
 
 BATCH_TOKENS = 2**14
 AXES = {"FLOPs": "training FLOPs", "time": "training time in minutes"}
-Batches = Generator[dict[str, Tensor], None, None]
 SHORT_OF_ITS_END = 0.97  # of a run: before that, its learning rate is still well above its last
 
 
@@ -118,13 +124,13 @@ def side(word: str) -> Side:
     folders = []
     for name in word.split(","):
         if "*" in name:
-            matching = sorted(p for p in checkpoint.runs_folder().glob(name) if (p / logger.FILE).exists())
+            matching = sorted(p for p in checkpoint.runs_folder().glob(name) if (p / metrics.logger.FILE).exists())
             if not matching:
                 raise UserError(f"{name}: matches no run in {checkpoint.runs_folder()}")
             folders += matching
         elif name:
-            folders.append(run_folder.find_run(name))
-    records = [run_folder.read_run(folder) for folder in folders]
+            folders.append(metrics.run_folder.find_run(name))
+    records = [metrics.run_folder.read_run(folder) for folder in folders]
     if not records:
         raise UsageError(f"{word!r}: names no run")
     for one in records:
@@ -132,15 +138,15 @@ def side(word: str) -> Side:
             raise UserError(f"run {one.name} is of stage {one.stage}: compare is for pretraining runs")
         if not one.steps:
             raise UserError(f"run {one.name} has no checkpoint yet")
-        if not logger.curve(one.rows, "val/bpb")[0]:
+        if not metrics.logger.curve(one.rows, "val/bpb")[0]:
             raise UserError(f"run {one.name} has no evaluation in its metrics.jsonl: it has no curve to compare")
     return Side(word, records, [], [])
 
 
 def curve(one: RunInfo, axis: str) -> Curve:
     """Return (FLOPs or minutes, bits per byte) of a run's evaluations."""
-    steps, values = logger.curve(one.rows, "val/bpb")
-    each = run_folder.step_flops(one) if axis == "FLOPs" else (run_folder.step_seconds(one) or 0.0) / 60
+    steps, values = metrics.logger.curve(one.rows, "val/bpb")
+    each = metrics.run_folder.step_flops(one) if axis == "FLOPs" else (metrics.run_folder.step_seconds(one) or 0.0) / 60
     if not each:
         raise UserError(f"run {one.name}: its metrics.jsonl does not tell the {axis} of a step")
     return [each * step for step in steps], values
@@ -149,7 +155,7 @@ def curve(one: RunInfo, axis: str) -> Curve:
 def measured_step(one: RunInfo, flops: float) -> int:
     """Return the checkpoint next to so many FLOPs, of those that lie on the run's curve."""
     xs, _ = curve(one, "FLOPs")
-    each = run_folder.step_flops(one) or 1.0
+    each = metrics.run_folder.step_flops(one) or 1.0
     there = [step for step in one.steps if xs[0] <= each * step <= xs[-1]]
     if not there:
         raise UserError(f"run {one.name} has no checkpoint of after its first evaluation")
@@ -160,7 +166,7 @@ def described(sides: Sequence[Side]) -> Iterator[str]:
     """Yield lines that say what is compared, and in which settings the two differ."""
     for side in sides:
         for one, step in zip(side.records, side.steps):
-            flops = run_folder.step_flops(one) or math.nan
+            flops = metrics.run_folder.step_flops(one) or math.nan
             yield f"{one.name}: checkpoint of step {step:,} of {one.last_step:,}, {flops:.3g} FLOPs a step"
     a, b = (flat(side.records[0]) for side in sides)
     changed = [name for name in a if name in b and a[name] != b[name] and name not in ("name", "seed", "resume")]
@@ -187,6 +193,8 @@ def measure(
         tokens = config.tokens or first.settings.get("eval", {}).get("tokens") or 2**20
         rows = config.source is None and all(other == identities[0] for other in identities)
         texts = [] if rows else documents(config, every, toks, tokens)
+    import torch
+
     sizes, nats = np.zeros(0), []
     for (one, step), tok in zip(every, toks):
         with distributed.raise_on_any_failure(line):
@@ -195,13 +203,15 @@ def measure(
         batches = as_rows(one, tok, tokens, context, runtime) if rows else as_batches(texts, tok, context, runtime)
         found: list[Any] = []
         token_bytes = torch.from_numpy(tokenizer.token_bytes(tok)).to(runtime.device)
-        compute = Compute(dtype=runtime.compute_dtype)
+        compute = model.Compute(dtype=runtime.compute_dtype)
         with contextlib.closing(batches):
             for number, batch in enumerate(
                 batches
             ):  # every rank reads all of them: the same rows on any number of ranks
                 if number % runtime.world_size == runtime.rank:
-                    found += [[number, significance.piece_nats(bot.params, [batch], token_bytes, bot.config, compute)]]
+                    found += [
+                        [number, eval.significance.piece_nats(bot.params, [batch], token_bytes, bot.config, compute)]
+                    ]
         whole = sorted(itertools.chain.from_iterable(distributed.all_gather_object(line, found)))
         pairs = np.array([pair for _, part in whole for pair in part], np.float64)
         if len(sizes) and not np.array_equal(pairs[:, 1], sizes):
@@ -237,7 +247,7 @@ def as_rows(one: RunInfo, tok: Tokenizer, tokens: int, context: int, runtime: Ru
     """Yield the packed rows of the validation data, as the run's own evaluation reads them."""
     total = max(tokens // context, 2)
     size = next(n for n in range(max(min(BATCH_TOKENS // context, total), 1), 0, -1) if total % n == 0)
-    stream = loader.batches(
+    stream = data.loader.batches(
         data_config(one), tok, split="val", rows_per_step=size, sequence_len=context, seed=0, device=runtime.device
     )
     with contextlib.closing(stream):
@@ -273,6 +283,8 @@ def documents(
 
 def as_batches(texts: Sequence[str], tok: Tokenizer, context: int, runtime: Runtime) -> Batches:
     """Yield documents as rows of their own, after <|bos|>, padded to the context."""
+    import torch
+
     size = max(BATCH_TOKENS // context, 1)
     for start in range(0, len(texts), size):
         rows = [[tok.bos, *tok.encode(text)] for text in texts[start : start + size]]
@@ -294,14 +306,14 @@ def compared(sides: Sequence[Side], sizes: np.ndarray, axis: str, limit: float) 
     for side, found in zip(sides, values):
         for one, step, nats in zip(side.records, side.steps, side.nats):
             xs, ys = curve(one, axis)
-            evaluated = logger.curve(one.rows, "val/bpb")[0]
-            here, there = significance.at(xs, ys, limit), significance.at(evaluated, ys, step)
+            evaluated = metrics.logger.curve(one.rows, "val/bpb")[0]
+            here, there = eval.significance.at(xs, ys, limit), eval.significance.at(evaluated, ys, step)
             if here is None or there is None:
                 return None
             found.append(float(nats.sum() / math.log(2) / sizes.sum()) + here - there)
     means = [np.mean(side.nats, axis=0) for side in sides]
-    _, error = significance.paired(means[0], means[1], sizes)
-    return Found(limit, values, significance.interval(*values, error, len(sizes)))
+    _, error = eval.significance.paired(means[0], means[1], sizes)
+    return Found(limit, values, eval.significance.interval(*values, error, len(sizes)))
 
 
 def shown(axis: str, limit: float) -> str:
@@ -332,7 +344,7 @@ def notes(sides: Sequence[Side], limit: float) -> Iterator[str]:
             names = sorted({n for other in settings for n in other if other[n] != settings[0].get(n)})
             yield f"the runs of {side.name} differ in more than their seed ({', '.join(names)})"
         for one in side.records:
-            share = limit / ((run_folder.step_flops(one) or 1.0) * one.last_step)
+            share = limit / ((metrics.run_folder.step_flops(one) or 1.0) * one.last_step)
             if not one.done:
                 yield f"{one.name} is not finished: its learning rate has yet to come down"
             elif share < SHORT_OF_ITS_END:
@@ -397,5 +409,5 @@ def gap(sides: Sequence[Side], axis: str, limit: float) -> Curve:
     curves = [[curve(one, axis) for one in side.records] for side in sides]
     start = max(xs[0] for group in curves for xs, _ in group)
     places = np.geomspace(start, limit, 60).tolist() if start < limit else []
-    found = [[[significance.at(xs, ys, x) or math.nan for xs, ys in group] for x in places] for group in curves]
+    found = [[[eval.significance.at(xs, ys, x) or math.nan for xs, ys in group] for x in places] for group in curves]
     return places, [float(np.mean(b) - np.mean(a)) for a, b in zip(*found)]

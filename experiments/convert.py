@@ -13,23 +13,24 @@ write its ranks as text in the reference's own environment, once, with
 Writes runs/<name>/checkpoints under the base folder, for `checkpoint.load_params`. Seconds to a minute.
 """
 
+from __future__ import annotations
+
 import base64
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-from tensordict import TensorDict
-from torch import Tensor
-
-from nanochat import checkpoint
-from nanochat.checkpoint import convert
+from nanochat import checkpoint, data, model
 from nanochat.config import UserError
-from nanochat.data import Tokenizer, tokenizer
-from nanochat.distributed import Runtime
-from nanochat.model import gpt
+from nanochat.data import tokenizer
 from nanochat.train import config as stage
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+    from torch import Tensor
+
+    from nanochat.distributed import Runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,8 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Read, convert, write."""
+    import torch
+
     if runtime.world_size > 1:
         raise UserError("convert runs in one process: start it without --nproc_per_node")
     if not config.model or not config.meta:
@@ -71,8 +74,8 @@ def run(config: Config, runtime: Runtime) -> None:
     meta = read_json(Path(config.meta))
     if not isinstance(meta.get("model_config"), dict):
         raise UserError(f"{config.meta}: has no model_config; give the meta_*.json that lies beside the model")
-    shape = convert.config_from_reference(meta["model_config"])
-    params = convert.load_reference(Path(config.model), shape)
+    shape = checkpoint.convert.config_from_reference(meta["model_config"])
+    params = checkpoint.convert.load_reference(Path(config.model), shape)
     folder = stage.run_folder(config.name)
     if checkpoint.steps(folder / "checkpoints"):
         raise UserError(f"run {folder} has checkpoints already: --set name=<other>")
@@ -92,7 +95,7 @@ def run(config: Config, runtime: Runtime) -> None:
         checkpoint.save(manager, Weights(torch.tensor(step), params), saved, files=files)
     finally:
         checkpoint.close(manager)
-    print(f"{gpt.count(shape)['total']:,} parameters of step {step} written to {folder / 'checkpoints'}")
+    print(f"{model.gpt.count(shape)['total']:,} parameters of step {step} written to {folder / 'checkpoints'}")
     print(f"next: python launch.py --experiment=chat --set run={config.name}")
 
 
@@ -107,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_ranks(path: Path) -> Tokenizer:
+def read_ranks(path: Path) -> data.Tokenizer:
     """Return the tokenizer whose tokens are the `base64 rank` lines of a file. Raises: UserError."""
     try:
         lines = path.read_text("ascii").splitlines()
@@ -122,4 +125,4 @@ def read_ranks(path: Path) -> Tokenizer:
             raise UserError(f"{path}, line {number}: expected a token in base64 and its rank") from None
     if sorted(ranks) != list(range(len(ranks))):
         raise UserError(f"{path}: the ranks are not 0 … {len(ranks) - 1}")
-    return Tokenizer(tuple(ranks[i] for i in range(len(ranks))))
+    return data.Tokenizer(tuple(ranks[i] for i in range(len(ranks))))

@@ -10,12 +10,17 @@ folder of parquet or jsonl files with a text column is used as it is (`--set dat
 but this command shows what is in it. Prints the folder, its shards and the next command.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 from nanochat.config import base_dir
 from nanochat.data import DataConfig, Options, download, sources, tokenizer
-from nanochat.distributed import Runtime
 from nanochat.eval import core_bundle
+
+if TYPE_CHECKING:
+    from nanochat.distributed import Runtime
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ eval/ in the run's folder, and a line to its evaluations.jsonl. All rows at dept
 set max_per_task.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -22,21 +24,18 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from nanochat import checkpoint, distributed, infer, train
-from nanochat.checkpoint import Pretrained
+from nanochat import checkpoint, data, distributed, eval, infer, metrics, model, train
 from nanochat.config import UserError
-from nanochat.data import DataConfig, loader, sources, tokenizer
-from nanochat.distributed import ControlGroup, LostRankError, Runtime
-from nanochat.eval import Bundle, Results, TaskResult, core, core_bundle
-from nanochat.infer import Request
-from nanochat.metrics import logger
-from nanochat.model import IGNORE, Compute, loss
-from nanochat.model import loss as evaluate
+from nanochat.data import DataConfig, sources, tokenizer
+from nanochat.eval import core_bundle
 from nanochat.text import format_duration
+
+if TYPE_CHECKING:
+    from nanochat.checkpoint import Pretrained
+    from nanochat.distributed import ControlGroup, Runtime
+    from nanochat.eval import Bundle, Results
 
 BPB_TOKENS = 40 * 2**19  # of a model whose run does not say
 
@@ -126,7 +125,7 @@ def run(config: Config, runtime: Runtime) -> None:
             try:
                 values, reasons = part(job)
                 found, failed = found | values, failed | reasons
-            except LostRankError:
+            except distributed.LostRankError:
                 raise
             except UserError as error:
                 failed[name] = str(error)
@@ -134,8 +133,8 @@ def run(config: Config, runtime: Runtime) -> None:
     if found or failed:
         with distributed.raise_on_any_failure(line):
             if runtime.is_main:
-                logger.append_evaluation(bot.folder, bot.step, bot.stage, found, failed)
-        print(f"recorded in {bot.folder / logger.EVALUATIONS_FILE}")
+                metrics.logger.append_evaluation(bot.folder, bot.step, bot.stage, found, failed)
+        print(f"recorded in {bot.folder / metrics.logger.EVALUATIONS_FILE}")
     if failed:
         partly = any(name.startswith("core/") for name in failed)
         mean = ", and with it CORE, a mean over all its tasks" if partly else ""
@@ -165,7 +164,7 @@ def sampled(job: Job) -> list[dict[str, Any]]:
     asked = [(text, config.sample_tokens, 0.0) for text in config.prompts]
     asked += [("", config.free_tokens, 1.0)] * config.free_samples
     requests = [
-        Request((tok.bos, *tok.encode(text)), max_tokens, temperature, top_k=0, seed=seed)
+        infer.Request((tok.bos, *tok.encode(text)), max_tokens, temperature, top_k=0, seed=seed)
         for seed, (text, max_tokens, temperature) in enumerate(asked)
     ]
     slots = max(min(8, len(requests)), 1)
@@ -199,17 +198,20 @@ def bits_per_byte(job: Job) -> tuple[dict[str, float], dict[str, str]]:
     return found, {}
 
 
-def split_bits_per_byte(job: Job, data: DataConfig, split: Literal["train", "val"], tokens: int, seed: int) -> float:
+def split_bits_per_byte(job: Job, source: DataConfig, split: Literal["train", "val"], tokens: int, seed: int) -> float:
     """Return bits per byte on the first `tokens` tokens of a split: the same whole rows on any number of ranks.
 
     Raises:
         UserError: the data is not there, or cannot be read.
     """
+    import torch
+
     bot, runtime, rows = job.bot, job.runtime, job.config.device_batch_size
     with distributed.raise_on_any_failure(job.line):
-        sources.shards_of(data, split)
-    stream = loader.batches(
-        data, bot.tokenizer, split=split, rows_per_step=rows * runtime.world_size, sequence_len=bot.config.sequence_len,
+        sources.shards_of(source, split)
+    stream = data.loader.batches(
+        source, bot.tokenizer, split=split,
+        rows_per_step=rows * runtime.world_size, sequence_len=bot.config.sequence_len,
         seed=seed, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
     )  # fmt: skip
     total = max(tokens // bot.config.sequence_len, 1)
@@ -225,15 +227,17 @@ def split_bits_per_byte(job: Job, data: DataConfig, split: Literal["train", "val
                 errors.append(error)
                 return
             outside = (first + numbers >= total)[:, None]
-            yield {"inputs": batch["inputs"], "targets": batch["targets"].masked_fill(outside, IGNORE)}
+            yield {"inputs": batch["inputs"], "targets": batch["targets"].masked_fill(outside, model.IGNORE)}
 
     chunk_tokens = 1024 if runtime.device.type == "cpu" else 8192
-    how = {"config": bot.config, "compute": Compute(runtime.compute_dtype), "chunk_tokens": chunk_tokens}
+    how = {"config": bot.config, "compute": model.Compute(runtime.compute_dtype), "chunk_tokens": chunk_tokens}
     token_bytes = torch.from_numpy(tokenizer.token_bytes(bot.tokenizer)).to(runtime.device)
     bpb = 0.0
     with contextlib.closing(stream):
         try:
-            bpb = evaluate.bits_per_byte(bot.params, counted(), token_bytes, functools.partial(loss.next_token, **how))
+            bpb = model.loss.bits_per_byte(
+                bot.params, counted(), token_bytes, functools.partial(model.loss.next_token, **how)
+            )
         except ValueError as error:  # no target stands for a byte
             errors.append(UserError(f"{split}: {error}"))
     with distributed.raise_on_any_failure(job.line):
@@ -258,11 +262,11 @@ def core_score(job: Job) -> tuple[dict[str, float], dict[str, str]]:
         keys = task_keys(job, bundle) if job.runtime.is_main else {}
         kept = opened(kept_file, keys, overwrite=config.overwrite) if job.runtime.is_main else {}
     keys, kept = distributed.broadcast_object(job.line, [keys, kept])
-    done = {label: TaskResult(**row) for label, row in kept.items()}
+    done = {label: eval.TaskResult(**row) for label, row in kept.items()}
     counter = itertools.count(1)
     print(f"\n{'task':<40}{'accuracy':>10}{'centered':>10}")
 
-    def show(label: str, outcome: TaskResult | str, ending: str = "") -> None:
+    def show(label: str, outcome: eval.TaskResult | str, ending: str = "") -> None:
         head = f"{next(counter):>2}/{len(bundle.entries)} {label:<34}"
         if isinstance(outcome, str):
             print(f"{head} failed: {outcome}", flush=True)
@@ -270,22 +274,22 @@ def core_score(job: Job) -> tuple[dict[str, float], dict[str, str]]:
         ending = ending or format_duration(outcome.seconds)
         print(f"{head}{outcome.accuracy:>10.2%}{outcome.centered:>10.4f}    {outcome.rows} rows, {ending}", flush=True)
 
-    def show_and_keep(label: str, outcome: TaskResult | str) -> None:
+    def show_and_keep(label: str, outcome: eval.TaskResult | str) -> None:
         show(label, outcome)
-        if isinstance(outcome, TaskResult) and job.runtime.is_main:
+        if isinstance(outcome, eval.TaskResult) and job.runtime.is_main:
             keep(kept_file, keys[label], outcome)
 
     for label, outcome in done.items():
         show(label, outcome, "done before")
-    results = core.evaluate(
+    results = eval.core.evaluate(
         bot.params, bot.config, bot.tokenizer, bundle, max_per_task=config.max_per_task, max_tokens=config.max_tokens,
-        tokens_per_batch=config.tokens_per_batch, compute=Compute(job.runtime.compute_dtype), done=done,
+        tokens_per_batch=config.tokens_per_batch, compute=model.Compute(job.runtime.compute_dtype), done=done,
         on_task=show_and_keep,
     )  # fmt: skip
     table = job.folder / f"core_{bot.step}.csv"
     with distributed.raise_on_any_failure(job.line):
         if job.runtime.is_main:
-            write(table, core.table(results))
+            write(table, eval.core.table(results))
     print("\n".join(summary(config, results, table)))
     return as_metrics(results), {f"core/{label}": reason for label, reason in results.failed.items()}
 
@@ -342,7 +346,7 @@ def opened(path: Path, keys: Mapping[str, str], *, overwrite: bool) -> dict[str,
         raise UserError(f"{path} cannot be read ({error}): set overwrite=true to start anew") from None
 
 
-def keep(path: Path, key: str, result: TaskResult) -> None:
+def keep(path: Path, key: str, result: eval.TaskResult) -> None:
     """Add a result to the file of those that are done; a line torn by a kill goes."""
     row = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.name != "answers"}
     text = path.read_text("utf-8") if path.exists() else ""

@@ -15,6 +15,8 @@ same command goes on from there. Writes eval/chat_<step>.csv and a line of evalu
 model of the quickstart takes half a minute of one CPU core for max_problems=40; the tests have 19,000 in all.
 """
 
+from __future__ import annotations
+
 import csv
 import dataclasses
 import functools
@@ -23,15 +25,16 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanochat import checkpoint, distributed, tasks
-from nanochat.checkpoint import Pretrained
+from nanochat import checkpoint, distributed, eval, metrics, tasks
 from nanochat.config import UserError
-from nanochat.distributed import ControlGroup, LostRankError, Runtime
-from nanochat.eval import CHAT_CORE, TITLES, ChatEvalConfig, ModelUnderTest, Score, chat_eval
-from nanochat.metrics import logger
+from nanochat.eval import CHAT_CORE, TITLES, ChatEvalConfig
 from nanochat.text import format_duration
+
+if TYPE_CHECKING:
+    from nanochat.checkpoint import Pretrained
+    from nanochat.distributed import ControlGroup, Runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,7 @@ def run(config: Config, runtime: Runtime) -> None:
     with distributed.raise_on_any_failure(line):
         if runtime.is_main:
             write(bot, found, failed, partial)
-    core = chat_eval.chat_core(found)
+    core = eval.chat_eval.chat_core(found)
     if core is not None:
         print(f"{'ChatCORE':<18}{core:>10.4f}")
     limits = {"max_problems": config.max_problems, "max_generative": config.max_generative}
@@ -90,12 +93,12 @@ def run(config: Config, runtime: Runtime) -> None:
 
 
 def evaluated(
-    config: Config, bot: Pretrained, runtime: Runtime, line: ControlGroup, done: Mapping[str, Score], partial: Path
-) -> tuple[dict[str, Score], dict[str, str]]:
+    config: Config, bot: Pretrained, runtime: Runtime, line: ControlGroup, done: Mapping[str, eval.Score], partial: Path
+) -> tuple[dict[str, eval.Score], dict[str, str]]:
     """Return (the scores by name, the reasons of those that failed); each task is shown, and kept in `partial`."""
-    subject = ModelUnderTest(bot.params, bot.config, bot.tokenizer, runtime.compute_dtype)
-    decoder = functools.cache(lambda: chat_eval.start(subject, config))
-    scores: dict[str, Score] = {}
+    subject = eval.ModelUnderTest(bot.params, bot.config, bot.tokenizer, runtime.compute_dtype)
+    decoder = functools.cache(lambda: eval.chat_eval.start(subject, config))
+    scores: dict[str, eval.Score] = {}
     failed: dict[str, str] = {}
     for text in config.tasks:
         name, started = label(text), time.perf_counter()
@@ -103,8 +106,8 @@ def evaluated(
             if name not in done:
                 with distributed.raise_on_any_failure(line):
                     task = tasks.from_text(text, "test", source=config.source)
-                scores[name] = chat_eval.score(subject, task, config, decoder, line, show=True)
-        except LostRankError:
+                scores[name] = eval.chat_eval.score(subject, task, config, decoder, line, show=True)
+        except distributed.LostRankError:
             raise
         except UserError as error:
             failed[name] = str(error)
@@ -141,7 +144,7 @@ def settings(config: Config, bot: Pretrained, runtime: Runtime) -> dict[str, Any
     return values | {"checkpoint": state["params.lm_head"]["fingerprint"]}
 
 
-def opened(partial: Path, settings: Mapping[str, Any], line: ControlGroup) -> dict[str, Score]:
+def opened(partial: Path, settings: Mapping[str, Any], line: ControlGroup) -> dict[str, eval.Score]:
     """Return the scores that an earlier process has left with the same settings; begins the file if there are none."""
     with distributed.raise_on_any_failure(line):
         scores = []
@@ -154,7 +157,7 @@ def opened(partial: Path, settings: Mapping[str, Any], line: ControlGroup) -> di
                     print(f"{partial} is of another checkpoint or other settings: its results are left out")
                 partial.unlink(missing_ok=True)
                 keep(partial, settings)
-    return {name: Score(*values) for name, *values in distributed.broadcast_object(line, scores)}
+    return {name: eval.Score(*values) for name, *values in distributed.broadcast_object(line, scores)}
 
 
 def kept(partial: Path) -> list[dict[str, Any]]:
@@ -184,12 +187,12 @@ def csv_file(bot: Pretrained) -> Path:
     return bot.folder / "eval" / f"chat_{bot.step}.csv"
 
 
-def write(bot: Pretrained, scores: Mapping[str, Score], failed: Mapping[str, str], partial: Path) -> None:
+def write(bot: Pretrained, scores: Mapping[str, eval.Score], failed: Mapping[str, str], partial: Path) -> None:
     """Write the table and the record; what an interrupted evaluation leaves is dropped once nothing is missing."""
     rows: list[Sequence[Any]] = [("Task", "Accuracy", "Centered", "Right", "Total")]
     for name, s in scores.items():
         rows.append((TITLES.get(name, name), f"{s.accuracy:.6f}", f"{s.centered:.6f}", s.right, s.total))
-    core = chat_eval.chat_core(scores)
+    core = eval.chat_eval.chat_core(scores)
     if core is not None:
         rows.append(("ChatCORE", "", f"{core:.6f}", "", ""))
     text = io.StringIO()
@@ -201,4 +204,4 @@ def write(bot: Pretrained, scores: Mapping[str, Score], failed: Mapping[str, str
     except OSError as error:
         raise UserError(f"{csv_file(bot)} cannot be written ({error.strerror})") from None
     named = {TITLES.get(name, name): reason for name, reason in failed.items()}
-    logger.append_evaluation(bot.folder, bot.step, bot.stage, chat_eval.as_metrics(scores), named)
+    metrics.logger.append_evaluation(bot.folder, bot.step, bot.stage, eval.chat_eval.as_metrics(scores), named)

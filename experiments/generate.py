@@ -16,6 +16,8 @@ tokens are equally likely to within the rounding of matrix products, which depen
 A few seconds to start; with many prompts, compile=true takes up to a minute more and is faster from then on.
 """
 
+from __future__ import annotations
+
 import codecs
 import contextlib
 import dataclasses
@@ -23,14 +25,16 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from experiments import chat
 from nanochat import checkpoint, infer
 from nanochat.config import UserError
-from nanochat.data import Tokenizer
-from nanochat.distributed import Runtime
 from nanochat.metrics import progress
+
+if TYPE_CHECKING:
+    from nanochat.data import Tokenizer
+    from nanochat.distributed import Runtime
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,15 @@ to 0. An optional stage: it teaches the form of conversations, multiple choice, 
 those of --experiment=sft; writes runs/<run>_mid.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 from experiments import sft
-from nanochat.distributed import Runtime
+
+if TYPE_CHECKING:
+    from nanochat.distributed import Runtime
 
 
 def config() -> sft.Config:

@@ -10,21 +10,25 @@ under the base folder after each run, and pictures: the last bits per byte over 
 themselves are <name>_d<depth>. Depths 12 to 26 take about 12 hours on 8 H100, at half of their FLOP/s.
 """
 
+from __future__ import annotations
+
 import csv
 import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments import pretrain
-from nanochat import distributed, model, train
+from nanochat import distributed, metrics, model, train
 from nanochat.config import UserError, base_dir
-from nanochat.distributed import ControlGroup, Runtime, hardware, raise_on_any_failure
-from nanochat.metrics import RunInfo, logger, plots
-from nanochat.metrics import run_folder as record
+from nanochat.distributed import hardware
+from nanochat.metrics import plots
 from nanochat.text import format_count, format_duration
-from nanochat.train import pipeline
+
+if TYPE_CHECKING:
+    from nanochat.distributed import ControlGroup, Runtime
+    from nanochat.metrics import RunInfo
 
 COLUMNS = (
     *("run", "depth", "width", "params_total", "params_scaling", "batch_tokens", "steps", "tokens", "tokens_per_param"),
@@ -66,7 +70,7 @@ def run(config: Config, runtime: Runtime) -> None:
     for number, one in enumerate(wanted, start=1):
         print(f"\n[{number}/{len(wanted)}] depth {one.depth}", flush=True)
         finished.append({"depth": one.depth, **trained(one, folder, runtime, line)})
-        with raise_on_any_failure(line):
+        with distributed.raise_on_any_failure(line):
             if runtime.is_main:
                 write(folder, COLUMNS, finished)
                 draw(folder, config.name, finished)
@@ -82,24 +86,26 @@ def trained(config: pretrain.Config, folder: Path, runtime: Runtime, line: Contr
         config: of the run, with its name. folder: of the series, for the note that the run is done.
     """
     name = str(config.name)
-    path, settings = folder / "runs" / f"{name}.json", pipeline.settings(config)
-    standing = pipeline.describe_status(path, settings, line)
+    path, settings = folder / "runs" / f"{name}.json", train.pipeline.settings(config)
+    standing = train.pipeline.describe_status(path, settings, line)
     says = {
         "new": f"{name}: to be trained",
         "begun": f"{name}: begun already",
-        "changed": f"{name}: again, for {pipeline.reasons(standing)}",
+        "changed": f"{name}: again, for {train.pipeline.reasons(standing)}",
         "done": f"{name}: done already, in {format_duration(standing.seconds)}",
     }
     print(says[standing.state], flush=True)
 
-    def train(opening: dict[str, bool]) -> None:
+    def pretrain_one(opening: dict[str, bool]) -> None:
         pretrain.run(dataclasses.replace(config, **opening), runtime)
         hardware.release_memory()
 
     run_folder = train.run_folder(name)
-    pipeline.run_if_needed(path, settings, line, train, run=run_folder, intact=(run_folder / logger.FILE).exists)
-    with raise_on_any_failure(line):
-        return facts(record.read_run(run_folder))
+    train.pipeline.run_if_needed(
+        path, settings, line, pretrain_one, run=run_folder, intact=(run_folder / metrics.logger.FILE).exists
+    )
+    with distributed.raise_on_any_failure(line):
+        return facts(metrics.run_folder.read_run(run_folder))
 
 
 def facts(one: RunInfo) -> dict[str, Any]:
@@ -108,8 +114,8 @@ def facts(one: RunInfo) -> dict[str, Any]:
     Raises:
         UserError: its checkpoint is gone, or it has no evaluation.
     """
-    scores, shape = record.scores(one), one.shape
-    tokens, flops = record.step_tokens(one), record.step_flops(one)
+    scores, shape = metrics.run_folder.scores(one), one.shape
+    tokens, flops = metrics.run_folder.step_tokens(one), metrics.run_folder.step_flops(one)
     if shape is None or tokens is None or flops is None or "val/bpb" not in scores:
         raise UserError(
             f"run {one.name}: its checkpoint or its metrics.jsonl is gone; delete {one.folder} to train it anew"
@@ -127,7 +133,7 @@ def facts(one: RunInfo) -> dict[str, Any]:
         "flops": flops * one.step,
         "val_bpb": scores["val/bpb"].value,
         "core": core.value if core else None,
-        "train_seconds": round(record.train_seconds(one) or 0.0, 1),
+        "train_seconds": round(metrics.run_folder.train_seconds(one) or 0.0, 1),
     }
 
 
@@ -171,8 +177,8 @@ def draw(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
             plots.line_chart(folder / file, drawn, marks=drawn, **how)
     curves = {}
     for row in rows:
-        one = record.read_run(train.run_folder(row["run"]))
-        steps, values = logger.curve(one.rows, "val/bpb")
+        one = metrics.run_folder.read_run(train.run_folder(row["run"]))
+        steps, values = metrics.logger.curve(one.rows, "val/bpb")
         curves[f"d{row['depth']}"] = ([row["flops"] / row["steps"] * step for step in steps], values)
     plots.line_chart(
         folder / "curves.svg", curves, title=f"{name}: validation along each run", x_label="training FLOPs",

@@ -8,27 +8,29 @@ Needs data (--experiment=data) and a tokenizer (--experiment=tokenizer). Writes 
 configuration and curves to runs/<name> under the base folder. Depth 20 on 8 H100 is the reference's run.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanochat import config as configs
-from nanochat import train
+from nanochat import data, distributed, eval, model, optim, train
 from nanochat.config import UserError
-from nanochat.data import (
-    DataConfig,
-    Tokenizer,
-    loader,
-    sources,
-    tokenizer,  # fmt: skip
-)
-from nanochat.distributed import Runtime, sharding
-from nanochat.eval import Bundle, core, core_bundle
-from nanochat.model import Compute, ModelConfig, gpt
-from nanochat.optim import OptimConfig, Plan, muon_adamw, scaling, schedules
-from nanochat.train import Evaluation, Job, Result, Stage, StageConfig, TrainState
-from nanochat.train import stage as events
+from nanochat.data import DataConfig, sources, tokenizer
+from nanochat.eval import core_bundle
+from nanochat.optim import OptimConfig, scaling, schedules
+from nanochat.train import StageConfig
+
+if TYPE_CHECKING:
+    from nanochat.data import Tokenizer
+    from nanochat.distributed import Runtime
+    from nanochat.eval import Bundle
+    from nanochat.model import ModelConfig
+    from nanochat.optim import Plan
+    from nanochat.train import Job, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +136,12 @@ def load_tokenizer(config: Config, name: str, *, required: bool = True) -> Token
     return tokenizer.load(folder) if required or folder.exists() else None
 
 
-def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime) -> Stage:
+def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime) -> train.Stage:
     """Return what pretraining is: packed documents, the scaling rules' rates, bits per byte and samples on the way."""
     rows_per_step = plan.total_batch_size // shape.sequence_len
     bundle = find_bundle(config.core)
     batches = functools.partial(
-        loader.batches,
+        data.loader.batches,
         config.data,
         tok,
         sequence_len=shape.sequence_len,
@@ -149,20 +151,20 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
         device=runtime.device,
     )
 
-    def evaluations(rows: int) -> list[Evaluation]:
+    def evaluations(rows: int) -> list[train.Evaluation]:
         rows *= runtime.world_size
         validation = functools.partial(
-            events.evaluate_bpb,
+            train.stage.evaluate_bpb,
             batches=functools.partial(batches, split="val", rows_per_step=rows),
             steps=max(config.eval.tokens // (rows * shape.sequence_len), 1),
         )
-        found = [Evaluation("val/bpb", config.eval.every_steps, validation)]
+        found = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
         if bundle:
             scored = functools.partial(core_score, bundle, config.core.max_per_task)
-            found.append(Evaluation("core/CORE", config.core.every_steps, scored))
-        return [*found, Evaluation(None, config.eval.sample_every_steps, events.print_samples)]
+            found.append(train.Evaluation("core/CORE", config.core.every_steps, scored))
+        return [*found, train.Evaluation(None, config.eval.sample_every_steps, train.stage.print_samples)]
 
-    return Stage(
+    return train.Stage(
         name="base",
         num_steps=plan.num_steps,
         step_tokens=plan.total_batch_size,
@@ -188,18 +190,18 @@ def find_bundle(config: CoreConfig) -> Bundle | None:
     return core_bundle.read(Path(config.bundle or folder))
 
 
-def core_score(bundle: Bundle, max_per_task: int, job: Job, state: TrainState) -> Result | None:
+def core_score(bundle: Bundle, max_per_task: int, job: Job, state: TrainState) -> train.Result | None:
     """Return CORE and the centered accuracies of its tasks; the whole parameters are gathered for it."""
-    params = sharding.whole(state.params)
-    compute = Compute(dtype=job.runtime.compute_dtype)
-    found = core.evaluate(params, job.shape, job.tok, bundle, max_per_task=max_per_task, compute=compute)
+    params = distributed.sharding.whole(state.params)
+    compute = model.Compute(dtype=job.runtime.compute_dtype)
+    found = eval.core.evaluate(params, job.shape, job.tok, bundle, max_per_task=max_per_task, compute=compute)
     if job.stop.agreed():
         return None
     scores = {f"core/{label}": task.centered for label, task in found.tasks.items()}
     lines = [f"step {int(state.step)}: {label}: {reason}" for label, reason in found.failed.items()]
     if found.core is not None:
         lines.append(f"step {int(state.step)}: CORE {found.core:.4f}")
-    return Result({**scores, "core/CORE": math.nan if found.core is None else found.core}, lines)
+    return train.Result({**scores, "core/CORE": math.nan if found.core is None else found.core}, lines)
 
 
 def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
@@ -214,7 +216,7 @@ def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
             f"model.vocab_size={vocab_size}: the tokenizer has {tok.vocab_size} tokens; set model.vocab_size=none"
         )
     from_depth = functools.partial(
-        gpt.from_depth,
+        model.gpt.from_depth,
         vocab_size=vocab_size,
         sequence_len=config.model.sequence_len,
         aspect_ratio=config.model.aspect_ratio,
@@ -226,9 +228,9 @@ def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
     except ValueError as error:
         raise UserError(str(error)) from None
     plan = scaling.plan(
-        gpt.count(shape)["scaling"],
-        gpt.count(reference)["scaling"],
-        gpt.flops_per_token(shape),
+        model.gpt.count(shape)["scaling"],
+        model.gpt.count(reference)["scaling"],
+        model.gpt.flops_per_token(shape),
         target_param_data_ratio=config.target_param_data_ratio,
         target_flops=config.target_flops,
         num_iterations=config.num_iterations,
@@ -242,8 +244,8 @@ def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -
     """Return the resolved configuration and what follows from it, as text."""
     rows = config.rows
     micro_batches = scaling.accumulation_steps(plan.total_batch_size, rows, shape.sequence_len, runtime.world_size)
-    counts = gpt.count(shape)
-    groups = muon_adamw.param_group_settings(
+    counts = model.gpt.count(shape)
+    groups = optim.muon_adamw.param_group_settings(
         config.optim, shape.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay
     )
     facts = {
@@ -256,16 +258,16 @@ def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -
         "FLOPs": f"{plan.total_flops:.4g} ({plan.flops_per_token:,} per token)",
         "learning rates": ", ".join(f"{name} {h['lr']:.4g}" for name, h in groups.items()),
         "weight decay": f"{plan.weight_decay:.4g} (matrices)",
-        "sharding": sharding.describe(config.sharding, runtime),
+        "sharding": distributed.sharding.describe(config.sharding, runtime),
         "device": f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}",
     }
     lines = [f"  {name:<16}{text}" for name, text in facts.items()]
     return "\n".join(["configuration", configs.describe(config), "plan", *lines])
 
 
-def hparams_at(config: OptimConfig, shape: ModelConfig, plan: Plan, step: int) -> muon_adamw.Hparams:
+def hparams_at(config: OptimConfig, shape: ModelConfig, plan: Plan, step: int) -> optim.muon_adamw.Hparams:
     """Return the hyperparameters of one step: the groups' rates under their schedules."""
-    rates = muon_adamw.param_group_settings(
+    rates = optim.muon_adamw.param_group_settings(
         config, shape.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay
     )
     factor = schedules.learning_rate(
@@ -277,7 +279,7 @@ def hparams_at(config: OptimConfig, shape: ModelConfig, plan: Plan, step: int) -
     )
     for group in rates.values():
         group["lr"] *= factor
-    matrix = rates[muon_adamw.MATRIX]
+    matrix = rates[optim.muon_adamw.MATRIX]
     matrix["momentum"] = schedules.muon_momentum(step, plan.num_steps, warmdown_ratio=config.warmdown_ratio)
     matrix["weight_decay"] *= schedules.weight_decay(step, plan.num_steps)
-    return muon_adamw.as_hparams(rates)
+    return optim.muon_adamw.as_hparams(rates)

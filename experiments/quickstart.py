@@ -11,17 +11,23 @@ seen are right, and seven of ten words are spelled. Leaves runs/quickstart, quic
 base folder, and says how to talk to the last.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import time
+from typing import TYPE_CHECKING
 
 from experiments import eval_chat, pretrain, report, rl, sft
+from nanochat import distributed
 from nanochat.checkpoint import CheckpointConfig
 from nanochat.config import UserError, base_dir
 from nanochat.data import DataConfig, sources, tokenizer
-from nanochat.distributed import Runtime, barrier
 from nanochat.optim import OptimConfig
 from nanochat.text import format_duration
 from nanochat.train import EvalConfig, RolloutConfig
+
+if TYPE_CHECKING:
+    from nanochat.distributed import Runtime
 
 VOCAB_SIZE = 4096
 PROMPTS = ("Return the", "This module provides", "If the file does not exist,", "The list of", "A string that")
@@ -81,7 +87,7 @@ def run(config: Config, runtime: Runtime) -> None:
     start = time.perf_counter()
     if runtime.is_main:
         build(config)
-    barrier()
+    distributed.barrier()
     heading(3, f"pretraining: {config.num_iterations} steps")
     pretrain.run(config, runtime)
     runs = [str(config.name)]

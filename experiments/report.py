@@ -11,18 +11,24 @@ Samples are made for the page from each stage's checkpoint, greedily; under torc
 and where there are samples as long as it takes to load the models.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from nanochat import checkpoint, distributed, infer
-from nanochat.checkpoint import Pretrained
+from nanochat import checkpoint, distributed, infer, metrics
 from nanochat.config import UserError
-from nanochat.data import Tokenizer, chat_format
-from nanochat.distributed import Runtime, hardware
-from nanochat.infer import Request
-from nanochat.metrics import Machine, RunInfo, Sample, report, run_folder
+from nanochat.data import chat_format
+from nanochat.distributed import hardware
 from nanochat.train import PROMPTS
+
+if TYPE_CHECKING:
+    from nanochat.checkpoint import Pretrained
+    from nanochat.data import Tokenizer
+    from nanochat.distributed import Runtime
+    from nanochat.metrics import RunInfo
 
 QUESTIONS = (
     "Who are you?",
@@ -78,22 +84,22 @@ def make(config: Config, runtime: Runtime, seconds: Mapping[str, float]) -> None
     line = distributed.create_group()
     with distributed.raise_on_any_failure(line):
         if runtime.is_main:
-            runs = run_folder.ancestors(run_folder.find_run(config.run))
+            runs = metrics.run_folder.ancestors(metrics.run_folder.find_run(config.run))
             samples = sampled(config, runtime, runs) if config.samples else []
-            page = report.write(runs, machine(config, runtime), samples, seconds=seconds)
-            print(report.results(runs))
+            page = metrics.report.write(runs, machine(config, runtime), samples, seconds=seconds)
+            print(metrics.report.results(runs))
             print(f"\nreport card of {' → '.join(one.name for one in runs)}: {page}")
     distributed.destroy_group(line)
 
 
-def machine(config: Config, runtime: Runtime) -> Machine:
+def machine(config: Config, runtime: Runtime) -> metrics.Machine:
     """Return what this machine is, and what its GPUs cost."""
     names = hardware.gpus()
     count = max(len(names), runtime.world_size) if config.gpus is None else config.gpus
-    return Machine(hardware.system_info(), hardware.dollars_per_hour(names[:1] * count))
+    return metrics.Machine(hardware.system_info(), hardware.dollars_per_hour(names[:1] * count))
 
 
-def sampled(config: Config, runtime: Runtime, runs: Sequence[RunInfo]) -> list[Sample]:
+def sampled(config: Config, runtime: Runtime, runs: Sequence[RunInfo]) -> list[metrics.Sample]:
     """Return what each stage's model makes of the prompts; a stage whose checkpoint is gone is left out."""
     found = []
     for one in runs:
@@ -102,7 +108,7 @@ def sampled(config: Config, runtime: Runtime, runs: Sequence[RunInfo]) -> list[S
         bot = checkpoint.load(one.folder, step=one.step, device=runtime.device, dtype=runtime.compute_dtype)
         texts = config.prompts if one.stage == "base" else config.questions
         limit = config.sample_tokens if one.stage == "base" else config.answer_tokens
-        sample = functools.partial(Sample, one.stage, chat=one.stage != "base")
+        sample = functools.partial(metrics.Sample, one.stage, chat=one.stage != "base")
         found += [sample(text, said) for text, said in zip(texts, completions(bot, one.stage, texts, limit))]
     return found
 
@@ -118,7 +124,7 @@ def completions(bot: Pretrained, stage: str, texts: Sequence[str], max_tokens: i
     else:
         prompts = [chat_format.prompt(tok, [{"role": "user", "content": text}])[-room:] for text in texts]
     answers: list[list[int]] = [[] for _ in texts]
-    for event in infer.run(decoder, [Request(tuple(ids), max_tokens, 0.0, 0) for ids in prompts]):
+    for event in infer.run(decoder, [infer.Request(tuple(ids), max_tokens, 0.0, 0) for ids in prompts]):
         answers[int(str(event.key))].append(event.token)
         if event.finish == "stop" and stage == "base":
             answers[int(str(event.key))].pop()

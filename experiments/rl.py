@@ -14,40 +14,31 @@ for a minute does best where the unembedding learns alone (experiments/RESULTS.m
 checkpoints, metrics.jsonl, reward.svg, length.svg, pass.svg. One epoch of GSM8K is 467 steps.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanochat import config as configs
-from nanochat import distributed, infer, model, tasks
+from nanochat import distributed, infer, metrics, model, optim, tasks, train
 from nanochat.config import UserError
-from nanochat.data import Tokenizer, chat_format
-from nanochat.distributed import Runtime, sharding
-from nanochat.infer import Engine
-from nanochat.metrics import logger, plots
-from nanochat.model import ModelConfig, Params
-from nanochat.optim import OptimConfig, muon_adamw
+from nanochat.data import chat_format
+from nanochat.metrics import plots
+from nanochat.optim import OptimConfig
 from nanochat.tasks import Task
-from nanochat.train import (
-    Evaluation,
-    InitCheckpoint,
-    Job,
-    Result,
-    Reward,
-    Rollout,
-    RolloutConfig,
-    Stage,
-    StageConfig,
-    TrainConfig,
-    TrainState,
-    init_from,
-    rl,
-)
+from nanochat.train import RolloutConfig, StageConfig, TrainConfig
 from nanochat.train import config as stage
-from nanochat.train import stage as runs
+
+if TYPE_CHECKING:
+    from nanochat.data import Tokenizer
+    from nanochat.distributed import Runtime
+    from nanochat.infer import Engine
+    from nanochat.model import ModelConfig, Params
+    from nanochat.train import InitCheckpoint, Job, Reward, Rollout, TrainState
 
 PAD_TOKENS = 64  # the narrowest row that is compiled for
 
@@ -121,14 +112,16 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Practise the task, from the parent or from where the run has stopped; then draw what has become of it."""
-    config, origin, record = runs.child(config, "rl", runtime, run=config.run, step=config.step, parents=("sft",))
+    config, origin, record = train.stage.child(
+        config, "rl", runtime, run=config.run, step=config.step, parents=("sft",)
+    )
     practice = tasks.from_text(config.task, "train", source=config.source)
     exam = tasks.from_text(config.exam or config.task.partition(":")[0], "test", source=config.source)
-    reward = rl.correct_reward(practice)
+    reward = train.rl.correct_reward(practice)
     config = resolve(config, practice, runtime)
     print(describe(config, origin, record, practice), flush=True)
     it = practising(config, origin, runtime, record, practice, exam, reward)
-    runs.run_stage(config, it, origin.shape, origin.tokenizer, runtime)
+    train.stage.run_stage(config, it, origin.shape, origin.tokenizer, runtime)
     if runtime.is_main:
         draw(stage.run_folder(str(config.name)))
 
@@ -175,7 +168,7 @@ def practising(
     practice: Task,
     exam: Task,
     reward: Reward,
-) -> Stage:
+) -> train.Stage:
     """Return what this stage is: examples by their numbers, a step that plays them, pass@k and looks at answers."""
     shape, how = origin.shape, config.rollout
     decoder = player(shape, origin.tokenizer, config, runtime)
@@ -183,11 +176,11 @@ def practising(
 
     def play(params: Params, numbers: Sequence[int]) -> list[list[Rollout]]:
         engine = decoder(params)
-        return rl.rollouts(engine, origin.tokenizer, practice, reward, numbers, how=how, seed=config.seed)
+        return train.rl.rollouts(engine, origin.tokenizer, practice, reward, numbers, how=how, seed=config.seed)
 
     def step(train_step: Callable[..., Any], _: Any) -> Callable[..., Any]:
         return functools.partial(
-            rl.rl_step,
+            train.rl.rl_step,
             play=play,
             train_step=train_step,
             batch_rows=config.device_batch_size,
@@ -196,18 +189,18 @@ def practising(
             show=lambda played: latest.append(max(played, key=lambda group: len({one.reward for one in group}))),
         )
 
-    return Stage(
+    return train.Stage(
         name="rl",
         parent=record,
         num_steps=config.num_iterations,
         step_tokens=how.examples * how.samples * how.max_tokens,  # at most; each step says how many
         flops_per_token=model.flops_per_token(shape),
         hparams_at=functools.partial(hparams_at, config, shape.n_embd),
-        batches=lambda state, rows: rl.prompt_batches(practice, how.examples, state),
-        initial=lambda layout: init_from.init_state_from(origin, runtime, layout, moments=config.optim.moments),
+        batches=lambda state, rows: train.rl.prompt_batches(practice, how.examples, state),
+        initial=lambda layout: train.init_from.init_state_from(origin, runtime, layout, moments=config.optim.moments),
         evaluations=lambda rows: [
-            Evaluation("rl/pass_at_1", config.eval.every_steps, functools.partial(examine, decoder, exam)),
-            Evaluation(None, config.eval.sample_every_steps, functools.partial(look, latest)),
+            train.Evaluation("rl/pass_at_1", config.eval.every_steps, functools.partial(examine, decoder, exam)),
+            train.Evaluation(None, config.eval.sample_every_steps, functools.partial(look, latest)),
         ],
         step=step,
     )
@@ -232,40 +225,40 @@ def player(shape: ModelConfig, tok: Tokenizer, config: Config, runtime: Runtime)
     return decoder
 
 
-def hparams_at(config: Config, n_embd: int, step: int, _: Mapping[str, float]) -> muon_adamw.Hparams:
+def hparams_at(config: Config, n_embd: int, step: int, _: Mapping[str, float]) -> optim.muon_adamw.Hparams:
     """Return the hyperparameters of one step."""
     base = {n: getattr(config.optim, n) for n in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
-    rates = muon_adamw.param_group_settings(OptimConfig(**base), n_embd, weight_decay=0.0)
+    rates = optim.muon_adamw.param_group_settings(OptimConfig(**base), n_embd, weight_decay=0.0)
     assert config.num_iterations
     for group in rates.values():
         group["lr"] *= config.optim.lr_fraction * (1 - step / config.num_iterations)
-    return muon_adamw.as_hparams(rates)
+    return optim.muon_adamw.as_hparams(rates)
 
 
-def examine(decoder: Callable[[Params], Engine], exam: Task, job: Job, state: TrainState) -> Result | None:
+def examine(decoder: Callable[[Params], Engine], exam: Task, job: Job, state: TrainState) -> train.Result | None:
     """Return pass@k on the test split."""
     config: Any = job.config
-    params = sharding.whole(state.params)
+    params = distributed.sharding.whole(state.params)
     line = distributed.create_group()
     with distributed.raise_on_any_failure(line):
-        found = rl.pass_at_k(decoder(params), job.tok, exam, config.eval.problems, config.rollout, line)
+        found = train.rl.pass_at_k(decoder(params), job.tok, exam, config.eval.problems, config.rollout, line)
     distributed.destroy_group(line)
     if job.stop.agreed():
         return None
     names = {name: name.rpartition("_")[2] for name in found}
     shown = ", ".join(f"@{names[name]} {value:.1%}" for name, value in found.items())
-    return Result(found, [f"step {int(state.step)}: pass {shown}"])
+    return train.Result(found, [f"step {int(state.step)}: pass {shown}"])
 
 
-def look(latest: Sequence[Sequence[Rollout]], job: Job, state: TrainState) -> Result:
+def look(latest: Sequence[Sequence[Rollout]], job: Job, state: TrainState) -> train.Result:
     """Return an example of the last step, the best two of the answers to it and the worst, a line each."""
     if not latest:
-        return Result({}, [])
+        return train.Result({}, [])
     answers = {shown(job.tok, one.tokens): one.reward for one in latest[0]}
     ranked = sorted(answers.items(), key=lambda item: -item[1])
     asked = job.tok.decode(latest[0][0].prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
     lines = [f"step {int(state.step)}: {asked!r}", *(f"  {r:g}  {text}" for text, r in ranked[:2] + ranked[2:][-1:])]
-    return Result({}, lines)
+    return train.Result({}, lines)
 
 
 def shown(tok: Tokenizer, ids: Sequence[int]) -> str:
@@ -278,11 +271,11 @@ def shown(tok: Tokenizer, ids: Sequence[int]) -> str:
 
 def draw(folder: Path) -> None:
     """Draw the curves of reward, length and pass@k into the run's folder, and show the reward's."""
-    rows = logger.read(folder)
-    steps, rewards = logger.curve(rows, "rl/reward")
+    rows = metrics.logger.read(folder)
+    steps, rewards = metrics.logger.curve(rows, "rl/reward")
     smooth, state = [], None
     for value in rewards:
-        state, mean = logger.ema(state, value)
+        state, mean = metrics.logger.ema(state, value)
         smooth.append(mean)
     title = folder.name
     plots.line_chart(
@@ -292,9 +285,9 @@ def draw(folder: Path) -> None:
         x_label="step",
         y_label="mean reward",
     )
-    lengths = {"answers": logger.curve(rows, "rl/answer_tokens")}
+    lengths = {"answers": metrics.logger.curve(rows, "rl/answer_tokens")}
     plots.line_chart(folder / "length.svg", lengths, title=f"{title}: length", x_label="step", y_label="tokens")
-    passed = {f"pass@{k}": logger.curve(rows, f"rl/pass_at_{k}") for k in (1, 2, 4, rl.MAX_K)}
+    passed = {f"pass@{k}": metrics.logger.curve(rows, f"rl/pass_at_{k}") for k in (1, 2, 4, train.rl.MAX_K)}
     plots.line_chart(folder / "pass.svg", passed, title=f"{title}: test", x_label="step", y_label="share solved")
     if len(steps) > 1:
         print(plots.ascii_chart(steps, smooth, title="mean reward, smoothed, by step"))

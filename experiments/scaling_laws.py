@@ -15,19 +15,23 @@ FLOP/s.
 Source: the second approach of Hoffmann et al., arXiv 2203.15556.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from experiments import miniseries, pretrain
 from nanochat import distributed
 from nanochat.config import UserError, base_dir
-from nanochat.distributed import Runtime, raise_on_any_failure
 from nanochat.metrics import plots
+
+if TYPE_CHECKING:
+    from nanochat.distributed import Runtime
 
 COLUMNS = ("flops_budget", *miniseries.COLUMNS)
 
@@ -88,7 +92,7 @@ def run(config: Config, runtime: Runtime) -> None:
         name = f"{config.name}_{short(budget)}_d{depth}"
         one = dataclasses.replace(shared, depth=depth, target_flops=budget, name=name)
         rows.append({"flops_budget": budget, "depth": depth, **miniseries.trained(one, folder, runtime, line)})
-        with raise_on_any_failure(line):
+        with distributed.raise_on_any_failure(line):
             if runtime.is_main:
                 miniseries.write(folder, COLUMNS, rows)
                 draw(folder, config.name, rows, optima(rows))

@@ -10,35 +10,26 @@ checkpoint. One epoch of the tasks; the rate is flat, then falls to 0 over the l
 curves. The default mixture takes about half an hour at depth 20 on 8 H100.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nanochat import config as configs
-from nanochat import distributed, infer, model, tasks, train
+from nanochat import distributed, eval, infer, model, optim, tasks, train
 from nanochat.config import UserError
 from nanochat.data import chat_format
-from nanochat.distributed import Runtime, sharding
-from nanochat.eval import ChatEvalConfig, chat_eval
-from nanochat.infer import Request
-from nanochat.optim import OptimConfig, muon_adamw, scaling, schedules
+from nanochat.eval import CHAT_CORE, ChatEvalConfig
+from nanochat.optim import OptimConfig, scaling, schedules
 from nanochat.tasks import Task, mixture
-from nanochat.train import (
-    EvalConfig,
-    Evaluation,
-    InitCheckpoint,
-    Job,
-    Packing,
-    Result,
-    Stage,
-    StageConfig,
-    TrainState,
-    init_from,
-    sft,
-)
-from nanochat.train import stage as events
+from nanochat.train import EvalConfig, StageConfig
+
+if TYPE_CHECKING:
+    from nanochat.distributed import Runtime
+    from nanochat.train import InitCheckpoint, Job, TrainState
 
 PROMPTS = ("Who are you?", "What is 12*3?", "How many r are in strawberry?", "Why is the sky blue?")
 
@@ -70,7 +61,7 @@ class ChatConfig(ChatEvalConfig):
         tasks: as in `tasks`; none of them: no such evaluation. every_steps: none: at the end only.
     """
 
-    tasks: tuple[str, ...] = tuple(f"{name}:test" for name in chat_eval.CHAT_CORE)
+    tasks: tuple[str, ...] = tuple(f"{name}:test" for name in CHAT_CORE)
     every_steps: int | None = 200
     max_generative: int | None = 24
 
@@ -189,15 +180,15 @@ def describe(config: Config, origin: InitCheckpoint, record: Mapping | None, tas
 def finetuning(
     config: Config, origin: InitCheckpoint, runtime: Runtime, name: str, record: Mapping | None, train_task: Task,
     val_task: Task, graded: list[Task],
-) -> Stage:  # fmt: skip
+) -> train.Stage:  # fmt: skip
     """Return what this stage is: packed conversations, rates that fall, bits per byte, tasks and samples on the way."""
     shape, length = origin.shape, origin.shape.sequence_len
     assert config.total_batch_size
     batch_scale = (config.total_batch_size / scaling.REFERENCE_BATCH_TOKENS) ** 0.5
     stream = functools.partial(
-        sft.batches, tok=origin.tokenizer, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device
+        train.sft.batches, tok=origin.tokenizer, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device
     )
-    packing = Packing(
+    packing = train.Packing(
         config.total_batch_size // length,
         0,
         length,
@@ -206,21 +197,21 @@ def finetuning(
         config.buffer_conversations,
     )
 
-    def evaluations(rows: int) -> list[Evaluation]:
+    def evaluations(rows: int) -> list[train.Evaluation]:
         # As many rows whatever the ranks: what is read must not depend on how many there are.
         val = packing._replace(rows_per_step=rows * runtime.world_size, micro_rows=rows, epochs=1)
         validation = functools.partial(
-            events.evaluate_bpb,
+            train.stage.evaluate_bpb,
             batches=functools.partial(stream, val_task, how=val),
             steps=max(config.eval.tokens // (val.rows_per_step * length), 1),
         )
-        found = [Evaluation("val/bpb", config.eval.every_steps, validation)]
+        found = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
         if graded:
-            key = next(iter(chat_eval.as_metrics({graded[0].name: chat_eval.Score(0, 1, 0.0)})))
-            found.append(Evaluation(key, config.chat.every_steps, functools.partial(grade, graded, config.chat)))
-        return [*found, Evaluation(None, config.eval.sample_every_steps, samples)]
+            key = next(iter(eval.chat_eval.as_metrics({graded[0].name: eval.chat_eval.Score(0, 1, 0.0)})))
+            found.append(train.Evaluation(key, config.chat.every_steps, functools.partial(grade, graded, config.chat)))
+        return [*found, train.Evaluation(None, config.eval.sample_every_steps, samples)]
 
-    return Stage(
+    return train.Stage(
         name=name,
         parent=record,
         num_steps=config.num_iterations,
@@ -228,50 +219,54 @@ def finetuning(
         flops_per_token=model.flops_per_token(shape),
         hparams_at=functools.partial(hparams_at, config, shape.n_embd, batch_scale),
         batches=lambda state, rows: stream(train_task, how=packing._replace(micro_rows=rows), state=state),
-        initial=lambda layout: init_from.init_state_from(origin, runtime, layout, moments=config.optim.moments),
+        initial=lambda layout: train.init_from.init_state_from(origin, runtime, layout, moments=config.optim.moments),
         evaluations=evaluations,
     )
 
 
 def hparams_at(
     config: Config, n_embd: int, batch_scale: float, step: int, stats: Mapping[str, float]
-) -> muon_adamw.Hparams:
+) -> optim.muon_adamw.Hparams:
     """Return the hyperparameters of one step, whose batch came with `stats`."""
     base = {n: getattr(config.optim, n) for n in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
-    rates = muon_adamw.param_group_settings(OptimConfig(**base), n_embd, batch_scale=batch_scale, weight_decay=0.0)
+    rates = optim.muon_adamw.param_group_settings(
+        OptimConfig(**base), n_embd, batch_scale=batch_scale, weight_decay=0.0
+    )
     done = step / config.num_iterations if config.num_iterations else stats.get("share", 0.0)
     factor = config.optim.lr_fraction * schedules.flat_then_linear(done, config.optim.warmdown_ratio)
     for group in rates.values():
         group["lr"] *= factor
-    rates[muon_adamw.MATRIX]["momentum"] = schedules.short_momentum(step)
-    return muon_adamw.as_hparams(rates)
+    rates[optim.muon_adamw.MATRIX]["momentum"] = schedules.short_momentum(step)
+    return optim.muon_adamw.as_hparams(rates)
 
 
-def grade(graded: list[Task], how: ChatConfig, job: Job, state: TrainState) -> Result | None:
+def grade(graded: list[Task], how: ChatConfig, job: Job, state: TrainState) -> train.Result | None:
     """Return the accuracy of tasks, and ChatCORE where its five are among them."""
-    subject = chat_eval.ModelUnderTest(sharding.whole(state.params), job.shape, job.tok, job.runtime.compute_dtype)
+    subject = eval.chat_eval.ModelUnderTest(
+        distributed.sharding.whole(state.params), job.shape, job.tok, job.runtime.compute_dtype
+    )
     line = distributed.create_group()
     with distributed.raise_on_any_failure(line):
-        scores = chat_eval.evaluate(subject, graded, how, line)
+        scores = eval.chat_eval.evaluate(subject, graded, how, line)
     distributed.destroy_group(line)
     if job.stop.agreed():
         return None
-    found = chat_eval.as_metrics(scores)
-    return Result(found, [f"step {int(state.step)}: " + ", ".join(f"{n} {x:.4f}" for n, x in found.items())])
+    found = eval.chat_eval.as_metrics(scores)
+    return train.Result(found, [f"step {int(state.step)}: " + ", ".join(f"{n} {x:.4f}" for n, x in found.items())])
 
 
-def samples(job: Job, state: TrainState) -> Result:
+def samples(job: Job, state: TrainState) -> train.Result:
     """Return what the model answers to each of `eval.prompts`, a line each, tool calls in brackets."""
-    how, params = job.config.eval, sharding.whole(state.params)
+    how, params = job.config.eval, distributed.sharding.whole(state.params)
     if not job.runtime.is_main:
-        return Result({}, [])
+        return train.Result({}, [])
     decoder = infer.start(
         params, job.shape, job.tok, slots=len(how.prompts), dtype=job.runtime.compute_dtype, compile=False
     )
     prompts = [chat_format.prompt(job.tok, [{"role": "user", "content": text}]) for text in how.prompts]
     settings = {"max_tokens": how.sample_tokens, "temperature": how.temperature, "top_k": how.top_k}
     answers: list[list[int]] = [[] for _ in prompts]
-    for event in infer.run(decoder, [Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]):
+    for event in infer.run(decoder, [infer.Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]):
         answers[int(str(event.key))].append(event.token)
     lines = [f"  {text!r} → {chat_format.shown(job.tok, ids)!r}" for text, ids in zip(how.prompts, answers)]
-    return Result({}, lines)
+    return train.Result({}, lines)

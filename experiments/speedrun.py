@@ -13,12 +13,12 @@ Leaves runs/<name> and runs/<name>_sft with the report card in the latter, and <
 On 8 H100 pretraining takes about three hours at half of their FLOP/s, and all else about one more.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from experiments import data, eval_base, eval_chat, pretrain, report, sft, tokenizer
 from experiments.data import Config as DataStage
@@ -28,22 +28,17 @@ from experiments.pretrain import Config as PretrainStage
 from experiments.report import Config as ReportStage
 from experiments.sft import Config as SftStage
 from experiments.tokenizer import Config as TokenizerStage
-from nanochat import checkpoint, distributed, model
+from nanochat import checkpoint, distributed, model, train
 from nanochat.config import UserError, base_dir
 from nanochat.data import sources
 from nanochat.data import tokenizer as bpe
-from nanochat.distributed import (
-    ControlGroup,
-    LostRankError,
-    Runtime,
-    hardware,
-    raise_on_any_failure,
-    sharding,
-)
-from nanochat.model import linear
+from nanochat.distributed import hardware
 from nanochat.text import format_count, format_duration
-from nanochat.train import StageStatus, pipeline, planner
 from nanochat.train import config as stage
+
+if TYPE_CHECKING:
+    from nanochat.distributed import ControlGroup, Runtime
+    from nanochat.train import StageStatus
 
 Name = Literal["data", "tokenizer", "pretrain", "eval_base", "sft", "eval_chat", "report"]
 ORDER: tuple[Name, ...] = ("data", "tokenizer", "pretrain", "eval_base", "sft", "eval_chat", "report")
@@ -123,7 +118,7 @@ def run(config: Config, runtime: Runtime) -> None:
             continue
         try:
             standing = done(config, one, after, runtime, line)
-        except LostRankError:
+        except distributed.LostRankError:
             raise
         except UserError as error:
             if not one.name.startswith("eval_"):
@@ -147,7 +142,7 @@ def filled(config: Config, runtime: Runtime) -> Config:
     place = {"device": config.device, "dtype": config.dtype}
     tuned = f"{config.name}_sft"
     folder = str(base_dir() / f"{config.name}_tokenizer")
-    fp8 = config.fp8 if config.fp8 is not None else linear.fp8_support(runtime.device) == "native"
+    fp8 = config.fp8 if config.fp8 is not None else model.linear.fp8_support(runtime.device) == "native"
     train = dataclasses.replace(config.pretrain.train, linear="fp8" if fp8 else "dense")
     texts = {"source": config.source} if config.source else {}
 
@@ -178,7 +173,7 @@ def stages(config: Config) -> list[Stage]:
     base, tuned = stage.run_folder(config.name), stage.run_folder(f"{config.name}_sft")
 
     def trained() -> bool:  # then data and tokenizer may go: a run has its own copy of the tokenizer
-        return bool(pipeline.read_status(mark(config, "pretrain"), {}).stamp)
+        return bool(train.pipeline.read_status(mark(config, "pretrain"), {}).stamp)
 
     def has_data() -> bool:
         try:
@@ -196,7 +191,11 @@ def stages(config: Config) -> list[Stage]:
     found = {
         "data": (f"{text}{shards}", None, has_data),
         "tokenizer": (f"{config.tokenizer.vocab_size:,} tokens", None, has_tokenizer),
-        "pretrain": (f"depth {config.pretrain.depth}", base, lambda: bool(checkpoint.steps(base / "checkpoints"))),
+        "pretrain": (
+            f"depth {config.pretrain.depth}",
+            base,
+            lambda: bool(checkpoint.steps(base / "checkpoints")),
+        ),
         "eval_base": (", ".join(config.eval_base.tasks), None, lambda: True),
         "sft": (f"{length} of {mixture}", tuned, lambda: bool(checkpoint.steps(tuned / "checkpoints"))),
         "eval_chat": (", ".join(config.eval_chat.tasks), None, lambda: True),
@@ -207,13 +206,13 @@ def stages(config: Config) -> list[Stage]:
 
 def done(config: Config, one: Stage, after: str, runtime: Runtime, line: ControlGroup) -> StageStatus:
     """Do a stage unless it is done, and return where it stands."""
-    path, wanted = mark(config, one.name), pipeline.settings(one.config, after)
-    before = pipeline.describe_status(path, wanted, line, intact=one.intact)
+    path, wanted = mark(config, one.name), train.pipeline.settings(one.config, after)
+    before = train.pipeline.describe_status(path, wanted, line, intact=one.intact)
     if before.state == "done":
         print(f"done already, in {format_duration(before.seconds)}")
         return before
     if before.state == "changed":
-        print(f"again: {pipeline.reasons(before)}")
+        print(f"again: {train.pipeline.reasons(before)}")
 
     def act(opening: dict[str, bool]) -> None:
         try:
@@ -223,7 +222,7 @@ def done(config: Config, one: Stage, after: str, runtime: Runtime, line: Control
             raise
         hardware.release_memory()
 
-    return pipeline.run_if_needed(path, wanted, line, act, run=one.run, intact=one.intact)
+    return train.pipeline.run_if_needed(path, wanted, line, act, run=one.run, intact=one.intact)
 
 
 # What is said
@@ -234,8 +233,8 @@ def overview(config: Config, todo: list[Stage], runtime: Runtime, line: ControlG
     words = {"new": "to do", "begun": "goes on", "done": "done", "changed": "again"}
     rows, after, pending = [], "", False
     for one in todo:
-        wanted = pipeline.settings(one.config, after)
-        standing = pipeline.describe_status(mark(config, one.name), wanted, line, intact=one.intact)
+        wanted = train.pipeline.settings(one.config, after)
+        standing = train.pipeline.describe_status(mark(config, one.name), wanted, line, intact=one.intact)
         state = "written" if one.name == "report" else words[standing.state]
         # What follows on something that has yet to be done is compared with what is not there yet.
         if pending and standing.state in ("done", "changed") and one.name != "report":
@@ -243,7 +242,7 @@ def overview(config: Config, todo: list[Stage], runtime: Runtime, line: ControlG
         trains = not one.name.startswith("eval_") and one.name != "report"
         pending, after = pending or (trains and standing.state != "done"), standing.stamp if trains else after
         rows.append(f"  {one.name:<11}{state:<9}{one.text}")
-    with raise_on_any_failure(line):
+    with distributed.raise_on_any_failure(line):
         price = estimate(config, runtime) if runtime.is_main else ""
     where = f"{runtime.world_size} x {runtime.device.type}"
     return "\n".join([f"speedrun {config.name} on {where}:", *rows, *([price] if price else [])])
@@ -251,6 +250,8 @@ def overview(config: Config, todo: list[Stage], runtime: Runtime, line: ControlG
 
 def estimate(config: Config, runtime: Runtime) -> str:
     """Return what pretraining comes to, by the planner: size, time, cost."""
+    import torch
+
     if "pretrain" not in config.stages:
         return ""
     vocab_size = config.pretrain.model.vocab_size or config.tokenizer.vocab_size
@@ -264,12 +265,12 @@ def estimate(config: Config, runtime: Runtime) -> str:
     machine = hardware.gpu_spec(name)
     if machine is None:
         return f"{size}; no estimate of time and cost: {name} is not in the table of nanochat/machines.py"
-    settings = sharding.resolve(config.pretrain.sharding)
+    settings = distributed.sharding.resolve(config.pretrain.sharding)
     rows = config.pretrain.device_batch_size
-    found = planner.estimate(
+    found = train.planner.estimate(
         built, plan, machine, mode=settings.mode if runtime.world_size > 1 else "replicate",
         world_size=runtime.world_size, node_ranks=runtime.node_ranks,
-        shard_ranks=sharding.mesh_shape(settings, runtime.world_size, runtime.node_ranks)[1],
+        shard_ranks=distributed.sharding.mesh_shape(settings, runtime.world_size, runtime.node_ranks)[1],
         dtype=runtime.compute_dtype, rows=None if rows == "auto" else rows, fp8=config.pretrain.train.linear == "fp8",
     )  # fmt: skip
     if found is None:
@@ -277,7 +278,7 @@ def estimate(config: Config, runtime: Runtime) -> str:
     price = f"${machine.dollars_per_hour:.2f} an hour and GPU"
     return (
         f"{size}; about {format_duration(3600 * found.hours)} and ${found.dollars:,.0f} by the planner's estimate, at "
-        f"{planner.MFU:.0%} MFU and {price}; the other stages come on top"
+        f"{train.planner.MFU:.0%} MFU and {price}; the other stages come on top"
     )
 
 

@@ -11,6 +11,8 @@ is tried again, waiting longer each time. Appends to a jsonl file that `identity
 the same command goes on after a stop, and skips the seeds that are there. A thousand take some minutes, 8 at a time.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
@@ -22,16 +24,18 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import requests
 
 from experiments import _identity_prompts, chat
 from nanochat.config import UserError, base_dir
 from nanochat.data import chat_format
-from nanochat.distributed import Runtime
 from nanochat.metrics import progress
 from nanochat.text import format_duration
+
+if TYPE_CHECKING:
+    from nanochat.distributed import Runtime
 
 MAX_RESPONSE_BYTES = 2**20
 MAX_MESSAGES, MAX_CHARACTERS = 16, 4000

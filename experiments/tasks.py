@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 from experiments import chat
 from nanochat import checkpoint, tasks
 from nanochat.config import UserError
-from nanochat.data import Tokenizer, chat_format, tokenizer
+from nanochat.data import chat_format, tokenizer
 
 if TYPE_CHECKING:
+    from nanochat.data import Tokenizer
     from nanochat.distributed import Runtime
 
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"

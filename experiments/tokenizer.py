@@ -8,16 +8,22 @@ that takes some minutes; the embedded corpus takes seconds. Prints how long it t
 compresses the validation split, and where it was saved.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from nanochat.data import DataConfig, Tokenizer, sources, tokenizer
-from nanochat.distributed import Runtime
+from nanochat.data import DataConfig, sources, tokenizer
+
+if TYPE_CHECKING:
+    from nanochat.data import Tokenizer
+    from nanochat.distributed import Runtime
 
 CHECK_CHARS = 10_000_000
 

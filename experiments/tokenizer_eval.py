@@ -8,16 +8,21 @@ left out, with the reason. Prints bytes per token (more is better) for sample te
 the beginning of the training and validation splits, and how many more tokens the others need (+) or save (-).
 """
 
+from __future__ import annotations
+
 import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tiktoken
 
 from nanochat.config import UserError
 from nanochat.data import DataConfig, sources, tokenizer
-from nanochat.distributed import Runtime
+
+if TYPE_CHECKING:
+    from nanochat.distributed import Runtime
 
 OTHERS = ("gpt2", "cl100k_base")
 

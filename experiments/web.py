@@ -18,16 +18,21 @@ GET /health, /stats, /metrics (Prometheus) and /openapi.json describe the server
 can reach it; conversations are not logged. Behind a proxy, name the host it is called by: --set hosts=chat.example.org.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from nanochat import checkpoint
+from nanochat import checkpoint, serve
 from nanochat.config import UserError
-from nanochat.distributed import Runtime
-from nanochat.serve import Limits, Scheduler, Settings, app, middleware, scheduler, worker
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanochat.distributed import Runtime
+    from nanochat.serve import Scheduler
 
 SLOTS = {"cuda": 64}  # requests at once where they are not set; elsewhere OTHER_SLOTS
 OTHER_SLOTS = 16
@@ -85,20 +90,22 @@ def run(config: Config, runtime: Runtime) -> None:
     if runtime.world_size > 1:
         raise UserError("web starts a process for each GPU by itself: start it with python, not torchrun")
     folder = checkpoint.find_run(config.run)  # a wrong name is an error now, not when a process has started
-    limits = Limits(config.host, config.port, read_token(config), config.hosts, config.connections)
+    limits = serve.Limits(config.host, config.port, read_token(config), config.hosts, config.connections)
     compile = runtime.device.type == "cuda" if config.compile is None else config.compile
     slots = config.slots or SLOTS.get(runtime.device.type, OTHER_SLOTS)
     dtype = str(runtime.compute_dtype).removeprefix("torch.")
     settings = [
-        Settings(str(folder), config.step, place, dtype, slots, config.context, compile, config.exact)
+        serve.Settings(str(folder), config.step, place, dtype, slots, config.context, compile, config.exact)
         for place in devices(config.gpus, runtime.device)
     ]
     print(f"loading {folder.name} on {', '.join(s.device for s in settings)}", flush=True)
-    replicas = scheduler.create([functools.partial(worker.start, each) for each in settings], config.queue)
-    middleware.run(app.app(replicas, limits), replicas, limits, functools.partial(announce, replicas, limits))
+    replicas = serve.scheduler.create([functools.partial(serve.worker.start, each) for each in settings], config.queue)
+    serve.middleware.run(
+        serve.app.app(replicas, limits), replicas, limits, functools.partial(announce, replicas, limits)
+    )
 
 
-def announce(replicas: Scheduler, limits: Limits, port: int) -> None:
+def announce(replicas: Scheduler, limits: serve.Limits, port: int) -> None:
     """Print what is served and where."""
     assert replicas.info
     print(replicas.info.about)
@@ -116,6 +123,8 @@ def devices(gpus: int | None, device: torch.device) -> list[str]:
     Raises:
         UserError: there are not so many GPUs.
     """
+    import torch
+
     if device.type != "cuda":
         if gpus is not None and gpus > 1:
             raise UserError(f"gpus={gpus}: the model runs on the {device.type} here, in one process")

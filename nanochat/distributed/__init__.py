@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.distributed import collectives, compile, hardware, runtime, sharding
+    from nanochat.distributed import collectives, compile, config, hardware, runtime, sharding
     from nanochat.distributed.collectives import (
         ControlGroup,
         LostRankError,
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         destroy_group,
         raise_on_any_failure,
     )
+    from nanochat.distributed.config import ShardingConfig
     from nanochat.distributed.hardware import GIB, GPU_SPECS, GpuSpec
     from nanochat.distributed.runtime import (
         DTYPES,
@@ -34,6 +35,6 @@ if TYPE_CHECKING:
         synchronize,
         was_restarted,
     )
-    from nanochat.distributed.sharding import Gather, Layout, MuonAllToAll, ShardingConfig, mesh_shape, shard_dim
+    from nanochat.distributed.sharding import Gather, Layout, MuonAllToAll, mesh_shape, shard_dim
 
 __getattr__ = lazy_exports(__name__, __file__)

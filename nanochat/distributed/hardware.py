@@ -25,8 +25,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 GIB = 2**30
 
 
@@ -134,6 +132,8 @@ def code_size(root: Path = ROOT) -> CodeSize:
 
 def versions() -> dict[str, str]:
     """Return Python's version, CUDA's if torch has it, and those of the packages that matter and are installed."""
+    import torch
+
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -145,11 +145,15 @@ def versions() -> dict[str, str]:
 
 def gpus() -> list[str]:
     """Return the names of this machine's CUDA devices."""
+    import torch
+
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def system_info() -> dict[str, str]:
     """Return what this machine is, by name, for people."""
+    import torch
+
     found = {}
     if names := gpus():
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
@@ -208,7 +212,7 @@ def freeze_garbage() -> None:
 
 def release_memory() -> None:
     """Undo `settle` and give back what a finished run leaves, compiled graphs too: for the next one in this process."""
-    import torch  # after `tune`
+    import torch
 
     gc.unfreeze()
     torch.compiler.reset()

@@ -17,7 +17,7 @@ Source: ZeRO (arXiv 1910.02054); SimpleFSDP (arXiv 2411.00284), for gathers insi
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from nanochat import tree
 from nanochat.config import UserError
+from nanochat.distributed.config import ShardingConfig
 from nanochat.distributed.runtime import Runtime
 
 AXES = ("replicate", "shard")
@@ -39,24 +40,6 @@ Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 # Logical axis -> mesh axis. The first dimension of a parameter that divides is cut, if all of its axes have a rule;
 # the others (layers, gates, single numbers) belong to parameters too small to be worth it.
 RULES = {"vocab": "shard", "hidden": "shard", "heads": "shard", "kv_heads": "shard", "embed": "shard"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardingConfig:
-    """How a training job of several processes shares its memory and its work.
-
-    Attributes:
-        mode: replicate, zero2, fsdp or hsdp, as in the table above; auto is zero2, which sends least.
-        shard_ranks: of hsdp, ranks that share one copy; none: those of a node.
-        gather: of fsdp and hsdp: each layer as it is used, and again in the backward, with a reduction for every
-            micro-batch; or all once a step, with one reduction, at the price of whole parameters and gradients.
-        overlap: let the compiler bucket collectives and move them beside the computation.
-    """
-
-    mode: Literal["auto", "replicate", "zero2", "fsdp", "hsdp"] = "auto"
-    shard_ranks: int | None = None
-    gather: Literal["layer", "step"] = "layer"
-    overlap: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.eval import chat_eval, core, core_bundle, likelihood, significance
-    from nanochat.eval.chat_eval import CHAT_CORE, TITLES, ChatEvalConfig, ModelUnderTest, Score
+    from nanochat.eval import chat_eval, config, core, core_bundle, likelihood, significance
+    from nanochat.eval.chat_eval import ModelUnderTest, Score
+    from nanochat.eval.config import CHAT_CORE, TITLES, ChatEvalConfig
     from nanochat.eval.core import Answer, Question, Results, TaskResult
     from nanochat.eval.core_bundle import Bundle, CoreTask, Row
     from nanochat.eval.likelihood import PackedRow, Prompt, Scored

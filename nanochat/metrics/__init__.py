@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.metrics import logger, plots, progress, report, run_folder
-    from nanochat.metrics.logger import MetricsConfig
+    from nanochat.metrics import config, logger, plots, progress, report, run_folder
+    from nanochat.metrics.config import MetricsConfig
     from nanochat.metrics.report import Machine, Sample
     from nanochat.metrics.run_folder import Curve, RunInfo
 

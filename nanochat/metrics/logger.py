@@ -34,25 +34,6 @@ FILE = "metrics.jsonl"
 Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class MetricsConfig:
-    """What is recorded of a run, and where.
-
-    Attributes:
-        every_steps: a line of training metrics each so many steps.
-        tensorboard: also write event files to <run>/tensorboard.
-        wandb: also send to this wandb project; none for no.
-    """
-
-    every_steps: int = 10
-    tensorboard: bool = False
-    wandb: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise UserError(f"metrics.every_steps={self.every_steps}: must be at least 1")
-
-
 class Log(NamedTuple):
     """An open record, made by `open`; all fields are None where nothing is recorded (ranks other than 0)."""
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
         POLAR_EXPRESS,
         SMEAR_LR,
         Hparams,
-        OptimConfig,
         OptState,
         Row,
         as_hparams,
@@ -23,6 +22,6 @@ if TYPE_CHECKING:
         update,
         update_,
     )
-    from nanochat.optim.scaling import Plan
+    from nanochat.optim.scaling import OptimConfig, Plan
 
 __getattr__ = lazy_exports(__name__, __file__)

@@ -5,7 +5,6 @@ says which rule applies to which parameter. Hyperparameters are 0-d tensors: the
 update does not recompile for that.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from nanochat import tree
 from nanochat.distributed import MuonAllToAll
+from nanochat.optim.scaling import OptimConfig
 
 OptState = TensorDict
 Exchanges = Mapping[str, MuonAllToAll | None]
@@ -43,26 +43,6 @@ class Row(Protocol):
     def group(self) -> str:
         """Name of the optimizer group."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """Base learning rates, before they are scaled by width and batch size; see `rates`.
-
-    Attributes:
-        embedding_lr, unembedding_lr, matrix_lr, scalar_lr: of the tables, the output layer, the matrices, the scalars.
-        weight_decay: of the matrices, at the reference's batch and data size.
-        warmup_steps, warmdown_ratio, final_lr_fraction: the learning-rate schedule.
-    """
-
-    embedding_lr: float = 0.3
-    unembedding_lr: float = 0.008
-    matrix_lr: float = 0.02
-    scalar_lr: float = 0.5
-    weight_decay: float = 0.28
-    warmup_steps: int = 40
-    warmdown_ratio: float = 0.65
-    final_lr_fraction: float = 0.05
 
 
 def param_group_settings(

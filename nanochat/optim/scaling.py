@@ -14,6 +14,26 @@ BATCH_EXPONENT = 0.383
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Base learning rates, before they are scaled by width and batch size; see `rates`.
+
+    Attributes:
+        embedding_lr, unembedding_lr, matrix_lr, scalar_lr: of the tables, the output layer, the matrices, the scalars.
+        weight_decay: of the matrices, at the reference's batch and data size.
+        warmup_steps, warmdown_ratio, final_lr_fraction: the learning-rate schedule.
+    """
+
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+    weight_decay: float = 0.28
+    warmup_steps: int = 40
+    warmdown_ratio: float = 0.65
+    final_lr_fraction: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What the rules give for one run.
 

@@ -5,29 +5,27 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.train import activation_memory, config, init_from, pipeline, planner, rl, sft, stage, step
+    from nanochat.train import activation_memory, build, config, init_from, pipeline, planner, rl, sft, stage, step
     from nanochat.train.activation_memory import BufferLifetimes
+    from nanochat.train.build import build_step_functions, estimate_batch_size, try_batch_size
     from nanochat.train.config import (
         PROMPTS,
         EvalConfig,
+        RolloutConfig,
         StageConfig,
-        build_step_functions,
-        estimate_batch_size,
-        progress_from,
+        TrainConfig,
         run_folder,
-        try_batch_size,
     )
     from nanochat.train.init_from import InitCheckpoint
     from nanochat.train.pipeline import StageStatus
     from nanochat.train.planner import Estimate
-    from nanochat.train.rl import Reward, Rollout, RolloutConfig
+    from nanochat.train.rl import Reward, Rollout
     from nanochat.train.sft import Packing
-    from nanochat.train.stage import Evaluation, Job, Result, Stage, child, run_stage, was_restarted_here
+    from nanochat.train.stage import Evaluation, Job, Result, Stage, child, progress_from, run_stage, was_restarted_here
     from nanochat.train.step import (
         NonFiniteLossError,
         Progress,
         StopFlag,
-        TrainConfig,
         TrainState,
         fit,
         gradient,

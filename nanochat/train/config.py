@@ -1,39 +1,14 @@
-"""One training stage as a run: its settings, its folder, its state new or resumed, its functions, what fits.
-
-A stage (pretraining, fine-tuning) brings a loss, batches and hyperparameters; `train.fit` loops; `events` logs, saves,
-evaluates and samples along the way; what is here comes before the first step.
-"""
+"""Settings that the training stages share."""
 
 import dataclasses
-import functools
-import json
-import os
-import shutil
-import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-import torch
-
-from nanochat import config as configs
-from nanochat import distributed, model
 from nanochat.checkpoint import CheckpointConfig
-from nanochat.checkpoint import manager as checkpoint
 from nanochat.config import UserError, base_dir
-from nanochat.distributed import Layout, Runtime, ShardingConfig, sharding
-from nanochat.distributed import compile as compiling
+from nanochat.distributed import ShardingConfig
 from nanochat.metrics import MetricsConfig
-from nanochat.model import Compute, ModelConfig, attention, loss
-from nanochat.model import linear as linears
-from nanochat.optim import Hparams
-from nanochat.train import planner, step
-from nanochat.train.step import Progress, TrainConfig, TrainState
 
-Settings = TypeVar("Settings", bound="StageConfig")
-
-CPU_ROWS = 32  # on the CPU, larger micro-batches take memory and save nothing
-NOT_COMPARED = ("resume", "overwrite", "dry_run")
 PROMPTS = (
     "The capital of France is",
     "The chemical symbol of gold is",
@@ -43,6 +18,32 @@ PROMPTS = (
     "My favorite color is",
     "If 5*x + 3 = 13, then x is",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a step is computed.
+
+    Attributes:
+        grad: autograd (torch.autograd.grad over the compiled loss) or func (torch.func.grad_and_value itself).
+        attention: kernel, one of attention.KERNELS; fa3 from wherever it is to be had; auto is the fastest here.
+        linear: dense, in the compute dtype, or fp8 (of Hopper and later; emulated elsewhere); evaluation stays dense.
+        chunk_tokens: tokens whose logits live at once in the loss; none: 1024 on the CPU, where they stay in the cache,
+            else 8192.
+        memory_budget: share of the activations that is kept for the backward; below 1, some are computed again.
+        skip_nonfinite: go on after a step whose loss or gradient is not finite, leaving it out, instead of stopping.
+    """
+
+    grad: Literal["autograd", "func"] = "autograd"
+    attention: Literal["auto", "fa3", "fa3_hub", "fa3_torch", "fa2", "flex", "cudnn", "flash", "sdpa", "math"] = "auto"
+    linear: Literal["dense", "fp8"] = "dense"
+    chunk_tokens: int | None = None
+    memory_budget: float = 1.0
+    skip_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise UserError(f"train.chunk_tokens={self.chunk_tokens}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,33 @@ class EvalConfig:
         for name, least in {"tokens": 1, "sample_tokens": 1, "temperature": 0, "top_k": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"eval.{name}={getattr(self, name)}: must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How a step samples answers.
+
+    Attributes:
+        examples: of a step, all ranks together. samples: answers to each.
+        temperature, top_k: of the sampling; top_k 0 takes all tokens in. The loss is of the model's own probabilities:
+            that of temperature 1 and all tokens.
+        max_tokens: of an answer, what tools add included.
+        slots: answers that a rank generates at once.
+    """
+
+    examples: int = 16
+    samples: int = 16
+    temperature: float = 1.0
+    top_k: int = 50
+    max_tokens: int = 256
+    slots: int = 64
+
+    def __post_init__(self) -> None:
+        for name, least in {"examples": 1, "samples": 2, "top_k": 0, "max_tokens": 1, "slots": 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"rollout.{name}={getattr(self, name)}: must be at least {least}")
+        if self.temperature <= 0:
+            raise UserError(f"rollout.temperature={self.temperature}: must be above 0, or all answers are the same")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,213 +136,3 @@ class StageConfig:
 def run_folder(name: str) -> Path:
     """Return where the run called `name` keeps its files."""
     return base_dir() / "runs" / name
-
-
-def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> checkpoint.Manager:
-    """Open the checkpoints of a run: new, resumed, or with `overwrite` in the place of an old run.
-
-    Raises:
-        UserError: the folder holds a run, and the command says neither resume nor overwrite.
-    """
-    checkpoints = folder / "checkpoints"
-    done = checkpoint.steps(checkpoints) if runtime.is_main else []
-    last = distributed.all_reduce_max(done[-1] if done else -1)  # a network disk may show each rank something else
-    if last >= 0 and not config.resume:
-        if not config.overwrite:
-            raise UserError(
-                f"run {folder} has checkpoints up to step {last}: --resume goes on with it, --set name=<other> "
-                "starts another, --set overwrite=true replaces it"
-            )
-        old = checkpoints.with_name("checkpoints.old")
-        if runtime.is_main:
-            shutil.rmtree(old, ignore_errors=True)
-            checkpoints.rename(old)
-        distributed.barrier()
-        print(f"the run that was here keeps its checkpoints in {old}, until the next one is replaced")
-    if config.resume and last < 0:
-        print(f"nothing to resume in {checkpoints}: starting at step 0")
-    return checkpoint.open_manager(checkpoints, config.checkpoint)
-
-
-def init_or_restore(
-    config: StageConfig,
-    shape: ModelConfig,
-    manager: checkpoint.Manager,
-    runtime: Runtime,
-    layout: Layout | None,
-    initial: Callable[[Layout | None], TrainState] | None = None,
-) -> tuple[TrainState, Progress]:
-    """Return the state and progress to begin with: those of the last checkpoint, else `initial`'s or freshly drawn."""
-    dtype, spec = runtime.compute_dtype, model.spec(shape)
-    if checkpoint.latest_step(manager) is None:
-        return initial(layout) if initial else init_state(config, shape, runtime, layout), Progress()
-    nothing = model.init(shape, config.seed, device="meta", dtype=dtype, layout=layout)
-    abstract = step.init(nothing, spec, dtype, layout)
-    state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
-    now = json.loads(json.dumps(dict(configs.flatten(config))))
-    for name, value in now.items():
-        before = meta["config"].get(name, value)
-        if before != value and name not in NOT_COMPARED:
-            print(f"changed since the checkpoint: {name} = {value} (was {before})")
-    kept = {name.removeprefix("loader_"): array for name, array in arrays.items()}
-    loader = {"position": meta["loader"], **kept}
-    print(f"resumed from step {int(state.step)} in {manager.folder}")
-    if meta["config"]["dtype"] != now["dtype"]:
-        state = state._replace(scaler=step.init_scaler(dtype, runtime.device))  # a scale is for one dtype
-    return state, progress_from(meta)._replace(loader=loader)
-
-
-def progress_from(meta: Mapping[str, Any]) -> Progress:
-    """Return the progress that a checkpoint's metadata tells, also of one made before its tokens were counted."""
-    known = {name: x for name, x in meta["progress"].items() if name in Progress._fields}
-    if "timed_tokens" not in known:
-        known |= {"tokens": meta["tokens"], "timed_seconds": 0.0}
-    return Progress(**known)
-
-
-def init_state(config: StageConfig, shape: ModelConfig, runtime: Runtime, layout: Layout | None) -> TrainState:
-    """Return the state before the first step."""
-    dtype = runtime.compute_dtype
-    params = model.init(shape, config.seed, device=runtime.device, dtype=dtype, layout=layout)
-    return step.init(params, model.spec(shape), dtype, layout)
-
-
-def build_step_functions(
-    config: StageConfig, shape: ModelConfig, runtime: Runtime, layout: Layout | None = None
-) -> tuple[Callable, Callable, str]:
-    """Return (the train step, the loss for evaluation, their kernels in words), compiled where asked for.
-
-    Raises:
-        UserError: the attention kernel does not run here, or train.grad=func would meet a custom backward.
-    """
-    if config.compile and runtime.device.type == "cpu":
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if not shutil.which(compiler):
-            raise UserError(f"compile=true needs a C++ compiler on the CPU: install {compiler}, or set compile=false")
-    dtype = runtime.compute_dtype
-    chosen = choose_attention(config, shape, runtime)
-    try:
-        attend = attention.build(chosen.names, shape.sequence_len, runtime.device)
-    except ImportError as error:  # on another node than rank 0's
-        raise UserError(
-            f"train.attention: rank 0 has {chosen.text}, and here {error}; install it, or set sdpa"
-        ) from None
-    linear, precision = linears.choose(config.train.linear, runtime.device)
-    chunk: int | None = chunk_tokens(config, runtime)
-    if config.train.grad == "func":
-        if runtime.world_size > 1:
-            raise UserError("train.grad=func runs in one process: start with --nproc_per_node=1")
-        if set(chosen.names.values()) - {"math", "sdpa"} or config.train.linear == "fp8":
-            raise UserError(
-                f"train.grad=func: {chosen.text} or train.linear={config.train.linear} has a custom backward, which "
-                "torch.func.grad ignores when compiled; set train.attention=sdpa and train.linear=dense"
-            )
-        chunk = None  # the chunked loss has a custom backward too; the plain one has the same value
-    gather = sharding.gatherer(layout, dtype)
-    compile = None
-    if config.compile:
-        settings = {"device": runtime.device, "collectives": gather is not None, "overlap": config.sharding.overlap}
-        compile = functools.partial(compiling.compile_fn, **settings, memory_budget=config.train.memory_budget)
-    dense = Compute(dtype=dtype, attend=attend, gather=gather)
-    eval_fn = functools.partial(loss.next_token, config=shape, compute=dense, chunk_tokens=chunk)
-    compute = dataclasses.replace(dense, linear=linear)
-    loss_fn = functools.partial(loss.next_token, config=shape, compute=compute, chunk_tokens=chunk)
-    step_fn = functools.partial(
-        step.train_step,
-        value_and_grad=step.gradient(loss_fn, grad=config.train.grad, compile=compile),
-        update=step.make_update(compute_dtype=dtype, donate=True, compile=config.compile, layout=layout),
-        enter=functools.partial(sharding.enter, layout, dtype=dtype),
-        reduce=functools.partial(sharding.reduce, layout),
-    )
-    return step_fn, (compile(eval_fn) if compile else eval_fn), f"attention {chosen.text}; linear layers {precision}"
-
-
-def chunk_tokens(config: StageConfig, runtime: Runtime) -> int:
-    """Return the tokens whose logits live at once in the loss."""
-    return config.train.chunk_tokens or (1024 if runtime.device.type == "cpu" else 8192)
-
-
-def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime) -> int:
-    """Return the largest micro-batch that fits by the planner's estimate, the same on all ranks.
-
-    Args:
-        rows: of a step, on this rank; the micro-batch divides it. On the CPU it is at most CPU_ROWS.
-
-    Raises:
-        UserError: not even one row fits.
-    """
-    capacity = distributed.free_bytes(runtime.device, runtime.node_ranks)
-    _, shards = sharding.mesh_shape(config.sharding, runtime.world_size, runtime.node_ranks)
-    found = planner.largest_batch(
-        shape, rows, capacity, mode=sharding.resolve(config.sharding).mode, world_size=runtime.world_size,
-        shard_ranks=shards, dtype=runtime.compute_dtype, fp8=config.train.linear == "fp8",
-        chunk_tokens=chunk_tokens(config, runtime),
-    )  # fmt: skip
-    least = -distributed.all_reduce_max(-(found or 0))
-    if not least:
-        raise UserError(
-            f"device_batch_size=auto: not even one row of {shape.sequence_len} tokens fits into the "
-            f"{capacity / 2**30:.1f} GiB that are free; lower depth, or share the state: --set sharding.mode=fsdp"
-        )
-    if runtime.device.type == "cpu":
-        least = max(n for n in range(1, min(least, CPU_ROWS) + 1) if rows % n == 0)
-    return least
-
-
-def try_batch_size(
-    config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime, layout: Layout | None, step_fn: Callable,
-    hparams: Hparams,
-) -> int:  # fmt: skip
-    """Return the first micro-batch from `config.rows` downwards that fits, seen by a step on a state thrown away.
-
-    On the CPU, where running out of memory ends the process, the estimate has to do. With several ranks there is one
-    trial: a rank that fails alone cannot be helped.
-
-    Args:
-        rows: of a step, on this rank. step_fn: `train_step` with its functions bound. hparams: of any step.
-
-    Raises:
-        UserError: not even one row fits.
-    """
-    if runtime.device.type == "cpu":
-        return config.rows
-    for tried in [n for n in range(config.rows, 0, -1) if rows % n == 0]:
-        ids = torch.zeros((tried, shape.sequence_len), dtype=torch.int64, device=runtime.device)
-        batches = [{"inputs": ids, "targets": ids}] * min(rows // tried, 2)  # two need an accumulator
-        try:
-            step_fn(init_state(config, shape, runtime, layout), batches, hparams)
-            distributed.synchronize(runtime.device)
-            return tried
-        except torch.OutOfMemoryError:
-            if runtime.world_size > 1:  # the others wait for this rank in a collective
-                raise UserError(f"device_batch_size=auto: {tried} rows run out of memory; set a lower number") from None
-        finally:
-            torch.cuda.empty_cache()
-        print(f"device_batch_size={tried} runs out of memory; trying less")
-    raise UserError("device_batch_size=auto: not even one row fits; lower depth, or set sharding.mode=fsdp")
-
-
-def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> attention.Choice:
-    """Return the attention kernel of each window, the same on all ranks.
-
-    Raises:
-        UserError: the kernel that was asked for does not run here.
-    """
-    asked = config.train.attention
-    if asked == "auto" and (config.train.grad == "func" or not config.compile):
-        asked = "sdpa"
-    heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
-    line = distributed.create_group()
-    try:
-        with distributed.raise_on_any_failure(line):
-            choice = attention.choose(
-                asked, shape.sequence_len, shape.windows, heads, runtime.device, runtime.compute_dtype,
-                rows=config.rows, compile=config.compile,
-            )  # fmt: skip
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    names, text = distributed.broadcast_object(
-        line, [list(choice.names.items()), choice.text]
-    )  # times differ from rank to rank
-    distributed.destroy_group(line)
-    return attention.Choice({window: name for window, name in names}, text)

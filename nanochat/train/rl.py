@@ -15,7 +15,6 @@ Source: REINFORCE (Williams, 1992) with the group's mean as its baseline, as in 
 division by the deviation (arXiv 2503.20783); spec/training.md.
 """
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -33,37 +32,11 @@ from nanochat.infer import Engine, Request
 from nanochat.model import IGNORE, Params
 from nanochat.optim import Hparams
 from nanochat.tasks import Task
+from nanochat.train.config import RolloutConfig
 from nanochat.train.step import TrainState
 
 Reward = Callable[[Conversation, str], float]  # (row of the task, answer as plain text) -> how good it is
 MAX_K = 8  # of pass@k
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutConfig:
-    """How a step samples answers.
-
-    Attributes:
-        examples: of a step, all ranks together. samples: answers to each.
-        temperature, top_k: of the sampling; top_k 0 takes all tokens in. The loss is of the model's own probabilities:
-            that of temperature 1 and all tokens.
-        max_tokens: of an answer, what tools add included.
-        slots: answers that a rank generates at once.
-    """
-
-    examples: int = 16
-    samples: int = 16
-    temperature: float = 1.0
-    top_k: int = 50
-    max_tokens: int = 256
-    slots: int = 64
-
-    def __post_init__(self) -> None:
-        for name, least in {"examples": 1, "samples": 2, "top_k": 0, "max_tokens": 1, "slots": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"rollout.{name}={getattr(self, name)}: must be at least {least}")
-        if self.temperature <= 0:
-            raise UserError(f"rollout.temperature={self.temperature}: must be above 0, or all answers are the same")
 
 
 class Rollout(NamedTuple):

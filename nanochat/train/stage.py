@@ -10,10 +10,12 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import shutil
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -27,13 +29,15 @@ from nanochat.metrics import logger, plots, progress
 from nanochat.model import Compute, ModelConfig, loss
 from nanochat.optim import MATRIX, SMEAR_LR, Hparams
 from nanochat.text import format_count, format_duration
-from nanochat.train import config as stage
-from nanochat.train import init_from
+from nanochat.train import build, init_from
 from nanochat.train import step as train
-from nanochat.train.config import StageConfig
+from nanochat.train.config import StageConfig, run_folder
 from nanochat.train.init_from import InitCheckpoint
 from nanochat.train.step import NonFiniteLossError, Progress, StopFlag, TrainState
 
+Settings = TypeVar("Settings", bound=StageConfig)
+
+NOT_COMPARED = ("resume", "overwrite", "dry_run")
 UNTIMED_STEPS = 10  # of every start: they compile and warm up
 
 
@@ -331,7 +335,7 @@ class Stage:
     step: Callable[[Step, Layout | None], Step] | None = None
 
 
-def was_restarted_here(config: stage.Settings, name: str, runtime: Runtime) -> stage.Settings:
+def was_restarted_here(config: Settings, name: str, runtime: Runtime) -> Settings:
     """Return the settings, with resume on where torchrun has started anew a job that had opened the run `name`."""
     if runtime.restarts and not config.resume and was_restarted(f"opened {name}"):
         print(f"restart {runtime.restarts} by torchrun: going on from the last checkpoint")
@@ -340,14 +344,14 @@ def was_restarted_here(config: stage.Settings, name: str, runtime: Runtime) -> s
 
 
 def child(
-    config: stage.Settings,
+    config: Settings,
     name: str,
     runtime: Runtime,
     *,
     run: str | None,
     step: int | None,
     parents: Collection[str],
-) -> tuple[stage.Settings, InitCheckpoint, Mapping[str, Any] | None]:
+) -> tuple[Settings, InitCheckpoint, Mapping[str, Any] | None]:
     """Return a child's settings with its name filled in, the checkpoint to begin with, and the record of its parent.
 
     A child that is resumed begins with its own checkpoint; its parent may be gone by then.
@@ -363,7 +367,7 @@ def child(
         start = start or init_from.newest(parents)
         config = dataclasses.replace(config, name=f"{Path(start).expanduser().absolute().name}_{name}")
     config = was_restarted_here(config, str(config.name), runtime)
-    own = stage.run_folder(str(config.name))
+    own = run_folder(str(config.name))
     if config.resume and init_from.has_checkpoint(own):
         origin = init_from.load(own)
         return config, origin, origin.parent
@@ -396,22 +400,22 @@ def run_stage(
 def _run_stage(
     config: StageConfig, it: Stage, shape: ModelConfig, tok: Tokenizer, runtime: Runtime, try_rows: bool
 ) -> None:
-    folder = stage.run_folder(str(config.name))
+    folder = run_folder(str(config.name))
     # What may be refused comes before the run's folder is touched.
     layout = sharding.make_layout(config.sharding, runtime, model.spec(shape))
-    step_fn, loss_fn, kernels = stage.build_step_functions(config, shape, runtime, layout)
+    step_fn, loss_fn, kernels = build.build_step_functions(config, shape, runtime, layout)
     if try_rows:
         rows = it.step_tokens // (shape.sequence_len * runtime.world_size)
-        rows = stage.try_batch_size(config, shape, rows, runtime, layout, step_fn, it.hparams_at(0, {}))
+        rows = build.try_batch_size(config, shape, rows, runtime, layout, step_fn, it.hparams_at(0, {}))
         config = dataclasses.replace(config, device_batch_size=rows)
     limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
     print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(train.stop_on_signals())  # first in, last out: it guards the last save too
-        manager = stage.open_checkpoints(folder, config, runtime)
+        manager = open_checkpoints(folder, config, runtime)
         stack.callback(checkpoint.close, manager)  # waits for the last save, after an error as well
         mark_restart(f"opened {config.name}")  # if torchrun has to restart the job, it goes on with this run
-        state, at = stage.init_or_restore(config, shape, manager, runtime, layout, it.initial)
+        state, at = init_or_restore(config, shape, manager, runtime, layout, it.initial)
         if it.num_steps is not None:
             at = at._replace(done=at.step >= it.num_steps)  # a finished run may have been given more steps
         stream = stack.enter_context(contextlib.closing(it.batches(at.loader, config.rows)))
@@ -459,3 +463,65 @@ def _run_stage(
         )
         print(f"stopped by {stop.signal.name}; {saved}")
         raise SystemExit(128 + stop.signal)  # as the shell counts it: what follows `&&` must not take it for done
+
+
+def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> checkpoint.Manager:
+    """Open the checkpoints of a run: new, resumed, or with `overwrite` in the place of an old run.
+
+    Raises:
+        UserError: the folder holds a run, and the command says neither resume nor overwrite.
+    """
+    checkpoints = folder / "checkpoints"
+    done = checkpoint.steps(checkpoints) if runtime.is_main else []
+    last = distributed.all_reduce_max(done[-1] if done else -1)  # a network disk may show each rank something else
+    if last >= 0 and not config.resume:
+        if not config.overwrite:
+            raise UserError(
+                f"run {folder} has checkpoints up to step {last}: --resume goes on with it, --set name=<other> "
+                "starts another, --set overwrite=true replaces it"
+            )
+        old = checkpoints.with_name("checkpoints.old")
+        if runtime.is_main:
+            shutil.rmtree(old, ignore_errors=True)
+            checkpoints.rename(old)
+        distributed.barrier()
+        print(f"the run that was here keeps its checkpoints in {old}, until the next one is replaced")
+    if config.resume and last < 0:
+        print(f"nothing to resume in {checkpoints}: starting at step 0")
+    return checkpoint.open_manager(checkpoints, config.checkpoint)
+
+
+def init_or_restore(
+    config: StageConfig,
+    shape: ModelConfig,
+    manager: checkpoint.Manager,
+    runtime: Runtime,
+    layout: Layout | None,
+    initial: Callable[[Layout | None], TrainState] | None = None,
+) -> tuple[TrainState, Progress]:
+    """Return the state and progress to begin with: those of the last checkpoint, else `initial`'s or freshly drawn."""
+    dtype, spec = runtime.compute_dtype, model.spec(shape)
+    if checkpoint.latest_step(manager) is None:
+        return initial(layout) if initial else build.init_state(config, shape, runtime, layout), Progress()
+    nothing = model.init(shape, config.seed, device="meta", dtype=dtype, layout=layout)
+    abstract = train.init(nothing, spec, dtype, layout)
+    state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
+    now = json.loads(json.dumps(dict(configs.flatten(config))))
+    for name, value in now.items():
+        before = meta["config"].get(name, value)
+        if before != value and name not in NOT_COMPARED:
+            print(f"changed since the checkpoint: {name} = {value} (was {before})")
+    kept = {name.removeprefix("loader_"): array for name, array in arrays.items()}
+    loader = {"position": meta["loader"], **kept}
+    print(f"resumed from step {int(state.step)} in {manager.folder}")
+    if meta["config"]["dtype"] != now["dtype"]:
+        state = state._replace(scaler=train.init_scaler(dtype, runtime.device))  # a scale is for one dtype
+    return state, progress_from(meta)._replace(loader=loader)
+
+
+def progress_from(meta: Mapping[str, Any]) -> Progress:
+    """Return the progress that a checkpoint's metadata tells, also of one made before its tokens were counted."""
+    known = {name: x for name, x in meta["progress"].items() if name in Progress._fields}
+    if "timed_tokens" not in known:
+        known |= {"tokens": meta["tokens"], "timed_seconds": 0.0}
+    return Progress(**known)

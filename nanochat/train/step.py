@@ -1,12 +1,11 @@
 """Training as a pure step on a state, and the one loop around it that every stage uses."""
 
 import contextlib
-import dataclasses
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -21,32 +20,6 @@ Batch = Mapping[str, Tensor]
 LossFn = Callable[[TensorDict, Batch], tuple[Tensor, dict[str, Tensor]]]
 PROBLEM = 1000  # above all signals
 MAX_SKIPPED_STEPS = 50  # consecutive steps without a finite loss before skipping gives up
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How a step is computed.
-
-    Attributes:
-        grad: autograd (torch.autograd.grad over the compiled loss) or func (torch.func.grad_and_value itself).
-        attention: kernel, one of attention.KERNELS; fa3 from wherever it is to be had; auto is the fastest here.
-        linear: dense, in the compute dtype, or fp8 (of Hopper and later; emulated elsewhere); evaluation stays dense.
-        chunk_tokens: tokens whose logits live at once in the loss; none: 1024 on the CPU, where they stay in the cache,
-            else 8192.
-        memory_budget: share of the activations that is kept for the backward; below 1, some are computed again.
-        skip_nonfinite: go on after a step whose loss or gradient is not finite, leaving it out, instead of stopping.
-    """
-
-    grad: Literal["autograd", "func"] = "autograd"
-    attention: Literal["auto", "fa3", "fa3_hub", "fa3_torch", "fa2", "flex", "cudnn", "flash", "sdpa", "math"] = "auto"
-    linear: Literal["dense", "fp8"] = "dense"
-    chunk_tokens: int | None = None
-    memory_budget: float = 1.0
-    skip_nonfinite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise UserError(f"train.chunk_tokens={self.chunk_tokens}: must be at least 1")
 
 
 class TrainState(NamedTuple):
@@ -135,7 +108,7 @@ def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: Callable[[Any]
     """Return (params, batch, scale) -> (gradients of scale·loss, (loss, aux)).
 
     Args:
-        loss_fn: (params, batch) -> (0-d loss, aux). grad: see `TrainConfig`.
+        loss_fn: (params, batch) -> (0-d loss, aux). grad: see `config.TrainConfig`.
         compile: `compiling.compile` with its settings bound, or None.
     """
     compile = compile or (lambda f: f)

@@ -1,0 +1,171 @@
+"""The functions of a run's steps, compiled and sharded as its settings say, and the micro-batch that fits."""
+
+import dataclasses
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable
+
+import torch
+
+from nanochat import distributed, model
+from nanochat.config import UserError
+from nanochat.distributed import Layout, Runtime, sharding
+from nanochat.distributed import compile as compiling
+from nanochat.model import Compute, ModelConfig, attention, loss
+from nanochat.model import linear as linears
+from nanochat.optim import Hparams
+from nanochat.train import planner, step
+from nanochat.train.config import StageConfig
+from nanochat.train.step import TrainState
+
+CPU_ROWS = 32  # on the CPU, larger micro-batches take memory and save nothing
+
+
+def build_step_functions(
+    config: StageConfig, shape: ModelConfig, runtime: Runtime, layout: Layout | None = None
+) -> tuple[Callable, Callable, str]:
+    """Return (the train step, the loss for evaluation, their kernels in words), compiled where asked for.
+
+    Raises:
+        UserError: the attention kernel does not run here, or train.grad=func would meet a custom backward.
+    """
+    if config.compile and runtime.device.type == "cpu":
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if not shutil.which(compiler):
+            raise UserError(f"compile=true needs a C++ compiler on the CPU: install {compiler}, or set compile=false")
+    dtype = runtime.compute_dtype
+    chosen = choose_attention(config, shape, runtime)
+    try:
+        attend = attention.build(chosen.names, shape.sequence_len, runtime.device)
+    except ImportError as error:  # on another node than rank 0's
+        raise UserError(
+            f"train.attention: rank 0 has {chosen.text}, and here {error}; install it, or set sdpa"
+        ) from None
+    linear, precision = linears.choose(config.train.linear, runtime.device)
+    chunk: int | None = chunk_tokens(config, runtime)
+    if config.train.grad == "func":
+        if runtime.world_size > 1:
+            raise UserError("train.grad=func runs in one process: start with --nproc_per_node=1")
+        if set(chosen.names.values()) - {"math", "sdpa"} or config.train.linear == "fp8":
+            raise UserError(
+                f"train.grad=func: {chosen.text} or train.linear={config.train.linear} has a custom backward, which "
+                "torch.func.grad ignores when compiled; set train.attention=sdpa and train.linear=dense"
+            )
+        chunk = None  # the chunked loss has a custom backward too; the plain one has the same value
+    gather = sharding.gatherer(layout, dtype)
+    compile = None
+    if config.compile:
+        settings = {"device": runtime.device, "collectives": gather is not None, "overlap": config.sharding.overlap}
+        compile = functools.partial(compiling.compile_fn, **settings, memory_budget=config.train.memory_budget)
+    dense = Compute(dtype=dtype, attend=attend, gather=gather)
+    eval_fn = functools.partial(loss.next_token, config=shape, compute=dense, chunk_tokens=chunk)
+    compute = dataclasses.replace(dense, linear=linear)
+    loss_fn = functools.partial(loss.next_token, config=shape, compute=compute, chunk_tokens=chunk)
+    step_fn = functools.partial(
+        step.train_step,
+        value_and_grad=step.gradient(loss_fn, grad=config.train.grad, compile=compile),
+        update=step.make_update(compute_dtype=dtype, donate=True, compile=config.compile, layout=layout),
+        enter=functools.partial(sharding.enter, layout, dtype=dtype),
+        reduce=functools.partial(sharding.reduce, layout),
+    )
+    return step_fn, (compile(eval_fn) if compile else eval_fn), f"attention {chosen.text}; linear layers {precision}"
+
+
+def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> attention.Choice:
+    """Return the attention kernel of each window, the same on all ranks.
+
+    Raises:
+        UserError: the kernel that was asked for does not run here.
+    """
+    asked = config.train.attention
+    if asked == "auto" and (config.train.grad == "func" or not config.compile):
+        asked = "sdpa"
+    heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
+    line = distributed.create_group()
+    try:
+        with distributed.raise_on_any_failure(line):
+            choice = attention.choose(
+                asked, shape.sequence_len, shape.windows, heads, runtime.device, runtime.compute_dtype,
+                rows=config.rows, compile=config.compile,
+            )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    names, text = distributed.broadcast_object(
+        line, [list(choice.names.items()), choice.text]
+    )  # times differ from rank to rank
+    distributed.destroy_group(line)
+    return attention.Choice({window: name for window, name in names}, text)
+
+
+def chunk_tokens(config: StageConfig, runtime: Runtime) -> int:
+    """Return the tokens whose logits live at once in the loss."""
+    return config.train.chunk_tokens or (1024 if runtime.device.type == "cpu" else 8192)
+
+
+def init_state(config: StageConfig, shape: ModelConfig, runtime: Runtime, layout: Layout | None) -> TrainState:
+    """Return the state before the first step."""
+    dtype = runtime.compute_dtype
+    params = model.init(shape, config.seed, device=runtime.device, dtype=dtype, layout=layout)
+    return step.init(params, model.spec(shape), dtype, layout)
+
+
+def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime) -> int:
+    """Return the largest micro-batch that fits by the planner's estimate, the same on all ranks.
+
+    Args:
+        rows: of a step, on this rank; the micro-batch divides it. On the CPU it is at most CPU_ROWS.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    capacity = distributed.free_bytes(runtime.device, runtime.node_ranks)
+    _, shards = sharding.mesh_shape(config.sharding, runtime.world_size, runtime.node_ranks)
+    found = planner.largest_batch(
+        shape, rows, capacity, mode=sharding.resolve(config.sharding).mode, world_size=runtime.world_size,
+        shard_ranks=shards, dtype=runtime.compute_dtype, fp8=config.train.linear == "fp8",
+        chunk_tokens=chunk_tokens(config, runtime),
+    )  # fmt: skip
+    least = -distributed.all_reduce_max(-(found or 0))
+    if not least:
+        raise UserError(
+            f"device_batch_size=auto: not even one row of {shape.sequence_len} tokens fits into the "
+            f"{capacity / 2**30:.1f} GiB that are free; lower depth, or share the state: --set sharding.mode=fsdp"
+        )
+    if runtime.device.type == "cpu":
+        least = max(n for n in range(1, min(least, CPU_ROWS) + 1) if rows % n == 0)
+    return least
+
+
+def try_batch_size(
+    config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime, layout: Layout | None, step_fn: Callable,
+    hparams: Hparams,
+) -> int:  # fmt: skip
+    """Return the first micro-batch from `config.rows` downwards that fits, seen by a step on a state thrown away.
+
+    On the CPU, where running out of memory ends the process, the estimate has to do. With several ranks there is one
+    trial: a rank that fails alone cannot be helped.
+
+    Args:
+        rows: of a step, on this rank. step_fn: `train_step` with its functions bound. hparams: of any step.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    if runtime.device.type == "cpu":
+        return config.rows
+    for tried in [n for n in range(config.rows, 0, -1) if rows % n == 0]:
+        ids = torch.zeros((tried, shape.sequence_len), dtype=torch.int64, device=runtime.device)
+        batches = [{"inputs": ids, "targets": ids}] * min(rows // tried, 2)  # two need an accumulator
+        try:
+            step_fn(init_state(config, shape, runtime, layout), batches, hparams)
+            distributed.synchronize(runtime.device)
+            return tried
+        except torch.OutOfMemoryError:
+            if runtime.world_size > 1:  # the others wait for this rank in a collective
+                raise UserError(f"device_batch_size=auto: {tried} rows run out of memory; set a lower number") from None
+        finally:
+            torch.cuda.empty_cache()
+        print(f"device_batch_size={tried} runs out of memory; trying less")
+    raise UserError("device_batch_size=auto: not even one row fits; lower depth, or set sharding.mode=fsdp")
