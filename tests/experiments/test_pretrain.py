@@ -244,7 +244,7 @@ def test_dry_run_prints_the_plan_without_allocating(
     depth: int, width: int, batch_tokens: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(gpt, "init", None)  # allocating anything would fail
+    monkeypatch.setattr(model, "init", None)  # allocating anything would fail
     config = override(pretrain.config(), [f"depth={depth}", "dry_run=true"])
     pretrain.run(config, runtime.init("cpu"))
     printed = capsys.readouterr().out
@@ -311,13 +311,13 @@ def test_the_advice_after_a_nonfinite_loss_works(base: Path):
 
 
 def test_a_nonfinite_first_step_says_so(base: Path, monkeypatch: pytest.MonkeyPatch):
-    broken = gpt.init
+    broken = model.init
 
     def with_nan(*args: Any, **kwargs: Any) -> gpt.Params:
         params = broken(*args, **kwargs)
         return params if params["lm_head"].is_meta else tree.map(lambda p: p * float("nan"), params)
 
-    monkeypatch.setattr(gpt, "init", with_nan)
+    monkeypatch.setattr(model, "init", with_nan)
     with pytest.raises(UserError, match="step 0: the loss is not finite, and nothing is saved yet"):
         train_tiny(base, "name=nan")
 
@@ -497,7 +497,7 @@ def test_the_device_batch_is_what_fits_by_estimate_and_by_trial(base: Path, monk
     config = tiny(base, "device_batch_size=auto", "num_iterations=1", "name=auto")
     pretrain.run(config, runtime.init("cpu"))
     assert re.search(r"step +256 tokens = 1 x 8 rows x 32 tokens", capsys.readouterr().out)
-    monkeypatch.setattr(runtime, "free_bytes", lambda *_: 2**20)
+    monkeypatch.setattr(distributed, "free_bytes", lambda *_: 2**20)
     with pytest.raises(UserError, match="device_batch_size=auto: not even one row of 32 tokens fits"):
         pretrain.run(config, runtime.init("cpu"))
 

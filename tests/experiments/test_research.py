@@ -178,7 +178,7 @@ def test_a_changed_setting_trains_anew_even_when_that_is_broken_at_once(
     miniseries.run(config, here)
     other = override(config, ["base.optim.matrix_lr=0.05"])
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "open_checkpoints", lambda *_: (_ for _ in ()).throw(UserError("the disk is on fire")))
+        patch.setattr(runs, "open_checkpoints", lambda *_: (_ for _ in ()).throw(UserError("the disk is on fire")))
         with pytest.raises(UserError, match="on fire"):
             miniseries.run(other, here)
     assert "again, for optim.matrix_lr 0.1 → 0.05" in capsys.readouterr().out

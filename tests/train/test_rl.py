@@ -205,7 +205,7 @@ def test_pass_at_k_is_any_of_the_first_k(monkeypatch: pytest.MonkeyPatch):
         asked.append((list(indices), how.samples, how.temperature, how.top_k, how.max_tokens))
         return solved
 
-    monkeypatch.setattr(rl.chat_eval, "samples", samples)
+    monkeypatch.setattr(rl.chat_eval, "sample_answers", samples)
     assert rl.pass_at_k(decoder(), TOK, task(), 4, HOW, most=3) == {
         "rl/pass_at_1": 0.25,
         "rl/pass_at_2": 0.5,
