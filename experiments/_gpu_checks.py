@@ -65,7 +65,7 @@ def filled(shape: ModelConfig, here: Runtime, dtype: torch.dtype) -> Any:
     for name, x in tree.flatten(model.init(shape, 0)).items():
         stored = model.storage_dtype(model.spec(shape)[name], dtype)
         flat[name] = (x + 0.02 * torch.randn(x.shape, generator=generator)).to(here.device, stored)
-    return tree.unflatten(flat)
+    return model.with_config(tree.unflatten(flat), shape)
 
 
 def batch_of(shape: ModelConfig, rows: int, here: Runtime, seed: int = 0) -> dict[str, torch.Tensor]:

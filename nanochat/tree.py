@@ -1,14 +1,14 @@
-"""Helpers over trees of tensors: nested TensorDicts, dicts, tuples and NamedTuples alike.
+"""Functions on trees of tensors: nested TensorDicts, dicts, tuples and NamedTuples alike.
 
-TensorDict arithmetic with a 0-d tensor does not compile and mixes batch-size rules in; mapping a plain function
-over the leaves does neither.
+They map plain functions over leaves, because TensorDict arithmetic with a 0-d tensor does not compile. Non-tensor data of
+a TensorDict, such as the model's configuration, is not a leaf: `map` keeps it, `leaves` and `flatten` skip it.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_non_tensor
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -16,7 +16,7 @@ Tree = Any
 
 
 def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """Apply `f` to the corresponding leaves of trees of one structure; returns a tree of that structure."""
+    """Apply `f` to the corresponding leaves of trees with one structure; the result has that structure."""
     return pytree.tree_map(f, tree, *rest)
 
 
@@ -26,31 +26,35 @@ def leaves(tree: Tree) -> list[Any]:
 
 
 def flatten(tree: Mapping[str, Any] | TensorDictBase, prefix: str = "") -> dict[str, Tensor]:
-    """Return {"a.b.c": leaf} for a nest of TensorDicts or dicts, in the order of insertion."""
+    """Return {"a.b.c": leaf} of nested TensorDicts or dicts, in insertion order."""
     flat: dict[str, Tensor] = {}
     for key, value in tree.items():
         if isinstance(value, TensorDictBase | Mapping):
             flat.update(flatten(value, f"{prefix}{key}."))
-        else:
+        elif not is_non_tensor(value):
             flat[f"{prefix}{key}"] = cast(Tensor, value)
     return flat
 
 
-def unflatten(flat: Mapping[str, Tensor]) -> TensorDict:
-    """Return the nested TensorDict (empty batch size) whose `flatten` is `flat`."""
-    return TensorDict(nest(flat), batch_size=[])
+def unflatten(flat: Mapping[str, Tensor], like: TensorDictBase | None = None) -> TensorDict:
+    """Return the nested TensorDict (empty batch size) whose `flatten` is `flat`, with the non-tensor data of `like`."""
+    tree = TensorDict(nest(flat), batch_size=[])
+    for key, value in like.items() if like is not None else ():
+        if is_non_tensor(value):
+            tree.set(key, value)
+    return tree
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return {"a": {"b": {"c": leaf}}} for {"a.b.c": leaf}."""
-    whole: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split(".")
-        node = whole
+        node = nested
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
-    return whole
+    return nested
 
 
 def to(tree: Tree, device: torch.device | str) -> Tree:
@@ -59,5 +63,5 @@ def to(tree: Tree, device: torch.device | str) -> Tree:
 
 
 def nbytes(tree: Tree) -> int:
-    """Return the bytes that the leaves of `tree` hold."""
+    """Return the total size of the leaves in bytes."""
     return sum(x.numel() * x.element_size() for x in leaves(tree))

@@ -73,7 +73,7 @@ def from_reference(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Par
         flat[name] = value.clone() if row.table else value.float().clone()
     if filled:
         print(f"reference checkpoint: older format, neutral values for {', '.join(filled)}")
-    return tree.unflatten(flat)
+    return model.with_config(tree.unflatten(flat), config)
 
 
 def _neutral(name: str) -> float:
@@ -84,9 +84,9 @@ def _neutral(name: str) -> float:
     raise UserError(f"reference checkpoint: {name} is missing")
 
 
-def to_reference(params: Params, config: ModelConfig) -> dict[str, Tensor]:
+def to_reference(params: Params, config: ModelConfig | None = None) -> dict[str, Tensor]:
     """Return the reference's state_dict of `params`: same tensors under the reference's names."""
-    model.check(params, config)
+    model.config_of(params, config)
     back = {ours: reference for reference, ours in NAMES.items()}
     state_dict = {}
     for name, value in tree.flatten(params).items():

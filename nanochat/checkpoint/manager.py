@@ -28,7 +28,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from nanochat import distributed, tree
+from nanochat import distributed, model, tree
 from nanochat.checkpoint import integrity, storage
 from nanochat.checkpoint.config import CheckpointConfig
 from nanochat.checkpoint.storage import Block
@@ -244,6 +244,8 @@ def restore(
             arrays = integrity.read_arrays(path, header["arrays"])
     leaves = {name: integrity.from_local(shard, like[name]) for name, shard in shards.items()}
     fields = {name: _rebuild(value, leaves, name) for name, value in _fields(abstract_state).items()}
+    if isinstance(fields.get("params"), TensorDict):
+        fields["params"] = _with_saved_config(fields["params"], header["meta"])
     return type(abstract_state)(**fields), header["meta"], arrays
 
 
@@ -270,7 +272,18 @@ def load_params(
     if dtype is not None:
         leaves = {name: x.to(dtype) if x.is_floating_point() else x for name, x in leaves.items()}
     params = tree.unflatten({name.removeprefix("params."): x for name, x in leaves.items()})
+    params = _with_saved_config(params, header["meta"])
     return params, header["meta"], integrity.check_files(path, header["files"])
+
+
+def _with_saved_config(params: TensorDict, meta: Mapping[str, Any]) -> TensorDict:
+    """Return parameters that carry the model's config as the metadata has it, where it has one and they do not."""
+    if model.params.CONFIG_KEY in params.keys():  # noqa: SIM118 (a TensorDict has no `in`)
+        return params
+    try:
+        return model.with_config(params, model.ModelConfig(**meta["model"]))
+    except (KeyError, TypeError, ValueError):  # not a model of this nanochat: `checkpoint.load` says so
+        return params
 
 
 def steps(source: Manager | Path) -> list[int]:
@@ -481,8 +494,8 @@ def _leaves(state: Any) -> dict[str, Tensor]:
 def _rebuild(like: Any, leaves: Mapping[str, Tensor], name: str) -> Any:
     if not isinstance(like, TensorDictBase | Mapping):
         return leaves[name]
-    fields = {key: _rebuild(value, leaves, f"{name}.{key}") for key, value in like.items()}
-    return TensorDict(fields, like.batch_size) if isinstance(like, TensorDictBase) else fields
+    flat = {key: leaves[f"{name}.{key}"] for key in tree.flatten(like)}
+    return tree.unflatten(flat, like) if isinstance(like, TensorDictBase) else tree.nest(flat)
 
 
 def _read_files(files: Mapping[str, Path]) -> dict[str, bytes]:

@@ -254,7 +254,7 @@ def enter(layout: Layout | None, params: TensorDict, dtype: torch.dtype) -> Tens
     if layout.whole_in_step and not layout.whole:
         cut = layout.cut
         flat |= zip(cut, _all_gather(layout, {name: flat[name].to(dtype) for name in cut}))
-    return tree.unflatten(flat)
+    return tree.unflatten(flat, params)
 
 
 def gatherer(layout: Layout | None, dtype: torch.dtype) -> Gather | None:
@@ -339,7 +339,7 @@ def reduce(layout: Layout | None, grads: TensorDict) -> TensorDict:
         flat |= zip(cut, _all_reduce([flat[name] for name in cut], layout.group("replicate")))
     small = [name for name in flat if layout.dims[name] is None]
     flat |= zip(small, _all_reduce([flat[name] for name in small], layout.everyone))
-    return tree.unflatten(flat)
+    return tree.unflatten(flat, grads)
 
 
 def loss_and_norm(layout: Layout | None, loss: Tensor, grads: TensorDict) -> tuple[Tensor, Tensor]:
@@ -367,7 +367,7 @@ def parts(layout: Layout | None, params: TensorDict) -> TensorDict:
     flat = tree.flatten(local(params))
     if layout.whole:
         flat |= {name: _part(layout, flat[name], layout.dims[name] or 0) for name in layout.cut}
-    return tree.unflatten(flat)
+    return tree.unflatten(flat, params)
 
 
 def join(layout: Layout | None, parts: TensorDict) -> TensorDict:
@@ -376,7 +376,7 @@ def join(layout: Layout | None, parts: TensorDict) -> TensorDict:
         return parts
     flat = tree.flatten(parts)
     flat |= zip(layout.cut, _all_gather(layout, {name: flat[name] for name in layout.cut}))
-    return tree.unflatten(flat)
+    return tree.unflatten(flat, params)
 
 
 def join_(layout: Layout | None, params: TensorDict) -> None:

@@ -162,7 +162,7 @@ def start(
     limit = model.CONTEXT_LIMIT * config.sequence_len
     if slots < 1 or not 2 <= context <= limit:
         raise UserError(f"slots={slots}, context={context}: expected at least 1 slot and a context of 2 … {limit}")
-    model.check(params, config)
+    config = model.config_of(params, config)
     stored = {name: _stored(x, device, dtype, own) for name, x in tree.flatten(params).items()}
     whole = model.fuse_qkv(tree.nest(stored))
     cache = kv_cache.empty(config, slots, context, dtype=dtype, device=device)
@@ -210,7 +210,7 @@ def load_params_(decoder: Engine, params: ParamsLike) -> None:
         raise ValueError(
             f"{len(decoder.active)} requests are under way: their cache is of the parameters that are here"
         )
-    model.check(params, decoder.config)
+    model.config_of(params, decoder.config)
     new = tree.flatten(model.fuse_qkv(params))
     for name, x in tree.flatten(decoder.params).items():
         x.copy_(new[name])

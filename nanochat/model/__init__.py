@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         PackedPositions,
         Params,
         apply,
-        check,
+        config_of,
         count,
         decode,
         decode_bytes,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         spec,
         storage_dtype,
         unembed,
+        with_config,
     )
     from nanochat.model.linear import Linear, dense, fp8, fp8_emulated
     from nanochat.model.loss import IGNORE

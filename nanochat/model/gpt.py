@@ -31,7 +31,7 @@ from nanochat.model.params import (
     Params,
     ParamsLike,
     ParamSpec,
-    check,
+    config_of,
     count,
     decode_bytes,
     decode_flops,
@@ -40,6 +40,7 @@ from nanochat.model.params import (
     init,
     spec,
     storage_dtype,
+    with_config,
 )
 
 __all__ = [
@@ -49,7 +50,7 @@ __all__ = [
     "ParamSpec",
     "Params",
     "apply",
-    "check",
+    "config_of",
     "count",
     "decode",
     "decode_bytes",
@@ -63,6 +64,7 @@ __all__ = [
     "spec",
     "storage_dtype",
     "unembed",
+    "with_config",
 ]
 
 ROTARY_BASE = 100_000.0
@@ -102,7 +104,7 @@ class PackedPositions(NamedTuple):
 
 
 def apply(
-    params: ParamsLike, tokens_BT: Tensor, *, config: ModelConfig = ModelConfig(), compute: Compute = Compute()
+    params: ParamsLike, tokens_BT: Tensor, *, config: ModelConfig | None = None, compute: Compute = Compute()
 ) -> Tensor:
     """Return the logits of the next token at every position.
 
@@ -117,6 +119,7 @@ def apply(
         ValueError: the parameters are not of that configuration, T is over its limit, or an id is over the table
             (the last on the CPU only: elsewhere it would cost a wait for the device in every step).
     """
+    config = config_of(params, config, sharded=compute.gather is not None)
     x_BTC = features(params, tokens_BT, config=config, compute=compute)
     return unembed(x_BTC, gathered(params, "lm_head", compute), config, compute)
 
@@ -144,7 +147,7 @@ def features(
     *,
     order: PackedPositions | None = None,
     since: int = 0,
-    config: ModelConfig = ModelConfig(),
+    config: ModelConfig | None = None,
     compute: Compute = Compute(),
 ) -> Tensor:
     """Return the final normalised activations (B, T, C), before the unembedding; arguments as for `apply`.
@@ -154,7 +157,7 @@ def features(
         order: of rows that are not one line each, whose attention (`compute.attend`) has to know it as well; the
             limit of T is then the caller's to keep.
     """
-    _check_inputs(params, tokens_BT, config, compute)
+    config = _check_inputs(params, tokens_BT, config, compute)
     n_time = tokens_BT.shape[1]
     if order is None and n_time > CONTEXT_LIMIT * config.sequence_len:
         raise ValueError(
@@ -187,7 +190,7 @@ def decode(
     added_B: Tensor | None = None,
     span: int | None = None,
     donate: bool = False,
-    config: ModelConfig = ModelConfig(),
+    config: ModelConfig | None = None,
     compute: Compute = Compute(),
 ) -> tuple[Tensor, CacheLike]:
     """Return the logits of the tokens that follow a cache, and the cache with these tokens.
@@ -208,6 +211,7 @@ def decode(
     Returns:
         ((B, T, V) float32 logits, the new cache: a TensorDict or a dict, as it was given).
     """
+    config = config_of(params, config, sharded=compute.gather is not None)
     how: dict[str, Any] = {"added_B": added_B, "span": span, "donate": donate, "config": config, "compute": compute}
     x_BTC, new = decode_features(params, tokens_BT, cache, **how)
     logits_BTV = unembed(x_BTC, gathered(params, "lm_head", compute), config, compute)
@@ -223,7 +227,7 @@ def decode_features(
     span: int | None = None,
     donate: bool = False,
     fresh: bool = False,
-    config: ModelConfig = ModelConfig(),
+    config: ModelConfig | None = None,
     compute: Compute = Compute(),
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the final activations (B, T, C) of `decode`, and the new cache as a dict.
@@ -231,7 +235,7 @@ def decode_features(
     Args:
         fresh: the cache is empty: the tokens attend to one another alone, by the kernel of `compute`. Else as `decode`.
     """
-    _check_inputs(params, tokens_BT, config, compute)
+    config = _check_inputs(params, tokens_BT, config, compute)
     n_time = tokens_BT.shape[1]
     length_B = cache["length"]
     added_B = torch.full_like(length_B, n_time) if added_B is None else added_B
@@ -272,11 +276,10 @@ def fuse_qkv(params: ParamsLike) -> dict[str, Any]:
     return tree.nest(flat)
 
 
-def _check_inputs(params: ParamsLike, tokens_BT: Tensor, config: ModelConfig, compute: Compute) -> None:
-    if compute.gather is None:
-        check(params, config)
+def _check_inputs(params: ParamsLike, tokens_BT: Tensor, config: ModelConfig | None, compute: Compute) -> ModelConfig:
     if tokens_BT.dim() != 2:
         raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected (batch, time)")
+    return config_of(params, config, sharded=compute.gather is not None)
 
 
 def _layers(

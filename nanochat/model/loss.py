@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanochat import distributed
 from nanochat.model import attention, gpt
-from nanochat.model.gpt import LOGIT_CAP, Compute, ModelConfig, Params
+from nanochat.model.gpt import LOGIT_CAP, Compute, ModelConfig, ParamsLike
 from nanochat.model.linear import Linear, cast, dense, matmuls
 
 Batch = Mapping[str, Tensor]
@@ -27,10 +27,10 @@ IGNORE = -1
 
 
 def next_token(
-    params: Params,
+    params: ParamsLike,
     batch: Batch,
     *,
-    config: ModelConfig = ModelConfig(),
+    config: ModelConfig | None = None,
     compute: Compute = Compute(),
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,6 +45,7 @@ def next_token(
     Returns:
         0-d float32 loss, and {"targets": 0-d int64 number of targets that count}.
     """
+    config = gpt.config_of(params, config, sharded=compute.gather is not None)
     targets, weights = batch["targets"], batch.get("weights")
     counted = (targets != IGNORE).sum()
     x_BTC = gpt.features(params, batch["inputs"], config=config, compute=compute)
@@ -64,14 +65,15 @@ def next_token(
 
 
 def per_token(
-    params: Params,
+    params: ParamsLike,
     batch: Batch,
     *,
-    config: ModelConfig = ModelConfig(),
+    config: ModelConfig | None = None,
     compute: Compute = Compute(),
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """Return the cross entropy of every token, (B, T) float32 nats, 0 where the target is -1. Arguments as above."""
+    config = gpt.config_of(params, config, sharded=compute.gather is not None)
     x_BTC = gpt.features(params, batch["inputs"], config=config, compute=compute)
     x_RC, targets_R = x_BTC.flatten(0, 1), batch["targets"].flatten()
     losses, lm_head_VC = [], gpt.gathered(params, "lm_head", compute)

@@ -23,6 +23,7 @@ Params = TensorDict
 ParamsLike = Params | Mapping[str, Any]
 SMEAR_WIDTH = 24  # leading channels that decide how much of the previous token is smeared in
 VALUE_GATE_WIDTH = 12  # leading channels that gate the value embedding
+CONFIG_KEY = "config"
 VOCAB_MULTIPLE = 64  # tables are padded to it, for fast kernels and even shards
 
 
@@ -203,12 +204,45 @@ def init(
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         flat[name] = sharding.place(layout, name, row.init(torch.empty(row.shape), generator).to(device, stored))
-    return tree.unflatten(flat)
+    return with_config(tree.unflatten(flat), config)
 
 
 def storage_dtype(row: ParamSpec, compute_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which a parameter is stored: float32, or the compute dtype for a table."""
     return compute_dtype if row.table and compute_dtype != torch.float16 else torch.float32
+
+
+def with_config(params: Params, config: ModelConfig) -> Params:
+    """Return the same parameters, which now carry `config` as non-tensor data: `apply` and the losses read it there.
+
+    `tree.map`, torch.func and torch.compile keep it; it is not a leaf and not in checkpoints, whose metadata has it.
+    """
+    return params.copy().set_non_tensor(CONFIG_KEY, config)
+
+
+def config_of(params: ParamsLike, config: ModelConfig | None = None, *, sharded: bool = False) -> ModelConfig:
+    """Return the configuration that parameters carry; `config` is for those that carry none.
+
+    Args:
+        sharded: the leaves are this rank's shards, whose shapes say nothing.
+
+    Raises:
+        ValueError: there is none, or `config` contradicts the one that the parameters carry or their shapes.
+    """
+    carried = params[CONFIG_KEY] if CONFIG_KEY in params.keys() else None  # noqa: SIM118 (a TensorDict has no `in`)
+    if config is None:
+        config = carried
+    if not isinstance(config, ModelConfig):
+        raise ValueError("the parameters carry no config: pass config=, or attach it with model.with_config(params, config)")
+    if carried is not None and carried is not config and carried != config:
+        name = next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(carried, f.name))
+        raise ValueError(
+            f"config has {name}={getattr(config, name)!r}, the parameters carry a config with "
+            f"{getattr(carried, name)!r}: omit config="
+        )
+    if not sharded:
+        check(params, config)
+    return config
 
 
 def check(params: ParamsLike, config: ModelConfig) -> None:

@@ -142,7 +142,7 @@ def update(
         new.update(zip(names, tensors))
     # In the order of the arguments, whatever the order of the groups.
     flat_params = {name: new[f"params.{name}"] for name in tree.flatten(params)}
-    return tree.unflatten(flat_params), tree.unflatten({name: new[name] for name in tree.flatten(opt_state)})
+    return tree.unflatten(flat_params, params), tree.unflatten({name: new[name] for name in tree.flatten(opt_state)})
 
 
 def update_(

@@ -117,11 +117,11 @@ def init_state_from(
         state, _, _ = checkpoint.restore(checkpoints, abstract, parent.step, device=runtime.device)
         flat = {n: x.to(model.storage_dtype(spec[n], dtype)) for n, x in tree.flatten(state.params).items()}
         begun = torch.zeros_like(state.step)
-        return TrainState(begun, tree.unflatten(flat), state.opt_state, train.init_scaler(dtype, runtime.device))
+        return TrainState(begun, tree.unflatten(flat, state.params), state.opt_state, train.init_scaler(dtype, runtime.device))
     params, _, _ = checkpoint.load_params(checkpoints, step=parent.step, device=runtime.device)
     distributed.barrier()
     flat = {n: place(n, x.to(model.storage_dtype(spec[n], dtype))) for n, x in tree.flatten(params).items()}
-    return train.init(tree.unflatten(flat), spec, dtype, layout)
+    return train.init(tree.unflatten(flat, params), spec, dtype, layout)
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -36,7 +36,8 @@ def test_round_trip():
     a, b = tree.flatten(params), tree.flatten(back)
     assert list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
     assert all(a[n].data_ptr() != b[n].data_ptr() for n in a), "the parameters own their memory"
-    again = convert.to_reference(back, CONFIG)
+    assert torch.equal(model.apply(back, random_batch()["inputs"]), model.apply(params, random_batch()["inputs"]))
+    again = convert.to_reference(back)
     assert all(torch.equal(x, again[n]) for n, x in reference().items())
 
 

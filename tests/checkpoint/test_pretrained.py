@@ -32,6 +32,20 @@ def test_everything_comes_from_the_checkpoint(base: Path):
     )
 
 
+def test_loaded_and_restored_parameters_carry_the_config(base: Path):
+    config = dataclasses.replace(CONFIG, n_layer=12, window_pattern="L", sequence_len=512)
+    folder = save_run(base, config=config) / "checkpoints"
+    tokens = TEXT.repeat(1, 8)  # beyond a short window
+    want = model.apply(random_params(config, 1), tokens)
+    params, meta, _ = checkpoint.load_params(folder)
+    meta_state = convert.Weights(torch.tensor(0), model.init(config, 0, device="meta"))
+    bare_state = meta_state._replace(params=tree.unflatten(tree.flatten(meta_state.params)))
+    states = [checkpoint.restore(folder, state)[0] for state in (meta_state, bare_state)]
+    for found in (params, *(state.params for state in states), checkpoint.load("bot", device="cpu").params):
+        assert torch.equal(model.apply(found, tokens), want)
+    assert ModelConfig(**meta["model"]) == config
+
+
 def test_a_run_is_named_or_a_path_or_the_one_saved_last(base: Path, tmp_path: Path):
     old, new = save_run(base, "old", steps=(9,)), save_run(base, "new", steps=(3, 4))
     elsewhere = save_run(tmp_path / "elsewhere", "old", steps=(5,))

@@ -22,9 +22,8 @@ def random_params(config: ModelConfig = CONFIG, seed: int = 0, dtype: torch.dtyp
     generator = torch.Generator().manual_seed(seed)
     initial = tree.flatten(model.init(config, seed))
     stored = {name: model.storage_dtype(row, dtype) for name, row in model.spec(config).items()}
-    return tree.unflatten(
-        {n: (x + 0.15 * torch.randn(x.shape, generator=generator)).to(stored[n]) for n, x in initial.items()}
-    )
+    flat = {n: (x + 0.15 * torch.randn(x.shape, generator=generator)).to(stored[n]) for n, x in initial.items()}
+    return model.with_config(tree.unflatten(flat), config)
 
 
 def random_batch(

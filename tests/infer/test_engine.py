@@ -87,7 +87,7 @@ def test_samples_of_one_prompt_share_its_computation(monkeypatch: pytest.MonkeyP
         calls.append(fresh)
         return features(*args, fresh=fresh, **kwargs)
 
-    monkeypatch.setattr(gpt, "decode_features", counted)
+    monkeypatch.setattr(engine.model, "decode_features", counted)
     requests = [Request(prompt(30), max_tokens=8, temperature=1.0, seed=i) for i in range(4)]
     got = rows(engine.run(start(), requests))
     assert calls.count(True) == 1 and len({tuple(x) for x in got.values()}) == 4
@@ -314,7 +314,7 @@ def test_an_engine_goes_on_with_other_parameters(dtype: torch.dtype):
     with pytest.raises(ValueError, match="1 requests are under way"):
         engine.load_params_(decoder, second)
     engine.cancel(decoder, 0)
-    with pytest.raises(ValueError, match="n_embd 64"):
+    with pytest.raises(ValueError, match="n_embd=32, the parameters carry a config with 64"):
         engine.load_params_(decoder, random_params(dataclasses.replace(CONFIG, n_embd=64)))
     with pytest.raises(ValueError, match="own=True"):
         engine.load_params_(start(), second)

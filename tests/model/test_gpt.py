@@ -8,9 +8,9 @@ import torch
 from small_model import CONFIG, WINDOWED, Unchanged, assert_trees_close, random_batch, random_params
 from torch import Tensor
 
-from nanochat import model, transform, tree
+from nanochat import model, optim, transform, tree
 from nanochat.checkpoint import convert
-from nanochat.model import Compute, ModelConfig, Params, attention, linear, loss
+from nanochat.model import Compute, ModelConfig, Params, attention, kv_cache, linear, loss
 from nanochat.model import params as parameters
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_windows_of_the_whole_model_against_an_explicit_mask(n_time: int):
     assert_trees_close(grads[attention.sdpa][0], grads[attention.math][0], rtol=1e-4)
     # The window hides something: with full attention everywhere the late positions differ, the early ones do not.
     full = dataclasses.replace(WINDOWED, window_pattern="L")
-    other = model.apply(params, batch["inputs"], config=full)
+    other = model.apply(model.with_config(params, full), batch["inputs"])
     torch.testing.assert_close(other[:, :129], grads[attention.math][1][:, :129], rtol=0, atol=1e-4)
     assert (other - grads[attention.math][1])[:, 129:].abs().max() > 1e-2
 
@@ -268,6 +268,62 @@ def test_arguments_are_unchanged_by_apply_and_gradients():
             torch.func.grad(f)(p)
 
 
+# --- the config travels with the parameters -------------------------------------------------------------------------
+
+SHAPES = {
+    "depth 4": model.from_depth(4, vocab_size=100, aspect_ratio=16, head_dim=16, sequence_len=256),
+    "12 layers, pattern L": ModelConfig(256, 100, n_layer=12, n_head=2, n_kv_head=1, n_embd=32, window_pattern="L"),
+    "24 layers": ModelConfig(256, 100, n_layer=24, n_head=4, n_kv_head=2, n_embd=32),
+}
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_apply_needs_parameters_and_tokens_only(config: ModelConfig):
+    params, batch = random_params(config), random_batch(config, n_time=150)
+    bare = tree.nest(tree.flatten(params))
+    want = model.apply(bare, batch["inputs"], config=config)
+    assert torch.equal(model.apply(params, batch["inputs"]), want)
+    assert torch.equal(loss.next_token(params, batch)[0], loss.next_token(bare, batch, config=config)[0])
+    assert torch.equal(loss.per_token(params, batch), loss.per_token(bare, batch, config=config))
+    cache = kv_cache.empty(config, 2, 150)
+    logits, _ = model.decode(params, batch["inputs"], cache)
+    assert (logits - want).abs().max() < 1e-4
+
+
+def test_config_survives_transforms_copies_and_optimizer_steps():
+    params, batch = random_params(), random_batch()
+
+    def value(params: Params) -> Tensor:
+        return loss.next_token(params, batch)[0]
+
+    want = loss.next_token(tree.nest(tree.flatten(params)), batch, config=CONFIG)[0]
+    grads = torch.func.grad(value)(params)
+    assert model.config_of(grads) == CONFIG
+    assert model.config_of(transform.value_and_grad(value)(params)[0]) == CONFIG
+    assert_trees_close(transform.value_and_grad(value)(params)[0], grads)
+    members = tree.map(lambda x: torch.stack([x, 2 * x]), params)
+    values = torch.func.vmap(value)(members)
+    assert torch.allclose(values, torch.stack([want, value(tree.map(lambda x: 2 * x, params))]))
+    compiled = torch.compile(model.apply, fullgraph=True, backend="aot_eager_decomp_partition")
+    assert torch.allclose(compiled(params, batch["inputs"]), model.apply(params, batch["inputs"]), atol=1e-5)
+    copies = [params.clone(), params.to(torch.float64), tree.unflatten(tree.flatten(params), like=params)]
+    state = optim.init(params, model.spec(CONFIG))
+    values = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "momentum": 0.9, "weight_decay": 0.0}
+    hparams = optim.as_hparams(dict.fromkeys({row.group for row in model.spec(CONFIG).values()}, values))
+    copies.append(optim.update(grads, state, params, hparams)[0])
+    optim.update_(grads, state, params, hparams)
+    assert [model.config_of(copy) for copy in copies] == [CONFIG] * len(copies)
+
+
+def test_config_is_not_a_leaf():
+    params = random_params()
+    assert set(tree.flatten(params)) == set(model.spec(CONFIG))
+    assert all(isinstance(x, Tensor) for x in tree.leaves(params))
+    assert set(tree.flatten(optim.init(params, model.spec(CONFIG)))) == set(
+        tree.flatten(optim.init(tree.unflatten(tree.flatten(params)), model.spec(CONFIG)))
+    )
+
+
 # --- counts ---------------------------------------------------------------------------------------------------------
 
 # Scaling parameters: 12·L·C² of the layers, K·12 of the gates on half of them, and 32768·C of the unembedding.
@@ -354,14 +410,19 @@ def test_impossible_depths_are_refused():
 )
 def test_parameters_of_another_shape_are_refused(change: dict[str, int], message: str):
     config = dataclasses.replace(CONFIG, **change)
-    with pytest.raises(ValueError) as error:
-        model.apply(random_params(), random_batch()["inputs"], config=config)
-    assert str(error.value) == f"{message}: pass the config they were made with"
+    for params in (model.with_config(random_params(), config), tree.nest(tree.flatten(random_params()))):
+        with pytest.raises(ValueError) as error:
+            model.apply(params, random_batch()["inputs"], config=config)
+        assert str(error.value) == f"{message}: pass the config they were made with"
 
 
-def test_a_forgotten_config_is_refused_and_not_guessed():
-    with pytest.raises(ValueError, match="parameters have n_layer 3, the config 12"):
-        model.apply(random_params(), random_batch()["inputs"])
+def test_missing_or_contradicting_config_is_refused():
+    tokens, other = random_batch()["inputs"], dataclasses.replace(CONFIG, window_pattern="L")
+    with pytest.raises(ValueError, match="the parameters carry no config: pass config="):
+        model.apply(tree.nest(tree.flatten(random_params())), tokens)
+    for f in (model.apply, lambda p, x, config: loss.next_token(p, {"inputs": x, "targets": x}, config=config)):
+        with pytest.raises(ValueError, match="config has window_pattern='L', the parameters carry a config with 'SSSL'"):
+            f(random_params(), tokens, config=other)
 
 
 def test_the_sequence_limit():
