@@ -83,7 +83,9 @@ def load(
     for name, leaf in flat.items():
         flat[name] = leaf.to(dtype) if leaf.dim() >= 2 else leaf
     stage = str(meta.get("stage", "base"))
-    return Pretrained(model.with_config(tree.unflatten(flat), config), config, tok, folder.name, int(step or 0), stage, folder)
+    return Pretrained(
+        model.with_config(tree.unflatten(flat), config), config, tok, folder.name, int(step or 0), stage, folder
+    )
 
 
 def find_run(run: str | Path | None = None) -> Path:

@@ -233,7 +233,9 @@ def config_of(params: ParamsLike, config: ModelConfig | None = None, *, sharded:
     if config is None:
         config = carried
     if not isinstance(config, ModelConfig):
-        raise ValueError("the parameters carry no config: pass config=, or attach it with model.with_config(params, config)")
+        raise ValueError(
+            "the parameters carry no config: pass config=, or attach it with model.with_config(params, config)"
+        )
     if carried is not None and carried is not config and carried != config:
         name = next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(carried, f.name))
         raise ValueError(

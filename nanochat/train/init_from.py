@@ -117,7 +117,9 @@ def init_state_from(
         state, _, _ = checkpoint.restore(checkpoints, abstract, parent.step, device=runtime.device)
         flat = {n: x.to(model.storage_dtype(spec[n], dtype)) for n, x in tree.flatten(state.params).items()}
         begun = torch.zeros_like(state.step)
-        return TrainState(begun, tree.unflatten(flat, state.params), state.opt_state, train.init_scaler(dtype, runtime.device))
+        return TrainState(
+            begun, tree.unflatten(flat, state.params), state.opt_state, train.init_scaler(dtype, runtime.device)
+        )
     params, _, _ = checkpoint.load_params(checkpoints, step=parent.step, device=runtime.device)
     distributed.barrier()
     flat = {n: place(n, x.to(model.storage_dtype(spec[n], dtype))) for n, x in tree.flatten(params).items()}

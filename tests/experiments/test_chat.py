@@ -111,7 +111,11 @@ def main(argv: list[str]) -> int:
     return launch.main(argv)
 
 
-COMMAND = [sys.executable, "-c", "import sys; from tests.experiments import test_chat; sys.exit(test_chat.main(['launch.py', *sys.argv[1:]]))"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; from tests.experiments import test_chat; sys.exit(test_chat.main(['launch.py', *sys.argv[1:]]))",
+]
 
 
 @pytest.fixture(scope="module")

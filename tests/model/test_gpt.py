@@ -421,7 +421,9 @@ def test_missing_or_contradicting_config_is_refused():
     with pytest.raises(ValueError, match="the parameters carry no config: pass config="):
         model.apply(tree.nest(tree.flatten(random_params())), tokens)
     for f in (model.apply, lambda p, x, config: loss.next_token(p, {"inputs": x, "targets": x}, config=config)):
-        with pytest.raises(ValueError, match="config has window_pattern='L', the parameters carry a config with 'SSSL'"):
+        with pytest.raises(
+            ValueError, match="config has window_pattern='L', the parameters carry a config with 'SSSL'"
+        ):
             f(random_params(), tokens, config=other)
 
 
