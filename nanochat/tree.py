@@ -1,7 +1,7 @@
 """Functions on trees of tensors: nested TensorDicts, dicts, tuples and NamedTuples alike.
 
-They map plain functions over leaves, because TensorDict arithmetic with a 0-d tensor does not compile. Non-tensor data of
-a TensorDict, such as the model's configuration, is not a leaf: `map` keeps it, `leaves` and `flatten` skip it.
+They map plain functions over leaves, because TensorDict arithmetic with a 0-d tensor does not compile. Non-tensor data
+of a TensorDict, such as the model's configuration, is not a leaf: `map` keeps it, `leaves` and `flatten` skip it.
 """
 
 from collections.abc import Callable, Mapping

@@ -376,7 +376,7 @@ def join(layout: Layout | None, parts: TensorDict) -> TensorDict:
         return parts
     flat = tree.flatten(parts)
     flat |= zip(layout.cut, _all_gather(layout, {name: flat[name] for name in layout.cut}))
-    return tree.unflatten(flat, params)
+    return tree.unflatten(flat, parts)
 
 
 def join_(layout: Layout | None, params: TensorDict) -> None:
