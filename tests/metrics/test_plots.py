@@ -3,6 +3,7 @@
 import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from nanochat.metrics import plots
 NAN = float("nan")
 
 
-def draw(path: Path, series: plots.Series, **options: bool) -> bytes:
+def draw(path: Path, series: plots.Series, **options: Any) -> bytes:
     plots.line_chart(path, series, title="Loss <of> d4", x_label="step", y_label="nats", **options)
     return path.read_bytes()
 
