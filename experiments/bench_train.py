@@ -37,7 +37,6 @@ from nanochat import config as configs
 from nanochat import distributed, model
 from nanochat.config import UserError
 from nanochat.distributed import Runtime, ShardingConfig
-from nanochat.metrics import logger
 from nanochat.model import ModelConfig
 from nanochat.train import StageConfig, TrainConfig, planner
 
@@ -201,7 +200,7 @@ def one(config: Config, shape: ModelConfig, here: Runtime) -> tuple[Subject, dic
     if not config.rounds:
         return it, result
     peak_memory_bytes = distributed.all_reduce_max(
-        logger.peak_memory_bytes(here.device)
+        distributed.peak_memory_bytes(here.device)
     )  # before the operands of the matmuls
     seconds, squares, shapes = alternate(config, shape, it, here)
     limit, limit_from = distributed.peak_flops(here.device, here.compute_dtype)

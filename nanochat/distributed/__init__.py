@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         init,
         mark_restart,
         peak_flops,
+        peak_memory_bytes,
         synchronize,
         was_restarted,
     )

@@ -246,6 +246,22 @@ def measure_matmul(size: int, device: torch.device, dtype: torch.dtype, tries: i
     return 2 * size**3 / best
 
 
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory so far: tensors on CUDA, the process on CPU; on MPS what the driver holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    # /proc is about this process alone; getrusage starts at the peak of the process that started it.
+    status = Path("/proc/self/status")
+    if peak_kib := status.exists() and re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE):
+        return int(peak_kib[1]) * 1024
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes, except on macOS
+
+
 def free_bytes(device: torch.device, node_ranks: int = 1) -> int:
     """Return the memory that this process may fill: of its GPU, or its share of what the machine has available."""
     if device.type == "cuda":

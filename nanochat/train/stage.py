@@ -143,7 +143,7 @@ def log_step(job: Job, show: progress.Bar, state: TrainState, at: Progress, numb
             "perf/tokens_per_second": speed,
             "perf/mfu": mfu,
             "perf/data_wait_seconds": numbers.pop("data_wait_seconds"),
-            "perf/peak_memory_bytes": logger.peak_memory_bytes(job.runtime.device),
+            "perf/peak_memory_bytes": distributed.peak_memory_bytes(job.runtime.device),
         }
         logger.write(job.log, step, row | {n if "/" in n else f"train/{n}": x for n, x in numbers.items()})
     evaluated = any(is_due(step, one.every_steps) for one in job.evaluations if one.key)

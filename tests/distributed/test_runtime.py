@@ -221,3 +221,36 @@ def test_a_gpu() -> None:
     limit, _ = runtime.peak_flops(made.device, made.compute_dtype)
     # No product runs faster than the data sheet says, and a large one comes near.
     assert 0.3 * limit < runtime.measure_matmul(8192, made.device, made.compute_dtype) < 1.05 * limit
+
+
+# What the starting process held must not count in the started one's peak: hence the first block.
+MEMORY = """
+import os, subprocess, sys
+import torch
+if len(sys.argv) == 1:
+    block = torch.ones(1 << 30, dtype=torch.uint8)
+    raise SystemExit(subprocess.run([sys.executable, __file__, "child"]).returncode)
+from nanochat import distributed
+before = distributed.peak_memory_bytes(torch.device("cpu"))
+block = torch.ones(256 << 20, dtype=torch.uint8)
+print(before, distributed.peak_memory_bytes(torch.device("cpu")) - before)
+"""
+
+
+def test_peak_memory_is_the_process_s_own_and_in_bytes(tmp_path: Path) -> None:
+    (tmp_path / "memory.py").write_text(MEMORY)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "memory.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    before, grown = map(int, done.stdout.split())
+    assert 20 << 20 < before < 800 << 20
+    assert 192 << 20 < grown < 384 << 20
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_a_gpu() -> None:
+    device = torch.device("cuda", 0)
+    torch.cuda.reset_peak_memory_stats(device)
+    block = torch.ones(64 << 20, dtype=torch.uint8, device=device)
+    del block
+    assert runtime.peak_memory_bytes(device) >= 64 << 20

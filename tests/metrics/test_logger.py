@@ -1,9 +1,8 @@
-"""The record of a run: lines, resuming, damage, the options; and the small numeric helpers."""
+"""metrics.jsonl and evaluations.jsonl: round trips, resuming, corruption; TensorBoard and wandb; the moving average."""
 
 import dataclasses
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -18,12 +17,11 @@ from hypothesis import strategies as st
 
 from nanochat.config import UserError
 from nanochat.metrics import logger
-from nanochat.text import format_count, format_duration
 
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
 
 
-def record(folder: Path, steps: range, resume_step: int | None = None) -> bytes:
+def write_metrics(folder: Path, steps: range, resume_step: int | None = None) -> bytes:
     """Write a line of loss a step, and one of an evaluation every other step; return the file."""
     log = logger.open_log(folder, resume_step=resume_step)
     for step in steps:
@@ -34,8 +32,8 @@ def record(folder: Path, steps: range, resume_step: int | None = None) -> bytes:
     return (folder / "metrics.jsonl").read_bytes()
 
 
-def test_lines_are_json_objects_and_come_back(tmp_path: Path) -> None:
-    content = record(tmp_path / "new" / "run", range(1, 4))
+def test_written_lines_are_read_back(tmp_path: Path) -> None:
+    content = write_metrics(tmp_path / "new" / "run", range(1, 4))
     assert content.decode().splitlines()[:2] == [
         '{"step": 1, "loss": 1.0, "tokens": 100}',
         '{"step": 2, "loss": 0.5, "tokens": 200}',
@@ -48,7 +46,7 @@ def test_lines_are_json_objects_and_come_back(tmp_path: Path) -> None:
     assert logger.read(tmp_path / "elsewhere") == []
 
 
-def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+def test_nonfinite_numbers_are_written_as_strings(tmp_path: Path) -> None:
     log = logger.open_log(tmp_path)
     logger.write(log, 1, dict(zip("abc", NOT_FINITE)))
     logger.close(log)
@@ -62,7 +60,7 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     assert math.isnan(row["a"]) and (row["b"], row["c"]) == (float("inf"), -float("inf"))
 
 
-def test_tensors_and_numpy_numbers_are_read(tmp_path: Path) -> None:
+def test_tensors_are_recorded_as_numbers(tmp_path: Path) -> None:
     log = logger.open_log(tmp_path)
     values: dict[str, Any] = {"t": torch.tensor(0.25), "b": torch.tensor(2.0, dtype=torch.bfloat16), "done": True}
     logger.write(log, 1, values)
@@ -75,25 +73,19 @@ def test_tensors_and_numpy_numbers_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stopped", [1, 2, 3, 6])
 @pytest.mark.parametrize("torn", [b"", b'{"step": 9, "lo', b"\xff\xfe"])
-def test_a_resumed_record_equals_an_unbroken_one(tmp_path: Path, stopped: int, torn: bytes) -> None:
-    unbroken = record(tmp_path / "a", range(1, 7))
-    record(tmp_path / "b", range(1, 7))  # went on past the checkpoint of step `stopped`, then was killed
+def test_resumed_file_equals_an_unbroken_one(tmp_path: Path, stopped: int, torn: bytes) -> None:
+    unbroken = write_metrics(tmp_path / "a", range(1, 7))
+    write_metrics(tmp_path / "b", range(1, 7))  # went on past the checkpoint of step `stopped`, then was killed
     with (tmp_path / "b" / "metrics.jsonl").open("ab") as file:
         file.write(torn)
     assert len(logger.read(tmp_path / "b")) == 9
-    assert record(tmp_path / "b", range(stopped + 1, 7), resume_step=stopped) == unbroken
+    assert write_metrics(tmp_path / "b", range(stopped + 1, 7), resume_step=stopped) == unbroken
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["metrics.jsonl"]
 
 
-def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
-    unbroken = record(tmp_path, range(1, 4))
-    (tmp_path / "metrics.jsonl").write_bytes(unbroken[:-1])
-    assert record(tmp_path, range(4, 4), resume_step=3) == unbroken
-
-
-def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
-    good = record(tmp_path, range(1, 4))
-    for damage in (b"x", b'{"loss": 1}', b"[1]", b"", b'{"step": "x"}', b"\x00\x00"):
+def test_corrupt_line_is_named_and_the_file_left_alone(tmp_path: Path) -> None:
+    good = write_metrics(tmp_path, range(1, 4))
+    for damage in (b"x", b'{"loss": 1}', b"[1]", b'{"step": "x"}', b"\x00\x00"):
         bad = damage + b"\n" + good
         (tmp_path / "metrics.jsonl").write_bytes(bad)
         with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a line of metrics; delete that line"):
@@ -101,10 +93,10 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
         assert (tmp_path / "metrics.jsonl").read_bytes() == bad
 
 
-def test_starting_anew_keeps_the_old_record(tmp_path: Path) -> None:
-    first = record(tmp_path, range(1, 3))
-    second = record(tmp_path, range(1, 5))
-    third = record(tmp_path, range(1, 4))
+def test_new_run_keeps_the_old_file_under_another_name(tmp_path: Path) -> None:
+    first = write_metrics(tmp_path, range(1, 3))
+    second = write_metrics(tmp_path, range(1, 5))
+    third = write_metrics(tmp_path, range(1, 4))
     assert third != second != first
     assert (tmp_path / "metrics.1.jsonl").read_bytes() == first
     assert (tmp_path / "metrics.2.jsonl").read_bytes() == second
@@ -131,7 +123,7 @@ while True:
 """
 
 
-def test_a_killed_process_leaves_every_line_it_wrote(tmp_path: Path) -> None:
+def test_killed_process_loses_no_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True)
     assert process.stdout and process.stdout.readline() == "ready\n"
@@ -147,7 +139,7 @@ def test_a_killed_process_leaves_every_line_it_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     log = logger.open_log(tmp_path)
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write the metrics: No space left on device"):
@@ -156,7 +148,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
         logger.close(log)  # what could not be written is tried once more
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file.*: cannot write the metrics: "):
         logger.open_log(tmp_path / "file" / "run")
@@ -177,7 +169,7 @@ class Config:
     inner: Inner = Inner()
 
 
-def test_the_resolved_configuration_is_written(tmp_path: Path) -> None:
+def test_config_is_written(tmp_path: Path) -> None:
     logger.close(logger.open_log(tmp_path, config=Config()))
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "depth": 12,
@@ -191,7 +183,7 @@ def test_the_resolved_configuration_is_written(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_the_configuration_is_replaced_in_one_piece(tmp_path: Path) -> None:
+def test_config_is_replaced_atomically(tmp_path: Path) -> None:
     logger.write_config(tmp_path, Config())
     done = threading.Event()
 
@@ -213,7 +205,7 @@ def test_the_configuration_is_replaced_in_one_piece(tmp_path: Path) -> None:
 def test_a_missing_tracker_names_the_extra_and_touches_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any], package: str
 ) -> None:
-    before = record(tmp_path, range(1, 4))
+    before = write_metrics(tmp_path, range(1, 4))
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     message = rf'the package {package} is missing: pip install -e "\.\[track\]"'
@@ -266,7 +258,7 @@ def test_ema_is_debiased() -> None:
     assert logger.ema(restored, 1.5) == logger.ema(state, 1.5)
 
 
-def test_ema_leaves_out_what_is_not_finite() -> None:
+def test_ema_ignores_nonfinite_values() -> None:
     state, mean = logger.ema(None, 4.0)
     for value in NOT_FINITE:
         assert logger.ema(state, value) == (state, mean)
@@ -282,81 +274,54 @@ def test_ema_lies_between_the_extremes(values: list[float], beta: float) -> None
         assert min(values) - room <= mean <= max(values) + room
 
 
-# What the starting process held must not count in the started one's peak: hence the first block.
-MEMORY = """
-import os, subprocess, sys
-import torch
-if len(sys.argv) == 1:
-    block = torch.ones(1 << 30, dtype=torch.uint8)
-    raise SystemExit(subprocess.run([sys.executable, __file__, "child"]).returncode)
-from nanochat.metrics import logger as metrics
-before = metrics.peak_memory_bytes(torch.device("cpu"))
-block = torch.ones(256 << 20, dtype=torch.uint8)
-print(before, metrics.peak_memory_bytes(torch.device("cpu")) - before)
-"""
+# Evaluations
 
 
-def test_peak_memory_is_the_process_s_own_and_in_bytes(tmp_path: Path) -> None:
-    (tmp_path / "memory.py").write_text(MEMORY)
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, str(tmp_path / "memory.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    before, grown = map(int, done.stdout.split())
-    assert 20 << 20 < before < 800 << 20
-    assert 192 << 20 < grown < 384 << 20
+def test_appended_evaluations_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "new"
+    assert logger.read_evaluations(folder) == []
+    logger.append_evaluation(
+        folder, 600, "base", {"core/CORE": 0.25, "val/bpb": 1.5}, {"core/copa": "line 3: no JSON — é"}
+    )
+    logger.append_evaluation(folder, 700, "sft", {"val/bpb": 1, "chat/GSM8K": 0.5})
+    first, second = logger.read_evaluations(folder)
+    assert first.pop("time") <= second.pop("time")
+    assert first == {
+        "step": 600,
+        "stage": "base",
+        "metrics": {"core/CORE": 0.25, "val/bpb": 1.5},
+        "failed": {"core/copa": "line 3: no JSON — é"},
+    }
+    assert second["failed"] == {} and second["metrics"] == {"val/bpb": 1, "chat/GSM8K": 0.5}
+    assert logger.latest_evaluation(folder) == {"core/CORE": 0.25, "val/bpb": 1, "chat/GSM8K": 0.5}
+    assert logger.latest_evaluation(folder, "base") == {"core/CORE": 0.25, "val/bpb": 1.5}
+    assert logger.latest_evaluation(folder, "rl") == {}
 
 
-@pytest.mark.gpu
-def test_peak_memory_of_a_gpu() -> None:
-    device = torch.device("cuda", 0)
-    torch.cuda.reset_peak_memory_stats(device)
-    block = torch.ones(64 << 20, dtype=torch.uint8, device=device)
-    del block
-    assert logger.peak_memory_bytes(device) >= 64 << 20
+def test_partial_last_evaluation_is_ignored_and_then_removed(tmp_path: Path) -> None:
+    logger.append_evaluation(tmp_path, 1, "base", {"a": 1.0})
+    with (tmp_path / logger.EVALUATIONS_FILE).open("ab") as file:
+        file.write(b'{"time": "2026')
+    assert [row["step"] for row in logger.read_evaluations(tmp_path)] == [1]
+    logger.append_evaluation(tmp_path, 2, "base", {"a": 2.0})
+    assert [row["step"] for row in logger.read_evaluations(tmp_path)] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (7, "7"),
-        (999, "999"),
-        (999.6, "1k"),
-        (8200, "8.2k"),
-        (1_234_567, "1.23M"),
-        (999_999, "1M"),
-        (1_000_000_000, "1B"),
-        (-45_600, "-45.6k"),
-        (2.5e13, "25T"),
-        (0.123456, "0.123"),
-        (float("nan"), "nan"),
-        (float("inf"), "inf"),
-        (4.33e19, "4.33e+07T"),
-    ],
-)
-def test_human(number: float, text: str) -> None:
-    assert format_count(number) == text
+DAMAGED = ["nonsense", "[]", '{"step": 1}', '{"time": "", "step": 1, "stage": "", "metrics": 1, "failed": {}}']
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"),
-        (0.0123, "12ms"),
-        (0.25, "0.25s"),
-        (3.14, "3.1s"),
-        (9.96, "10s"),
-        (45.4, "45s"),
-        (59.6, "1m00s"),
-        (192, "3m12s"),
-        (3599.9, "1h00m"),
-        (3720, "1h02m"),
-        (86399, "1d00h"),
-        (190_800, "2d05h"),
-        (-192, "-3m12s"),
-        (float("inf"), "?"),
-        (float("nan"), "?"),
-    ],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
+@pytest.mark.parametrize("line", DAMAGED)
+def test_corrupt_evaluation_is_named(tmp_path: Path, line: str) -> None:
+    logger.append_evaluation(tmp_path, 1, "base", {"a": 1.0})
+    with (tmp_path / logger.EVALUATIONS_FILE).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=r"evaluations\.jsonl:2: not a line of evaluations"):
+        logger.read_evaluations(tmp_path)
+
+
+def test_evaluations_that_cannot_be_recorded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a is nan"):
+        logger.append_evaluation(tmp_path, 1, "base", {"a": float("nan")})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        logger.append_evaluation(tmp_path / "file", 1, "base", {"a": 1.0})

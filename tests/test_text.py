@@ -1,0 +1,52 @@
+"""Numbers for people."""
+
+import pytest
+
+from nanochat.text import format_count, format_duration
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (999.6, "1k"),
+        (8200, "8.2k"),
+        (1_234_567, "1.23M"),
+        (999_999, "1M"),
+        (1_000_000_000, "1B"),
+        (-45_600, "-45.6k"),
+        (2.5e13, "25T"),
+        (0.123456, "0.123"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (4.33e19, "4.33e+07T"),
+    ],
+)
+def test_format_count(number: float, text: str) -> None:
+    assert format_count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (0.0123, "12ms"),
+        (0.25, "0.25s"),
+        (3.14, "3.1s"),
+        (9.96, "10s"),
+        (45.4, "45s"),
+        (59.6, "1m00s"),
+        (192, "3m12s"),
+        (3599.9, "1h00m"),
+        (3720, "1h02m"),
+        (86399, "1d00h"),
+        (190_800, "2d05h"),
+        (-192, "-3m12s"),
+        (float("inf"), "?"),
+        (float("nan"), "?"),
+    ],
+)
+def test_format_duration(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
