@@ -26,10 +26,8 @@ def train_step(bench: Bench, depth: int, kind: Any) -> None:
     chunk_tokens = config.train.chunk_tokens or 8192
     room = torch.cuda.mem_get_info(here.device)[0] if bench.cuda else 0
     for rows in sorted(config.batches, reverse=True) if bench.cuda else [min(config.batches)]:
-        planned = planner.memory(
-            shape, rows=rows, micro_batches=1, mode="replicate", world_size=1, shard_ranks=1,
-            dtype=here.compute_dtype, fp8=fp8, chunk_tokens=chunk_tokens,
-        )  # fmt: skip
+        setup = planner.Setup(dtype=here.compute_dtype, fp8=fp8, chunk_tokens=chunk_tokens)
+        planned = planner.memory(shape, setup, rows=rows, micro_batches=1)
         if bench.cuda and planned.allocated > ROOM * room and rows > min(config.batches):
             print(f"  batch {rows}: planned {planned.allocated / GIB:.1f} GiB of {room / GIB:.1f}: not tried")
             continue

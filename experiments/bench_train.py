@@ -261,14 +261,8 @@ def communication(config: Config, shape: ModelConfig, it: Subject, here: Runtime
     except LookupError as error:
         print(f"bytes on the wire: not known ({error})")
     if it.layout.whole or (config.compile and it.layout.gather == "layer"):  # what the planner's figures are of
-        expected = planner.traffic(
-            shape,
-            micro_batches=config.micro_batches,
-            mode=it.layout.mode,
-            world_size=here.world_size,
-            shard_ranks=it.layout.shards,
-            dtype=here.compute_dtype,
-        )
+        setup = planner.Setup(it.layout.mode, here.world_size, it.layout.shards, here.compute_dtype)
+        expected = planner.traffic(shape, setup, micro_batches=config.micro_batches)
         numbers["sent_bytes_expected"] = sum(expected.values())
     return numbers
 

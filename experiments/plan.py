@@ -1,34 +1,37 @@
-"""Plan a pretraining run without a GPU: memory by part, largest batch, traffic, time and cost, by mode and machine.
+"""Plan a pretraining run without a GPU: memory by part, largest batch, traffic, time and cost, by mode and GPU.
 
-    torchrun launch.py --experiment=plan --set depth=20 --set world_size=8 --set gpu=h100
-    torchrun launch.py --experiment=plan --set depth=12 --set gpu=rtx3060
-    torchrun launch.py --experiment=plan --set depth=32 --set world_size=32 --set gpu=h100 --set mode=hsdp
+    python launch.py --experiment=plan --set depth=20 --set world_size=8 --set gpu=h100
+    python launch.py --experiment=plan --set depth=12 --set gpu=rtx3060
+    python launch.py --experiment=plan --set depth=32 --set world_size=32 --set gpu=h100 --set mode=hsdp
 
-Takes half a minute on two CPU cores, most of it to trace the loss; nothing is allocated or downloaded. Prints
-parameters, tokens and FLOPs (exact), memory of a GPU by part at the fullest moment of a step, the largest device batch
-that fits, bytes on the wire, hours and cost, a table over depths and machines, and the command to run next. Settings
-that it shares with --experiment=pretrain mean the same there.
+Takes seconds; nothing is allocated or downloaded. Prints parameters, tokens and FLOPs (exact), memory of a GPU by part
+at the peak of a step, the largest device batch that fits, bytes sent, hours and cost, a table over depths and GPUs, and
+the command to run next. Settings shared with --experiment=pretrain mean the same there.
 """
 
-import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from __future__ import annotations
 
-import torch
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from experiments import pretrain
-from experiments.pretrain import ShapeConfig
-from nanochat.config import UserError, nearest
-from nanochat.distributed import GIB, GPU_SPECS, GpuSpec, Runtime
-from nanochat.model import ModelConfig, gpt
-from nanochat.optim import Plan, scaling
-from nanochat.text import format_count, format_duration
-from nanochat.train import Estimate, planner
+from nanochat import distributed, model, optim, train
+from nanochat.config import UserError, flatten, nearest
+from nanochat.text import format_count, format_duration, table
+
+if TYPE_CHECKING:
+    from nanochat.distributed import GpuSpec, Runtime
+    from nanochat.model import ModelConfig
+    from nanochat.optim import Plan
+    from nanochat.train import Estimate
+    from nanochat.train.planner import Setup
 
 DEPTHS = (12, 16, 20, 24, 26, 30, 34)
-SINGLES = ("rtx3070", "rtx3060", "rtx4090", "rtx5090", "l40s", "a100-80gb", "h100", "h200", "b200")
-EIGHTS = ("rtx3060", "rtx4090", "a100-80gb", "h100", "h200", "b200")
-PREFERRED = ("zero2", "hsdp", "fsdp", "replicate")  # the first that fits is the one to run
+SINGLE_GPUS = ("rtx3070", "rtx3060", "rtx4090", "rtx5090", "l40s", "a100-80gb", "h100", "h200", "b200")
+EIGHT_GPUS = ("rtx3060", "rtx4090", "a100-80gb", "h100", "h200", "b200")
+PREFERRED = ("zero2", "hsdp", "fsdp", "replicate")  # the command uses the first that fits
+SHARED = ("model", "total_batch_size", "num_iterations", "target_flops", "target_param_data_ratio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +41,11 @@ class Config:
     Attributes:
         depth, model, total_batch_size, num_iterations, target_flops, target_param_data_ratio: as for pretrain.
         world_size: GPUs of the job. gpu: their type. gpus_per_node: how many share a fast link.
-        mode: of sharding, or all. shard_ranks: of hsdp; none: those of a node.
-        device_batch_size: rows of a micro-batch, or auto: the largest that fits.
-        fp8: large products in float8, which saves no time in this estimate unless mfu says so.
-        mfu: share of the GPU's 16-bit limit that a step reaches. dollars_per_hour: of one GPU; none: the table's.
-        chunk_tokens: of the loss. table: whether to print all depths and machines too.
+        mode: of sharding, or all. shard_ranks: of hsdp; default: the GPUs of a node.
+        device_batch_size: sequences of a micro-batch, or auto: the largest that fits.
+        fp8: matrix products in float8, which saves no time in this estimate unless mfu says so.
+        mfu: share of the GPU's 16-bit peak that a step reaches. dollars_per_hour: of one GPU; default: the table's.
+        chunk_tokens: of the loss. table: whether to print the table over depths and GPUs.
     """
 
     depth: int = 20
@@ -53,7 +56,7 @@ class Config:
     shard_ranks: int | None = None
     device_batch_size: int | Literal["auto"] = "auto"
     fp8: bool = False
-    mfu: float = planner.MFU
+    mfu: float = 0.5
     dollars_per_hour: float | None = None
     chunk_tokens: int = 8192
     table: bool = True
@@ -61,7 +64,7 @@ class Config:
     num_iterations: int | None = None
     target_flops: float | None = None
     target_param_data_ratio: float = 12.0
-    model: ShapeConfig = ShapeConfig()
+    model: pretrain.ShapeConfig = pretrain.ShapeConfig()
 
     def __post_init__(self) -> None:
         for name in ("world_size", "gpus_per_node", "mfu", "chunk_tokens", "shard_ranks", "device_batch_size"):
@@ -69,88 +72,84 @@ class Config:
             if isinstance(value, int | float) and value <= 0:
                 raise UserError(f"{name}={value}: must be more than 0")
 
+    @property
+    def rows(self) -> int | None:
+        """Sequences of a micro-batch, or None for the most that fit."""
+        return None if self.device_batch_size == "auto" else self.device_batch_size
+
 
 def config() -> Config:
-    """Return the defaults."""
     return Config()
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Print the plan, on the one rank that prints."""
-    machine = find(config.gpu)
-    modes = modes_of(config)
+    gpu = find_gpu(config.gpu)
+    modes = sharding_modes(config)
     shape, plan = resolve(config, config.depth)
-    scaling.accumulation_steps(plan.total_batch_size, 1, shape.sequence_len, config.world_size)  # or says what divides
-    if config.device_batch_size != "auto":
-        scaling.accumulation_steps(
-            plan.total_batch_size, config.device_batch_size, shape.sequence_len, config.world_size
-        )
+    for rows in {1, config.rows or 1}:  # refuses what does not divide
+        optim.scaling.accumulation_steps(plan.total_batch_size, rows, shape.sequence_len, config.world_size)
     if not runtime.is_main:
         return
-    print(f"plan: depth {config.depth} on {config.world_size} x {config.gpu} ({machine.memory_gib:g} GiB each)\n")
+    print(f"plan: depth {config.depth} on {config.world_size} x {config.gpu} ({gpu.memory_gib:g} GiB each)\n")
     print(counts(shape, plan), flush=True)
-    found = {mode: estimate(config, mode, shape, plan, machine) for mode in modes}
-    print(memory_table(config, shape, plan, machine, found), flush=True)
-    print(time_table(found))
+    estimates = {mode: estimate(config, mode, shape, plan, gpu) for mode in modes}
+    print("\nmemory of one GPU in GiB, at the peak of a step\n" + memory_table(config, shape, plan, gpu, estimates))
+    if any(estimates.values()):
+        print("\none step: bytes that a GPU sends, and time\n" + time_table(estimates))
     if config.table:
-        print(sweep(config), flush=True)
-    print(assumptions(config, machine))
-    print(f"\nnext: {command(config, found)}")
+        legend = "device batch (z: zero2, f: fsdp), time and cost of the whole run; -: one row does not fit"
+        print(f"\nall depths on other GPUs: {legend}\n{sweep(config)}", flush=True)
+    print("\nassumed\n" + assumptions(config, gpu))
+    print(f"\nnext: {command(config, estimates)}")
 
 
-def find(gpu: str) -> GpuSpec:
-    """Return the machine of that name. Raises: UserError."""
-    if gpu.lower() not in GPU_SPECS:
-        raise UserError(f"gpu={gpu}: not in the table of nanochat/machines.py{nearest(gpu.lower(), GPU_SPECS)}")
-    return GPU_SPECS[gpu.lower()]
+def find_gpu(name: str) -> GpuSpec:
+    """Return the row of the GPU table. Raises: UserError."""
+    specs = distributed.GPU_SPECS
+    if name.lower() not in specs:
+        raise UserError(f"gpu={name}: not in GPU_SPECS of nanochat/distributed/hardware.py{nearest(name.lower(), specs)}")
+    return specs[name.lower()]
 
 
-def modes_of(config: Config) -> Sequence[str]:
-    """Return the modes to compare; a single GPU has one, and hsdp is for several groups. Raises: UserError."""
-    shards = config.shard_ranks or min(config.gpus_per_node, config.world_size)
+def sharding_modes(config: Config) -> Sequence[str]:
+    """Return the modes to compare: one for a single GPU; hsdp only for several groups. Raises: UserError."""
+    modes, shards = train.planner.MODES, config.shard_ranks or min(config.gpus_per_node, config.world_size)
     if config.mode in ("all", "hsdp") and config.world_size % shards:
         if config.mode == "hsdp" or config.shard_ranks:
             raise UserError(f"hsdp: groups of {shards} do not divide world_size={config.world_size}; set shard_ranks")
-        return planner.MODES[:3]
+        return modes[:3]
     if config.mode != "all":
         return [config.mode]
     if config.world_size == 1:
         return ["replicate"]
-    return planner.MODES if 1 < shards < config.world_size else planner.MODES[:3]
+    return modes if 1 < shards < config.world_size else modes[:3]
 
 
 def resolve(config: Config, depth: int) -> tuple[ModelConfig, Plan]:
-    """Return shape and plan at a depth, as pretrain does it for the same settings."""
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in SHARED}
-    return pretrain.resolve(dataclasses.replace(pretrain.config(), **shared | {"depth": depth}), None)
+    """Return model shape and plan at a depth, as pretrain does for the same settings."""
+    shared = {name: getattr(config, name) for name in SHARED}
+    return pretrain.resolve(dataclasses.replace(pretrain.config(), **shared, depth=depth), None)
 
 
-SHARED = ("model", "total_batch_size", "num_iterations", "target_flops", "target_param_data_ratio")
+def step_setup(config: Config, mode: str) -> Setup:
+    import torch
+
+    shard_ranks = config.shard_ranks or min(config.gpus_per_node, config.world_size)
+    return train.planner.Setup(mode, config.world_size, shard_ranks, torch.bfloat16, config.fp8, config.chunk_tokens)
 
 
-def estimate(config: Config, mode: str, shape: ModelConfig, plan: Plan, machine: GpuSpec, **change: Any) -> Any:
-    """Return the planner's estimate, or None where it does not fit."""
-    world_size = change.get("world_size", config.world_size)
-    how: dict[str, Any] = {
-        "mode": mode,
-        "world_size": world_size,
-        "node_ranks": config.gpus_per_node,
-        "shard_ranks": config.shard_ranks or min(config.gpus_per_node, world_size),
-        "dtype": torch.bfloat16,
-        "mfu": config.mfu,
-        "rows": None if config.device_batch_size == "auto" else config.device_batch_size,
-        "fp8": config.fp8,
-        "chunk_tokens": config.chunk_tokens,
-        "dollars_per_hour": config.dollars_per_hour,
-    }
-    return planner.estimate(shape, plan, machine, **how | change)
+def estimate(config: Config, mode: str, shape: ModelConfig, plan: Plan, gpu: GpuSpec) -> Estimate | None:
+    """Return the planner's estimate, or None if it does not fit."""
+    return train.planner.estimate(
+        shape, plan, gpu, step_setup(config, mode),
+        node_ranks=config.gpus_per_node, mfu=config.mfu, rows=config.rows, dollars_per_hour=config.dollars_per_hour,
+    )  # fmt: skip
 
 
 def counts(shape: ModelConfig, plan: Plan) -> str:
     """Return parameters by group, tokens, steps and FLOPs as text."""
-    numbers = gpt.count(shape)
+    numbers = model.count(shape)
     groups = {name: n for name, n in numbers.items() if name not in ("total", "scaling")}
-    lines = [f"  {name.replace('_', ' '):<18}{n:>16,}" for name, n in [*groups.items(), ("total", numbers["total"])]]
     facts = {
         "shape": f"{shape.n_layer} layers, width {shape.n_embd} = {shape.n_head} heads of {shape.head_dim}, "
         f"vocabulary {shape.vocab_size}, {shape.sequence_len} tokens of context",
@@ -159,138 +158,109 @@ def counts(shape: ModelConfig, plan: Plan) -> str:
         f"({plan.total_tokens / numbers['scaling']:.2f} per scaling parameter)",
         "FLOPs": f"{plan.flops_per_token:,} a token, {plan.total_flops:.4g} in all",
     }
-    return "\n".join(["parameters by group", *lines, *(f"  {k:<18}{v}" for k, v in facts.items())])
-
-
-def columns(rows: Iterable[Sequence[str]], *, first: int = 22, width: int = 14) -> str:
-    """Return rows of a table: names to the left, cells to the right."""
-    return "\n".join(f"  {name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells) for name, *cells in rows)
+    rows = [[name.replace("_", " "), f"{n:,}"] for name, n in [*groups.items(), ("total", numbers["total"])]]
+    return "\n".join(["parameters by group", table(rows), *(f"  {name:<8}{text}" for name, text in facts.items())])
 
 
 def memory_table(
-    config: Config, shape: ModelConfig, plan: Plan, machine: GpuSpec, found: dict[str, Estimate | None]
+    config: Config, shape: ModelConfig, plan: Plan, gpu: GpuSpec, estimates: Mapping[str, Estimate | None]
 ) -> str:
-    """Return memory by part and mode; of a mode that does not fit, with the batch that was asked for or one row."""
+    """Return memory by part and mode; for a mode that does not fit, at the requested batch or one sequence."""
     rows_per_rank = plan.total_batch_size // (shape.sequence_len * config.world_size)
-    memories, batches = {}, {}
-    for mode, one in found.items():
-        rows = one.rows if one else 1 if config.device_batch_size == "auto" else config.device_batch_size
-        batches[mode] = f"{rows} x {rows_per_rank // rows}"
-        memories[mode] = planner.memory(
-            shape,
-            rows=rows,
-            micro_batches=rows_per_rank // rows,
-            mode=mode,
-            world_size=config.world_size,
-            shard_ranks=config.shard_ranks or min(config.gpus_per_node, config.world_size),
-            dtype=torch.bfloat16,
-            fp8=config.fp8,
-            chunk_tokens=config.chunk_tokens,
-        )
-    names = list(next(iter(memories.values())).parts)
-    room = machine.memory_gib * (1 - planner.RESERVE)
-    lines = [["", *found], ["rows x micro-batches", *batches.values()]]
-    lines += [[name, *(f"{m.parts[name] / GIB:.2f}" for m in memories.values())] for name in names]
-    lines += [
-        ["total", *(f"{m.total / GIB:.2f}" for m in memories.values())],
-        ["fullest moment", *(m.moment for m in memories.values())],
-        [f"fits in {room:.1f}", *("yes" if one else "no" for one in found.values())],
+    batches = {mode: one.rows if one else config.rows or 1 for mode, one in estimates.items()}
+    memories = [
+        train.planner.memory(shape, step_setup(config, mode), rows=rows, micro_batches=rows_per_rank // rows)
+        for mode, rows in batches.items()
     ]
-    return "\nmemory of one GPU in GiB, at the fullest moment of a step\n" + columns(lines)
+    room = gpu.memory_gib * (1 - train.planner.RESERVE)
+    return table(
+        [
+            ["", *estimates],
+            ["rows x micro-batches", *(f"{rows} x {rows_per_rank // rows}" for rows in batches.values())],
+            *([name, *(f"{m.parts[name] / 2**30:.2f}" for m in memories)] for name in memories[0].parts),
+            ["total", *(f"{m.total / 2**30:.2f}" for m in memories)],
+            ["peak in", *(m.phase for m in memories)],
+            [f"fits in {room:.1f}", *("yes" if one else "no" for one in estimates.values())],
+        ]
+    )
 
 
-def time_table(found: dict[str, Estimate | None]) -> str:
+def time_table(estimates: Mapping[str, Estimate | None]) -> str:
     """Return traffic, time and cost by mode, for the modes that fit."""
-    fits = {mode: one for mode, one in found.items() if one}
-    if not fits:
-        return ""
-    kinds = list(next(iter(fits.values())).traffic)
-    lines = [["", *fits]]
-    lines += [[f"{kind} GB", *(f"{one.traffic[kind] / 1e9:.3f}" for one in fits.values())] for kind in kinds]
-    lines += [
-        ["computing", *(format_duration(one.compute_seconds) for one in fits.values())],
-        ["waiting for the wire", *(format_duration(one.exposed_seconds) for one in fits.values())],
-        ["tokens/s", *(format_count(one.tokens_per_second) for one in fits.values())],
-        ["whole run", *(format_duration(3600 * one.hours) for one in fits.values())],
-        ["cost", *(f"${one.dollars:,.2f}" for one in fits.values())],
-    ]
-    return "\none step: bytes that a GPU sends, and time\n" + columns(lines)
+    fitting = {mode: one for mode, one in estimates.items() if one}
+    kinds = next(iter(fitting.values())).traffic
+    return table(
+        [
+            ["", *fitting],
+            *([f"{kind} GB", *(f"{one.traffic[kind] / 1e9:.3f}" for one in fitting.values())] for kind in kinds),
+            ["compute", *(format_duration(one.compute_seconds) for one in fitting.values())],
+            ["exposed communication", *(format_duration(one.exposed_seconds) for one in fitting.values())],
+            ["tokens/s", *(format_count(one.tokens_per_second) for one in fitting.values())],
+            ["whole run", *(format_duration(3600 * one.hours) for one in fitting.values())],
+            ["cost", *(f"${one.dollars:,.2f}" for one in fitting.values())],
+        ]
+    )
 
 
 def sweep(config: Config) -> str:
-    """Return the table over depths and machines."""
-    free = dataclasses.replace(config, device_batch_size="auto", dollars_per_hour=None, shard_ranks=None)
-    plans = {depth: resolve(free, depth) for depth in DEPTHS}
-    lines = [["", *(f"depth {depth}" for depth in DEPTHS)]]
-    for count, names in {1: SINGLES, 8: EIGHTS}.items():
+    """Return the table over depths and GPUs."""
+    config = dataclasses.replace(config, device_batch_size="auto", dollars_per_hour=None, shard_ranks=None)
+    plans = {depth: resolve(config, depth) for depth in DEPTHS}
+    rows = [["", *(f"depth {depth}" for depth in DEPTHS)]]
+    for world_size, names in {1: SINGLE_GPUS, 8: EIGHT_GPUS}.items():
+        there = dataclasses.replace(config, world_size=world_size, gpus_per_node=world_size)
         for name in names:
-            gib = GPU_SPECS[name].memory_gib
-            cells = [cell(free, *plans[depth], GPU_SPECS[name], count) for depth in DEPTHS]
-            lines.append([f"{count} x {name} ({gib:.0f} GiB)", *cells])
-    legend = "device batch (z: zero2, f: fsdp), time and cost of the whole run; -: one row does not fit"
-    return f"\nall depths on other machines: {legend}\n" + columns(lines, first=26, width=19)
+            gpu = distributed.GPU_SPECS[name]
+            cells = [sweep_cell(there, *plans[depth], gpu) for depth in DEPTHS]
+            rows.append([f"{world_size} x {name} ({gpu.memory_gib:.0f} GiB)", *cells])
+    return table(rows)
 
 
-def cell(config: Config, shape: ModelConfig, plan: Plan, machine: GpuSpec, world_size: int) -> str:
+def sweep_cell(config: Config, shape: ModelConfig, plan: Plan, gpu: GpuSpec) -> str:
     """Return batch, mode, time and cost of the first mode that fits."""
-    if plan.total_batch_size % (shape.sequence_len * world_size):
+    if plan.total_batch_size % (shape.sequence_len * config.world_size):
         return "batch not divisible"
-    for mode in ("replicate",) if world_size == 1 else ("zero2", "fsdp"):
-        one = estimate(
-            config, mode, shape, plan, machine, world_size=world_size, node_ranks=world_size, shard_ranks=world_size
-        )
-        if one:
-            letter = "" if world_size == 1 else mode[0]
+    for mode in ("replicate",) if config.world_size == 1 else ("zero2", "fsdp"):
+        if one := estimate(config, mode, shape, plan, gpu):
+            letter = "" if config.world_size == 1 else mode[0]
             return f"{one.rows}{letter} {format_duration(3600 * one.hours)} ${format_count(one.dollars)}"
     return "-"
 
 
-def assumptions(config: Config, machine: GpuSpec) -> str:
-    """Return what is not known but assumed."""
-    price = machine.dollars_per_hour if config.dollars_per_hour is None else config.dollars_per_hour
-    nccl = f" and {planner.NCCL_BYTES / GIB:.2f} GiB of NCCL's" if config.world_size > 1 else ""
+def assumptions(config: Config, gpu: GpuSpec) -> str:
+    planner = train.planner
+    price = gpu.dollars_per_hour if config.dollars_per_hour is None else config.dollars_per_hour
+    nccl = f" and {planner.NCCL_BYTES / 2**30:.2f} GiB NCCL's" if config.world_size > 1 else ""
     lines = [
-        f"time: an MFU of {config.mfu:.0%} of {machine.half_flops / 1e12:g} TFLOP/s (set mfu); evaluation and saving "
-        "come on top",
-        f"wire: {machine.link_bytes_per_second / 1e9:g} GB/s to a GPU of the node, "
-        f"{machine.network_bytes_per_second / 1e9:g} GB/s a GPU between nodes; gathers and reductions of every "
-        "micro-batch (fsdp, hsdp) hide behind the computation as long as it lasts, those of once a step do not",
+        f"time: an MFU of {config.mfu:.0%} of {gpu.half_flops / 1e12:g} TFLOP/s (set mfu); evaluation and saving "
+        "are extra",
+        f"communication: {gpu.link_bytes_per_second / 1e9:g} GB/s to a GPU of the node, "
+        f"{gpu.network_bytes_per_second / 1e9:g} GB/s a GPU between nodes; gathers and reductions of every "
+        "micro-batch (fsdp, hsdp) overlap with computation, those once a step do not",
         f"cost: ${price:.2f} an hour and GPU (set dollars_per_hour); prices are guesses",
-        f"memory: compiled step; {planner.RESERVE:.0%} stay free, {planner.CONTEXT_BYTES / GIB:.2f} GiB are "
-        f"CUDA's{nccl} (overhead); other programs on the GPU come on top",
+        f"memory: compiled step; {planner.RESERVE:.0%} stay free, {planner.CONTEXT_BYTES / 2**30:.2f} GiB are "
+        f"CUDA's{nccl} (overhead); other programs on the GPU are extra",
     ]
-    return "\nassumed\n" + "\n".join(f"  {line}" for line in lines)
+    return "\n".join(f"  {line}" for line in lines)
 
 
-def command(config: Config, found: dict[str, Estimate | None]) -> str:
-    """Return the command that starts the planned run, or what to change where none fits."""
-    mode = next((m for m in PREFERRED if found.get(m)), None)
-    if mode is None:
-        return "nothing fits: take more or larger GPUs, a smaller depth, or a shorter model.sequence_len"
-    one = found[mode]
-    assert one is not None
-    here = min(config.world_size, config.gpus_per_node)
+def command(config: Config, estimates: Mapping[str, Estimate | None]) -> str:
+    """Return the command that starts the planned run, or what to change if none fits."""
+    mode, one = next(((m, one) for m in PREFERRED if (one := estimates.get(m))), ("", None))
+    if one is None:
+        return "nothing fits: use more or larger GPUs, a smaller depth, or a shorter model.sequence_len"
     nodes = -(-config.world_size // config.gpus_per_node)
-    words = ["torchrun"] + (
-        [f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=<first node>:29500"] if nodes > 1 else []
-    )
-    words += [f"--nproc_per_node={here} launch.py --experiment=pretrain --set depth={config.depth}"]
-    words += [f"--set device_batch_size={one.rows}"]
+    words = ["torchrun"]
+    if nodes > 1:
+        words += [f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=<first node>:29500"]
+    words += [f"--nproc_per_node={min(config.world_size, config.gpus_per_node)} launch.py --experiment=pretrain"]
+    settings = {"depth": config.depth, "device_batch_size": one.rows}
     if config.world_size > 1:
-        words += [f"--set sharding.mode={mode}"]
+        settings["sharding.mode"] = mode
         if mode == "hsdp" and config.shard_ranks:
-            words += [f"--set sharding.shard_ranks={config.shard_ranks}"]
+            settings["sharding.shard_ranks"] = config.shard_ranks
     if config.fp8:
-        words += ["--set train.linear=fp8"]
-    plain = Config()
-    for name in SHARED:
-        value, usual = getattr(config, name), getattr(plain, name)
-        if name == "model":
-            words += [
-                f"--set model.{f.name}={getattr(value, f.name)}"
-                for f in dataclasses.fields(value)
-                if getattr(value, f.name) != getattr(usual, f.name)
-            ]
-        elif value != usual:
-            words += [f"--set {name}={value}"]
-    return " ".join(words)
+        settings["train.linear"] = "fp8"
+    usual = dict(flatten(Config()))
+    changed = {name: value for name, value in flatten(config) if value != usual[name] and name.split(".")[0] in SHARED}
+    return " ".join([*words, *(f"--set {name}={value}" for name, value in (settings | changed).items())])

@@ -267,12 +267,15 @@ def estimate(config: Config, runtime: Runtime) -> str:
         return f"{size}; no estimate of time and cost: {name} is not in the table of nanochat/machines.py"
     settings = distributed.sharding.resolve(config.pretrain.sharding)
     rows = config.pretrain.device_batch_size
-    found = train.planner.estimate(
-        built, plan, machine, mode=settings.mode if runtime.world_size > 1 else "replicate",
-        world_size=runtime.world_size, node_ranks=runtime.node_ranks,
+    setup = train.planner.Setup(
+        mode=settings.mode if runtime.world_size > 1 else "replicate",
+        world_size=runtime.world_size,
         shard_ranks=distributed.sharding.mesh_shape(settings, runtime.world_size, runtime.node_ranks)[1],
-        dtype=runtime.compute_dtype, rows=None if rows == "auto" else rows, fp8=config.pretrain.train.linear == "fp8",
-    )  # fmt: skip
+        dtype=runtime.compute_dtype,
+        fp8=config.pretrain.train.linear == "fp8",
+    )
+    rows = None if rows == "auto" else rows
+    found = train.planner.estimate(built, plan, machine, setup, node_ranks=runtime.node_ranks, rows=rows)
     if found is None:
         return f"{size}; by the planner's estimate it does not fit: --experiment=plan shows what does"
     price = f"${machine.dollars_per_hour:.2f} an hour and GPU"

@@ -1,6 +1,7 @@
-"""Numbers and spans of time as people read them."""
+"""Numbers, durations and tables formatted for people."""
 
 import math
+from collections.abc import Sequence
 
 _SUFFIXES = ("", "k", "M", "B", "T")
 
@@ -37,3 +38,14 @@ def format_duration(seconds: float) -> str:
         return f"{minutes // 60}h{minutes % 60:02d}m"
     hours = round(seconds / 3600)
     return f"{hours // 24}d{hours % 24:02d}h"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as aligned text: the first column to the left, the others to the right, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        return "  ".join(["", row[0].ljust(widths[0]), *cells]).rstrip()
+
+    return "\n".join(map(line, rows))

@@ -122,11 +122,15 @@ def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runt
     """
     capacity = distributed.free_bytes(runtime.device, runtime.node_ranks)
     _, shards = sharding.mesh_shape(config.sharding, runtime.world_size, runtime.node_ranks)
-    found = planner.largest_batch(
-        shape, rows, capacity, mode=sharding.resolve(config.sharding).mode, world_size=runtime.world_size,
-        shard_ranks=shards, dtype=runtime.compute_dtype, fp8=config.train.linear == "fp8",
+    setup = planner.Setup(
+        mode=sharding.resolve(config.sharding).mode,
+        world_size=runtime.world_size,
+        shard_ranks=shards,
+        dtype=runtime.compute_dtype,
+        fp8=config.train.linear == "fp8",
         chunk_tokens=chunk_tokens(config, runtime),
-    )  # fmt: skip
+    )
+    found = planner.largest_batch(shape, setup, rows, capacity)
     least = -distributed.all_reduce_max(-(found or 0))
     if not least:
         raise UserError(

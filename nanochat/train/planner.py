@@ -1,309 +1,357 @@
-"""What a training run needs before it is started: memory of a GPU by part, bytes on the wire, time and cost.
+"""Estimate a training run before it starts: memory of a GPU by part, bytes sent, time, and cost.
 
-Counts and FLOPs are those of `model`, memory in a step that of traces (`footprint`), placements those of `sharding`.
-What is assumed beside that is named in the constants below and in `machines`.
+Counts and FLOPs are those of `model`, placements those of `sharding`. Memory within a step follows from the table
+STEP_BYTES; everything else that is assumed is in the constants below and in `distributed.GPU_SPECS`.
 """
 
 import collections
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from nanochat import model
 from nanochat.distributed import GIB, GpuSpec, shard_dim
 from nanochat.model import ModelConfig
-from nanochat.optim import MATRIX, Plan
-from nanochat.train import activation_memory
+from nanochat.optim import MATRIX, Plan, reduced_axis
 
 MODES = ("replicate", "zero2", "fsdp", "hsdp")
-CONTEXT_BYTES = 700 * 2**20  # CUDA's context, loaded kernels, cuBLAS workspaces
-NCCL_BYTES = 900 * 2**20  # its channels' buffers, where there are several ranks
-RESERVE = 0.05  # share of a GPU's memory that a plan leaves free, for what fragmentation costs
-MFU = 0.5  # share of the 16-bit limit that a step reaches, where nobody says better
+CONTEXT_BYTES = 700 * 2**20  # CUDA context, loaded kernels, cuBLAS workspaces
+NCCL_BYTES = 900 * 2**20  # channel buffers, with several ranks
+RESERVE = 0.05  # share of a GPU's memory left free for fragmentation
+MFU = 0.5  # default share of the 16-bit peak that a step reaches
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """How a step is computed.
+
+    Attributes:
+        mode: one of MODES. world_size: ranks of the job. shard_ranks: ranks that share one copy of the state in hsdp.
+        dtype: of the computation. fp8: whether large matrix products use float8. chunk_tokens: of the loss.
+    """
+
+    mode: str = "replicate"
+    world_size: int = 1
+    shard_ranks: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    fp8: bool = False
+    chunk_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode}: expected {', '.join(MODES)}")
+        if self.mode == "hsdp" and (self.shard_ranks < 1 or self.world_size % self.shard_ranks):
+            raise ValueError(f"shard_ranks={self.shard_ranks}: must divide the {self.world_size} ranks")
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of the state: the size of the mesh's shard axis."""
+        return {"replicate": 1, "hsdp": self.shard_ranks}.get(self.mode, self.world_size)
+
+    @property
+    def sharded_params(self) -> bool:
+        """Whether parameters are sharded and all-gathered layer by layer."""
+        return self.mode in ("fsdp", "hsdp") and self.shards > 1
+
+
+# Memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the moment of a step that needs most.
+    """Bytes on one GPU at the peak of a phase of a step.
 
     Attributes:
-        parameters, optimizer: the state at rest.
-        gradients: sums over micro-batches, and those made so far. activations: kept for the backward pass, and what
-            a layer has under way. logits: of one chunk, with their gradient.
-        weights: copies in the compute dtype, gathered layers, gradients under way. update: Muon's stacks.
-        overhead: `CONTEXT_BYTES` and `NCCL_BYTES`; the only part that torch's allocator does not count.
-        moment: forward, backward, reduce or update.
+        parameters, optimizer: held between steps.
+        gradients: sums over micro-batches, and the gradients computed so far.
+        activations: kept for the backward pass, and temporaries of one layer. logits: of one chunk.
+        weights: copies in the compute dtype, gathered layers, gradients before reduction. update: Muon's stacks.
+        overhead: CONTEXT_BYTES and NCCL_BYTES; the only part outside of torch's allocator.
+        phase: forward, backward, reduce or update.
     """
 
     parameters: int
     optimizer: int
-    gradients: int
-    activations: int
-    logits: int
-    weights: int
-    update: int
-    overhead: int
-    moment: str
-
-    @property
-    def total(self) -> int:
-        """All parts."""
-        return sum(self.parts.values())
-
-    @property
-    def allocated(self) -> int:
-        """What torch.cuda.max_memory_allocated reports: all parts but the overhead."""
-        return self.total - self.overhead
+    gradients: int = 0
+    activations: int = 0
+    logits: int = 0
+    weights: int = 0
+    update: int = 0
+    overhead: int = 0
+    phase: str = ""
 
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "moment"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "phase"}
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def allocated(self) -> int:
+        """Estimate of torch.cuda.max_memory_allocated: all parts but the overhead."""
+        return self.total - self.overhead
 
 
-def ranks_per_copy(mode: str, world_size: int, shard_ranks: int) -> int:
-    """Return how many ranks share one copy of the state: the size of the mesh's shard axis.
+class StepBytes(NamedTuple):
+    """Bytes that a compiled forward and backward pass holds, for C channels, N heads and L layers.
 
-    Raises:
-        ValueError: unknown mode, or hsdp's groups do not divide the job.
+    Attributes:
+        layer: kept for the backward pass per layer, token and channel. head: the same per head.
+        last_layer: temporaries per token and channel while the backward pass is in the last layer.
+        first_layer, first_layer_depth: held per token and channel, and per layer of the model besides, while the
+            backward pass is in the first layer.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode}: expected {', '.join(MODES)}")
-    if mode == "hsdp" and (shard_ranks < 1 or world_size % shard_ranks):
-        raise ValueError(f"shard_ranks={shard_ranks}: must divide the {world_size} ranks")
-    return {"replicate": 1, "hsdp": shard_ranks}.get(mode, world_size)
+
+    layer: float
+    head: float
+    last_layer: float
+    first_layer: float
+    first_layer_depth: float
 
 
-def memory(
-    shape: ModelConfig,
-    *,
-    rows: int,
-    micro_batches: int,
-    mode: str,
-    world_size: int,
-    shard_ranks: int,
-    dtype: torch.dtype,
-    fp8: bool = False,
-    chunk_tokens: int = 8192,
-) -> Memory:
-    """Return the memory of one rank at the fullest moment of a step.
+# By (bytes of the compute dtype, fp8). Fitted to traces of the loss (AOTAutograd with Inductor's decompositions, min-cut
+# partitioner and fusion rules, flash attention) at depths 4-32, batches 1-64 and contexts 512-4096; the traces agreed
+# with compiled steps within 10%. The code of the traces is nanochat/footprint.py and liveness.py of commit 0798da5. To
+# refit after a change to the model, run these on the new loss; or measure peak_memory_bytes with bench_train at two
+# depths and two batch sizes: differences give `layer`.
+STEP_BYTES = {
+    (4, False): StepBytes(74.0, 14, 12, 100, 4),
+    (4, True): StepBytes(53.5, 14, 29, 82, 4),
+    (2, False): StepBytes(37.0, 13, 6, 102, 6),
+    (2, True): StepBytes(27.5, 13, 17, 70, 6),
+}
+ROUND_UP = 1.01  # the fit is off by up to 0.7% in either direction
+LOSS_CHUNKS = 8  # a chunked loss keeps lm_head's gradient and its input for each of so many chunks
 
-    Args:
-        shape: the model. rows: of a micro-batch, on one rank. micro_batches: of a step.
-        mode: one of MODES. world_size: ranks of the job. shard_ranks: of hsdp, ranks that share one copy.
-        dtype: of the computation. fp8: whether large products are float8. chunk_tokens: of the loss.
-    """
-    found = moments(
-        shape, rows=rows, micro_batches=micro_batches, mode=mode, world_size=world_size, shard_ranks=shard_ranks,
-        dtype=dtype, fp8=fp8, chunk_tokens=chunk_tokens,
-    )  # fmt: skip
-    return max(found, key=lambda m: m.total)
+
+def memory(shape: ModelConfig, setup: Setup, *, rows: int, micro_batches: int) -> Memory:
+    """Return the memory of one rank at the peak of a step of `micro_batches` of `rows` sequences each."""
+    return max(phases(shape, setup, rows=rows, micro_batches=micro_batches), key=lambda m: m.total)
 
 
 @functools.lru_cache(maxsize=4096)
-def moments(
-    shape: ModelConfig,
-    *,
-    rows: int,
-    micro_batches: int,
-    mode: str,
-    world_size: int,
-    shard_ranks: int,
-    dtype: torch.dtype,
-    fp8: bool = False,
-    chunk_tokens: int = 8192,
-) -> tuple[Memory, ...]:
-    """Return the memory at the fullest point of each part of a step: forward, backward, reduce and update."""
-    shards = ranks_per_copy(mode, world_size, shard_ranks)
-    cut = mode in ("fsdp", "hsdp") and shards > 1  # parameters lie in parts, and are gathered layer by layer
-    sizes = state(shape, mode=mode, shards=shards, dtype=dtype)
-    overhead = CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
+def phases(shape: ModelConfig, setup: Setup, *, rows: int, micro_batches: int) -> tuple[Memory, ...]:
+    """Return the memory at the peak of each phase of a step: forward, backward, reduce and update."""
+    sizes = state_bytes(shape, setup)
+    several, gathered = setup.world_size > 1, setup.sharded_params
+    overhead = CONTEXT_BYTES + (NCCL_BYTES if several else 0)
     base = functools.partial(Memory, sizes.parameters, sizes.optimizer, overhead=overhead)
-    # The sum over micro-batches is there beside what each of them makes; fsdp sums parts.
-    totals = (sizes.parts_f32 if cut else sizes.whole_f32) if micro_batches > 1 else 0
-    flight = _layer_params(shape) * (dtype.itemsize + 4) if cut else 0  # the next layer's weights, the last gradients
-    curves, middle = activation_memory.curves(shape, rows, dtype, fp8, chunk_tokens, shards if cut else 1, cut)
+    # The sum over micro-batches is held besides the gradients of one micro-batch; fsdp sums shards.
+    sums = (sizes.shards_f32 if gathered else sizes.full_f32) if micro_batches > 1 else 0
+    prefetch = _layer_params(shape) * (setup.dtype.itemsize + 4) if gathered else 0  # next weights, last gradients
     found = []
-    for name, span in {"forward": slice(0, middle), "backward": slice(middle, None)}.items():
-        part = {key: curve[span] for key, curve in curves.items()}
-        at = int(np.argmax(sum(part.values())))
-        activations, logits, gradients, weights = (round(float(part[key][at])) for key in activation_memory.PARTS)
-        found.append(base(gradients + totals, activations, logits, weights + flight, 0, moment=name))
-    made = totals or (sizes.parts_f32 if cut else sizes.whole_made)
-    # Reduced gradients are new tensors; what they were made of is held by the step until the update is done.
-    reduced = sizes.parts_f32 if world_size > 1 and not (mode == "fsdp" and cut) else 0
-    casts = sizes.tables_f32 if world_size > 1 and not cut and not totals else 0
-    found.append(base(made + reduced, 0, 0, casts, 0, moment="reduce"))
-    found.append(base(made + reduced, 0, 0, 0, _muon_bytes(shape, shards, dtype), moment="update"))
+    for phase, peaks in _micro_batch_bytes(shape, setup, rows).items():
+        peak = {name: round(ROUND_UP * n) for name, n in max(peaks, key=lambda parts: sum(parts.values())).items()}
+        peak["gradients"] = peak.get("gradients", 0) + sums
+        peak["weights"] = peak.get("weights", 0) + prefetch
+        found.append(base(**peak, phase=phase))
+    made = sums or (sizes.shards_f32 if gathered else sizes.full_made)
+    # Reduced gradients are new tensors, and what they were made from is freed only after the update.
+    reduced = sizes.shards_f32 if several and not (setup.mode == "fsdp" and gathered) else 0
+    casts = sizes.embeddings_f32 if several and not gathered and not sums else 0
+    found.append(base(gradients=made + reduced, weights=casts, phase="reduce"))
+    found.append(base(gradients=made + reduced, update=_muon_bytes(shape, setup), phase="update"))
     return tuple(found)
 
 
-class State(NamedTuple):
-    """Bytes of one rank between steps, and of gradients: whole and this rank's parts in float32, whole as made."""
+def _micro_batch_bytes(shape: ModelConfig, setup: Setup, rows: int) -> dict[str, list[dict[str, float]]]:
+    """Return, for the forward and the backward pass, the bytes by part at each point that can be the peak."""
+    spec = model.spec(shape).values()
+    width, embedding = shape.n_embd, shape.padded_vocab * shape.n_embd
+    itemsize, gathered = setup.dtype.itemsize, setup.sharded_params
+    c = STEP_BYTES[itemsize, setup.fp8]
+    tokens = rows * shape.sequence_len
+    chunk, chunks = (tokens, 1) if tokens <= setup.chunk_tokens else (setup.chunk_tokens, LOSS_CHUNKS)
+    saved = tokens * (shape.n_layer * (c.layer * width + c.head * shape.n_head + 8) + 20)
+    cast_size = 1 if setup.fp8 else 2 if itemsize == 2 and not gathered else 0  # of float32 matrices, kept for backward
+    casts = cast_size * sum(math.prod(row.shape) for row in spec if row.group == MATRIX)
+    # Gradients become float32 shards when they are reduced; without sharding they keep their dtype until the end.
+    shards = setup.shards if gathered else 1
+    grads = sum(math.prod(row.shape) * (4 if gathered else model.storage_dtype(row, setup.dtype).itemsize) for row in spec) / shards
+    layer_grads = 4 * 12 * width**2 / shards
+    embedding_grad = (4 * (itemsize == 2) + itemsize * gathered) * embedding  # before its cast or reduction
+    forward = [
+        {  # the logits of the last chunk
+            "activations": saved + itemsize * width * (3 * tokens + chunks * chunk),
+            "logits": (itemsize + setup.fp8) * chunk * shape.padded_vocab,
+            "weights": casts + chunks * (4 if setup.fp8 else itemsize) * embedding,
+        }
+    ]
+    if gathered:  # the forward pass may gather all weights before it uses the first
+        weights = itemsize * sum(math.prod(row.shape) for row in spec)
+        forward.append({"activations": itemsize * tokens * width, "weights": weights})
+    backward = [
+        {  # in the last layer
+            "activations": saved + c.last_layer * tokens * width,
+            "gradients": 6 * embedding / shards + layer_grads,
+            "weights": casts + embedding_grad + 16 * width**2 * setup.fp8,
+        },
+        {  # in the first layer
+            "activations": tokens * ((c.first_layer_depth * shape.n_layer + c.first_layer) * width + 38 * shape.n_head),
+            "gradients": grads - layer_grads,
+        },
+        {"activations": 4 * tokens * width, "gradients": grads, "weights": embedding_grad},  # at the end
+    ]
+    return {"forward": forward, "backward": backward}
+
+
+class StateBytes(NamedTuple):
+    """Bytes of one rank between steps, and of gradients: full and this rank's shards in float32, full as computed."""
 
     parameters: int
     optimizer: int
-    whole_f32: int
-    parts_f32: int
-    whole_made: int
-    tables_f32: int
+    full_f32: int
+    shards_f32: int
+    full_made: int
+    embeddings_f32: int
 
 
-def state(shape: ModelConfig, *, mode: str, shards: int, dtype: torch.dtype) -> State:
-    """Return the bytes of parameters, optimizer state and gradients of one rank; see `memory` and `ranks_per_copy`."""
-    parameters, moments, whole, parts, made, tables = 0, 0, 0, 0, 0, 0
+def state_bytes(shape: ModelConfig, setup: Setup) -> StateBytes:
+    """Return the bytes of parameters, optimizer state and gradients of one rank."""
+    shards = setup.shards
+    parameters, moments, full, sharded, made, embeddings = 0, 0, 0, 0, 0, 0
     for row in model.spec(shape).values():
         numel = math.prod(row.shape)
         dim = shard_dim(row.shape, row.axes, shards)
-        part = numel if dim is None else numel // shards
-        stored = model.storage_dtype(row, dtype).itemsize
-        parameters += stored * (part if mode in ("fsdp", "hsdp") else numel)
+        shard = numel if dim is None else numel // shards
+        stored = model.storage_dtype(row, setup.dtype).itemsize
+        parameters += stored * (shard if setup.mode in ("fsdp", "hsdp") else numel)
         if row.group == MATRIX:
-            second = activation_memory.second_shape(row.shape)
+            second = _second_moment_shape(row.shape)
             even = dim is not None and any(n % shards == 0 for n in second)
-            moments += 4 * (part + math.prod(second) // (shards if even else 1))
+            moments += 4 * (shard + math.prod(second) // (shards if even else 1))
         else:
-            moments += 2 * 4 * part
-        whole, parts, made = whole + 4 * numel, parts + 4 * part, made + stored * numel
-        tables += 4 * numel if stored != 4 else 0
+            moments += 2 * 4 * shard
+        full, sharded, made = full + 4 * numel, sharded + 4 * shard, made + stored * numel
+        embeddings += 4 * numel if stored != 4 else 0
     step_and_scaler = 8 + 8 + 4 + 8
-    return State(parameters, moments + step_and_scaler, whole, parts, made, tables)
+    return StateBytes(parameters, moments + step_and_scaler, full, sharded, made, embeddings)
+
+
+def _second_moment_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    axis = reduced_axis(shape) % len(shape)
+    return (*shape[:axis], 1, *shape[axis + 1 :])
 
 
 def _layer_params(shape: ModelConfig) -> int:
-    layers: dict[str, int] = {}
+    layers: collections.Counter[str] = collections.Counter()
     for name, row in model.spec(shape).items():
         if name.startswith("layers."):
-            layer = name.split(".")[1]
-            layers[layer] = layers.get(layer, 0) + math.prod(row.shape)
+            layers[name.split(".")[1]] += math.prod(row.shape)
     return max(layers.values())
 
 
-def _muon_bytes(shape: ModelConfig, shards: int, dtype: torch.dtype) -> int:
-    """Return what the update holds beside state and gradients: a stack, its results, and those of the one before."""
+def _muon_bytes(shape: ModelConfig, setup: Setup) -> int:
+    """Return what the update holds besides state and gradients: a stack, its results, and those of the one before."""
     stacks = collections.Counter(row.shape for row in model.spec(shape).values() if row.group == MATRIX)
     most, before = 0.0, 0.0
-    for (rows, columns), n in stacks.items():
-        elements = -(-n // shards) * rows * columns
-        unit = 512 / min(rows, columns)  # the bytes are in proportion to the elements
-        each = activation_memory.muon_bytes_per_element(round(rows * unit), round(columns * unit), dtype)
-        most = max(most, each * elements + before)
-        before = 2 * 4 * elements  # new parameters and momenta, until the next stack's take their place
+    for size, n in stacks.items():
+        elements = -(-n // setup.shards) * math.prod(size)
+        # Parameter, gradient, momentum and two temporaries in float32, and the product X·Xᵀ of the smaller side.
+        per_element = 20.05 if setup.dtype == torch.bfloat16 else 20 + 4 * min(size) / max(size)
+        most = max(most, per_element * elements + before)
+        before = 2 * 4 * elements  # new parameters and momenta, until those of the next stack replace them
     return round(most)
 
 
-def largest_batch(
-    shape: ModelConfig,
-    rows_per_rank: int,
-    capacity_bytes: int,
-    *,
-    mode: str,
-    world_size: int,
-    shard_ranks: int,
-    dtype: torch.dtype,
-    fp8: bool = False,
-    chunk_tokens: int = 8192,
-) -> int | None:
-    """Return the largest device batch that divides `rows_per_rank` and fits, with `RESERVE` left; None: none fits.
+def largest_batch(shape: ModelConfig, setup: Setup, rows_per_rank: int, capacity_bytes: int) -> int | None:
+    """Return the largest device batch size that divides `rows_per_rank` and fits, or None.
 
     Args:
-        rows_per_rank: rows of a step on one rank. capacity_bytes: memory of a GPU. The rest is as for `memory`.
+        rows_per_rank: sequences of a step on one rank. capacity_bytes: memory of a GPU, of which RESERVE stays free.
     """
-    room = capacity_bytes * (1 - RESERVE)
     for rows in sorted((n for n in range(1, rows_per_rank + 1) if rows_per_rank % n == 0), reverse=True):
-        needed = memory(
-            shape, rows=rows, micro_batches=rows_per_rank // rows, mode=mode, world_size=world_size,
-            shard_ranks=shard_ranks, dtype=dtype, fp8=fp8, chunk_tokens=chunk_tokens,
-        )  # fmt: skip
-        if needed.total <= room:
+        if fits(memory(shape, setup, rows=rows, micro_batches=rows_per_rank // rows), capacity_bytes):
             return rows
     return None
 
 
-# The wire
+def fits(needed: Memory, capacity_bytes: float) -> bool:
+    """Return whether a step fits and leaves RESERVE free."""
+    return needed.total <= capacity_bytes * (1 - RESERVE)
 
 
-def traffic(
-    shape: ModelConfig,
-    *,
-    micro_batches: int,
-    mode: str,
-    world_size: int,
-    shard_ranks: int,
-    dtype: torch.dtype,
-) -> dict[str, float]:
+# Communication
+
+
+def traffic(shape: ModelConfig, setup: Setup, *, micro_batches: int) -> dict[str, float]:
     """Return the bytes that one rank sends in a step, by kind of collective.
 
     Of n bytes, an all-gather or a reduce-scatter over W ranks sends n·(W-1)/W from each, an all-reduce twice that. The
-    keys are all_gather, reduce_scatter (of fsdp and hsdp once or twice a micro-batch, else once a step), all_reduce
-    (over the replicas, and of the small parameters over all ranks) and all_to_all (of Muon: momenta out in the
-    compute dtype, updates back in float32).
+    keys are all_gather, reduce_scatter (in fsdp and hsdp once or twice a micro-batch, else once a step), all_reduce
+    (over the replicas, and of small parameters over all ranks) and all_to_all (of Muon: momenta sent in the compute
+    dtype, updates returned in float32).
     """
-    shards = ranks_per_copy(mode, world_size, shard_ranks)
-    replicas = world_size // shards
-    inside, across, everywhere = ((n - 1) / n for n in (shards, replicas, world_size))
+    shards = setup.shards
+    within, across, overall = ((n - 1) / n for n in (shards, setup.world_size // shards, setup.world_size))
     sent: dict[str, float] = dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce", "all_to_all"), 0.0)
     stacks: collections.Counter[tuple[int, ...]] = collections.Counter()
     for row in model.spec(shape).values():
         numel = math.prod(row.shape)
         if shard_dim(row.shape, row.axes, shards) is None:
-            # Over a mesh without a shard axis all parameters are whole, and all are reduced over all ranks.
-            sent["all_reduce"] += 2 * everywhere * 4 * numel
+            # Without a shard axis no parameter is sharded, and all are reduced over all ranks.
+            sent["all_reduce"] += 2 * overall * 4 * numel
             continue
-        if mode == "zero2":
-            sent["all_gather"] += inside * model.storage_dtype(row, dtype).itemsize * numel
-            sent["reduce_scatter"] += inside * 4 * numel
+        if setup.mode == "zero2":
+            sent["all_gather"] += within * model.storage_dtype(row, setup.dtype).itemsize * numel
+            sent["reduce_scatter"] += within * 4 * numel
         else:
-            # The backward needs the weight of a product once more; lm_head's gradient is made in the forward.
+            # The backward pass gathers a matrix again; lm_head's gradient is computed in the forward pass.
             gathers = 2 if row.group == MATRIX else 1
-            sent["all_gather"] += micro_batches * gathers * inside * dtype.itemsize * numel
-            sent["reduce_scatter"] += micro_batches * inside * 4 * numel
+            sent["all_gather"] += micro_batches * gathers * within * setup.dtype.itemsize * numel
+            sent["reduce_scatter"] += micro_batches * within * 4 * numel
             sent["all_reduce"] += 2 * across * 4 * numel / shards
         if row.group == MATRIX:
             stacks[row.shape] += 1
-    half = dtype.itemsize if dtype == torch.bfloat16 else 4
+    momentum_size = 2 if setup.dtype == torch.bfloat16 else 4
     for size, n in stacks.items():
         padded = -(-n // shards) * shards
-        second = activation_memory.second_shape(size)
-        sent["all_to_all"] += inside * padded * math.prod(size) / shards * (half + 4)
+        second = _second_moment_shape(size)
+        sent["all_to_all"] += within * padded * math.prod(size) / shards * (momentum_size + 4)
         if any(m % shards == 0 for m in second):
-            sent["all_to_all"] += inside * padded * math.prod(second) / shards * (4 + 4)
-        else:  # every rank has it whole, and gets the others' back
-            sent["all_gather"] += inside * padded * math.prod(second) * 4
+            sent["all_to_all"] += within * padded * math.prod(second) / shards * (4 + 4)
+        else:  # every rank holds the full tensor, and receives the others' results
+            sent["all_gather"] += within * padded * math.prod(second) * 4
     return sent
 
 
-def wire_seconds(
-    sent: dict[str, float], machine: GpuSpec, *, mode: str, world_size: int, node_ranks: int, shards: int
+def communication_seconds(
+    sent: dict[str, float], setup: Setup, gpu: GpuSpec, *, node_ranks: int
 ) -> tuple[float, float]:
-    """Return the seconds of a step's collectives: those of every micro-batch, and those of once a step.
+    """Return the seconds of a step's collectives: those of every micro-batch, and those once a step.
 
     A ring over several nodes enters each of them once, over the network of all its GPUs together; reductions between
-    hsdp's groups, and all_to_all beyond a node, have the network of each GPU for themselves.
+    the groups of hsdp, and all_to_all across nodes, have the network of each GPU for themselves.
     """
-    link, network = machine.link_bytes_per_second, machine.network_bytes_per_second
+    link, network = gpu.link_bytes_per_second, gpu.network_bytes_per_second
 
     def ring(ranks: int) -> float:
         return link if ranks <= node_ranks else min(link, network * node_ranks)
 
-    alone = link if world_size <= node_ranks else network
-    layers = (sent["all_gather"] + sent["reduce_scatter"]) / ring(shards)
-    swaps = sent["all_to_all"] / (link if shards <= node_ranks else network)
-    reductions = sent["all_reduce"] / (alone if mode == "hsdp" else ring(world_size))
-    every = mode in ("fsdp", "hsdp")
+    single = link if setup.world_size <= node_ranks else network
+    layers = (sent["all_gather"] + sent["reduce_scatter"]) / ring(setup.shards)
+    swaps = sent["all_to_all"] / (link if setup.shards <= node_ranks else network)
+    reductions = sent["all_reduce"] / (single if setup.mode == "hsdp" else ring(setup.world_size))
+    every = setup.mode in ("fsdp", "hsdp")
     return (layers if every else 0.0), swaps + reductions + (0.0 if every else layers)
 
 
+# Time and cost
+
+
 class Estimate(NamedTuple):
-    """What a run on some machines comes to.
+    """What a run on given GPUs takes.
 
     Attributes:
         memory: of one rank. rows, micro_batches: of a step on one rank. traffic: see `traffic`.
-        compute_seconds, exposed_seconds: of a step: products at the stated MFU, and communication not hidden.
+        compute_seconds, exposed_seconds: of a step: matrix products at the given MFU, and communication not hidden.
         tokens_per_second, hours, dollars: of the job.
     """
 
@@ -321,50 +369,41 @@ class Estimate(NamedTuple):
 def estimate(
     shape: ModelConfig,
     plan: Plan,
-    machine: GpuSpec,
+    gpu: GpuSpec,
+    setup: Setup,
     *,
-    mode: str,
-    world_size: int,
     node_ranks: int,
-    shard_ranks: int,
-    dtype: torch.dtype,
     mfu: float = MFU,
     rows: int | None = None,
-    fp8: bool = False,
-    chunk_tokens: int = 8192,
     dollars_per_hour: float | None = None,
 ) -> Estimate | None:
-    """Return memory, time and cost of a run, or None where not even one row fits (or where `rows` do not).
+    """Return memory, time and cost of a run, or None if it does not fit.
 
-    Collectives of every micro-batch (fsdp, hsdp) hide behind the computation as far as that lasts; those of once a
-    step do not hide at all.
+    Collectives of every micro-batch (fsdp, hsdp) overlap with computation as long as that lasts; those once a step do
+    not overlap.
 
     Args:
-        plan: from `scaling.plan`. node_ranks: GPUs in a node; groups of more ranks are as fast as the network.
-        mfu: share of the machine's 16-bit limit that the products reach. rows: None takes the largest that fit.
+        node_ranks: GPUs in a node; groups of more ranks communicate over the network.
+        mfu: share of the GPU's 16-bit peak. rows: of a micro-batch; default: the most that fit.
+        dollars_per_hour: of one GPU; default: the table's.
     """
-    rows_per_rank = plan.total_batch_size // (shape.sequence_len * world_size)
-    how: dict[str, Any] = {"mode": mode, "world_size": world_size, "shard_ranks": shard_ranks, "dtype": dtype}
-    traced: dict[str, Any] = how | {"fp8": fp8, "chunk_tokens": chunk_tokens}
-    capacity = int(machine.memory_gib * GIB)
-    rows = rows or largest_batch(shape, rows_per_rank, capacity, **traced)
+    rows_per_rank = plan.total_batch_size // (shape.sequence_len * setup.world_size)
+    capacity = int(gpu.memory_gib * GIB)
+    rows = rows or largest_batch(shape, setup, rows_per_rank, capacity)
     if rows is None:
         return None
     micro_batches = rows_per_rank // rows
-    needed = memory(shape, rows=rows, micro_batches=micro_batches, **traced)
-    if needed.total > capacity * (1 - RESERVE):
+    needed = memory(shape, setup, rows=rows, micro_batches=micro_batches)
+    if not fits(needed, capacity):
         return None
-    sent = traffic(shape, micro_batches=micro_batches, **how)
-    shards = ranks_per_copy(mode, world_size, shard_ranks)
-    peak = machine.half_flops if dtype.itemsize == 2 else machine.single_flops
-    compute = plan.flops_per_token * plan.total_batch_size / world_size / (mfu * peak)
-
-    layers, once = wire_seconds(sent, machine, mode=mode, world_size=world_size, node_ranks=node_ranks, shards=shards)
-    exposed = once + max(layers - compute, 0.0)
-    step = compute + exposed
-    hours = plan.num_steps * step / 3600
-    price = machine.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
-    tokens_per_second = plan.total_batch_size / step
+    sent = traffic(shape, setup, micro_batches=micro_batches)
+    peak_flops = gpu.half_flops if setup.dtype.itemsize == 2 else gpu.single_flops
+    compute = plan.flops_per_token * plan.total_batch_size / setup.world_size / (mfu * peak_flops)
+    every_micro_batch, once = communication_seconds(sent, setup, gpu, node_ranks=node_ranks)
+    exposed = once + max(every_micro_batch - compute, 0.0)
+    seconds = compute + exposed
+    hours = plan.num_steps * seconds / 3600
+    dollars = hours * setup.world_size * (gpu.dollars_per_hour if dollars_per_hour is None else dollars_per_hour)
     return Estimate(
-        needed, rows, micro_batches, sent, compute, exposed, tokens_per_second, hours, hours * world_size * price
+        needed, rows, micro_batches, sent, compute, exposed, plan.total_batch_size / seconds, hours, dollars
     )
