@@ -54,6 +54,7 @@ def test_memory_is_within_ten_percent_of_traced_steps(
     assert traced_mib <= planned.total / 2**20 <= 1.1 * traced_mib
 
 
+@pytest.mark.slow
 def test_planned_peak_is_that_of_a_compiled_step() -> None:
     shape = ModelConfig(sequence_len=128, vocab_size=512, n_layer=1, n_head=2, n_kv_head=2, n_embd=128)
     rows, setup = 4, Setup(dtype=F32)
