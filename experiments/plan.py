@@ -107,7 +107,9 @@ def find_gpu(name: str) -> GpuSpec:
     """Return the row of the GPU table. Raises: UserError."""
     specs = distributed.GPU_SPECS
     if name.lower() not in specs:
-        raise UserError(f"gpu={name}: not in GPU_SPECS of nanochat/distributed/hardware.py{nearest(name.lower(), specs)}")
+        raise UserError(
+            f"gpu={name}: not in GPU_SPECS of nanochat/distributed/hardware.py{nearest(name.lower(), specs)}"
+        )
     return specs[name.lower()]
 
 

@@ -174,7 +174,10 @@ def _micro_batch_bytes(shape: ModelConfig, setup: Setup, rows: int) -> dict[str,
     casts = cast_size * sum(math.prod(row.shape) for row in spec if row.group == MATRIX)
     # Gradients become float32 shards when they are reduced; without sharding they keep their dtype until the end.
     shards = setup.shards if gathered else 1
-    grads = sum(math.prod(row.shape) * (4 if gathered else model.storage_dtype(row, setup.dtype).itemsize) for row in spec) / shards
+    grads = (
+        sum(math.prod(row.shape) * (4 if gathered else model.storage_dtype(row, setup.dtype).itemsize) for row in spec)
+        / shards
+    )
     layer_grads = 4 * 12 * width**2 / shards
     embedding_grad = (4 * (itemsize == 2) + itemsize * gathered) * embedding  # before its cast or reduction
     forward = [
