@@ -116,11 +116,11 @@ class StepBytes(NamedTuple):
     first_layer_depth: float
 
 
-# By (bytes of the compute dtype, fp8). Fitted to traces of the loss (AOTAutograd with Inductor's decompositions, min-cut
-# partitioner and fusion rules, flash attention) at depths 4-32, batches 1-64 and contexts 512-4096; the traces agreed
-# with compiled steps within 10%. The code of the traces is nanochat/footprint.py and liveness.py of commit 0798da5. To
-# refit after a change to the model, run these on the new loss; or measure peak_memory_bytes with bench_train at two
-# depths and two batch sizes: differences give `layer`.
+# By (bytes of the compute dtype, fp8). Fitted to traces of the loss (AOTAutograd with Inductor's decompositions,
+# partitioner and fusion rules; flash attention) at depths 4-32, batches 1-64 and contexts 512-4096; compiled steps were
+# within 10% of the traces. The tracing code is nanochat/footprint.py and liveness.py of commit 0798da5. To refit after
+# a change to the model, run it on the new loss; or measure peak_memory_bytes with bench_train at two depths and two
+# batch sizes: the differences give `layer`.
 STEP_BYTES = {
     (4, False): StepBytes(74.0, 14, 12, 100, 4),
     (4, True): StepBytes(53.5, 14, 29, 82, 4),
