@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import pretrain
 from nanochat import distributed, model, optim, train
@@ -256,7 +256,7 @@ def command(config: Config, estimates: Mapping[str, Estimate | None]) -> str:
     if nodes > 1:
         words += [f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=<first node>:29500"]
     words += [f"--nproc_per_node={min(config.world_size, config.gpus_per_node)} launch.py --experiment=pretrain"]
-    settings = {"depth": config.depth, "device_batch_size": one.rows}
+    settings: dict[str, Any] = {"depth": config.depth, "device_batch_size": one.rows}
     if config.world_size > 1:
         settings["sharding.mode"] = mode
         if mode == "hsdp" and config.shard_ranks:
