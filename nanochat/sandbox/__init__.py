@@ -1,11 +1,10 @@
-"""Run a program that a model wrote: `run(code)` in namespaces of its own, behind a system call filter (Linux)."""
+"""Run Python that a model wrote, isolated by the Linux kernel: `sandbox.run(code)`. Imports neither torch nor NumPy."""
 
 from typing import TYPE_CHECKING
 
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.sandbox import bubblewrap, jail, seccomp
-    from nanochat.sandbox.bubblewrap import MIB, Result, run
+    from nanochat.sandbox.bubblewrap import Result, available, run
 
 __getattr__ = lazy_exports(__name__, __file__)

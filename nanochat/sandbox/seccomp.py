@@ -1,9 +1,8 @@
-"""The system calls that a sandboxed program may make, as a filter for the kernel, compiled by libseccomp.
+"""The seccomp filter of a sandboxed program, compiled by libseccomp.
 
-An allow-list: what a single Python process does with memory, time, its own files and threads. All else is refused.
-Calls that are known and unwanted answer "operation not permitted"; any other, "not implemented", which lets the C
-library fall back to an older call. No process can be made, no program started, no socket opened (a connected pair
-inside the process apart, which asyncio needs), no memory had beside what the limit on the address space counts.
+An allow-list of what a single Python process does with memory, time, its own files and threads. Known unwanted calls
+fail with EPERM, any other with ENOSYS, which lets the C library fall back to an older call. No process, program or
+socket can be created (except socketpair, which asyncio needs), and no memory outside the address space limit.
 
 Source: the manual pages seccomp(2), seccomp_init(3), seccomp_rule_add(3).
 """
@@ -17,8 +16,7 @@ from collections.abc import Callable
 from nanochat.config import UserError
 
 LIBRARY = "libseccomp.so.2"
-MIN_STACK_BYTES = 2**20
-"""Smallest stack of a thread: with it, the address space bounds how many there can be."""
+MIN_STACK_BYTES = 2**20  # so that the address space bounds the number of threads
 
 # Descriptors; files; memory; threads and what a process asks about itself; signals; time.
 _ALLOWED = """
@@ -45,10 +43,10 @@ restart_syscall pause
 alarm getitimer setitimer nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time times
 """
 
-# Inside of its own process namespace a program reaches only itself; without one these reach the user's processes.
+# Harmless in a process namespace of its own; without one they reach the user's other processes.
 _SIGNALS = ("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
 
-# Refused in words that a program understands. The list is not what protects: all that is not allowed is refused.
+# Only decides between EPERM and ENOSYS: everything that is not allowed is refused.
 _DENIED = """
 fork vfork execve execveat socket connect bind listen accept accept4 kill tkill ptrace process_vm_readv
 process_vm_writev pidfd_open pidfd_getfd pidfd_send_signal mount umount2 unshare setns pivot_root chroot keyctl
@@ -58,16 +56,17 @@ setuid setgid setpgid setsid inotify_init1 fanotify_init quotactl swapon sethost
 """
 
 _CLONE_THREAD, _MAP_STACK, _AF_UNIX = 0x10000, 0x20000, 1
-_IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal, its size, FION*, FIO*CLEX
-_PRCTLS = (15, 16, 0x53564D41)  # the names of threads and of mappings
+# TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+_IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+_PRCTLS = (15, 16, 0x53564D41)  # names of threads and of memory mappings
 
 _ALLOW, _DENY, _UNKNOWN, _KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000
 _BAD_ARCHITECTURE, _OPTIMIZE = 2, 8  # attributes
 _NOT_EQUAL, _EQUAL, _GREATER_EQUAL, _MASKED_EQUAL = 1, 4, 5, 7  # comparisons
 
 
-class _Compare(ctypes.Structure):
-    """One condition on an argument of a call; for `_MASKED_EQUAL`, `a` is the mask and `b` the value."""
+class _Condition(ctypes.Structure):
+    """libseccomp's struct scmp_arg_cmp; for `_MASKED_EQUAL`, `a` is the mask and `b` the value."""
 
     _fields_ = (
         ("argument", ctypes.c_uint),
@@ -77,11 +76,11 @@ class _Compare(ctypes.Structure):
     )
 
 
-_ARGUMENTS = {
+_ARGUMENT_TYPES = {
     "seccomp_attr_set": (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32),
     "seccomp_rule_add_array": (
-        *(ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int),
-        *(ctypes.c_uint, ctypes.POINTER(_Compare)),
+        *(ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint),
+        ctypes.POINTER(_Condition),
     ),
     "seccomp_export_bpf": (ctypes.c_void_p, ctypes.c_int),
     "seccomp_release": (ctypes.c_void_p,),
@@ -89,14 +88,14 @@ _ARGUMENTS = {
 
 
 @functools.cache
-def compile_filter(*, signals: bool) -> bytes:
-    """Return the filter as the BPF program that `prctl(PR_SET_SECCOMP, …)` takes.
+def compile_filter(*, allow_signals: bool) -> bytes:
+    """Return the BPF program for `prctl(PR_SET_SECCOMP, …)`.
 
     Args:
-        signals: whether `kill` and its kin are allowed: True only for a process in a namespace of its own.
+        allow_signals: allow kill and similar calls; only for a process in a namespace of its own.
 
     Raises:
-        UserError: libseccomp is not installed, or is of no use.
+        UserError: libseccomp is not installed or failed.
     """
     try:
         library = ctypes.CDLL(LIBRARY)
@@ -104,28 +103,28 @@ def compile_filter(*, signals: bool) -> bytes:
         raise UserError("the sandbox needs libseccomp: apt-get install libseccomp2 (or your package)") from error
     library.seccomp_init.restype = ctypes.c_void_p
     library.seccomp_init.argtypes = (ctypes.c_uint32,)
-    for name in ("seccomp_attr_set", "seccomp_rule_add_array", "seccomp_export_bpf", "seccomp_release"):
-        getattr(library, name).argtypes = _ARGUMENTS[name]
+    for name, types in _ARGUMENT_TYPES.items():
+        getattr(library, name).argtypes = types
     context = library.seccomp_init(_UNKNOWN)
     if not context:
         raise UserError(f"{LIBRARY}: seccomp_init failed")
     try:
         _call(library.seccomp_attr_set, context, _BAD_ARCHITECTURE, _KILL)
-        _call(library.seccomp_attr_set, context, _OPTIMIZE, 2)  # a tree of comparisons, not a chain
-        _add_rules(library, context, signals)
+        _call(library.seccomp_attr_set, context, _OPTIMIZE, 2)  # binary search instead of a chain of comparisons
+        _add_rules(library, context, allow_signals)
         return _export(library, context)
     finally:
         library.seccomp_release(context)
 
 
-def _add_rules(library: ctypes.CDLL, context: int, signals: bool) -> None:
+def _add_rules(library: ctypes.CDLL, context: int, allow_signals: bool) -> None:
     def add(action: int, name: str, *conditions: tuple[int, int, int, int]) -> None:
         number = library.seccomp_syscall_resolve_name(name.encode())
-        if number >= 0:  # else this architecture, or this version of the library, does not know the call
-            array = (_Compare * len(conditions))(*(_Compare(*condition) for condition in conditions))
+        if number >= 0:  # negative: unknown to this architecture or version of the library
+            array = (_Condition * len(conditions))(*(_Condition(*condition) for condition in conditions))
             _call(library.seccomp_rule_add_array, context, action, number, len(conditions), array)
 
-    allowed = {*_ALLOWED.split(), *(_SIGNALS if signals else ())}
+    allowed = {*_ALLOWED.split(), *(_SIGNALS if allow_signals else ())}
     for name in allowed:
         add(_ALLOW, name)
     for name in {*_DENIED.split()} - allowed:
@@ -134,7 +133,7 @@ def _add_rules(library: ctypes.CDLL, context: int, signals: bool) -> None:
     add(_DENY, "clone", (0, _MASKED_EQUAL, _CLONE_THREAD, 0))
     add(_ALLOW, "socketpair", (0, _EQUAL, _AF_UNIX, 0))
     add(_DENY, "socketpair", (0, _NOT_EQUAL, _AF_UNIX, 0))
-    add(_ALLOW, "prlimit64", (0, _EQUAL, 0, 0))  # 0: the process that asks
+    add(_ALLOW, "prlimit64", (0, _EQUAL, 0, 0))  # 0: the calling process
     add(_DENY, "prlimit64", (0, _NOT_EQUAL, 0, 0))
     add(_ALLOW, "mmap", (3, _MASKED_EQUAL, _MAP_STACK, 0))
     add(_ALLOW, "mmap", (3, _MASKED_EQUAL, _MAP_STACK, _MAP_STACK), (1, _GREATER_EQUAL, MIN_STACK_BYTES, 0))
@@ -144,9 +143,9 @@ def _add_rules(library: ctypes.CDLL, context: int, signals: bool) -> None:
 
 
 def _call(function: Callable[..., int], *arguments: object) -> None:
-    answer = function(*arguments)
-    if answer < 0:
-        raise UserError(f"{LIBRARY}: {function.__name__}{arguments[1:]} failed: {os.strerror(-answer)}")
+    code = function(*arguments)
+    if code < 0:
+        raise UserError(f"{LIBRARY}: {function.__name__}{arguments[1:]} failed: {os.strerror(-code)}")
 
 
 def _export(library: ctypes.CDLL, context: int) -> bytes:
