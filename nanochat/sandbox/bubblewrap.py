@@ -364,7 +364,7 @@ def _pipe() -> tuple[IO[bytes], IO[bytes]]:
 def _sealed_file(content: bytes) -> IO[bytes]:
     """Return an unnamed file with this content, at its start; immutable on Linux."""
     if sys.platform != "linux":
-        file = tempfile.TemporaryFile(buffering=0)
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (the caller closes it)
         file.write(content)
         file.seek(0)
         return file

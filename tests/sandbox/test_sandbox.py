@@ -1,7 +1,9 @@
-"""Sandbox: what a program may do, what it may not, how it is told, and that nothing of it is left behind."""
+"""The sandbox: what a program may do, what is refused, how it is reported, and that it leaves nothing behind."""
 
+import contextlib
 import functools
 import json
+import math
 import os
 import re
 import resource
@@ -26,36 +28,37 @@ from nanochat.sandbox import bubblewrap as sandbox
 
 ROOT = Path(__file__).parents[2]
 MIB = sandbox.MIB
-RUNS = int(os.environ.get("NANOCHAT_SANDBOX_RUNS", "200"))
-"""Runs of the test for leaks."""
 
 
 def processes(mark: str) -> list[int]:
-    """Return the processes whose command line holds `mark`."""
-    found = []
+    """Return the processes whose command line contains `mark`."""
+    pids = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):  # exited meanwhile
             if mark.encode() in entry.read_bytes():
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue  # ended meanwhile
-    return found
+                pids.append(int(entry.parent.name))
+    return pids
+
+
+def wait_for_processes(mark: str, count: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while len(processes(mark)) != count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(processes(mark)) == count
 
 
 def descriptors() -> dict[str, str]:
-    """Return what the descriptors of this process are, sockets and pipes among them."""
-    found = {}
+    """Return {descriptor: what it is} of this process."""
+    targets = {}
     for entry in os.listdir("/proc/self/fd"):
-        try:
-            found[entry] = os.readlink(f"/proc/self/fd/{entry}")
-        except OSError:
-            continue  # the one that listed them
-    return found
+        with contextlib.suppress(OSError):  # the one that lists them
+            targets[entry] = os.readlink(f"/proc/self/fd/{entry}")
+    return targets
 
 
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """Mark the processes of this test, then hold that no process, descriptor, mount or temporary file is left."""
+    """Mark the processes of a test, and check that no process, descriptor, mount or temporary file is left."""
     mark, text = f"# {uuid.uuid4()}", sandbox._jail()
     monkeypatch.setattr(sandbox, "_jail", lambda: f"{text}\n{mark}\n")
     temporary = tmp_path / "temporary"
@@ -73,9 +76,8 @@ def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def kernel(mark: str) -> str:
-    """Skip where the kernel does not isolate."""
-    reason = sandbox.available()
-    if reason:
+    """Skip the test if the kernel does not isolate."""
+    if reason := sandbox.available():
         pytest.skip(reason)
     return mark
 
@@ -86,23 +88,23 @@ def run(code: str, **options: float) -> Result:
 
 ATTEMPT = """
 import ctypes, os
-def attempt(door, *arguments):
+def attempt(function, *arguments):
     try:
-        print("OPEN", door, arguments, door(*arguments))
+        print("ALLOWED", function, arguments, function(*arguments))
     except OSError as error:
         print("refused:", os.strerror(error.errno))
 """
 
 
-def refusals(code: str) -> Result:
-    """Run code that tries doors with `attempt`; all of them have to be shut, and the program goes on."""
+def run_attempts(code: str) -> Result:
+    """Run code that calls `attempt`; every attempt has to be refused, and the program to complete."""
     result = run(ATTEMPT + textwrap.dedent(code))
     assert result.success, result
-    assert "refused:" in result.stdout and "OPEN" not in result.stdout, result.stdout
+    assert "refused:" in result.stdout and "ALLOWED" not in result.stdout, result.stdout
     return result
 
 
-def test_success(kernel: str) -> None:
+def test_output_of_a_successful_program(kernel: str) -> None:
     result = run("import sys\nprint('häl', 'lo')\nprint('warn', file=sys.stderr)\nprint(sys.stdin.read() == '')")
     assert result.success and result.error is None
     assert (result.stdout, result.stderr) == ("häl lo\nTrue\n", "warn\n")
@@ -110,7 +112,7 @@ def test_success(kernel: str) -> None:
     assert 0 < result.seconds < 5
 
 
-def test_an_error_is_told_with_the_line(kernel: str) -> None:
+def test_error_shows_the_traceback_of_the_program(kernel: str) -> None:
     result = run("def f(x):\n    return 1 / x\nf(0)")
     assert not result.success and result.error == "ZeroDivisionError: division by zero"
     assert result.stderr.startswith('Traceback (most recent call last):\n  File "program.py", line 3, in <module>')
@@ -134,16 +136,13 @@ def test_an_error_is_told_with_the_line(kernel: str) -> None:
         ("import sys\nsys.exit(0)", "SystemExit: 0 .*before its last line"),
         ("raise SystemExit", "SystemExit .*before its last line"),
         ("import os\nos._exit(0)", "exited with code 0 before its last line"),
-        ("import os, threading\nthreading.Thread(target=os._exit, args=(0,)).start()\nwhile True: pass", "exited with code 0"),
+        ("import os, threading\nthreading.Thread(target=os._exit, args=(0,)).start()\nwhile True: 1", "code 0 before"),
         ("import atexit, os\natexit.register(os._exit, 0)", "exited with code 0"),
         ("import os\nos.closerange(0, 256)", "exited with code"),
-        (
-            "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'=' * 9999)\n    except OSError: pass\n1 / 0",
-            ".+",
-        ),
+        ("import os\nfor fd in range(3, 64):\n  try: os.write(fd, b'=' * 9999)\n  except OSError: pass\n1 / 0", ".+"),
     ],
 )
-def test_only_the_last_line_is_success(kernel: str, code: str, error: str) -> None:
+def test_program_that_does_not_complete_its_last_line_fails(kernel: str, code: str, error: str) -> None:
     result = run(code)
     assert not result.success
     assert result.error is not None
@@ -170,12 +169,12 @@ def test_only_the_last_line_is_success(kernel: str, code: str, error: str) -> No
         "signal.setitimer(signal.ITIMER_REAL, 9)\ntime.sleep(0.001)\nmmap.mmap(-1, 9)",
     ],
 )
-def test_what_ordinary_programs_do_works(kernel: str, code: str) -> None:
+def test_ordinary_programs_work(kernel: str, code: str) -> None:
     result = run(code)
     assert result.success, result
 
 
-def test_the_same_program_prints_the_same(kernel: str) -> None:
+def test_hash_seed_is_fixed(kernel: str) -> None:
     assert len({run("print({'a', 'b', 'c', 'd', 'e', 'f'})").stdout for _ in range(4)}) == 1
 
 
@@ -191,15 +190,14 @@ def test_the_same_program_prints_the_same(kernel: str) -> None:
         "9 ** 9 ** 9",
     ],
 )
-def test_endless(kernel: str, code: str) -> None:
+def test_endless_programs_time_out(kernel: str, code: str) -> None:
     result = run(code, timeout_seconds=0.4)
     assert not result.success and result.timed_out and not result.memory_exceeded
     assert result.error == "timed out after 0.4 s"
     assert 0.4 <= result.seconds < 3
 
 
-def test_processor_time_is_limited_by_the_kernel_too(kernel: str) -> None:
-    # Four threads that leave the interpreter's lock use up the processor's second before the clock's.
+def test_cpu_time_is_limited(kernel: str) -> None:
     code = """
         import resource, signal, time
         soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
@@ -217,22 +215,27 @@ def test_processor_time_is_limited_by_the_kernel_too(kernel: str) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "import os\nwhile True: os.fork()",
         "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'pass'])",
-        "import multiprocessing\nmultiprocessing.Process(target=print).start()",
-        "import os\nos.posix_spawn('/usr/bin/true', ['true'], {})",
-        "import os, sys\nos.execv(sys.executable, ['python', '-c', ''])",
         "import threading, time\nthreading.stack_size(32768)\n"
         "while True: threading.Thread(target=time.sleep, args=(99,)).start()",
         "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
     ],
 )
-def test_fork_and_thread_bombs(kernel: str, code: str) -> None:
+def test_fork_and_thread_bombs_fail(kernel: str, code: str) -> None:
     result = run(code, timeout_seconds=0.5)
     assert not result.success
-    refusals = "Operation not permitted", "Function not implemented", "can't start new thread"
-    assert any(refusal in str(result.error) for refusal in refusals) or result.timed_out
+    assert "can't start new thread" in str(result.error) or result.timed_out
+
+
+def test_processes_cannot_be_created(kernel: str) -> None:
+    run_attempts("""
+        import multiprocessing, subprocess, sys
+        attempt(os.fork)
+        attempt(subprocess.run, [sys.executable, "-c", "pass"])
+        attempt(multiprocessing.Process(target=print).start)
+        attempt(os.posix_spawn, "/usr/bin/true", ["true"], {})
+        attempt(os.execv, sys.executable, ["python", "-c", ""])
+    """)
 
 
 @pytest.mark.parametrize(
@@ -245,20 +248,19 @@ def test_fork_and_thread_bombs(kernel: str, code: str) -> None:
         "x = {}\nwhile True: x[str(len(x))] = len(x)",
     ],
 )
-def test_memory_bombs(kernel: str, code: str) -> None:
+def test_memory_bombs_are_reported_as_such(kernel: str, code: str) -> None:
     result = run(code, timeout_seconds=30)
     assert not result.success and result.memory_exceeded and not result.timed_out
     assert str(result.error).startswith("MemoryError")
 
 
-def test_memory_beside_the_address_space(kernel: str) -> None:
-    """A folder in memory, files without bytes, shared memory, maps: none of them goes around the limit."""
+def test_files_maps_and_pipes_cannot_exceed_the_memory_limit(kernel: str) -> None:
     result = run("""
         import mmap, os
-        def fill(door):
+        def fill(allocate):
             done = 0
             try:
-                while True: done += door(done)
+                while True: done += allocate(done)
             except (OSError, MemoryError) as error:
                 print(done, type(error).__name__)
         def write(done):
@@ -283,7 +285,7 @@ def test_memory_beside_the_address_space(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_gigabyte_of_output(kernel: str, stream: str) -> None:
+def test_output_is_limited_without_buffering_it(kernel: str, stream: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = run(f"import sys\nfor _ in range(1000): sys.{stream}.write('x' * 10**6)", max_output_bytes=100_000)
     assert not result.success and result.error == "wrote more than 100000 bytes"
@@ -293,45 +295,39 @@ def test_a_gigabyte_of_output(kernel: str, stream: str) -> None:
     assert exact.success and len(getattr(exact, stream)) == 100_000
 
 
-def test_writes(kernel: str, tmp_path: Path) -> None:
+def test_only_the_private_tmp_is_writable(kernel: str, tmp_path: Path) -> None:
     package = Path(str(nanochat.__file__)).parent
     name = f"written-{uuid.uuid4()}"
-    places = [
-        Path.home(),
-        package,
-        ROOT,
-        tmp_path,
-        Path(sys.base_prefix) / "lib",
-        *map(Path, ("/", "/usr/lib", "/dev")),
-    ]
-    places += [Path("/etc"), Path("/dev/shm"), Path("/var/tmp"), Path("/tmp")]
+    folders = [Path.home(), package, ROOT, tmp_path, Path(sys.base_prefix) / "lib"]
+    folders += [Path(folder) for folder in ("/", "/usr/lib", "/dev", "/etc", "/dev/shm", "/var/tmp", "/tmp")]
     result = run(f"""
         import os
-        for place in {list(map(str, places))}:
+        for folder in {list(map(str, folders))}:
             try:
-                open(place + "/{name}", "w").write("x")
+                open(folder + "/{name}", "w").write("x")
             except OSError:
                 continue
-            print(place)
+            print(folder)
         print(os.listdir())
     """)
     assert result.success and result.stdout == f"/tmp\n['{name}']\n", result  # its own /tmp
-    assert [place for place in places if (place / name).exists()] == []
-    refusals(f"""
-        attempt(os.remove, {str(package / "sandbox.py")!r})
+    assert [folder for folder in folders if (folder / name).exists()] == []
+    run_attempts(f"""
+        attempt(os.remove, {sandbox.__file__!r})
         attempt(os.remove, os.__file__)
         attempt(os.chmod, os.__file__, 0)
         attempt(os.truncate, os.__file__, 0)
     """)
 
 
-def test_reads(kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_files_and_environment_of_the_host_are_hidden(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("API_SECRET", "in-the-environment")
     (tmp_path / "secret").write_text("in-a-file")
     paths = ["/etc/passwd", "/etc/hostname", "/proc/1/environ", "/proc/self/environ", str(tmp_path / "secret")]
-    paths += [f"/proc/{os.getpid()}/environ", f"/proc/{os.getppid()}/environ", str(Path.home() / ".bashrc")]
-    paths += [str(Path(sandbox.__file__))]
-    result = refusals(f"""
+    paths += [f"/proc/{os.getpid()}/environ", str(Path.home() / ".bashrc"), str(sandbox.__file__)]
+    result = run_attempts(f"""
         for path in {paths}:
             attempt(open, path)
         for path in ("/etc", "/proc", "/sys", "/home", "/var", "/dev/shm", {str(ROOT)!r}):
@@ -351,9 +347,9 @@ def listener() -> socket.socket:
     return server
 
 
-def test_network(kernel: str) -> None:
+def test_network_is_unreachable(kernel: str) -> None:
     with listener() as server:
-        refusals(f"""
+        run_attempts(f"""
             import socket, urllib.request
             attempt(socket.create_connection, {server.getsockname()}, 1)
             attempt(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
@@ -367,7 +363,7 @@ def test_network(kernel: str) -> None:
             server.accept()
 
 
-def test_killing(kernel: str) -> None:
+def test_processes_outside_cannot_be_signaled(kernel: str) -> None:
     result = run(f"""
         import os, signal
         for pid in (os.getppid(), {os.getpid()}, {os.getppid()}, 1, 0, -1):
@@ -378,78 +374,61 @@ def test_killing(kernel: str) -> None:
                 except OSError as error:
                     print(error.strerror)
     """)
-    assert result.success, result  # the first process of its namespace is not to be killed from within
+    assert result.success, result
     assert result.stdout.count("No such process") >= 4
 
 
-def test_ctypes(kernel: str) -> None:
-    """Straight to the C library and the kernel, past all that Python would check."""
+def test_system_calls_through_ctypes_are_refused(kernel: str) -> None:
     with listener() as server:
         result = run(f"""
             import ctypes, os
             libc = ctypes.CDLL(None, use_errno=True)
-            def call(name, *arguments):
+            def call(function, *arguments, name=None):
                 ctypes.set_errno(0)
-                answer = getattr(libc, name)(*arguments)
-                print(name, "refused" if answer == -1 else f"OPEN {{answer}}", os.strerror(ctypes.get_errno()))
+                code = getattr(libc, function)(*arguments)
+                outcome = "refused" if code == -1 else "ALLOWED"
+                print(outcome, name or function, code, os.strerror(ctypes.get_errno()))
             zero = ctypes.c_long(0)
-            call("fork")
-            call("vfork")
-            call("socket", 2, 1, 0)
-            call("socketpair", 2, 1, 0, (ctypes.c_int * 2)())
-            call("kill", {os.getpid()}, 9)
-            call("kill", {os.getpid()}, 0)
-            print("system", "refused" if libc.system(b"true") in (-1, 127 << 8) else "OPEN")
-            call("execv", b"/bin/sh", None)
-            call("unshare", 0x10000000)
-            call("unshare", 0x20000)
-            call("setns", 0, 0)
-            call("mount", b"tmpfs", b"/tmp", b"tmpfs", zero, None)
-            call("umount2", b"/tmp", 2)
-            call("chroot", b"/tmp")
-            call("ptrace", 16, 1, zero, zero)
-            call("process_vm_readv", 1, None, zero, None, zero, zero)
-            call("memfd_create", b"x", 0)
-            call("shmget", 0, 4096, 0o1600)
-            call("semget", 0, 1, 0o1600)
-            call("msgget", 0, 0o1600)
-            call("inotify_init1", 0)
-            call("personality", zero)
-            call("prctl", 4, zero, zero, zero, zero)
-            call("prctl", 22, zero, None)
-            call("prlimit", 1, 7, None, None)
-            call("ioctl", 0, 0x5412, b"x")
-            call("setuid", 0)
-            call("sethostname", b"x", 1)
-            call("reboot", 0)
-            call("swapon", b"x", 0)
-            for name, number in {{"clone3": 435, "io_uring_setup": 425, "pidfd_open": 434, "bpf": 321, "keyctl": 250,
-                                 "perf_event_open": 298, "userfaultfd": 323, "add_key": 248, "kexec_load": 246,
-                                 "memfd_secret": 447, "pidfd_getfd": 438, "open_by_handle_at": 304, 
-                                 "fsopen": 430, "mount_setattr": 442, "landlock": 444, "clone": 56}}.items():
+            for function, *arguments in [
+                ("fork",), ("vfork",), ("execv", b"/bin/sh", None), ("kill", {os.getpid()}, 9),
+                ("kill", {os.getpid()}, 0),
+                ("socket", 2, 1, 0), ("socketpair", 2, 1, 0, (ctypes.c_int * 2)()), ("unshare", 0x10000000),
+                ("unshare", 0x20000), ("setns", 0, 0), ("mount", b"tmpfs", b"/tmp", b"tmpfs", zero, None),
+                ("umount2", b"/tmp", 2), ("chroot", b"/tmp"), ("ptrace", 16, 1, zero, zero),
+                ("process_vm_readv", 1, None, zero, None, zero, zero), ("memfd_create", b"x", 0),
+                ("shmget", 0, 4096, 0o1600), ("semget", 0, 1, 0o1600), ("msgget", 0, 0o1600), ("inotify_init1", 0),
+                ("personality", zero), ("prctl", 4, zero, zero, zero, zero), ("prctl", 22, zero, None),
+                ("prlimit", 1, 7, None, None), ("ioctl", 0, 0x5412, b"x"), ("setuid", 0), ("sethostname", b"x", 1),
+                ("reboot", 0), ("swapon", b"x", 0),
+            ]:
+                call(function, *arguments)
+            print("refused" if libc.system(b"true") in (-1, 127 << 8) else "ALLOWED", "system")
+            for name, number in dict(
+                clone3=435, io_uring_setup=425, pidfd_open=434, bpf=321, keyctl=250, perf_event_open=298,
+                userfaultfd=323, add_key=248, kexec_load=246, memfd_secret=447, pidfd_getfd=438, open_by_handle_at=304,
+                fsopen=430, mount_setattr=442, landlock=444, clone=56,
+            ).items():
                 if os.uname().machine == "x86_64":
-                    print(end=name + " ")
-                    call("syscall", ctypes.c_long(number), ctypes.c_long(17), zero, zero, zero, zero)
+                    call("syscall", ctypes.c_long(number), ctypes.c_long(17), zero, zero, zero, zero, name=name)
         """)
         with pytest.raises(TimeoutError):
             server.accept()
     assert result.success, result
     lines = result.stdout.splitlines()
-    assert len(lines) >= 29 and [line for line in lines if "refused" not in line] == []
+    assert len(lines) >= 30 and [line for line in lines if not line.startswith("refused")] == []
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86-64 has further tables of system calls")
-def test_another_table_of_system_calls_is_no_way_around(kernel: str) -> None:
+def test_x32_system_calls_kill_the_program(kernel: str) -> None:
     result = run("import ctypes\nctypes.CDLL(None).syscall(ctypes.c_long(2**30 + 39))")  # x32's getpid
     assert result.error == "killed by SIGSYS"
 
 
-def test_reaching_os_through_objects(kernel: str, tmp_path: Path) -> None:
+def test_os_reached_through_object_internals_is_refused(kernel: str, tmp_path: Path) -> None:
     made = tmp_path / "made"
-    result = run(
-        f"""
-        found = [c for c in ().__class__.__base__.__subclasses__() if c.__name__ == "_wrap_close"][0]
-        os_globals = found.__init__.__globals__
+    result = run(f"""
+        wrap_close = [c for c in ().__class__.__base__.__subclasses__() if c.__name__ == "_wrap_close"][0]
+        os_globals = wrap_close.__init__.__globals__
         print(os_globals["system"]("touch {made}"))
         try: os_globals["popen"]("touch {made}")
         except OSError as error: print(error.strerror)
@@ -457,22 +436,16 @@ def test_reaching_os_through_objects(kernel: str, tmp_path: Path) -> None:
         except OSError as error: print(error.strerror)
         import sys
         frame = sys._getframe()
-        while frame: system, frame = frame.f_globals.get("os"), frame.f_back
-        print(system.system("touch {made}"))
-    """.replace('__builtins__["open"]', "open")
-    )
+        while frame: os, frame = frame.f_globals.get("os"), frame.f_back
+        print(os.system("touch {made}"))
+    """)
     assert result.success, result
-    assert result.stdout.split("\n") == [
-        "32512",  # as the shell says that it could not be started
-        "Operation not permitted",
-        "No such file or directory",
-        "32512",
-        "",
-    ]
+    # 32512: the shell could not be started
+    assert result.stdout == "32512\nOperation not permitted\nNo such file or directory\n32512\n"
     assert not made.exists()
 
 
-def test_deleting_its_own_folder(kernel: str) -> None:
+def test_program_may_delete_its_own_folder(kernel: str) -> None:
     result = run("""
         import os, shutil
         os.makedirs("a/b/c")
@@ -500,8 +473,7 @@ for _ in range(3):
 
 
 @pytest.mark.parametrize("end", ["print('end')", "while True: pass"])
-def test_namespaces_hold_without_the_filter(kernel: str, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    """The layers hold one by one: with all calls allowed, grandchildren die, and nothing outside is reached."""
+def test_namespaces_isolate_without_the_filter(kernel: str, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     monkeypatch.setattr(sandbox, "_filter", lambda weak: b"")
     monkeypatch.setattr(sandbox, "_jail", lambda jail=sandbox._jail: jail().replace('"RLIMIT_NPROC"', '"RLIMIT_CORE"'))
     with listener() as server:
@@ -524,7 +496,7 @@ print("made", flush=True)
     assert result.stdout.splitlines() == expected
 
 
-def test_nothing_runs_on_when_the_parent_is_killed(kernel: str) -> None:
+def test_killing_the_parent_kills_the_program(kernel: str) -> None:
     code = "import time\nprint(1, flush=True)\ntime.sleep(1000)"
     program = "from nanochat.sandbox import bubblewrap as sandbox\njail = sandbox._jail()\n"
     program += f"sandbox._jail = lambda: jail + {kernel!r}\n"
@@ -532,72 +504,54 @@ def test_nothing_runs_on_when_the_parent_is_killed(kernel: str) -> None:
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT)
     assert parent.stdout
     parent.stdout.readline()
-    deadline = time.monotonic() + 30
-    while len(processes(kernel)) < 4 and time.monotonic() < deadline:  # the parent, bubblewrap twice, the interpreter
-        time.sleep(0.01)
-    assert len(processes(kernel)) == 4
+    wait_for_processes(kernel, 4, 30)  # the parent, bubblewrap twice, the interpreter
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 10
-    while processes(kernel) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert processes(kernel) == []
+    wait_for_processes(kernel, 0, 10)
 
 
-def test_many_runs_leave_nothing(kernel: str) -> None:
+def test_repeated_runs_leak_nothing(kernel: str) -> None:
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     for _ in range(10):
         assert run("pass").success
-    before, memory, started = descriptors(), resident_bytes(), time.monotonic()
-    for number in range(RUNS):
+    before, memory = descriptors(), resident_bytes()
+    for number in range(50):
         assert run(f"print({number})").stdout == f"{number}\n"
-    seconds = time.monotonic() - started
-    print(
-        f"{RUNS} runs: {seconds / RUNS * 1e3:.1f} ms each, memory grew by {(resident_bytes() - memory) / 1024:.0f} KiB"
-    )
     assert processes(kernel) == [] and descriptors() == before
-    assert resident_bytes() - memory < 4 * MIB
+    assert resident_bytes() - memory < 2 * MIB
 
 
-def test_eight_at_once(kernel: str) -> None:
-    codes = [
-        "print({n})",
-        "1 / 0",
-        "while True: pass",
-        "x = 'a' * 10**9",
-        "while True: print('x' * 10**5)",
-        "print({n})",
-    ]
+def test_concurrent_runs(kernel: str) -> None:
+    codes = ["print({n})", "1 / 0", "while True: pass", "x = 'a' * 10**9", "while True: print('x' * 10**5)"]
 
     def one(n: int) -> tuple[int, Result]:
         return n, run(codes[n % len(codes)].format(n=n), timeout_seconds=1.5)
 
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(one, range(48)))
+        results = list(pool.map(one, range(24)))
     for n, result in results:
         kind = n % len(codes)
-        assert result.success == (kind in (0, 5)), (n, result)
-        if kind in (0, 5):
-            assert result.stdout == f"{n}\n"
+        assert result.success == (kind == 0) and (kind != 0 or result.stdout == f"{n}\n"), (n, result)
         assert result.timed_out == (kind == 2) and result.memory_exceeded == (kind == 3), (n, result)
 
 
-def test_limits_are_the_callers(kernel: str) -> None:
+def test_limits_are_arguments(kernel: str) -> None:
     code = "x = bytearray(150 * 2**20)"
     assert run(code).success
     assert run(code, memory_bytes=128 * MIB).memory_exceeded
     assert run("pass", memory_bytes=sandbox.MIN_MEMORY_BYTES).success
-    for options in (
-        {"timeout_seconds": 0},
-        {"timeout_seconds": float("nan")},
-        {"memory_bytes": 1},
-        {"max_output_bytes": -1},
-    ):
-        with pytest.raises(UserError, match=next(iter(options))):
-            run("pass", **options)
+    out_of_range = [
+        ("timeout_seconds", 0),
+        ("timeout_seconds", math.nan),
+        ("memory_bytes", 1),
+        ("max_output_bytes", -1),
+    ]
+    for name, value in out_of_range:
+        with pytest.raises(UserError, match=name):
+            run("pass", **{name: value})
     assert run("x = 1\n" * 10**5).success  # a program of 600 kB
 
 
@@ -605,7 +559,7 @@ HUMANEVAL = json.loads((ROOT / "tests/data/humaneval.json").read_text())
 
 
 @pytest.mark.parametrize("task", HUMANEVAL, ids=lambda task: task["entry_point"])
-def test_humaneval(kernel: str, task: dict[str, str]) -> None:
+def test_humaneval_solutions(kernel: str, task: dict[str, str]) -> None:
     check = f"{task['test']}\ncheck({task['entry_point']})"
     result = run(f"{task['prompt']}{task['canonical_solution']}\n{check}")
     assert result.success, result
@@ -615,35 +569,34 @@ def test_humaneval(kernel: str, task: dict[str, str]) -> None:
     assert not left.success
 
 
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `available` be found out anew, here and after the test."""
+def clear_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "available", functools.cache(sandbox.available.__wrapped__))
     monkeypatch.setattr(bubblewrap, "command", bubblewrap.command.__wrapped__)
     monkeypatch.setattr(seccomp, "compile_filter", seccomp.compile_filter.__wrapped__)
 
 
-def refused(match: str) -> None:
+def assert_unavailable(match: str) -> None:
     assert match in str(sandbox.available())
     with pytest.raises(UserError, match="weak=True"):
         run("pass")
     assert run("print(1)", weak=True).success
 
 
-def test_without_bubblewrap(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
-    fresh(monkeypatch)
+def test_missing_bubblewrap_is_reported(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    clear_caches(monkeypatch)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    refused("apt-get install bubblewrap")
+    assert_unavailable("apt-get install bubblewrap")
 
 
-def test_without_libseccomp(monkeypatch: pytest.MonkeyPatch, mark: str, tmp_path: Path) -> None:
-    fresh(monkeypatch)
+def test_missing_libseccomp_is_reported(monkeypatch: pytest.MonkeyPatch, mark: str, tmp_path: Path) -> None:
+    clear_caches(monkeypatch)
     monkeypatch.setattr("shutil.which", lambda name: "/bin/false")
     monkeypatch.setattr(seccomp, "LIBRARY", "libseccomp-none.so")
-    refused("apt-get install libseccomp2")
+    assert_unavailable("apt-get install libseccomp2")
 
 
-def test_where_namespaces_are_forbidden(monkeypatch: pytest.MonkeyPatch, mark: str, tmp_path: Path) -> None:
-    fresh(monkeypatch)
+def test_forbidden_namespaces_are_reported(monkeypatch: pytest.MonkeyPatch, mark: str, tmp_path: Path) -> None:
+    clear_caches(monkeypatch)
     fake = tmp_path / "bwrap"
     fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -652,18 +605,17 @@ def test_where_namespaces_are_forbidden(monkeypatch: pytest.MonkeyPatch, mark: s
         seccomp.compile_filter(allow_signals=True)
     except UserError as error:
         pytest.skip(str(error))
-    refused("No permissions to create new namespace")
+    assert_unavailable("No permissions to create new namespace")
     assert "apparmor" in str(sandbox.available())
 
 
-def test_an_open_door_is_found(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh(monkeypatch)
+def test_probe_detects_missing_isolation(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clear_caches(monkeypatch)
     monkeypatch.setattr(sandbox, "_filter", lambda weak: b"")
     assert "is allowed" in str(sandbox.available())
 
 
-def test_weak(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the kernel's namespaces: the limits and an empty environment, and a folder that goes away."""
+def test_weak_mode(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_SECRET", "in-the-environment")
     result = run("import os\nopen('x', 'w').write('y')\nprint(os.listdir(), os.getcwd())\nprint(os.environ)", weak=True)
     assert result.success and result.stdout.startswith("['x']") and "API_SECRET" not in result.stdout
@@ -675,22 +627,18 @@ def test_weak(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("import os\nos.abort()", weak=True).error == "killed by SIGABRT"
 
 
-def test_weak_with_the_filter(mark: str) -> None:
+def test_weak_mode_uses_the_filter(mark: str) -> None:
     try:
         seccomp.compile_filter(allow_signals=False)
     except UserError as error:
         pytest.skip(str(error))
-    for code in (
-        "os.fork()",
-        f"os.kill({os.getpid()}, 9)",
-        "__import__('socket').socket()",
-        "os.execv('/bin/true', ['x'])",
-    ):
+    kill = f"os.kill({os.getpid()}, 9)"
+    for code in ("os.fork()", kill, "__import__('socket').socket()", "os.execv('/bin/true', ['x'])"):
         assert str(run(f"import os\n{code}", weak=True).error).startswith("PermissionError"), code
 
 
 @pytest.mark.parametrize("end", ["print('end')", "while True: pass", "os._exit(0)"])
-def test_weak_without_the_filter_ends_its_group(mark: str, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+def test_weak_mode_kills_its_process_group(mark: str, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     monkeypatch.setattr(sandbox, "_filter", lambda weak: b"")
     monkeypatch.setattr(sandbox, "_jail", lambda jail=sandbox._jail: jail().replace('"RLIMIT_NPROC"', '"RLIMIT_CORE"'))
     started = time.monotonic()
@@ -698,9 +646,7 @@ def test_weak_without_the_filter_ends_its_group(mark: str, monkeypatch: pytest.M
     result = run(code, weak=True, timeout_seconds=0.7)
     assert result.success == ("end" in end)
     assert time.monotonic() - started < 20
-    deadline = time.monotonic() + 5  # init reaps the orphan
-    while processes(mark) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for_processes(mark, 0, 5)  # init reaps the orphan
 
 
 def test_command_line(kernel: str, tmp_path: Path) -> None:
@@ -713,7 +659,7 @@ def test_command_line(kernel: str, tmp_path: Path) -> None:
     assert done.returncode == 1 and "ZeroDivisionError: division by zero (" in done.stderr
 
 
-def test_needs_no_torch() -> None:
+def test_import_needs_no_torch() -> None:
     code = "import sys\nfrom nanochat import sandbox\nsandbox.run\n"
     code += "assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
