@@ -153,7 +153,7 @@ def measure(config: Config, bot: Model, task: core_bundle.CoreTask, here: Runtim
             synchronize(here.device)
             best[way] = min(best[way], time.perf_counter() - start)
             best_cpu[way] = min(best_cpu[way], time.process_time() - start_cpu)
-    wrong = sum(a.right != b.right for a, b in zip(*answers))
+    wrong = sum(a.is_correct != b.is_correct for a, b in zip(*answers))
     if wrong and bot.params["wte"].dtype == torch.float32:
         raise RuntimeError(f"{task.label}: {wrong} of {len(asked)} rows are answered differently")
     prompts = [prompt for question in asked for prompt in question.prompts]

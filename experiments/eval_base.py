@@ -289,7 +289,7 @@ def core_score(job: Job) -> tuple[dict[str, float], dict[str, str]]:
     table = job.folder / f"core_{bot.step}.csv"
     with distributed.raise_on_any_failure(job.line):
         if job.runtime.is_main:
-            write(table, eval.core.table(results))
+            write(table, eval.core.to_csv(results))
     print("\n".join(summary(config, results, table)))
     return as_metrics(results), {f"core/{label}": reason for label, reason in results.failed.items()}
 
@@ -320,7 +320,7 @@ def task_keys(job: Job, bundle: Bundle) -> dict[str, str]:
     keys = {}
     for label in bundle.entries:
         with contextlib.suppress(UserError):  # it is said when the task's turn has come
-            digest = core_bundle.digest(core_bundle.load(bundle, label, job.config.max_per_task))
+            digest = core_bundle.task_hash(core_bundle.load(bundle, label, job.config.max_per_task))
             keys[label] = hashlib.sha256(json.dumps([model, digest]).encode()).hexdigest()
     return keys
 

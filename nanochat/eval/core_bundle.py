@@ -1,14 +1,13 @@
-"""The bundle of the CORE evaluation on disk: its tasks, their rows in the order of evaluation, what guessing scores.
+"""The CORE eval bundle on disk: tasks, their rows in the order of evaluation, and random baselines.
 
     core.yaml              icl_tasks: label, icl_task_type, dataset_uri, num_fewshot [n], continuation_delimiter
     eval_meta_data.csv     "Eval Task", "Random baseline" in percent
     eval_data/<uri>        the rows, a JSON object a line:
-        multiple_choice    query, choices, gold (index of the right one)
+        multiple_choice    query, choices, gold (index of the correct choice)
         schema             context_options, continuation, gold
         language_modeling  context, continuation
 
-A fault in what describes the bundle is one of the bundle; a fault in a task's entry or rows is one of that task.
-Source: DCLM (arXiv 2406.11794), in the selection of nanochat.
+`read` raises errors of the bundle itself, `load` those of one task. Source: DCLM (arXiv 2406.11794).
 """
 
 import csv
@@ -33,12 +32,16 @@ URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
 NUM_TASKS = 22  # of the published bundle
 SHUFFLE_SEED = 1337
-OPTIONS = {"multiple_choice": "choices", "schema": "context_options", "language_modeling": None}
-TEXTS = {"multiple_choice": ("query",), "schema": ("continuation",), "language_modeling": ("context", "continuation")}
+OPTION_FIELDS = {"multiple_choice": "choices", "schema": "context_options", "language_modeling": None}
+TEXT_FIELDS = {
+    "multiple_choice": ("query",),
+    "schema": ("continuation",),
+    "language_modeling": ("context", "continuation"),
+}
 
 
 class Row(NamedTuple):
-    """A row of a task: its number in the file, counted from 1, and its fields."""
+    """A row of a task: its line in the file, counted from 1, and its fields."""
 
     line: int
     fields: Mapping[str, Any]
@@ -46,10 +49,10 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle, as far as it is read before its tasks.
+    """A bundle whose rows are not read yet.
 
     Attributes:
-        folder: where core.yaml lies. entries: label -> the task's entry in core.yaml, in its order.
+        folder: the folder of core.yaml. entries: label -> the task's entry in core.yaml.
         baselines: label -> (line of the CSV, percent as text).
     """
 
@@ -63,9 +66,9 @@ class CoreTask:
     """A task, ready to be evaluated.
 
     Attributes:
-        label: its name. kind: multiple_choice, schema or language_modeling. path: of its rows.
-        num_fewshot: solved rows in front of each. delimiter: between query and answer.
-        baseline: accuracy of guessing, 0 … 1 without 1. rows: shuffled, then cut.
+        kind: multiple_choice, schema or language_modeling. path: the file of the rows.
+        num_fewshot: few-shot examples before each row. delimiter: between query and answer.
+        baseline: accuracy of random guessing, in [0, 1). rows: shuffled, then truncated.
     """
 
     label: str
@@ -78,30 +81,30 @@ class CoreTask:
 
 
 def default_dir() -> Path:
-    """Return the folder where a bundle is looked for, and fetched to."""
+    """Return the folder that the bundle is downloaded to."""
     return base_dir() / "eval_bundle"
 
 
 def fetch(folder: Path | None = None, *, url: str = URL, options: download.Options = download.Options()) -> Path:
-    """Return the folder of the published bundle, which is downloaded and unpacked where it is not there yet.
+    """Download and unpack the published bundle if it is not there yet; return its folder.
 
     Raises:
-        UserError: it could not be fetched, or the disk is full; the same command goes on.
+        UserError: the download failed or the disk is full.
     """
     folder = folder or default_dir()
     if (folder / TASKS_FILE).exists():
         return folder
     archive, unpacked = folder.with_name(f"{folder.name}.zip"), folder.with_name(f".{folder.name}.{os.getpid()}")
     if not archive.exists():
-        download.fetch(url, archive, options, check=_not_a_zip)
+        download.fetch(url, archive, options, check=_zip_problem)
     try:
         with zipfile.ZipFile(archive) as file:
             file.extractall(unpacked)
-        os.replace(_inside(unpacked), folder)
+        os.replace(_bundle_folder(unpacked), folder)
         archive.unlink()
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{archive} cannot be unpacked into {folder} ({error}); delete both to fetch it again, or give the "
+            f"{archive} cannot be unpacked into {folder} ({error}); delete both to download it again, or set the "
             "unpacked folder: --set bundle=…"
         ) from None
     finally:
@@ -109,33 +112,32 @@ def fetch(folder: Path | None = None, *, url: str = URL, options: download.Optio
     return folder
 
 
-def _not_a_zip(path: Path) -> str:
+def _zip_problem(path: Path) -> str:
     return "" if zipfile.is_zipfile(path) else "not a zip file; does a proxy answer in the server's place?"
 
 
-def _inside(folder: Path) -> Path:
-    """Return `folder`, or the folder in it that the zip file was made of."""
+def _bundle_folder(folder: Path) -> Path:
+    """Return `folder`, or its subfolder eval_bundle if the zip file was made of that."""
     below = folder / "eval_bundle"
     return below if (below / TASKS_FILE).exists() and not (folder / TASKS_FILE).exists() else folder
 
 
 def read(folder: Path) -> Bundle:
-    """Read what describes a bundle; rows are read task by task, by `load`.
+    """Read a bundle's task list and baselines, but no rows.
 
     Raises:
-        UserError: it is no bundle: a file or column is missing, or core.yaml lists no tasks.
+        UserError: a file or column is missing, or core.yaml lists no tasks.
     """
-    folder = _inside(Path(folder).expanduser())
+    folder = _bundle_folder(Path(folder).expanduser())
     path = folder / TASKS_FILE
     if not path.exists():
-        raise UserError(f"bundle={folder}: has no {TASKS_FILE}; give the folder of the unpacked eval_bundle.zip")
+        raise UserError(f"bundle={folder}: has no {TASKS_FILE}; set the folder of the unpacked eval_bundle.zip")
     try:
-        content = yaml.safe_load(_text(path))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: is no YAML ({error.problem})") from None
+        content = yaml.safe_load(_read_text(path))
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: is no YAML ({str(error).splitlines()[0]})") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({problem or str(error).splitlines()[0]})") from None
     tasks = content.get("icl_tasks") if isinstance(content, dict) else None
     if not isinstance(tasks, list) or not tasks:
         raise UserError(f"{path}: has no list of icl_tasks")
@@ -143,15 +145,14 @@ def read(folder: Path) -> Bundle:
     for number, entry in enumerate(tasks, start=1):
         label = entry.get("label") if isinstance(entry, dict) else None
         if not isinstance(label, str) or label in entries:
-            raise UserError(
-                f"{path}: task {number} of icl_tasks has {'no label' if not label else f'the label {label} again'}"
-            )
+            problem = f"repeats the label {label}" if label else "has no label"
+            raise UserError(f"{path}: task {number} of icl_tasks {problem}")
         entries[label] = entry
-    return Bundle(folder, entries, _baselines(folder / BASELINES_FILE))
+    return Bundle(folder, entries, _read_baselines(folder / BASELINES_FILE))
 
 
-def _baselines(path: Path) -> dict[str, tuple[int, str]]:
-    rows = csv.DictReader(io.StringIO(_text(path), newline=""))
+def _read_baselines(path: Path) -> dict[str, tuple[int, str]]:
+    rows = csv.DictReader(io.StringIO(_read_text(path), newline=""))
     for column in ("Eval Task", "Random baseline"):
         if column not in (rows.fieldnames or []):
             raise UserError(f"{path}:1: has no column {column!r}")
@@ -159,36 +160,33 @@ def _baselines(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def load(bundle: Bundle, label: str, max_rows: int | None = None) -> CoreTask:
-    """Read a task: its rows are shuffled by the seed of all tasks, then cut.
-
-    Args:
-        label: of the task. max_rows: rows to keep, also for the solved rows in front of others; None: all.
+    """Read a task: shuffle its rows with the seed of all tasks, then keep `max_rows`, also for few-shot examples.
 
     Raises:
-        UserError: the entry is wrong, the file is not there, or a row is not of the task's kind (with file and line).
+        UserError: the task's entry is wrong, its file cannot be read, or a row is malformed (names file and line).
     """
-    entry, where = bundle.entries[label], f"{bundle.folder / TASKS_FILE}: task {label}"
+    entry, prefix = bundle.entries[label], f"{bundle.folder / TASKS_FILE}: task {label}"
     kind = entry.get("icl_task_type")
-    if kind not in OPTIONS:
-        raise UserError(f"{where} has icl_task_type {kind!r}{nearest(str(kind), OPTIONS)}")
+    if kind not in OPTION_FIELDS:
+        raise UserError(f"{prefix} has icl_task_type {kind!r}{nearest(str(kind), OPTION_FIELDS)}")
     shots, delimiter, uri = entry.get("num_fewshot"), entry.get("continuation_delimiter", " "), entry.get("dataset_uri")
     shots = shots[0] if isinstance(shots, list) and len(shots) == 1 else shots
     if not _is_count(shots):
-        raise UserError(f"{where} has num_fewshot {shots!r}; expected a list of one number, [10]")
+        raise UserError(f"{prefix} has num_fewshot {shots!r}; expected a list of one number, [10]")
     if not isinstance(delimiter, str) or not isinstance(uri, str):
-        raise UserError(f"{where}: continuation_delimiter and dataset_uri have to be texts")
+        raise UserError(f"{prefix}: continuation_delimiter and dataset_uri must be strings")
     path = bundle.folder / DATA_FOLDER / uri
-    rows = _rows(path, kind)
+    rows = _read_rows(path, kind)
     random.Random(SHUFFLE_SEED).shuffle(rows)
     rows = rows[:max_rows]
     if len(rows) <= shots:
-        cut = f" (max_per_task={max_rows})" if len(rows) == max_rows else ""
-        raise UserError(f"{path}: {len(rows)} rows{cut}, but {shots} solved ones have to stand before each")
+        limit = f" (max_per_task={max_rows})" if len(rows) == max_rows else ""
+        raise UserError(f"{path}: {len(rows)} rows{limit} are too few for {shots} few-shot examples before each")
     return CoreTask(label, kind, path, shots, delimiter, _baseline(bundle, label), tuple(rows))
 
 
-def digest(task: CoreTask) -> str:
-    """Return a SHA-256 of all that decides a task's prompts and its score, whatever model answers."""
+def task_hash(task: CoreTask) -> str:
+    """Return a SHA-256 of everything that decides a task's prompts and score, except the model."""
     rows = [row.fields for row in task.rows]
     value = [task.label, task.kind, task.num_fewshot, task.delimiter, task.baseline, rows]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -208,36 +206,36 @@ def _baseline(bundle: Bundle, label: str) -> float:
     return 0.01 * percent
 
 
-def _rows(path: Path, kind: str) -> list[Row]:
+def _read_rows(path: Path, kind: str) -> list[Row]:
     rows = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}:{number}: is no JSON ({error})") from None
-        if problem := _problem(fields, kind):
+            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
+        if problem := _row_problem(fields, kind):
             raise UserError(f"{path}:{number}: {problem}")
         rows.append(Row(number, fields))
     return rows
 
 
-def _problem(fields: Any, kind: str) -> str:
-    """Return what makes a row unfit for its kind of task, or nothing."""
+def _row_problem(fields: Any, kind: str) -> str:
+    """Return what is wrong with a row, or an empty string."""
     if not isinstance(fields, dict):
         return "expected an object"
-    for name in TEXTS[kind]:
+    for name in TEXT_FIELDS[kind]:
         if not isinstance(fields.get(name), str):
-            return f"{name} is {'no text' if name in fields else 'missing'}; a {kind} row has it"
-    name = OPTIONS[kind]
+            return f"expected a string {name!r}"
+    name = OPTION_FIELDS[kind]
     if name is None:
         return ""
     options, gold = fields.get(name), fields.get("gold")
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(x, str) for x in options):
-        return f"{name} is {'no list of two texts or more' if name in fields else 'missing'}; a {kind} row has it"
+        return f"expected a list of at least two strings {name!r}"
     if not _is_count(gold) or gold >= len(options):
-        return f"gold is {gold!r}; expected the index of the right one, 0 … {len(options) - 1}"
+        return f"gold is {gold!r}; expected the index of the correct option, 0 … {len(options) - 1}"
     return ""
 
 
@@ -245,7 +243,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

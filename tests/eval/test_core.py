@@ -1,4 +1,4 @@
-"""CORE against the plain implementation in plain_core.py, row by row; its seeds, ranks, table, and its faults."""
+"""CORE against the plain implementation in plain_core.py, row by row; seeds, ranks, the CSV, and errors."""
 
 import functools
 import http.server
@@ -53,12 +53,12 @@ def assert_as_plain(
         assert [prompt.ids for prompt in question.prompts] == want.prompts, (label, index)
         assert [(prompt.start, prompt.end) for prompt in question.prompts] == want.spans, (label, index)
         assert got.losses == pytest.approx(want.losses, abs=2e-5, nan_ok=True), (label, index)
-        assert got.right == want.right, (label, index)
+        assert got.is_correct == want.is_correct, (label, index)
 
 
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("tokens_per_batch", [1, 700, None])
-def test_rows_are_answered_as_by_the_plain_implementation(label: str, tokens_per_batch: int | None):
+def test_answers_equal_the_plain_implementation(label: str, tokens_per_batch: int | None):
     assert_as_plain(BUNDLE, label, small_config(), small_tokenizer(), tokens_per_batch=tokens_per_batch)
 
 
@@ -69,7 +69,7 @@ def test_long_prompts_keep_their_last_tokens(label: str, max_tokens: int):
 
 
 @pytest.mark.parametrize("label", plain_core.entries(WHOLE_BUNDLE) if WHOLE_BUNDLE.exists() else [None])
-def test_the_tasks_of_the_larger_bundle(label: str | None):
+def test_tasks_of_the_larger_bundle(label: str | None):
     if label is None:
         pytest.skip(f"needs a bundle of more tasks in {WHOLE_BUNDLE}")
     assert_as_plain(WHOLE_BUNDLE, label, WINDOWS, small_tokenizer(), count=6, max_tokens=1000)
@@ -79,15 +79,15 @@ def test_the_tasks_of_the_larger_bundle(label: str | None):
 # Seeds and texts
 
 
-def test_few_shot_rows_are_these():
-    assert core.few_shot(0, 40, 10) == [29, 8, 1, 6, 3, 36, 7, 23, 38, 37]
-    assert core.few_shot(7, 12, 3) == [10, 11, 8]
-    assert core.few_shot(39, 40, 10) == [34, 35, 1, 29, 32, 38, 14, 2, 28, 0]
-    assert core.few_shot(2, 3, 2) == [1, 0]
-    assert core.few_shot(5, 10, 0) == []
+def test_few_shot_examples_are_pinned_by_index():
+    assert core.few_shot_indices(0, 40, 10) == [29, 8, 1, 6, 3, 36, 7, 23, 38, 37]
+    assert core.few_shot_indices(7, 12, 3) == [10, 11, 8]
+    assert core.few_shot_indices(39, 40, 10) == [34, 35, 1, 29, 32, 38, 14, 2, 28, 0]
+    assert core.few_shot_indices(2, 3, 2) == [1, 0]
+    assert core.few_shot_indices(5, 10, 0) == []
 
 
-def test_rows_are_shuffled_then_cut():
+def test_rows_are_shuffled_then_truncated():
     bundle = core_bundle.read(BUNDLE)
     assert [row.line for row in core_bundle.load(bundle, "copa").rows] == [1, 4, 8, 3, 2, 7, 5, 6]
     assert [row.line for row in core_bundle.load(bundle, "copa", 3).rows] == [1, 4, 8]
@@ -111,7 +111,7 @@ def texts(task: CoreTask, tok: Tokenizer = BYTES) -> list[list[tuple[str, str]]]
     return found
 
 
-def test_the_text_of_each_kind():
+def test_prompt_text_of_each_kind():
     choice = [
         {"query": "1+1 is", "choices": ["two", "ten"], "gold": 0},
         {"query": "A cow", "choices": ["moos", "meows"], "gold": 1},
@@ -133,8 +133,8 @@ def test_the_text_of_each_kind():
     assert texts(made_task("language_modeling", words, shots=0))[1] == [("Left and right ", " right ")]
 
 
-def test_rows_that_begin_with_space_are_encoded_with_what_is_before_them(tmp_path: Path):
-    """There, a token may cross the border between two rows: the row cannot be encoded by itself."""
+def test_rows_that_begin_with_space_are_encoded_with_the_text_before(tmp_path: Path):
+    """There, a token may cross from one row to the next, so a row cannot be encoded by itself."""
     rows = [
         {"query": f"{space}q{i}", "choices": ["a", " b"], "gold": 1} for i, space in enumerate([" ", "\n", "", "  "])
     ]
@@ -148,18 +148,18 @@ def test_rows_that_begin_with_space_are_encoded_with_what_is_before_them(tmp_pat
         assert_as_plain(folder, "copa", config, tok)
 
 
-def test_a_prompt_that_is_cut_into_its_answer():
+def test_truncation_into_the_answer():
     prompt = Prompt(list(range(10)), 6, 9)
-    assert core.cropped(prompt, 10) == prompt
-    assert core.cropped(prompt, 5) == Prompt([5, 6, 7, 8, 9], 1, 4)
-    assert core.cropped(prompt, 3) == Prompt([7, 8, 9], 1, 2), "7 has no token before it that could predict it"
+    assert core.truncate(prompt, 10) == prompt
+    assert core.truncate(prompt, 5) == Prompt([5, 6, 7, 8, 9], 1, 4)
+    assert core.truncate(prompt, 3) == Prompt([7, 8, 9], 1, 2), "7 has no token before it that could predict it"
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Answers
 
 
-def test_the_lowest_mean_wins_and_of_equal_ones_the_first():
+def test_lowest_mean_loss_wins_and_ties_go_to_the_first():
     prompts = [Prompt([0], 1, 1)] * 3
 
     def choice(*scores: tuple[float, int]) -> int:
@@ -167,13 +167,13 @@ def test_the_lowest_mean_wins_and_of_equal_ones_the_first():
 
     assert choice((4.0, 2), (3.0, 1), (9.0, 9)) == 2
     assert choice((4.0, 2), (2.0, 1), (6.0, 3)) == 0
-    assert choice((9.0, 1), (2.0, 1), (0.0, 0)) == 1, "an answer without a token of its own has no loss"
+    assert choice((9.0, 1), (2.0, 1), (0.0, 0)) == 1, "an answer without tokens has no loss"
 
 
-def test_a_continuation_is_right_if_every_token_is_the_likeliest():
+def test_continuation_is_correct_if_every_token_is_the_argmax():
     question = Question([Prompt([0], 1, 1)], None)
-    assert core.answer(question, [Scored(1.0, 3, 3)]).right
-    assert not core.answer(question, [Scored(0.1, 2, 3)]).right
+    assert core.answer(question, [Scored(1.0, 3, 3)]).is_correct
+    assert not core.answer(question, [Scored(0.1, 2, 3)]).is_correct
     assert core.answer(question, [Scored(1.5, 2, 3)]).losses == (0.5,)
 
 
@@ -181,13 +181,13 @@ def test_scores_are_centered_and_averaged():
     task = core_bundle.load(core_bundle.read(BUNDLE), "arc_easy")
     assert task.baseline == 0.25
     found = [core.Answer(i < 4, 0, ()) for i in range(8)]
-    scored = core.result(task, found, 1.0)
+    scored = core.task_result(task, found, 1.0)
     assert (scored.rows, scored.right, scored.accuracy) == (8, 4, 0.5)
     assert scored.centered == pytest.approx((0.5 - 0.25) / 0.75)
     results = core_ranks.evaluate(random_params(small_config()))
     assert list(results.tasks) == LABELS and results.failed == {}
     assert results.core == pytest.approx(sum(task.centered for task in results.tasks.values()) / 6)
-    lines = core.table(results).splitlines()
+    lines = core.to_csv(results).splitlines()
     assert lines[0] == "Task,Accuracy,Centered" and lines[-1] == f"CORE,,{results.core:.6f}"
     assert lines[2] == f"copa,{results.tasks['copa'].accuracy:.6f},{2 * results.tasks['copa'].accuracy - 1:.6f}"
 
@@ -198,12 +198,12 @@ def one_rank() -> str:
 
 
 @pytest.mark.parametrize("mode", ["replicate", "fsdp"])
-def test_two_ranks_answer_as_one_does_to_the_last_bit(mode: str):
+def test_two_ranks_equal_one_to_the_last_bit(mode: str):
     first, second = ranks.call(2, core_ranks.evaluate_on_ranks, mode)
     assert first == second and first.strip() == one_rank()
 
 
-def test_tasks_that_are_done_are_not_done_again():
+def test_finished_tasks_are_skipped():
     bundle, params, seen = core_bundle.read(BUNDLE), random_params(small_config()), []
     whole = json.loads(one_rank())
     before = core_ranks.evaluate(params)
@@ -215,16 +215,13 @@ def test_tasks_that_are_done_are_not_done_again():
     assert again.tasks["copa"] is done["copa"]
 
 
-def test_settings_out_of_range():
+def test_max_tokens_beyond_the_model_is_refused():
     bundle, params = core_bundle.read(BUNDLE), random_params(small_config())
-    evaluate = functools.partial(core.evaluate, params, small_config(), small_tokenizer(), bundle)
     with pytest.raises(UserError, match=r"max_tokens=641: expected 2 … 640"):
-        evaluate(max_tokens=641)
-    with pytest.raises(UserError, match="max_per_task=0: expected at least 1"):
-        evaluate(max_per_task=0)
+        core.evaluate(params, small_config(), small_tokenizer(), bundle, max_tokens=641)
 
 
-def test_another_order_of_batches_or_a_loss_in_half_precision_is_close():
+def test_bfloat16_is_close_to_float32():
     params = random_params(small_config(), dtype=torch.bfloat16)
     compute = core_ranks.Compute(dtype=torch.bfloat16)
     half, full = core_ranks.evaluate(params, compute), core_ranks.evaluate(random_params(small_config()))
@@ -234,7 +231,7 @@ def test_another_order_of_batches_or_a_loss_in_half_precision_is_close():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Faults
+# Errors
 
 
 Change = Callable[[Path], object]
@@ -251,11 +248,14 @@ def edited(name: str, old: str, new: str) -> Change:
 
 COPA = "eval_data/commonsense_reasoning/copa.jsonl"
 WRONG_BUNDLES: dict[str, tuple[Change, str]] = {
-    "no core.yaml": (lambda folder: (folder / "core.yaml").unlink(), r"bundle=\S+: has no core.yaml; give the folder"),
-    "no YAML": (edited("core.yaml", "- label: copa", "- label: [copa"), r"core.yaml:\d+: is no YAML \("),
+    "no core.yaml": (lambda folder: (folder / "core.yaml").unlink(), r"bundle=\S+: has no core.yaml; set the folder"),
+    "no YAML": (edited("core.yaml", "- label: copa", "- label: [copa"), r"core.yaml:\d+: not valid YAML \("),
     "no tasks": (lambda folder: (folder / "core.yaml").write_text("tasks: []"), "core.yaml: has no list of icl_tasks"),
     "no label": (edited("core.yaml", "label: copa", "name: copa"), "core.yaml: task 2 of icl_tasks has no label"),
-    "a label twice": (edited("core.yaml", "label: copa", "label: arc_easy"), "task 2 .* has the label arc_easy again"),
+    "a label twice": (
+        edited("core.yaml", "label: copa", "label: arc_easy"),
+        "task 2 .* repeats the label arc_easy",
+    ),
     "no table": (lambda folder: (folder / "eval_meta_data.csv").unlink(), "eval_meta_data.csv: cannot be read"),
     "no column": (
         edited("eval_meta_data.csv", "Random", "Any"),
@@ -265,7 +265,7 @@ WRONG_BUNDLES: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG_BUNDLES)
-def test_a_wrong_bundle_is_named(name: str, tmp_path: Path):
+def test_invalid_bundle_is_named(name: str, tmp_path: Path):
     change, message = WRONG_BUNDLES[name]
     folder = shutil.copytree(BUNDLE, tmp_path / "bundle")
     change(folder)
@@ -277,14 +277,14 @@ def test_a_wrong_bundle_is_named(name: str, tmp_path: Path):
 WRONG_TASKS: dict[str, tuple[Change, str]] = {
     "kind": (edited("core.yaml", "multiple_choice\n- label: w", "choice\n- label: w"), "icl_task_type 'choice'"),
     "few-shot": (edited("core.yaml", "  - 0", "  - many"), r"copa has num_fewshot 'many'; expected a list of one"),
-    "too few rows": (edited("core.yaml", "  - 0", "  - 8"), r"copa.jsonl: 8 rows .*, but 8 solved ones have to stand"),
+    "too few rows": (edited("core.yaml", "  - 0", "  - 8"), r"copa.jsonl: 8 rows .* too few for 8 few-shot"),
     "no file": (lambda folder: (folder / COPA).unlink(), "copa.jsonl: cannot be read .No such file"),
-    "no JSON": (edited(COPA, '"gold": 1', '"gold": one'), r"copa.jsonl:1: is no JSON \("),
+    "no JSON": (edited(COPA, '"gold": 1', '"gold": one'), r"copa.jsonl:1: not valid JSON \("),
     "no object": (lambda folder: (folder / COPA).write_text("\n[1]\n"), "copa.jsonl:2: expected an object"),
-    "no query": (edited(COPA, '"query"', '"question"'), "copa.jsonl:1: query is missing; a multiple_choice row has it"),
-    "no text": (edited(COPA, '"query": "', '"query": 1, "x": "'), "copa.jsonl:1: query is no text"),
-    "no choices": (edited(COPA, '"choices"', '"options"'), "copa.jsonl:1: choices is missing"),
-    "one choice": (edited(COPA, '"choices": [', '"choices": ["a"], "x": ['), "choices is no list of two texts or more"),
+    "no query": (edited(COPA, '"query"', '"question"'), "copa.jsonl:1: expected a string 'query'"),
+    "no text": (edited(COPA, '"query": "', '"query": 1, "x": "'), "copa.jsonl:1: expected a string 'query'"),
+    "no choices": (edited(COPA, '"choices"', '"options"'), "copa.jsonl:1: .* list of at least two strings 'choices'"),
+    "one choice": (edited(COPA, '"choices": [', '"choices": ["a"], "x": ['), "list of at least two strings 'choices'"),
     "gold": (edited(COPA, '"gold": 1', '"gold": 2'), "copa.jsonl:1: gold is 2; expected the index .* 0 … 1"),
     "gold is no index": (edited(COPA, '"gold": 1', '"gold": true'), "gold is True"),
     "no baseline": (edited("eval_meta_data.csv", "copa", "cola"), "eval_meta_data.csv: has no line for copa"),
@@ -293,47 +293,47 @@ WRONG_TASKS: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG_TASKS)
-def test_a_fault_of_one_task_leaves_the_others(name: str, tmp_path: Path):
+def test_error_of_one_task_does_not_stop_the_others(name: str, tmp_path: Path):
     change, message = WRONG_TASKS[name]
     folder = shutil.copytree(BUNDLE, tmp_path / "bundle")
     change(folder)
-    told = []
+    reported = []
     results = core.evaluate(
         random_params(small_config()), small_config(), small_tokenizer(), core_bundle.read(folder),
-        max_per_task=8, on_task=lambda label, outcome: told.append((label, outcome)),
+        max_per_task=8, on_task=lambda label, outcome: reported.append((label, outcome)),
     )  # fmt: skip
     assert list(results.failed) == ["copa"] and results.core is None
     with pytest.raises(UserError, match=message):
         raise UserError(results.failed["copa"])
     assert "\n" not in results.failed["copa"]
     assert list(results.tasks) == [label for label in LABELS if label != "copa"]
-    assert told[1] == ("copa", results.failed["copa"]) and len(told) == 6
-    assert "CORE" not in core.table(results)
+    assert reported[1] == ("copa", results.failed["copa"]) and len(reported) == 6
+    assert "CORE" not in core.to_csv(results)
 
 
-def test_too_few_rows_by_the_setting():
-    with pytest.raises(UserError, match=r"2 rows \(max_per_task=2\), but 3 solved ones"):
+def test_max_per_task_too_small_for_the_few_shot_examples():
+    with pytest.raises(UserError, match=r"2 rows \(max_per_task=2\) are too few for 3 few-shot examples"):
         core_bundle.load(core_bundle.read(BUNDLE), "arc_easy", 2)
 
 
 @pytest.mark.parametrize("continuation", ["", "s"])
-def test_a_continuation_that_changes_what_is_before_it(continuation: str):
+def test_continuation_that_changes_the_tokens_before_it(continuation: str):
     tok = Tokenizer((*BYTES.tokens, b"ts"))
     rows = [{"context": "some cat", "continuation": "s"}, {"context": "all cats", "continuation": continuation}]
-    with pytest.raises(UserError, match=r"made.jsonl:1: the tokens of the text before the continuation"):
+    with pytest.raises(UserError, match=r"made.jsonl:1: the tokens of the context"):
         list(core.questions(made_task("language_modeling", rows, delimiter=""), tok, 100))
 
 
-def test_the_digest_is_of_all_that_decides_a_result():
+def test_task_hash_covers_everything_that_decides_a_result():
     bundle = core_bundle.read(BUNDLE)
     task = core_bundle.load(bundle, "copa")
     same = core_bundle.load(bundle, "copa")
-    assert core_bundle.digest(task) == core_bundle.digest(same)
+    assert core_bundle.task_hash(task) == core_bundle.task_hash(same)
     for other in ("winograd", "arc_easy"):
-        assert core_bundle.digest(core_bundle.load(bundle, other)) != core_bundle.digest(task)
-    assert core_bundle.digest(core_bundle.load(bundle, "copa", 7)) != core_bundle.digest(task)
+        assert core_bundle.task_hash(core_bundle.load(bundle, other)) != core_bundle.task_hash(task)
+    assert core_bundle.task_hash(core_bundle.load(bundle, "copa", 7)) != core_bundle.task_hash(task)
     for change in ({"num_fewshot": 1}, {"delimiter": "\n"}, {"baseline": 0.1}, {"rows": task.rows[::-1]}):
-        assert core_bundle.digest(CoreTask(**{**task.__dict__, **change})) != core_bundle.digest(task)
+        assert core_bundle.task_hash(CoreTask(**{**task.__dict__, **change})) != core_bundle.task_hash(task)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def zipped(top: str) -> bytes:
 
 
 @pytest.mark.parametrize("top", ["eval_bundle/", ""])
-def test_the_bundle_is_fetched_once(server: tuple[str, list[bytes]], tmp_path: Path, top: str):
+def test_bundle_is_downloaded_once(server: tuple[str, list[bytes]], tmp_path: Path, top: str):
     url, answers = server
     answers += [b"<html>log in first</html>", zipped(top)]
     folder = tmp_path / "base" / "eval_bundle"
@@ -384,7 +384,7 @@ def test_the_bundle_is_fetched_once(server: tuple[str, list[bytes]], tmp_path: P
     assert [path.name for path in folder.parent.iterdir()] == ["eval_bundle"]
 
 
-def test_a_bundle_that_cannot_be_had(server: tuple[str, list[bytes]], tmp_path: Path):
+def test_failed_download_is_named(server: tuple[str, list[bytes]], tmp_path: Path):
     url, answers = server
     answers += [b"<html>"] * 2
     with pytest.raises(UserError, match=r"eval_bundle\.zip: not a zip file; does a proxy answer .* \(2 attempts\)"):

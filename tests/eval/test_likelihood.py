@@ -1,4 +1,4 @@
-"""Scores of answers, batched and with shared beginnings, against the logits of each prompt by itself."""
+"""Scores of batched answers with shared prefixes against the logits of each prompt alone."""
 
 import functools
 import random
@@ -20,7 +20,7 @@ score = functools.partial(likelihood.score, padding=PADDING)
 
 
 def alone(config: ModelConfig, prompt: Prompt) -> tuple[float, int]:
-    """Return nats and hits of an answer, from the logits of all of its prompt."""
+    """Return an answer's loss and how many of its tokens are the argmax, from the logits of the whole prompt."""
     ids, start, end = prompt
     logits = model.apply(random_params(config), torch.tensor([ids]), config=config)[0, start - 1 : end - 1]
     targets = torch.tensor(ids[start:end], dtype=torch.int64)
@@ -32,7 +32,7 @@ def draw_ids(rng: random.Random, count: int) -> list[int]:
 
 
 def draw_group(rng: random.Random, prompts: int, most: int) -> list[Prompt]:
-    """Return prompts that share a beginning, or do not, whose answers are anywhere behind their first token."""
+    """Return prompts that may share a prefix, with answers anywhere after the first token."""
     shared, group = draw_ids(rng, rng.randint(0, most)), []
     for _ in range(prompts):
         ids = [PADDING, *shared, *draw_ids(rng, rng.randint(1, 9))]
@@ -44,8 +44,8 @@ def draw_group(rng: random.Random, prompts: int, most: int) -> list[Prompt]:
 def assert_as_alone(config: ModelConfig, groups: list[list[Prompt]], found: list[list[Scored]]) -> None:
     for group, scores in zip(groups, found, strict=True):
         for prompt, got in zip(group, scores, strict=True):
-            nats, hits = alone(config, prompt)
-            assert got.tokens == prompt.end - prompt.start and got.hits == hits
+            nats, correct = alone(config, prompt)
+            assert got.n_tokens == prompt.end - prompt.start and got.n_correct_greedy == correct
             assert got.nats == pytest.approx(nats, rel=1e-6, abs=1e-4)
 
 
@@ -55,8 +55,8 @@ def assert_as_alone(config: ModelConfig, groups: list[list[Prompt]], found: list
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=6),
     tokens_per_batch=st.sampled_from([1, 60, 200, None]),
 )
-def test_any_groups_are_scored_as_each_prompt_alone(seed: int, sizes: list[int], tokens_per_batch: int | None):
-    """Also with prompts that are longer than all windows of SHORT reach (25 tokens)."""
+def test_groups_are_scored_as_each_prompt_alone(seed: int, sizes: list[int], tokens_per_batch: int | None):
+    """Includes prompts longer than the reach of all windows of SHORT (25 tokens)."""
     rng = random.Random(seed)
     groups = [draw_group(rng, size, 60) for size in sizes]
     found = score(random_params(SHORT), SHORT, groups, tokens_per_batch=tokens_per_batch)
@@ -64,7 +64,7 @@ def test_any_groups_are_scored_as_each_prompt_alone(seed: int, sizes: list[int],
 
 
 @pytest.mark.parametrize("config", [WINDOWED, ModelConfig(**{**WINDOWED.__dict__, "n_layer": 1})], ids=["3", "1 layer"])
-def test_windows_reach_from_the_ends_into_the_beginning(config: ModelConfig):
+def test_windows_reach_from_continuations_into_the_prefix(config: ModelConfig):
     rng = random.Random(0)
     shared = draw_ids(rng, 300)
     prompts = [Prompt([*shared, *draw_ids(rng, n)], 301, 300 + n) for n in (5, 140, 2)]
@@ -73,19 +73,19 @@ def test_windows_reach_from_the_ends_into_the_beginning(config: ModelConfig):
     assert_as_alone(config, [prompts, other], found)
 
 
-def test_what_is_out_of_reach_is_not_computed():
+def test_tokens_out_of_reach_are_skipped():
     assert likelihood.receptive_tokens(SHORT) == 25
     ids = list(range(90))
     whole, *_ = likelihood.pack_rows([[Prompt(ids, 80, 82)]], 25)[0]
     assert whole == PackedRow(54, ids[54:], [], [(25, 80, 0), (26, 81, 0)])
     two = [Prompt([*ids[:70], 1, 2, 3], 71, 73), Prompt([*ids[:70], 4, 5], 71, 72)]
-    (line,) = likelihood.pack_rows([two], 25)[0]
-    assert line.skipped == 45 and line.shared == ids[45:70] and line.ends == [[1, 2, 3], [4, 5]]
-    assert line.read == [(25, 2, 0), (26, 3, 0), (28, 5, 1)]
+    (row,) = likelihood.pack_rows([two], 25)[0]
+    assert row.skipped == 45 and row.prefix == ids[45:70] and row.continuations == [[1, 2, 3], [4, 5]]
+    assert row.targets == [(25, 2, 0), (26, 3, 0), (28, 5, 1)]
 
 
-def test_the_reach_is_no_longer_than_said():
-    """A token further before an answer than that changes nothing; the last one within does."""
+def test_receptive_tokens_is_exact():
+    """A token further before an answer changes nothing; the last one within does."""
     ids = torch.tensor([draw_ids(random.Random(0), 60)])
     params, config = random_params(SHORT), SHORT
     want, changed = model.features(params, ids, config=config), []
@@ -96,49 +96,49 @@ def test_the_reach_is_no_longer_than_said():
     assert changed.index(True) == 59 - likelihood.receptive_tokens(config)
 
 
-def test_the_same_prompts_have_the_same_number_to_the_last_bit():
+def test_equal_prompts_get_equal_scores_to_the_last_bit():
     one, other = Prompt([1, 2, 3, 4], 2, 4), Prompt([1, 2, 5], 2, 3)
-    lines, numbers, count = likelihood.pack_rows([[one, other, one], [one]], 100)
-    assert numbers == [[0, 1, 0], [2]] and count == 3
-    assert [line.ends for line in lines] == [[[2, 3, 4], [2, 5]], []]
+    rows, numbers = likelihood.pack_rows([[one, other, one], [one]], 100)
+    assert numbers == [[0, 1, 0], [3]]
+    assert [row.continuations for row in rows] == [[[2, 3, 4], [2, 5]], []]
     first, _, third = score(random_params(), CONFIG, [[one, other, one]])[0]
     assert first == third
 
 
-def test_hits_are_the_tokens_that_are_likeliest():
+def test_greedy_tokens_are_counted():
     params, ids = random_params(), [5, 6, 7]
     for _ in range(4):
         ids.append(int(model.apply(params, torch.tensor([ids]), config=CONFIG)[0, -1].argmax()))
     wrong = [*ids[:-1], (ids[-1] + 1) % 100]
     (right, but_one), (empty,) = score(params, CONFIG, [[Prompt(ids, 3, 7), Prompt(wrong, 3, 7)], [Prompt(ids, 2, 2)]])
-    assert (right.hits, right.tokens) == (4, 4) and (but_one.hits, but_one.tokens) == (3, 4)
+    assert right[1:] == (4, 4) and but_one[1:] == (3, 4)
     assert empty == Scored(0.0, 0, 0)
 
 
-def test_batches_hold_every_line_once_are_bounded_and_of_like_lengths():
+def test_batches_hold_every_row_once_and_bound_size_and_padding():
     rng = random.Random(0)
     lengths = [rng.randint(1, 300) for _ in range(200)]
-    lines = [PackedRow(0, [0] * n, [[0] * rng.randint(0, 9)] * 2, [(0, 0, i)]) for i, n in enumerate(lengths)]
-    batches = likelihood.batched(lines, 2000)
-    assert sorted(line.read[0][2] for batch in batches for line in batch) == list(range(200))
+    rows = [PackedRow(0, [0] * n, [[0] * rng.randint(0, 9)] * 2, [(0, 0, i)]) for i, n in enumerate(lengths)]
+    batches = likelihood.make_batches(rows, 2000)
+    assert sorted(row.targets[0][2] for batch in batches for row in batch) == list(range(200))
     sizes = []
     for batch in batches:
         tokens = likelihood.assemble(batch, 0).tokens_BT
-        used = sum(len(line.shared) + sum(map(len, line.ends)) for line in batch)
+        used = sum(len(row.prefix) + sum(map(len, row.continuations)) for row in batch)
         assert tokens.numel() <= 2000
         assert tokens.numel() - used <= tokens.numel() / 8 or tokens.numel() <= 2000 / 8
         sizes.append(tokens.shape[1])
     assert len(batches) < 30 and sizes[0] > sizes[-1]
-    assert [len(batch) for batch in likelihood.batched(lines[:3], 1)] == [1, 1, 1], "a line is never cut"
+    assert [len(batch) for batch in likelihood.make_batches(rows[:3], 1)] == [1, 1, 1], "a row is never truncated"
 
 
-def test_logits_are_made_only_where_answers_are_read():
+def test_logits_are_computed_at_targets_only():
     config = ModelConfig(sequence_len=64, vocab_size=5000, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
     groups, params = [[Prompt(draw_ids(random.Random(i), 60), 58, 60)] for i in range(8)], random_params(config)
     with LargestTensor() as largest:
         score(params, config, groups)
-    tokens_read, table = 16, params["lm_head"].numel()
-    assert largest.numel <= max(tokens_read * config.vocab_size, table) < 60 * config.vocab_size
+    n_targets, table = 16, params["lm_head"].numel()
+    assert largest.numel <= max(n_targets * config.vocab_size, table) < 60 * config.vocab_size
 
 
 def test_features_since_a_column_are_those_of_all():
@@ -149,14 +149,14 @@ def test_features_since_a_column_are_those_of_all():
         assert got.shape == (1, 12 - since, 32) and (got - want[:, since:]).abs().max() < 1e-5
 
 
-def test_an_order_that_is_a_line_changes_nothing():
+def test_sequential_positions_change_nothing():
     params, tokens = random_params(), torch.tensor([draw_ids(random.Random(0), 12)])
     order = PackedPositions(torch.arange(12)[None], (torch.arange(12)[None] - 1).clamp_min(0))
     got = model.features(params, tokens, order=order, config=CONFIG)
     assert (got - model.features(params, tokens, config=CONFIG)).abs().max() < 1e-5
 
 
-def test_nothing_is_changed_in_place():
+def test_parameters_are_not_changed():
     params = random_params()
     with Unchanged(params):
         score(params, CONFIG, [draw_group(random.Random(1), 3, 9)])

@@ -1,6 +1,6 @@
 """CORE in the plainest way, to compare with: a row at a time, every prompt whole through `model.apply`.
 
-It shares no code with nanochat/core.py: what the specification says is written down here once more.
+It shares no code with nanochat/eval/core.py: what the specification says is written down here once more.
 """
 
 import json
@@ -24,7 +24,7 @@ class PlainRow(NamedTuple):
 
     prompts: list[list[int]]
     spans: list[tuple[int, int]]
-    right: bool
+    is_correct: bool
     losses: list[float]
 
 
