@@ -1,34 +1,37 @@
-"""Have a large model write conversations about who the assistant is, over any endpoint that speaks OpenAI's protocol.
+"""Generate conversations about the assistant's identity with a large model at any OpenAI-compatible endpoint.
 
     export OPENAI_API_KEY=…
     python launch.py --experiment=synthesize --set model=gpt-4.1-mini --set count=1000
     python launch.py --experiment=synthesize --set base_url=http://localhost:80/v1 --set key_variable=none --set model=…
     python launch.py --experiment=synthesize --set facts=about_my_model.txt --set output=mine.jsonl --set model=…
 
-Conversation i is asked for with a topic, a persona and an opening that are drawn from seed i, so that a thousand of
-them are a thousand different ones. What comes back has to fit a JSON schema; what does not, and what fails on the way,
-is tried again, waiting longer each time. Appends to a jsonl file that `identity:<file>` and `customjson:<file>` read;
-the same command goes on after a stop, and skips the seeds that are there. A thousand take some minutes, 8 at a time.
+The prompt of conversation i has a topic, a persona and an opening drawn from seed i (experiments/prompts/identity.txt).
+Answers that do not fit the JSON schema, and failed requests, are retried with exponential backoff. Appends to a jsonl
+file that `identity:<file>` and `customjson:<file>` read. The same command resumes and skips the seeds in the file. A
+thousand conversations take some minutes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import json
 import os
-import queue
+import random
 import re
+import string
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import requests
 
-from experiments import _identity_prompts, chat
+from experiments import chat
+from nanochat import jsonl
 from nanochat.config import UserError, base_dir
 from nanochat.data import chat_format
 from nanochat.metrics import progress
@@ -37,26 +40,43 @@ from nanochat.text import format_duration
 if TYPE_CHECKING:
     from nanochat.distributed import Runtime
 
+PROMPTS = Path(__file__).parent / "prompts" / "identity.txt"
 MAX_RESPONSE_BYTES = 2**20
 MAX_MESSAGES, MAX_CHARACTERS = 16, 4000
-GIVE_UP = 10
-"""So many failures without a success in between, and the rest is not worth a try."""
+MAX_FAILURES_IN_A_ROW = 10
 MAX_WAIT_SECONDS = 60.0
+MESSAGE_SCHEMA = {
+    "type": "object",
+    "properties": {"role": {"type": "string", "enum": ["user", "assistant"]}, "content": {"type": "string"}},
+    "required": ["role", "content"],
+    "additionalProperties": False,
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"messages": {"type": "array", "items": MESSAGE_SCHEMA}},
+    "required": ["messages"],
+    "additionalProperties": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to ask for, and whom.
+    """What to generate, and at which endpoint.
 
     Attributes:
-        model: its name at the endpoint. base_url: of the endpoint, as OpenAI's clients take it.
-        key_variable: environment variable that holds the API key; none: no key is sent.
+        model: the model's name at the endpoint.
+        base_url: the endpoint, as OpenAI's clients take it.
+        key_variable: environment variable that holds the API key; none: send no key.
         output: file to append to; none: identity.jsonl in the base folder.
-        count: conversations in all, those of earlier runs included. seed: of the first one.
+        count: number of conversations, including those of earlier runs.
+        seed: of the first conversation.
         facts: a text file about the assistant; none: facts about nanochat.
-        temperature: of the sampling. schema: ask the endpoint to keep to the JSON schema; false where it cannot.
-        workers: requests at once. attempts: for a conversation. timeout_seconds: for an attempt.
-        backoff_seconds: wait after the first failure; doubled after each further one, up to a minute.
+        temperature: sampling temperature.
+        schema: request output that follows the JSON schema; false for endpoints without structured outputs.
+        workers: concurrent requests.
+        attempts: for each conversation.
+        timeout_seconds: for each attempt.
+        backoff_seconds: wait after the first failed attempt, doubled after each further one, up to a minute.
     """
 
     model: str | None = None
@@ -79,8 +99,8 @@ class Config:
             raise UserError(f"timeout_seconds={self.timeout_seconds}: must be above 0")
 
 
-class Asked(NamedTuple):
-    """What came of a seed: messages, or the reason why there are none; `fatal` if no other seed would fare better."""
+class Result(NamedTuple):
+    """The messages for a seed, or the reason of the failure; `fatal` if every other request would fail as well."""
 
     seed: int
     messages: list[dict[str, str]]
@@ -88,20 +108,12 @@ class Asked(NamedTuple):
     fatal: bool = False
 
 
-class TryAgain(Exception):
-    """A failure that may pass; `wait_seconds` is what the server asked for."""
+class RequestError(Exception):
+    """A failed attempt: whether to retry, how long the server asked to wait, and whether all requests would fail."""
 
-    def __init__(self, reason: str, wait_seconds: float = 0.0) -> None:
+    def __init__(self, reason: str, *, retry: bool = True, wait_seconds: float = 0.0, fatal: bool = False) -> None:
         super().__init__(reason)
-        self.wait_seconds = wait_seconds
-
-
-class Refused(Exception):
-    """A failure that trying again does not mend; `fatal` if every other request would meet it as well."""
-
-    def __init__(self, reason: str, fatal: bool) -> None:
-        super().__init__(reason)
-        self.fatal = fatal
+        self.retry, self.wait_seconds, self.fatal = retry, wait_seconds, fatal
 
 
 def config() -> Config:
@@ -115,249 +127,160 @@ def run(config: Config, runtime: Runtime) -> None:
         raise UserError("set the model's name at the endpoint: --set model=…")
     path = config.output or base_dir() / "identity.jsonl"
     key, facts = read_key(config), read_facts(config)
-    there = read_seeds(path)
-    wanted = range(config.seed, config.seed + config.count)
-    seeds = [seed for seed in wanted if seed not in there]
+    finished = read_seeds(path)
+    seeds = [seed for seed in range(config.seed, config.seed + config.count) if seed not in finished]
     print(f"{config.count} conversations, {config.count - len(seeds)} of them are in {path}", flush=True)
-    began, failures = time.monotonic(), Counter[str]()
-    if seeds:
-        failures = collect(config, path, key, facts, seeds)
-    added = len(seeds) - failures.total()
-    print(f"{added} written to {path} in {format_duration(time.monotonic() - began)}")
+    jsonl.append(path)  # fails now if the file cannot be written
+    start = time.monotonic()
+    failures = generate(config, path, key, facts, seeds) if seeds else Counter()
+    print(f"{len(seeds) - failures.total()} written to {path} in {format_duration(time.monotonic() - start)}")
     if failures:
         reasons = ", ".join(f"{reason} ({count}x)" for reason, count in failures.most_common(3))
-        raise UserError(f"{failures.total()} of {len(seeds)} failed: {reasons}; the same command tries these again")
-    print("next: look at them, with a tokenizer at hand, and fine-tune with them:")
+        raise UserError(f"{failures.total()} of {len(seeds)} failed: {reasons}; the same command retries them")
+    print("next: look at them (this needs a tokenizer), and fine-tune with them:")
     print(f"  python launch.py --experiment=tasks --set task=identity:{path}")
     print(f"  torchrun launch.py --experiment=sft --set tasks=smoltalk,2*identity:{path}")
 
 
-def collect(config: Config, path: Path, key: str, facts: str, seeds: Sequence[int]) -> Counter[str]:
-    """Append the conversations of the seeds to `path` as they come; returns how many failed for which reason.
+def generate(config: Config, path: Path, key: str, facts: str, seeds: Sequence[int]) -> Counter[str]:
+    """Append the conversations of the seeds to `path` as they arrive; return the number of failures by reason.
 
     Raises:
-        UserError: the endpoint refuses every request, too many fail in a row, or the file cannot be written.
+        UserError: the endpoint refuses all requests, too many fail in a row, or the file cannot be written.
     """
     failures: Counter[str] = Counter()
     in_a_row = 0
-    with appended(path) as file, progress.bar(len(seeds), label="synthesize", unit="conversation") as bar:
-        for asked in ask_all(config, key, facts, seeds):
-            if asked.fatal:
-                raise UserError(f"{config.base_url} refuses the request: {asked.reason}")
-            if asked.reason:
-                failures[asked.reason] += 1
+    with progress.bar(len(seeds), label="synthesize", unit="conversation") as bar:
+        for result in request_all(config, key, facts, seeds):
+            if result.fatal:
+                raise UserError(f"{config.base_url} refuses the request: {result.reason}")
+            if result.reason:
+                failures[result.reason] += 1
                 in_a_row += 1
-                if in_a_row >= GIVE_UP:
+                if in_a_row >= MAX_FAILURES_IN_A_ROW:
                     raise UserError(
-                        f"{in_a_row} conversations in a row failed, the last: {asked.reason}; {path} has what came "
-                        "before, and the same command goes on"
+                        f"{in_a_row} conversations in a row failed, the last: {result.reason}; {path} has the earlier "
+                        "ones, and the same command resumes"
                     )
             else:
                 in_a_row = 0
-                line = {"messages": asked.messages, "seed": asked.seed, "model": config.model}
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                file.flush()
+                jsonl.append(path, {"messages": result.messages, "seed": result.seed, "model": config.model})
             bar.update(failed=failures.total())
     return failures
 
 
-def ask_all(config: Config, key: str, facts: str, seeds: Sequence[int]) -> Iterator[Asked]:
-    """Yield what comes of each seed, as it comes, from several threads."""
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    done: queue.SimpleQueue[Asked] = queue.SimpleQueue()
+def request_all(config: Config, key: str, facts: str, seeds: Sequence[int]) -> Iterator[Result]:
+    """Yield the result of each seed as it arrives, from `config.workers` threads."""
     stop = threading.Event()
-    for seed in seeds:
-        todo.put(seed)
 
-    def work() -> None:
-        with requests.Session() as session:
-            while not stop.is_set():
-                try:
-                    seed = todo.get_nowait()
-                except queue.Empty:
-                    return
-                asked = ask(session, config, key, facts, seed, stop)
-                if asked.fatal:
-                    stop.set()
-                done.put(asked)
+    def work(seed: int) -> Result:
+        result = request_conversation(config, key, build_prompt(facts, seed), seed, stop)
+        if result.fatal:
+            stop.set()
+        return result
 
-    # Daemon threads: Ctrl-C need not wait for an answer that is still being written.
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(config.workers, len(seeds)))]
-    try:
-        for thread in threads:
-            thread.start()
-        for _ in seeds:
-            yield done.get()
-    finally:
-        stop.set()
+    # The pool's threads are daemons and are not joined: Ctrl-C does not wait for pending answers.
+    with ThreadPool(min(config.workers, len(seeds))) as pool:
+        try:
+            yield from pool.imap_unordered(work, seeds)
+        finally:
+            stop.set()
 
 
-def ask(
-    session: requests.Session, config: Config, key: str, facts: str, seed: int, stop: threading.Event | None = None
-) -> Asked:
-    """Ask for the conversation of a seed until it is good, or the attempts are used up."""
-    stop, reason = stop or threading.Event(), ""
+def request_conversation(config: Config, key: str, prompt: str, seed: int, stop: threading.Event) -> Result:
+    """Request a conversation until it is valid, `config.attempts` are used up, or `stop` is set."""
+    reason = "stopped"
     for attempt in range(config.attempts):
+        if stop.is_set():
+            break
         wait = 0.0
         try:
-            return Asked(seed, checked(post(session, config, key, request(config, facts, seed, attempt))))
-        except Refused as error:
-            return Asked(seed, [], str(error), error.fatal)
-        except TryAgain as error:
+            return Result(seed, parse_messages(post(config, key, request_body(config, prompt, seed, attempt))))
+        except RequestError as error:
             reason, wait = str(error), error.wait_seconds
+            if not error.retry:
+                return Result(seed, [], reason, error.fatal)
         except requests.Timeout:
             reason = "timed out"
         except requests.ConnectionError as error:
             reason = "timed out" if "timed out" in str(error).lower() else f"cannot connect to {config.base_url}"
-        except Exception as error:  # a thread must always report back
+        except requests.RequestException as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if attempt + 1 < config.attempts:
             stop.wait(min(MAX_WAIT_SECONDS, max(wait, config.backoff_seconds * 2**attempt)))
-        if stop.is_set():
-            break
-    return Asked(seed, [], reason)
+    return Result(seed, [], reason)
 
 
-def request(config: Config, facts: str, seed: int, attempt: int) -> dict[str, Any]:
-    """Return the body of a request for the conversation of a seed; another attempt samples anew."""
+def request_body(config: Config, prompt: str, seed: int, attempt: int) -> dict[str, Any]:
+    """Return the body of a request; each attempt has another sampling seed."""
     body = {
         "model": config.model,
-        "messages": [{"role": "user", "content": _identity_prompts.prompt(facts, seed)}],
+        "messages": [{"role": "user", "content": prompt}],
         "temperature": config.temperature,
         "seed": seed + 1_000_003 * attempt,
     }
     if config.schema:
-        schema = {"name": "conversation", "schema": _identity_prompts.SCHEMA, "strict": True}
+        schema = {"name": "conversation", "schema": SCHEMA, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     return body
 
 
-def post(session: requests.Session, config: Config, key: str, body: Mapping[str, Any]) -> str:
+def build_prompt(facts: str, seed: int) -> str:
+    """Return the prompt for the large model; topic, persona, opening and length are drawn from the seed."""
+    sections, rng = prompt_sections(), random.Random(seed)
+    topic, persona, opening = (rng.choice(sections[name].splitlines()) for name in ("topics", "personas", "openings"))
+    count = rng.choice((1, 1, 2, 2, 3, 4))
+    return string.Template(sections["prompt"]).substitute(
+        facts=facts.strip(), topic=topic, persona=persona, opening=opening,
+        exchanges=f"{count} message{'s' if count > 1 else ''}",
+    )  # fmt: skip
+
+
+@functools.cache
+def prompt_sections() -> dict[str, str]:
+    """Return the sections of the prompt file by their headings: prompt, facts, topics, personas, openings."""
+    _, *parts = re.split(r"^# (\w+)\n", PROMPTS.read_text("utf-8"), flags=re.MULTILINE)
+    return {name: text.strip() for name, text in zip(parts[::2], parts[1::2])}
+
+
+def post(config: Config, key: str, body: Mapping[str, Any]) -> str:
     """Send a request and return the text of the answer.
 
     Raises:
-        TryAgain, Refused: as the status says. requests.RequestException: there was no answer.
+        RequestError: the endpoint reported an error, or its response is malformed.
+        requests.RequestException: there was no response.
     """
     url, deadline = f"{config.base_url.rstrip('/')}/chat/completions", time.monotonic() + config.timeout_seconds
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with session.post(url, json=body, headers=headers, timeout=config.timeout_seconds, stream=True) as response:
+    with requests.post(url, json=body, headers=headers, timeout=config.timeout_seconds, stream=True) as response:
         content = b""
         for chunk in response.iter_content(2**14):
             content += chunk
             if len(content) > MAX_RESPONSE_BYTES:
-                raise TryAgain(f"the answer is over {MAX_RESPONSE_BYTES} bytes")
+                raise RequestError(f"the response is over {MAX_RESPONSE_BYTES} bytes")
             if time.monotonic() > deadline:
-                raise TryAgain("timed out")
-        status = response.status_code
-        if status in (408, 409, 425, 429) or status >= 500:
-            asked = response.headers.get("Retry-After", "")
-            raise TryAgain(f"HTTP {status}", float(asked) if asked.isdigit() else 0.0)
-        if status != 200:
-            fatal = status not in (400, 422)  # these may be about what this one prompt says
-            raise Refused(f"HTTP {status} {_explained(content, key)}{_advice(config, status)}", fatal)
+                raise RequestError("timed out")
+    status, retry_after = response.status_code, response.headers.get("Retry-After", "")
+    if status in (408, 409, 425, 429) or status >= 500:
+        raise RequestError(f"HTTP {status}", wait_seconds=float(retry_after) if retry_after.isdigit() else 0.0)
+    if status != 200:
+        reason = f"HTTP {status} {_error_message(content, key)}{_advice(config, status)}"
+        raise RequestError(reason, retry=False, fatal=status not in (400, 422))  # these may be due to this one prompt
     try:
         choice = json.loads(content)["choices"][0]
         text, finish = choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise TryAgain("the response is not of OpenAI's form") from None
+        raise RequestError("the response does not have OpenAI's form") from None
     if not isinstance(text, str) or finish == "length":
-        raise TryAgain("the answer was cut off" if finish == "length" else "the answer has no text")
+        raise RequestError("the answer was truncated" if finish == "length" else "the answer has no text")
     return text
 
 
-def checked(text: str) -> list[dict[str, str]]:
-    """Return the messages that an answer holds as JSON, bare or in a fence.
-
-    Raises:
-        TryAgain: it does not fit the schema, or is no conversation to learn from.
-    """
-    fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
+def _error_message(content: bytes, key: str) -> str:
+    """Return the first line of an endpoint's error message, without the key."""
     try:
-        value = json.loads(fenced[1] if fenced else text)
-    except ValueError:
-        raise TryAgain("the answer is no JSON") from None
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list) or set(value) != {"messages"}:
-        raise TryAgain("the answer does not fit the schema")
-    for message in messages:
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise TryAgain("the answer does not fit the schema")
-        if not isinstance(message["content"], str) or not 0 < len(message["content"].strip()) <= MAX_CHARACTERS:
-            raise TryAgain("a message is empty, too long, or no text")
-    try:
-        chat_format.check(value)
-    except UserError:
-        raise TryAgain("user and assistant do not take turns") from None
-    if not 2 <= len(messages) <= MAX_MESSAGES or len(messages) % 2 or messages[0]["role"] != "user":
-        raise TryAgain("the conversation has too few or too many messages, or ends with the user")
-    return [{"role": message["role"], "content": message["content"].strip()} for message in messages]
-
-
-def read_key(config: Config) -> str:
-    """Return the API key. Raises: UserError: the variable that should hold it is not set."""
-    if config.key_variable is None:
-        return ""
-    key = os.environ.get(config.key_variable, "").strip()
-    if not key:
-        raise UserError(
-            f"the environment variable {config.key_variable} holds no API key: export {config.key_variable}=…, name "
-            "another one (--set key_variable=…), or send none (--set key_variable=none)"
-        )
-    return key
-
-
-def read_facts(config: Config) -> str:
-    """Return what the conversations shall say about the assistant. Raises: UserError."""
-    if config.facts is None:
-        return _identity_prompts.FACTS
-    try:
-        return config.facts.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"facts={config.facts}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-
-
-def read_seeds(path: Path) -> set[int]:
-    """Return the seeds whose conversations are in a file, after cutting off a last line that was not finished.
-
-    Raises:
-        UserError: a line is not of this experiment's form, so that nothing is appended to a file of something else.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return set()
-    except OSError as error:
-        raise UserError(f"output={path}: cannot be read ({error.strerror})") from None
-    seeds = set()
-    for number, line in enumerate(lines, start=1):
-        try:
-            seeds.add(json.loads(line)["seed"])
-        except (ValueError, LookupError, TypeError):
-            if number < len(lines):
-                raise UserError(f"output={path} line {number}: not by synthesize; choose another file") from None
-            os.truncate(path, path.stat().st_size - len(line))  # nothing, or the process was killed within it
-        else:
-            if number == len(lines):
-                path.write_bytes(b"\n".join([*lines, b""]))  # an editor took the last line break
-    return seeds
-
-
-@contextlib.contextmanager
-def appended(path: Path) -> Iterator[Any]:
-    """Give a file to append bytes to. Raises: UserError: it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"output={path}: cannot be written ({error.strerror or error})") from None
-
-
-def _explained(content: bytes, key: str) -> str:
-    """Return the first line of what an endpoint says about an error, without the key in it."""
-    try:
-        said = json.loads(content)["error"]
-        text = str(said["message"] if isinstance(said, dict) else said)
+        error = json.loads(content)["error"]
+        text = str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, LookupError, TypeError):
         text = content.decode("utf-8", "replace")
     line = (text.strip().splitlines() or [""])[0][:200]
@@ -366,9 +289,73 @@ def _explained(content: bytes, key: str) -> str:
 
 def _advice(config: Config, status: int) -> str:
     if status in (401, 403):
-        return (
-            f"; is the key in {config.key_variable} right?" if config.key_variable else "; it wants a key: key_variable"
-        )
+        return f"; is the key in {config.key_variable} right?" if config.key_variable else "; set key_variable"
     if status == 404:
         return "; are base_url and model right?"
-    return "; if it cannot keep to a JSON schema: --set schema=false" if config.schema else ""
+    return "; if it does not support JSON schemas: --set schema=false" if config.schema else ""
+
+
+def parse_messages(text: str) -> list[dict[str, str]]:
+    """Return the messages of an answer: JSON, bare or in a code block.
+
+    Raises:
+        RequestError: the answer does not fit the schema, or is not a conversation to learn from.
+    """
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
+    try:
+        value = json.loads(fenced[1] if fenced else text)
+    except ValueError:
+        raise RequestError("the answer is not valid JSON") from None
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list) or set(value) != {"messages"}:
+        raise RequestError("the answer does not fit the schema")
+    for message in messages:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise RequestError("the answer does not fit the schema")
+        if not isinstance(message["content"], str) or not 0 < len(message["content"].strip()) <= MAX_CHARACTERS:
+            raise RequestError("a message is empty, too long, or not text")
+    try:
+        chat_format.check(value)
+    except UserError:
+        raise RequestError("user and assistant do not take turns") from None
+    if not 2 <= len(messages) <= MAX_MESSAGES or len(messages) % 2 or messages[0]["role"] != "user":
+        raise RequestError("the conversation has too few or too many messages, or ends with the user")
+    return [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+
+
+def read_key(config: Config) -> str:
+    """Return the API key."""
+    if config.key_variable is None:
+        return ""
+    key = os.environ.get(config.key_variable, "").strip()
+    if not key:
+        raise UserError(
+            f"the environment variable {config.key_variable} holds no API key: export {config.key_variable}=…, use "
+            "another one (--set key_variable=…), or send none (--set key_variable=none)"
+        )
+    return key
+
+
+def read_facts(config: Config) -> str:
+    """Return the facts about the assistant."""
+    if config.facts is None:
+        return prompt_sections()["facts"]
+    try:
+        return config.facts.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"facts={config.facts}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def read_seeds(path: Path) -> set[int]:
+    """Return the seeds of the conversations in a file, without a partial last line.
+
+    Raises:
+        UserError: the file has other lines, and nothing should be appended to it.
+    """
+    rows = jsonl.read(path, missing_ok=True, drop_partial=True)
+    foreign = [number for number, row in rows if not isinstance(row, dict) or "seed" not in row]
+    if not rows and path.exists() and path.stat().st_size:
+        foreign = [1]
+    if foreign:
+        raise UserError(f"output={path} line {foreign[0]}: not written by synthesize; choose another file")
+    return {row["seed"] for _, row in rows}

@@ -5,11 +5,10 @@ A conversation file has one conversation a line: a JSON array of messages, or an
     [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello! What can I do for you?"}]
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from nanochat import jsonl
 from nanochat.config import UserError
 from nanochat.data import Conversation, chat_format
 from nanochat.tasks import hub_table
@@ -65,7 +64,7 @@ def identity(split: str = "train", *, source: str | Path | None = None) -> Task:
         if split == "all" or (number % TEST_FRACTION == 0) == (split == "test")
     ]
     if not rows:
-        raise UserError(f"source={path}: has too few conversations for a test split: it needs {TEST_FRACTION}")
+        raise UserError(f"{path}: has too few conversations for a test split: it needs {TEST_FRACTION}")
     return _shuffled("identity", rows)
 
 
@@ -80,28 +79,16 @@ def read_conversations(path: Path) -> list[Conversation]:
     Raises:
         UserError: the file cannot be read or is empty, or a line is not a conversation that ends with an answer.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"source={path}: cannot be read ({error.strerror or error})") from None
-    rows = [_conversation(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    rows: list[Conversation] = []
+    for number, value in jsonl.read(path):
+        row = {"messages": value} if isinstance(value, list) else value
+        try:
+            chat_format.check(row)
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        if row["messages"][-1]["role"] != "assistant":
+            raise UserError(f"{path}:{number}: the last message must be the assistant's")
+        rows.append(row)
     if not rows:
-        raise UserError(f"source={path}: contains no conversations")
+        raise UserError(f"{path}: contains no conversations")
     return rows
-
-
-def _conversation(path: Path, number: int, line: bytes) -> Conversation:
-    prefix = f"source={path} line {number}"
-    try:
-        value: Any = json.loads(line)
-    except ValueError as error:  # JSON and UTF-8 errors alike
-        raise UserError(f"{prefix}: not valid JSON ({error})") from None
-    if isinstance(value, list):
-        value = {"messages": value}
-    try:
-        chat_format.check(value)
-    except UserError as error:
-        raise UserError(f"{prefix}: {error}") from None
-    if value["messages"][-1]["role"] != "assistant":
-        raise UserError(f"{prefix}: the last message must be the assistant's")
-    return value

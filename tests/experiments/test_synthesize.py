@@ -1,4 +1,4 @@
-"""Synthetic conversations: asked of a local endpoint that answers well, badly, slowly, or not at all."""
+"""Synthetic conversations from a local endpoint that answers well, badly, slowly, or not at all."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from experiments import _identity_prompts, synthesize
+from experiments import synthesize
 from nanochat import distributed, tasks
 from nanochat.config import UserError, override
 from nanochat.data import chat_format
@@ -35,11 +35,11 @@ def good(*messages: Any) -> dict[str, Any]:
 
 
 Answer = Callable[[int, int], tuple[int, Any, dict[str, str]]]
-"""(seed, attempt of that seed) -> status, body (JSON, or bytes just so, or seconds to say nothing), headers."""
+"""(seed, attempt) -> status, body (JSON, raw bytes, or seconds to wait before a good answer), headers."""
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Answers as `answer` says and notes what it was asked."""
+    """Responds as `answer` says and records the requests."""
 
     daemon_threads, block_on_close = True, False
 
@@ -53,7 +53,7 @@ class Endpoint(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, *_: Any) -> None:
-        """Keep silent about clients that have left."""
+        """Print nothing about clients that have disconnected."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -125,7 +125,7 @@ def seeds(config: synthesize.Config) -> list[int]:
     return sorted(line["seed"] for line in lines(config))
 
 
-def test_conversations_are_asked_for_and_kept(
+def test_conversations_are_requested_and_written(
     settings: synthesize.Config, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(settings)
@@ -134,8 +134,10 @@ def test_conversations_are_asked_for_and_kept(
     assert set(endpoint.keys) == {"Bearer sk-secret"} and len(endpoint.bodies) == 12
     body = next(body for body in endpoint.bodies if body["seed"] == 3)
     assert body["model"] == "large" and body["temperature"] == 1.0
-    assert body["messages"] == [{"role": "user", "content": _identity_prompts.prompt(_identity_prompts.FACTS, 3)}]
-    assert body["response_format"]["json_schema"]["schema"] == _identity_prompts.SCHEMA
+    assert body["messages"] == [
+        {"role": "user", "content": synthesize.build_prompt(synthesize.read_facts(settings), 3)}
+    ]
+    assert body["response_format"]["json_schema"]["schema"] == synthesize.SCHEMA
     out = capsys.readouterr().out
     assert "12 conversations, 0 of them are in" in out and f"12 written to {settings.output}" in out
     assert f"--experiment=tasks --set task=identity:{settings.output}" in out and "sk-secret" not in out
@@ -145,20 +147,21 @@ def test_conversations_are_asked_for_and_kept(
 
 
 def test_prompts_are_drawn_from_the_seed() -> None:
-    prompts = [_identity_prompts.prompt("- It is FACT.", seed) for seed in range(300)]
-    assert prompts == [_identity_prompts.prompt("- It is FACT.", seed) for seed in range(300)]
+    prompts = [synthesize.build_prompt("- It is FACT.", seed) for seed in range(300)]
     assert len(set(prompts)) > 290 and all("- It is FACT." in text and "JSON" in text for text in prompts)
-    for words in (_identity_prompts.TOPICS, _identity_prompts.PERSONAS, _identity_prompts.OPENINGS):
-        assert all(any(word in text for text in prompts) for word in words)
+    assert not any("$" in text for text in prompts)
+    for name in ("topics", "personas", "openings"):
+        options = synthesize.prompt_sections()[name].splitlines()
+        assert len(options) > 10 and all(any(option in text for text in prompts) for option in options)
     counts = {re.search(r"exactly (\d) messages?", text)[1] for text in prompts}  # type: ignore[index]
     assert counts == {"1", "2", "3", "4"}
 
 
-def test_the_same_command_goes_on_where_it_stopped(settings: synthesize.Config, endpoint: Endpoint) -> None:
+def test_same_command_resumes(settings: synthesize.Config, endpoint: Endpoint) -> None:
     run(settings, count=5)
     assert settings.output
     with settings.output.open("ab") as file:
-        file.write(b'{"messages": [{"role": "user", "con')  # killed while it wrote
+        file.write(b'{"messages": [{"role": "user", "con')  # killed while writing
     endpoint.bodies.clear()
     run(settings)
     assert sorted(body["seed"] for body in endpoint.bodies) == list(range(5, 12))
@@ -167,22 +170,20 @@ def test_the_same_command_goes_on_where_it_stopped(settings: synthesize.Config, 
     run(settings)
     run(settings, seed=4, count=8)
     assert endpoint.bodies == []
-    settings.output.write_bytes(settings.output.read_bytes().rstrip(b"\n"))  # an editor took it
+    settings.output.write_bytes(settings.output.read_bytes().rstrip(b"\n"))  # by an editor
     run(settings, count=13)
     assert seeds(settings) == list(range(13))
 
 
-def test_a_file_of_something_else_is_not_touched(settings: synthesize.Config, endpoint: Endpoint) -> None:
+def test_file_of_something_else_is_not_changed(settings: synthesize.Config, endpoint: Endpoint) -> None:
     assert settings.output
     settings.output.write_text(f"{json.dumps(TALK)}\n{json.dumps(TALK)}")
-    with pytest.raises(UserError, match=r"out.jsonl line 1: not by synthesize; choose another file"):
+    with pytest.raises(UserError, match=r"out.jsonl line 1: not written by synthesize; choose another file"):
         run(settings)
     assert settings.output.read_text() == f"{json.dumps(TALK)}\n{json.dumps(TALK)}" and not endpoint.bodies
 
 
-def test_a_key_a_file_of_facts_and_a_schema_can_be_left_out(
-    settings: synthesize.Config, endpoint: Endpoint, tmp_path: Path
-) -> None:
+def test_key_facts_and_schema_are_optional(settings: synthesize.Config, endpoint: Endpoint, tmp_path: Path) -> None:
     (tmp_path / "facts.txt").write_text("It is called Otto.")
     run(settings, key_variable=None, facts=tmp_path / "facts.txt", schema=False, count=2)
     assert endpoint.keys == [None, None] and "response_format" not in endpoint.bodies[0]
@@ -216,7 +217,7 @@ BAD: list[Any] = [
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: str(bad)[:40])
-def test_a_malformed_answer_is_asked_for_again(settings: synthesize.Config, endpoint: Endpoint, bad: Any) -> None:
+def test_malformed_answer_is_retried(settings: synthesize.Config, endpoint: Endpoint, bad: Any) -> None:
     endpoint.answer = lambda seed, attempt: (200, bad if seed == 1 and attempt < 2 else good(), {})
     run(settings, count=3)
     assert seeds(settings) == [0, 1, 2] and all(line["messages"] == TALK for line in lines(settings))
@@ -224,20 +225,20 @@ def test_a_malformed_answer_is_asked_for_again(settings: synthesize.Config, endp
 
 
 @pytest.mark.parametrize("text", ["```json\n{}\n```", "```\n{}```", " {} \n"])
-def test_an_answer_may_be_fenced(text: str) -> None:
+def test_answer_may_be_in_a_code_block(text: str) -> None:
     padded = [{"role": m["role"], "content": f" {m['content']}\n"} for m in TALK]
-    assert synthesize.checked(text.replace("{}", json.dumps({"messages": padded}))) == TALK
+    assert synthesize.parse_messages(text.replace("{}", json.dumps({"messages": padded}))) == TALK
     chat_format.check({"messages": TALK})
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
-def test_an_overloaded_endpoint_is_asked_again(settings: synthesize.Config, endpoint: Endpoint, status: int) -> None:
+def test_overloaded_endpoint_is_retried(settings: synthesize.Config, endpoint: Endpoint, status: int) -> None:
     endpoint.answer = lambda seed, attempt: (status if attempt < 2 else 200, good(), {})
     run(settings, count=4)
     assert seeds(settings) == [0, 1, 2, 3] and len(endpoint.bodies) == 12
 
 
-def test_waits_double_and_what_the_endpoint_asks_for_counts(settings: synthesize.Config, endpoint: Endpoint) -> None:
+def test_backoff_doubles_and_respects_retry_after(settings: synthesize.Config, endpoint: Endpoint) -> None:
     endpoint.answer = lambda seed, attempt: (200 if attempt == 3 else 503, good(), {})
     run(settings, count=1, backoff_seconds=0.1)
     waits = [later - sooner for sooner, later in zip(endpoint.times, endpoint.times[1:])]
@@ -248,28 +249,26 @@ def test_waits_double_and_what_the_endpoint_asks_for_counts(settings: synthesize
     assert endpoint.times[1] - endpoint.times[0] >= 1
 
 
-def test_a_slow_endpoint_is_given_up_and_asked_again(settings: synthesize.Config, endpoint: Endpoint) -> None:
+def test_timeout_is_retried(settings: synthesize.Config, endpoint: Endpoint) -> None:
     endpoint.answer = lambda seed, attempt: (200, 60.0 if attempt == 0 else good(), {})
     began = time.monotonic()
     run(settings, count=4, timeout_seconds=0.5)
     assert seeds(settings) == [0, 1, 2, 3] and time.monotonic() - began < 50
 
 
-def test_requests_run_beside_each_other(settings: synthesize.Config, endpoint: Endpoint) -> None:
+def test_requests_are_concurrent(settings: synthesize.Config, endpoint: Endpoint) -> None:
     endpoint.answer = lambda seed, attempt: (200, 0.5, {})
     run(settings, workers=4)
     assert 3 <= endpoint.most_at_once <= 4
 
 
-def test_what_failed_is_said_at_the_end_and_tried_again_by_the_same_command(
-    settings: synthesize.Config, endpoint: Endpoint
-) -> None:
+def test_failures_are_reported_and_retried_by_the_same_command(settings: synthesize.Config, endpoint: Endpoint) -> None:
     endpoint.answer = lambda seed, attempt: (500 if seed == 2 else 200, completion("?") if seed == 3 else good(), {})
     with pytest.raises(UserError) as caught:
         run(settings, attempts=2)
     assert str(caught.value) == (
-        "2 of 12 failed: HTTP 500 (1x), the answer is no JSON (1x); the same command tries these again"
-    ) or str(caught.value).startswith("2 of 12 failed: the answer is no JSON (1x), HTTP 500 (1x)")
+        "2 of 12 failed: HTTP 500 (1x), the answer is not valid JSON (1x); the same command retries them"
+    ) or str(caught.value).startswith("2 of 12 failed: the answer is not valid JSON (1x), HTTP 500 (1x)")
     assert seeds(settings) == [0, 1, *range(4, 12)]
     endpoint.answer = lambda seed, attempt: (200, good(), {})
     endpoint.bodies.clear()
@@ -285,9 +284,7 @@ def test_what_failed_is_said_at_the_end_and_tried_again_by_the_same_command(
         (404, r"HTTP 404 .*are base_url and model right"),
     ],
 )
-def test_a_refusal_ends_the_run_at_once(
-    settings: synthesize.Config, endpoint: Endpoint, status: int, message: str
-) -> None:
+def test_refusal_stops_the_run(settings: synthesize.Config, endpoint: Endpoint, status: int, message: str) -> None:
     body = {"error": {"message": "no such key: sk-secret\nsecond line"}}
     endpoint.answer = lambda seed, attempt: (status, body, {})
     with pytest.raises(UserError, match=message) as caught:
@@ -295,14 +292,14 @@ def test_a_refusal_ends_the_run_at_once(
     assert len(endpoint.bodies) <= 4 and "sk-secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_endpoint_without_schemas_is_told_of(settings: synthesize.Config, endpoint: Endpoint) -> None:
+def test_endpoint_without_schemas_gets_a_hint(settings: synthesize.Config, endpoint: Endpoint) -> None:
     endpoint.answer = lambda seed, attempt: (400, {"error": "response_format is unknown"}, {})
     with pytest.raises(UserError, match=r"10 .* in a row failed.*HTTP 400 response_format is unknown; .*schema=false"):
         run(settings, count=1000)
     assert len(endpoint.bodies) < 20  # each once
 
 
-def test_an_endpoint_out_of_reach_ends_the_run(settings: synthesize.Config) -> None:
+def test_unreachable_endpoint_stops_the_run(settings: synthesize.Config) -> None:
     with pytest.raises(UserError, match=r"10 conversations in a row failed, the last: cannot connect to http://127"):
         run(settings, base_url="http://127.0.0.1:9/v1", attempts=2, count=1000)
 
@@ -313,13 +310,13 @@ def test_an_endpoint_out_of_reach_ends_the_run(settings: synthesize.Config) -> N
         ({"model": None}, "set the model's name at the endpoint: --set model="),
         ({"key_variable": "NO_SUCH_KEY"}, "the environment variable NO_SUCH_KEY holds no API key: export NO_SUCH_KEY="),
         ({"facts": Path("/no/such.txt")}, r"facts=/no/such.txt: cannot be read \(No such file"),
-        ({"output": Path("/proc/no/out.jsonl")}, "output=/proc/no/out.jsonl: cannot be written"),
-        ({"output": Path("/")}, r"output=/: cannot be read \(Is a directory\)"),
+        ({"output": Path("/proc/no/out.jsonl")}, "/proc/no/out.jsonl cannot be written"),
+        ({"output": Path("/")}, r"/ cannot be read: Is a directory"),
         ({"count": 0}, "count=0: must be at least 1"),
         ({"timeout_seconds": 0.0}, "timeout_seconds=0.0: must be above 0"),
     ],
 )
-def test_wrong_settings_are_said_before_anything_is_asked(
+def test_wrong_settings_fail_before_any_request(
     settings: synthesize.Config, endpoint: Endpoint, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -327,7 +324,7 @@ def test_wrong_settings_are_said_before_anything_is_asked(
     assert len(endpoint.bodies) == 0
 
 
-def test_ctrl_c_keeps_what_has_come_and_does_not_wait(settings: synthesize.Config, endpoint: Endpoint) -> None:
+def test_ctrl_c_keeps_finished_conversations_and_does_not_wait(settings: synthesize.Config, endpoint: Endpoint) -> None:
     endpoint.answer = lambda seed, attempt: (200, good() if seed < 3 else 60.0, {})
     command = [sys.executable, "launch.py", "--experiment=synthesize", "--set", "model=m", "--set", "workers=3"]
     command += ["--set", f"base_url={settings.base_url}", "--set", f"output={settings.output}"]

@@ -68,7 +68,7 @@ USER, BOT = '{"role": "user", "content": "q"}', '{"role": "assistant", "content"
 def test_malformed_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "my.jsonl"
     path.write_bytes(f"[{USER}, {BOT}]\n\n".encode() + line.encode("latin-1") + b"\n")
-    with pytest.raises(UserError, match=f"my.jsonl line 3: .*{re.escape(message)}"):
+    with pytest.raises(UserError, match=f"my.jsonl:3: .*{re.escape(message)}"):
         tasks.load("customjson", source=path)
 
 

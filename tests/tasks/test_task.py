@@ -177,7 +177,7 @@ def test_text_names_a_task_with_split_source_and_options(tmp_path: Path) -> None
         ("humaneval:train", "task humaneval has no split train, only test"),
         ("customjson", "task customjson needs a file of conversations"),
         ("customjson:test:/x.jsonl", "a file is all train"),
-        ("customjson:/no/such.jsonl", "/no/such.jsonl: cannot be read (No such file or directory)"),
+        ("customjson:/no/such.jsonl", "/no/such.jsonl cannot be read: No such file or directory"),
         ("gsm8k:/no/such", "source=/no/such: no such file or folder"),
         ("simplespelling:/no/such.json", "source=/no/such.json: cannot be read"),
     ],
