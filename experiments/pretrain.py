@@ -21,7 +21,7 @@ from nanochat import data, distributed, eval, model, optim, train
 from nanochat.config import UserError
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.eval import core_bundle
-from nanochat.optim import OptimConfig, scaling, schedules
+from nanochat.optim import OptimConfig, scaling
 from nanochat.train import StageConfig
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
         num_steps=plan.num_steps,
         step_tokens=plan.total_batch_size,
         flops_per_token=plan.flops_per_token,
-        hparams_at=lambda step, _: hparams_at(config.optim, shape, plan, step),
+        hparams_at=lambda step, _: optim.hparams(config.optim, plan, step),
         batches=lambda state, _: batches(split="train", rows_per_step=rows_per_step, state=state),
         evaluations=evaluations,
     )
@@ -231,6 +231,7 @@ def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
         model.gpt.count(shape)["scaling"],
         model.gpt.count(reference)["scaling"],
         model.gpt.flops_per_token(shape),
+        n_embd=shape.n_embd,
         target_param_data_ratio=config.target_param_data_ratio,
         target_flops=config.target_flops,
         num_iterations=config.num_iterations,
@@ -245,7 +246,7 @@ def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -
     rows = config.rows
     micro_batches = scaling.accumulation_steps(plan.total_batch_size, rows, shape.sequence_len, runtime.world_size)
     counts = model.gpt.count(shape)
-    groups = optim.muon_adamw.param_group_settings(
+    groups = optim.param_group_settings(
         config.optim, shape.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay
     )
     facts = {
@@ -263,23 +264,3 @@ def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -
     }
     lines = [f"  {name:<16}{text}" for name, text in facts.items()]
     return "\n".join(["configuration", configs.describe(config), "plan", *lines])
-
-
-def hparams_at(config: OptimConfig, shape: ModelConfig, plan: Plan, step: int) -> optim.muon_adamw.Hparams:
-    """Return the hyperparameters of one step: the groups' rates under their schedules."""
-    rates = optim.muon_adamw.param_group_settings(
-        config, shape.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay
-    )
-    factor = schedules.learning_rate(
-        step,
-        plan.num_steps,
-        warmup_steps=config.warmup_steps,
-        warmdown_ratio=config.warmdown_ratio,
-        final=config.final_lr_fraction,
-    )
-    for group in rates.values():
-        group["lr"] *= factor
-    matrix = rates[optim.muon_adamw.MATRIX]
-    matrix["momentum"] = schedules.muon_momentum(step, plan.num_steps, warmdown_ratio=config.warmdown_ratio)
-    matrix["weight_decay"] *= schedules.weight_decay(step, plan.num_steps)
-    return optim.muon_adamw.as_hparams(rates)

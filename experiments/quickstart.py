@@ -177,8 +177,14 @@ def practising(config: Config, tuned: str, name: str) -> rl.Config:
         num_iterations=config.rl_steps,
         rollout=RolloutConfig(examples=16, samples=8, max_tokens=64),
         # So few answers are noise for tables and matrices; the unembedding learns from them which tokens to trust.
-        optim=rl.RatesConfig(
-            embedding_lr=0.0, unembedding_lr=0.01, matrix_lr=0.0, scalar_lr=0.0, lr_fraction=0.3, moments=True
+        optim=dataclasses.replace(
+            start.optim,
+            embedding_lr=0.0,
+            unembedding_lr=0.01,
+            matrix_lr=0.0,
+            scalar_lr=0.0,
+            lr_fraction=0.3,
+            moments=True,
         ),
         device_batch_size=16,
         eval=rl.PassConfig(every_steps=None, problems=64, sample_every_steps=None),

@@ -28,7 +28,7 @@ from nanochat import distributed, infer, metrics, model, optim, tasks, train
 from nanochat.config import UserError
 from nanochat.data import chat_format
 from nanochat.metrics import plots
-from nanochat.optim import OptimConfig
+from nanochat.optim import FinetunePlan, OptimConfig
 from nanochat.tasks import Task
 from nanochat.train import RolloutConfig, StageConfig, TrainConfig
 from nanochat.train import config as stage
@@ -40,24 +40,16 @@ if TYPE_CHECKING:
     from nanochat.model import ModelConfig, Params
     from nanochat.train import InitCheckpoint, Job, Reward, Rollout, TrainState
 
+OPTIM = OptimConfig(
+    embedding_lr=0.2,
+    unembedding_lr=0.004,
+    lr_fraction=0.05,
+    weight_decay=0.0,
+    warmup_steps=0,
+    warmdown_ratio=1.0,
+    final_lr_fraction=0.0,
+)
 PAD_TOKENS = 64  # the narrowest row that is compiled for
-
-
-@dataclasses.dataclass(frozen=True)
-class RatesConfig:
-    """Learning rates; they fall to 0 over the run, in a straight line.
-
-    Attributes:
-        embedding_lr, unembedding_lr, matrix_lr, scalar_lr: base rates. lr_fraction: of these, at the beginning.
-        moments: go on with the parent's optimizer moments.
-    """
-
-    embedding_lr: float = 0.2
-    unembedding_lr: float = 0.004
-    matrix_lr: float = 0.02
-    scalar_lr: float = 0.5
-    lr_fraction: float = 0.05
-    moments: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +91,7 @@ class Config(StageConfig):
     num_iterations: int | None = None
     device_batch_size: int = 8
     rollout: RolloutConfig = RolloutConfig()
-    optim: RatesConfig = RatesConfig()
+    optim: OptimConfig = OPTIM
     # flex needs one length for all rows, and so might what auto takes
     train: TrainConfig = TrainConfig(attention="sdpa")
     eval: PassConfig = PassConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -170,7 +162,9 @@ def practising(
     reward: Reward,
 ) -> train.Stage:
     """Return what this stage is: examples by their numbers, a step that plays them, pass@k and looks at answers."""
-    shape, how = origin.shape, config.rollout
+    shape, how, num_steps = origin.shape, config.rollout, config.num_iterations
+    assert num_steps
+    plan = FinetunePlan(shape.n_embd, weight_decay=config.optim.weight_decay)
     decoder = player(shape, origin.tokenizer, config, runtime)
     latest: deque[list[Rollout]] = deque(maxlen=1)  # answers to an example of the last step, of different rewards
 
@@ -195,7 +189,7 @@ def practising(
         num_steps=config.num_iterations,
         step_tokens=how.examples * how.samples * how.max_tokens,  # at most; each step says how many
         flops_per_token=model.flops_per_token(shape),
-        hparams_at=functools.partial(hparams_at, config, shape.n_embd),
+        hparams_at=lambda step, _: optim.hparams(config.optim, plan, step, done=step / num_steps),
         batches=lambda state, rows: train.rl.prompt_batches(practice, how.examples, state),
         initial=lambda layout: train.init_from.init_state_from(origin, runtime, layout, moments=config.optim.moments),
         evaluations=lambda rows: [
@@ -223,16 +217,6 @@ def player(shape: ModelConfig, tok: Tokenizer, config: Config, runtime: Runtime)
         return made[0]
 
     return decoder
-
-
-def hparams_at(config: Config, n_embd: int, step: int, _: Mapping[str, float]) -> optim.muon_adamw.Hparams:
-    """Return the hyperparameters of one step."""
-    base = {n: getattr(config.optim, n) for n in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
-    rates = optim.muon_adamw.param_group_settings(OptimConfig(**base), n_embd, weight_decay=0.0)
-    assert config.num_iterations
-    for group in rates.values():
-        group["lr"] *= config.optim.lr_fraction * (1 - step / config.num_iterations)
-    return optim.muon_adamw.as_hparams(rates)
 
 
 def examine(decoder: Callable[[Params], Engine], exam: Task, job: Job, state: TrainState) -> train.Result | None:

@@ -23,34 +23,28 @@ from nanochat import distributed, eval, infer, model, optim, tasks, train
 from nanochat.config import UserError
 from nanochat.data import chat_format
 from nanochat.eval import CHAT_CORE, ChatEvalConfig
-from nanochat.optim import OptimConfig, scaling, schedules
+from nanochat.optim import FinetunePlan, OptimConfig, scaling
 from nanochat.tasks import Task, mixture
 from nanochat.train import EvalConfig, StageConfig
 
 if TYPE_CHECKING:
+    from nanochat.optim import Hparams
     from nanochat.distributed import Runtime
     from nanochat.train import InitCheckpoint, Job, TrainState
 
+OPTIM = OptimConfig(
+    embedding_lr=None,
+    unembedding_lr=None,
+    matrix_lr=None,
+    scalar_lr=None,
+    lr_fraction=0.8,
+    weight_decay=0.0,
+    warmup_steps=0,
+    warmdown_ratio=0.5,
+    final_lr_fraction=0.0,
+    moments=True,
+)
 PROMPTS = ("Who are you?", "What is 12*3?", "How many r are in strawberry?", "Why is the sky blue?")
-
-
-@dataclasses.dataclass(frozen=True)
-class RatesConfig:
-    """Learning rates, and how they change.
-
-    Attributes:
-        embedding_lr, unembedding_lr, matrix_lr, scalar_lr: base rates; none: the parent's.
-        lr_fraction: of these, at the beginning. warmdown_ratio: last share of the run, in which the rates fall to 0.
-        moments: go on with the parent's optimizer moments.
-    """
-
-    embedding_lr: float | None = None
-    unembedding_lr: float | None = None
-    matrix_lr: float | None = None
-    scalar_lr: float | None = None
-    lr_fraction: float = 0.8
-    warmdown_ratio: float = 0.5
-    moments: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +82,7 @@ class Config(StageConfig):
     device_batch_size: int | Literal["auto"] | None = None
     total_batch_size: int | None = None
     num_iterations: int | None = None
-    optim: RatesConfig = RatesConfig()
+    optim: OptimConfig = OPTIM
     eval: EvalConfig = EvalConfig(
         every_steps=200, tokens=40 * 2**19, sample_every_steps=None, sample_tokens=128, prompts=PROMPTS
     )
@@ -124,14 +118,8 @@ def resolve(config: Config, origin: InitCheckpoint, runtime: Runtime) -> tuple[C
     """
     length = origin.shape.sequence_len
     total = origin.setting(config.total_batch_size, "total_batch_size", scaling.REFERENCE_BATCH_TOKENS)
-    filled = {
-        field.name: origin.setting(getattr(config.optim, field.name), f"optim.{field.name}", field.default)
-        for field in dataclasses.fields(OptimConfig)
-        if hasattr(config.optim, field.name) and field.name != "warmdown_ratio"
-    }
-    config = dataclasses.replace(
-        config, total_batch_size=total, optim=dataclasses.replace(config.optim, **filled), source=config.source
-    )
+    rates = optim.learning_rates(config.optim, origin.settings)
+    config = dataclasses.replace(config, total_batch_size=total, optim=dataclasses.replace(config.optim, **rates))
     if total % (length * runtime.world_size):
         raise UserError(
             f"total_batch_size={total}: not a multiple of the context {length} x {runtime.world_size} ranks"
@@ -184,7 +172,13 @@ def finetuning(
     """Return what this stage is: packed conversations, rates that fall, bits per byte, tasks and samples on the way."""
     shape, length = origin.shape, origin.shape.sequence_len
     assert config.total_batch_size
-    batch_scale = (config.total_batch_size / scaling.REFERENCE_BATCH_TOKENS) ** 0.5
+    batch_scale = scaling.batch_scale(config.total_batch_size)
+    plan = FinetunePlan(shape.n_embd, batch_scale, config.optim.weight_decay, momentum_warmup_steps=300)
+
+    def hparams_at(step: int, stats: Mapping[str, float]) -> Hparams:
+        done = step / config.num_iterations if config.num_iterations else stats.get("share", 0.0)
+        return optim.hparams(config.optim, plan, step, done)
+
     stream = functools.partial(
         train.sft.batches, tok=origin.tokenizer, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device
     )
@@ -217,27 +211,11 @@ def finetuning(
         num_steps=config.num_iterations,
         step_tokens=config.total_batch_size,
         flops_per_token=model.flops_per_token(shape),
-        hparams_at=functools.partial(hparams_at, config, shape.n_embd, batch_scale),
+        hparams_at=hparams_at,
         batches=lambda state, rows: stream(train_task, how=packing._replace(micro_rows=rows), state=state),
         initial=lambda layout: train.init_from.init_state_from(origin, runtime, layout, moments=config.optim.moments),
         evaluations=evaluations,
     )
-
-
-def hparams_at(
-    config: Config, n_embd: int, batch_scale: float, step: int, stats: Mapping[str, float]
-) -> optim.muon_adamw.Hparams:
-    """Return the hyperparameters of one step, whose batch came with `stats`."""
-    base = {n: getattr(config.optim, n) for n in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
-    rates = optim.muon_adamw.param_group_settings(
-        OptimConfig(**base), n_embd, batch_scale=batch_scale, weight_decay=0.0
-    )
-    done = step / config.num_iterations if config.num_iterations else stats.get("share", 0.0)
-    factor = config.optim.lr_fraction * schedules.flat_then_linear(done, config.optim.warmdown_ratio)
-    for group in rates.values():
-        group["lr"] *= factor
-    rates[optim.muon_adamw.MATRIX]["momentum"] = schedules.short_momentum(step)
-    return optim.muon_adamw.as_hparams(rates)
 
 
 def grade(graded: list[Task], how: ChatConfig, job: Job, state: TrainState) -> train.Result | None:

@@ -7,21 +7,17 @@ from nanochat.lazy import lazy_exports
 if TYPE_CHECKING:
     from nanochat.optim import muon_adamw, scaling, schedules
     from nanochat.optim.muon_adamw import (
-        MATRIX,
         POLAR_EXPRESS,
-        SMEAR_LR,
-        Hparams,
         OptState,
         Row,
-        as_hparams,
         compiled,
         init,
         muon,
-        param_group_settings,
         reduced_axis,
         update,
         update_,
     )
-    from nanochat.optim.scaling import OptimConfig, Plan
+    from nanochat.optim.scaling import FinetunePlan, OptimConfig, Plan, learning_rates
+    from nanochat.optim.schedules import MATRIX, SMEAR_LR, Hparams, as_hparams, hparams, param_group_settings
 
 __getattr__ = lazy_exports(__name__, __file__)

@@ -14,17 +14,14 @@ from torch import Tensor
 
 from nanochat import tree
 from nanochat.distributed import MuonAllToAll
-from nanochat.optim.scaling import OptimConfig
+from nanochat.optim.schedules import MATRIX, Hparams
 
 OptState = TensorDict
 Exchanges = Mapping[str, MuonAllToAll | None]
 NONE: Exchanges = {}
-Hparams = Mapping[str, Mapping[str, Tensor]]  # group -> name -> 0-d float32 tensor
 ADAM_EPS = 1e-10
 SMALL = 2**16  # elements below which an update is not worth compiling
 STACK = 2**28  # elements of a stack of matrices: enough to fill a GPU, and 1 GiB in float32 for each of a few copies
-SMEAR_LR = 0.2  # has no setting
-MATRIX = "matrix"  # the group that Muon updates; AdamW has the others
 
 # (a, b, c) of five Polar Express steps. Source: arXiv 2505.16932, 5 iterations, safety 2e-2, cushion 2.
 POLAR_EXPRESS = (
@@ -43,38 +40,6 @@ class Row(Protocol):
     def group(self) -> str:
         """Name of the optimizer group."""
         ...
-
-
-def param_group_settings(
-    config: OptimConfig, n_embd: int, *, batch_scale: float = 1.0, weight_decay: float | None = None
-) -> dict[str, dict[str, float]]:
-    """Return the hyperparameters of every group, before any schedule.
-
-    Args:
-        config: base rates. n_embd: the width C, by which the rates of the tables scale as (C / 768)^-0.5.
-        batch_scale: sqrt(batch / reference batch), by which all rates but the smear's are multiplied.
-        weight_decay: of the matrices; the config's where it is None.
-    """
-    width = (n_embd / 768) ** -0.5
-    decay = config.weight_decay if weight_decay is None else weight_decay
-
-    def adamw(lr: float, beta1: float, beta2: float, weight_decay: float) -> dict[str, float]:
-        return {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay}
-
-    return {
-        "unembedding": adamw(config.unembedding_lr * width * batch_scale, 0.8, 0.96, 0.01),
-        "embedding": adamw(config.embedding_lr * width * batch_scale, 0.8, 0.995, 0.001),
-        "value_embedding": adamw(0.5 * config.embedding_lr * width * batch_scale, 0.8, 0.995, 0.01),
-        "resid": adamw(0.01 * config.scalar_lr * batch_scale, 0.8, 0.95, 0.05),
-        "x0": adamw(config.scalar_lr * batch_scale, 0.96, 0.95, 0.0),
-        "smear": adamw(SMEAR_LR, 0.8, 0.95, 0.0),
-        MATRIX: {"lr": config.matrix_lr * batch_scale, "momentum": 0.95, "beta2": 0.9, "weight_decay": decay},
-    }
-
-
-def as_hparams(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Tensor]]:
-    """Return `rates` with every number as a 0-d float32 tensor on the CPU, as `update` takes them."""
-    return {group: {k: torch.tensor(v, dtype=torch.float32) for k, v in row.items()} for group, row in rates.items()}
 
 
 def init(

@@ -512,7 +512,7 @@ def test_a_device_batch_that_runs_out_of_memory_is_not_taken(base: Path, capsys:
         if len(batches[0]["inputs"]) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    limit, arguments = 3, (config, shape, 8, here, None, step_fn, pretrain.hparams_at(config.optim, shape, plan, 0))
+    limit, arguments = 3, (config, shape, 8, here, None, step_fn, optim.hparams(config.optim, plan, 0))
     assert train.try_batch_size(*arguments) == 2
     assert capsys.readouterr().out.count("runs out of memory; trying less") == 2
     limit = 0

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from nanochat import model, tree
+from nanochat import model, optim, tree
 from nanochat.optim import muon_adamw
 
 ADAMW_GROUPS = ("unembedding", "embedding", "value_embedding", "resid", "x0", "smear")
@@ -26,7 +26,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def hparams(group: str, **values: float) -> muon_adamw.Hparams:
-    return muon_adamw.as_hparams({group: values})
+    return optim.as_hparams({group: values})
 
 
 def muon_hparams(
@@ -187,7 +187,7 @@ def test_muon_equals_the_rule_matrix_by_matrix(name: str):
     for step in range(3):
         h = {"lr": 0.1 / (step + 1), "momentum": 0.85 + 0.04 * step, "beta2": 0.9, "weight_decay": 0.3}
         grads = tree.map(lambda g: g * uneven, matrices(shape, shape, shape, seed=10 * step + 5))
-        params, state = muon_adamw.update(grads, state, params, muon_adamw.as_hparams({"matrix": h}))
+        params, state = muon_adamw.update(grads, state, params, optim.as_hparams({"matrix": h}))
         for n, (p, buf, v) in books.items():
             books[n] = muon_by_the_book(
                 p, grads[n].double(), buf, v, h["lr"], h["momentum"], h["beta2"], h["weight_decay"]
@@ -276,7 +276,7 @@ def test_state_of_the_model_has_every_parameter_once_in_its_group():
 def test_update_changes_no_argument_and_keeps_the_structure():
     params, grads = random_params(), random_params(seed=1)
     state = muon_adamw.init(params, model.spec(CONFIG))
-    h = muon_adamw.as_hparams(muon_adamw.param_group_settings(muon_adamw.OptimConfig(), CONFIG.n_embd))
+    h = optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd))
     for _ in range(2):
         with Unchanged(params, grads, state, h):
             new, new_state = muon_adamw.update(grads, state, params, h)
@@ -290,7 +290,7 @@ def test_update_changes_no_argument_and_keeps_the_structure():
 def test_update_in_place_does_the_same_in_the_memory_of_its_arguments():
     params, grads = random_params(dtype=torch.bfloat16), random_params(seed=1, dtype=torch.bfloat16)
     state = muon_adamw.init(params, model.spec(CONFIG))
-    h = muon_adamw.as_hparams(muon_adamw.param_group_settings(muon_adamw.OptimConfig(), CONFIG.n_embd))
+    h = optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd))
     for _ in range(2):
         want, wanted_state = muon_adamw.update(grads, state, params, h)
         addresses = [x.data_ptr() for x in tree.leaves((params, state))]
@@ -304,7 +304,7 @@ def test_update_in_place_does_the_same_in_the_memory_of_its_arguments():
 def test_scaled_gradients_and_steps_left_out():
     params, grads = random_params(), random_params(seed=1)
     state = muon_adamw.init(params, model.spec(CONFIG))
-    h = muon_adamw.as_hparams(muon_adamw.param_group_settings(muon_adamw.OptimConfig(), CONFIG.n_embd))
+    h = optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd))
     params, state = muon_adamw.update(grads, state, params, h)
     want, wanted_state = muon_adamw.update(grads, state, params, h)
     big = tree.map(lambda g: 8 * g, grads)
@@ -359,7 +359,7 @@ def test_muon_dtype_is_the_precision_of_the_orthogonalisation_alone():
 
 def test_rates_of_every_group():
     # At width 1280, batch four times the reference's: tables × (1280/768)^-0.5, all but the smear × sqrt(4).
-    got = muon_adamw.param_group_settings(muon_adamw.OptimConfig(), 1280, batch_scale=2.0, weight_decay=0.1)
+    got = optim.param_group_settings(optim.OptimConfig(), 1280, batch_scale=2.0, weight_decay=0.1)
     width = 0.7745966692414834
     want = {
         "unembedding": {"lr": 0.016 * width, "beta1": 0.8, "beta2": 0.96, "weight_decay": 0.01},
@@ -375,9 +375,9 @@ def test_rates_of_every_group():
     for group, row in want.items():
         assert got[group] == pytest.approx(row), group
     assert set(got) == {row.group for row in model.spec(CONFIG).values()}
-    assert muon_adamw.param_group_settings(muon_adamw.OptimConfig(), 768)["matrix"]["weight_decay"] == 0.28
+    assert optim.param_group_settings(optim.OptimConfig(), 768)["matrix"]["weight_decay"] == 0.28
 
 
 def test_hparams_are_scalar_tensors():
-    for row in muon_adamw.as_hparams(muon_adamw.param_group_settings(muon_adamw.OptimConfig(), 768)).values():
+    for row in optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), 768)).values():
         assert all(x.shape == () and x.dtype == torch.float32 for x in row.values())

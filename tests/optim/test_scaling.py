@@ -24,7 +24,7 @@ def plan(depth: int, **given: float) -> scaling.Plan:
     shape, reference = model.from_depth(depth), model.from_depth(scaling.REFERENCE_DEPTH)
     params, reference_params = (model.count(c)["scaling"] for c in (shape, reference))
     flops = model.flops_per_token(shape)
-    return scaling.plan(params, reference_params, flops, **given)  # pyright: ignore[reportArgumentType]
+    return scaling.plan(params, reference_params, flops, n_embd=shape.n_embd, **given)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("depth", PLANS)

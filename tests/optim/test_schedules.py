@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nanochat.optim import schedules
+from nanochat.optim import FinetunePlan, OptimConfig, Plan, learning_rates, schedules
 
 # 1000 steps: warm-up 0 … 39, flat until step 350, then 650 steps down.
 RATES = {0: 1 / 40, 1: 2 / 40, 38: 39 / 40, 39: 1, 40: 1, 349: 1, 350: 1, 351: 649 / 650 + 0.05 / 650, 675: 0.525}
@@ -58,7 +58,40 @@ def test_weight_decay_is_a_half_cosine():
 
 
 def test_fine_tuning_is_flat_then_falls_to_zero():
-    factors = [schedules.flat_then_linear(done, 0.5) for done in (0.0, 0.5, 0.75, 1.0)]
+    factors = [schedules.finetune_learning_rate(0, done, warmdown_ratio=0.5) for done in (0.0, 0.5, 0.75, 1.0)]
     assert factors == [1.0, 1.0, 0.5, 0.0]
-    assert schedules.flat_then_linear(0.9, 0.2) == pytest.approx(0.5) and schedules.flat_then_linear(1.0, 0.0) == 1.0
-    assert [schedules.short_momentum(step) for step in (0, 150, 300, 900)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert schedules.finetune_learning_rate(0, 0.9, warmdown_ratio=0.2) == pytest.approx(0.5)
+    assert schedules.finetune_learning_rate(0, 1.0, warmdown_ratio=0.0) == 1.0
+    assert schedules.finetune_learning_rate(1, 0.1, warmup_steps=4) == 0.5
+    assert schedules.finetune_learning_rate(0, 1.0, final=0.1) == 0.1
+    momenta = [schedules.finetune_momentum(step, 300) for step in (0, 150, 300, 900)]
+    assert momenta == pytest.approx([0.85, 0.90, 0.95, 0.95]) and schedules.finetune_momentum(0, 0) == 0.95
+
+
+def numbers(config: OptimConfig, plan: Plan | FinetunePlan, step: int, done: float | None = None) -> dict[str, float]:
+    groups = schedules.hparams(config, plan, step, done)
+    return {f"{group}.{name}": round(float(x), 7) for group, row in groups.items() for name, x in row.items()}
+
+
+def test_hparams_of_pretraining():
+    plan = Plan(768, 10**9, 2**19, 1000, batch_scale=2.0, weight_decay=0.1, flops_per_token=1)
+    got = numbers(OptimConfig(), plan, 20)
+    assert got["matrix.lr"] == 0.021 and got["embedding.lr"] == 0.315  # 21 of 40 warm-up steps
+    assert got["matrix.momentum"] == 0.856 and got["matrix.weight_decay"] == 0.0999013
+    half = numbers(OptimConfig(lr_fraction=0.5), plan, 20)
+    assert {n for n in got if half[n] != got[n]} == {n for n in got if n.endswith(".lr")}
+    assert half["matrix.lr"] == 0.0105
+
+
+def test_hparams_of_fine_tuning():
+    config = OptimConfig(lr_fraction=0.5, weight_decay=0.2, warmup_steps=0, warmdown_ratio=1.0, final_lr_fraction=0.0)
+    got = numbers(config, FinetunePlan(768, weight_decay=0.2), 10, done=0.5)
+    assert got["matrix.lr"] == 0.005 and got["smear.lr"] == 0.05 and got["matrix.momentum"] == 0.95
+    assert got["matrix.weight_decay"] == pytest.approx(0.1)
+
+
+def test_a_learning_rate_of_none_is_inherited():
+    config, base = OptimConfig(embedding_lr=None, matrix_lr=None, scalar_lr=0.0), {"optim.matrix_lr": 0.5}
+    found = {"embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.5, "scalar_lr": 0.0}
+    assert learning_rates(config, base) == found
+    assert schedules.param_group_settings(config, 768)["embedding"]["lr"] == 0.3
