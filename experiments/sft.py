@@ -28,8 +28,8 @@ from nanochat.tasks import Task, mixture
 from nanochat.train import EvalConfig, StageConfig
 
 if TYPE_CHECKING:
-    from nanochat.optim import Hparams
     from nanochat.distributed import Runtime
+    from nanochat.optim import Hparams
     from nanochat.train import InitCheckpoint, Job, TrainState
 
 OPTIM = OptimConfig(

@@ -20,7 +20,7 @@ import small_model
 import torch
 
 from experiments import bench_train, convert, pretrain, quickstart
-from nanochat import checkpoint, distributed, model, train, tree
+from nanochat import checkpoint, distributed, model, optim, train, tree
 from nanochat.config import UserError, override
 from nanochat.data import loader, tokenizer
 from nanochat.distributed import runtime
