@@ -1,5 +1,5 @@
 """usage: torchrun launch.py --experiment=<name> [--set <setting>=<value>]... [--resume] [--help]
---set overrides one setting, --resume goes on after a stop, --help with an experiment shows its page and settings."""
+--set changes one setting, --resume continues a stopped run, --help with an experiment explains its settings."""
 
 import ast
 import dataclasses
@@ -14,8 +14,9 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments import _renamed
 from nanochat import distributed
-from nanochat.config import UsageError, UserError, describe, nearest, override
+from nanochat.config import UsageError, UserError, explain, nearest, override
 from nanochat.distributed import hardware
 
 ROOT = Path(__file__).resolve().parent
@@ -39,42 +40,43 @@ def main(argv: list[str]) -> int:
 
 
 def start(argv: list[str]) -> None:
-    """Parse the flags and run the experiment they name. Raises: UserError."""
-    files = {path.stem: path.read_bytes() for path in sorted((ROOT / "experiments").glob("[!_]*.py"))}
-    docs = {name: ast.get_docstring(ast.parse(code)) or "-" for name, code in files.items()}
-    overview = "\n".join([f"{__doc__}", *(f"  {name:<18}{doc.splitlines()[0]}" for name, doc in docs.items())])
+    """Parse the flags and run the experiment they name; torch is imported when nothing is wrong with them."""
+    files = sorted((ROOT / "experiments").glob("[!_]*.py"))
+    docs = {path.stem: ast.get_docstring(ast.parse(path.read_bytes())) or "-" for path in files}
     flag = flags.FlagValues()
     flags.DEFINE_string("experiment", "", "", flag_values=flag)
     flags.DEFINE_multi_string("set", [], "", flag_values=flag)
     flags.DEFINE_boolean("resume", False, "", flag_values=flag)
     flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=flag)
     try:
-        words = flag(argv)[1:]
+        args = flag(argv)[1:]
     except flags.Error as error:
-        raise UsageError(f"{error}\n\n{overview}") from None
-    name = flag["experiment"].value
+        raise UsageError(f"{error}; the flags are --experiment, --set, --resume and --help") from None
+    name, settings, resume = flag["experiment"].value or "", flag["set"].value or [], bool(flag["resume"].value)
     if flag["help"].value and not name:
-        return print(overview)
+        return print("\n".join([f"{__doc__}", *(f"  {name:<18}{doc.splitlines()[0]}" for name, doc in docs.items())]))
     if name not in docs:
-        wrong = f"--experiment={name}: no such experiment" if name else "no --experiment given"
-        raise UsageError(f"{wrong}{nearest(name or ' '.join(words), docs)}\n\n{overview}")
-    hardware.tune_allocator()
+        problem = f"--experiment={name}: no such experiment" if name else "no --experiment given"
+        if name in _renamed.EXPERIMENTS:
+            raise UsageError(f"--experiment={name}: is now {_renamed.EXPERIMENTS[name]}")
+        raise UsageError(f"{problem}{nearest(name or ' '.join(args), docs)}")
     module = importlib.import_module(f"experiments.{name}")
     config = module.config()
     if flag["help"].value:
-        return print(f"{docs[name]}\n\nsettings (--set <name>=<value>) and their defaults:\n\n{describe(config)}")
-    if flag["resume"].value and not hasattr(config, "resume"):
+        return print(f"{docs[name]}\n\nsettings (--set name=value) with their types and defaults:\n\n{explain(config)}")
+    if resume and not hasattr(config, "resume"):
         raise UsageError(f"--resume: {name} has nothing to resume")
-    if words and not hasattr(config, "args"):
-        raise UsageError(f"{words[0]}: {name} takes no words; a setting is given as --set name=value")
-    config = dataclasses.replace(config, args=tuple(words)) if words else config
-    config = override(config, (flag["set"].value or []) + ["resume=true"] * bool(flag["resume"].value))
+    if args and not hasattr(config, "args"):
+        raise UsageError(f"{args[0]}: unexpected argument; change a setting with --set name=value")
+    config = dataclasses.replace(config, args=tuple(args)) if args else config
+    config = override(config, [*settings, *["resume=true"] * resume], _renamed.SETTINGS)
+    hardware.tune_allocator()  # before torch is imported
     with distributed.distributed_context(getattr(config, "device", "auto"), getattr(config, "dtype", "auto")) as here:
         module.run(config, here)
 
 
 def fail(message: str, code: int) -> int:
-    """Print `message` from one of this machine's failing ranks, the lowest as a rule; returns `code`."""
+    """Print `message` from the first of this machine's failing ranks; returns `code`."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's <attempt>/<local rank>/error.json
         time.sleep(0.1 * int(os.environ["LOCAL_RANK"]))
         summary = {"message": message.splitlines()[0], "extraInfo": {"timestamp": f"{time.time():.0f}"}}
@@ -88,7 +90,6 @@ def fail(message: str, code: int) -> int:
 
 
 def extra_with(package: str) -> str:
-    """Return the extra of pyproject.toml that installs `package`, or an empty string."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     return next((name for name, needs in extras.items() if any(n.startswith(f"{package}>=") for n in needs)), "")
 

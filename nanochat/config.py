@@ -1,20 +1,23 @@
-"""Frozen dataclasses as configuration: dotted overrides parsed by annotation, and a printable resolved form.
+"""Settings as frozen dataclasses: overrides parsed by annotation, help from docstrings, one line for each mistake.
 
-An experiment's `config()` returns a (possibly nested) frozen dataclass. `override` applies `a.b=c`
-strings from the command line; nothing else in the program parses configuration.
+An experiment's `config()` returns a (possibly nested) frozen dataclass; `override` applies `a.b=c` strings to it.
 """
 
 import dataclasses
 import difflib
 import math
 import os
+import re
+import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 C = TypeVar("C")
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def base_dir() -> Path:
@@ -24,27 +27,37 @@ def base_dir() -> Path:
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: shown as one line, without a traceback."""
+    """A mistake that the user can fix: shown as one line, without a traceback."""
 
 
 class UsageError(UserError):
     """A `UserError` about the command line itself; the process exits with code 2."""
 
 
-def override(config: C, assignments: Sequence[str]) -> C:
+def override(config: C, assignments: Sequence[str], renamed: Mapping[str, str] | None = None) -> C:
     """Return a copy of `config` with every `dotted.name=value` of `assignments` applied, in order.
 
-    Values are parsed by the annotation of the field they name: `none` for an optional field, `a,b,c` for a
-    tuple, `1e6`, `2**19` and `80*2**19` for an int, any of true/false/1/0/yes/no/on/off for a bool.
+    The field's annotation decides how a value is parsed: an empty value or `none` for None and for an empty tuple,
+    `a,b,c` for a tuple, `1e6`, `2**19` and `80*2**19` for an int, true/false/1/0/yes/no/on/off for a bool.
+
+    Args:
+        renamed: old name -> new name, or old `name=value` -> new, to answer with.
 
     Raises:
-        UsageError: the name is unknown (the nearest is offered), or the value does not parse.
+        UsageError: the name is unknown (the nearest are suggested), or the value does not parse.
     """
     for assignment in assignments:
-        name, equals, text = assignment.partition("=")
+        name, equals, text = (part.strip() for part in assignment.partition("="))
         if not equals:
             raise UsageError(f"--set {assignment}: expected name=value")
-        config = _replace(config, name.strip().split("."), name.strip(), text.strip(), config)
+        try:
+            config = _replace(config, name.split("."), name, text, config)
+        except UsageError:
+            for old, new in (renamed or {}).items():
+                given = f"{name}={text}" if "=" in old else name
+                if given == old or given.endswith(f".{old}"):
+                    raise UsageError(f"--set {given}: is now {given.removesuffix(old)}{new}") from None
+            raise
     return config
 
 
@@ -68,20 +81,24 @@ def _replace(node: Any, path: list[str], name: str, text: str, root: Any) -> Any
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return `; did you mean …?` for a misspelt name, or the list of all names."""
+    """Return `; did you mean …?` for a misspelled name, or the list of all names."""
     names = list(names)
     if not names:
         return "; there are none"
+    leaf = name.rsplit(".", 1)[-1].lower().replace("learning_rate", "lr")
+    # `lr` and `batch_size` are meant as each of matrix_lr, embedding_lr, …; device_batch_size, total_batch_size.
+    longer = [n for n in names if f"_{leaf}" in f"_{n.rsplit('.', 1)[-1]}" and n.endswith(leaf)]
+    if len(leaf) > 1 and leaf not in (n.rsplit(".", 1)[-1] for n in names) and longer:
+        return f"; did you mean {' or '.join(longer[:6])}?"
 
-    def likeness(candidate: str) -> float:
+    def similarity(candidate: str) -> float:
         # A bare leaf (`embeding_lr`) is as near to the dotted name that ends in it as to the leaf itself.
-        leaf = candidate.rsplit(".", 1)[-1]
-        pairs = ((name, candidate), (name.rsplit(".", 1)[-1], leaf))
-        return max(difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs)
+        pairs = ((name.lower(), candidate.lower()), (leaf, candidate.rsplit(".", 1)[-1].lower()))
+        return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
 
-    near = [n for n in sorted(names, key=likeness, reverse=True)[:3] if likeness(n) >= 0.6]
+    near = [n for n in sorted(names, key=similarity, reverse=True)[:3] if similarity(n) >= 0.6]
     # Beside a name that fits all but exactly, the merely similar ones would only distract.
-    near = [n for n in near if likeness(n) >= likeness(near[0]) - 0.15]
+    near = [n for n in near if similarity(n) >= similarity(near[0]) - 0.15]
     return f"; did you mean {' or '.join(near)}?" if near else f"; there are: {', '.join(names)}"
 
 
@@ -93,7 +110,7 @@ def parse(text: str, annotation: Any) -> Any:
     """
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
-        if type(None) in args and text.lower() in ("none", "null"):
+        if type(None) in args and text.lower() in ("", "none", "null"):
             return None
         errors = []
         for kind in args:
@@ -125,7 +142,7 @@ def parse(text: str, annotation: Any) -> Any:
         try:
             number = float(text)
         except ValueError:
-            raise ValueError("expected a number") from None
+            number = math.nan
         if math.isnan(number):
             raise ValueError("expected a number")
         return number
@@ -139,27 +156,29 @@ def parse(text: str, annotation: Any) -> Any:
 def _parse_tuple(text: str, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if text[:1] + text[-1:] in ("()", "[]"):
         text = text[1:-1]
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    items = [] if text.lower() == "none" else [item.strip() for item in text.split(",") if item.strip()]
     if not kinds or kinds[-1] is Ellipsis:
-        return tuple(parse(part, kinds[0] if kinds else str) for part in parts)
-    if len(parts) != len(kinds):
-        raise ValueError(f"expected {len(kinds)} values with commas between them, got {len(parts)}")
-    return tuple(parse(part, kind) for part, kind in zip(parts, kinds))
+        return tuple(parse(item, kinds[0] if kinds else str) for item in items)
+    if len(items) != len(kinds):
+        raise ValueError(f"expected {len(kinds)} values separated by commas, got {len(items)}")
+    return tuple(parse(item, kind) for item, kind in zip(items, kinds))
 
 
 def _parse_int(text: str) -> int:
-    # A product of factors, each a whole number or a power of two: 80*2**19.
+    """Parse a product of factors, each an integer or a power of one: 80*2**19."""
     number = 1
-    for factor in text.replace("**", "^").split("*"):
-        base, power, exponent = (part.strip() for part in factor.partition("^"))
-        try:
-            number *= _whole(base) ** _exponent(exponent) if power else _whole(base)
-        except ValueError:
-            raise ValueError("expected a whole number") from None
+    try:
+        for factor in text.replace("**", "^").split("*"):
+            base, power, exponent = factor.partition("^")
+            if power and not 0 <= int(exponent) <= 64:  # a negative power is not an integer, a huge one never ends
+                raise ValueError
+            number *= _integer(base) ** int(exponent) if power else _integer(base)
+    except ValueError:
+        raise ValueError("expected an integer") from None
     return number
 
 
-def _whole(text: str) -> int:
+def _integer(text: str) -> int:
     try:
         return int(text)
     except ValueError:
@@ -167,13 +186,6 @@ def _whole(text: str) -> int:
     if not number.is_integer():  # false for nan and inf as well
         raise ValueError(text)
     return int(number)
-
-
-def _exponent(text: str) -> int:
-    exponent = int(text)
-    if not 0 <= exponent <= 64:  # a negative one gives no whole number, a huge one would never end
-        raise ValueError(text)
-    return exponent
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -191,3 +203,48 @@ def describe(config: Any) -> str:
     rows = list(flatten(config))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def explain(config: Any, prefix: str = "") -> str:
+    """Return a paragraph for each setting: name, type or choices, default, and its meaning from the docstring."""
+    hints, meanings, paragraphs = typing.get_type_hints(type(config)), _meanings(type(config)), []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            paragraphs.append(explain(value, f"{name}."))
+        elif field.init:
+            head = f"  {name}: {_type_text(hints[field.name])} = {_value_text(value)}"
+            text = textwrap.fill(meanings.get(field.name, ""), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            paragraphs.append("\n".join(filter(None, [head, text])))
+    return "\n".join(paragraphs)
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """Return field -> meaning from the `Attributes:` of a class and its bases; `a, b: text. c: text` is possible."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        names = "|".join(f.name for f in dataclasses.fields(base)) if dataclasses.is_dataclass(base) else ""
+        _, _, text = " ".join((base.__doc__ or "").split()).partition("Attributes: ")
+        if names and text:
+            entry = rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): "
+            _, *pieces = re.split(entry, text)
+            for group, meaning in zip(pieces[::2], pieces[1::2]):
+                found |= dict.fromkeys(group.split(", "), meaning.strip().rstrip("."))
+    return found
+
+
+def _type_text(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type_text(kind) for kind in args)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is tuple:
+        return ",".join("…" if kind is Ellipsis else _type_text(kind) for kind in args)
+    return "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_value_text, value)) or "none"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

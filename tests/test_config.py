@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.config import UsageError, UserError, describe, flatten, nearest, override, parse
+from nanochat.config import UsageError, UserError, describe, explain, flatten, nearest, override, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,9 @@ def test_override_sets_leaves_at_any_depth_and_leaves_the_rest() -> None:
         ("model.depth = 5 ", "model.depth", 5),
         ("model.width=none", "model.width", None),
         ("model.width=None", "model.width", None),
+        ("model.width=", "model.width", None),
         ("model.width=64", "model.width", 64),
+        ("columns=none", "columns", ()),
         ("cap=0.5", "cap", 0.5),
         ("cap=3", "cap", 3),
         ("optim.matrix_lr=1e-3", "optim.matrix_lr", 0.001),
@@ -85,21 +87,21 @@ def test_values_are_parsed_by_the_annotation(assignment: str, name: str, value: 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("model.depth=2**-1", "--set model.depth=2**-1: expected a whole number"),
-        ("model.depth=9**9**9", "expected a whole number"),
-        ("model.depth=2**999999999999", "expected a whole number"),
-        ("model.depth=0.5", "expected a whole number"),
-        ("model.depth=nan", "expected a whole number"),
-        ("model.depth=inf", "expected a whole number"),
-        ("model.depth=", "expected a whole number"),
-        ("model.depth=none", "expected a whole number"),
-        ("model.depth=2*", "expected a whole number"),
-        ("model.width=wide", "expected a whole number or none"),
+        ("model.depth=2**-1", "--set model.depth=2**-1: expected an integer"),
+        ("model.depth=9**9**9", "expected an integer"),
+        ("model.depth=2**999999999999", "expected an integer"),
+        ("model.depth=0.5", "expected an integer"),
+        ("model.depth=nan", "expected an integer"),
+        ("model.depth=inf", "expected an integer"),
+        ("model.depth=", "expected an integer"),
+        ("model.depth=none", "expected an integer"),
+        ("model.depth=2*", "expected an integer"),
+        ("model.width=wide", "expected an integer or none"),
         ("optim.matrix_lr=fast", "expected a number"),
         ("optim.matrix_lr=nan", "expected a number"),
-        ("optim.betas=0.9", "expected 2 values with commas between them, got 1"),
-        ("optim.betas=0.9,0.9,0.9", "expected 2 values with commas between them, got 3"),
-        ("sizes=1,b", "expected a whole number"),
+        ("optim.betas=0.9", "expected 2 values separated by commas, got 1"),
+        ("optim.betas=0.9,0.9,0.9", "expected 2 values separated by commas, got 3"),
+        ("sizes=1,b", "expected an integer"),
         ("resume=maybe", "expected true or false"),
         ("dtype=bfloat", "expected one of auto, float32, bfloat16; did you mean bfloat16"),
         ("table=1", "cannot be set from the command line"),
@@ -156,3 +158,53 @@ def test_flatten_and_describe_name_every_leaf_in_order() -> None:
     assert [line.split()[0] for line in lines] == names
     assert lines[-2].split() == ["model.depth", "20"]
     assert len({len(line) - len(line.split(maxsplit=1)[1]) for line in lines if len(line.split()) == 2}) == 1
+
+
+def test_renamed_settings_are_answered_with_the_new_name() -> None:
+    renamed = {"adam_betas": "betas", "dtype=half": "dtype=bfloat16"}
+    for assignment, answer in {
+        "optim.adam_betas=1,2": "--set optim.adam_betas: is now optim.betas",
+        "dtype=half": "--set dtype=half: is now dtype=bfloat16",
+        "dtype=third": "--set dtype=third: expected one of",
+    }.items():
+        with pytest.raises(UsageError, match=f"^{answer}"):
+            override(Config(), [assignment], renamed)
+
+
+def test_short_names_suggest_all_longer_ones() -> None:
+    names = ["seed", "optim.embedding_lr", "optim.matrix_lr", "device_batch_size", "total_batch_size"]
+    assert nearest("lr", names) == nearest("learning_rate", names)
+    assert nearest("lr", names) == "; did you mean optim.embedding_lr or optim.matrix_lr?"
+    assert nearest("batch_size", names) == "; did you mean device_batch_size or total_batch_size?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Documented(Model):
+    """Settings with their meanings.
+
+    Attributes:
+        depth: number of layers; more of them learn more,
+            and cost more. folder: where to write.
+        tokens, kind: what they are: both.
+    """
+
+    folder: Path | None = None
+    tokens: tuple[int, ...] = (1, 2)
+    kind: Literal["a", "b"] | None = "a"
+    inner: Model = Model()
+
+
+def test_explain_shows_type_default_and_meaning() -> None:
+    assert explain(Documented()).splitlines() == [
+        "  depth: int = 4",
+        "      number of layers; more of them learn more, and cost more",
+        "  width: int | none = none",
+        "  folder: Path | none = none",
+        "      where to write",
+        "  tokens: int,… = 1,2",
+        "      what they are: both",
+        "  kind: a | b | none = a",
+        "      what they are: both",
+        "  inner.depth: int = 4",
+        "  inner.width: int | none = none",
+    ]
