@@ -1,4 +1,4 @@
-"""The chat server: requests, scheduling, one worker process per GPU, HTTP, the page."""
+"""The chat server: requests and responses, scheduling, one worker process per GPU, HTTP, the page."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from nanochat.serve import app, middleware, scheduler, schema, worker
     from nanochat.serve.middleware import Limits
     from nanochat.serve.scheduler import Scheduler
-    from nanochat.serve.schema import ApiError, Delta, Sampling, StopSequenceFilter
-    from nanochat.serve.worker import Settings
+    from nanochat.serve.worker import WorkerConfig
 
 __getattr__ = lazy_exports(__name__, __file__)

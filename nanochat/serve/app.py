@@ -1,112 +1,127 @@
-"""The web server: routes, streams, and what keeps it standing when clients are slow, many, rude or gone.
+"""The web server: routes, streams, and what happens when a client disconnects.
 
-This process holds no model: it checks requests, queues them (`nanochat.pool`) and turns tokens into text, so /health
-answers at once whatever the replicas do. Conversations are kept only while they are answered, and logged nowhere.
+This process holds no model: it checks requests, queues them (`scheduler`) and turns tokens into text, so /health
+answers at once whatever the workers do. Conversations are kept only while they are answered, and never logged.
 """
 
 import asyncio
 import contextlib
-import dataclasses
 import importlib.resources
 import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
-from starlette.applications import Starlette
+import prometheus_client
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from nanochat import infer
 from nanochat.data import chat_format
-from nanochat.serve import middleware, scheduler, schema
+from nanochat.data.chat_format import Piece
+from nanochat.serve import middleware, schema
+from nanochat.serve import scheduler as scheduling
 from nanochat.serve.middleware import Limits
 from nanochat.serve.scheduler import Scheduler, Stream
-from nanochat.serve.schema import ApiError, Chat, Delta, Header
+from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest
 
-MODEL_ALIAS = "nanochat"  # a name that every model answers to
-SILENCE_SECONDS = 15.0  # in a stream, after which a comment says that the connection lives
-STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
+MODEL_ALIAS = "nanochat"  # a name for every model
+KEEP_ALIVE_SECONDS = 15.0  # of silence in a stream, after which a comment shows that the connection is alive
+STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
-log = logging.getLogger("nanochat.serve.app")
-
-
-@dataclasses.dataclass(frozen=True)
-class Front:
-    """What the routes share."""
-
-    pool: Scheduler
-    limits: Limits
-    started: float = dataclasses.field(default_factory=time.time)
+log = logging.getLogger("nanochat.serve")
 
 
-class Update(NamedTuple):
-    """What is new of the `index`-th answer of a request; `finish` or `error` on its last."""
-
-    index: int
-    pieces: list[Delta]
-    finish: str | None
-    error: str | None
-
-
-def app(pool_: Scheduler, limits: Limits) -> Starlette:
-    """Return the application; its replicas start and end with it."""
-    front = Front(pool_, limits)
+def create_app(scheduler: Scheduler, limits: Limits) -> FastAPI:
+    """Return the application; it starts the workers and stops them."""
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        scheduler.open(pool_)
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        scheduling.start(scheduler)
         yield
-        await scheduler.close(pool_)
+        await scheduling.stop(scheduler)
 
-    def route(path: str, method: str, endpoint: Callable[[Front, Request], Awaitable[Response]]) -> Route:
-        async def called(request: Request) -> Response:
-            return await endpoint(front, request)
-
-        return Route(path, called, methods=[method])
-
-    html, policy = middleware.page(importlib.resources.files("nanochat.serve").joinpath("ui.html").read_text("utf-8"))
-
-    async def page(_: Front, __: Request) -> Response:
-        return HTMLResponse(html, headers={"content-security-policy": policy, "cache-control": "no-cache"})
-
-    return Starlette(
-        routes=[
-            route("/", "GET", page),
-            route("/health", "GET", health),
-            route("/stats", "GET", stats),
-            route("/metrics", "GET", metrics),
-            route("/openapi.json", "GET", describe),
-            route("/chat/completions", "POST", chat),
-            route("/v1/chat/completions", "POST", completion),
-            route("/v1/models", "GET", models),
-        ],
-        middleware=[Middleware(middleware.SecurityMiddleware, limits=limits, counters=pool_.counters)],
-        exception_handlers={ApiError: _refused, HTTPException: _no_route},
+    app = FastAPI(
+        title="nanochat",
+        version="1",
+        docs_url=None,  # its pages load scripts from elsewhere
+        redoc_url=None,
         lifespan=lifespan,
+        middleware=[Middleware(middleware.SecurityMiddleware, limits=limits, metrics=scheduler.metrics)],
+        exception_handlers={
+            ApiError: _api_error,
+            RequestValidationError: _validation_error,
+            HTTPException: _routing_error,
+        },
+        responses={"default": {"model": schema.ErrorResponse, "description": "An error."}},
     )
+    app.router.route_class = StrictJsonRoute
+    app.state.scheduler, app.state.limits, app.state.start_time = scheduler, limits, time.time()
+    html = importlib.resources.files("nanochat.serve").joinpath("ui.html").read_text("utf-8")
+    headers = {"content-security-policy": middleware.content_security_policy(html), "cache-control": "no-cache"}
+
+    async def page() -> Response:
+        return HTMLResponse(html, headers=headers)
+
+    app.get("/", include_in_schema=False)(page)
+    app.get("/health")(health)
+    app.get("/stats")(stats)
+    app.get("/metrics", response_class=PlainTextResponse)(metrics)
+    app.get("/v1/models")(models)
+    for path, endpoint in {"/": page, "/health": health}.items():
+        app.head(path, include_in_schema=False)(endpoint)  # for load balancers
+    stream: dict[str, Any] = {"responses": {200: {"description": "The answer.", "content": {"text/event-stream": {}}}}}
+    app.post("/chat/completions", response_class=StreamingResponse, **stream)(chat)
+    app.post("/v1/chat/completions", response_model=schema.Completion, **stream)(completion)
+    return app
 
 
-# What the server says of itself
+class StrictJsonRequest(Request):
+    """A request whose body is limited in size and time, and whose JSON is strict."""
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            self._body = await middleware.read_body(self, self.app.state.limits)
+        return self._body
+
+    async def json(self) -> Any:
+        return schema.decode(await self.body())
 
 
-async def health(front: Front, _: Request) -> Response:
+class StrictJsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def strict_handler(request: Request) -> Response:
+            return await handler(StrictJsonRequest(request.scope, request.receive))
+
+        return strict_handler
+
+
+# State of the server
+
+
+async def health(request: Request) -> dict[str, Any]:
     """Return whether the server can answer; open to everyone."""
-    info = front.pool.info
-    status = "ok" if front.pool.ready else "restarting" if info else "loading"
-    workers = [{"gpu": i, "ready": bool(worker.info)} for i, worker in enumerate(front.pool.workers)]
-    notice = info.notice if info else None
-    return JSONResponse({"status": status, "ready": front.pool.ready, "workers": workers, "notice": notice})
+    scheduler: Scheduler = request.app.state.scheduler
+    status = "ok" if scheduler.ready else "restarting" if scheduler.info else "loading"
+    workers = [{"gpu": index, "ready": bool(worker.info)} for index, worker in enumerate(scheduler.workers)]
+    notice = scheduler.info.notice if scheduler.info else None
+    return {"status": status, "ready": scheduler.ready, "workers": workers, "notice": notice}
 
 
-async def stats(front: Front, _: Request) -> Response:
-    """Return what is loaded and what goes on."""
-    pool_, info = front.pool, front.pool.info
+async def stats(request: Request) -> dict[str, Any]:
+    """Return the model, the load and the workers."""
+    scheduler: Scheduler = request.app.state.scheduler
+    info, answers = scheduler.info, scheduling.values(scheduler.metrics.answers)
     workers = [
         {
             "gpu": index,
@@ -117,234 +132,277 @@ async def stats(front: Front, _: Request) -> Response:
             "restarts": worker.restarts,
             "error": worker.error,
         }
-        for index, worker in enumerate(pool_.workers)
+        for index, worker in enumerate(scheduler.workers)
     ]
-    model = info and {"name": info.name, "step": info.step, "stage": info.stage, "context": info.context}
-    return JSONResponse(
-        {
-            "model": model,
-            "notice": info.notice if info else None,
-            "uptime_seconds": round(time.time() - front.started, 1),
-            "queue": {"length": len(pool_.queue), "limit": pool_.queue_limit},
-            "active": pool_.active,
-            "workers": workers,
-            "answers": pool_.counters.labelled("answers"),
-            "tokens": pool_.counters.labelled("tokens").get("", 0),
-        }
-    )
+    return {
+        "model": info and {"name": info.name, "step": info.step, "stage": info.stage, "context": info.context},
+        "notice": info.notice if info else None,
+        "uptime_seconds": round(time.time() - request.app.state.start_time, 1),
+        "queue": {"length": len(scheduler.queue), "limit": scheduler.queue_limit},
+        "active": scheduler.active,
+        "workers": workers,
+        "answers": {labels[0]: int(n) for (suffix, *labels), n in answers.items() if suffix == "_total"},
+        "tokens": int(scheduling.values(scheduler.metrics.tokens)["_total",]),
+    }
 
 
-async def metrics(front: Front, _: Request) -> Response:
-    """Return the same for Prometheus."""
-    pool_, counts = front.pool, front.pool.counters
-    answered = [(f'{{finish="{label}"}}', n) for label, n in sorted(counts.labelled("answers").items())]
-    restarts = [(f'{{gpu="{i}"}}', worker.restarts) for i, worker in enumerate(pool_.workers)]
-    lines = [
-        *scheduler.metric(
-            "responses_total", "counter", "HTTP responses.", sorted(counts.labelled("responses").items())
-        ),
-        *scheduler.metric("answers_total", "counter", "Answers by how they ended.", answered),
-        *scheduler.metric(
-            "tokens_total", "counter", "Tokens of answers.", [("", counts.labelled("tokens").get("", 0))]
-        ),
-        *scheduler.metric("queue_length", "gauge", "Requests that wait for a slot.", [("", len(pool_.queue))]),
-        *scheduler.metric("active", "gauge", "Requests that are being answered.", [("", pool_.active)]),
-        *scheduler.metric("ready", "gauge", "1 if some replica can answer.", [("", int(pool_.ready))]),
-        *scheduler.metric("restarts_total", "counter", "Starts of a replica after its first.", restarts),
-        *scheduler.histogram("first_token_seconds", "From a request to its first token.", counts),
-        *scheduler.histogram("answer_seconds", "From a request to the last token of its answer.", counts),
-    ]
-    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+async def metrics(request: Request) -> Response:
+    """Return metrics in the format of Prometheus."""
+    registry = request.app.state.scheduler.metrics.registry
+    return Response(prometheus_client.generate_latest(registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
-async def describe(_: Front, __: Request) -> Response:
-    """Return the description of this API."""
-    return JSONResponse(schema.openapi())
-
-
-async def models(front: Front, _: Request) -> Response:
-    """Return the one model, as OpenAI's list."""
-    info = front.pool.info
-    return JSONResponse(schema.models([info.name] if info else [], int(front.started)))
+async def models(request: Request) -> dict[str, Any]:
+    """Return the model, as OpenAI's list."""
+    info, created = request.app.state.scheduler.info, int(request.app.state.start_time)
+    data = [{"id": info.name, "object": "model", "created": created, "owned_by": "nanochat"}] if info else []
+    return {"object": "list", "data": data}
 
 
 # Answers
 
 
-async def chat(front: Front, request: Request) -> Response:
-    """Answer in our own dialect: a stream of pieces."""
-    wanted = schema.chat(schema.decode(await middleware.body(request, front.limits)))
-    streams, updates, _ = await _begin(front, wanted)
-    (stream,) = streams
+class Update(NamedTuple):
+    """What is new of a request's `index`-th answer; `finish` or `error` on its last update."""
 
-    async def chunks() -> AsyncIterator[bytes]:
+    index: int
+    pieces: Sequence[Piece] = ()
+    finish: str | None = None
+    error: str | None = None
+
+
+async def chat(request: Request, body: ChatRequest) -> Response:
+    """Answer in our own dialect: a stream of tokens."""
+    scheduler: Scheduler = request.app.state.scheduler
+    streams, updates = await _submit(scheduler, body)
+
+    async def events() -> AsyncIterator[bytes]:
         async for update in updates:
-            found = [schema.token(piece, stream.worker or 0) for piece in update.pieces]
+            values = [schema.token_event(piece, streams[0].worker or 0) for piece in update.pieces]
             if update.finish:
-                found.append({"done": True, "finish_reason": update.finish})
-            yield _events(found, update.error)
+                values.append({"done": True, "finish_reason": update.finish})
+            yield _encode(values, update.error)
 
-    return _Streaming(front.pool, streams, chunks())
+    return EventStream(scheduler, streams, events())
 
 
-async def completion(front: Front, request: Request) -> Response:
-    """Answer in OpenAI's dialect, as a stream or whole."""
-    wanted = schema.completion(schema.decode(await middleware.body(request, front.limits)))
-    info = front.pool.info
-    if info and wanted.model not in (None, info.name, MODEL_ALIAS):
-        raise ApiError(404, f"there is no such model; there is {info.name}", param="model", code="model_not_found")
-    streams, updates, name = await _begin(front, wanted)
-    header = Header(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), name)
-    if wanted.stream:
-        return _Streaming(front.pool, streams, _openai_chunks(wanted, streams, updates, header))
-    watch = asyncio.create_task(_cancel_when_gone(request.receive, front.pool, streams))
-    pieces: list[list[Delta]] = [[] for _ in streams]
+async def completion(request: Request, body: CompletionRequest) -> Any:
+    """Answer in OpenAI's dialect, as a stream or in one piece."""
+    scheduler: Scheduler = request.app.state.scheduler
+    info = scheduler.info
+    if info and body.model not in (None, info.name, MODEL_ALIAS):
+        raise ApiError(404, f"no such model; this server has {info.name}", param="model", code="model_not_found")
+    streams, updates = await _submit(scheduler, body, body.n, body.stop)
+    assert info
+    header: Any = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": info.name}
+    if body.stream:
+        return EventStream(scheduler, streams, _chunks(body, streams, updates, header))
+    pieces: list[list[Piece]] = [[] for _ in streams]
     reasons = ["" for _ in streams]
-    try:
+    async with _cancelled_on_exit(request.receive, scheduler, streams):
         async for update in updates:
             pieces[update.index] += update.pieces
             reasons[update.index] = update.finish or ""
             if update.error:
-                raise ApiError(500, update.error, kind="server_error")
-    finally:
-        watch.cancel()
-        _cancel_all(front.pool, streams)
-    return JSONResponse(schema.whole(header, list(zip(pieces, reasons)), _usage(streams)))
+                raise ApiError(500, update.error, type="server_error")
+    choices = [
+        schema.Choice(index=index, message=schema.assistant_message(answer), finish_reason=reason)
+        for index, (answer, reason) in enumerate(zip(pieces, reasons))
+    ]
+    return schema.Completion(**header, choices=choices, usage=_usage(streams))
 
 
-async def _openai_chunks(
-    wanted: Chat, streams: Sequence[Stream], updates: AsyncIterator[Update], header: Header
+async def _chunks(
+    body: CompletionRequest, streams: Sequence[Stream], updates: AsyncIterator[Update], header: dict[str, Any]
 ) -> AsyncIterator[bytes]:
-    more = {"usage": None} if wanted.include_usage else {}
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    kind = schema.UsageChunk if include_usage else schema.Chunk
 
-    def chunk(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        return schema.chunk(header, index, delta, finish) | more
+    def chunk(index: int, delta: schema.Delta, finish: str | None = None) -> schema.Chunk:
+        return kind(**header, choices=[schema.ChunkChoice(index=index, delta=delta, finish_reason=finish)])
 
-    yield _events([chunk(index, {"role": "assistant", "content": ""}) for index in range(len(streams))])
+    yield _encode([chunk(index, schema.Delta(role="assistant", content="")) for index in range(len(streams))])
     async for update in updates:
-        found = [chunk(update.index, schema.delta(piece)) for piece in update.pieces]
+        values = [chunk(update.index, schema.delta(piece)) for piece in update.pieces]
         if update.finish:
-            found.append(chunk(update.index, {}, update.finish))
-        yield _events(found, update.error)
+            values.append(chunk(update.index, schema.Delta(), update.finish))
+        yield _encode(values, update.error)
         if update.error:
             return
-    if wanted.include_usage:
-        yield schema.event(schema.usage_chunk(header, _usage(streams)))
-    yield schema.END_OF_STREAM
+    if include_usage:
+        yield _encode([schema.UsageChunk(**header, choices=[], usage=_usage(streams))])
+    yield b"data: [DONE]\n\n"
 
 
-async def _begin(front: Front, wanted: Chat) -> tuple[list[Stream], AsyncIterator[Update], str]:
-    """Queue the answers to a request. Returns their streams, what will come of them, and the model's name."""
-    info = front.pool.info
+def _usage(streams: Sequence[Stream]) -> schema.Usage:
+    prompt, answers = len(streams[0].request.prompt), sum(stream.n_tokens for stream in streams)
+    return schema.Usage(prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers)
+
+
+def _encode(values: Sequence[BaseModel | dict[str, Any]], error: str | None = None) -> bytes:
+    """Return server-sent events, an error at the end if there is one; a comment if there are none."""
+    if error is not None:
+        values = [*values, ApiError(500, error, type="server_error").body]
+    return b"".join(map(schema.event, values)) or b": waiting\n\n"
+
+
+async def _submit(
+    scheduler: Scheduler, body: ChatRequest, n: int = 1, stops: Sequence[str] = ()
+) -> tuple[list[Stream], AsyncIterator[Update]]:
+    """Queue the answers to a request; returns their streams and their updates."""
+    info = scheduler.info
     if info is None:
-        raise ApiError(503, "the model is being loaded", kind="overloaded_error", headers={"Retry-After": "5"})
+        raise scheduling.overloaded("the model is loading", 5)
     try:
-        prompt = await asyncio.to_thread(chat_format.prompt, info.tokenizer, wanted.messages)
+        prompt = await asyncio.to_thread(chat_format.prompt, info.tokenizer, schema.conversation(body.messages))
     except chat_format.ConversationError as error:
         raise ApiError(400, str(error), param="messages") from None
     if len(prompt) >= info.context:
-        long = f"the conversation has {len(prompt)} tokens: with an answer of at least one, {info.context} are allowed"
-        raise ApiError(400, long, param="messages", code="context_length_exceeded")
-    seed = wanted.sampling.seed if wanted.sampling.seed is not None else secrets.randbits(63)
-    samplings = [dataclasses.replace(wanted.sampling, seed=(seed + i) % 2**63) for i in range(wanted.n)]
+        message = f"the conversation has {len(prompt)} tokens; at most {info.context - 1} are allowed before an answer"
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")
+    seed = body.seed if body.seed is not None else secrets.randbits(63)
+    requests = [
+        infer.Request(tuple(prompt), body.token_limit, body.temperature, body.top_k, (seed + i) % 2**63)
+        for i in range(n)
+    ]
     wake = asyncio.Event()
-    streams = scheduler.submit(front.pool, prompt, samplings, wake)
-    stoppers = [schema.StopSequenceFilter(wanted.stop) for _ in streams]
-    readers = [chat_format.Reader(info.tokenizer) for _ in streams]
-    return streams, _updates(front.pool, streams, wake, readers, stoppers), info.name
+    streams = scheduling.submit(scheduler, requests, wake)
+    readers = [
+        AnswerReader(stream, chat_format.Reader(info.tokenizer), StopSequenceFilter(stops)) for stream in streams
+    ]
+    return streams, _updates(scheduler, readers, wake)
 
 
-async def _updates(
-    pool_: Scheduler,
-    streams: Sequence[Stream],
-    wake: asyncio.Event,
-    readers: Sequence[chat_format.Reader],
-    stoppers: Sequence[schema.StopSequenceFilter],
-) -> AsyncIterator[Update]:
-    """Yield what comes of the streams until all have ended; an empty update after a long silence."""
-    going = list(range(len(streams)))
-    while going:
+class AnswerReader(NamedTuple):
+    """A stream, and what turns its tokens into pieces of text."""
+
+    stream: Stream
+    detokenizer: chat_format.Reader
+    stop_filter: "StopSequenceFilter"
+
+
+async def _updates(scheduler: Scheduler, readers: Sequence[AnswerReader], wake: asyncio.Event) -> AsyncIterator[Update]:
+    """Yield what is new until all streams have ended; an empty update after a long silence."""
+    running = dict(enumerate(readers))
+    while running:
         try:
-            async with asyncio.timeout(SILENCE_SECONDS):
+            async with asyncio.timeout(KEEP_ALIVE_SECONDS):
                 await wake.wait()
         except TimeoutError:
-            yield Update(going[0], [], None, None)
+            yield Update(next(iter(running)))
             continue
         wake.clear()
-        for index in tuple(going):
-            stream, reader, stopper = streams[index], readers[index], stoppers[index]
-            ended, tokens = stream.ended, scheduler.take(stream)
+        for index, (stream, detokenizer, stop_filter) in tuple(running.items()):
+            ended, tokens = stream.ended, scheduling.take(stream)
             if not ended and not tokens:
                 continue
-            read = [piece for token in tokens for piece in reader.feed(token)] + (reader.close() if ended else [])
-            pieces = stopper.feed(read) + (stopper.close() if ended else [])
+            texts = [piece for token in tokens for piece in detokenizer.feed(token)]
+            pieces = stop_filter.feed(texts + (detokenizer.close() if ended else []))
+            pieces += stop_filter.close() if ended else []
             finish, error = stream.finish, stream.error
-            if stopper.stopped:
-                scheduler.cancel(pool_, stream)
+            if stop_filter.stopped:
+                scheduling.cancel(scheduler, stream)
                 ended, finish, error = True, "stop", None
             if ended:
-                going.remove(index)
+                del running[index]
             if ended or pieces:
                 yield Update(index, schema.merge(pieces), finish, error)
 
 
-class _Streaming(Response):
-    """A stream of server-sent events. Whoever leaves it, in whatever way, leaves no stream behind."""
+class StopSequenceFilter:
+    """Ends an answer before the first of some texts; holds back what may become one."""
 
-    def __init__(self, pool_: Scheduler, streams: Sequence[Stream], chunks: AsyncIterator[bytes]) -> None:
-        super().__init__(headers=STREAM_HEADERS)
-        del self.headers["content-length"]
-        self._pool, self._streams, self._chunks = pool_, streams, chunks
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Return the pieces that can be sent; none once `stopped`. Tool calls pass unchecked."""
+        passed: list[Piece] = []
+        for kind, text in pieces:
+            if self.stopped:
+                break
+            if kind != "text":
+                passed += [*self.close(), Piece(kind, text)]
+                continue
+            text = self._held + text
+            starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
+            self.stopped = bool(starts)
+            held = max((_partial_match_len(text, stop) for stop in self._stops), default=0)
+            end = min(starts) if starts else len(text) - held
+            self._held = "" if self.stopped else text[end:]
+            passed += [Piece("text", text[:end])] if end else []
+        return passed
+
+    def close(self) -> list[Piece]:
+        """Return what was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return [Piece("text", held)] if held and not self.stopped else []
+
+
+def _partial_match_len(text: str, stop: str) -> int:
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; its streams are cancelled however it ends."""
+
+    def __init__(self, scheduler: Scheduler, streams: Sequence[Stream], chunks: AsyncIterator[bytes]) -> None:
+        super().__init__(_without_exceptions(chunks), headers=STREAM_HEADERS, media_type="text/event-stream")
+        self._scheduler, self._streams = scheduler, streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.create_task(_cancel_when_gone(receive, self._pool, self._streams))
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            try:
-                async for chunk in self._chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            except Exception:
-                log.exception("a stream broke off")
-                broken = _events([], "the server failed in the middle of the answer")
-                await send({"type": "http.response.body", "body": broken, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            watch.cancel()
-            _cancel_all(self._pool, self._streams)
+        async with _cancelled_on_exit(receive, self._scheduler, self._streams):
+            await self.stream_response(send)
 
 
-async def _cancel_when_gone(receive: Receive, pool_: Scheduler, streams: Sequence[Stream]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    _cancel_all(pool_, streams)
+async def _without_exceptions(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except Exception:
+        log.exception("a stream failed")
+        yield _encode([], "internal server error in the middle of the answer")
 
 
-def _cancel_all(pool_: Scheduler, streams: Sequence[Stream]) -> None:
-    for stream in streams:
-        scheduler.cancel(pool_, stream)
+@contextlib.asynccontextmanager
+async def _cancelled_on_exit(receive: Receive, scheduler: Scheduler, streams: Sequence[Stream]) -> AsyncIterator[None]:
+    """Cancel the streams when the client disconnects or the block ends."""
 
+    def cancel() -> None:
+        for stream in streams:
+            scheduling.cancel(scheduler, stream)
 
-def _usage(streams: Sequence[Stream]) -> dict[str, int]:
-    return schema.usage(len(streams[0].prompt), sum(stream.count for stream in streams))
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        cancel()
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        cancel()
 
 
 # Errors
 
 
-def _events(values: Sequence[dict[str, Any]], error: str | None = None) -> bytes:
-    """Return server-sent events, an error at the end if there is one; without anything a comment, to show life."""
-    if error is not None:
-        values = [*values, schema.error_body(ApiError(500, error, kind="server_error"))]
-    return b"".join(map(schema.event, values)) or b": waiting\n\n"
-
-
-async def _refused(_: Request, error: Exception) -> Response:
+async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return middleware.refusal(error)
+    return middleware.error_response(error)
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
+async def _validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return middleware.error_response(schema.validation_error(error.errors()))
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
-    wrong = f"{path} has no method {request.method}" if error.status_code == 405 else f"there is no {path}"
-    return middleware.refusal(ApiError(error.status_code, wrong, headers=dict(error.headers or {})))
+    message = f"{path} has no method {request.method}" if error.status_code == 405 else f"there is no {path}"
+    return middleware.error_response(ApiError(error.status_code, message, headers=error.headers))

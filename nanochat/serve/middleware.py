@@ -1,11 +1,10 @@
-"""What the web server lets in, and for how long: bodies, headers, idle and slow connections, tokens, foreign pages."""
+"""Whom the web server lets in, and for how long: tokens, origins, bodies, headers, idle and slow connections."""
 
 import asyncio
 import base64
 import dataclasses
 import gc
 import hashlib
-import json
 import logging
 import re
 import secrets
@@ -19,26 +18,28 @@ from urllib.parse import urlsplit
 
 import h11
 import uvicorn
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.config import UserError
-from nanochat.serve import scheduler, schema
-from nanochat.serve.scheduler import Counters, Scheduler
-from nanochat.serve.schema import ApiError
+from nanochat.serve import scheduler as scheduling
+from nanochat.serve.scheduler import Metrics, Scheduler
+from nanochat.serve.schema import MAX_BODY_BYTES, ApiError
 
-OPEN = ("/", "/health")  # without a token; the page asks for it before it calls the rest
-HEADERS = {
+PUBLIC_PATHS = ("/", "/health")  # without a token; the page asks for it before it calls the rest
+SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
     "x-frame-options": "DENY",
+    "cache-control": "no-store",
 }
-log = logging.getLogger("nanochat.serve.app")
+SHUTDOWN_SECONDS = 5  # for connections to close
 
-END_SECONDS = 5  # for connections to close in a shutdown
+log = logging.getLogger("nanochat.serve")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Limits:
     """Who may connect, and how slowly.
 
     Attributes:
-        host, port: to listen on; port 0: any free one. token: that clients have to show, or None.
-        hosts: names by which the server may be called besides its own, where it is behind a proxy.
-        connections: at once. body_seconds: for the body of a request. header_seconds: for its header.
-        send_seconds: that a client may leave what was sent unread. idle_seconds: between requests of a connection.
+        host, port: to listen on; port 0: any free one. token: that clients must send, or None.
+        hosts: further names of the server, behind a proxy. connections: at once.
+        body_seconds, header_seconds: for a request's body and header to arrive.
+        send_seconds: that a client may leave sent data unread. idle_seconds: between two requests of a connection.
     """
 
     host: str = "127.0.0.1"
@@ -64,21 +65,23 @@ class Limits:
 
     @property
     def is_local(self) -> bool:
-        """True when only this machine can connect."""
-        return self.host == "localhost" or (_is_address(self.host) and ip_address(self.host).is_loopback)
+        """True if only this machine can connect."""
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
-def refusal(error: ApiError) -> Response:
-    """Return an error as a response."""
-    return JSONResponse(schema.error_body(error), error.status, error.headers)
+def error_response(error: ApiError) -> Response:
+    return JSONResponse(error.body.model_dump(), error.status_code, error.headers)
 
 
-def page(html: str) -> tuple[str, str]:
-    """Return the page, and a Content-Security-Policy that lets nothing run or load but what is written in it."""
+def content_security_policy(html: str) -> str:
+    """Return a Content-Security-Policy that lets nothing run or load but the page's own scripts and styles."""
 
     def hashes(tag: str) -> str:
-        found = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", html, re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found]
+        texts = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", html, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
         return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
     rules = [
@@ -91,189 +94,170 @@ def page(html: str) -> tuple[str, str]:
         "form-action 'none'",
         "frame-ancestors 'none'",
     ]
-    return html, "; ".join(rules)
+    return "; ".join(rules)
 
 
-async def body(request: Request, limits: Limits) -> bytes:
+async def read_body(request: Request, limits: Limits) -> bytes:
     """Return the body of a JSON request.
 
     Raises:
-        ApiError: 415, not JSON; 413, too large; 408, too slow, or the client has gone.
+        ApiError: 415, not JSON; 413, too large; 408, too slow, or the client is gone.
     """
-    close = {"connection": "close"}  # what is left of the body is not waited for
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    close = {"connection": "close"}  # the rest of the body is not read
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
         raise ApiError(415, "expected a body of content-type application/json", headers=close)
-    large = ApiError(413, f"the body is too large: at most {schema.MAX_BODY_BYTES:,} bytes are allowed", headers=close)
+    too_large = ApiError(413, f"the body is too large: at most {MAX_BODY_BYTES:,} bytes are allowed", headers=close)
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > schema.MAX_BODY_BYTES:
-        raise large
-    found = bytearray()
+    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+        raise too_large
+    content = bytearray()
     try:
         async with asyncio.timeout(limits.body_seconds):
             async for chunk in request.stream():
-                found += chunk
-                if len(found) > schema.MAX_BODY_BYTES:
-                    raise large
+                content += chunk
+                if len(content) > MAX_BODY_BYTES:
+                    raise too_large
     except TimeoutError:
-        slow = f"the body was not there after {limits.body_seconds:g} s"
-        raise ApiError(408, slow, headers=close) from None
+        raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} s", headers=close) from None
     except ClientDisconnect:
-        raise ApiError(408, "the client has gone", headers=close) from None  # nobody will read this
-    return bytes(found)
+        raise ApiError(408, "the client disconnected", headers=close) from None  # nobody will read this
+    return bytes(content)
 
 
 class SecurityMiddleware:
     """ASGI middleware: refuses strangers, adds headers, counts responses.
 
     A web page of another origin can make a browser post here, and by DNS rebinding even call this server by a name of
-    its own. So a request that says which page it comes from (Origin) has to come from ours, and a server that only
-    this machine can reach answers only to local names (Host).
+    its own. So a request with an Origin has to come from our own page, and a server that only this machine can reach
+    answers only to local names (Host).
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, counters: Counters) -> None:
-        self._app, self._limits, self._counters = app, limits, counters
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
+        self._app, self._limits, self._metrics = app, limits, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        started = False
 
-        begun = False
-
-        async def sent(message: Message) -> None:
-            nonlocal begun
+        async def send_secured(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
-                self._counters.add("responses", f'{{code="{message["status"]}"}}')
-                names = {name for name, _ in message["headers"]}
-                extra = {"cache-control": "no-store"} | HEADERS
-                more = [(n.encode(), v.encode()) for n, v in extra.items() if n.encode() not in names]
-                message = {**message, "headers": [*message["headers"], *more]}
+                started = True
+                self._metrics.responses.labels(message["status"]).inc()
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:
-            self._check(scope)
-            await self._app(scope, receive, sent)
+            _check_origin(Headers(scope=scope), self._limits)
+            if scope["path"] not in PUBLIC_PATHS:
+                _check_token(Headers(scope=scope), self._limits)
+            await self._app(scope, receive, send_secured)
         except ApiError as error:
-            await refusal(error)(scope, receive, sent)
+            await error_response(error)(scope, receive, send_secured)
         except Exception:
-            if begun:
+            if started:
                 raise
-            log.exception("a mistake of ours")
-            error = ApiError(500, "a mistake of the server's; its log has the details", kind="server_error")
-            await refusal(error)(scope, receive, sent)
-
-    def _check(self, scope: Scope) -> None:
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        local = {"localhost", "127.0.0.1", "::1", self._limits.host}
-        if self._limits.is_local and _name(f"//{host}") not in {*local, *self._limits.hosts}:
-            why = "this server is for its own machine: call it localhost, or allow the name (hosts)"
-            raise ApiError(403, why, kind="permission_error")
-        if origin is not None and origin.partition("://")[2].lower() != host.lower():
-            raise ApiError(403, "requests from other web pages are refused", kind="permission_error")
-        if self._limits.token is None or scope["path"] in OPEN:
-            return
-        scheme, _, token = headers.get(b"authorization", "").partition(" ")
-        right = secrets.compare_digest(token.strip().encode("latin-1"), self._limits.token.encode())
-        if scheme.lower() != "bearer" or not right:
-            why = "expected the header 'Authorization: Bearer <token>' with this server's token"
-            raise ApiError(
-                401, why, kind="authentication_error", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
-            )
+            log.exception("internal server error")
+            error = ApiError(500, "internal server error; the server's log has the details", type="server_error")
+            await error_response(error)(scope, receive, send_secured)
 
 
-def _name(url: str) -> str | None:
+def _check_origin(headers: Headers, limits: Limits) -> None:
+    host, origin = headers.get("host", ""), headers.get("origin")
     try:
-        return urlsplit(url).hostname
+        name = urlsplit(f"//{host}").hostname
     except ValueError:
-        return None
+        name = None
+    if limits.is_local and name not in {"localhost", "127.0.0.1", "::1", limits.host, *limits.hosts}:
+        message = "this server is for its own machine: call it localhost, or allow the name (hosts)"
+        raise ApiError(403, message, type="permission_error")
+    if origin is not None and origin.partition("://")[2].lower() != host.lower():
+        raise ApiError(403, "requests from other web pages are refused", type="permission_error")
 
 
-def _is_address(host: str) -> bool:
-    try:
-        return bool(ip_address(host))
-    except ValueError:
-        return False
+def _check_token(headers: Headers, limits: Limits) -> None:
+    if limits.token is None:
+        return
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    is_equal = secrets.compare_digest(token.strip().encode("latin-1"), limits.token.encode())
+    if scheme.lower() != "bearer" or not is_equal:
+        message = "expected the header 'Authorization: Bearer <token>' with this server's token"
+        headers_ = {"WWW-Authenticate": "Bearer"}
+        raise ApiError(401, message, type="authentication_error", code="invalid_api_key", headers=headers_)
 
 
 def protocol(limits: Limits) -> type[H11Protocol]:
-    """Return uvicorn's HTTP protocol with the limits that it lacks: headers, unread answers, connections."""
+    """Return uvicorn's HTTP protocol with the limits that it lacks: slow headers, unread data, open connections."""
 
-    class Guarded(H11Protocol):
-        _header_timer: asyncio.TimerHandle | None = None
-        _send_timer: asyncio.TimerHandle | None = None
-        _end_timer: asyncio.TimerHandle | None = None
-
+    class LimitedProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._wait_for_header()
+            self._timers: dict[str, asyncio.TimerHandle] = {}
+            self._start_timer("header", limits.header_seconds, self.transport.abort)
             if len(self.connections) > limits.connections:
                 self._refuse(503, "too many connections", "overloaded_error")
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self.cycle is None or self.cycle.response_complete:
-                self._wait_for_header()
-            elif self._header_timer:
-                self._header_timer.cancel()
-                self._header_timer = None
-
-        def _wait_for_header(self) -> None:
-            if self._header_timer is None:  # a byte now and then gains no time
-                self._header_timer = self.loop.call_later(limits.header_seconds, self.transport.abort)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._cancel_timer("header")
+            elif "header" not in self._timers:  # a byte now and then gains no time
+                self._start_timer("header", limits.header_seconds, self.transport.abort)
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._send_timer = self.loop.call_later(limits.send_seconds, self.transport.abort)
+            self._start_timer("send", limits.send_seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            if self._send_timer:
-                self._send_timer.cancel()
+            self._cancel_timer("send")
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self._end_timer:
-                self._end_timer.cancel()
-            # By then the connection is closed, or it is in use again and this is off.
-            self._end_timer = self.loop.call_later(limits.idle_seconds + limits.send_seconds, self._abort_closing)
+            # By then the connection is closed, or in use again, or it waits for a client that does not read.
+            self._start_timer("close", limits.idle_seconds + limits.send_seconds, self._abort_if_closing)
 
-        def _abort_closing(self) -> None:
+        def _abort_if_closing(self) -> None:
             if self.transport.is_closing():
-                self.transport.abort()  # it waits for a client that does not read
+                self.transport.abort()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            for timer in (self._header_timer, self._send_timer, self._end_timer):
-                if timer:
-                    timer.cancel()
+            for name in tuple(self._timers):
+                self._cancel_timer(name)
             super().connection_lost(exc)
+
+        def _start_timer(self, name: str, seconds: float, callback: Callable[[], None]) -> None:
+            self._cancel_timer(name)
+            self._timers[name] = self.loop.call_later(seconds, callback)
+
+        def _cancel_timer(self, name: str) -> None:
+            if timer := self._timers.pop(name, None):
+                timer.cancel()
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, msg, "invalid_request_error")
 
-        def _refuse(self, status: int, message: str, kind: str) -> None:
-            content = json.dumps(schema.error_body(ApiError(status, message, kind=kind))).encode()
-            headers = [
-                ("content-type", "application/json"),
-                ("content-length", str(len(content))),
-                ("connection", "close"),
-                *([("retry-after", "1")] if status == 503 else []),
-            ]
+        def _refuse(self, status: int, message: str, type: str) -> None:
+            retry = {"retry-after": "1"} if status == 503 else {}
+            response = error_response(ApiError(status, message, type=type, headers={"connection": "close"} | retry))
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                events = (h11.Response(status_code=status, headers=headers), h11.Data(data=content), h11.EndOfMessage())
-                for event in events:
+                head = h11.Response(status_code=status, headers=response.raw_headers)
+                for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
             self.transport.close()
 
-    return Guarded
+    return LimitedProtocol
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends the streams before it waits for their connections, and ends itself without hope."""
+    """uvicorn's server, which ends the streams before it waits for their connections, and exits on a fatal error."""
 
     def __init__(
-        self, app: ASGIApp, pool_: Scheduler, limits: Limits, on_ready: Callable[[int], None] | None = None
+        self, app: ASGIApp, scheduler: Scheduler, limits: Limits, on_ready: Callable[[int], None] | None = None
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -290,65 +274,65 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 timeout_keep_alive=limits.idle_seconds,
-                timeout_graceful_shutdown=END_SECONDS,
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
         )
-        self._pool, self._on_ready = pool_, on_ready
+        self._scheduler, self._on_ready = scheduler, on_ready
 
     async def on_tick(self, counter: int) -> bool:
-        """Every tenth of a second: say that the model is there, or that it never will be."""
-        if self._on_ready and self._pool.ready:
+        """Every tenth of a second: report that the model is ready; exit if it never will be."""
+        if self._on_ready and self._scheduler.ready:
             self._on_ready(self.servers[0].sockets[0].getsockname()[1])
             self._on_ready = None
-        return await super().on_tick(counter) or self._pool.hopeless is not None
+        return await super().on_tick(counter) or self._scheduler.fatal_error is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the streams, then the connections."""
-        scheduler.end_streams(self._pool, "the server is shutting down")
+        scheduling.end_streams(self._scheduler, "the server is shutting down")
         await super().shutdown(sockets)
 
 
 def listen(limits: Limits) -> socket.socket:
-    """Return a socket that listens as asked.
+    """Return a bound socket.
 
     Raises:
-        UserError: the port is taken, or there is no such address.
+        UserError: the port is in use, or there is no such address.
     """
     try:
-        found = socket.getaddrinfo(limits.host, limits.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        sock = socket.socket(found[0], socket.SOCK_STREAM)
+        family, _, _, _, address = socket.getaddrinfo(
+            limits.host, limits.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(found[4])
+            sock.bind(address)
         except OSError:
             sock.close()
             raise
         return sock
     except OSError as error:
-        where = f"host={limits.host} port={limits.port}"
-        reason = error.strerror or str(error)
-        raise UserError(f"{where}: cannot be listened on ({reason}); try another: --set port=8001") from None
+        where, reason = f"host={limits.host} port={limits.port}", error.strerror or error
+        raise UserError(f"{where}: could not listen there ({reason}); try another: --set port=8001") from None
 
 
-def run(app: ASGIApp, pool_: Scheduler, limits: Limits, on_ready: Callable[[int], None] | None = None) -> None:
-    """Serve until a signal or until no replica can be started.
+def run(app: ASGIApp, scheduler: Scheduler, limits: Limits, on_ready: Callable[[int], None] | None = None) -> None:
+    """Serve until a signal, or until no worker can be started.
 
     Args:
-        on_ready: called with the port when the first replica can answer.
+        on_ready: called with the port as soon as a worker is ready.
 
     Raises:
-        UserError: the address is taken, or the model cannot be loaded.
+        UserError: the address is in use, or the model could not be loaded.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    # uvicorn passes a signal on when all is closed: then the program has to end in order as well, as after Ctrl-C.
+    # uvicorn raises a signal again when all is closed: the program then has to exit cleanly too, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if is_main else None
     try:
-        gc.freeze()  # a search for garbage through all that is imported takes as long as /health may
+        gc.freeze()  # collecting all that is imported takes as long as /health may
         with listen(limits) as sock:
-            Server(app, pool_, limits, on_ready).run(sockets=[sock])
+            Server(app, scheduler, limits, on_ready).run(sockets=[sock])
     finally:
         gc.unfreeze()
         if is_main:
             signal.signal(signal.SIGTERM, before)
-    if pool_.hopeless:
-        raise UserError(pool_.hopeless)
+    if scheduler.fatal_error:
+        raise UserError(scheduler.fatal_error)

@@ -1,114 +1,51 @@
-"""One queue before all replicas: who gets a place and when, what becomes of those whose replica dies, and the counts.
+"""One queue for all workers: which request gets a slot and when, and what happens to those of a worker that exits.
 
-Everything here runs in one event loop; replicas deliver their messages from threads, through it. A stream is one answer
-on its way: it waits, runs in a slot of one replica, and ends once, with a reason or an error. What a client has not yet
-taken is kept as token ids, at most `max_tokens` of them.
-
-Counters and histograms of the server, and Prometheus' text format of them.
+Everything here runs in one event loop; workers deliver their messages from threads, through it. A stream is one answer
+in progress: it waits, runs in a slot of one worker, and ends once, with a finish reason or an error. Tokens that the
+client has not taken yet are kept as ids, at most `max_tokens` of them.
 """
 
 import asyncio
-import bisect
 import contextlib
 import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-from nanochat.serve.schema import ApiError, Sampling
-from nanochat.serve.worker import Connect, Info, Message, WorkerHandle
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)  # a histogram's bounds
+from nanochat.infer import Request
+from nanochat.serve.schema import ApiError
+from nanochat.serve.worker import Connect, Message, WorkerHandle, WorkerInfo
 
-
-@dataclasses.dataclass
-class Histogram:
-    """Observations in seconds: how many in each of `SECONDS`' intervals (the last is open), and their sum."""
-
-    counts: list[int] = dataclasses.field(default_factory=lambda: [0] * (len(SECONDS) + 1))
-    total: float = 0.0
-
-
-@dataclasses.dataclass
-class Counters:
-    """What has been counted: (name, label) -> number, and name -> histogram."""
-
-    numbers: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
-    histograms: dict[str, Histogram] = dataclasses.field(default_factory=dict)
-
-    def add(self, name: str, label: str = "", number: int = 1) -> None:
-        """Count up."""
-        self.numbers[name, label] = self.numbers.get((name, label), 0) + number
-
-    def observe(self, name: str, seconds: float) -> None:
-        """Add an observation to a histogram."""
-        histogram = self.histograms.setdefault(name, Histogram())
-        histogram.counts[bisect.bisect_left(SECONDS, seconds)] += 1
-        histogram.total += seconds
-
-    def mean(self, name: str) -> float:
-        """Return the mean of a histogram, 0 of an empty one."""
-        histogram = self.histograms.get(name, Histogram())
-        return histogram.total / max(1, sum(histogram.counts))
-
-    def labelled(self, name: str) -> dict[str, int]:
-        """Return {label: number} of a counter."""
-        return {label: number for (counter, label), number in self.numbers.items() if counter == name}
-
-
-def metric(name: str, kind: str, about: str, samples: Iterable[tuple[str, float]]) -> list[str]:
-    """Return the lines of one metric.
-
-    Args:
-        kind: counter or gauge. samples: (labels as Prometheus writes them, or an empty string; value).
-    """
-    name = f"nanochat_{name}"
-    return [
-        f"# HELP {name} {about}",
-        f"# TYPE {name} {kind}",
-        *(f"{name}{labels} {value}" for labels, value in samples),
-    ]
-
-
-def histogram(name: str, about: str, counters: Counters) -> list[str]:
-    """Return the lines of a histogram; one that nothing was observed in has only zeros."""
-    found = counters.histograms.get(name, Histogram())
-    name, total = f"nanochat_{name}", 0
-    lines = [f"# HELP {name} {about}", f"# TYPE {name} histogram"]
-    for bound, count in zip((*map(str, SECONDS), "+Inf"), found.counts):
-        total += count
-        lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
-    return [*lines, f"{name}_sum {found.total}", f"{name}_count {total}"]
-
-
+BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 RESTART_SECONDS = (1.0, 60.0)  # the first pause before a restart, and the longest; each is twice the one before
-HANG_SECONDS = 120.0  # without a word while it has answers to give, after which a replica is taken for hung
-SOUND_SECONDS = 60.0  # that a replica has been ready for its next failure to count as the first one
+HANG_SECONDS = 120.0  # a worker with requests that is silent for longer is treated as hung
+STABLE_SECONDS = 60.0  # a worker that was ready for longer starts again after the first pause
 
-log = logging.getLogger("nanochat.serve.app")
+log = logging.getLogger("nanochat.serve")
 
 
 @dataclasses.dataclass
 class Stream:
-    """An answer on its way.
+    """An answer in progress.
 
     Attributes:
-        key: of the request. prompt: token ids. sampling: with its seed.
-        wake: set whenever something has come.
-        worker: index of the replica that has it; None: it waits, or has ended waiting.
-        tokens: come and not yet taken. count: of all that have come.
-        finish: "stop" or "length" when it has ended well. error: why, when it has not.
-        arrived, first: clock's seconds of its arrival and of its first token.
+        wake: set whenever there are new tokens, or the end.
+        worker: index of the worker that runs it; None while it waits, or if it ended waiting.
+        tokens: ids that have not been taken; n_tokens: of all so far.
+        finish: "stop" or "length" after a normal end. error: the reason of any other end.
+        arrived, first: when the request and its first token came, in seconds of `time.perf_counter`.
     """
 
     key: int
-    prompt: list[int]
-    sampling: Sampling
+    request: Request
     wake: asyncio.Event
     worker: int | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
-    count: int = 0
+    n_tokens: int = 0
     finish: str | None = None
     error: str | None = None
     arrived: float = dataclasses.field(default_factory=time.perf_counter)
@@ -116,42 +53,61 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """True when nothing more will come."""
         return self.finish is not None or self.error is not None
 
 
 @dataclasses.dataclass
 class Worker:
-    """A replica and what it is doing; `error` is why it ended last, `heard` when its last word came or was due."""
+    """A worker and its streams; `error` is why it exited last, `last_heartbeat` when it last sent or got something."""
 
     connect: Connect
-    link: WorkerHandle | None = None
-    info: Info | None = None
+    handle: WorkerHandle | None = None
+    info: WorkerInfo | None = None
     streams: dict[int, Stream] = dataclasses.field(default_factory=dict)
     restarts: int = 0
     error: str | None = None
-    heard: float = 0.0
+    last_heartbeat: float = 0.0
 
     @property
-    def free(self) -> int:
-        """Number of free slots."""
+    def free_slots(self) -> int:
         return self.info.slots - len(self.streams) if self.info else 0
+
+
+class Metrics:
+    """What /metrics shows, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        names: Any = {"namespace": "nanochat", "registry": self.registry}
+        self.responses = Counter("responses", "HTTP responses.", ["code"], **names)
+        self.answers = Counter("answers", "Answers by how they ended.", ["finish"], **names)
+        self.tokens = Counter("tokens", "Generated tokens.", **names)
+        self.restarts = Counter("restarts", "Restarts of a worker.", ["gpu"], **names)
+        timings: Any = {"buckets": BUCKETS_SECONDS} | names
+        self.first_token_seconds = Histogram("first_token_seconds", "From a request to its first token.", **timings)
+        self.answer_seconds = Histogram("answer_seconds", "From a request to the end of its answer.", **timings)
+
+
+def values(metric: Counter | Histogram) -> dict[tuple[str, ...], float]:
+    """Return {(sample's suffix, *label values): value} of a metric."""
+    samples = [(family.name, sample) for family in metric.collect() for sample in family.samples]
+    return {(sample.name.removeprefix(name), *sample.labels.values()): sample.value for name, sample in samples}
 
 
 @dataclasses.dataclass
 class Scheduler:
-    """The replicas and the queue before them.
+    """The workers and their queue.
 
     Attributes:
-        info: of the model, once a replica is or was ready. hopeless: why no replica can be ready, ever.
-        counters: what /metrics shows. tasks: one a replica, which keeps it running.
+        info: of the model, as soon as a worker has been ready. fatal_error: why no worker can ever be ready.
+        tasks: one for each worker, which keeps it running.
     """
 
     workers: list[Worker]
     queue_limit: int
-    counters: Counters
-    info: Info | None = None
-    hopeless: str | None = None
+    metrics: Metrics
+    info: WorkerInfo | None = None
+    fatal_error: str | None = None
     closing: bool = False
     queue: dict[int, Stream] = dataclasses.field(default_factory=dict)
     keys: itertools.count = dataclasses.field(default_factory=itertools.count)
@@ -159,200 +115,208 @@ class Scheduler:
 
     @property
     def ready(self) -> bool:
-        """True when some replica can answer."""
         return any(worker.info for worker in self.workers)
 
     @property
     def active(self) -> int:
-        """Number of answers that are being made."""
+        """Number of answers that are being generated."""
         return sum(len(worker.streams) for worker in self.workers)
 
 
 def create(connects: Sequence[Connect], queue_limit: int) -> Scheduler:
-    """Return a pool of replicas that are yet to be started."""
-    return Scheduler([Worker(connect) for connect in connects], queue_limit, Counters())
+    """Return a scheduler whose workers are not started yet."""
+    scheduler = Scheduler([Worker(connect) for connect in connects], queue_limit, Metrics())
+    for name, about, value in (
+        ("queue_length", "Requests that wait for a slot.", lambda: len(scheduler.queue)),
+        ("active", "Requests that are being answered.", lambda: scheduler.active),
+        ("ready", "1 if some worker can answer.", lambda: int(scheduler.ready)),
+    ):
+        gauge = Gauge(name, about, namespace="nanochat", registry=scheduler.metrics.registry)
+        gauge.set_function(value)
+    for index in range(len(scheduler.workers)):
+        scheduler.metrics.restarts.labels(index)
+    return scheduler
 
 
-def open(pool: Scheduler) -> None:
-    """Start the replicas, in the running event loop; they are ready later."""
-    pool.tasks = [asyncio.create_task(_supervise(pool, index)) for index in range(len(pool.workers))]
+def start(scheduler: Scheduler) -> None:
+    """Start the workers in the running event loop; they are ready later."""
+    scheduler.tasks = [asyncio.create_task(_supervise(scheduler, index)) for index in range(len(scheduler.workers))]
 
 
-async def close(pool: Scheduler) -> None:
-    """End all streams and replicas."""
-    end_streams(pool, "the server is shutting down")
-    for task in pool.tasks:
+async def stop(scheduler: Scheduler) -> None:
+    """End all streams and workers."""
+    end_streams(scheduler, "the server is shutting down")
+    for task in scheduler.tasks:
         task.cancel()
-    await asyncio.gather(*pool.tasks, return_exceptions=True)
+    await asyncio.gather(*scheduler.tasks, return_exceptions=True)
 
 
-def end_streams(pool: Scheduler, reason: str) -> None:
-    """End what waits and runs, and take nothing more: a shutdown."""
-    pool.closing = True
-    for stream in [*pool.queue.values(), *(s for worker in pool.workers for s in worker.streams.values())]:
-        cancel(pool, stream, reason)
+def end_streams(scheduler: Scheduler, reason: str) -> None:
+    """End all streams and accept no more, for a shutdown."""
+    scheduler.closing = True
+    running = [stream for worker in scheduler.workers for stream in worker.streams.values()]
+    for stream in [*scheduler.queue.values(), *running]:
+        cancel(scheduler, stream, reason)
 
 
 # Streams
 
 
-def submit(pool: Scheduler, prompt: list[int], samplings: Sequence[Sampling], wake: asyncio.Event) -> list[Stream]:
-    """Queue one stream for each of `samplings`, all of them or none.
+def submit(scheduler: Scheduler, requests: Sequence[Request], wake: asyncio.Event) -> list[Stream]:
+    """Queue one stream for each request, all of them or none.
 
     Raises:
-        ApiError: 503; the queue is full, or the server is ending.
+        ApiError: 503; the queue is full, or the server is shutting down.
     """
-    if pool.closing:
-        raise _unavailable("the server is shutting down", 5)
-    waiting = max(0, len(pool.queue) + len(samplings) - sum(worker.free for worker in pool.workers))
-    if waiting > pool.queue_limit:
-        raise _unavailable(f"{len(pool.queue)} requests wait already: try again later", retry_seconds(pool))
-    streams = [Stream(next(pool.keys), prompt, sampling, wake) for sampling in samplings]
-    pool.queue.update((stream.key, stream) for stream in streams)
-    _dispatch(pool)
+    if scheduler.closing:
+        raise overloaded("the server is shutting down", 5)
+    free = sum(worker.free_slots for worker in scheduler.workers)
+    if max(0, len(scheduler.queue) + len(requests) - free) > scheduler.queue_limit:
+        raise overloaded(f"{len(scheduler.queue)} requests are waiting: try again later", retry_seconds(scheduler))
+    streams = [Stream(next(scheduler.keys), request, wake) for request in requests]
+    scheduler.queue.update((stream.key, stream) for stream in streams)
+    _dispatch(scheduler)
     return streams
 
 
-def cancel(pool: Scheduler, stream: Stream, reason: str = "cancelled") -> None:
-    """End a stream, if it has not ended, and give its place to the next."""
+def cancel(scheduler: Scheduler, stream: Stream, reason: str = "cancelled") -> None:
+    """End a stream that has not ended, and give its slot to the next."""
     if stream.ended:
         return
-    stream.error = reason
-    pool.counters.add("answers", "cancelled")
     if stream.worker is not None:
-        worker = pool.workers[stream.worker]
+        worker = scheduler.workers[stream.worker]
         del worker.streams[stream.key]
-        if worker.link:
-            worker.link.send(("cancel", stream.key))
-    pool.queue.pop(stream.key, None)
-    stream.wake.set()
-    _dispatch(pool)
+        if worker.handle:
+            worker.handle.send(("cancel", stream.key))
+    scheduler.queue.pop(stream.key, None)
+    _fail(scheduler, stream, reason, "cancelled")
+    _dispatch(scheduler)
 
 
 def take(stream: Stream) -> list[int]:
-    """Return the tokens that have come since the last call."""
+    """Return the tokens since the last call."""
     tokens, stream.tokens = stream.tokens, []
     return tokens
 
 
-def retry_seconds(pool: Scheduler) -> int:
-    """Return in how many seconds a place in the queue may be free: a guess from the answers so far."""
-    slots = sum(worker.info.slots for worker in pool.workers if worker.info)
-    mean = pool.counters.mean("answer_seconds")
-    return max(1, min(60, round(mean * len(pool.queue) / slots))) if slots else 5
+def retry_seconds(scheduler: Scheduler) -> int:
+    """Estimate from the answers so far when the queue will have room."""
+    slots = sum(worker.info.slots for worker in scheduler.workers if worker.info)
+    answers = values(scheduler.metrics.answer_seconds)
+    mean_seconds = answers["_sum",] / max(1, answers["_count",])
+    return max(1, min(60, round(mean_seconds * len(scheduler.queue) / slots))) if slots else 5
 
 
-def _dispatch(pool: Scheduler) -> None:
-    while pool.queue and not pool.closing:
-        index = max(range(len(pool.workers)), key=lambda i: pool.workers[i].free)
-        worker = pool.workers[index]
-        if worker.free <= 0 or worker.link is None:
+def overloaded(message: str, retry_after_seconds: int) -> ApiError:
+    """Return a 503."""
+    return ApiError(503, message, type="overloaded_error", headers={"Retry-After": str(retry_after_seconds)})
+
+
+def _dispatch(scheduler: Scheduler) -> None:
+    while scheduler.queue and not scheduler.closing:
+        index = max(range(len(scheduler.workers)), key=lambda i: scheduler.workers[i].free_slots)
+        worker = scheduler.workers[index]
+        if worker.free_slots <= 0 or worker.handle is None:
             return
-        stream = pool.queue.pop(next(iter(pool.queue)))
+        stream = scheduler.queue.pop(next(iter(scheduler.queue)))
         stream.worker = index
-        worker.heard = worker.heard if worker.streams else time.monotonic()
+        if not worker.streams:
+            worker.last_heartbeat = time.monotonic()  # an idle worker is silent
         worker.streams[stream.key] = stream
-        worker.link.send(("new", stream.key, stream.prompt, stream.sampling))
+        worker.handle.send(("new", stream.key, stream.request))
 
 
-def _unavailable(message: str, seconds: int) -> ApiError:
-    return ApiError(503, message, kind="overloaded_error", headers={"Retry-After": str(seconds)})
+def _add(scheduler: Scheduler, worker: Worker, stream: Stream, token: int, finish: str | None) -> None:
+    now = time.perf_counter()
+    if stream.first is None:
+        stream.first = now
+        scheduler.metrics.first_token_seconds.observe(now - stream.arrived)
+    stream.tokens.append(token)
+    stream.n_tokens += 1
+    scheduler.metrics.tokens.inc()
+    if finish:
+        stream.finish = finish
+        del worker.streams[stream.key]
+        scheduler.metrics.answers.labels(finish).inc()
+        scheduler.metrics.answer_seconds.observe(now - stream.arrived)
+    stream.wake.set()
 
 
-# Replicas
+def _fail(scheduler: Scheduler, stream: Stream, reason: str, finish: str = "failed") -> None:
+    stream.error = reason
+    scheduler.metrics.answers.labels(finish).inc()
+    stream.wake.set()
 
 
-async def _supervise(pool: Scheduler, index: int) -> None:
-    """Start a replica, and again whenever it has ended, until cancelled."""
-    loop, worker, pause = asyncio.get_running_loop(), pool.workers[index], RESTART_SECONDS[0]
+# Workers
+
+
+async def _supervise(scheduler: Scheduler, index: int) -> None:
+    """Start a worker, and restart it whenever it exits, until cancelled."""
+    loop, worker, pause = asyncio.get_running_loop(), scheduler.workers[index], RESTART_SECONDS[0]
     while True:
         inbox: asyncio.Queue[Message] = asyncio.Queue()
 
         def deliver(message: Message, inbox: asyncio.Queue[Message] = inbox) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it all interest
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody is interested any more
                 loop.call_soon_threadsafe(inbox.put_nowait, message)
 
-        link = worker.connect(deliver)
-        worker.link, hopeless, ready_at = link, False, time.monotonic()
+        handle = worker.handle = worker.connect(deliver)
+        is_fatal, ready_at = False, time.monotonic()
         try:
-            while (message := await _next(worker, inbox))[0] != "gone":
+            while (message := await _next_message(worker, inbox))[0] != "exited":
                 if message[0] == "ready":
                     ready_at = time.monotonic()
                 elif message[0] == "failed":
-                    hopeless = message[2]
-                _handle(pool, index, message)
+                    is_fatal = message[2]
+                _handle(scheduler, worker, message)
         finally:
-            _drop_worker(pool, index)
-            await asyncio.shield(loop.run_in_executor(None, link.close))
-        if hopeless and pool.info is None:
-            pool.hopeless = worker.error
+            _drop_worker(scheduler, worker)
+            await asyncio.shield(loop.run_in_executor(None, handle.close))
+        if is_fatal and scheduler.info is None:
+            scheduler.fatal_error = worker.error
             return
-        was_sound = time.monotonic() - ready_at > SOUND_SECONDS
-        pause = RESTART_SECONDS[0] if was_sound else pause
-        log.error("replica %d has ended (%s); it is started again in %g s", index, worker.error, pause)
+        if time.monotonic() - ready_at > STABLE_SECONDS:
+            pause = RESTART_SECONDS[0]
+        log.error("worker %d exited (%s); restarting it in %g s", index, worker.error, pause)
         await asyncio.sleep(pause)
         pause = min(2 * pause, RESTART_SECONDS[1])
         worker.restarts += 1
+        scheduler.metrics.restarts.labels(index).inc()
 
 
-async def _next(worker: Worker, inbox: asyncio.Queue[Message]) -> Message:
-    """Return a replica's next message; of one that hangs, that it has gone: its process is ended then."""
+async def _next_message(worker: Worker, inbox: asyncio.Queue[Message]) -> Message:
+    """Return a worker's next message; "exited" for a worker that hangs, whose process is then ended."""
     while True:
         try:
             async with asyncio.timeout(HANG_SECONDS):
                 return await inbox.get()
         except TimeoutError:
-            if worker.streams and time.monotonic() - worker.heard >= HANG_SECONDS:
-                worker.error = f"it hung: for {HANG_SECONDS:g} s it said nothing"
-                return ("gone",)
+            if worker.streams and time.monotonic() - worker.last_heartbeat >= HANG_SECONDS:
+                worker.error = f"it hung: no message for {HANG_SECONDS:g} s"
+                return ("exited",)
 
 
-def _handle(pool: Scheduler, index: int, message: Message) -> None:
-    worker = pool.workers[index]
-    worker.heard = time.monotonic()
+def _handle(scheduler: Scheduler, worker: Worker, message: Message) -> None:
+    worker.last_heartbeat = time.monotonic()
     if message[0] == "tokens":
         for key, token, finish in message[1]:
             if stream := worker.streams.get(key):  # a cancel and a token may cross
-                _add(pool, worker, stream, token, finish)
-        _dispatch(pool)
+                _add(scheduler, worker, stream, token, finish)
     elif message[0] == "ready":
-        worker.info, worker.error, pool.info = message[1], None, message[1]
-        _dispatch(pool)
+        worker.info, worker.error, scheduler.info = message[1], None, message[1]
     elif message[0] == "refused":
         if stream := worker.streams.pop(message[1], None):
-            _fail(pool, stream, message[2])
-            _dispatch(pool)
+            _fail(scheduler, stream, message[2])
     elif message[0] == "failed":
         worker.error = message[1]
+    _dispatch(scheduler)
 
 
-def _add(pool: Scheduler, worker: Worker, stream: Stream, token: int, finish: str | None) -> None:
-    now = time.perf_counter()
-    if stream.first is None:
-        stream.first = now
-        pool.counters.observe("first_token_seconds", now - stream.arrived)
-    stream.tokens.append(token)
-    stream.count += 1
-    pool.counters.add("tokens")
-    if finish:
-        stream.finish = finish
-        del worker.streams[stream.key]
-        pool.counters.add("answers", finish)
-        pool.counters.observe("answer_seconds", now - stream.arrived)
-    stream.wake.set()
-
-
-def _fail(pool: Scheduler, stream: Stream, reason: str) -> None:
-    stream.error = reason
-    pool.counters.add("answers", "failed")
-    stream.wake.set()
-
-
-def _drop_worker(pool: Scheduler, index: int) -> None:
-    """Forget a replica that has ended: its streams fail, the others go on."""
-    worker = pool.workers[index]
-    worker.link = worker.info = None
+def _drop_worker(scheduler: Scheduler, worker: Worker) -> None:
+    """Forget a worker that exited: its streams fail."""
+    worker.handle = worker.info = None
     worker.error = worker.error or "its process ended"
     lost, worker.streams = list(worker.streams.values()), {}
     for stream in lost:
-        _fail(pool, stream, "the model's process failed while it was answering: try again")
+        _fail(scheduler, stream, "the model's process failed while it was answering: try again")

@@ -1,18 +1,18 @@
-"""A process that owns one device and answers many requests at once on it; and the other end, which talks to it.
+"""A process that owns one device and answers many requests at once on it, and the server's handle of it.
 
-The messages, tuples over a pipe. To the replica:
-    ("new", key, prompt, sampling)              begin an answer: token ids, `api.Sampling` with its seed
+The messages, tuples over a pipe. To the worker:
+    ("new", key, request)                       start an answer to an `infer.Request`
     ("cancel", key)                             forget it
-    ("end",)                                    end
-From the replica:
-    ("ready", Info)                             the model is loaded
-    ("tokens", [(key, token, finish), ...])     what one step gave, in one message
+    ("end",)                                    exit
+From the worker:
+    ("ready", WorkerInfo)                       the model is loaded
+    ("tokens", [(key, token, finish), ...])     the tokens of one step, in one message
     ("refused", key, reason)                    this request cannot be answered
-    ("failed", reason, hopeless)                it ends; hopeless: another start would end in the same way
-    ("gone",)                                   the process has ended (said by the link, once, as its last message)
+    ("failed", reason, is_fatal)                it exits; fatal: a restart would end in the same way
+    ("exited",)                                 the process has exited; sent by the handle, once, as its last message
 
-The replica is idle while nobody asks, looks for messages between steps, and ends when the other end of the pipe does,
-whatever became of the process that held it. Its messages are taken by a thread: nothing here blocks an event loop.
+An idle worker waits for messages, a busy one reads them between steps. It exits when the other end of the pipe closes,
+whatever happened to the process that held it.
 """
 
 import contextlib
@@ -25,7 +25,6 @@ import signal
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Protocol
@@ -37,22 +36,21 @@ from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.distributed import DTYPES
 from nanochat.infer import Engine, Request
-from nanochat.serve.schema import Sampling
 
-CPU_NICE = 5  # where a replica computes on the cores that the front needs a little of, and at once
-END_SECONDS = 3.0  # that a process has to end when it is told so, and again when it gets a signal
+CPU_NICE = 5  # a worker that computes on the CPU leaves the server, which needs little, the first turn
+EXIT_SECONDS = 3.0  # for a process to exit when it is asked to, and again after each signal
 
 Message = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a replica loads and how it runs.
+class WorkerConfig:
+    """What a worker loads and how it runs.
 
     Attributes:
-        run, step: as `pretrained.load` has them. device: as torch names it. dtype: auto, float32, bfloat16 or float16.
+        run, step: as in `checkpoint.load`. dtype: auto, float32, bfloat16 or float16.
         slots: requests answered at once. context: tokens of a conversation, answer included; None: the model's.
-        compile: compile the decode step. exact: as in `generate.start`.
+        compile: compile the decode step. exact: as in `infer.start`.
     """
 
     run: str | None = None
@@ -65,14 +63,8 @@ class Settings:
     exact: bool = False
 
 
-class Info(NamedTuple):
-    """What a replica says of itself when it is ready.
-
-    Attributes:
-        name, step, stage, notice: of the model; the notice is for whoever talks to it, or None.
-        tokenizer: of the model. context: tokens, prompt included. slots: requests at once. device: in words.
-        about: all of it in a line.
-    """
+class WorkerInfo(NamedTuple):
+    """A worker that is ready: its model, and `notice`, a remark for users of it, or None; `about` is all in a line."""
 
     name: str
     step: int
@@ -86,36 +78,36 @@ class Info(NamedTuple):
 
 
 class WorkerHandle(Protocol):
-    """A replica, seen from the front."""
+    """A worker as the scheduler sees it."""
 
     def send(self, message: Message) -> None:
-        """Hand a message over, without waiting. After the end of the replica it goes nowhere."""
+        """Send without waiting; ignored after the worker's exit."""
         ...
 
     def close(self) -> None:
-        """End the replica and return when it has ended."""
+        """End the worker and return when it has exited."""
         ...
 
 
 Connect = Callable[[Callable[[Message], None]], WorkerHandle]
-"""Starts a replica, given what is to be called with each of its messages (from any thread)."""
+"""Starts a worker, given a function to call with each of its messages, from any thread."""
 
 
-# The front's end
+# The server's end
 
 
-def start(settings: Settings, deliver: Callable[[Message], None]) -> WorkerHandle:
-    """Start a replica in a process of its own. The last thing that it delivers is ("gone",)."""
+def start(config: WorkerConfig, deliver: Callable[[Message], None]) -> WorkerHandle:
+    """Start a worker in a process of its own."""
     context = multiprocessing.get_context("spawn")  # a fork would take CUDA and threads with it
     ours, theirs = context.Pipe()
-    process = context.Process(target=main, args=(theirs, settings), name=f"replica on {settings.device}", daemon=True)
+    process = context.Process(target=main, args=(theirs, config), name=f"worker on {config.device}", daemon=True)
     process.start()
-    theirs.close()  # else the end of the process would not be the end of the pipe
-    return _ProcessLink(process, ours, deliver)
+    theirs.close()  # or the end of the process would not close the pipe
+    return _ProcessHandle(process, ours, deliver)
 
 
-class _ProcessLink:
-    """Two threads and a process; see `Link`."""
+class _ProcessHandle:
+    """A process and two threads, so that its pipe never blocks the event loop; see `WorkerHandle`."""
 
     def __init__(self, process: Any, pipe: Connection, deliver: Callable[[Message], None]) -> None:
         self._process, self._pipe, self._deliver = process, pipe, deliver
@@ -130,14 +122,14 @@ class _ProcessLink:
     def close(self) -> None:
         self._outgoing.put(("end",))
         self._outgoing.put(None)
-        self._process.join(END_SECONDS)
-        for end in (self._process.terminate, self._process.kill):  # it is loading, or worse
+        self._process.join(EXIT_SECONDS)
+        for signal_process in (self._process.terminate, self._process.kill):  # it is loading, or hangs
             if self._process.is_alive():
-                end()
-                self._process.join(END_SECONDS)
+                signal_process()
+                self._process.join(EXIT_SECONDS)
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(END_SECONDS)
+                thread.join(EXIT_SECONDS)
 
     def _read(self) -> None:
         try:
@@ -146,85 +138,86 @@ class _ProcessLink:
         except (EOFError, OSError):
             pass
         self._outgoing.put(None)
-        self._deliver(("gone",))
+        self._deliver(("exited",))
 
     def _write(self) -> None:
         try:
             while (message := self._outgoing.get()) is not None:
                 self._pipe.send(message)
         except OSError:
-            pass  # the reader sees the end as well, and says so
+            pass  # the reader sees the end as well, and reports it
 
 
-# The replica's end
+# The worker's end
 
 
-def main(pipe: Connection, settings: Settings) -> None:
-    """Run a replica: the target of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the front ends us
-    if settings.device == "cpu":
+def main(pipe: Connection, config: WorkerConfig) -> None:
+    """Run a worker: the target of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server ends us
+    if config.device == "cpu":
         os.nice(CPU_NICE)
-    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, name="exit with parent", daemon=True).start()
     try:
-        decoder, info = load(settings)
-        gc.freeze()  # what is loaded stays: looking through it would hold up all streams
+        engine, info = load(config)
+        gc.freeze()  # what is loaded stays: collecting it would hold up all streams
         pipe.send(("ready", info))
-        work(pipe, decoder)
+        serve_requests(pipe, engine)
     except (EOFError, ConnectionError):
-        pass  # the front has gone
+        pass  # the server is gone
     except Exception as error:
-        mistake = isinstance(error, UserError)
-        if not mistake:
+        is_fatal = isinstance(error, UserError)
+        if not is_fatal:
             traceback.print_exc()
-        reason = str(error) if mistake else f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = str(error) if is_fatal else f"{type(error).__name__}: {error}".splitlines()[0]
         with contextlib.suppress(OSError):
-            pipe.send(("failed", reason, mistake))
+            pipe.send(("failed", reason, is_fatal))
         sys.exit(1)
 
 
-def load(settings: Settings) -> tuple[Engine, Info]:
-    """Load the model and open a decoder with it.
+def load(config: WorkerConfig) -> tuple[Engine, WorkerInfo]:
+    """Load the model and start an engine with it.
 
     Raises:
         UserError: there is no such model, or it does not run here.
     """
-    device = torch.device(settings.device)
+    device = torch.device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    loaded = checkpoint.load(settings.run, step=settings.step, device=device, dtype=DTYPES.get(settings.dtype))
-    decoder = infer.start(
+    dtype = DTYPES.get(config.dtype)
+    loaded = checkpoint.load(config.run, step=config.step, device=device, dtype=dtype)
+    engine = infer.start(
         loaded.params,
         loaded.config,
         loaded.tokenizer,
-        slots=settings.slots,
-        context=settings.context,
+        slots=config.slots,
+        context=config.context,
         device=device,
-        dtype=DTYPES.get(settings.dtype),
-        compile=settings.compile,
-        exact=settings.exact,
+        dtype=dtype,
+        compile=config.compile,
+        exact=config.exact,
     )
-    if settings.compile:
-        infer.warm_up(decoder)
-    return decoder, Info(
+    if config.compile:
+        infer.warm_up(engine)
+    return engine, WorkerInfo(
         loaded.name,
         loaded.step,
         loaded.stage,
         checkpoint.warning(loaded),
-        dataclasses.replace(loaded.tokenizer),  # a copy without what it has computed
-        decoder.context,
-        settings.slots,
+        dataclasses.replace(loaded.tokenizer),  # a copy without its caches
+        engine.context,
+        config.slots,
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        f"{checkpoint.describe_model(loaded)}, {settings.slots} requests at once",
+        f"{checkpoint.describe_model(loaded)}, {config.slots} requests at once",
     )
 
 
-def work(pipe: Connection, decoder: Engine) -> None:
-    """Answer requests until told to end.
+def serve_requests(pipe: Connection, engine: Engine) -> None:
+    """Answer requests until an "end" message.
 
     Raises:
-        EOFError, ConnectionError: the pipe has ended.
+        EOFError, ConnectionError: the pipe is closed.
     """
-    waiting: deque[Message] = deque()
+    waiting: dict[int, Request] = {}
     running: set[int] = set()
     while True:
         while pipe.poll(0 if waiting or running else None):
@@ -232,30 +225,26 @@ def work(pipe: Connection, decoder: Engine) -> None:
             if message[0] == "end":
                 return
             if message[0] == "new":
-                waiting.append(message)
+                waiting[message[1]] = message[2]
             elif message[1] in running:
                 running.remove(message[1])
-                infer.cancel(decoder, message[1])
+                infer.cancel(engine, message[1])
             else:
-                waiting = deque(other for other in waiting if other[1] != message[1])
-        if waiting and infer.free(decoder):
-            _, key, prompt, sampling = waiting.popleft()
+                waiting.pop(message[1], None)
+        if waiting and infer.free(engine):
+            key = next(iter(waiting))
             try:
-                infer.admit(decoder, key, _request(prompt, sampling))
+                infer.admit(engine, key, waiting.pop(key))
                 running.add(key)
             except UserError as error:
                 pipe.send(("refused", key, str(error)))
-        events = [(event.key, event.token, event.finish) for event in infer.step(decoder)]
+        events = [(event.key, event.token, event.finish) for event in infer.step(engine)]
         running.difference_update(key for key, _, finish in events if finish)
         if events:
             pipe.send(("tokens", events))
 
 
-def _request(prompt: list[int], sampling: Sampling) -> Request:
-    return Request(tuple(prompt), sampling.max_tokens, sampling.temperature, sampling.top_k, sampling.seed or 0)
-
-
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

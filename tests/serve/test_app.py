@@ -20,10 +20,10 @@ import scripted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanochat import infer
 from nanochat.config import UserError
-from nanochat.serve import Limits, app, middleware, scheduler
-from nanochat.serve import schema as api
-from nanochat.serve import schema as openapi
+from nanochat.data.chat_format import Piece
+from nanochat.serve import Limits, app, middleware, schema, scheduler
 from tests.serve.test_schema import JSON, NAMES
 
 REPLIES = {
@@ -85,7 +85,7 @@ def wait_for(true: Callable[[], Any], seconds: float = 5.0) -> None:
 
 
 def idle(server: scripted.Server) -> bool:
-    return server.pool.active == 0 and not server.pool.queue
+    return server.scheduler.active == 0 and not server.scheduler.queue
 
 
 # Our own dialect
@@ -119,7 +119,8 @@ def test_no_character_is_cut(server: scripted.Server) -> None:
 
 def test_the_model_gets_what_was_asked_for(server: scripted.Server) -> None:
     ask(server, "hello", temperature=0, top_k=0, max_tokens=2, seed=7)
-    assert server.asked[-1] == ("hello", api.Sampling(0.0, 0, 2, 7))
+    content, request = server.requests[-1]
+    assert content == "hello" and request == infer.Request(request.prompt, 2, 0.0, 0, 7)
     assert events(ask(server, "hello", max_tokens=2))[-1] == {"done": True, "finish_reason": "length"}
     turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "hello")]
     messages = [{"role": role, "content": text} for role, text in turns]
@@ -131,10 +132,10 @@ def test_the_model_gets_what_was_asked_for(server: scripted.Server) -> None:
 
 
 def test_without_a_seed_each_answer_has_its_own(server: scripted.Server) -> None:
-    del server.asked[:]
+    del server.requests[:]
     ask(server, "hello")
     ask(server, "hello")
-    seeds = [sampling.seed for _, sampling in server.asked]
+    seeds = [request.seed for _, request in server.requests]
     assert None not in seeds and len(set(seeds)) == 2
 
 
@@ -178,15 +179,15 @@ def test_errors_have_one_shape(server: scripted.Server) -> None:
 
 
 def test_a_refusal_and_a_death_in_midstream() -> None:
-    with scripted.serve(REPLIES, replicas=2) as server:
+    with scripted.serve(REPLIES, workers=2) as server:
         assert "refused" in events(ask(server, "refuse"))[-1]["error"]["message"]
         got = events(ask(server, "die"))
         assert got[0]["token"] == "some" and "try again" in got[-1]["error"]["message"]
-        wait_for(lambda: not all(w.info for w in server.pool.workers))
+        wait_for(lambda: not all(w.info for w in server.scheduler.workers))
         assert events(ask(server, "hello"))[0]["gpu"] == 1, "the other replica goes on"
         health = HTTP.get(server.url + "/health").json()
         assert health["ready"] and [worker["ready"] for worker in health["workers"]] == [False, True]
-        wait_for(lambda: all(worker.info for worker in server.pool.workers))
+        wait_for(lambda: all(worker.info for worker in server.scheduler.workers))
         stats = HTTP.get(server.url + "/stats").json()
         assert [worker["restarts"] for worker in stats["workers"]] == [1, 0]
         assert idle(server)
@@ -199,9 +200,9 @@ def test_while_no_replica_is_ready_requests_wait_or_are_told(monkeypatch: pytest
         response = ask(server, "hello")
         assert error(response, 503)["type"] == "overloaded_error" and int(response.headers["retry-after"]) > 0
         assert HTTP.get(server.url + "/v1/models").json()["data"] == []
-        wait_for(lambda: server.pool.ready)
+        wait_for(lambda: server.scheduler.ready)
         assert "error" in events(ask(server, "die"))[-1]
-        wait_for(lambda: not server.pool.ready)
+        wait_for(lambda: not server.scheduler.ready)
         assert HTTP.get(server.url + "/health").json()["status"] == "restarting"
         assert events(ask(server, "hello"))[-1]["done"], "it waited for the restart"
 
@@ -215,9 +216,9 @@ def test_a_replica_that_hangs_is_started_again(monkeypatch: pytest.MonkeyPatch) 
         assert events(ask(server, "late"))[-1]["done"]
         assert "try again" in events(ask(server, "hang"))[-1]["error"]["message"]
         assert "hung" in HTTP.get(server.url + "/stats").json()["workers"][0]["error"]
-        wait_for(lambda: server.pool.ready)
+        wait_for(lambda: server.scheduler.ready)
         assert events(ask(server, "slow"))[-1]["done"]
-        assert [worker.restarts for worker in server.pool.workers] == [1]
+        assert [worker.restarts for worker in server.scheduler.workers] == [1]
 
 
 def test_a_full_queue() -> None:
@@ -226,10 +227,10 @@ def test_a_full_queue() -> None:
             response = stack.enter_context(HTTP.stream("POST", server.url + "/chat/completions", json=body("x")))
             assert response.status_code == 200
         refused = ask(server, "x")
-        assert error(refused, 503)["message"].startswith("1 requests wait")
+        assert error(refused, 503)["message"].startswith("1 requests are waiting")
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         error(ask(server, "x", "/v1/chat/completions", n=2), 503)
-        assert len(server.pool.queue) == 1, "a refused request leaves nothing behind"
+        assert len(server.scheduler.queue) == 1, "a refused request leaves nothing behind"
         wait_for(lambda: idle(server))
         assert events(ask(server, "x"))[-1]["done"]
 
@@ -257,10 +258,10 @@ def test_who_leaves_frees_the_place(path: str, stream: bool) -> None:
                     stack.enter_context(HTTP.stream("POST", server.url + "/chat/completions", json=body("first")))
                 connection = http.client.HTTPConnection(urlsplit(server.url).netloc)
                 connection.request("POST", path, json.dumps(body("gone", **more)), {"content-type": "application/json"})
-                wait_for(lambda: len(server.pool.queue) == 1 if waiting else server.pool.active == 1)  # noqa: B023
+                wait_for(lambda: len(server.scheduler.queue) == 1 if waiting else server.scheduler.active == 1)  # noqa: B023
                 connection.sock.close()
                 left = time.monotonic()
-                wait_for(lambda: not server.pool.queue and server.pool.active == int(waiting))  # noqa: B023
+                wait_for(lambda: not server.scheduler.queue and server.scheduler.active == int(waiting))  # noqa: B023
                 assert time.monotonic() - left < 0.25
         wait_for(lambda: idle(server))
         assert server.cancelled == ["gone", "first"]
@@ -293,7 +294,7 @@ def test_openai_whole(client: openai.OpenAI, server: scripted.Server) -> None:
     )
     assert got.choices[0].message.content == "Hi there!" and got.choices[0].finish_reason == "stop"
     assert got.usage and (got.usage.prompt_tokens, got.usage.completion_tokens) == (9, 10)
-    assert server.asked[-1][1].max_tokens == 100
+    assert server.requests[-1][1].max_tokens == 100
     for model in ("nanochat", "scripted"):
         got = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hello"}], max_tokens=2)
         assert (got.choices[0].message.content, got.choices[0].finish_reason, got.model) == ("Hi", "length", "scripted")
@@ -317,11 +318,11 @@ def test_openai_stream(client: openai.OpenAI) -> None:
 
 def test_openai_several_choices(client: openai.OpenAI, server: scripted.Server) -> None:
     messages: Any = [{"role": "user", "content": "hello"}]
-    del server.asked[:]
+    del server.requests[:]
     got = client.chat.completions.create(model="scripted", messages=messages, n=3, seed=2**63 - 1)
     assert [choice.message.content for choice in got.choices] == ["Hi there!"] * 3
     assert got.usage and got.usage.completion_tokens == 30
-    assert [sampling.seed for _, sampling in server.asked] == [2**63 - 1, 0, 1]
+    assert [request.seed for _, request in server.requests] == [2**63 - 1, 0, 1]
     texts = {0: "", 1: ""}
     for chunk in client.chat.completions.create(model="scripted", messages=messages, n=2, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
@@ -335,6 +336,33 @@ def test_openai_stop_text(client: openai.OpenAI, server: scripted.Server) -> Non
     stream = client.chat.completions.create(model="scripted", messages=messages, stop="two", stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "one STOP "
     wait_for(lambda: idle(server))
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=4), st.randoms())
+def test_an_answer_ends_before_its_first_stop_text_however_it_is_split(
+    text: str, stops: list[str], random: Any
+) -> None:
+    cuts = sorted(random.randint(0, len(text)) for _ in range(random.randint(0, 6)))
+    stop_filter = app.StopSequenceFilter(stops)
+    pieces = [Piece("text", text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    sent = "".join(piece.text for piece in [*stop_filter.feed(pieces), *stop_filter.close()])
+    assert stop_filter.stopped == any(stop in text for stop in stops)
+    assert text.startswith(sent)
+    if stop_filter.stopped:
+        assert not any(stop in sent for stop in stops)
+        assert any(text[len(sent) :].startswith(stop) for stop in stops)
+    else:
+        assert sent == text
+
+
+def test_stop_texts_hold_back_only_what_may_become_one() -> None:
+    stop_filter = app.StopSequenceFilter(["END"])
+    assert stop_filter.feed([Piece("text", "a E")]) == [Piece("text", "a ")]
+    assert stop_filter.feed([Piece("text", "N")]) == []
+    assert stop_filter.feed([Piece("text", "x")]) == [Piece("text", "ENx")]
+    pieces = [Piece("text", "E"), Piece("python", "END")]
+    assert stop_filter.feed(pieces) == pieces and not stop_filter.stopped
+    assert stop_filter.feed([Piece("text", "yEND"), Piece("text", "z")]) == [Piece("text", "y")] and stop_filter.stopped
 
 
 def test_openai_tool_calls_stand_apart_and_can_be_sent_back(client: openai.OpenAI, server: scripted.Server) -> None:
@@ -361,7 +389,7 @@ def test_openai_errors_are_its_exceptions(client: openai.OpenAI) -> None:
         client.chat.completions.create(
             model="scripted", messages=hello, tools=[{"type": "function", "function": {"name": "f"}}]
         )
-    with pytest.raises(openai.NotFoundError, match="there is scripted"):
+    with pytest.raises(openai.NotFoundError, match="this server has scripted"):
         client.chat.completions.create(model="gpt-4", messages=hello)
     stream = client.chat.completions.create(
         model="scripted", messages=[{"role": "user", "content": "refuse"}], stream=True
@@ -463,7 +491,7 @@ HEAD = b"POST /chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: app
 
 
 def test_large_bodies_are_refused(server: scripted.Server) -> None:
-    large = b"x" * (api.MAX_BODY_BYTES + 1)
+    large = b"x" * (schema.MAX_BODY_BYTES + 1)
     assert b" 413 " in raw(server, HEAD + b"Content-Length: 9999999999\r\n\r\n").split(b"\r\n")[0]
     assert b" 413 " in raw(server, HEAD + b"Content-Length: %d\r\n\r\n" % len(large), large).split(b"\r\n")[0]
     chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(large), large)
@@ -508,7 +536,7 @@ def test_a_client_that_does_not_read_is_dropped() -> None:
         given = json.dumps(body("x", max_tokens=4096, n=8, stream=True)).encode()
         head = HEAD.replace(b"/chat", b"/v1/chat")
         sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(given) + given)
-        wait_for(lambda: server.asked)
+        wait_for(lambda: server.requests)
         wait_for(lambda: idle(server))
         start = time.monotonic()
         wait_for(lambda: not connections(server))
@@ -557,14 +585,14 @@ def test_stats_and_metrics_count() -> None:
         assert stats["answers"] == {"stop": 1} and stats["tokens"] == 10 and stats["queue"]["length"] == 0
         assert stats["workers"][0]["slots"] == 2
         lines = http.get("/metrics").text.splitlines()
-        assert 'nanochat_answers_total{finish="stop"} 1' in lines and "nanochat_tokens_total 10" in lines
-        assert 'nanochat_responses_total{code="400"} 1' in lines and "nanochat_ready 1" in lines
-        assert "nanochat_first_token_seconds_count 1" in lines
+        assert 'nanochat_answers_total{finish="stop"} 1.0' in lines and "nanochat_tokens_total 10.0" in lines
+        assert 'nanochat_responses_total{code="400"} 1.0' in lines and "nanochat_ready 1.0" in lines
+        assert "nanochat_first_token_seconds_count 1.0" in lines
         assert all(line.startswith("#") or float(line.rpartition(" ")[2]) >= 0 for line in lines)
 
 
 def test_nothing_of_a_conversation_is_logged(capfd: pytest.CaptureFixture[str], caplog: Any) -> None:
-    with scripted.serve(REPLIES, replicas=2) as server:
+    with scripted.serve(REPLIES, workers=2) as server:
         for content in ("hello", "die", "refuse"):
             ask(server, content + " xyzzy" if content == "hello" else content)
         ask(server, "xyzzy", temperature=9)
@@ -576,26 +604,27 @@ def test_nothing_of_a_conversation_is_logged(capfd: pytest.CaptureFixture[str], 
 # A fuzz by the schema
 
 
-def from_schema(schema: dict[str, Any], whole: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Return a strategy of values that the schema allows: as much of JSON Schema as `openapi` uses."""
+def from_schema(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Return a strategy of values that the schema allows: as much of JSON Schema as the document uses."""
     if "$ref" in schema:
-        return from_schema(whole["components"]["schemas"][schema["$ref"].rpartition("/")[2]], whole)
-    if "anyOf" in schema:
-        return st.one_of([from_schema(one, whole) for one in schema["anyOf"]])
+        return from_schema(DOCUMENT["components"]["schemas"][schema["$ref"].rpartition("/")[2]])
+    if branches := schema.get("anyOf") or schema.get("oneOf"):
+        return st.one_of([from_schema(branch) for branch in branches])
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
-    if isinstance(schema["type"], list):
-        return st.one_of([from_schema(schema | {"type": kind}, whole) for kind in schema["type"]])
-    match schema["type"]:
+    match schema.get("type"):
+        case None:
+            return JSON
         case "null":
             return st.none()
         case "object":
-            fields = {name: from_schema(value, whole) for name, value in schema["properties"].items()}
-            needed = {name: fields.pop(name) for name in schema.get("required", ())}
-            return st.fixed_dictionaries(needed, optional=fields)
+            assert schema["additionalProperties"] is False
+            fields = {name: from_schema(value) for name, value in schema["properties"].items()}
+            required = {name: fields.pop(name) for name in schema.get("required", ())}
+            return st.fixed_dictionaries(required, optional=fields)
         case "array":
             least, most = schema.get("minItems", 0), min(4, schema.get("maxItems", 4))
-            return st.lists(from_schema(schema["items"], whole), min_size=least, max_size=most)
+            return st.lists(from_schema(schema["items"]), min_size=least, max_size=most)
         case "string":
             return st.text(min_size=schema.get("minLength", 0), max_size=20)
         case "boolean":
@@ -604,7 +633,7 @@ def from_schema(schema: dict[str, Any], whole: dict[str, Any]) -> st.SearchStrat
             return (st.integers if kind == "integer" else st.floats)(schema["minimum"], schema["maximum"])
 
 
-DOCUMENT = openapi.openapi()
+DOCUMENT = app.create_app(scheduler.create([], 1), Limits()).openapi()
 POSTS = [path for path, methods in DOCUMENT["paths"].items() if "post" in methods]
 BROKEN = st.dictionaries(NAMES | st.text(max_size=5), JSON, max_size=2)
 
@@ -613,8 +642,8 @@ BROKEN = st.dictionaries(NAMES | st.text(max_size=5), JSON, max_size=2)
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_request_by_the_schema_or_near_it_is_a_500(server: scripted.Server, path: str, data: st.DataObject) -> None:
-    schema = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    value = data.draw(from_schema(schema, DOCUMENT)) | data.draw(st.just({}) | BROKEN)
+    body_schema = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    value = data.draw(from_schema(body_schema)) | data.draw(st.just({}) | BROKEN)
     content = json.dumps(value).encode()
     if data.draw(st.integers(0, 9)) == 0:
         cut = data.draw(st.integers(0, len(content)))
@@ -638,9 +667,9 @@ def test_no_method_on_any_path_is_a_500(server: scripted.Server, method: str) ->
 
 
 def test_a_port_that_is_taken(server: scripted.Server) -> None:
-    with pytest.raises(UserError, match=r"cannot be listened on .*--set port"):
+    with pytest.raises(UserError, match=r"could not listen there .*--set port"):
         middleware.listen(Limits(port=urlsplit(server.url).port or 0))
-    with pytest.raises(UserError, match="cannot be listened on"):
+    with pytest.raises(UserError, match="could not listen there"):
         middleware.listen(Limits(host="no.such.host.invalid"))
 
 
@@ -654,16 +683,16 @@ def test_who_can_reach_an_address(host: str, local: bool) -> None:
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     def connect(deliver: Callable[[Any], None]) -> Any:
         deliver(("failed", "run=x: no such run", True))
-        deliver(("gone",))
+        deliver(("exited",))
         return type("Link", (), {"send": lambda *_: None, "close": lambda *_: None})()
 
-    pool_, limits = scheduler.create([connect], 1), Limits(port=0)
+    scheduler_, limits = scheduler.create([connect], 1), Limits(port=0)
     with pytest.raises(UserError, match="run=x: no such run"):
-        middleware.run(app.app(pool_, limits), pool_, limits)
+        middleware.run(app.create_app(scheduler_, limits), scheduler_, limits)
 
 
 def test_the_silence_of_a_long_wait_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(app, "KEEP_ALIVE_SECONDS", 0.05)
     with scripted.serve({"": [0.3, "a"]}) as server:
         assert ask(server, "x").text.count(": waiting\n\n") >= 3
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:

@@ -31,8 +31,7 @@ from nanochat import checkpoint, distributed, infer
 from nanochat.config import UserError, override
 from nanochat.data import Tokenizer, tokenizer
 from nanochat.model import ModelConfig
-from nanochat.serve import Sampling
-from nanochat.serve import worker as replica
+from nanochat.serve import worker as worker_module
 
 ROOT = Path(__file__).resolve().parents[2]
 TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
@@ -275,7 +274,7 @@ def test_ctrl_c_ends_streams_processes_and_program(servers: list[Running]) -> No
 
 def until_the_end(pipe: Any, decoder: infer.Engine) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
-        replica.work(pipe, decoder)
+        worker_module.serve_requests(pipe, decoder)
 
 
 def test_a_replica_forgets_at_once_what_is_cancelled() -> None:
@@ -283,12 +282,12 @@ def test_a_replica_forgets_at_once_what_is_cancelled() -> None:
     ours, theirs = multiprocessing.Pipe()
     worker = threading.Thread(target=until_the_end, args=(theirs, decoder))
     worker.start()
-    prompt, long = [TOK.bos, 5, 6], Sampling(1.0, 0, 100, 1)
-    ours.send(("new", "runs", prompt, long))
+    long = infer.Request((TOK.bos, 5, 6), max_tokens=100, temperature=1.0, top_k=0, seed=1)
+    ours.send(("new", "runs", long))
     assert ours.recv()[0] == "tokens"
-    ours.send(("new", "waits", prompt, long))
-    ours.send(("new", "refused", [], long))
-    ours.send(("new", "short", prompt, dataclasses.replace(long, max_tokens=3)))
+    ours.send(("new", "waits", long))
+    ours.send(("new", "refused", dataclasses.replace(long, prompt=())))
+    ours.send(("new", "short", dataclasses.replace(long, max_tokens=3)))
     ours.send(("cancel", "waits"))
     ours.send(("cancel", "runs"))
     ours.send(("cancel", "nobody's"))
@@ -319,7 +318,7 @@ def test_mistakes_are_told_before_anything_starts(base: Path, tmp_path: Path, mo
     assert "slots=0" in refused(base, monkeypatch, "slots=0")
     assert "gpus=2" in refused(base, monkeypatch, "gpus=2")
     assert "both set" in refused(base, monkeypatch, "token=a", f"token_file={tmp_path}")
-    assert "cannot be read" in refused(base, monkeypatch, f"token_file={tmp_path / 'none'}")
+    assert "could not be read" in refused(base, monkeypatch, f"token_file={tmp_path / 'none'}")
     assert "token is empty" in refused(base, monkeypatch, "token=a b")
     file = tmp_path / "token"
     file.write_text("secret\n")

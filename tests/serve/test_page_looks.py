@@ -102,7 +102,7 @@ def test_a_little_markdown_and_copying(visit: Opener) -> None:
         say(page, "open")
         finished(page, 2)
         assert answer(page).locator("pre").inner_text() == "never closed"
-        assert len(server.asked) == 2  # no click was taken for "answer again"
+        assert len(server.requests) == 2  # no click was taken for "answer again"
 
 
 def test_ends_that_are_no_end_are_said(visit: Opener) -> None:
