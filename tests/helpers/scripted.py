@@ -94,9 +94,7 @@ def serve(
 
 
 @contextlib.contextmanager
-def running(
-    scheduler: Scheduler, limits: Limits
-) -> Iterator[tuple[str, Callable[[], None], middleware.Server]]:
+def running(scheduler: Scheduler, limits: Limits) -> Iterator[tuple[str, Callable[[], None], middleware.Server]]:
     """Run a server in a thread; yields its address, what stops it as a signal would, and itself."""
     with middleware.listen(limits) as sock:
         server = middleware.Server(app.create_app(scheduler, limits), scheduler, limits)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from nanochat import infer
 from nanochat.config import UserError
 from nanochat.data.chat_format import Piece
-from nanochat.serve import Limits, app, middleware, schema, scheduler
+from nanochat.serve import Limits, app, middleware, scheduler, schema
 from tests.serve.test_schema import JSON, NAMES
 
 REPLIES = {
