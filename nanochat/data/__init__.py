@@ -8,8 +8,7 @@ if TYPE_CHECKING:
     from nanochat.data import chat_format, download, embedded, loader, packing, sources, tokenizer
     from nanochat.data.chat_format import Conversation, ConversationError, Message, Piece, Reader
     from nanochat.data.download import Options
-    from nanochat.data.loader import BlockReader, BlockRequest, LoaderState, PrefetchStopped, TokenBlock, prefetch
-    from nanochat.data.packing import plan
+    from nanochat.data.loader import prefetch
     from nanochat.data.sources import CorruptShardError, DataConfig, Shard, first_line
     from nanochat.data.tokenizer import PATTERN, SPECIALS, Tokenizer
 

@@ -1,22 +1,10 @@
-"""Batches of packed rows: shards → blocks → documents → tokens → best fit; the same rows for any number of ranks.
+"""The pretraining loader: blocks of text → tokens (cached on disk) → packed rows → batches, prefetched in a thread.
 
-Order: every epoch permutes the shards, each shard's blocks and each block's documents, by the seed and the epoch and
-nothing else. All ranks plan all rows, from lengths alone; each copies the tokens of its own rows only. Global row r of
-a step goes to rank r % world_size, as its row r // world_size.
+Order: every epoch permutes the shards, each shard's blocks and each block's documents, by seed and epoch alone. All
+ranks plan all rows, and each copies the tokens of its own: global row r of a step goes to rank r % world_size.
 
-State: every batch comes with the loader's state after it, a plain value to keep in a checkpoint: the place in the
-stream and the documents in the packing buffer. A loader made from it goes on bit for bit, with any number of ranks.
-
-Threads: one packs `prefetch_batches` ahead, a few more read and tokenise blocks for it. Closing the generator, or
-letting go of it, stops them all; so does the end of the main thread.
-
-A generator's items made ahead of their use, in a thread that never outlives its purpose.
-
-Blocks of tokenised documents: kept on disk, made when they are not there, shared between ranks, read ahead.
-
-One block is one file: a line of JSON padded to 128 bytes, then the documents' lengths (uint32), then their tokens one
-after another (uint16 or uint32), all little-endian. It is written in one piece and checked whole when read; a file
-that is missing, cut short or damaged is made again. The folder may be deleted at any time.
+State: every batch comes with the loader's state after it, a plain value to keep in a checkpoint. A loader started from
+it yields the same batches as the uninterrupted one, bit for bit, with any number of ranks.
 """
 
 import contextlib
@@ -32,8 +20,8 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
@@ -48,79 +36,237 @@ from nanochat.data.tokenizer import RUN_CHARS, Tokenizer
 
 T = TypeVar("T")
 
+STATE_VERSION = 1
+CACHE_FORMAT = "nanochat-tokens-1"
+HEADER_BYTES = 128  # of a file of the token cache
+CONCURRENT_BLOCKS = 2  # when one block ends, the next keeps the tokenizer threads busy
+CHUNK_CHARS = 100_000  # tokenized by a thread at a time
+BLOCKS_AHEAD = 3
+SHARED_BLOCKS_AHEAD = 16  # limit for many ranks; each needs blocks of its own among the next ones
+OTHER_RANK_SECONDS = 10.0  # to wait for a block that another rank should tokenize
+OTHER_RANK_POLL_SECONDS = 0.01
 
-class PrefetchStopped(Exception):
-    """Nobody wants the work any more."""
+
+class LoaderState(TypedDict):
+    """What a loader needs to resume bit for bit.
+
+    position: JSON-able; the place in the stream, totals, and a fingerprint of the stream ("made_of").
+    tokens: uint16 or uint32, (n,); the documents in the buffer one after another, each cropped to a row.
+    lengths: int32, (documents,); their full lengths.
+    """
+
+    position: dict[str, Any]
+    tokens: np.ndarray
+    lengths: np.ndarray
 
 
-def prefetch(make: Callable[[Callable[[], None]], Iterator[T]], depth: int) -> Generator[T, None, None]:
-    """Yield the items of an iterator that runs in its own thread, at most `depth` of them ahead.
+Stats = dict[str, float]
 
-    The thread starts with the first next(). It ends when the generator is closed or collected, and when the main
-    thread ends.
+
+def batches(
+    config: DataConfig,
+    tok: Tokenizer,
+    *,
+    split: Literal["train", "val"],
+    rows_per_step: int,
+    sequence_len: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    state: LoaderState | None = None,
+    device: torch.device | str = "cpu",
+) -> Generator[tuple[dict[str, Tensor], LoaderState, Stats], None, None]:
+    """Yield (this rank's batch, the state after it, statistics) forever, epoch after epoch.
+
+    The validation split is never shuffled and, without `state`, starts from its beginning with every call.
 
     Args:
-        make: called in the thread with a function `check`, returns the iterator. `check`, which long work should call
-            now and then, raises `Stopped` once the thread should end. Whatever else the iterator raises is raised
-            here, after the items made before.
-        depth: items ready and waiting, 1 or more.
+        rows_per_step: rows of a batch, all ranks together.
+        sequence_len: tokens T of a row of inputs; packed rows hold T + 1.
+        state: resume after the batch that came with it.
+        device: where batches go; to CUDA they are copied from pinned memory, without blocking.
+
+    Yields:
+        {"inputs", "targets"}: int64 (rows_per_step / world_size, T), the targets being the inputs shifted by one.
+        The state, equal on all ranks.
+        {"epoch"; and since the first batch "docs", "tokens_packed", "tokens_cut": cropped by packing,
+        "tokens_cut_fraction": of all tokens}.
+
+    Raises:
+        UserError: a setting does not fit, `state` is of another stream, or there are no documents.
+        CorruptShardError: a shard is unreadable (raised when its turn comes), unless config.skip_bad_shards.
     """
-    stop = threading.Event()
-    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)
-    main = threading.main_thread()
-
-    def stopped() -> bool:
-        return stop.is_set() or not main.is_alive()
-
-    def check() -> None:
-        if stopped():
-            raise PrefetchStopped
-
-    def put(item: tuple[T] | BaseException | None) -> None:
-        while not stopped():
-            with contextlib.suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
-
-    def work() -> None:
-        try:
-            for item in make(check):
-                put((item,))
-                check()
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    # A daemon would be torn out of native code when the interpreter ends; this one sees that end coming and leaves.
-    thread = threading.Thread(target=work, name="run-ahead", daemon=False)
-    thread.start()
-    try:
-        while True:
-            match ready.get():
-                case (item,):
-                    yield item
-                case None:
-                    return
-                case error:
-                    raise error
-    finally:
-        stop.set()
-        with contextlib.suppress(queue.Empty):  # make room for a put() that waits
-            while True:
-                ready.get_nowait()
-        if thread is not threading.current_thread():  # garbage is collected in any thread
-            thread.join(timeout=5)
+    if rows_per_step < 1 or rows_per_step % world_size:
+        raise UserError(f"a batch of {rows_per_step} rows does not divide among {world_size} ranks: change it")
+    for name, value in {
+        "sequence_len": sequence_len,
+        "data.buffer_docs": config.buffer_docs,
+        "data.prefetch_batches": config.prefetch_batches,
+        "data.tokenizer_threads": config.tokenizer_threads,
+    }.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value}: must be 1 or more")
+    if split == "val":
+        config = dataclasses.replace(config, shuffle=False)
+    stream = StreamConfig(config, tok, split, tuple(shards_of(config, split)), seed, sequence_len + 1, rank, world_size)
+    start = _restore(stream, state) if state else Start()
+    return _prefetched(stream, start, rows_per_step, torch.device(device))
 
 
-CACHE_FORMAT = "nanochat-tokens-1"
-HEADER_BYTES = 128
-BLOCKS_AT_ONCE = 2  # as one block ends, the next keeps the tokenising threads busy
-CHUNK_CHARS = 100_000  # that a thread tokenises in one go
-OTHERS_WAIT_SECONDS = 10.0  # for a block that another rank should tokenise
-OTHERS_POLL_SECONDS = 0.01
+def _prefetched(
+    stream: "StreamConfig", start: "Start", rows_per_step: int, device: torch.device
+) -> Generator[tuple[dict[str, Tensor], LoaderState, Stats], None, None]:
+    reader = BlockReader(stream)
+    packed = _packed_batches(stream, start, reader, rows_per_step, device)
+    # The reader is closed first, as the prefetch thread may be waiting for it.
+    with contextlib.closing(prefetch(packed, stream.config.prefetch_batches)) as ready, contextlib.closing(reader):
+        for tokens, state, stats in ready:
+            tokens = tokens.to(device, non_blocking=True)  # here and not in the thread: on the consumer's CUDA stream
+            yield {"inputs": tokens[0], "targets": tokens[1]}, state, stats
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stream, and where a loader starts in it
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    config: DataConfig
+    tok: Tokenizer
+    split: str
+    shards: tuple[Shard, ...]
+    seed: int
+    row_tokens: int
+    rank: int
+    world_size: int
+
+    @property
+    def token_type(self) -> type[np.unsignedinteger]:
+        return np.uint16 if self.tok.vocab_size <= 2**16 else np.uint32
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides the rows; independent of paths and times of change, so that data may be moved."""
+        files = [(shard.path.name, shard.part, shard.path.stat().st_size) for shard in self.shards]
+        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        return {
+            "split": self.split,
+            "seed": self.seed,
+            "sequence_len": self.row_tokens - 1,
+            "data.buffer_docs": self.config.buffer_docs,
+            "data.shuffle": self.config.shuffle,
+            "data.text_column": self.config.text_column,
+            "tokenizer": self.tok.fingerprint[:16],
+            "data": f"{len(files)} shards {digest[:16]}",
+        }
+
+    def order(self, count: int, *key: int) -> Sequence[int]:
+        """Return a permutation of range(count). Raw Philox output, unlike numpy's shuffles, never changes."""
+        if not self.config.shuffle:
+            return range(count)
+        digest = hashlib.sha256(json.dumps([self.seed, *key]).encode()).digest()
+        random = np.random.Philox(np.random.SeedSequence(int.from_bytes(digest, "little")))
+        return np.argsort(random.random_raw(count), kind="stable").tolist()
+
+
+class Cursor(NamedTuple):
+    """The next document to read; each number counts in the order of its epoch."""
+
+    epoch: int = 0
+    shard: int = 0
+    block: int = 0
+    doc: int = 0
+
+
+class BlockRef(NamedTuple):
+    """A block: where it comes in the order of its epoch, and which block of which shard it is.
+
+    An epoch ends with a reference behind its last shard. error: why the shard is unreadable.
+    """
+
+    epoch: int
+    shard: int
+    block: int
+    shard_index: int
+    block_index: int
+    error: CorruptShardError | None = None
+
+
+class Document(NamedTuple):
+    """A tokenized document.
+
+    Attributes:
+        tokens: its ids as raw bytes, cropped to a row; joining bytes is three times as fast as np.concatenate.
+        length: tokens of the whole document.
+        ref, next_doc: its block, and the number of the document after it.
+    """
+
+    tokens: bytes
+    length: int
+    ref: BlockRef
+    next_doc: int
+
+
+class Start(NamedTuple):
+    """Where a loader starts: cursor, documents in the buffer, and totals."""
+
+    cursor: Cursor = Cursor()
+    buffer: tuple[Document, ...] = ()
+    rows: int = 0
+    docs: int = 0
+    tokens_cut: int = 0
+
+
+def _restore(stream: StreamConfig, state: LoaderState) -> Start:
+    """Return where a saved state left off, or raise a UserError that names what does not match."""
+    position = state["position"]
+    if position.get("version") != STATE_VERSION:
+        raise UserError(f"the data state has version {position.get('version')}, this program reads {STATE_VERSION}")
+    saved, current = position["made_of"], stream.fingerprint
+    changes = [
+        f"{name} was {saved.get(name)}, is {value}" for name, value in current.items() if saved.get(name) != value
+    ]
+    if changes:
+        raise UserError(f"cannot resume with different data ({'; '.join(changes)}): change it back, or start a new run")
+    lengths = np.asarray(state["lengths"]).astype(np.int64)
+    tokens = np.array(state["tokens"], stream.token_type)
+    kept = np.minimum(lengths, stream.row_tokens)
+    if kept.sum() != len(tokens) or (lengths < 1).any():
+        raise UserError(f"the data state is corrupt: it holds {len(tokens)} tokens, its documents {kept.sum()}")
+    cursor = Cursor(*(int(position[name]) for name in Cursor._fields))
+    parts = np.split(tokens, np.cumsum(kept))
+    ref = BlockRef(cursor.epoch, cursor.shard, cursor.block, -1, -1)
+    buffer = tuple(Document(part.tobytes(), length, ref, cursor.doc) for part, length in zip(parts, lengths.tolist()))
+    return Start(cursor, buffer, *(int(position[name]) for name in ("rows", "docs", "tokens_cut")))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks of text, in order
+
+
+def _block_refs(stream: StreamConfig, cursor: Cursor) -> Iterator[BlockRef]:
+    """Yield all blocks from `cursor` on, forever."""
+    shards, first_shard, first_block = stream.shards, cursor.shard, cursor.block
+    for epoch in itertools.count(cursor.epoch):
+        for shard, shard_index in list(enumerate(stream.order(len(shards), epoch)))[first_shard:]:
+            try:
+                count = num_blocks(shards[shard_index])
+            except CorruptShardError as error:
+                yield BlockRef(epoch, shard, 0, shard_index, 0, error)
+                count = 0
+            for block, block_index in list(enumerate(stream.order(count, epoch, shard_index)))[first_block:]:
+                yield BlockRef(epoch, shard, block, shard_index, block_index)
+            first_block = 0
+        yield BlockRef(epoch, len(shards), 0, 0, 0)
+        first_shard = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokens: a block is one file in the cache, made when it is missing. The cache folder may be deleted at any time.
 
 
 class TokenBlock(NamedTuple):
-    """Tokenised documents.
+    """Tokenized documents.
 
     Attributes:
         tokens: the documents' tokens one after another, uint16 or uint32, (sum of lengths,).
@@ -132,7 +278,11 @@ class TokenBlock(NamedTuple):
 
 
 def write_block(path: Path, block: TokenBlock) -> None:
-    """Write `block` so that `path` is complete if it exists, whoever else writes it; OSError if that fails."""
+    """Write a block atomically: a line of JSON padded to 128 bytes, the lengths, the tokens, all little-endian.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     size = block.tokens.itemsize
     data = block.lengths.astype("<u4").tobytes() + block.tokens.astype(f"<u{size}").tobytes()
     header = {
@@ -156,12 +306,12 @@ def write_block(path: Path, block: TokenBlock) -> None:
 
 
 def read_cached(path: Path) -> TokenBlock | None:
-    """Return what `write` put there, as read-only arrays, or None if the file is missing or not exactly that."""
+    """Return the block that `write_block` wrote, as read-only arrays; None if the file is missing or corrupt."""
     try:
         data = path.read_bytes()
         header = json.loads(data[:HEADER_BYTES])
         docs, size, token_bytes = header["docs"], header["tokens"], header["token_bytes"]
-        sound = (
+        valid = (
             header["format"] == CACHE_FORMAT
             and token_bytes in (2, 4)
             and len(data) == HEADER_BYTES + 4 * docs + token_bytes * size
@@ -169,119 +319,96 @@ def read_cached(path: Path) -> TokenBlock | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not sound:
+    if not valid:
         return None
     lengths = np.frombuffer(data, "<u4", docs, HEADER_BYTES)
     tokens = np.frombuffer(data, f"<u{token_bytes}", size, HEADER_BYTES + 4 * docs)
     return TokenBlock(tokens, lengths) if int(lengths.sum(dtype=np.int64)) == size else None
 
 
-class BlockRequest(NamedTuple):
-    """A block to get.
-
-    Attributes:
-        path: its file in the cache; None reads and writes none.
-        texts: reads its documents; called in a thread, when the file is not there.
-        turn: which of the ranks that share the cache tokenises it, modulo their number. Equal on all ranks.
-    """
-
-    path: Path | None
-    texts: Callable[[], Sequence[str]]
-    turn: int
-
-
 class BlockReader:
-    """Gets blocks in threads of its own, from the cache or by tokenising.
+    """Reads the blocks of a stream from the token cache, or tokenizes them, in its own threads.
 
-    Of the blocks that are not cached each rank tokenises its share and reads the others' once they appear. It waits a
-    bounded time for them and then tokenises itself, so that nothing can lock up whatever becomes of the other ranks:
-    one may be gone, have a disk of its own, or a full one.
-
-    Args:
-        encode: gives the tokens of some texts, an array for each that has any; called in many threads.
-        token_type: np.uint16 or np.uint32, in which blocks hold them.
-        check: called between pieces of work, in any thread; what it raises ends the work.
-        threads: threads that tokenise; None: one per core.
-        rank, world_size: which of how many processes this is that use the cache at the same time.
+    Ranks share the work: each tokenizes its share of the blocks that are not cached and reads the others' when they
+    appear. It waits a bounded time for them and then tokenizes itself, so that no failure of another rank blocks it.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[Sequence[str]], Sequence[np.ndarray]],
-        token_type: type[np.unsignedinteger],
-        *,
-        check: Callable[[], None],
-        threads: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self._encode, self._token_type = encode, token_type
-        self._check = check
-        self._rank, self._sharers = rank, list(range(world_size))
-        self._writing, self._lock = True, threading.Lock()
-        self._block_threads = ThreadPoolExecutor(BLOCKS_AT_ONCE, "read-block")
-        self._encode_threads = ThreadPoolExecutor(threads or _cores(), "tokenize")
+    def __init__(self, stream: StreamConfig):
+        self._stream = stream
+        self._ranks = list(range(stream.world_size))  # those that tokenize their share
+        self._cache_failed = threading.Lock()  # acquired once
+        self._closed, self._main = threading.Event(), threading.main_thread()
+        self._block_threads = ThreadPoolExecutor(CONCURRENT_BLOCKS, "read-block")
+        self._encode_threads = ThreadPoolExecutor(stream.config.tokenizer_threads or _cores(), "tokenize")
 
-    def start(self, request: BlockRequest) -> Future[TokenBlock] | None:
-        """Begin with a block if this rank has to tokenise it. Give what is returned to `result`."""
-        if request.path is None or (self._whose(request) == self._rank and not os.path.exists(request.path)):
-            return self._block_threads.submit(self._tokenize, request)
+    def start(self, ref: BlockRef) -> Future[TokenBlock] | None:
+        """Start to tokenize a block if that is this rank's job. Pass the result to `result`."""
+        path = self._path(ref)
+        if path is None or (self._owner(ref) == self._stream.rank and not path.exists()):
+            return self._block_threads.submit(self._tokenize, ref, path)
         return None
 
-    def result(self, request: BlockRequest, started: Future[TokenBlock] | None) -> TokenBlock:
-        """Return the block, waiting for it; raises what `request.texts` raises."""
-        if started:
-            return started.result()
-        assert request.path, "start() has started it"
-        whose = self._whose(request)
-        deadline = time.monotonic() + OTHERS_WAIT_SECONDS
-        # Reading is quick, and quicker here than in a thread that has to get hold of the interpreter first.
-        while not (block := read_cached(request.path)):
-            if whose == self._rank or time.monotonic() > deadline:
-                block = self._tokenize(request)
-                # It could be read, so that rank is just late, or gone: no more waiting for it.
-                self._sharers = [rank for rank in self._sharers if rank != whose or rank == self._rank]
+    def result(self, ref: BlockRef, started: Future[TokenBlock] | None) -> TokenBlock:
+        """Wait for a block and return it; raises what reading its text raises."""
+        path = self._path(ref)
+        if started or path is None:
+            return started.result() if started else self._tokenize(ref, None)
+        owner = self._owner(ref)
+        deadline = time.monotonic() + OTHER_RANK_SECONDS
+        # Reading is quick, and quicker here than in a thread that has to acquire the interpreter lock first.
+        while not (block := read_cached(path)):
+            if owner == self._stream.rank or time.monotonic() > deadline:
+                block = self._tokenize(ref, path)
+                # The block is readable, so that rank is late or dead: do not wait for it again.
+                self._ranks = [rank for rank in self._ranks if rank != owner or rank == self._stream.rank]
                 break
-            self._check()
-            time.sleep(OTHERS_POLL_SECONDS)
+            self._raise_if_closed()
+            time.sleep(OTHER_RANK_POLL_SECONDS)
         return block
 
     def close(self) -> None:
-        """Let the threads end. Work under way is not waited for."""
+        """Stop the threads after the chunks that they are working on; does not wait for them."""
+        self._closed.set()
         for pool in (self._block_threads, self._encode_threads):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _whose(self, request: BlockRequest) -> int:
-        return self._sharers[request.turn % len(self._sharers)]
+    def _owner(self, ref: BlockRef) -> int:
+        return self._ranks[(ref.shard + ref.block) % len(self._ranks)]
 
-    def _tokenize(self, request: BlockRequest) -> TokenBlock:
-        self._check()
-        texts = request.texts()
-        blocks = self._encode_threads.map(self._encode_chunk, _text_chunks(texts))
-        block = TokenBlock(*map(np.concatenate, zip(*blocks)))
-        if request.path and self._writing:
+    def _path(self, ref: BlockRef) -> Path | None:
+        config, shard = self._stream.config, self._stream.shards[ref.shard_index]
+        if not config.token_cache:
+            return None
+        key = json.dumps([str(shard.path.absolute()), shard.fingerprint, config.text_column])
+        folder = f"{shard.path.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        return base_dir() / "tokens" / self._stream.tok.fingerprint[:16] / folder / f"{ref.block_index:06d}.tokens"
+
+    def _raise_if_closed(self) -> None:
+        if self._closed.is_set() or not self._main.is_alive():
+            raise CancelledError
+
+    def _tokenize(self, ref: BlockRef, path: Path | None) -> TokenBlock:
+        self._raise_if_closed()
+        texts = read_block(self._stream.shards[ref.shard_index], ref.block_index, self._stream.config.text_column)
+        block = TokenBlock(*map(np.concatenate, zip(*self._encode_threads.map(self._encode_chunk, _chunks(texts)))))
+        if path and not self._cache_failed.locked():
             try:
-                write_block(request.path, block)
+                write_block(path, block)
             except OSError as error:
-                self._give_up_writing(request.path.parent, error)
+                if self._cache_failed.acquire(blocking=False):
+                    why = f"{path.parent} cannot be written ({error.strerror})"
+                    print(f"warning: tokens are no longer cached: {why}", file=sys.stderr, flush=True)
         return block
 
-    def _give_up_writing(self, folder: Path, error: OSError) -> None:
-        with self._lock:
-            told, self._writing = not self._writing, False
-        if not told:
-            why = f"{folder} cannot be written ({error.strerror})"
-            print(f"warning: tokens are no longer cached: {why}", file=sys.stderr, flush=True)
-
     def _encode_chunk(self, texts: Sequence[str]) -> TokenBlock:
-        self._check()
-        docs = self._encode(texts)
-        tokens = np.concatenate([np.empty(0, self._token_type), *docs], dtype=self._token_type, casting="unsafe")
+        self._raise_if_closed()
+        docs, dtype = _encode(self._stream.tok, texts), self._stream.token_type
+        tokens = np.concatenate([np.empty(0, dtype), *docs], dtype=dtype, casting="unsafe")
         return TokenBlock(tokens, np.array([len(doc) for doc in docs], np.uint32))
 
 
-def _text_chunks(texts: Sequence[str]) -> list[Sequence[str]]:
-    """Cut into parts of about CHUNK_CHARS characters; no texts are one part."""
+def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
+    """Split into chunks of about CHUNK_CHARS characters; no texts are one chunk."""
     ends = np.cumsum([len(text) for text in texts], dtype=np.int64) // CHUNK_CHARS
     edges = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(texts)]
     return [texts[start:stop] for start, stop in itertools.pairwise(edges)]
@@ -291,306 +418,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-STATE_VERSION = 1
-BLOCKS_AHEAD = 3
-SHARED_BLOCKS_AHEAD = 16  # at most; with several ranks, each has to see blocks of its own among the next ones
-
-
-class LoaderState(TypedDict):
-    """All that a loader needs to go on bit for bit.
-
-    position: JSON-able; the place in the stream, totals, and what the stream is made of.
-    tokens: uint16 or uint32, (n,); the documents in the buffer one after another, no more than a row of each.
-    lengths: int32, (documents,); their whole lengths.
-    """
-
-    position: dict[str, Any]
-    tokens: np.ndarray
-    lengths: np.ndarray
-
-
-def batches(
-    config: DataConfig,
-    tok: Tokenizer,
-    *,
-    split: Literal["train", "val"],
-    rows_per_step: int,
-    sequence_len: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    state: LoaderState | None = None,
-    device: torch.device | str = "cpu",
-) -> Generator[tuple[dict[str, Tensor], LoaderState, dict[str, float]], None, None]:
-    """Yield (this rank's batch, the state after it, statistics) without end: epoch follows epoch.
-
-    The validation split is never shuffled and, without `state`, starts at its beginning with every call.
-
-    Args:
-        config: source, order, buffer, cache and threads.
-        tok: encodes the documents; its <|bos|> starts each of them.
-        split: train or val.
-        rows_per_step: rows of a batch, all ranks together.
-        sequence_len: tokens T of a row of inputs; packed rows hold T + 1.
-        seed: orders the training documents.
-        rank, world_size: which process of how many this is.
-        state: goes on after the batch that came with it.
-        device: where batches go; to CUDA they are copied from pinned memory, without blocking.
-
-    Yields:
-        {"inputs", "targets"}: int64 (rows_per_step / world_size, T) each, targets being the inputs moved on by one.
-        The state, equal on all ranks. {"epoch": the one being read; since the first batch "docs", "tokens_packed",
-        "tokens_cut": tokens lost by cutting, "tokens_cut_fraction": of all tokens}.
-
-    Raises:
-        UserError: a setting does not fit, `state` is of another stream, or there are no documents.
-        BadShardError: a shard cannot be read (raised by next(), in its turn), unless config.skip_bad_shards.
-    """
-    if rows_per_step < 1 or rows_per_step % world_size:
-        raise UserError(f"a batch of {rows_per_step} rows does not divide among {world_size} ranks: change it")
-    for name, value in {
-        "sequence_len": sequence_len,
-        "data.buffer_docs": config.buffer_docs,
-        "data.prefetch_batches": config.prefetch_batches,
-        "data.tokenizer_threads": config.tokenizer_threads,
-    }.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value}: must be 1 or more")
-    if split == "val":
-        config = dataclasses.replace(config, shuffle=False)
-    stream = _Stream(config, tok, split, tuple(shards_of(config, split)), seed, sequence_len + 1, rank, world_size)
-    place, held = _restore(stream, state) if state else (_Place(), [])
-    device = torch.device(device)
-    steps = functools.partial(_steps, stream, place, held, rows_per_step, device)
-    return _delivered(prefetch(steps, config.prefetch_batches), device)
-
-
-def _delivered(
-    steps: Generator[tuple[Tensor, LoaderState, dict[str, float]], None, None], device: torch.device
-) -> Generator[tuple[dict[str, Tensor], LoaderState, dict[str, float]], None, None]:
-    """Move the batches to the device from the consumer's thread: on its stream, in its order."""
-    with contextlib.closing(steps):
-        for tokens, state, stats in steps:
-            tokens = tokens.to(device, non_blocking=True)
-            yield {"inputs": tokens[0], "targets": tokens[1]}, state, stats
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a stream is, and where in it a loader stands
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stream:
-    config: DataConfig
-    tok: Tokenizer
-    split: str
-    shards: tuple[Shard, ...]
-    seed: int
-    row_tokens: int
-    rank: int
-    world_size: int
-
-    @property
-    def token_type(self) -> type[np.unsignedinteger]:
-        return np.uint16 if self.tok.vocab_size <= 2**16 else np.uint32
-
-    @functools.cached_property
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides the rows. Folders and times of change do not, so that data may move house."""
-        files = [(shard.path.name, shard.part, shard.path.stat().st_size) for shard in self.shards]
-        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-        return {
-            "split": self.split,
-            "seed": self.seed,
-            "sequence_len": self.row_tokens - 1,
-            "data.buffer_docs": self.config.buffer_docs,
-            "data.shuffle": self.config.shuffle,
-            "data.text_column": self.config.text_column,
-            "tokenizer": self.tok.fingerprint[:16],
-            "data": f"{len(files)} shards {digest[:16]}",
-        }
-
-    def order(self, count: int, *key: int) -> Sequence[int]:
-        """Return the order of `count` things. Raw Philox output, unlike numpy's shuffles, is fixed for good."""
-        if not self.config.shuffle:
-            return range(count)
-        digest = hashlib.sha256(json.dumps([self.seed, *key]).encode()).digest()
-        random = np.random.Philox(np.random.SeedSequence(int.from_bytes(digest, "little")))
-        return np.argsort(random.random_raw(count), kind="stable").tolist()
-
-    def cache_folder(self, shard: Shard) -> Path:
-        key = json.dumps([str(shard.path.absolute()), shard.fingerprint, self.config.text_column])
-        name = f"{shard.path.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        return base_dir() / "tokens" / self.tok.fingerprint[:16] / name
-
-
-@dataclasses.dataclass
-class _Place:
-    """Which document is loaded next (each count in its epoch's order), and totals."""
-
-    epoch: int = 0
-    shard: int = 0
-    block: int = 0
-    doc: int = 0
-    rows: int = 0
-    docs: int = 0
-    tokens_cut: int = 0
-
-
-_Held = tuple[np.ndarray, int]  # a document in the buffer: its first tokens, as many as a row can use, and its length
-
-
-def _snapshot(stream: _Stream, place: _Place, held: dict[int, _Held]) -> LoaderState:
-    tokens, lengths = zip(*held.values()) if held else ((), ())
-    return LoaderState(
-        position={"version": STATE_VERSION, **vars(place), "made_of": dict(stream.identity)},
-        tokens=np.frombuffer(b"".join(tokens), stream.token_type),  # three times as fast as np.concatenate
-        lengths=np.array(lengths, np.int32),
-    )
-
-
-def _restore(stream: _Stream, state: LoaderState) -> tuple[_Place, list[_Held]]:
-    """Return place and buffer of a saved state, or raise a UserError that names what does not match."""
-    position = state["position"]
-    if position.get("version") != STATE_VERSION:
-        raise UserError(f"the data state has version {position.get('version')}, this program reads {STATE_VERSION}")
-    was, now = position["made_of"], stream.identity
-    changes = [f"{name} was {was.get(name)}, is {value}" for name, value in now.items() if was.get(name) != value]
-    if changes:
-        raise UserError(f"cannot go on with other data ({'; '.join(changes)}): set it back, or start a new run")
-    lengths = np.asarray(state["lengths"]).astype(np.int64)
-    tokens = np.array(state["tokens"], stream.token_type)
-    kept = np.minimum(lengths, stream.row_tokens)
-    if kept.sum() != len(tokens) or (lengths < 1).any():
-        raise UserError(f"the data state is damaged: it holds {len(tokens)} tokens, its documents {kept.sum()}")
-    place = _Place(**{field.name: int(position[field.name]) for field in dataclasses.fields(_Place)})
-    parts = np.split(tokens, np.cumsum(kept))
-    return place, list(zip(parts, lengths.tolist()))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Packing
-
-
-def _steps(
-    stream: _Stream,
-    place: _Place,
-    restored: list[_Held],
-    rows_per_step: int,
-    device: torch.device,
-    check: Callable[[], None],
-) -> Iterator[tuple[Tensor, LoaderState, dict[str, float]]]:
-    """Yield (int64 (2, this rank's rows, T): inputs and targets; state; statistics) of each step."""
-    rank, world_size, row_tokens = stream.rank, stream.world_size, stream.row_tokens
-    held: dict[int, _Held] = {}  # by number of arrival, in that order
-    pin = device.type == "cuda"
-    if pin and device.index is not None:
-        torch.cuda.set_device(device)  # of this thread, or pinning would take up memory on the first GPU
-    with contextlib.closing(_reader(stream, check)) as reader:
-        arrivals = _arrivals(stream, place, restored, held, _blocks(stream, place, reader))
-        rows = packing.plan(arrivals, row_tokens, stream.config.buffer_docs)
-        while True:
-            packed = np.empty((rows_per_step // world_size, row_tokens), stream.token_type)
-            for r, (pieces, lost) in enumerate(itertools.islice(rows, rows_per_step)):
-                mine, row = r % world_size == rank, packed[r // world_size]
-                for number, start, stop in pieces:
-                    tokens, _ = held.pop(number)
-                    if mine:
-                        row[start:stop] = tokens[: stop - start]
-                place.docs += len(pieces)
-                place.tokens_cut += lost
-            place.rows += rows_per_step
-            batch = torch.empty((2, len(packed), row_tokens - 1), dtype=torch.int64, pin_memory=pin)
-            batch.numpy()[0] = packed[:, :-1]
-            batch.numpy()[1] = packed[:, 1:]
-            packed_tokens = place.rows * row_tokens
-            stats: dict[str, float] = {
-                "epoch": place.epoch,
-                "docs": place.docs,
-                "tokens_packed": packed_tokens,
-                "tokens_cut": place.tokens_cut,
-                "tokens_cut_fraction": place.tokens_cut / (packed_tokens + place.tokens_cut),
-            }
-            yield batch, _snapshot(stream, place, held), stats
-
-
-def _arrivals(
-    stream: _Stream,
-    place: _Place,
-    restored: list[_Held],
-    held: dict[int, _Held],
-    blocks: Iterator[tuple["_Turn", TokenBlock]],
-) -> Iterator[int]:
-    """Put document after document into `held`, move `place` on behind it, and yield its length."""
-    number = last_block = 0
-    for document in restored:
-        held[number] = document
-        number += 1
-        yield document[1]
-    skip = place.doc
-    for turn, block in blocks:
-        for waiting in range(last_block, number):
-            if waiting in held:  # copied, it does not keep all of its block in memory
-                held[waiting] = (held[waiting][0].copy(), held[waiting][1])
-        last_block = number
-        if skip > len(block.lengths):
-            name = stream.shards[turn.shard_index].path
-            raise UserError(f"{name} has changed: of its block {turn.block_index}, {skip} documents were read before")
-        ends = np.cumsum(block.lengths, dtype=np.int64)
-        starts = ends - block.lengths
-        stops = np.minimum(ends, starts + stream.row_tokens)
-        spans = list(zip(starts.tolist(), stops.tolist(), block.lengths.tolist()))
-        order = stream.order(len(spans), turn.epoch, turn.shard_index, turn.block_index)
-        place.epoch, place.shard, place.block, place.doc = turn.epoch, turn.shard, turn.block, skip
-        for index in order[skip:]:
-            start, stop, length = spans[index]
-            held[number] = (block.tokens[start:stop], length)
-            number += 1
-            place.doc += 1
-            yield length
-        skip = 0
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-class _Turn(NamedTuple):
-    """A block's place in the order of its epoch, and which block of which shard it is.
-
-    An epoch ends with a turn behind its last shard. error: why the shard cannot be read.
-    """
-
-    epoch: int
-    shard: int
-    block: int
-    shard_index: int
-    block_index: int
-    error: CorruptShardError | None = None
-
-
-def _reader(stream: _Stream, check: Callable[[], None]) -> BlockReader:
-    return BlockReader(
-        functools.partial(_encode, stream.tok),
-        stream.token_type,
-        check=check,
-        threads=stream.config.tokenizer_threads,
-        rank=stream.rank,
-        world_size=stream.world_size,
-    )
-
-
 def _encode(tok: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Return the tokens of each text, <|bos|> before them; texts without any are left out.
+    """Return the tokens of each text that is not empty, after <|bos|>.
 
-    Most texts go to tiktoken as one, with <|bos|> between them: it encodes what lies between special tokens on its own,
-    and gives other threads the interpreter for as long as it works, so the longer the better.
+    Most texts go to tiktoken as one, joined by <|bos|>: it encodes the text between special tokens separately, and
+    releases the interpreter lock while it works, so longer is better.
     """
 
-    def alone(text: str) -> np.ndarray:
+    def encode_one(text: str) -> np.ndarray:
         return np.array([tok.bos, *tok.encode(text)], np.uint32)
 
-    def has_no_long_run(text: str) -> bool:  # of spaces or anything else, which `tok.encode` would take apart
+    def has_no_long_run(text: str) -> bool:  # of spaces or anything else, which `tok.encode` would split
         chunks = (text[end - RUN_CHARS : end] for end in range(RUN_CHARS, len(text) + 1, RUN_CHARS))
         return all(" " in chunk and not chunk.isspace() for chunk in chunks)
 
@@ -601,75 +439,163 @@ def _encode(tok: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     try:
         ids = tok.encoding.encode_to_numpy(joined, allowed_special={bos}, disallowed_special=())
     except UnicodeEncodeError:  # half a surrogate pair somewhere, which `tok.encode` replaces
-        return [alone(text) for text in texts]
+        return [encode_one(text) for text in texts]
     docs = iter(np.split(ids, np.flatnonzero(ids == tok.bos)[1:]))
-    return [next(docs) if is_plain else alone(text) for text, is_plain in zip(texts, plain)]
+    return [next(docs) if is_plain else encode_one(text) for text, is_plain in zip(texts, plain)]
 
 
-def _blocks(stream: _Stream, place: _Place, reader: BlockReader) -> Iterator[tuple[_Turn, TokenBlock]]:
-    """Yield the blocks from `place` on, without end, having started each of them some turns ahead."""
-    ahead = min(max(BLOCKS_AHEAD, 2 * stream.world_size), SHARED_BLOCKS_AHEAD)
-    docs, whole_epoch = 0, (place.shard, place.block) == (0, 0)
-    bad: set[tuple[int, int]] = set()  # (epoch, shard index)
-    turns = _turns(stream, place.epoch, place.shard, place.block, bad)
-    started = deque()
+def _token_blocks(stream: StreamConfig, cursor: Cursor, reader: BlockReader) -> Iterator[tuple[BlockRef, TokenBlock]]:
+    """Yield the blocks from `cursor` on, forever; each is started some blocks ahead of its use."""
+    blocks_ahead = min(max(BLOCKS_AHEAD, 2 * stream.world_size), SHARED_BLOCKS_AHEAD)
+    refs = _block_refs(stream, cursor)
+    pending: deque[tuple[BlockRef, Future[TokenBlock] | None]] = deque()
+    docs, is_full_epoch = 0, cursor.shard == cursor.block == 0
+    corrupt: dict[int, int] = {}  # shard index: the last epoch in which it was found corrupt
     while True:
-        while len(started) <= ahead:
-            request = _block_request(stream, turn := next(turns))
-            started.append((turn, request, reader.start(request)))
-        turn, request, future = started.popleft()
-        if turn.shard == len(stream.shards):
-            if whole_epoch and not docs:
+        while len(pending) <= blocks_ahead:
+            ref = next(refs)
+            is_readable = ref.shard < len(stream.shards) and not ref.error and corrupt.get(ref.shard_index) != ref.epoch
+            pending.append((ref, reader.start(ref) if is_readable else None))
+        ref, started = pending.popleft()
+        if ref.shard == len(stream.shards):
+            if is_full_epoch and not docs:
                 raise UserError(f"data.source={stream.config.source}: no documents to read for split {stream.split}")
-            docs, whole_epoch = 0, True
-        elif (turn.epoch, turn.shard_index) not in bad:
-            try:
-                block = reader.result(request, future)
-            except CorruptShardError as error:
-                if not stream.config.skip_bad_shards:
-                    raise
-                # Its other blocks are left out until the next epoch, when it is tried again: what is read must not
-                # depend on what this process happens to have seen before.
-                if stream.rank == 0 and all(turn.shard_index != index for _, index in bad):
-                    print(f"warning: skipping a shard: {error}", file=sys.stderr, flush=True)
-                bad.add((turn.epoch, turn.shard_index))
-                continue
-            docs += len(block.lengths)
-            yield turn, block
+            docs, is_full_epoch = 0, True
+            continue
+        if corrupt.get(ref.shard_index) == ref.epoch:
+            continue
+        try:
+            if ref.error:
+                raise ref.error
+            block = reader.result(ref, started)
+        except CorruptShardError as error:
+            if not stream.config.skip_bad_shards:
+                raise
+            # Its other blocks are skipped until the next epoch, when it is tried again: what is read must not depend
+            # on what this process has seen before.
+            if stream.rank == 0 and ref.shard_index not in corrupt:
+                print(f"warning: skipping a shard: {error}", file=sys.stderr, flush=True)
+            corrupt[ref.shard_index] = ref.epoch
+            continue
+        docs += len(block.lengths)
+        yield ref, block
 
 
-def _turns(
-    stream: _Stream, epoch: int, first_shard: int, first_block: int, bad: set[tuple[int, int]]
-) -> Iterator[_Turn]:
-    shards = stream.shards
+# ---------------------------------------------------------------------------------------------------------------
+# Documents, packed rows, batches
+
+
+def _documents(
+    stream: StreamConfig, start: Start, blocks: Iterable[tuple[BlockRef, TokenBlock]]
+) -> Iterator[tuple[int, Document]]:
+    """Yield (length, document): those of the saved buffer, then those of the blocks, in the order of the epoch."""
+    for document in start.buffer:
+        yield document.length, document
+    skip = start.cursor.doc
+    for ref, block in blocks:
+        count, size = len(block.lengths), block.tokens.itemsize
+        if skip > count:
+            path = stream.shards[ref.shard_index].path
+            raise UserError(f"{path} has changed: of its block {ref.block_index}, {skip} documents were read before")
+        ends = np.cumsum(block.lengths, dtype=np.int64)
+        starts = ends - block.lengths
+        stops = np.minimum(ends, starts + stream.row_tokens)
+        spans = list(zip((starts * size).tolist(), (stops * size).tolist(), block.lengths.tolist()))
+        order = stream.order(count, ref.epoch, ref.shard_index, ref.block_index)
+        tokens = block.tokens.tobytes()
+        for doc in range(skip, count):
+            first, last, length = spans[order[doc]]
+            # Slices of bytes are copies, so that a waiting document does not keep its block in memory.
+            yield length, Document(tokens[first:last], length, ref, doc + 1)
+        skip = 0
+
+
+def _packed_batches(
+    stream: StreamConfig, start: Start, reader: BlockReader, rows_per_step: int, device: torch.device
+) -> Generator[tuple[Tensor, LoaderState, Stats], None, None]:
+    """Yield (int64 (2, this rank's rows, T): inputs and targets; state; statistics) of each step."""
+    pin = device.type == "cuda"
+    if pin and device.index is not None:
+        torch.cuda.set_device(device)  # of this thread, else pinning would allocate memory on the first GPU
+    size = np.dtype(stream.token_type).itemsize
+    documents = _documents(stream, start, _token_blocks(stream, start.cursor, reader))
+    rows = packing.plan(documents, stream.row_tokens, stream.config.buffer_docs)
+    num_rows, docs, cropped = start.rows, start.docs, start.tokens_cut
     while True:
-        for shard, shard_index in list(enumerate(stream.order(len(shards), epoch)))[first_shard:]:
-            try:
-                count = num_blocks(shards[shard_index])
-            except CorruptShardError as error:
-                yield _Turn(epoch, shard, 0, shard_index, 0, error)
-                count = 0
-            for block, block_index in list(enumerate(stream.order(count, epoch, shard_index)))[first_block:]:
-                if (epoch, shard_index) in bad:
-                    break
-                yield _Turn(epoch, shard, block, shard_index, block_index)
-            first_block = 0
-        yield _Turn(epoch, len(shards), 0, 0, 0)
-        epoch, first_shard = epoch + 1, 0
+        step = []
+        for r in range(rows_per_step):
+            row = next(rows)
+            if r % stream.world_size == stream.rank:
+                step += [document.tokens[: (b - a) * size] for document, a, b in row.pieces]
+            docs += len(row.pieces)
+            cropped += row.cropped_tokens
+        num_rows += rows_per_step
+        packed = np.frombuffer(b"".join(step), stream.token_type).reshape(-1, stream.row_tokens)
+        batch = torch.empty((2, len(packed), stream.row_tokens - 1), dtype=torch.int64, pin_memory=pin)
+        batch.numpy()[0] = packed[:, :-1]
+        batch.numpy()[1] = packed[:, 1:]
+        epoch, shard, block, *_ = row.latest.ref
+        cursor = Cursor(epoch, shard, block, row.latest.next_doc)
+        state = _state(stream, Start(cursor, tuple(row.waiting), num_rows, docs, cropped))
+        tokens = num_rows * stream.row_tokens
+        stats = {"epoch": epoch, "docs": docs, "tokens_packed": tokens, "tokens_cut": cropped}
+        yield batch, state, stats | {"tokens_cut_fraction": cropped / (tokens + cropped)}
 
 
-def _block_request(stream: _Stream, turn: _Turn) -> BlockRequest:
-    if turn.error or turn.shard == len(stream.shards):
-        return BlockRequest(None, functools.partial(_nothing, turn.error), 0)
-    shard = stream.shards[turn.shard_index]
-    path = None
-    if stream.config.token_cache:
-        path = stream.cache_folder(shard) / f"{turn.block_index:06d}.tokens"
-    texts = functools.partial(read_block, shard, turn.block_index, stream.config.text_column)
-    return BlockRequest(path, texts, turn.shard + turn.block)
+def _state(stream: StreamConfig, at: Start) -> LoaderState:
+    totals = {"rows": at.rows, "docs": at.docs, "tokens_cut": at.tokens_cut}
+    return LoaderState(
+        position={"version": STATE_VERSION, **at.cursor._asdict(), **totals, "made_of": dict(stream.fingerprint)},
+        tokens=np.frombuffer(b"".join([document.tokens for document in at.buffer]), stream.token_type),
+        lengths=np.array([document.length for document in at.buffer], np.int32),
+    )
 
 
-def _nothing(error: CorruptShardError | None) -> list[str]:
-    if error:
-        raise error
-    return []
+# ---------------------------------------------------------------------------------------------------------------
+# Prefetching
+
+
+def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+    """Yield what `items` yields, computed at most `depth` items ahead in a thread of its own.
+
+    The thread starts with the first next(). When this generator is closed or collected, or the main thread ends, it
+    finishes the item that it is working on and closes `items`. What `items` raises is raised here, in its turn.
+    """
+    stop = threading.Event()
+    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)
+    main = threading.main_thread()
+
+    def put(item: tuple[T] | BaseException | None) -> bool:
+        while not stop.is_set() and main.is_alive():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            with contextlib.closing(items):
+                if all(put((item,)) for item in items):
+                    put(None)
+        except BaseException as error:
+            put(error)
+
+    # Not a daemon, which the end of the interpreter could kill inside of native code.
+    thread = threading.Thread(target=work, name="prefetch", daemon=False)
+    thread.start()
+    try:
+        while True:
+            match ready.get():
+                case (item,):
+                    yield item
+                case None:
+                    return
+                case error:
+                    raise error
+    finally:
+        stop.set()
+        with contextlib.suppress(queue.Empty):  # make room for a put() that waits
+            while True:
+                ready.get_nowait()
+        if thread is not threading.current_thread():  # garbage is collected in any thread
+            thread.join(timeout=5)

@@ -1,67 +1,80 @@
-"""Best-fit packing of documents into rows of a fixed number of tokens, planned from lengths alone.
+"""Best-fit packing of documents into rows of a fixed number of tokens.
 
-A buffer holds the next documents. A row takes the longest of them that fits what is left of it, again and again;
-when none fits, the shortest is cut to fill the row exactly and the rest of it is lost. Or, with padding, the rest of
-the row stays empty and nothing is lost. Among documents of one length the earliest goes first. The buffer is filled up
-before every choice, so that each choice is among `buffer_docs` documents for as long as there are any to load.
-
-The plan says which documents go where and needs no tokens: whoever holds them copies only the rows it wants.
+A buffer holds the next documents. A row takes the longest of them that fits into its remaining space, again and again.
+When none fits, the shortest is cropped to fill the row exactly; with padding, the end of the row stays empty instead.
+Among documents of equal length the earliest goes first.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, ValuesView
+from typing import Generic, NamedTuple, TypeVar
 
-# A document in the buffer is one integer, length << SERIAL_BITS | (LAST - its number): in order of size these are in
-# order of length, and within a length from the latest to the earliest document.
-SERIAL_BITS = 44
-LAST = (1 << SERIAL_BITS) - 1
+D = TypeVar("D")
+
+# A document in the buffer is one integer, length << NUMBER_BITS | (LAST - its number): sorted, these are in order of
+# length, and within a length from the latest to the earliest document.
+NUMBER_BITS = 44
+LAST = (1 << NUMBER_BITS) - 1
+
+
+class Row(NamedTuple, Generic[D]):
+    """A packed row.
+
+    Attributes:
+        pieces: (document, start, stop): its first `stop - start` tokens are the row's tokens `start` to `stop`.
+        cropped_tokens: tokens that the last piece's document loses.
+        waiting: the documents left in the buffer, oldest first; a view, valid until the next row is requested.
+        latest: the last document that was read from the stream.
+    """
+
+    pieces: list[tuple[D, int, int]]
+    cropped_tokens: int
+    waiting: ValuesView[D]
+    latest: D
 
 
 def plan(
-    lengths: Iterable[int], row_tokens: int, buffer_docs: int, *, pad: bool = False
-) -> Iterator[tuple[list[tuple[int, int, int]], int]]:
+    documents: Iterable[tuple[int, D]], row_tokens: int, buffer_docs: int, *, pad: bool = False
+) -> Iterator[Row[D]]:
     """Yield the rows that best fit makes of a stream of documents.
 
-    The generator reads ahead as far as the rows yielded so far required, no further: a plan over the documents left in
-    the buffer, oldest first, and then the rest of the stream goes on exactly where this one stopped. When a finite
-    stream ends, the buffer is used up; a last row that cannot be filled is not yielded, its documents are lost (with
-    padding, it is yielded as it is).
+    The buffer is full before every choice, and nothing is read beyond that: a plan over the `waiting` documents and
+    then the rest of the stream continues exactly where this one stopped. When a finite stream ends, the buffer is used
+    up; a last row that cannot be filled is dropped (with padding, it is yielded).
 
     Args:
-        lengths: tokens of each document, at least 1; with padding, at most `row_tokens`.
-        row_tokens: tokens of a row.
-        buffer_docs: documents to choose from, at least 1.
-        pad: leave the end of a row empty where no document fits, instead of cutting one.
-
-    Yields:
-        (pieces, lost): pieces are (document, start, stop), its index in `lengths` and the tokens of the row that its
-        first `stop - start` tokens take; lost is the number of tokens cut off the last piece's document.
+        documents: (length in tokens, document); lengths are at least 1 and, with padding, at most `row_tokens`.
+        buffer_docs: number of documents to choose from, at least 1.
+        pad: leave the end of a row empty where no document fits, instead of cropping one.
     """
-    stream = enumerate(lengths)
-    buffer: list[int] = []
+    stream = enumerate(documents)
+    waiting: dict[int, D] = {}  # by number, in order of arrival
+    sizes: list[int] = []  # sorted
+    latest: D = None  # type: ignore[assignment]
     while True:
-        pieces: list[tuple[int, int, int]] = []
-        start = lost = 0
+        pieces: list[tuple[D, int, int]] = []
+        start = cropped = 0
         while start < row_tokens:
-            while len(buffer) < buffer_docs:
-                document, length = next(stream, (0, 0))
-                if not length:
+            while len(sizes) < buffer_docs:
+                number, (length, document) = next(stream, (0, (0, None)))
+                if document is None:
                     break
-                insort(buffer, length << SERIAL_BITS | (LAST - document))
-            if not buffer:
+                latest = waiting[number] = document
+                insort(sizes, length << NUMBER_BITS | (LAST - number))
+            if not sizes:
                 if pad and pieces:
-                    yield pieces, 0
+                    yield Row(pieces, 0, waiting.values(), latest)
                 return
             room = row_tokens - start
-            at = bisect_left(buffer, (room + 1) << SERIAL_BITS) - 1
-            if at < 0 and pad:
+            index = bisect_left(sizes, (room + 1) << NUMBER_BITS) - 1
+            if index < 0 and pad:
                 break
-            if at < 0:  # none fits: cut the earliest of the shortest
-                at = bisect_left(buffer, ((buffer[0] >> SERIAL_BITS) + 1) << SERIAL_BITS) - 1
-            key = buffer.pop(at)
-            length = key >> SERIAL_BITS
+            if index < 0:  # none fits: crop the earliest of the shortest
+                index = bisect_left(sizes, ((sizes[0] >> NUMBER_BITS) + 1) << NUMBER_BITS) - 1
+            key = sizes.pop(index)
+            length = key >> NUMBER_BITS
             stop = min(start + length, row_tokens)
-            pieces.append((LAST - (key & LAST), start, stop))
-            lost = start + length - stop
+            pieces.append((waiting.pop(LAST - (key & LAST)), start, stop))
+            cropped = start + length - stop
             start = stop
-        yield pieces, lost
+        yield Row(pieces, cropped, waiting.values(), latest)

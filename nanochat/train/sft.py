@@ -9,10 +9,9 @@ were read, and which of them wait in the packing buffer. A loader made from it g
 """
 
 import contextlib
-import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -103,7 +102,7 @@ def batches(
     if how.sequence_len < 2 or not task.size:
         raise UserError(f"sequence_len={how.sequence_len}, {task.size} conversations: nothing to learn from")
     place, waiting = _restore(task, tok, how, state)
-    steps = functools.partial(_steps, task, tok, how, place, waiting, rank, world_size)
+    steps = _steps(task, tok, how, place, waiting, rank, world_size)
     return _delivered(prefetch(steps, prefetch_batches), torch.device(device))
 
 
@@ -143,19 +142,19 @@ def _steps(
     waiting: list[int],
     rank: int,
     world_size: int,
-    check: Callable[[], None],
-) -> Iterator[tuple[dict[str, Tensor], State, Stats]]:
-    held: dict[int, _Rendered] = {}  # by number of arrival, in that order
+) -> Generator[tuple[dict[str, Tensor], State, Stats], None, None]:
     total = task.size * how.epochs if how.epochs else None
     with ThreadPoolExecutor(RENDERERS, "render") as threads:
-        arrivals = _arrivals(task, tok, how, place, waiting, total, held, threads, check)
+        arrivals = _arrivals(task, tok, how, place, waiting, total, threads)
         plan = packing.plan(arrivals, how.sequence_len + 1, how.buffer_conversations, pad=True)
-        rows = _take(plan, held, how.rows_per_step)
+        rows = list(itertools.islice(plan, how.rows_per_step))
         while rows:
-            before = place.read - len(held) - sum(map(len, rows))
-            learned = sum(int(one.learned[1:].sum()) for row in rows for one in row)
+            kept = list(rows[-1].waiting)
+            packed = [[one for one, *_ in row.pieces] for row in rows]
+            before = place.read - len(kept) - sum(map(len, packed))
+            learned = sum(int(one.learned[1:].sum()) for row in packed for one in row)
             place.learned_tokens += learned
-            used = sum(len(one.ids) for row in rows for one in row)
+            used = sum(len(one.ids) for row in packed for one in row)
             stats = {
                 "epoch": before / task.size,
                 "padding_fraction": 1 - used / (how.rows_per_step * (how.sequence_len + 1)),
@@ -163,20 +162,15 @@ def _steps(
                 "learned_tokens": place.learned_tokens,
             }
             made_of = _identity(task, tok, how)
-            position = {**vars(place), "waiting": [one.number for one in held.values()], "made_of": made_of}
-            mine = rows[rank::world_size]
+            position = {**vars(place), "waiting": [one.number for one in kept], "made_of": made_of}
+            mine = packed[rank::world_size]
             mine += [[]] * (how.rows_per_step // world_size - len(mine))
             weight = how.rows_per_step // how.micro_rows / max(learned, 1)  # the step averages its micro-batches
             # That this is the last batch shows when there is no row for another.
-            rows = _take(plan, held, how.rows_per_step)
+            rows = list(itertools.islice(plan, how.rows_per_step))
             stats |= ({"share": before / total} if total else {}) | ({} if rows else {"last": 1.0})
             state = {"position": {"version": STATE_VERSION, **position}}
             yield _batch(mine, how.sequence_len, tok.bos, weight), state, stats
-
-
-def _take(plan: Iterator[Any], held: dict[int, _Rendered], rows: int) -> list[list[_Rendered]]:
-    """Return the conversations of the next rows, which leave the buffer."""
-    return [[held.pop(number) for number, *_ in pieces] for pieces, _ in itertools.islice(plan, rows)]
 
 
 def _batch(rows: list[list[_Rendered]], sequence_len: int, bos: int, weight: float) -> dict[str, Tensor]:
@@ -200,11 +194,9 @@ def _arrivals(
     place: _Place,
     waiting: list[int],
     total: int | None,
-    held: dict[int, _Rendered],
     threads: ThreadPoolExecutor,
-    check: Callable[[], None],
-) -> Iterator[int]:
-    """Put conversation after conversation into `held`, count it in `place`, and yield its length."""
+) -> Iterator[tuple[int, _Rendered]]:
+    """Yield (length, conversation) one after another, each counted in `place`."""
 
     def rendered(number: int) -> _Rendered:
         ids, mask = chat_format.render(tok, task.row(number % task.size), how.sequence_len)
@@ -216,14 +208,12 @@ def _arrivals(
     under_way = deque(threads.submit(rendered, number) for number in itertools.islice(numbers, RENDERED_AHEAD))
     arrived = 0
     while under_way:
-        check()
         one = under_way.popleft().result()
         under_way.extend(threads.submit(rendered, number) for number in itertools.islice(numbers, 1))
         if arrived >= len(waiting):
             place.read += 1
         if one.learned[1:].any():
-            held[arrived] = one
-            yield len(one.ids)
+            yield len(one.ids), one
             arrived += 1
         else:
             place.dropped += 1

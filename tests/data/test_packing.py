@@ -3,15 +3,21 @@
 import itertools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.data import plan
+from nanochat.data import packing
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=120)
+
+
+def plan(lengths: Iterable[int], row_tokens: int, buffer_docs: int) -> Iterator[tuple[list, int]]:
+    """The plan over documents that are their own numbers: (pieces, cropped tokens) of each row."""
+    documents = ((length, number) for number, length in enumerate(lengths))
+    return ((row.pieces, row.cropped_tokens) for row in packing.plan(documents, row_tokens, buffer_docs))
 
 
 def reference(lengths: Sequence[int], row_tokens: int, buffer_docs: int) -> Iterator[tuple[list, int]]:
@@ -61,26 +67,22 @@ def test_every_token_is_in_one_row_or_lost(lengths: list[int], row_tokens: int, 
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 30), st.integers(1, 10), st.data())
-def test_goes_on_from_what_is_left_in_the_buffer(
+def test_continues_from_the_waiting_documents(
     lengths: list[int], row_tokens: int, buffer_docs: int, data: st.DataObject
 ) -> None:
     rows = list(plan(lengths, row_tokens, buffer_docs))
     done = data.draw(st.integers(0, len(rows)))
-    loaded = 0
-
-    def counted() -> Iterator[int]:
-        nonlocal loaded
-        for length in lengths:
-            loaded += 1
-            yield length
-
-    first = list(itertools.islice(plan(counted(), row_tokens, buffer_docs), done))
-    used = {doc for pieces, _ in first for doc, _, _ in pieces}
-    left = [doc for doc in range(loaded) if doc not in used]
-    assert len(left) <= buffer_docs, "it read further ahead than the buffer goes"
-    numbers = left + list(range(loaded, len(lengths)))
-    rest = plan([lengths[doc] for doc in numbers], row_tokens, buffer_docs)
-    assert first + [([(numbers[d], a, b) for d, a, b in pieces], lost) for pieces, lost in rest] == rows
+    documents = iter([(length, number) for number, length in enumerate(lengths)])
+    waiting: list[int] = []
+    first = []
+    for row in itertools.islice(packing.plan(documents, row_tokens, buffer_docs), done):
+        first.append((row.pieces, row.cropped_tokens))
+        waiting = list(row.waiting)
+        assert waiting == sorted(waiting) and len(waiting) <= buffer_docs - 1
+        assert row.latest == max([*waiting, *(number for pieces, _ in first for number, *_ in pieces)])
+    rest = itertools.chain([(lengths[number], number) for number in waiting], documents)
+    continued = [(row.pieces, row.cropped_tokens) for row in packing.plan(rest, row_tokens, buffer_docs)]
+    assert first + continued == rows
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,12 @@ def test_goes_on_from_what_is_left_in_the_buffer(
 def test_choices(lengths: list[int], expected: list[list[tuple[int, int, int]]]) -> None:
     rows = [pieces for pieces, _ in plan(lengths, row_tokens=10, buffer_docs=10)]
     assert rows == [row for row in expected if row[-1][2] == 10]
+
+
+def test_padding_leaves_the_end_of_a_row_empty() -> None:
+    documents = zip([5, 4, 4, 9, 3], range(5))
+    rows = [(row.pieces, row.cropped_tokens) for row in packing.plan(documents, 10, 3, pad=True)]
+    assert rows == [([(0, 0, 5), (1, 5, 9)], 0), ([(3, 0, 9)], 0), ([(2, 0, 4), (4, 4, 7)], 0)]
 
 
 def test_buffer_is_full_before_every_choice() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanochat import transform, tree
 from nanochat.config import UserError
-from nanochat.data import Tokenizer, chat_format, packing, tokenizer
+from nanochat.data import Tokenizer, chat_format, tokenizer
 from nanochat.model import loss
 from nanochat.tasks import Task, qa_conversation
 from nanochat.train import Packing, sft
@@ -173,11 +173,6 @@ def test_what_does_not_fit_is_said(tok: Tokenizer):
         collect(tok, task=task(49), state=state)
     with pytest.raises(UserError, match="nothing to learn"):
         collect(tok, task=task(0))
-
-
-def test_padding_leaves_the_end_of_a_row_empty():
-    plan = packing.plan([5, 4, 4, 9, 3], 10, 3, pad=True)
-    assert list(plan) == [([(0, 0, 5), (1, 5, 9)], 0), ([(3, 0, 9)], 0), ([(2, 0, 4), (4, 4, 7)], 0)]
 
 
 def test_the_rows_hold_numbers_of_64_bits(tok: Tokenizer):
