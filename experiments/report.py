@@ -1,14 +1,13 @@
-"""Write the report card of a run: one page with the results of every stage side by side, times, curves and samples.
+"""Write the report of a run: one page with the results, times, curves and samples of every stage side by side.
 
-    python launch.py --experiment=report                              # of the run that was saved last
+    python launch.py --experiment=report                              # of the newest run
     python launch.py --experiment=report --set run=d24_sft
     python launch.py --experiment=report --set run=d24 --set samples=false    # reads files only: seconds, no model
 
-The page is report.md in the run's folder, its pictures lie in report/ beside it. It covers the run and those that it
-was made from (an RL run: base, mid, SFT, RL), whatever of them is there. Evaluations are those on the way, and those
-that --experiment=eval_base and --experiment=eval_chat have left. A run that is not finished gets a page as well.
-Samples are made for the page from each stage's checkpoint, greedily; under torchrun by rank 0 alone. Takes seconds,
-and where there are samples as long as it takes to load the models.
+The page is report.md in the run's folder, with its charts in report/ beside it. It covers the run and its ancestors (of
+an RL run: base, mid, SFT, RL), as far as they exist, finished or not, with the evaluations made during training and
+those of --experiment=eval_base and --experiment=eval_chat. Samples are drawn greedily from each stage's checkpoint.
+Takes seconds, plus loading the models if there are samples.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ class Config:
     """What to report on.
 
     Attributes:
-        run: a run's name, or the path of its folder; none: the run that was saved last.
-        samples: whether the page has some. prompts: what base models go on with. questions: what the others answer.
-        sample_tokens, answer_tokens: of each at most.
-        gpus: that the runs had, for their cost; none: those of this machine, or of this job if it has more.
-        device, dtype: of the samples; auto, or as in `runtime.create`.
+        run: a run's name, or the path of its folder; default: the newest run.
+        samples: add samples to the page. prompts: completed by base models. questions: answered by chat models.
+        sample_tokens, answer_tokens: limit of each.
+        gpus: how many the runs used, to estimate the cost; default: those of this machine, or of this job if more.
+        device: auto, cpu, cuda or mps, for the samples. dtype: auto, float32, bfloat16 or float16.
     """
 
     run: str | None = None
@@ -70,17 +69,15 @@ class Config:
 
 
 def config() -> Config:
-    """Return the defaults."""
     return Config()
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Write the page, and say where it is."""
     make(config, runtime, {})
 
 
 def make(config: Config, runtime: Runtime, seconds: Mapping[str, float]) -> None:
-    """Write the page; `seconds` tells what else took time, and how long."""
+    """Write the page; `seconds`: what else took time -> seconds."""
     line = distributed.create_group()
     with distributed.raise_on_any_failure(line):
         if runtime.is_main:
@@ -88,43 +85,42 @@ def make(config: Config, runtime: Runtime, seconds: Mapping[str, float]) -> None
             samples = sampled(config, runtime, runs) if config.samples else []
             page = metrics.report.write(runs, machine(config, runtime), samples, seconds=seconds)
             print(metrics.report.results(runs))
-            print(f"\nreport card of {' → '.join(one.name for one in runs)}: {page}")
+            print(f"\nreport of {' → '.join(info.name for info in runs)}: {page}")
     distributed.destroy_group(line)
 
 
 def machine(config: Config, runtime: Runtime) -> metrics.Machine:
-    """Return what this machine is, and what its GPUs cost."""
     names = hardware.gpus()
     count = max(len(names), runtime.world_size) if config.gpus is None else config.gpus
     return metrics.Machine(hardware.system_info(), hardware.dollars_per_hour(names[:1] * count))
 
 
 def sampled(config: Config, runtime: Runtime, runs: Sequence[RunInfo]) -> list[metrics.Sample]:
-    """Return what each stage's model makes of the prompts; a stage whose checkpoint is gone is left out."""
-    found = []
-    for one in runs:
-        if one.step not in one.steps:
+    """Return completions by each stage's model, without the stages whose checkpoint is gone."""
+    samples = []
+    for info in runs:
+        if info.step not in info.steps:
             continue
-        bot = checkpoint.load(one.folder, step=one.step, device=runtime.device, dtype=runtime.compute_dtype)
-        texts = config.prompts if one.stage == "base" else config.questions
-        limit = config.sample_tokens if one.stage == "base" else config.answer_tokens
-        sample = functools.partial(metrics.Sample, one.stage, chat=one.stage != "base")
-        found += [sample(text, said) for text, said in zip(texts, completions(bot, one.stage, texts, limit))]
-    return found
+        loaded = checkpoint.load(info.folder, step=info.step, device=runtime.device, dtype=runtime.compute_dtype)
+        texts = config.prompts if info.stage == "base" else config.questions
+        limit = config.sample_tokens if info.stage == "base" else config.answer_tokens
+        sample = functools.partial(metrics.Sample, info.stage, chat=info.stage != "base")
+        samples += map(sample, texts, completions(loaded, info.stage, texts, limit))
+    return samples
 
 
-def completions(bot: Pretrained, stage: str, texts: Sequence[str], max_tokens: int) -> list[str]:
-    """Return what follows each text, or what is answered to it, greedily; a text too long for the context is cut."""
+def completions(loaded: Pretrained, stage: str, texts: Sequence[str], max_tokens: int) -> list[str]:
+    """Return the greedy completion of each text, or the answer to it; texts are truncated to the context."""
     if not texts:
         return []
-    tok, room = bot.tokenizer, bot.config.sequence_len - 2
-    decoder = infer.start(bot.params, bot.config, tok, slots=len(texts), compile=False, exact=True)
+    tok, room = loaded.tokenizer, loaded.config.sequence_len - 2
+    engine = infer.start(loaded.params, loaded.config, tok, slots=len(texts), compile=False, exact=True)
     if stage == "base":
         prompts = [[tok.bos, *tok.encode(text)][:room] for text in texts]
     else:
         prompts = [chat_format.prompt(tok, [{"role": "user", "content": text}])[-room:] for text in texts]
     answers: list[list[int]] = [[] for _ in texts]
-    for event in infer.run(decoder, [infer.Request(tuple(ids), max_tokens, 0.0, 0) for ids in prompts]):
+    for event in infer.run(engine, [infer.Request(tuple(ids), max_tokens, 0.0, 0) for ids in prompts]):
         answers[int(str(event.key))].append(event.token)
         if event.finish == "stop" and stage == "base":
             answers[int(str(event.key))].pop()
@@ -132,7 +128,7 @@ def completions(bot: Pretrained, stage: str, texts: Sequence[str], max_tokens: i
 
 
 def answer(tok: Tokenizer, ids: Sequence[int]) -> str:
-    """Return an answer as text, with [call → result] where a tool was used."""
+    """Return an answer as text, with [call → result] for tool calls."""
     content = chat_format.content(tok, ids)
     if isinstance(content, str):
         return content

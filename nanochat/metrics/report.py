@@ -1,7 +1,7 @@
-"""The report card of a run and its ancestors: one markdown page, with curves as SVG beside it.
+"""The report of a run and its ancestors: one markdown page, with its charts as SVG files beside it.
 
-Everything is read from the runs' folders (`record`). What is not there is a dash, or a section less: the page can be
-written for a run that was never evaluated, is under way, or has lost a file.
+Everything is read from the run folders. What is missing is a dash or a missing section, so a report can be written for
+a run that is still training, was never evaluated, or has lost a file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from nanochat.metrics.run_folder import RunInfo
 from nanochat.text import format_count, format_duration
 
 STAGES = ("base", "mid", "sft", "rl")
-# Rows of the table of results, in this order; what else was measured follows.
+# The first rows of the results table; other metrics follow.
 NAMED = (
     ("CORE", "core/CORE"),
     ("ARC-Easy", "chat/ARC-Easy"),
@@ -31,12 +31,7 @@ PASS = "rl/pass_at_"
 
 
 class Sample(NamedTuple):
-    """What a model made of a prompt.
-
-    Attributes:
-        title: of the run's stage. prompt: as given. text: the continuation or the answer.
-        chat: whether it is an answer in a conversation.
-    """
+    """A model's completion of a prompt (of a conversation if `chat`); `title` is the run's stage."""
 
     title: str
     prompt: str
@@ -45,7 +40,7 @@ class Sample(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """Where the page is written: facts by name, and dollars an hour of its GPUs, None without one."""
+    """Facts about the machine by name, and the price of its GPUs, None without one."""
 
     facts: Mapping[str, str]
     dollars_per_hour: float | None
@@ -59,23 +54,23 @@ def write(
     seconds: Mapping[str, float] | None = None,
     root: Path = hardware.ROOT,
 ) -> Path:
-    """Write report.md and its pictures into the folder of the last of `runs`; return the page's path.
+    """Write report.md and its charts into the folder of the last of `runs`; return the path of report.md.
 
     Args:
-        runs: as from `record.chain`, the oldest first. here: the machine. samples: of the models.
-        seconds: what else took time -> how long. root: of the code.
+        runs: the oldest first, as from `run_folder.ancestors`.
+        seconds: what else took time -> seconds. root: the folder of the code.
     """
     folder = runs[-1].folder
-    pictures = draw(runs, folder / "report")
+    charts = draw(runs, folder / "report")
     sections = [
-        heading(runs),
+        title(runs),
         results(runs),
         core_tasks(runs),
         times(runs, here.dollars_per_hour, seconds or {}),
-        curves(pictures),
-        said(samples),
-        models(runs),
-        surroundings(runs, here, root),
+        curves_section(charts),
+        samples_section(samples),
+        model_section(runs),
+        environment(runs, here, root),
         settings(runs),
     ]
     path = folder / "report.md"
@@ -88,8 +83,7 @@ def write(
 # Sections
 
 
-def heading(runs: Sequence[RunInfo]) -> str:
-    """Return the title, and where the runs stand."""
+def title(runs: Sequence[RunInfo]) -> str:
     lines = [f"# Report: {runs[-1].name}", ""]
     for one in runs:
         total = one.meta.get("num_steps") or one.settings.get("num_iterations")
@@ -97,7 +91,7 @@ def heading(runs: Sequence[RunInfo]) -> str:
         if not one.step:
             state = f"no checkpoint yet, step {one.last_step:,}{of}"
         elif one.last_step > one.step and one is runs[-1]:
-            state = f"checkpoint of step {one.step:,}, under way at step {one.last_step:,}{of}"
+            state = f"checkpoint of step {one.step:,}, now at step {one.last_step:,}{of}"
         elif one is runs[-1] and not one.done:
             state = f"step {one.step:,}{of}, not finished"
         else:
@@ -106,35 +100,35 @@ def heading(runs: Sequence[RunInfo]) -> str:
     first = runs[0].parent
     if first:
         lines.append(
-            f"- begun with `{first['run']}`, step {first['step']:,} ({first['stage']}), which is not there any more"
+            f"- started from `{first['run']}`, step {first['step']:,} ({first['stage']}), whose folder is gone"
         )
     return "\n".join(lines)
 
 
 def results(runs: Sequence[RunInfo]) -> str:
-    """Return the table of metrics by stage; what no stage has is named below it."""
-    found = {one.stage: run_folder.scores(one) for one in runs}
-    there = {key for scores in found.values() for key in scores}
+    """Return the table of metrics by stage, with the missing ones named below it."""
+    by_stage = {one.stage: run_folder.scores(one) for one in runs}
+    present = {key for scores in by_stage.values() for key in scores}
     named = [key for _, key in NAMED]
-    others = sorted(key for key in there - set(named) if key.startswith("chat/"))
+    others = sorted(key for key in present - set(named) if key.startswith("chat/"))
     rows = [*NAMED, *((key.removeprefix("chat/"), key) for key in others)]
-    rows += [(f"solved by any of {k}", f"{PASS}{k}") for k in (1, 8) if f"{PASS}{k}" in there]
+    rows += [(f"pass@{k}", f"{PASS}{k}") for k in (1, 8) if f"{PASS}{k}" in present]
     steps = {one.stage: one.step for one in runs}
-    stages = [stage for stage in STAGES if stage in found]
+    stages = [stage for stage in STAGES if stage in by_stage]
     lines = [["", *(stage.upper() for stage in stages)]]
-    notes = ["CORE and ChatCORE are centered: 0 is guessing, 1 perfect. Tasks: the share that was right."]
-    if "base" in found and len(found) > 1:
-        notes.append("Bits per byte are of text in BASE, of conversations afterwards, and cannot be compared.")
-    partial = "\\* measured on the way, maybe on a part of the problems."
-    missing = [title for title, key in rows if key not in there]
+    notes = ["CORE and ChatCORE are centered: 0 is random guessing, 1 is perfect. Tasks: accuracy."]
+    if "base" in by_stage and len(by_stage) > 1:
+        notes.append("Bits per byte: BASE on documents, later stages on conversations; not comparable.")
+    partial = "\\* measured during training, possibly on a subset of the problems."
+    missing = [title for title, key in rows if key not in present]
     for title, key in rows:
-        if key not in there:
+        if key not in present:
             continue
         cells = []
         for stage in stages:
-            score = found[stage].get(key)
+            score = by_stage[stage].get(key)
             cell = "-" if score is None else f"{score.value:.4f}"
-            if score and not score.whole and key.startswith(("chat/", "core/")):
+            if score and not score.complete and key.startswith(("chat/", "core/")):
                 cell += "\\*"
                 notes += [partial] * (partial not in notes)
             if score and steps[stage] and score.step != steps[stage]:
@@ -142,19 +136,19 @@ def results(runs: Sequence[RunInfo]) -> str:
             cells.append(cell)
         lines.append([title, *cells])
     if missing:
-        notes.append(f"Not measured: {', '.join(missing)}. `--experiment=eval_base` and `eval_chat` do that.")
+        notes.append(f"Not measured: {', '.join(missing)}. Run `--experiment=eval_base` and `--experiment=eval_chat`.")
     shown = [table(lines)] if len(lines) > 1 else []
     return "\n\n".join(["## Results", *shown, "\n".join(f"- {note}" for note in notes)])
 
 
 def core_tasks(runs: Sequence[RunInfo]) -> str:
-    """Return the tasks of CORE by stage, folded, or nothing where there are none."""
-    found = {one.stage: run_folder.scores(one) for one in runs}
+    """Return the CORE tasks by stage, collapsed; empty if there are none."""
+    by_stage = {one.stage: run_folder.scores(one) for one in runs}
     prefix, suffix = "core/", "/accuracy"
-    keys = {key for scores in found.values() for key in scores}
+    keys = {key for scores in by_stage.values() for key in scores}
     names = sorted(k.removeprefix(prefix) for k in keys if k.startswith(prefix) and not k.endswith(suffix))
     names = [name for name in names if name != "CORE"]
-    stages = [stage for stage in STAGES if any(f"{prefix}{name}" in found.get(stage, {}) for name in names)]
+    stages = [stage for stage in STAGES if any(f"{prefix}{name}" in by_stage.get(stage, {}) for name in names)]
     if not names:
         return ""
     lines = [["task", *(f"{stage.upper()} {what}" for stage in stages for what in ("accuracy", "centered"))]]
@@ -162,20 +156,18 @@ def core_tasks(runs: Sequence[RunInfo]) -> str:
         cells = []
         for stage in stages:
             for key in (f"{prefix}{name}{suffix}", f"{prefix}{name}"):
-                score = found[stage].get(key)
+                score = by_stage[stage].get(key)
                 cells.append("-" if score is None else f"{score.value:.4f}")
         lines.append([name, *cells])
-    return folded("CORE by task", table(lines))
+    return collapsed("CORE by task", table(lines))
 
 
 def times(runs: Sequence[RunInfo], dollars_per_hour: float | None, seconds: Mapping[str, float]) -> str:
-    """Return the table of steps, tokens, time and cost by stage, and their sums."""
-    lines = [["", "steps", "tokens", "steps alone", "wall time", "tokens/s", "cost"]]
+    lines = [["", "steps", "tokens", "training time", "wall time", "tokens/s", "cost"]]
     totals = [0.0, 0.0]
     for one in runs:
         tokens, alone, wall = run_folder.step_tokens(one), run_folder.train_seconds(one), run_folder.wall_seconds(one)
-        # An old record tells the steps only.
-        spent = wall or alone
+        spent = wall or alone  # old runs recorded the steps alone
         totals = [total + (x or 0.0) for total, x in zip(totals, (alone, spent))]
         speed = tokens * one.last_step / alone if tokens and alone else None
         cells = [
@@ -190,57 +182,45 @@ def times(runs: Sequence[RunInfo], dollars_per_hour: float | None, seconds: Mapp
     for name, wall in seconds.items():
         totals[1] += wall
         lines.append([name, "", "", "", format_duration(wall), "", dollars(wall, dollars_per_hour)])
-    lines.append(
-        [
-            "total",
-            "",
-            "",
-            format_duration(totals[0]),
-            format_duration(totals[1]),
-            "",
-            dollars(totals[1], dollars_per_hour),
-        ]
-    )
-    text = "Wall time has the evaluations on the way in it, not those afterwards, nor the time between stop and resume."
+    sums = (format_duration(total) for total in totals)
+    lines.append(["total", "", "", *sums, "", dollars(totals[1], dollars_per_hour)])
+    text = "Wall time includes the evaluations during training, not later ones, nor the time between stop and resume."
     if dollars_per_hour is not None:
-        text += f" Cost: an estimate, at ${dollars_per_hour:.2f} an hour."
+        text += f" Cost: estimated at ${dollars_per_hour:.2f} per hour."
     return "\n\n".join(["## Time", table(lines), text])
 
 
 def dollars(seconds: float | None, dollars_per_hour: float | None) -> str:
-    """Return what so much time costs, or a dash."""
     return "-" if not seconds or dollars_per_hour is None else f"${seconds / 3600 * dollars_per_hour:,.2f}"
 
 
-def curves(pictures: Mapping[str, Path]) -> str:
-    """Return the pictures."""
-    images = [f"![{title}](report/{path.name})" for title, path in pictures.items()]
+def curves_section(charts: Mapping[str, Path]) -> str:
+    images = [f"![{title}](report/{path.name})" for title, path in charts.items()]
     return "\n\n".join(["## Curves", *images]) if images else ""
 
 
-def said(samples: Sequence[Sample]) -> str:
-    """Return what the models made of the prompts, those of one prompt beside each other."""
+def samples_section(samples: Sequence[Sample]) -> str:
+    """Return the samples, those of one prompt next to each other."""
     parts = []
-    for chat, title in ((False, "The base model goes on with a text:"), (True, "Answers:")):
+    for chat, title in ((False, "Completions of the base model:"), (True, "Answers:")):
         chosen = [sample for sample in samples if sample.chat == chat]
         blocks = []
         for prompt in dict.fromkeys(sample.prompt for sample in chosen):
-            found = [sample for sample in chosen if sample.prompt == prompt]
-            lines = [f"{one.title + ':':<6}{one.text}" if chat else f"{prompt}{one.text}" for one in found]
+            same = [sample for sample in chosen if sample.prompt == prompt]
+            lines = [f"{one.title + ':':<6}{one.text}" if chat else f"{prompt}{one.text}" for one in same]
             blocks.append("\n".join([f"user: {prompt}", *lines] if chat else lines))
         parts += [title, fenced("\n\n".join(blocks))] if blocks else []
     return "\n\n".join(["## Samples", *parts]) if parts else ""
 
 
-def models(runs: Sequence[RunInfo]) -> str:
-    """Return the size of the model, where a checkpoint tells."""
+def model_section(runs: Sequence[RunInfo]) -> str:
     shape = next((one.shape for one in runs if one.shape), None)
     if shape is None:
         return ""
     counts = model.count(shape)
     facts = {
         "layers": f"{shape.n_layer} of width {shape.n_embd}, {shape.n_head} heads of {shape.head_dim}",
-        "parameters": f"{counts['total']:,} ({counts['scaling']:,} of them in matrices and unembedding)",
+        "parameters": f"{counts['total']:,} ({counts['scaling']:,} in matrices and unembedding)",
         "vocabulary": f"{shape.vocab_size:,} tokens",
         "context": f"{shape.sequence_len:,} tokens",
     }
@@ -252,8 +232,8 @@ def models(runs: Sequence[RunInfo]) -> str:
     return "\n\n".join(["## Model", facts_table(facts)])
 
 
-def surroundings(runs: Sequence[RunInfo], here: Machine, root: Path) -> str:
-    """Return the state of the code, the machine and versions."""
+def environment(runs: Sequence[RunInfo], here: Machine, root: Path) -> str:
+    """Return the state of the code, the machine, and package versions."""
     facts = {}
     if git := hardware.git_info(root):
         changed = f", with changes in {git.changed} files" if git.changed else ""
@@ -261,48 +241,47 @@ def surroundings(runs: Sequence[RunInfo], here: Machine, root: Path) -> str:
     size = hardware.code_size(root)
     facts["code"] = (
         f"{size.files} files, {size.lines:,} lines, {size.bytes:,} bytes (about {size.bytes // 4:,} tokens); "
-        f"{size.dependencies} packages asked for"
+        f"{size.dependencies} dependencies"
     )
     facts |= {name: escaped(text) for name, text in here.facts.items()}
     if here.dollars_per_hour is not None:
-        facts["price"] = f"${here.dollars_per_hour:.2f} an hour, an estimate"
+        facts["price"] = f"about ${here.dollars_per_hour:.2f} per hour"
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in hardware.versions().items())
     trained = dict.fromkeys(str(one.meta["torch"]) for one in runs if one.meta.get("torch"))
     if trained:
         facts["trained with"] = ", ".join(f"torch {version}" for version in trained)
-    return "\n\n".join(["## Code and machine", facts_table(facts), "As they are where this page was written."])
+    return "\n\n".join(["## Code and machine", facts_table(facts), "At the time of this report."])
 
 
 def settings(runs: Sequence[RunInfo]) -> str:
-    """Return the runs' settings, folded."""
     parts = []
     for one in runs:
         if flat := dotted(one.settings):
             width = max(map(len, flat))
             text = "\n".join(f"{name:<{width}}  {value}" for name, value in flat.items())
-            parts.append(folded(f"{one.stage.upper()}: settings of {one.name}", fenced(text)))
+            parts.append(collapsed(f"{one.stage.upper()}: settings of {one.name}", fenced(text)))
     return "\n\n".join(["## Settings", *parts]) if parts else ""
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted name."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        found |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
-# Pictures
+# Charts
 
 
 def draw(runs: Sequence[RunInfo], folder: Path) -> dict[str, Path]:
-    """Draw the curves that there is data for; return {title: file}."""
-    found: dict[str, Path] = {}
+    """Draw all curves that have data; return {title: file}."""
+    charts: dict[str, Path] = {}
 
     def chart(title: str, file: str, series: Mapping[str, run_folder.Curve], y_label: str) -> None:
         kept = {name: points for name, points in series.items() if points[0]}
         if kept:
-            found[title] = folder / file
+            charts[title] = folder / file
             plots.line_chart(folder / file, kept, title=title, x_label="step", y_label=y_label)
 
     for one in runs:
@@ -316,17 +295,16 @@ def draw(runs: Sequence[RunInfo], folder: Path) -> dict[str, Path]:
         chart(f"{title}: reward", f"{one.stage}_reward.svg", rewards, "mean reward")
         lengths = {"answers": curve(one, "rl/answer_tokens")}
         chart(f"{title}: length of answers", f"{one.stage}_length.svg", lengths, "tokens")
-        passes = {f"any of {k}": curve(one, f"{PASS}{k}") for k in (1, 2, 4, 8)}
-        chart(f"{title}: test problems solved", f"{one.stage}_pass.svg", passes, "share of problems")
+        passes = {f"pass@{k}": curve(one, f"{PASS}{k}") for k in (1, 2, 4, 8)}
+        chart(f"{title}: pass@k on test problems", f"{one.stage}_pass.svg", passes, "share of problems")
         names = dict.fromkeys(name for row in one.rows for name in row if name.startswith("chat/"))
         scores = {name.removeprefix("chat/"): curve(one, name) for name in names}
         scores = {name: points for name, points in scores.items() if len(points[0]) > 1}
-        chart(f"{title}: tasks on the way", f"{one.stage}_chat.svg", scores, "share that was right")
-    return found
+        chart(f"{title}: tasks during training", f"{one.stage}_chat.svg", scores, "accuracy")
+    return charts
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the running mean of a noisy curve."""
     state, means = None, []
     for value in values:
         state, mean = logger.ema(state, value)
@@ -335,7 +313,6 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def curve(one: RunInfo, name: str) -> run_folder.Curve:
-    """Return the curve of a metric over the steps."""
     return logger.curve(one.rows, name)
 
 
@@ -343,7 +320,7 @@ def curve(one: RunInfo, name: str) -> run_folder.Curve:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return a markdown table whose columns line up in the text as well; the first row is its head."""
+    """Return a markdown table, aligned as plain text too; the first row is the header."""
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
@@ -355,25 +332,24 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def facts_table(facts: Mapping[str, str]) -> str:
-    """Return facts as a table of two columns; what they say may be long, and is not lined up."""
+    """Return a table of two columns; the texts may be long, so they are not aligned."""
     return "\n".join(["| | |", "|:--|:--|", *(f"| {name} | {text} |" for name, text in facts.items())])
 
 
 def fenced(text: str) -> str:
-    """Return text as it stands, but for what cannot be printed, in a fence that nothing in it can close."""
+    """Return text as a code block that nothing in it can close; unprintable characters are replaced."""
     text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
 
 
-def folded(title: str, text: str) -> str:
-    """Return text that opens on a click."""
+def collapsed(title: str, text: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def escaped(text: str) -> str:
-    """Return a line of text so that markdown and a table's cell show it as it is."""
+    """Escape markdown, for a table cell too."""
     for mark in "\\`*_<>|[]":
         text = text.replace(mark, f"\\{mark}")
     return text
