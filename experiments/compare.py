@@ -1,17 +1,17 @@
 """Compare two pretraining runs: bits per byte at equal FLOPs and at equal time, each with a confidence interval.
 
     python launch.py --experiment=compare d12 d12_muon
-    torchrun --nproc_per_node=8 launch.py --experiment=compare a1,a2,a3 'b*'       # several seeds on a side
+    torchrun --nproc_per_node=8 launch.py --experiment=compare a1,a2,a3 'b*'       # several seeds on each side
 
-Both are evaluated on the same pieces of validation text: the rows of their own evaluations where tokenizer, context and
-data agree, else documents, cut to what fits into every context. The interval is that of the paired differences, so it
-covers which text happens to validate. How much another seed would change is covered if there are two runs or more on a
-side (the same settings, another seed), and only then.
+Both are evaluated on the same pieces of validation text: the packed rows of their own evaluations if tokenizer, context
+and data are equal, else documents, truncated to fit every context. The interval is that of the paired differences, so
+it covers the choice of validation text. It covers the seeds as well if a side has two or more runs (same settings,
+different seeds), and only then.
 
-FLOPs and time are those of the shortest of the runs; a longer one is read off its curve there, in the middle of its
-learning-rate schedule, which is said. Time is that of the steps, by each run's median step, on the machine it ran on.
-Prints a table and a sentence; draws the curves and their difference into compare/<a>_<b> under the base folder. Takes
-as long as an evaluation of each run.
+FLOPs and time are those of the shortest run. A longer run is read off its curve there, in the middle of its
+learning-rate schedule; a note says so. Time is the median step time of each run on the machine it ran on.
+Prints a table and a conclusion; plots the curves and their difference into compare/<a>_<b> in the base folder. Takes as
+long as an evaluation of each run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2**14
 AXES = {"FLOPs": "training FLOPs", "time": "training time in minutes"}
-SHORT_OF_ITS_END = 0.97  # of a run: before that, its learning rate is still well above its last
+SCHEDULE_END = 0.97  # before this fraction of a run, its learning rate is still well above the last one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,11 @@ class Config:
     """What to compare.
 
     Attributes:
-        args: the two sides, given as words: a run's name, several with commas between them, or a pattern with *.
+        args: the two sides as positional arguments: a run, several separated by commas, or a pattern with *.
         tokens: of validation text; none: as many as the runs' own evaluations.
-        source: of documents, where rows cannot be the same; none: the first run's.
-        device, dtype: auto, or as in `runtime.create`.
+        source: of documents, if the rows cannot be the same; none: the first run's.
+        device: auto, cpu or cuda.
+        dtype: auto, float32, bfloat16 or float16.
     """
 
     args: tuple[str, ...] = ()
@@ -67,21 +68,21 @@ class Config:
 
 
 class Side(NamedTuple):
-    """One of the two: its runs, the steps of their checkpoints that are measured, and what was measured.
+    """One side of the comparison.
 
     Attributes:
-        name: as it is shown. records: one a seed. steps: one of each record.
-        nats: (pieces,) of each record, once they are measured.
+        runs: one for each seed. steps: the checkpoint of each run that is measured.
+        nats: (pieces,) summed loss of each run on each piece of text, once measured.
     """
 
     name: str
-    records: list[RunInfo]
+    runs: list[RunInfo]
     steps: list[int]
     nats: list[np.ndarray]
 
 
-class Found(NamedTuple):
-    """The comparison along one axis: where, the bits per byte of each run there, their difference."""
+class Comparison(NamedTuple):
+    """The comparison at `limit` of an axis: bits per byte of each run of both sides, and their difference."""
 
     limit: float
     values: tuple[list[float], list[float]]
@@ -89,40 +90,41 @@ class Found(NamedTuple):
 
 
 def config() -> Config:
-    """Return the defaults."""
     return Config()
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Find the runs, measure them on the same text, and say how they differ."""
+    """Find the runs, measure them on the same text, and report how they differ."""
     if len(config.args) != 2:
-        raise UsageError("compare takes two words, the runs: python launch.py --experiment=compare <a> <b>")
-    line = distributed.create_group()
-    with distributed.raise_on_any_failure(line):
-        sides = [side(word) for word in config.args]
-        meant = [one for side in sides for one in side.records]
-        limits = {axis: min(curve(one, axis)[0][-1] for one in meant) for axis in AXES}
-        steps = [[measured_step(one, limits["FLOPs"]) for one in side.records] for side in sides]
-    sides = [side._replace(steps=chosen) for side, chosen in zip(sides, steps)]
-    print("\n".join(described(sides)), flush=True)
-    pieces, sizes, sides = measure(config, runtime, sides, line)
-    found = {axis: compared(sides, sizes, axis, limit) for axis, limit in limits.items()}
-    print(f"\n{table(sides, found)}\n")
+        raise UsageError("compare takes two arguments, the runs: python launch.py --experiment=compare <a> <b>")
+    group = distributed.create_group()
+    with distributed.raise_on_any_failure(group):
+        sides = [find_side(text) for text in config.args]
+        limits = {axis: min(curve(info, axis)[0][-1] for side in sides for info in side.runs) for axis in AXES}
+        sides = [s._replace(steps=[nearest_checkpoint(info, limits["FLOPs"]) for info in s.runs]) for s in sides]
+    print("\n".join(describe(sides)), flush=True)
+    unit, sizes, sides = measure(config, runtime, sides, group)
+    results = {axis: compare(sides, sizes, axis, limit) for axis, limit in limits.items()}
+    print(f"\n{format_table(sides, results)}\n")
     print("\n".join(f"note: {note}" for note in notes(sides, limits["FLOPs"])))
-    print(f"{verdict(sides, found)}\n{covered(sides, pieces, len(sizes))}")
+    print(f"{conclusion(sides, results)}\n{coverage(sides, unit, len(sizes))}")
     if runtime.is_main:
         folder = base_dir() / "compare" / re.sub(r"[^\w.,-]+", "-", f"{sides[0].name}_{sides[1].name}")
-        draw(folder, sides, found)
+        plot(folder, sides, results)
         print(f"curves and their difference: {folder}")
 
 
-# The runs
+# Runs
 
 
-def side(word: str) -> Side:
-    """Return the runs that a word names. Raises: UserError: none, or one that is no pretraining run with a curve."""
+def find_side(text: str) -> Side:
+    """Return the runs of one side.
+
+    Raises:
+        UserError: there are none, or one is not a pretraining run with evaluations and a checkpoint.
+    """
     folders = []
-    for name in word.split(","):
+    for name in text.split(","):
         if "*" in name:
             matching = sorted(p for p in checkpoint.runs_folder().glob(name) if (p / metrics.logger.FILE).exists())
             if not matching:
@@ -130,158 +132,160 @@ def side(word: str) -> Side:
             folders += matching
         elif name:
             folders.append(metrics.run_folder.find_run(name))
-    records = [metrics.run_folder.read_run(folder) for folder in folders]
-    if not records:
-        raise UsageError(f"{word!r}: names no run")
-    for one in records:
-        if one.stage != "base":
-            raise UserError(f"run {one.name} is of stage {one.stage}: compare is for pretraining runs")
-        if not one.steps:
-            raise UserError(f"run {one.name} has no checkpoint yet")
-        if not metrics.logger.curve(one.rows, "val/bpb")[0]:
-            raise UserError(f"run {one.name} has no evaluation in its metrics.jsonl: it has no curve to compare")
-    return Side(word, records, [], [])
+    runs = [metrics.run_folder.read_run(folder) for folder in folders]
+    if not runs:
+        raise UsageError(f"{text!r}: names no run")
+    for info in runs:
+        if info.stage != "base":
+            raise UserError(f"run {info.name} is of stage {info.stage}: compare is for pretraining runs")
+        if not info.steps:
+            raise UserError(f"run {info.name} has no checkpoint yet")
+        if not metrics.logger.curve(info.rows, "val/bpb")[0]:
+            raise UserError(f"run {info.name} has no evaluation in its metrics.jsonl, so there is no curve to compare")
+    return Side(text, runs, [], [])
 
 
-def curve(one: RunInfo, axis: str) -> Curve:
+def curve(info: RunInfo, axis: str) -> Curve:
     """Return (FLOPs or minutes, bits per byte) of a run's evaluations."""
-    steps, values = metrics.logger.curve(one.rows, "val/bpb")
-    each = metrics.run_folder.step_flops(one) if axis == "FLOPs" else (metrics.run_folder.step_seconds(one) or 0.0) / 60
-    if not each:
-        raise UserError(f"run {one.name}: its metrics.jsonl does not tell the {axis} of a step")
-    return [each * step for step in steps], values
+    steps, values = metrics.logger.curve(info.rows, "val/bpb")
+    flops, seconds = metrics.run_folder.step_flops(info), metrics.run_folder.step_seconds(info)
+    per_step = flops if axis == "FLOPs" else (seconds or 0.0) / 60
+    if not per_step:
+        raise UserError(f"run {info.name}: its metrics.jsonl lacks the {axis} of a step")
+    return [per_step * step for step in steps], values
 
 
-def measured_step(one: RunInfo, flops: float) -> int:
-    """Return the checkpoint next to so many FLOPs, of those that lie on the run's curve."""
-    xs, _ = curve(one, "FLOPs")
-    each = metrics.run_folder.step_flops(one) or 1.0
-    there = [step for step in one.steps if xs[0] <= each * step <= xs[-1]]
-    if not there:
-        raise UserError(f"run {one.name} has no checkpoint of after its first evaluation")
-    return min(there, key=lambda step: abs(each * step - flops))
+def nearest_checkpoint(info: RunInfo, flops: float) -> int:
+    """Return the step of the checkpoint nearest to `flops`, of those that lie on the run's curve."""
+    xs, _ = curve(info, "FLOPs")
+    per_step = metrics.run_folder.step_flops(info) or 1.0
+    steps = [step for step in info.steps if xs[0] <= per_step * step <= xs[-1]]
+    if not steps:
+        raise UserError(f"run {info.name} has no checkpoint after its first evaluation")
+    return min(steps, key=lambda step: abs(per_step * step - flops))
 
 
-def described(sides: Sequence[Side]) -> Iterator[str]:
-    """Yield lines that say what is compared, and in which settings the two differ."""
+def describe(sides: Sequence[Side]) -> Iterator[str]:
+    """Yield lines with the checkpoints that are compared and the settings that differ."""
     for side in sides:
-        for one, step in zip(side.records, side.steps):
-            flops = metrics.run_folder.step_flops(one) or math.nan
-            yield f"{one.name}: checkpoint of step {step:,} of {one.last_step:,}, {flops:.3g} FLOPs a step"
-    a, b = (flat(side.records[0]) for side in sides)
+        for info, step in zip(side.runs, side.steps):
+            flops = metrics.run_folder.step_flops(info) or math.nan
+            yield f"{info.name}: checkpoint of step {step:,} of {info.last_step:,}, {flops:.3g} FLOPs a step"
+    a, b = (settings(side.runs[0]) for side in sides)
     changed = [name for name in a if name in b and a[name] != b[name] and name not in ("name", "seed", "resume")]
     yield "settings that differ: " + (", ".join(f"{n} {a[n]} → {b[n]}" for n in changed) or "none but name and seed")
 
 
-def flat(one: RunInfo) -> dict[str, Any]:
+def settings(info: RunInfo) -> dict[str, Any]:
     """Return a run's settings by dotted name."""
-    return dict(one.meta.get("config", {}))
+    return dict(info.meta.get("config", {}))
 
 
-# The measurement
+# Measurement
 
 
 def measure(
-    config: Config, runtime: Runtime, sides: Sequence[Side], line: ControlGroup
+    config: Config, runtime: Runtime, sides: Sequence[Side], group: ControlGroup
 ) -> tuple[str, np.ndarray, list[Side]]:
-    """Return (what the pieces are, their bytes, the sides with the nats of each run on each piece)."""
-    every = [(one, step) for side in sides for one, step in zip(side.records, side.steps)]
-    with distributed.raise_on_any_failure(line):
-        toks = [tokenizer_of(one, step) for one, step in every]
-        identities = [identity(one, tok) for (one, _), tok in zip(every, toks)]
-        first = every[0][0]
-        tokens = config.tokens or first.settings.get("eval", {}).get("tokens") or 2**20
-        rows = config.source is None and all(other == identities[0] for other in identities)
-        texts = [] if rows else documents(config, every, toks, tokens)
+    """Return ("rows" or "documents", the bytes of each piece of text, the sides with their nats)."""
     import torch
 
+    checkpoints = [(info, step) for side in sides for info, step in zip(side.runs, side.steps)]
+    with distributed.raise_on_any_failure(group):
+        tokenizers = [load_tokenizer(info, step) for info, step in checkpoints]
+        identities = [rows_identity(info, tok) for (info, _), tok in zip(checkpoints, tokenizers)]
+        tokens = config.tokens or checkpoints[0][0].settings.get("eval", {}).get("tokens") or 2**20
+        same_rows = config.source is None and all(identity == identities[0] for identity in identities)
+        texts = [] if same_rows else documents(config, checkpoints, tokenizers, tokens)
     sizes, nats = np.zeros(0), []
-    for (one, step), tok in zip(every, toks):
-        with distributed.raise_on_any_failure(line):
-            bot = checkpoint.load(one.folder, step=step, device=runtime.device, dtype=runtime.compute_dtype)
-        context = bot.config.sequence_len
-        batches = as_rows(one, tok, tokens, context, runtime) if rows else as_batches(texts, tok, context, runtime)
-        found: list[Any] = []
+    for (info, step), tok in zip(checkpoints, tokenizers):
+        with distributed.raise_on_any_failure(group):
+            loaded = checkpoint.load(info.folder, step=step, device=runtime.device, dtype=runtime.compute_dtype)
+        context = loaded.config.sequence_len
+        batches = (
+            packed_rows(info, tok, tokens, context, runtime) if same_rows else padded(texts, tok, context, runtime)
+        )
         token_bytes = torch.from_numpy(tokenizer.token_bytes(tok)).to(runtime.device)
-        compute = model.Compute(dtype=runtime.compute_dtype)
+        measured: list[Any] = []
         with contextlib.closing(batches):
-            for number, batch in enumerate(
-                batches
-            ):  # every rank reads all of them: the same rows on any number of ranks
+            # Every rank reads all batches, so the rows do not depend on the number of ranks.
+            for number, batch in enumerate(batches):
                 if number % runtime.world_size == runtime.rank:
-                    found += [
-                        [number, eval.significance.piece_nats(bot.params, [batch], token_bytes, bot.config, compute)]
-                    ]
-        whole = sorted(itertools.chain.from_iterable(distributed.all_gather_object(line, found)))
-        pairs = np.array([pair for _, part in whole for pair in part], np.float64)
-        if len(sizes) and not np.array_equal(pairs[:, 1], sizes):
-            raise UserError(f"run {one.name} was measured on other text: did the validation data change meanwhile?")
-        sizes = pairs[:, 1]
-        nats.append(pairs[:, 0])
-        print(f"{one.name}: {pairs[:, 0].sum() / math.log(2) / sizes.sum():.4f} bits per byte", flush=True)
+                    pairs = eval.significance.nats_and_bytes(
+                        loaded.params, [batch], token_bytes, loaded.config, model.Compute(dtype=runtime.compute_dtype)
+                    )
+                    measured.append([number, pairs])
+        gathered = sorted(itertools.chain.from_iterable(distributed.all_gather_object(group, measured)))
+        table = np.array([pair for _, pairs in gathered for pair in pairs], np.float64)
+        if len(sizes) and not np.array_equal(table[:, 1], sizes):
+            raise UserError(f"run {info.name} was measured on different text: did the validation data change?")
+        sizes = table[:, 1]
+        nats.append(table[:, 0])
+        print(f"{info.name}: {table[:, 0].sum() / math.log(2) / sizes.sum():.4f} bits per byte", flush=True)
     rest = iter(nats)
-    return "rows" if rows else "documents", sizes, [s._replace(nats=[next(rest) for _ in s.records]) for s in sides]
+    measured_sides = [side._replace(nats=[next(rest) for _ in side.runs]) for side in sides]
+    return "rows" if same_rows else "documents", sizes, measured_sides
 
 
-def tokenizer_of(one: RunInfo, step: int) -> Tokenizer:
+def load_tokenizer(info: RunInfo, step: int) -> Tokenizer:
     """Return the tokenizer of a checkpoint."""
-    path = one.folder / "checkpoints" / str(step)
+    path = info.folder / "checkpoints" / str(step)
     files = checkpoint.check_files(path, checkpoint.read_header(path)["files"])
     return tokenizer.load(files[tokenizer.TOKENS_FILE].parent)
 
 
-def identity(one: RunInfo, tok: Tokenizer) -> list[Any]:
-    """Return what the validation rows of a run follow from."""
-    data = data_config(one)
-    assert one.shape is not None
-    return [tok.fingerprint, one.shape.sequence_len, data.source, data.text_column, data.buffer_docs]
+def rows_identity(info: RunInfo, tok: Tokenizer) -> list[Any]:
+    """Return everything that a run's packed validation rows depend on."""
+    config = data_config(info)
+    assert info.shape is not None
+    return [tok.fingerprint, info.shape.sequence_len, config.source, config.text_column, config.buffer_docs]
 
 
-def data_config(one: RunInfo) -> DataConfig:
+def data_config(info: RunInfo) -> DataConfig:
     """Return the data settings of a run."""
     known = {field.name for field in dataclasses.fields(DataConfig)}
-    return DataConfig(**{name: x for name, x in one.settings.get("data", {}).items() if name in known})
+    return DataConfig(**{name: x for name, x in info.settings.get("data", {}).items() if name in known})
 
 
-def as_rows(one: RunInfo, tok: Tokenizer, tokens: int, context: int, runtime: Runtime) -> Batches:
-    """Yield the packed rows of the validation data, as the run's own evaluation reads them."""
+def packed_rows(info: RunInfo, tok: Tokenizer, tokens: int, context: int, runtime: Runtime) -> Batches:
+    """Yield the packed rows of the validation data, as in the run's own evaluations."""
     total = max(tokens // context, 2)
     size = next(n for n in range(max(min(BATCH_TOKENS // context, total), 1), 0, -1) if total % n == 0)
     stream = data.loader.batches(
-        data_config(one), tok, split="val", rows_per_step=size, sequence_len=context, seed=0, device=runtime.device
+        data_config(info), tok, split="val", rows_per_step=size, sequence_len=context, seed=0, device=runtime.device
     )
     with contextlib.closing(stream):
         yield from (batch for batch, *_ in itertools.islice(stream, total // size))
 
 
 def documents(
-    config: Config, every: Sequence[tuple[RunInfo, int]], toks: Sequence[Tokenizer], tokens: int
+    config: Config, checkpoints: Sequence[tuple[RunInfo, int]], tokenizers: Sequence[Tokenizer], tokens: int
 ) -> list[str]:
-    """Return documents of the validation data, each cut to what fits into every run's context."""
-    data = data_config(every[0][0])
-    data = dataclasses.replace(data, source=config.source) if config.source else data
-    contexts = [one.shape.sequence_len for one, _ in every if one.shape]
-    sizes = [tokenizer.token_bytes(tok) for tok in toks]
+    """Return documents of the validation data, each truncated to fit into every run's context."""
+    source = data_config(checkpoints[0][0])
+    source = dataclasses.replace(source, source=config.source) if config.source else source
+    contexts = [info.shape.sequence_len for info, _ in checkpoints if info.shape]
+    sizes = [tokenizer.token_bytes(tok) for tok in tokenizers]
     texts, read = [], 0
-    for text in sources.texts(data, "val"):
-        whole = text.encode()
-        ids = [tok.encode(text)[:context] for tok, context in zip(toks, contexts)]
+    for text in sources.texts(source, "val"):
+        encoded = text.encode()
+        ids = [tok.encode(text)[:context] for tok, context in zip(tokenizers, contexts)]
         end = min(int(size[i].sum()) for size, i in zip(sizes, ids))
-        while (cut := whole[:end].decode(errors="ignore")) and any(
-            len(tok.encode(cut)) > context for tok, context in zip(toks, contexts)
+        while (prefix := encoded[:end].decode(errors="ignore")) and any(
+            len(tok.encode(prefix)) > context for tok, context in zip(tokenizers, contexts)
         ):
-            end -= 8  # the end of a text may take more tokens than the same bytes within it
-        if cut:
-            texts.append(cut)
+            end -= 8  # the last bytes may take more tokens at the end of a text than within it
+        if prefix:
+            texts.append(prefix)
             read += len(ids[0])
         if read >= tokens:
             break
     if len(texts) < 2:
-        raise UserError(f"data.source={data.source}: has fewer than two documents to validate on")
+        raise UserError(f"data.source={source.source}: has fewer than two validation documents")
     return texts
 
 
-def as_batches(texts: Sequence[str], tok: Tokenizer, context: int, runtime: Runtime) -> Batches:
+def padded(texts: Sequence[str], tok: Tokenizer, context: int, runtime: Runtime) -> Batches:
     """Yield documents as rows of their own, after <|bos|>, padded to the context."""
     import torch
 
@@ -294,120 +298,118 @@ def as_batches(texts: Sequence[str], tok: Tokenizer, context: int, runtime: Runt
         yield {"inputs": inputs.to(runtime.device), "targets": targets.to(runtime.device)}
 
 
-# What follows from it
+# Results
 
 
-def compared(sides: Sequence[Side], sizes: np.ndarray, axis: str, limit: float) -> Found | None:
-    """Return the comparison at `limit` of an axis, or None where a run's first evaluation comes after it.
+def compare(sides: Sequence[Side], sizes: np.ndarray, axis: str, limit: float) -> Comparison | None:
+    """Return the comparison at `limit` of an axis, or None if a run's first evaluation comes after it.
 
-    A run's value is what was measured at its checkpoint, moved along its own curve from there to the limit.
+    A run's value is the one measured at its checkpoint, shifted along the run's own curve from there to the limit.
     """
     values: tuple[list[float], list[float]] = ([], [])
-    for side, found in zip(sides, values):
-        for one, step, nats in zip(side.records, side.steps, side.nats):
-            xs, ys = curve(one, axis)
-            evaluated = metrics.logger.curve(one.rows, "val/bpb")[0]
-            here, there = eval.significance.at(xs, ys, limit), eval.significance.at(evaluated, ys, step)
-            if here is None or there is None:
+    for side, side_values in zip(sides, values):
+        for info, step, nats in zip(side.runs, side.steps, side.nats):
+            xs, ys = curve(info, axis)
+            steps = metrics.logger.curve(info.rows, "val/bpb")[0]
+            at_limit = eval.significance.interpolate_log(xs, ys, limit)
+            at_step = eval.significance.interpolate_log(steps, ys, step)
+            if at_limit is None or at_step is None:
                 return None
-            found.append(float(nats.sum() / math.log(2) / sizes.sum()) + here - there)
+            side_values.append(float(nats.sum() / math.log(2) / sizes.sum()) + at_limit - at_step)
     means = [np.mean(side.nats, axis=0) for side in sides]
-    _, error = eval.significance.paired(means[0], means[1], sizes)
-    return Found(limit, values, eval.significance.interval(*values, error, len(sizes)))
+    _, error = eval.significance.paired_difference(means[0], means[1], sizes)
+    return Comparison(limit, values, eval.significance.interval(*values, error, len(sizes)))
 
 
-def shown(axis: str, limit: float) -> str:
-    """Return a place on an axis as text."""
-    return f"{limit:.3g} FLOPs" if axis == "FLOPs" else format_duration(60 * limit)
-
-
-def table(sides: Sequence[Side], found: dict[str, Found | None]) -> str:
-    """Return the comparison as a table."""
+def format_table(sides: Sequence[Side], results: dict[str, Comparison | None]) -> str:
+    """Return the comparisons as a table."""
     names = [side.name for side in sides]
     width = max(12, *(len(name) + 2 for name in names))
     lines = [f"{'at equal':<22}{names[0]:>{width}}{names[1]:>{width}}{'difference':>13}   95% interval"]
-    for axis, one in found.items():
-        if one is None:
-            lines.append(f"{axis:<22}{'-':>{width}}{'-':>{width}}{'-':>13}   no common place on the curves")
+    for axis, result in results.items():
+        if result is None:
+            lines.append(f"{axis:<22}{'-':>{width}}{'-':>{width}}{'-':>13}   the curves do not overlap")
             continue
-        a, b = (float(np.mean(values)) for values in one.values)
-        place, i = f"{axis}: {shown(axis, one.limit).removesuffix(' FLOPs')}", one.interval
-        lines.append(f"{place:<22}{a:>{width}.4f}{b:>{width}.4f}{i.difference:>+13.4f}   {i.low:+.4f} to {i.high:+.4f}")
+        a, b = (float(np.mean(values)) for values in result.values)
+        limit = f"{result.limit:.3g}" if axis == "FLOPs" else format_duration(60 * result.limit)
+        label, i = f"{axis}: {limit}", result.interval
+        lines.append(f"{label:<22}{a:>{width}.4f}{b:>{width}.4f}{i.difference:>+13.4f}   {i.low:+.4f} to {i.high:+.4f}")
     return "\n".join(lines)
 
 
 def notes(sides: Sequence[Side], limit: float) -> Iterator[str]:
-    """Yield what a reader of the table has to know about these runs."""
+    """Yield caveats about these runs."""
     for side in sides:
-        settings = [{n: x for n, x in flat(one).items() if n not in ("name", "seed")} for one in side.records]
-        if any(other != settings[0] for other in settings):
-            names = sorted({n for other in settings for n in other if other[n] != settings[0].get(n)})
+        all_settings = [{n: x for n, x in settings(info).items() if n not in ("name", "seed")} for info in side.runs]
+        first = all_settings[0]
+        names = sorted({n for other in all_settings for n in other if other[n] != first.get(n)})
+        if names:
             yield f"the runs of {side.name} differ in more than their seed ({', '.join(names)})"
-        for one in side.records:
-            share = limit / ((metrics.run_folder.step_flops(one) or 1.0) * one.last_step)
-            if not one.done:
-                yield f"{one.name} is not finished: its learning rate has yet to come down"
-            elif share < SHORT_OF_ITS_END:
+        for info in side.runs:
+            fraction = limit / ((metrics.run_folder.step_flops(info) or 1.0) * info.last_step)
+            if not info.done:
+                yield f"{info.name} is not finished: its learning rate has not decayed yet"
+            elif fraction < SCHEDULE_END:
                 yield (
-                    f"at equal FLOPs {one.name} is read at {share:.0%} of its run, before its learning rate has come "
-                    "down, which makes it look worse than a run of that length"
+                    f"at equal FLOPs {info.name} is read at {fraction:.0%} of its run, before its learning rate has "
+                    "decayed, which makes it look worse than a run of that length"
                 )
 
 
-def verdict(sides: Sequence[Side], found: dict[str, Found | None]) -> str:
-    """Return how they differ, in one sentence."""
+def conclusion(sides: Sequence[Side], results: dict[str, Comparison | None]) -> str:
+    """Return how the sides differ, in one sentence."""
     a, b = (side.name for side in sides)
     parts = []
-    for axis, one in found.items():
-        if one is None:
+    for axis, result in results.items():
+        if result is None:
             continue
-        i = one.interval
+        i = result.interval
         better, size, ends = (b, -i.difference, (-i.high, -i.low)) if i.difference < 0 else (a, i.difference, i[1:3])
-        if i.told:
+        if i.is_significant:
             parts.append(f"at equal {axis} {better} is better by {size:.4f} ({ends[0]:.4f} to {ends[1]:.4f})")
         else:
-            parts.append(
-                f"at equal {axis} no difference can be told ({i.difference:+.4f}, {i.low:+.4f} to {i.high:+.4f})"
-            )
+            numbers = f"{i.difference:+.4f}, {i.low:+.4f} to {i.high:+.4f}"
+            parts.append(f"at equal {axis} there is no significant difference ({numbers})")
     if not parts:
-        return f"{a} and {b} cannot be compared: their curves have no place in common."
-    text = "; ".join(parts)
-    return f"In bits per byte, {text}."
+        return f"{a} and {b} cannot be compared: their curves do not overlap."
+    return f"In bits per byte, {'; '.join(parts)}."
 
 
-def covered(sides: Sequence[Side], pieces: str, count: int) -> str:
-    """Return what the interval is of, in one sentence."""
-    runs = [len(side.records) for side in sides]
-    of = f"the choice of validation text ({count:,} {pieces}, paired)"
+def coverage(sides: Sequence[Side], unit: str, count: int) -> str:
+    """Return what the interval covers, in one sentence."""
+    runs = [len(side.runs) for side in sides]
+    text = f"the choice of validation text ({count:,} {unit}, paired)"
     if max(runs) == 1:
-        return f"The interval covers {of}, not what another seed would change: for that, name several runs a side."
-    how = "" if min(runs) > 1 else ", the single run taken to vary as the others do"
-    return f"The interval covers {of} and the seeds ({runs[0]} and {runs[1]} runs{how})."
+        return f"The interval covers {text}, not what another seed would change: for that, name several runs a side."
+    assumption = "" if min(runs) > 1 else ", the single run assumed to vary as the others do"
+    return f"The interval covers {text} and the seeds ({runs[0]} and {runs[1]} runs{assumption})."
 
 
-def draw(folder: Path, sides: Sequence[Side], found: dict[str, Found | None]) -> None:
-    """Draw the curves over FLOPs and over time, and the difference along the runs."""
+def plot(folder: Path, sides: Sequence[Side], results: dict[str, Comparison | None]) -> None:
+    """Plot the curves over FLOPs and over time, and their difference."""
     names = [side.name for side in sides]
-    gaps: dict[str, Curve] = {}
-    for axis, result in found.items():
-        curves = {one.name: curve(one, axis) for side in sides for one in side.records}
+    differences: dict[str, Curve] = {}
+    for axis, result in results.items():
+        curves = {info.name: curve(info, axis) for side in sides for info in side.runs}
         title = f"{names[0]} and {names[1]}: validation over {axis}"
         file = folder / f"bpb_{axis.lower()}.svg"
         plots.line_chart(file, curves, title=title, x_label=AXES[axis], y_label="bits per byte", log_x=axis == "FLOPs")
         if result is not None:
-            xs, differences = gap(sides, axis, result.limit)
-            gaps[f"at equal {axis}"] = ([100 * x / result.limit for x in xs], differences)
-    if gaps:
-        gaps["none"] = ([min([100.0, *(x for xs, _ in gaps.values() for x in xs)]), 100.0], [0.0, 0.0])
-        title = f"{names[1]} less {names[0]}, below zero where {names[1]} is better"
+            xs, ys = difference_curve(sides, axis, result.limit)
+            differences[f"at equal {axis}"] = ([100 * x / result.limit for x in xs], ys)
+    if differences:
+        start = min([100.0, *(x for xs, _ in differences.values() for x in xs)])
+        differences["none"] = ([start, 100.0], [0.0, 0.0])
+        title = f"{names[1]} minus {names[0]}, below zero where {names[1]} is better"
         x_label = "percent of the FLOPs, or the time, of the shorter run"
-        plots.line_chart(folder / "difference.svg", gaps, title=title, x_label=x_label, y_label="bits per byte")
+        plots.line_chart(folder / "difference.svg", differences, title=title, x_label=x_label, y_label="bits per byte")
 
 
-def gap(sides: Sequence[Side], axis: str, limit: float) -> Curve:
-    """Return the difference of the sides' mean curves where both have one, up to the limit."""
-    curves = [[curve(one, axis) for one in side.records] for side in sides]
-    start = max(xs[0] for group in curves for xs, _ in group)
-    places = np.geomspace(start, limit, 60).tolist() if start < limit else []
-    found = [[[eval.significance.at(xs, ys, x) or math.nan for xs, ys in group] for x in places] for group in curves]
-    return places, [float(np.mean(b) - np.mean(a)) for a, b in zip(*found)]
+def difference_curve(sides: Sequence[Side], axis: str, limit: float) -> Curve:
+    """Return the difference between the sides' mean curves from where both start up to the limit."""
+    curves = [[curve(info, axis) for info in side.runs] for side in sides]
+    start = max(xs[0] for side_curves in curves for xs, _ in side_curves)
+    points = np.geomspace(start, limit, 60).tolist() if start < limit else []
+    interpolate = eval.significance.interpolate_log
+    values = [[[interpolate(xs, ys, x) or math.nan for xs, ys in group] for x in points] for group in curves]
+    return points, [float(np.mean(b) - np.mean(a)) for a, b in zip(*values)]

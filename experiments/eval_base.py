@@ -1,17 +1,16 @@
-"""Evaluate a base model: samples, bits per byte on both splits, and CORE.
+"""Evaluate a base model: samples, bits per byte of both splits, and CORE.
 
-    python launch.py --experiment=eval_base                                      # the run that was saved last
+    python launch.py --experiment=eval_base                                      # the newest run
     torchrun --nproc_per_node=8 launch.py --experiment=eval_base --set run=d20
     python launch.py --experiment=eval_base --set run=quickstart --set max_per_task=50 --set tasks=core
     python launch.py --experiment=eval_base --set bundle=/data/eval_bundle       # no network
 
-CORE is the mean over 22 tasks of the accuracy counted from guessing (0) to perfect (1): GPT-2 (1.5B) has 0.2565. Its
-bundle is downloaded once. Bits per byte are of the data that the run was trained on, or of `source`.
+CORE is the mean of 22 tasks' accuracies, each centered from random guessing (0) to perfect (1): GPT-2 (1.5B) has
+0.2565. Its bundle is downloaded once. Bits per byte use the data that the run was trained on, or `source`.
 
-A task of CORE that is done is kept, and not done again while model, rows and settings are the same; one that fails is
-left out and named at the end, and the same command goes on with it. Writes core_<step>.csv and samples_<step>.jsonl to
-eval/ in the run's folder, and a line to its evaluations.jsonl. All rows at depth 20 take minutes on 8 H100; on a CPU,
-set max_per_task.
+Finished CORE tasks are skipped when the same command runs again, while model, rows and settings are the same. A task
+that fails is skipped and listed at the end. Writes core_<step>.csv and samples_<step>.jsonl to eval/ in the run's
+folder, and a line to its evaluations.jsonl. All rows at depth 20 take minutes on 8 H100; on a CPU, set max_per_task.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanochat import checkpoint, data, distributed, eval, infer, metrics, model, train
+from nanochat import checkpoint, data, distributed, eval, infer, jsonl, metrics, model, train
 from nanochat.config import UserError
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.eval import core_bundle
@@ -35,26 +34,34 @@ from nanochat.text import format_duration
 if TYPE_CHECKING:
     from nanochat.checkpoint import Pretrained
     from nanochat.distributed import ControlGroup, Runtime
-    from nanochat.eval import Bundle, Results
+    from nanochat.eval import Bundle, Results, TaskResult
 
-BPB_TOKENS = 40 * 2**19  # of a model whose run does not say
+BPB_TOKENS = 40 * 2**19  # for a model whose run does not set eval.tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to evaluate, and on what.
+    """What to evaluate.
 
     Attributes:
-        run: a run's name, or the path of its folder; none: the run that was saved last. step: none: its newest.
-        tasks: of samples, bpb and core.
-        bundle: of CORE, a folder; none: the published one. max_per_task: rows of each task; none: all.
-        max_tokens: of a prompt, of which the last are kept; none: as many as the model takes.
-        tokens_per_batch: of CORE, computed at once; none: what is fast. overwrite: do again what is done.
-        source, text_column: of the data for bits per byte; none: the run's. tokens: of each split; none: as many as
-            the run validated with. device_batch_size: rows of them at once.
-        prompts: of the greedy samples, of sample_tokens each. free_samples: of the model left to itself, at
-            temperature 1, of free_tokens each.
-        device, dtype: auto, or as in `runtime.create`.
+        run: name or folder of a run; none: the newest.
+        step: of the checkpoint; none: the newest.
+        tasks: any of samples, bpb and core.
+        bundle: folder of the CORE eval bundle; none: download the published one.
+        max_per_task: rows of each CORE task; none: all.
+        max_tokens: longer CORE prompts keep their last tokens; none: what the model supports.
+        tokens_per_batch: of CORE, padding included; none: a fast value for the device.
+        overwrite: evaluate finished CORE tasks again.
+        source: of the text for bits per byte; none: the run's.
+        text_column: of that source; none: the run's.
+        tokens: of each split for bits per byte; none: as many as the run's own evaluations.
+        device_batch_size: sequences per device for bits per byte.
+        prompts: to complete greedily.
+        sample_tokens: of each completion.
+        free_samples: samples without a prompt, at temperature 1.
+        free_tokens: of each of these.
+        device: auto, cpu or cuda.
+        dtype: auto, float32, bfloat16 or float16.
     """
 
     run: str | None = None
@@ -85,140 +92,137 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What the parts share: settings, model, place in the job, a line to the other ranks, the checkpoint's header."""
+class Context:
+    """What the parts share; `header` is the checkpoint's metadata."""
 
     config: Config
-    bot: Pretrained
+    loaded: Pretrained
     runtime: Runtime
-    line: ControlGroup
+    group: ControlGroup
     header: Mapping[str, Any]
 
     @property
     def folder(self) -> Path:
-        """Where results go."""
-        return self.bot.folder / "eval"
+        """The folder of the results."""
+        return self.loaded.folder / "eval"
 
 
 def config() -> Config:
-    """Return the defaults."""
     return Config()
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Do each part, record what was found, and say what is missing."""
-    line = distributed.create_group()
-    if config.bundle is not None and "core" in config.tasks:
-        with distributed.raise_on_any_failure(line):
-            core_bundle.read(config.bundle)  # a wrong one is said before anything is done
-    with distributed.raise_on_any_failure(line):
-        bot = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
-        header = checkpoint.read_header(bot.folder / "checkpoints" / str(bot.step))
-    print(checkpoint.describe_model(bot))
-    job = Job(config, bot, runtime, line, header)
-    parts: dict[str, Callable[[Job], tuple[dict[str, float], dict[str, str]]]]
-    parts = {"samples": samples, "bpb": bits_per_byte, "core": core_score}
-    found: dict[str, float] = {}
+    """Evaluate each part, record the metrics, and report what failed."""
+    group = distributed.create_group()
+    with distributed.raise_on_any_failure(group):
+        if config.bundle is not None and "core" in config.tasks:
+            core_bundle.read(config.bundle)  # a wrong path fails before anything is evaluated
+    with distributed.raise_on_any_failure(group):
+        loaded = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
+        header = checkpoint.read_header(loaded.folder / "checkpoints" / str(loaded.step))
+    print(checkpoint.describe_model(loaded))
+    context = Context(config, loaded, runtime, group, header)
+    parts: dict[str, Callable[[Context], tuple[dict[str, float], dict[str, str]]]]
+    parts = {"samples": write_samples, "bpb": bits_per_byte, "core": evaluate_core}
+    results: dict[str, float] = {}
     failed: dict[str, str] = {}
-    for name, part in parts.items():
-        if name in config.tasks:
-            try:
-                values, reasons = part(job)
-                found, failed = found | values, failed | reasons
-            except distributed.LostRankError:
-                raise
-            except UserError as error:
-                failed[name] = str(error)
-                print(f"{name} failed: {error}", flush=True)
-    if found or failed:
-        with distributed.raise_on_any_failure(line):
+    for name in [name for name in parts if name in config.tasks]:
+        try:
+            values, reasons = parts[name](context)
+            results, failed = results | values, failed | reasons
+        except distributed.LostRankError:
+            raise
+        except UserError as error:
+            failed[name] = str(error)
+            print(f"{name} failed: {error}", flush=True)
+    if results or failed:
+        with distributed.raise_on_any_failure(group):
             if runtime.is_main:
-                metrics.logger.append_evaluation(bot.folder, bot.step, bot.stage, found, failed)
-        print(f"recorded in {bot.folder / metrics.logger.EVALUATIONS_FILE}")
+                metrics.logger.append_evaluation(loaded.folder, loaded.step, loaded.stage, results, failed)
+        print(f"recorded in {loaded.folder / metrics.logger.EVALUATIONS_FILE}")
     if failed:
-        partly = any(name.startswith("core/") for name in failed)
-        mean = ", and with it CORE, a mean over all its tasks" if partly else ""
+        core = ", and so CORE, the mean over all its tasks" if any(name.startswith("core/") for name in failed) else ""
         raise UserError(
-            f"{len(failed)} failed: {', '.join(failed)}{mean}; each says why above, and the same command does it again"
+            f"{len(failed)} failed: {', '.join(failed)}{core}; the reasons are above, and the same command retries them"
         )
-    print(f"next: python launch.py --experiment=sft --set run={bot.name}, or --experiment=report --set run={bot.name}")
+    name = loaded.name
+    print(f"next: python launch.py --experiment=sft --set run={name}, or --experiment=report --set run={name}")
 
 
 # Samples
 
 
-def samples(job: Job) -> tuple[dict[str, float], dict[str, str]]:
-    """Print and write what the model makes of the prompts, and of none. One rank does it, the others wait."""
-    with distributed.raise_on_any_failure(job.line):
-        if job.runtime.is_main:
-            rows = sampled(job)
-            write(job.folder / f"samples_{job.bot.step}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+def write_samples(context: Context) -> tuple[dict[str, float], dict[str, str]]:
+    """Print and write completions of the prompts and samples without a prompt; rank 0 generates, the others wait."""
+    with distributed.raise_on_any_failure(context.group):
+        if context.runtime.is_main:
+            rows = generate_samples(context.config, context.loaded)
+            path = context.folder / f"samples_{context.loaded.step}.jsonl"
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
             for row in rows:
                 print(f"  {row['prompt']!r} → {row['completion']!r}")
     return {}, {}
 
 
-def sampled(job: Job) -> list[dict[str, Any]]:
+def generate_samples(config: Config, loaded: Pretrained) -> list[dict[str, Any]]:
     """Return {"prompt", "completion", "temperature", "seed"} of each sample."""
-    config, tok = job.config, job.bot.tokenizer
-    asked = [(text, config.sample_tokens, 0.0) for text in config.prompts]
-    asked += [("", config.free_tokens, 1.0)] * config.free_samples
+    tok = loaded.tokenizer
+    prompts = [(text, config.sample_tokens, 0.0) for text in config.prompts]
+    prompts += [("", config.free_tokens, 1.0)] * config.free_samples
     requests = [
         infer.Request((tok.bos, *tok.encode(text)), max_tokens, temperature, top_k=0, seed=seed)
-        for seed, (text, max_tokens, temperature) in enumerate(asked)
+        for seed, (text, max_tokens, temperature) in enumerate(prompts)
     ]
     slots = max(min(8, len(requests)), 1)
-    decoder = infer.start(job.bot.params, job.bot.config, tok, slots=slots, compile=False, exact=True)
-    said: dict[Any, list[int]] = {key: [] for key in range(len(requests))}
-    for event in infer.run(decoder, requests):
+    engine = infer.start(loaded.params, loaded.config, tok, slots=slots, compile=False, exact=True)
+    tokens: dict[Any, list[int]] = {key: [] for key in range(len(requests))}
+    for event in infer.run(engine, requests):
         if event.finish != "stop":
-            said[event.key].append(event.token)
+            tokens[event.key].append(event.token)
     return [
-        {"prompt": text, "completion": tok.decode(said[seed]), "temperature": temperature, "seed": seed}
-        for seed, (text, _, temperature) in enumerate(asked)
+        {"prompt": text, "completion": tok.decode(tokens[seed]), "temperature": temperature, "seed": seed}
+        for seed, (text, _, temperature) in enumerate(prompts)
     ]
 
 
 # Bits per byte
 
 
-def bits_per_byte(job: Job) -> tuple[dict[str, float], dict[str, str]]:
+def bits_per_byte(context: Context) -> tuple[dict[str, float], dict[str, str]]:
     """Return bits per byte of both splits."""
-    settings = job.header["meta"].get("config", {})
-    data = DataConfig()
-    names = [name for name in ("source", "text_column", "buffer_docs") if f"data.{name}" in settings]
-    data = dataclasses.replace(data, **{name: settings[f"data.{name}"] for name in names})
-    given = {name: getattr(job.config, name) for name in ("source", "text_column")}
-    data = dataclasses.replace(data, **{name: value for name, value in given.items() if value is not None})
-    tokens = job.config.tokens or settings.get("eval.tokens") or BPB_TOKENS
-    found: dict[str, float] = {}
+    settings = context.header["meta"].get("config", {})
+    names = ("source", "text_column", "buffer_docs")
+    values = {name: settings[f"data.{name}"] for name in names if f"data.{name}" in settings}
+    overrides = {"source": context.config.source, "text_column": context.config.text_column}
+    values |= {name: value for name, value in overrides.items() if value is not None}
+    source = dataclasses.replace(DataConfig(), **values)
+    tokens = context.config.tokens or settings.get("eval.tokens") or BPB_TOKENS
+    results: dict[str, float] = {}
     for split in ("train", "val"):
-        found[f"{split}/bpb"] = split_bits_per_byte(job, data, split, tokens, settings.get("seed", 42))
-        print(f"{split}: {found[f'{split}/bpb']:.4f} bits per byte of {data.source}", flush=True)
-    return found, {}
+        results[f"{split}/bpb"] = split_bits_per_byte(context, source, split, tokens, settings.get("seed", 42))
+        print(f"{split}: {results[f'{split}/bpb']:.4f} bits per byte of {source.source}", flush=True)
+    return results, {}
 
 
-def split_bits_per_byte(job: Job, source: DataConfig, split: Literal["train", "val"], tokens: int, seed: int) -> float:
-    """Return bits per byte on the first `tokens` tokens of a split: the same whole rows on any number of ranks.
-
-    Raises:
-        UserError: the data is not there, or cannot be read.
-    """
+def split_bits_per_byte(
+    context: Context, source: DataConfig, split: Literal["train", "val"], tokens: int, seed: int
+) -> float:
+    """Return bits per byte of the first `tokens` tokens of a split: the same full rows on any number of ranks."""
     import torch
 
-    bot, runtime, rows = job.bot, job.runtime, job.config.device_batch_size
-    with distributed.raise_on_any_failure(job.line):
+    loaded, runtime, rows = context.loaded, context.runtime, context.config.device_batch_size
+    with distributed.raise_on_any_failure(context.group):
         sources.shards_of(source, split)
     stream = data.loader.batches(
-        source, bot.tokenizer, split=split,
-        rows_per_step=rows * runtime.world_size, sequence_len=bot.config.sequence_len,
-        seed=seed, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
+        source, loaded.tokenizer, split=split, rows_per_step=rows * runtime.world_size,
+        sequence_len=loaded.config.sequence_len, seed=seed,
+        rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
     )  # fmt: skip
-    total = max(tokens // bot.config.sequence_len, 1)
+    total = max(tokens // loaded.config.sequence_len, 1)
     errors: list[UserError] = []
 
-    def counted() -> Iterator[dict[str, Any]]:
-        # An error is raised when all ranks are done: the others wait for this one in a sum.
+    def first_rows() -> Iterator[dict[str, Any]]:
+        # An error is raised once all ranks are done, since the others wait for this one in a sum.
         numbers = torch.arange(rows, device=runtime.device) * runtime.world_size + runtime.rank
         for first in range(0, total, rows * runtime.world_size):
             try:
@@ -226,21 +230,20 @@ def split_bits_per_byte(job: Job, source: DataConfig, split: Literal["train", "v
             except UserError as error:
                 errors.append(error)
                 return
-            outside = (first + numbers >= total)[:, None]
-            yield {"inputs": batch["inputs"], "targets": batch["targets"].masked_fill(outside, model.IGNORE)}
+            surplus = (first + numbers >= total)[:, None]
+            yield {"inputs": batch["inputs"], "targets": batch["targets"].masked_fill(surplus, model.IGNORE)}
 
     chunk_tokens = 1024 if runtime.device.type == "cpu" else 8192
-    how = {"config": bot.config, "compute": model.Compute(runtime.compute_dtype), "chunk_tokens": chunk_tokens}
-    token_bytes = torch.from_numpy(tokenizer.token_bytes(bot.tokenizer)).to(runtime.device)
+    options = {"config": loaded.config, "compute": model.Compute(runtime.compute_dtype), "chunk_tokens": chunk_tokens}
+    loss = functools.partial(model.loss.next_token, **options)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes(loaded.tokenizer)).to(runtime.device)
     bpb = 0.0
     with contextlib.closing(stream):
         try:
-            bpb = model.loss.bits_per_byte(
-                bot.params, counted(), token_bytes, functools.partial(model.loss.next_token, **how)
-            )
+            bpb = model.loss.bits_per_byte(loaded.params, first_rows(), token_bytes, loss)
         except ValueError as error:  # no target stands for a byte
             errors.append(UserError(f"{split}: {error}"))
-    with distributed.raise_on_any_failure(job.line):
+    with distributed.raise_on_any_failure(context.group):
         if errors:
             raise errors[0]
     return bpb
@@ -249,116 +252,101 @@ def split_bits_per_byte(job: Job, source: DataConfig, split: Literal["train", "v
 # CORE
 
 
-def core_score(job: Job) -> tuple[dict[str, float], dict[str, str]]:
-    """Return CORE and its tasks' scores; each task is shown, and kept, when it is done."""
-    config, bot = job.config, job.bot
-    with distributed.raise_on_any_failure(job.line):
-        if config.bundle is None and job.runtime.local_rank == 0:
+def evaluate_core(context: Context) -> tuple[dict[str, float], dict[str, str]]:
+    """Return CORE and the scores of its tasks; each task is printed and saved when it is finished."""
+    config, loaded, is_main = context.config, context.loaded, context.runtime.is_main
+    with distributed.raise_on_any_failure(context.group):
+        if config.bundle is None and context.runtime.local_rank == 0:
             core_bundle.fetch()
-    with distributed.raise_on_any_failure(job.line):
+    partial = context.folder / f"core_{loaded.step}.partial.jsonl"
+    with distributed.raise_on_any_failure(context.group):
         bundle = core_bundle.read(config.bundle or core_bundle.default_dir())
-    kept_file = job.folder / f"core_{bot.step}.partial.jsonl"
-    with distributed.raise_on_any_failure(job.line):
-        keys = task_keys(job, bundle) if job.runtime.is_main else {}
-        kept = opened(kept_file, keys, overwrite=config.overwrite) if job.runtime.is_main else {}
-    keys, kept = distributed.broadcast_object(job.line, [keys, kept])
-    done = {label: eval.TaskResult(**row) for label, row in kept.items()}
+        keys = task_keys(context, bundle) if is_main else {}
+        saved = read_partial(partial, keys, overwrite=config.overwrite) if is_main else {}
+    done = {label: eval.TaskResult(**row) for label, row in distributed.broadcast_object(context.group, saved).items()}
     counter = itertools.count(1)
     print(f"\n{'task':<40}{'accuracy':>10}{'centered':>10}")
 
-    def show(label: str, outcome: eval.TaskResult | str, ending: str = "") -> None:
-        head = f"{next(counter):>2}/{len(bundle.entries)} {label:<34}"
-        if isinstance(outcome, str):
-            print(f"{head} failed: {outcome}", flush=True)
+    def show(label: str, result: TaskResult | str, status: str = "") -> None:
+        start = f"{next(counter):>2}/{len(bundle.entries)} {label:<34}"
+        if isinstance(result, str):
+            print(f"{start} failed: {result}", flush=True)
             return
-        ending = ending or format_duration(outcome.seconds)
-        print(f"{head}{outcome.accuracy:>10.2%}{outcome.centered:>10.4f}    {outcome.rows} rows, {ending}", flush=True)
+        status = status or format_duration(result.seconds)
+        print(f"{start}{result.accuracy:>10.2%}{result.centered:>10.4f}    {result.rows} rows, {status}", flush=True)
 
-    def show_and_keep(label: str, outcome: eval.TaskResult | str) -> None:
-        show(label, outcome)
-        if isinstance(outcome, eval.TaskResult) and job.runtime.is_main:
-            keep(kept_file, keys[label], outcome)
+    def show_and_save(label: str, result: TaskResult | str) -> None:
+        show(label, result)
+        if is_main and not isinstance(result, str):
+            row = {name: value for name, value in vars(result).items() if name != "answers"}
+            jsonl.append(partial, {"key": keys[label]} | row)
 
-    for label, outcome in done.items():
-        show(label, outcome, "done before")
+    for label, result in done.items():
+        show(label, result, "done before")
     results = eval.core.evaluate(
-        bot.params, bot.config, bot.tokenizer, bundle, max_per_task=config.max_per_task, max_tokens=config.max_tokens,
-        tokens_per_batch=config.tokens_per_batch, compute=model.Compute(job.runtime.compute_dtype), done=done,
-        on_task=show_and_keep,
+        loaded.params, loaded.config, loaded.tokenizer, bundle,
+        max_per_task=config.max_per_task, max_tokens=config.max_tokens, tokens_per_batch=config.tokens_per_batch,
+        compute=model.Compute(context.runtime.compute_dtype), done=done, on_task=show_and_save,
     )  # fmt: skip
-    table = job.folder / f"core_{bot.step}.csv"
-    with distributed.raise_on_any_failure(job.line):
-        if job.runtime.is_main:
-            write(table, eval.core.to_csv(results))
-    print("\n".join(summary(config, results, table)))
+    path = context.folder / f"core_{loaded.step}.csv"
+    with distributed.raise_on_any_failure(context.group):
+        if is_main:
+            write_text(path, eval.core.to_csv(results))
+    print("\n".join(summary(config, results, path)))
     return as_metrics(results), {f"core/{label}": reason for label, reason in results.failed.items()}
 
 
-def summary(config: Config, results: Results, table: Path) -> Sequence[str]:
+def summary(config: Config, results: Results, path: Path) -> Sequence[str]:
     """Return the lines below the tasks."""
     lines = [] if results.core is None else [f"   {'CORE':<47}{results.core:>10.4f}"]
     limits = [] if config.max_per_task is None else [f"at most {config.max_per_task} rows a task"]
     count = len(results.tasks) + len(results.failed)
     limits += [] if count == core_bundle.NUM_TASKS else [f"{count} of the {core_bundle.NUM_TASKS} published tasks"]
     if limits and results.core is not None:
-        lines.append(f"   of {' and '.join(limits)}: not to be compared with published numbers")
-    return [*lines, f"written: {table}"]
+        lines.append(f"   of {' and '.join(limits)}: not comparable with published numbers")
+    return [*lines, f"written: {path}"]
 
 
 def as_metrics(results: Results) -> dict[str, float]:
-    """Return the scores by the names of the record."""
-    found = {} if results.core is None else {"core/CORE": results.core}
+    """Return the scores under the names of evaluations.jsonl."""
+    values = {} if results.core is None else {"core/CORE": results.core}
     for label, task in results.tasks.items():
-        found |= {f"core/{label}": task.centered, f"core/{label}/accuracy": task.accuracy}
-    return found
+        values |= {f"core/{label}": task.centered, f"core/{label}/accuracy": task.accuracy}
+    return values
 
 
-def task_keys(job: Job, bundle: Bundle) -> dict[str, str]:
-    """Return label -> a digest of all that decides a task's result, of those tasks that can be read."""
-    leaves = {name: leaf["fingerprint"] for name, leaf in job.header["state"].items() if name.startswith("params.")}
-    model = [leaves, job.bot.tokenizer.fingerprint, str(job.runtime.compute_dtype), job.config.max_tokens]
+def task_keys(context: Context, bundle: Bundle) -> dict[str, str]:
+    """Return label -> a hash of everything that decides a task's result, for the tasks that can be read."""
+    state = context.header["state"]
+    leaves = {name: leaf["fingerprint"] for name, leaf in state.items() if name.startswith("params.")}
+    fingerprint = context.loaded.tokenizer.fingerprint
+    model_key = [leaves, fingerprint, str(context.runtime.compute_dtype), context.config.max_tokens]
     keys = {}
     for label in bundle.entries:
-        with contextlib.suppress(UserError):  # it is said when the task's turn has come
-            digest = core_bundle.task_hash(core_bundle.load(bundle, label, job.config.max_per_task))
-            keys[label] = hashlib.sha256(json.dumps([model, digest]).encode()).hexdigest()
+        with contextlib.suppress(UserError):  # reported when the task is evaluated
+            task = core_bundle.load(bundle, label, context.config.max_per_task)
+            keys[label] = hashlib.sha256(json.dumps([model_key, core_bundle.task_hash(task)]).encode()).hexdigest()
     return keys
 
 
-def opened(path: Path, keys: Mapping[str, str], *, overwrite: bool) -> dict[str, dict[str, Any]]:
-    """Return what an earlier process has kept of these very tasks: label -> the fields of its result.
-
-    Raises:
-        UserError: the file cannot be read or removed.
-    """
-    try:
-        if overwrite:
-            path.unlink(missing_ok=True)
-        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
-        return {
-            row["label"]: {k: x for k, x in row.items() if k != "key"}
-            for row in rows
-            if row["key"] == keys.get(row["label"])
-        }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): set overwrite=true to start anew") from None
+def read_partial(path: Path, keys: Mapping[str, str], *, overwrite: bool) -> dict[str, dict[str, Any]]:
+    """Return the results of an earlier process for these very tasks: label -> fields of a `TaskResult`."""
+    if overwrite:
+        path.unlink(missing_ok=True)
+    rows = [row for _, row in jsonl.read(path, missing_ok=True, drop_partial=True)]
+    return {
+        row["label"]: {name: value for name, value in row.items() if name != "key"}
+        for row in rows
+        if row["key"] == keys.get(row["label"])
+    }
 
 
-def keep(path: Path, key: str, result: eval.TaskResult) -> None:
-    """Add a result to the file of those that are done; a line torn by a kill goes."""
-    row = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.name != "answers"}
-    text = path.read_text("utf-8") if path.exists() else ""
-    write(path, f"{text[: text.rfind(chr(10)) + 1]}{json.dumps({'key': key} | row)}\n")
-
-
-def write(path: Path, text: str) -> None:
-    """Put `text` in the place of a file, in one piece. Raises: UserError."""
-    part = path.with_name(f"{path.name}.part")
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a file atomically."""
+    temporary = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, "utf-8")
-        part.replace(path)
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from None

@@ -1,14 +1,13 @@
-"""Evaluation by tasks: multiple choice by the logits of its letters, and answers that are generated and checked.
+"""Accuracy on chat tasks: multiple choice by the logits of the letters, and generated answers that are checked.
 
-    subject = chat_eval.Subject(bot.params, bot.config, bot.tokenizer, torch.bfloat16)
-    scores = chat_eval.evaluate(subject, [tasks.load("arc_easy", "test")], ChatEvalConfig(max_problems=100))
+    model = chat_eval.ModelUnderTest(loaded.params, loaded.config, loaded.tokenizer, torch.bfloat16)
+    scores = chat_eval.evaluate(model, [tasks.load("arc_easy", "test")], ChatEvalConfig(max_problems=100))
     print(scores["arc_easy"].accuracy, chat_eval.chat_core(scores))
 
-Rows are batched. Each rank makes up the same batches from all rows, and computes its share of them: a batch has the
-same shapes on whatever rank, so a result does not depend on how many there are, not even by its rounding.
+All ranks make the same batches from all rows, and each computes its share of them. A batch has the same shape on any
+rank, so results do not depend on the number of ranks, not even by rounding.
 
-Letters in names: B batch, T time, C width, A letters of a batch.
-Source: spec/evaluation.md, "Chat evaluation".
+Shape suffixes: B batch, T time, C width, A distinct letters of a batch.
 """
 
 import functools
@@ -17,25 +16,21 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from nanochat import distributed, infer, model
+from nanochat import distributed, infer
 from nanochat.config import UserError
 from nanochat.data import Conversation, Tokenizer, chat_format
 from nanochat.distributed import ControlGroup
 from nanochat.eval.config import CHAT_CORE, TITLES, ChatEvalConfig
 from nanochat.infer import Engine, Request
 from nanochat.metrics import progress
-from nanochat.model import Compute, ModelConfig, Params
+from nanochat.model import CONTEXT_LIMIT, Compute, ModelConfig, Params, features, unembed
 from nanochat.tasks import Task, letter_ids, plain_text
 
-ROUNDS = 4  # answers of a batch to each slot: few slots are empty until the last of them, and ranks get even shares
+ANSWERS_PER_SLOT = 4  # of a batch: few slots run empty before its end, and ranks get even shares
 
 
 class ModelUnderTest(NamedTuple):
-    """Who is evaluated.
-
-    Attributes:
-        params: whole plain tensors. config: their shape. tokenizer: theirs. dtype: to compute in.
-    """
+    """A model to evaluate: full plain tensors, and the dtype to compute in."""
 
     params: Params
     config: ModelConfig
@@ -44,11 +39,7 @@ class ModelUnderTest(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The result of a task.
-
-    Attributes:
-        right, total: problems. baseline: accuracy of guessing.
-    """
+    """The result of a task: number of problems solved, number of problems, accuracy of random guessing."""
 
     right: int
     total: int
@@ -56,96 +47,92 @@ class Score(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """Share of the problems that were solved, 0 … 1."""
+        """Fraction of the problems that were solved."""
         return self.right / self.total
 
     @property
     def centered(self) -> float:
-        """Accuracy above guessing, 1 at best: (accuracy − baseline) / (1 − baseline)."""
+        """Accuracy above guessing: (accuracy − baseline) / (1 − baseline)."""
         return (self.accuracy - self.baseline) / (1 - self.baseline)
 
 
 def evaluate(
-    subject: ModelUnderTest,
+    model: ModelUnderTest,
     tasks: Sequence[Task],
-    how: ChatEvalConfig = ChatEvalConfig(),
-    line: ControlGroup = ControlGroup(),
+    config: ChatEvalConfig = ChatEvalConfig(),
+    group: ControlGroup = ControlGroup(),
 ) -> dict[str, Score]:
-    """Return the score of each task by its name, the same on all ranks.
-
-    Args:
-        subject: on every rank. tasks: of choice or generative. how: the limits.
-        line: the ranks that share the work.
+    """Return the score of each task by its name. Collective: the ranks of `group` share the work.
 
     Raises:
-        UserError: a row is bad, or an answer cannot be checked here.
+        UserError: a task has no correct answers, a row is malformed, or an answer cannot be checked here.
     """
-    decoder = functools.cache(lambda: start(subject, how))
-    return {task.name: score(subject, task, how, decoder, line) for task in tasks}
+    engine = functools.cache(lambda: start_engine(model, config))
+    return {task.name: score(model, task, config, engine, group) for task in tasks}
 
 
-def start(subject: ModelUnderTest, how: ChatEvalConfig) -> Engine:
-    """Return the engine that generates answers; it takes prompts of the model's whole context."""
-    limit = model.CONTEXT_LIMIT * subject.config.sequence_len
-    compile = subject.params["wte"].device.type == "cuda" if how.compile is None else how.compile
+def start_engine(model: ModelUnderTest, config: ChatEvalConfig) -> Engine:
+    """Return an engine that generates answers to prompts of up to the model's training context."""
+    sequence_len = model.config.sequence_len
     return infer.start(
-        subject.params,
-        subject.config,
-        subject.tokenizer,
-        slots=how.slots,
-        context=min(limit, subject.config.sequence_len + how.max_tokens),
-        dtype=subject.dtype,
-        compile=compile,
+        model.params,
+        model.config,
+        model.tokenizer,
+        slots=config.slots,
+        context=min(CONTEXT_LIMIT * sequence_len, sequence_len + config.max_tokens),
+        dtype=model.dtype,
+        compile=model.params["wte"].device.type == "cuda" if config.compile is None else config.compile,
     )
 
 
 def score(
-    subject: ModelUnderTest,
+    model: ModelUnderTest,
     task: Task,
-    how: ChatEvalConfig,
-    decoder: Callable[[], Engine],
-    line: ControlGroup = ControlGroup(),
+    config: ChatEvalConfig,
+    engine: Callable[[], Engine],
+    group: ControlGroup = ControlGroup(),
     *,
-    show: bool = False,
+    show_progress: bool = False,
 ) -> Score:
-    """Return the score of one task; the other arguments as for `evaluate`.
+    """Return the score of one task, see `evaluate`.
 
     Args:
-        decoder: gives the engine, which a task of multiple choice does not need. show: the progress, on rank 0.
-
-    Raises:
-        UserError: as for `evaluate`; or the task cannot be scored.
+        engine: returns the engine of `start_engine`; not called for multiple choice.
+        show_progress: of rank 0.
     """
-    if task.kind not in ("multiple_choice", "generative"):
-        raise UserError(f"{task.name}: is of kind {task.kind}, whose answers are neither right nor wrong")
-    limits = [task.size, how.max_problems, how.max_generative if task.kind == "generative" else None]
+    if task.kind == "chat":
+        raise UserError(f"{task.name}: is of kind chat and has no correct answers")
+    limits = [task.size, config.max_problems, config.max_generative if task.kind == "generative" else None]
     indices = range(min(limit for limit in limits if limit is not None))
     if not indices:
         raise UserError(f"{task.name}: has no rows")
     if task.kind == "multiple_choice":
-        solved = score_multiple_choice(subject, task, indices, how.batch_tokens, line, show=show)
+        solved = score_multiple_choice(model, task, indices, config.batch_tokens, group, show_progress=show_progress)
     else:
-        found = sample_answers(decoder(), subject.tokenizer, task, indices, how, line, show=show)
-        solved = [any(row) for row in found]
+        options = {"show_progress": show_progress}
+        solved = [any(s) for s in sample_answers(engine(), model.tokenizer, task, indices, config, group, **options)]
     return Score(sum(solved), len(solved), task.baseline)
 
 
 def chat_core(scores: Mapping[str, Score]) -> float | None:
-    """Return the mean centered accuracy of the five tasks of ChatCORE; None where one is missing."""
+    """Return ChatCORE, the mean centered accuracy of its five tasks; None if one is missing."""
     if any(name not in scores for name in CHAT_CORE):
         return None
     return sum(scores[name].centered for name in CHAT_CORE) / len(CHAT_CORE)
 
 
 def as_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
-    """Return {"chat/GSM8K": accuracy, …}, with "chat/ChatCORE" where all of its tasks are there."""
-    found = {f"chat/{TITLES.get(name, name)}": score.accuracy for name, score in scores.items()}
+    """Return {"chat/GSM8K": accuracy, …}, with "chat/ChatCORE" if all of its tasks are there."""
+    values = {f"chat/{TITLES.get(name, name)}": score.accuracy for name, score in scores.items()}
     core = chat_core(scores)
-    return found if core is None else found | {"chat/ChatCORE": core}
+    return values if core is None else values | {"chat/ChatCORE": core}
+
+
+# Multiple choice
 
 
 class _Question(NamedTuple):
-    """A row of multiple choice: its prompt, the ids of its letters, and which of them is right."""
+    """A multiple-choice row: its prompt, the token ids of its letters, and the index of the correct one."""
 
     prompt: list[int]
     letters: list[int]
@@ -154,54 +141,49 @@ class _Question(NamedTuple):
 
 @torch.no_grad()
 def score_multiple_choice(
-    subject: ModelUnderTest,
+    model: ModelUnderTest,
     task: Task,
     indices: Sequence[int],
     batch_tokens: int = ChatEvalConfig.batch_tokens,
-    line: ControlGroup = ControlGroup(),
+    group: ControlGroup = ControlGroup(),
     *,
-    show: bool = False,
+    show_progress: bool = False,
 ) -> list[bool]:
-    """Return for each problem of multiple choice whether the right letter is the most likely of its letters.
-
-    Args:
-        batch_tokens: of a batch, with its padding. Others as for `score`.
+    """Return for each problem whether the correct letter is the most likely of its letters.
 
     Raises:
-        UserError: a row is not of multiple choice, or a letter is no single token.
+        UserError: a row has no letters, or a letter is not a single token.
     """
-    found = []
-    with distributed.raise_on_any_failure(line):
-        ids = functools.cache(lambda letters: letter_ids(subject.tokenizer, letters))
-        questions = [_question(subject, task, i, ids) for i in indices]
-        mine = _batches([len(question.prompt) for question in questions], batch_tokens)[line.rank :: line.size]
-        with _bar(task, sum(map(len, mine)), show) as bar:
-            for batch in mine:
-                chosen = _chosen(subject, [questions[n] for n in batch])
-                found += [[n, letter == questions[n].answer] for n, letter in zip(batch, chosen)]
+    results = []
+    with distributed.raise_on_any_failure(group):
+        ids = functools.cache(lambda letters: letter_ids(model.tokenizer, letters))
+        questions = [_question(model, task, i, ids) for i in indices]
+        batches = _make_batches([len(question.prompt) for question in questions], batch_tokens)
+        own_batches = batches[group.rank :: group.size]
+        with _progress_bar(task, sum(map(len, own_batches)), show_progress) as bar:
+            for batch in own_batches:
+                letters = _choose_letters(model, [questions[n] for n in batch])
+                results += [[n, letter == questions[n].answer] for n, letter in zip(batch, letters)]
                 bar.update(len(batch))
-    return _gathered(line, found)
+    return _gather(group, results)
 
 
-def _question(
-    subject: ModelUnderTest, task: Task, index: int, ids: Callable[[tuple[str, ...]], list[int]]
-) -> _Question:
+def _question(model: ModelUnderTest, task: Task, index: int, ids: Callable[[tuple[str, ...]], list[int]]) -> _Question:
     row = task.row(index)
     letters, answer = tuple(row.get("letters", ())), row["messages"][-1]["content"]
     if answer not in letters:
-        raise UserError(f"{task.name} row {index}: the answer {answer!r} is none of its letters {list(letters)}")
-    return _Question(_prompt(subject.tokenizer, row, subject.config), ids(letters), letters.index(answer))
+        raise UserError(f"{task.name} row {index}: the answer {answer!r} is not one of its letters {list(letters)}")
+    return _Question(_prompt(model.tokenizer, row, model.config), ids(letters), letters.index(answer))
 
 
 def _prompt(tokenizer: Tokenizer, row: Conversation, config: ModelConfig) -> list[int]:
-    """Return what the reference answer follows; where that is longer than the model's context, its last tokens."""
+    """Return the prompt for the reference answer, truncated to its last tokens if it exceeds the model's context."""
     return chat_format.prompt(tokenizer, row["messages"][:-1])[-config.sequence_len :]
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Return all indices in batches of similar lengths, the padding of which counts as tokens too."""
+def _make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Return all indices in batches of similar lengths, the longest first: if they fit into memory, so do the rest."""
     batches: list[list[int]] = []
-    # The longest come first: when they fit into memory, so does the rest.
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
             batches.append([])
@@ -209,17 +191,17 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _chosen(subject: ModelUnderTest, questions: Sequence[_Question]) -> list[int]:
-    """Return which of its letters is the most likely in each row, the first where two are."""
-    params, config, compute = subject.params, subject.config, Compute(subject.dtype)
+def _choose_letters(model: ModelUnderTest, questions: Sequence[_Question]) -> list[int]:
+    """Return the index of the most likely letter of each question, the first of equal ones."""
+    params, config, compute = model.params, model.config, Compute(model.dtype)
     width, device = max(len(question.prompt) for question in questions), params["wte"].device
     padded = [[*question.prompt, *[0] * (width - len(question.prompt))] for question in questions]
-    x_BTC = model.features(params, torch.tensor(padded, device=device), config=config, compute=compute)
+    x_BTC = features(params, torch.tensor(padded, device=device), config=config, compute=compute)
     last_B = torch.tensor([len(question.prompt) - 1 for question in questions], device=device)
     letters = sorted({token for question in questions for token in question.letters})
-    # Only these positions are read, and of the vocabulary only these rows.
+    # Only the logits of the letters at the last position of each prompt are needed.
     x_BC = x_BTC[torch.arange(len(questions), device=device), last_B]
-    logits_BA = model.unembed(x_BC, params["lm_head"][torch.tensor(letters, device=device)], config, compute)
+    logits_BA = unembed(x_BC, params["lm_head"][torch.tensor(letters, device=device)], config, compute)
     logits = [dict(zip(letters, row)) for row in logits_BA.tolist()]
     return [
         max(range(len(question.letters)), key=lambda n, q=question, row=row: row[q.letters[n]])
@@ -227,79 +209,83 @@ def _chosen(subject: ModelUnderTest, questions: Sequence[_Question]) -> list[int
     ]
 
 
+# Generated answers
+
+
 def sample_answers(
-    decoder: Engine,
+    engine: Engine,
     tokenizer: Tokenizer,
     task: Task,
     indices: Sequence[int],
-    how: ChatEvalConfig,
-    line: ControlGroup = ControlGroup(),
+    config: ChatEvalConfig,
+    group: ControlGroup = ControlGroup(),
     *,
-    show: bool = False,
+    show_progress: bool = False,
 ) -> list[list[bool]]:
-    """Return for each problem whether each of its `how.samples` answers is right.
-
-    Args:
-        decoder: without a request. how: the sampling. Others as for `score`.
+    """Return for each problem whether each of its `config.samples` answers is correct; the engine must be idle.
 
     Raises:
-        UserError: as for `evaluate`.
+        UserError: a row is malformed, or an answer cannot be checked here.
     """
-    each = max(1, ROUNDS * decoder.slots // how.samples)
-    batches = [list(indices[start : start + each]) for start in range(0, len(indices), each)]
-    mine, found = list(enumerate(batches))[line.rank :: line.size], []
-    total = how.samples * sum(len(batch) for _, batch in mine)
-    with distributed.raise_on_any_failure(line), _bar(task, total, show, "answer") as bar:
-        is_correct(task, task.row(indices[0]), "")  # what cannot be judged here is said before answers are made
-        for number, batch in mine:
+    batch_size = max(1, ANSWERS_PER_SLOT * engine.slots // config.samples)
+    batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+    own_batches, results = list(enumerate(batches))[group.rank :: group.size], []
+    total = config.samples * sum(len(batch) for _, batch in own_batches)
+    with distributed.raise_on_any_failure(group), _progress_bar(task, total, show_progress, "answer") as bar:
+        is_correct(task, task.row(indices[0]), "")  # raises now, before anything is generated
+        for number, batch in own_batches:
             rows = [task.row(index) for index in batch]
-            texts = _answers(decoder, tokenizer, batch, rows, how, bar)
+            texts = _generate(engine, tokenizer, batch, rows, config, bar)
             for n, row in enumerate(rows):
-                found.append([number * each + n, [is_correct(task, row, text) for text in texts[n]]])
-    return _gathered(line, found)
+                results.append([number * batch_size + n, [is_correct(task, row, text) for text in texts[n]]])
+    return _gather(group, results)
 
 
-def _answers(
-    decoder: Engine,
+def _generate(
+    engine: Engine,
     tokenizer: Tokenizer,
     indices: Sequence[int],
     rows: Sequence[Conversation],
-    how: ChatEvalConfig,
+    config: ChatEvalConfig,
     bar: progress.Bar,
 ) -> list[list[str]]:
-    """Return the texts of `how.samples` answers to each row; the seed of one depends on the row's index alone."""
+    """Return the texts of `config.samples` answers to each row; an answer's seed depends on the row's index alone."""
     requests = []
     for index, row in zip(indices, rows):
-        prompt = tuple(_prompt(tokenizer, row, decoder.config))
-        for seed in range(how.seed + index * how.samples, how.seed + (index + 1) * how.samples):
-            requests.append(Request(prompt, how.max_tokens, how.temperature, how.top_k, seed))
+        prompt = tuple(_prompt(tokenizer, row, engine.config))
+        for seed in range(config.seed + index * config.samples, config.seed + (index + 1) * config.samples):
+            requests.append(Request(prompt, config.max_tokens, config.temperature, config.top_k, seed))
     tokens: list[list[int]] = [[] for _ in requests]
-    for event in infer.run(decoder, requests):
+    for event in infer.run(engine, requests):
         tokens[cast(int, event.key)].append(event.token)
         if event.finish:
             bar.update(1)
     texts = [answer_text(tokenizer, ids) for ids in tokens]
-    return [texts[n : n + how.samples] for n in range(0, len(texts), how.samples)]
+    return [texts[n : n + config.samples] for n in range(0, len(texts), config.samples)]
 
 
 def answer_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Return what an answer's tokens say, without tool calls and their results: what a task judges."""
+    """Return the text of an answer without tool calls and their results, which is what tasks check."""
     return plain_text(chat_format.content(tokenizer, ids))
 
 
 def is_correct(task: Task, row: Conversation, text: str) -> bool:
-    """Return whether a task accepts an answer to one of its rows. Raises: UserError."""
+    """Return whether the answer to a row is correct; raises UserError if the task cannot check answers."""
     if task.is_correct is None:
-        raise UserError(f"{task.name}: has nothing to judge an answer by")
+        raise UserError(f"{task.name}: cannot check answers")
     return task.is_correct(row, text)
 
 
-def _bar(task: Task, total: int, show: bool, unit: str = "problem") -> progress.Bar:
-    """Return the progress of this rank's share of a task, which the others' is like."""
+# Ranks
+
+
+def _progress_bar(task: Task, total: int, show: bool, unit: str = "problem") -> progress.Bar:
+    """Return a progress bar of this rank's share of a task; the other ranks' shares are similar."""
     label = TITLES.get(task.name, task.name)
     return progress.bar(total, label=label, unit=unit, enabled=None if show else False)
 
 
-def _gathered(line: ControlGroup, found: list[Any]) -> list[Any]:
-    """Return the values of all ranks' [place, value], ordered by place."""
-    return [value for _, value in sorted(pair for part in distributed.all_gather_object(line, found) for pair in part)]
+def _gather(group: ControlGroup, results: list[Any]) -> list[Any]:
+    """Return the values of all ranks' [index, value], ordered by index."""
+    gathered = [pair for part in distributed.all_gather_object(group, results) for pair in part]
+    return [value for _, value in sorted(gathered)]

@@ -1,4 +1,4 @@
-"""Settings of evaluation by chat tasks."""
+"""Settings of the evaluation by chat tasks."""
 
 import dataclasses
 
@@ -19,15 +19,19 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class ChatEvalConfig:
-    """How tasks are evaluated.
+    """How chat tasks are evaluated.
 
     Attributes:
-        max_problems: of each task, the first ones; none: all. max_generative: the same of a task that generates.
-        samples: answers to a problem, which is solved if any is right.
-        temperature, top_k: of the sampling; temperature 0 is greedy, top_k 0 takes all tokens in.
-        max_tokens: of an answer. seed: of the draws.
-        slots: answers generated at once. batch_tokens: of a batch of multiple choice, with its padding.
-        compile: the generation, by torch.compile; none: on a GPU.
+        max_problems: evaluate only the first problems of each task; none: all.
+        max_generative: the same limit for generative tasks alone.
+        samples: answers to each problem, which counts as solved if any is correct.
+        temperature: of sampling; 0 is greedy.
+        top_k: sample from so many most likely tokens; 0: from all.
+        max_tokens: of an answer.
+        seed: of sampling.
+        slots: answers generated at once.
+        batch_tokens: of a multiple-choice batch, padding included.
+        compile: generate with torch.compile; none: on a GPU.
     """
 
     max_problems: int | None = None
@@ -42,11 +46,10 @@ class ChatEvalConfig:
     compile: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_problems", "max_generative", "samples", "max_tokens", "slots", "batch_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("temperature", "top_k"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 0")
+        minimum = dict.fromkeys(("max_problems", "max_generative", "samples", "max_tokens", "slots", "batch_tokens"), 1)
+        for name, least in {**minimum, "temperature": 0, "top_k": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value}: must be at least {least}")
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"samples={self.samples}: are all the same at temperature 0; set temperature=1")

@@ -1,4 +1,4 @@
-"""Chat evaluation: letters as one row at a time has them, checked answers, sums, failures; the same on two ranks."""
+"""Chat evaluation: multiple choice row by row, checked answers, scores, errors, and two ranks."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ END = TOKENIZER.special("<|assistant_end|>")
 
 
 def plain_choice(task: Task, index: int) -> bool:
-    """Return whether a problem is solved: one row, its whole logits, and the letters among them."""
+    """Return whether a problem is solved, from all logits of its row alone."""
     row, bot = task.row(index), subject()
     prompt = chat_format.prompt(TOKENIZER, row["messages"][:-1])[-CONFIG.sequence_len :]
     logits_V = model.apply(bot.params, torch.tensor([prompt]), config=CONFIG)[0, -1]
@@ -34,21 +34,21 @@ def plain_choice(task: Task, index: int) -> bool:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 512, 10**6])
-def test_batched_choice_is_one_row_at_a_time(batch_tokens: int):
+def test_batched_multiple_choice_equals_one_row_at_a_time(batch_tokens: int):
     task = choice()
     want = [plain_choice(task, i) for i in range(task.size)]
     assert chat_eval.score_multiple_choice(subject(), task, range(task.size), batch_tokens) == want
     assert 0 < sum(want) < task.size
 
 
-def test_batches_are_of_similar_lengths_and_hold_each_row_once():
+def test_batches_have_similar_lengths_and_hold_each_row_once():
     lengths = [5, 3, 9, 9, 1, 2, 30, 4]
-    batches = chat_eval._batches(lengths, 18)
+    batches = chat_eval._make_batches(lengths, 18)
     assert sorted(n for batch in batches for n in batch) == list(range(8))
     assert batches == [[6], [2, 3], [0, 7, 1], [5, 4]]
 
 
-def test_a_prompt_beyond_the_context_keeps_its_last_tokens():
+def test_long_prompt_keeps_its_last_tokens():
     long = Task(
         "mmlu",
         "multiple_choice",
@@ -102,47 +102,47 @@ def doubles(index: int) -> chat_format.Conversation:
     return qa_conversation(f"twice {index:02d}?", f"#### {2 * index}")
 
 
-def test_generated_answers_are_judged_by_the_task(monkeypatch: pytest.MonkeyPatch):
-    heard: dict[str, list[str]] = {}
+def test_generated_answers_are_checked_by_the_task(monkeypatch: pytest.MonkeyPatch):
+    seen: dict[str, list[str]] = {}
 
     def right(row: Any, text: str) -> bool:
-        heard.setdefault(row["messages"][0]["content"], []).append(text)
+        seen.setdefault(row["messages"][0]["content"], []).append(text)
         return text.endswith(row["messages"][-1]["content"])
 
     task = Task("gsm8k", "generative", 12, doubles, right)
     n_prompt = len(chat_format.prompt(TOKENIZER, doubles(0)["messages"][:1]))
     # Of two samples to each problem: both right, the second right, both wrong, by turns.
-    how = ChatEvalConfig(samples=2, temperature=1.0, slots=2, max_tokens=40, seed=7, compile=False)
+    config = ChatEvalConfig(samples=2, temperature=1.0, slots=2, max_tokens=40, seed=7, compile=False)
     texts = {}
     for i in range(12):
         first, second = (f"[2*{i}] is #### {2 * i + wrong}" for wrong in ((0, 0), (1, 0), (1, 1))[i % 3])
         texts |= {7 + 2 * i: says(first), 7 + 2 * i + 1: says(second)}
     script(monkeypatch, texts, n_prompt)
     bot = subject()
-    found = chat_eval.sample_answers(chat_eval.start(bot, how), TOKENIZER, task, range(12), how)
+    found = chat_eval.sample_answers(chat_eval.start_engine(bot, config), TOKENIZER, task, range(12), config)
     assert found == [[[True, True], [False, True], [False, False]][i % 3] for i in range(12)]
-    assert heard["twice 04?"] == [" is #### 9", " is #### 8"]  # calls and their results are no part of the answer
-    assert chat_eval.evaluate(bot, [task], how)["gsm8k"] == Score(8, 12, 0.0)
-    limited = dataclasses.replace(how, max_generative=5)
+    assert seen["twice 04?"] == [" is #### 9", " is #### 8"]  # tool calls and their results are not part of the answer
+    assert chat_eval.evaluate(bot, [task], config)["gsm8k"] == Score(8, 12, 0.0)
+    limited = dataclasses.replace(config, max_generative=5)
     assert chat_eval.evaluate(bot, [task], limited)["gsm8k"] == Score(4, 5, 0.0)
     assert chat_eval.evaluate(bot, [task], dataclasses.replace(limited, max_problems=1))["gsm8k"] == Score(1, 1, 0.0)
 
 
-def test_limits_of_generated_answers_leave_choice_alone():
+def test_max_generative_does_not_limit_multiple_choice():
     scores = chat_eval.evaluate(
         subject(), [choice(9), generative(9)], dataclasses.replace(SAMPLED, max_generative=2, max_problems=7)
     )
     assert {name: score.total for name, score in scores.items()} == {"mmlu": 7, "gsm8k": 2}
 
 
-def test_answers_depend_on_the_seed_and_the_problem_alone():
+def test_answers_depend_only_on_the_seed_and_the_problem():
     bot = subject()
 
-    def texts(indices: Any, how: ChatEvalConfig) -> list[str]:
-        heard: list[str] = []
-        task = generative(right=lambda row, text: heard.append(text) or True)
-        chat_eval.sample_answers(chat_eval.start(bot, how), TOKENIZER, task, indices, how)
-        return heard[1:]  # the first call asks whether it can judge at all
+    def texts(indices: Any, config: ChatEvalConfig) -> list[str]:
+        seen: list[str] = []
+        task = generative(is_correct=lambda row, text: seen.append(text) or True)
+        chat_eval.sample_answers(chat_eval.start_engine(bot, config), TOKENIZER, task, indices, config)
+        return seen[1:]  # the first call tests whether answers can be checked
 
     want = texts(range(6), SAMPLED)
     assert len(set(want)) > 12
@@ -151,10 +151,10 @@ def test_answers_depend_on_the_seed_and_the_problem_alone():
     assert texts(range(6), dataclasses.replace(SAMPLED, seed=43)) != want
 
 
-# --- sums, and what is refused ----------------------------------------------------------------------------------------
+# --- scores and errors ------------------------------------------------------------------------------------------------
 
 
-def test_chat_core_is_the_mean_of_the_centered_accuracies():
+def test_chat_core_is_the_mean_centered_accuracy():
     scores = {
         "arc_easy": Score(50, 100, 0.25),
         "arc_challenge": Score(25, 100, 0.25),
@@ -171,17 +171,17 @@ def test_chat_core_is_the_mean_of_the_centered_accuracies():
     assert chat_eval.chat_core(scores) is None and "chat/ChatCORE" not in chat_eval.as_metrics(scores)
 
 
-def test_what_cannot_be_scored_says_why():
-    def rows(row: Any, **how: Any) -> Task:
+def test_scoring_errors_name_the_reason():
+    def rows(row: Any) -> Task:
         return Task("mmlu", "multiple_choice", 3, lambda i: row, None, 0.25)
 
     good = {**qa_conversation("which?", "A"), "letters": ["A", "B"]}
     for task, why in (
         (dataclasses.replace(generative(), kind="chat"), "gsm8k: is of kind chat"),
-        (generative(right=None), "gsm8k: has nothing to judge"),
+        (generative(is_correct=None), "gsm8k: cannot check answers"),
         (dataclasses.replace(choice(), size=0), "mmlu: has no rows"),
-        (rows({**good, "letters": ["B", "C"]}), "mmlu row 0: the answer 'A' is none of its letters"),
-        (rows(qa_conversation("which?", "A")), "mmlu row 0: the answer 'A' is none of its letters"),
+        (rows({**good, "letters": ["B", "C"]}), "mmlu row 0: the answer 'A' is not one of its letters"),
+        (rows(qa_conversation("which?", "A")), "mmlu row 0: the answer 'A' is not one of its letters"),
         (rows({**qa_conversation("which?", "Ä"), "letters": ["Ä", "B"]}), "letter 'Ä'"),
     ):
         with pytest.raises(UserError, match=why):
@@ -198,15 +198,16 @@ def test_what_cannot_be_scored_says_why():
             ChatEvalConfig(**wrong)
 
 
-def test_what_cannot_be_judged_is_said_before_anything_is_generated(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine, "run", lambda *_: pytest.fail("an answer was asked for"))
+def test_unavailable_check_fails_before_anything_is_generated(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "run", lambda *_: pytest.fail("an answer was generated"))
     with pytest.raises(UserError, match="the sandbox cannot run here"):
-        chat_eval.evaluate(subject(), [generative(right=chat_eval_ranks.refuse)], SAMPLED)
+        chat_eval.evaluate(subject(), [generative(is_correct=chat_eval_ranks.refuse)], SAMPLED)
 
 
-def test_two_ranks_find_what_one_finds_and_fail_together():
+def test_two_ranks_equal_one_and_fail_together():
     want = json.loads(json.dumps(chat_eval_ranks.results()))
-    failures = ["UserError: the sandbox cannot run here", "21 problems"]  # of one rank, on both; the next task goes on
+    # The error of one rank is raised on both; the next task runs.
+    failures = ["UserError: the sandbox cannot run here", "21 problems"]
     found = json.loads(json.dumps(ranks.call(2, chat_eval_ranks.results_and_failures)))
     assert found == [[0, want, failures], [1, want, failures]]
     letters, samples, scores = want

@@ -1,4 +1,4 @@
-"""eval_base: what it writes and says, going on after a stop or a fault, and two ranks as one."""
+"""eval_base: what it writes and prints, resuming after a stop or an error, and two ranks."""
 
 import csv
 import dataclasses
@@ -62,7 +62,7 @@ def table(base: Path) -> dict[str, list[str]]:
         return {name: values for name, *values in csv.reader(file)}
 
 
-def test_all_parts(base: Path, capsys: pytest.CaptureFixture[str]):
+def test_samples_bits_per_byte_and_core(base: Path, capsys: pytest.CaptureFixture[str]):
     assert main() == 0
     out = capsys.readouterr().out
     (row,) = logger.read_evaluations(base / "runs/bot")
@@ -82,16 +82,16 @@ def test_all_parts(base: Path, capsys: pytest.CaptureFixture[str]):
     lines = (base / "runs/bot/eval/samples_7.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
     assert [(s["prompt"], s["temperature"]) for s in samples] == [("The cat", 0.0), ("", 1.0)]
-    assert "of 6 of the 22 published tasks: not to be compared with published numbers" in out
+    assert "of 6 of the 22 published tasks: not comparable with published numbers" in out
     assert "next: python launch.py --experiment=sft --set run=bot" in out
 
 
-def test_tasks_that_are_done_are_kept_until_something_changes(base: Path, capsys: pytest.CaptureFixture[str]):
+def test_finished_tasks_are_skipped_until_something_changes(base: Path, capsys: pytest.CaptureFixture[str]):
     assert main("tasks=core") == 0
     first, kept = table(base), base / "runs/bot/eval/core_7.partial.jsonl"
     lines = kept.read_text().splitlines(keepends=True)
     assert len(lines) == 6
-    kept.write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote
+    kept.write_text("".join(lines[:3]) + lines[3][:20])  # killed while writing
     capsys.readouterr()
 
     def done(*settings: str) -> int:
@@ -114,17 +114,17 @@ def test_tasks_that_are_done_are_kept_until_something_changes(base: Path, capsys
     assert done("max_tokens=60", "max_per_task=8") == 0, "another model, of the same name and step"
 
 
-def test_a_failed_task_is_said_at_the_end_and_done_by_the_same_command(base: Path, capsys: pytest.CaptureFixture[str]):
+def test_failed_task_is_reported_and_retried(base: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(BUNDLE, base / "bundle")
     copa = base / "bundle/eval_data/commonsense_reasoning/copa.jsonl"
     text = copa.read_text()
     copa.write_text(text + "{}\n")
     assert main("tasks=core", f"bundle={base / 'bundle'}") == 1
     out, err = capsys.readouterr()
-    assert re.search(r"\d/6 copa +failed: \S+copa\.jsonl:9: query is missing", out)
+    assert re.search(r"\d/6 copa +failed: \S+copa\.jsonl:9: expected a string", out)
     assert err == (
-        "error: 1 failed: core/copa, and with it CORE, a mean over all its tasks; each says why above, and the same "
-        "command does it again\n"
+        "error: 1 failed: core/copa, and so CORE, the mean over all its tasks; the reasons are above, and the same "
+        "command retries them\n"
     )
     assert "CORE" not in table(base) and len(table(base)) == 6
     (row,) = logger.read_evaluations(base / "runs/bot")
@@ -136,24 +136,24 @@ def test_a_failed_task_is_said_at_the_end_and_done_by_the_same_command(base: Pat
     assert "CORE" in table(base)
 
 
-def test_missing_data_does_not_keep_core_from_being_done(base: Path, capsys: pytest.CaptureFixture[str]):
+def test_missing_data_does_not_stop_core(base: Path, capsys: pytest.CaptureFixture[str]):
     assert main("tasks=bpb,core", f"source={base / 'nothing'}") == 1
     out, err = capsys.readouterr()
-    assert "bpb failed: data.source=" in out and err.startswith("error: 1 failed: bpb; each says why above")
+    assert "bpb failed: data.source=" in out and err.startswith("error: 1 failed: bpb; the reasons are above")
     assert "core/CORE" in logger.latest_evaluation(base / "runs/bot")
 
 
-def test_a_wrong_bundle_or_setting(base: Path, capsys: pytest.CaptureFixture[str]):
+def test_wrong_bundle_or_setting(base: Path, capsys: pytest.CaptureFixture[str]):
     assert main(f"bundle={base}") == 1
-    wrong = f"error: bundle={base}: has no core.yaml; give the folder of the unpacked eval_bundle.zip\n"
-    assert capsys.readouterr() == ("", wrong), "before anything is done"
+    wrong = f"error: bundle={base}: has no core.yaml; set the folder of the unpacked eval_bundle.zip\n"
+    assert capsys.readouterr() == ("", wrong), "before anything is evaluated"
     assert main("tokens=0") == 1
     assert capsys.readouterr().err == "error: tokens=0: must be at least 1\n"
     assert main("tasks=cor") == 2
     assert "expected one of samples, bpb, core; did you mean core?" in capsys.readouterr().err
 
 
-def test_two_ranks_find_what_one_finds(base: Path):
+def test_two_ranks_equal_one(base: Path):
     assert main("device_batch_size=3") == 0  # rows of a step that do not divide the rows that count
     one, scores = logger.latest_evaluation(base / "runs/bot"), table(base)
     samples = (base / "runs/bot/eval/samples_7.jsonl").read_text()

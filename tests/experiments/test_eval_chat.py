@@ -1,4 +1,4 @@
-"""The experiment eval_chat: its table and record, tasks that fail and are made up for, and two ranks."""
+"""eval_chat: its table and record, failed tasks that are retried, partial results, and two ranks."""
 
 import csv
 import dataclasses
@@ -13,7 +13,7 @@ from trained_run import TOK, save_run
 
 import launch
 from experiments import eval_chat
-from nanochat import checkpoint, distributed
+from nanochat import checkpoint, distributed, jsonl
 from nanochat.config import UserError
 from nanochat.eval import Score, chat_eval
 from nanochat.metrics import logger
@@ -76,7 +76,7 @@ def partial(source: Path) -> Path:
     return source.parent / "runs" / "bot" / "eval" / "chat_1.partial.jsonl"
 
 
-def test_all_tasks_are_in_the_table_and_in_the_record(source: Path, capsys: pytest.CaptureFixture[str]):
+def test_all_tasks_are_in_the_table_and_the_record(source: Path, capsys: pytest.CaptureFixture[str]):
     command = ["launch.py", "--experiment=eval_chat", "--set", "run=bot", "--set", f"source={source}", *LIMITS]
     assert launch.main(command) == 0
     out = capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_all_tasks_are_in_the_table_and_in_the_record(source: Path, capsys: pyte
     assert "max_problems=4: not of all" in out and "--experiment=chat --set run=bot" in out
 
 
-def test_failed_tasks_are_named_and_made_up_for(
+def test_failed_tasks_are_named_and_retried(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     (source / "humaneval_test.jsonl").unlink()
@@ -114,7 +114,7 @@ def test_failed_tasks_are_named_and_made_up_for(
     (record,) = logger.read_evaluations(source.parent / "runs" / "bot")
     assert set(record["failed"]) == {"GSM8K", "HumanEval"} and "chat/ChatCORE" not in record["metrics"]
     with partial(source).open("a") as file:
-        file.write('{"task": "gsm8k", "ri')  # of a process that was killed
+        file.write('{"task": "gsm8k", "ri')  # from a killed process
 
     put(source, "humaneval_test")
     (source / "gsm8k_test.jsonl").unlink()  # under the old name, `datasets` might give the old rows
@@ -133,22 +133,22 @@ def test_failed_tasks_are_named_and_made_up_for(
     assert "chat/ChatCORE" in last and {name: last[name] for name in first} == first
 
 
-def test_results_of_other_settings_or_another_checkpoint_do_not_count(
+def test_partial_results_need_the_same_settings_and_checkpoint(
     source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     line = distributed.ControlGroup()
-    assert eval_chat.opened(partial(source), {"seed": 1}, line) == {}
-    eval_chat.keep(partial(source), {"task": "mmlu", "right": 3, "total": 4, "baseline": 0.25})
-    assert eval_chat.opened(partial(source), {"seed": 1}, line) == {"mmlu": Score(3, 4, 0.25)}
-    assert eval_chat.opened(partial(source), {"seed": 2}, line) == {}
+    assert eval_chat.read_partial(partial(source), {"seed": 1}, line) == {}
+    jsonl.append(partial(source), {"task": "mmlu", "right": 3, "total": 4, "baseline": 0.25})
+    assert eval_chat.read_partial(partial(source), {"seed": 1}, line) == {"mmlu": Score(3, 4, 0.25)}
+    assert eval_chat.read_partial(partial(source), {"seed": 2}, line) == {}
     assert "other settings" in capsys.readouterr().out
-    assert eval_chat.opened(partial(source), {"seed": 1}, line) == {}
+    assert eval_chat.read_partial(partial(source), {"seed": 1}, line) == {}
 
     def settings(**changed: Any) -> dict[str, Any]:
         with distributed.distributed_context("cpu") as here:
             config = dataclasses.replace(eval_chat.config(), run="bot", **changed)
             bot = checkpoint.load("bot", device="cpu", dtype=torch.float32)
-            return json.loads(json.dumps(eval_chat.settings(config, bot, here)))
+            return json.loads(json.dumps(eval_chat.result_settings(config, bot, here)))
 
     same = settings()
     assert settings(tasks=("gsm8k",), compile=True) == same
@@ -160,11 +160,11 @@ def test_results_of_other_settings_or_another_checkpoint_do_not_count(
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(source.parent / "third"))
     assert settings() != same
     partial(source).write_text("no json\n")
-    with pytest.raises(UserError, match="cannot be read"):
-        eval_chat.opened(partial(source), {}, line)
+    with pytest.raises(UserError, match="not valid JSON"):
+        eval_chat.read_partial(partial(source), {}, line)
 
 
-def test_tasks_are_named_once_with_options_and_their_own_rows(source: Path):
+def test_tasks_with_options_and_sources(source: Path):
     evaluate(Path("/nowhere"), tasks=(f"mmlu:{source}/mmlu_test.jsonl", "arithmetic:train:size=3", "arithmetic"))
     assert [(row["Task"], row["Total"]) for row in table(source)] == [
         ("MMLU", "4"),
@@ -172,7 +172,7 @@ def test_tasks_are_named_once_with_options_and_their_own_rows(source: Path):
         ("Arithmetic", "4"),
     ]
     for tasks in ((), ("mmlu", "gsm8k", "mmlu")):
-        with pytest.raises(UserError, match="one task or more, each once"):
+        with pytest.raises(UserError, match="at least one task, each once"):
             evaluate(source, tasks=tasks)
     with pytest.raises(UserError, match="1 of 1 tasks failed: mmmlu"):
         evaluate(source, tasks=("mmmlu",))
@@ -180,7 +180,7 @@ def test_tasks_are_named_once_with_options_and_their_own_rows(source: Path):
         evaluate(source, run="other")
 
 
-def test_two_ranks_give_the_table_of_one(source: Path):
+def test_two_ranks_write_the_table_of_one(source: Path):
     tasks = ("arc_easy", "mmlu", "arithmetic")
     evaluate(source, tasks=tasks, slots=1, batch_tokens=300)
     want = table(source)

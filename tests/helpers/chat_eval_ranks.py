@@ -41,34 +41,37 @@ def choice(size: int = 40) -> Task:
     return Task("mmlu", "multiple_choice", size, choice_row, None, 0.25)
 
 
-def generative(size: int = 21, right: Any = even) -> Task:
-    return Task("gsm8k", "generative", size, lambda i: qa_conversation(f"question {'?' * (i % 5)}{i}", "#### 1"), right)
+def generative(size: int = 21, is_correct: Any = even) -> Task:
+    def row(index: int) -> Any:
+        return qa_conversation(f"question {'?' * (index % 5)}{index}", "#### 1")
+
+    return Task("gsm8k", "generative", size, row, is_correct)
 
 
 def refuse(row: Any, text: str) -> bool:
     raise UserError("the sandbox cannot run here")
 
 
-def results(line: distributed.ControlGroup = distributed.ControlGroup()) -> list[Any]:
+def results(group: distributed.ControlGroup = distributed.ControlGroup()) -> list[Any]:
     """Return what this rank knows of each problem at the end."""
     bot = subject()
-    decoder = chat_eval.start(bot, SAMPLED)
-    scores = chat_eval.evaluate(bot, [choice(), generative()], SAMPLED, line)
+    engine = chat_eval.start_engine(bot, SAMPLED)
+    scores = chat_eval.evaluate(bot, [choice(), generative()], SAMPLED, group)
     return [
-        chat_eval.score_multiple_choice(bot, choice(), range(40), 512, line),
-        chat_eval.sample_answers(decoder, TOKENIZER, generative(), range(21), SAMPLED, line),
+        chat_eval.score_multiple_choice(bot, choice(), range(40), 512, group),
+        chat_eval.sample_answers(engine, TOKENIZER, generative(), range(21), SAMPLED, group),
         {name: score._asdict() for name, score in scores.items()},
     ]
 
 
-def failures(line: distributed.ControlGroup) -> list[str]:
+def failures(group: distributed.ControlGroup) -> list[str]:
     """Return what this rank is told of a row that one rank alone meets, and of answers that only some can check."""
     found = []
     # Rank 0 is dealt the first batch of answers, rank 1 the second.
-    judge = refuse if line.rank == 1 else even
+    judge = refuse if group.rank == 1 else even
     for size, right in ((21, judge), (21, even)):
         try:
-            score = chat_eval.evaluate(subject(), [generative(size, right)], SAMPLED, line)["gsm8k"]
+            score = chat_eval.evaluate(subject(), [generative(size, right)], SAMPLED, group)["gsm8k"]
             found.append(f"{score.total} problems")
         except UserError as error:
             found.append(f"{type(error).__name__}: {error}")
@@ -78,5 +81,5 @@ def failures(line: distributed.ControlGroup) -> list[str]:
 def results_and_failures() -> list[Any]:
     """Return [rank, results, failures] of this rank."""
     with distributed.distributed_context("cpu") as here:
-        line = distributed.create_group()
-        return [here.rank, results(line), failures(line)]
+        group = distributed.create_group()
+        return [here.rank, results(group), failures(group)]
