@@ -1,234 +1,255 @@
-"""Checkpoints of several processes: every job reads every other's, and a kill hurts no finished step."""
+"""Checkpoints of several processes: any sharding restores any other, and a kill never damages a complete step."""
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import ranks_checkpoint
 import torch
-from ranks_checkpoint import KILL_WIDTH, assert_same, whole_state
+from ranks_checkpoint import KILL_WIDTH, MODES, assert_same, full_state, raw, resume_and_save
 
 from nanochat import checkpoint, distributed, tree
 from nanochat.checkpoint import CorruptCheckpointError, integrity, storage
 from nanochat.checkpoint.integrity import fingerprint
 from nanochat.config import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def run_ranks(check: str, size: int, folder: Path) -> None:
-    """Run a function of tests/ranks_checkpoint.py on so many ranks."""
-    command = [sys.executable, "-m", "tests.helpers.ranks_checkpoint", check, str(size), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+RUNS = [f"{size}-{mode}" for size, modes in MODES.items() for mode in modes]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Step 3, saved by each of JOBS into a folder of its name."""
+    """Step 3, saved in each mode to a folder named after it."""
     folder = tmp_path_factory.mktemp("saved")
-    run_ranks("save_on_every_job", 4, folder)
+    for size in MODES:
+        ranks.call(size, ranks_checkpoint.save_in_every_mode, folder)
     return folder
 
 
-def test_any_job_loads_what_any_job_saved(saved: Path) -> None:
-    run_ranks("load_on_every_job", 4, saved)
+@pytest.mark.parametrize("size", MODES)
+def test_any_sharding_restores_any_other(saved: Path, size: int) -> None:
+    ranks.call(size, ranks_checkpoint.load_in_every_mode, saved)
 
 
-def test_every_part_is_written_once_and_by_turns(saved: Path) -> None:
-    whole_bytes = tree.nbytes(tuple(tree.flatten(whole_state(3)._asdict()).values()))
-    for size, mode in ranks_checkpoint.JOBS:
-        state = saved / f"{size}-{mode}" / "3" / "state"
-        parts = sorted(path.name for path in state.glob("ocdbt.process_*"))
-        assert parts == [f"ocdbt.process_{rank}" for rank in range(size)]
-        written = {part: sum(p.stat().st_size for p in (state / part).rglob("*") if p.is_file()) for part in parts}
-        overhead = 2500 * size + 4000  # the index: small leaves lie in it
-        assert whole_bytes <= sum(written.values()) + overhead, (mode, written)
-        stored = b"".join(p.read_bytes() for part in parts for p in (state / part).rglob("d/*"))
-        wte = whole_state(3).params["wte"]
-        for row in range(0, 64, 16):
-            assert stored.count(ranks_checkpoint.raw(wte[row : row + 16])) == 1, (size, mode)
+@pytest.mark.parametrize("run", RUNS)
+def test_every_shard_is_written_once_and_all_ranks_write(saved: Path, run: str) -> None:
+    size = int(run[0])
+    full_bytes = tree.nbytes(tuple(tree.flatten(full_state(3)._asdict()).values()))
+    state = saved / run / "3" / "state"
+    parts = sorted(path.name for path in state.glob("ocdbt.process_*"))
+    assert parts == [f"ocdbt.process_{rank}" for rank in range(size)]
+    written = {part: sum(p.stat().st_size for p in (state / part).rglob("*") if p.is_file()) for part in parts}
+    overhead = 2500 * size + 4000  # the index, which holds small leaves
+    assert full_bytes <= sum(written.values()) + overhead, written
+    stored = b"".join(p.read_bytes() for part in parts for p in (state / part).rglob("d/*"))
+    for row in range(0, 64, 16):
+        assert stored.count(raw(full_state(3).params["wte"][row : row + 16])) == 1
 
 
-def test_one_process_without_a_group_reads_all(saved: Path) -> None:
-    for size, mode in ranks_checkpoint.JOBS:
-        got, meta, _ = checkpoint.restore(saved / f"{size}-{mode}", whole_state(0))
-        assert_same(got, whole_state(3))
-        assert meta == {"seed": 1, "rank": 0}
+@pytest.mark.parametrize("run", RUNS)
+def test_one_process_reads_params_and_files_of_any_sharding(saved: Path, run: str) -> None:
+    params, meta, files = checkpoint.load_params(saved / run)
+    assert_same(full_state(3)._replace(params=params), full_state(3))
+    assert meta == {"seed": 1, "rank": 0}
+    assert files["me.py"].read_bytes() == Path(ranks_checkpoint.__file__).read_bytes()
 
 
-def test_a_program_of_jax_alone_reads_it(saved: Path) -> None:
-    np.save(saved / "wte.npy", whole_state(3).params["wte"].numpy())
-    np.save(saved / "q.npy", whole_state(3).params["h", "0", "q"].view(torch.int16).numpy())
+def test_jax_and_orbax_alone_read_a_sharded_checkpoint(saved: Path) -> None:
+    np.save(saved / "wte.npy", full_state(3).params["wte"].numpy())
+    np.save(saved / "q.npy", full_state(3).params["h", "0", "q"].view(torch.int16).numpy())
     program = f"""
         import sys
         import jax, numpy as np, orbax.checkpoint as ocp
         from jax.sharding import NamedSharding, PartitionSpec
         mesh = jax.make_mesh((4,), ("x",))
-        cut = NamedSharding(mesh, PartitionSpec("x"))
+        sharding = NamedSharding(mesh, PartitionSpec("x"))
         reader = ocp.CheckpointManager({str(saved / "4-fsdp")!r}, item_names=("state", "meta"))
-        params = {{"wte": jax.ShapeDtypeStruct((64, 64), np.float32, sharding=cut),
-                   "h": {{"0": {{"q": jax.ShapeDtypeStruct((12, 40), jax.numpy.bfloat16, sharding=cut)}}}}}}
+        params = {{"wte": jax.ShapeDtypeStruct((64, 64), np.float32, sharding=sharding),
+                   "h": {{"0": {{"q": jax.ShapeDtypeStruct((12, 40), jax.numpy.bfloat16, sharding=sharding)}}}}}}
         want = {{"params": params}}
-        how = ocp.checkpoint_utils.construct_restore_args(want)
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(want, restore_args=how, partial_restore=True), meta=ocp.args.JsonRestore()
-        )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(want)
+        state_args = ocp.args.PyTreeRestore(want, restore_args=restore_args, partial_restore=True)
+        items = ocp.args.Composite(state=state_args, meta=ocp.args.JsonRestore())
         got = reader.restore(reader.latest_step(), args=items)
         wte, q = got.state["params"]["wte"], got.state["params"]["h"]["0"]["q"]
-        assert isinstance(wte, jax.Array) and len(wte.addressable_shards) == 4 and wte.sharding == cut
+        assert isinstance(wte, jax.Array) and len(wte.addressable_shards) == 4 and wte.sharding == sharding
         np.testing.assert_array_equal(wte, np.load({str(saved / "wte.npy")!r}))
         np.testing.assert_array_equal(np.asarray(q).view(np.int16), np.load({str(saved / "q.npy")!r}))
-        whole = ocp.PyTreeCheckpointer().restore({str(saved / "4-hsdp" / "3" / "state")!r})
-        np.testing.assert_array_equal(whole["opt_state"]["big"], np.arange(8) * 2**59 + 2)
-        assert whole["opt_state"]["big"].dtype == np.int64 and whole["step"] == 3
+        full = ocp.PyTreeCheckpointer().restore({str(saved / "4-hsdp" / "3" / "state")!r})
+        np.testing.assert_array_equal(full["opt_state"]["big"], np.arange(8) * 2**59 + 2)
+        assert full["opt_state"]["big"].dtype == np.int64 and full["step"] == 3
         assert not {{"torch", "nanochat"}} & set(sys.modules)
     """
-    env = {**ENV, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], env=env, cwd=saved, capture_output=True, text=True, timeout=60
-    )
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, env=env, cwd=saved, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
-def test_what_fails_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
-    run_ranks("fail_alike", 4, tmp_path)
-
-
-def test_a_rank_that_ends_alone_holds_nobody_up(tmp_path: Path) -> None:
-    run_ranks("lose_a_rank", 4, tmp_path)
-    assert_same(checkpoint.restore(tmp_path / "run", whole_state(1, 4096))[0], whole_state(1, 4096))
-
-
-JOBS = [(4, "fsdp"), (2, "fsdp"), (4, "hsdp"), (4, "replicate"), (1, "plain")]
-
-
-@pytest.mark.parametrize("everybody", [False, True])
-def test_a_save_killed_at_ten_moments_never_hurts(tmp_path: Path, everybody: bool) -> None:
-    forker = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.ranks_checkpoint", "kill_ranks", "1", str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=ROOT,
-        env=ENV,
-    )
-    assert forker.stdin and forker.stdout
-
-    def run(step: int, job: tuple[int, str], victim: int, phase: int, delay: float) -> dict[str, Any]:
-        assert forker.stdin and forker.stdout
-        print(step, *job, victim, phase, delay, file=forker.stdin, flush=True)
-        return json.loads(forker.stdout.readline())
-
-    def check(allowed: set[int]) -> int:
-        there = checkpoint.steps(tmp_path / "run")
-        assert there and there[-1] in allowed
-        for step in there:
-            want = whole_state(step, KILL_WIDTH)
-            assert_same(checkpoint.restore(tmp_path / "run", want, step=step)[0], want)
-        return there[-1]
-
-    assert run(1, JOBS[0], 0, 0, -1)["codes"] == [0] * 4
-    lived = run(2, JOBS[0], 0, 0, -1)
-    assert lived["codes"] == [0] * 4 and check({2}) == 2
-    blocking_seconds, background_seconds = map(float, lived["took"])
-    moments = [(0, blocking_seconds * i / 4) for i in range(4)] + [(1, background_seconds * i / 6) for i in range(6)]
-    latest, interrupted, outlived = 2, 0, 0
-    for number, (phase, delay) in enumerate(moments):
-        size, mode = JOBS[number % len(JOBS)] if everybody else JOBS[number % 4]
-        victim = -1 if everybody else number % size
-        codes = run(latest + 1, (size, mode), victim, phase, delay)["codes"]
-        # Who is not killed ends by itself: done, or with the error that another one is lost.
-        assert set(codes) <= ({0, -9} if everybody else {0, 3, -9}), codes
-        outlived += 3 in codes
-        interrupted += any("tmp" in path.name for path in (tmp_path / "run").iterdir())
-        latest = check({latest, latest + 1})
-    assert interrupted, f"no kill fell into the {background_seconds:.2f} s of writing"
-    assert everybody or outlived, "no rank met the loss of another"
-    assert run(latest + 1, (2, "fsdp"), 0, 0, -1)["codes"] == [0] * 2  # goes on, on another number of ranks
-    assert check({latest + 1}) == latest + 1
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [str(latest + 1)]
-    forker.stdin.close()
-    assert forker.wait(30) == 0
-
-
-def test_torchrun_starts_again_from_the_last_good_step(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    begun = time.monotonic()
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.helpers.ranks_checkpoint", "under_torchrun", "2", str(tmp_path)],
-        cwd=ROOT,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begun < 60
-    assert done.stdout.count("done") == 2
-    assert checkpoint.steps(tmp_path / "run") == [1, 2]
-    assert_same(checkpoint.restore(tmp_path / "run", whole_state(2))[0], whole_state(2))
-
-
-# The pieces, in one process
-
-
-def test_together_is_transparent_in_one_process() -> None:
-    line = distributed.create_group()
-    assert (
-        line == distributed.ControlGroup()
-        and distributed.all_gather_object(line, {"a": 1}) == [{"a": 1}]
-        and distributed.broadcast_object(line, 2) == 2
-    )
-    with pytest.raises(ZeroDivisionError), distributed.raise_on_any_failure(line):
-        _ = 1 / 0
-
-
-def test_fingerprints_from_parts_count_copies_once() -> None:
-    x = torch.arange(24, dtype=torch.float32).view(6, 4)
-    parts = [fingerprint(x[:3]), fingerprint(x[3:], [3, 0])]
-    signed = [value - 2**64 if value >= 2**63 else value for value in parts]
-    found = torch.tensor([[[number, signed[number]]] for number in (0, 1, 0, 1)])
-    assert integrity.full_fingerprints(found, ["x"]) == {"x": f"{fingerprint(x):016x}"}
-    assert [integrity.shards_to_write(found, rank) for rank in range(4)] == [[True], [True], [False], [False]]
-    found[2, 0, 1] += 1
-    with pytest.raises(UserError, match="x differs between rank 0 and rank 2"):
-        integrity.full_fingerprints(found, ["x"])
-
-
-@pytest.mark.parametrize(
-    ("sizes", "limit", "pieces"),
-    [((), 8, []), ((8, 6), 96, [4, 6]), ((8, 6), 20, [1, 3]), ((3, 4), 16, [3, 1]), ((2, 2), 16, [2, 2])],
-)
-def test_pieces_divide_a_block(sizes: tuple[int, ...], limit: int, pieces: list[int]) -> None:
-    assert integrity.chunk_shape(sizes, 4, limit) == pieces
-
-
-def test_pieces_come_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = integrity.chunk_shape
-    monkeypatch.setattr(integrity, "chunk_shape", lambda sizes, itemsize: chunk(sizes, itemsize, 64))
-    manager = checkpoint.open_manager(tmp_path)
-    checkpoint.save(manager, whole_state(1), {})
-    assert_same(checkpoint.restore(manager, whole_state(1))[0], whole_state(1))
-    checkpoint.close(manager)
-    wte = whole_state(1).params["wte"]
-    got = storage.read_blocks(tmp_path / "1" / "state", {"params.wte": ((64, 64), (slice(3, 9), slice(1, 8)))})
-    assert np.array_equal(got["params.wte"], wte[3:9, 1:8].numpy())
-    assert storage.read_blocks(tmp_path / "1" / "state", {"params.wte": ((63, 64), (slice(3), slice(8)))}) == {}
-
-
-def test_an_absent_part_is_noticed(saved: Path, tmp_path: Path) -> None:
-    subprocess.run(["cp", "-r", str(saved / "4-fsdp"), str(tmp_path / "run")], check=True)
+def test_missing_shard_is_reported(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "4-fsdp", tmp_path / "run")
     for path in (tmp_path / "run" / "3" / "state" / "ocdbt.process_2" / "d").iterdir():
         path.unlink()
     with pytest.raises(CorruptCheckpointError, match=r"run/3: .*state cannot be read"):
         checkpoint.load_params(tmp_path / "run")
+
+
+def test_failure_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    errors = ranks.call(4, ranks_checkpoint.fail_on_one_rank, folder)
+    bugs = [rank_errors.pop("bug on one rank") for rank_errors in errors]
+    assert all("TypeError: Object of type object is not JSON serializable" in bug for bug in bugs), bugs
+    assert all(bug.startswith("RuntimeError: rank 1 failed") for rank, bug in enumerate(bugs) if rank != 1), bugs
+    assert errors[1:] == errors[:1] * 3
+    got = errors[0]
+    for surfaces in ("wait", "save", "close"):
+        message = got.pop(f"full disk: {surfaces}")
+        assert message.startswith(f"UserError: checkpoint of step 2 could not be written to {folder} (rank 2: ")
+        assert "too large" in message and message.endswith("step 1 is intact")
+    message = got.pop("no room")
+    assert message.startswith("UserError: checkpoint of step 2 needs") and "0.1 MB free" in message
+    differs = "UserError: {} differs between rank {} and rank {}: it should be equal on both"
+    step = folder / "2"
+    assert got == {
+        "other shard": differs.format("params.wte", 1, 3),
+        "other plain leaf": differs.format("scaler.scale", 0, 2),
+        "other step": differs.format("step", 0, 1),
+        "other names": differs.format("params.new", 0, 1),
+        "other arrays": differs.format("position", 0, 3),
+        "missing file": f"UserError: {folder}/gone cannot be copied to the checkpoint (No such file or directory)",
+        "uneven shards": "UserError: params.odd (5,) is placed S(0) over 2 ranks: checkpoints hold tensors that are "
+        "replicated or evenly sharded",
+        "saved": "no error",
+        "saved again": "no error",
+        "exists with other values": f"UserError: checkpoint {step} exists with another params.wte: delete it, or save "
+        "to another folder",
+        "flipped bit": f"CorruptCheckpointError: checkpoint {step}: params.wte is corrupt: bytes in {step}/state have "
+        f"changed; step 1 exists too: delete {step} to resume from it",
+        "no such step": f"UserError: no checkpoint of step 7 in {folder}; there are steps 1, 2",
+        "other model": f"UserError: checkpoint {step} has params.wte (64, 4096) float32, this model expects (3) "
+        "float32",
+        "replaced": "no error",
+        "bad folder": f"UserError: checkpoint folder {ranks_checkpoint.__file__}/run cannot be created: Not a "
+        "directory",
+    }
+
+
+def test_exit_of_one_rank_does_not_block_the_others(tmp_path: Path) -> None:
+    ranks.call(4, ranks_checkpoint.exit_on_one_rank, tmp_path)
+    assert_same(checkpoint.restore(tmp_path, full_state(1, 4096))[0], full_state(1, 4096))
+
+
+# Killed saves
+
+
+def check_steps(folder: Path, allowed: set[int]) -> int:
+    """Every complete step has to be intact, and the newest one of those allowed; return that."""
+    complete = checkpoint.steps(folder)
+    assert complete and complete[-1] in allowed
+    for step in complete:
+        want = full_state(step, KILL_WIDTH)
+        assert_same(checkpoint.restore(folder, want, step=step)[0], want)
+    return complete[-1]
+
+
+def test_killed_save_never_damages_a_complete_step(tmp_path: Path) -> None:
+    assert ranks.call(4, resume_and_save, tmp_path, "fsdp", 1) == [0] * 4
+    kills = [
+        (1, "plain", (0,), "while_writing"),
+        (4, "fsdp", (2,), "while_writing"),
+        (2, "fsdp", (0,), "after_writing"),
+        (4, "hsdp", (0, 1, 2, 3), "before_writing"),
+        (4, "replicate", (0,), "published"),
+    ]
+    for size, mode, victims, moment in kills:
+        with ranks.start(size, resume_and_save, tmp_path, mode, 2, victims, moment) as job:
+            finished = job.wait()
+        # A rank that is not killed exits by itself, with the error that another one is lost.
+        expected = [-9 if rank in victims else 0 for rank in range(size)]
+        assert [rank.code for rank in finished] == expected, finished
+        assert all(rank.value == (None if rank.code else 3) for rank in finished), finished
+        assert check_steps(tmp_path, {1, 2}) == (2 if moment == "published" else 1)
+        left = [path.name for path in tmp_path.iterdir() if not path.name.isdecimal()]
+        assert bool(left) == (moment != "published"), left
+    assert ranks.call(2, resume_and_save, tmp_path, "fsdp", 3) == [0] * 2
+    assert check_steps(tmp_path, {3}) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_all", [False, True])
+def test_save_killed_at_ten_times_never_damages_a_complete_step(tmp_path: Path, kill_all: bool) -> None:
+    jobs = [(4, "fsdp"), (2, "fsdp"), (4, "hsdp"), (4, "replicate"), (1, "plain")]
+    assert ranks.call(4, resume_and_save, tmp_path, "fsdp", 1) == [0] * 4
+    with ranks.start(4, resume_and_save, tmp_path, "fsdp", 2) as job:
+        saving, returned, closed = [float(line.split()[1]) for line in job.wait()[0].out.splitlines()]
+    assert check_steps(tmp_path, {2}) == 2
+    moments = [("saving", (returned - saving) * i / 4) for i in range(4)]
+    moments += [("returned", (closed - returned) * i / 6) for i in range(6)]
+    latest, interrupted, lost = 2, 0, 0
+    for number, (phase, delay) in enumerate(moments):
+        size, mode = jobs[number % len(jobs)]
+        with ranks.start(size, resume_and_save, tmp_path, mode, latest + 1) as job:
+            while not all(phase in job.output(rank) for rank in range(size)):
+                time.sleep(0.005)
+            time.sleep(delay)
+            for process in job.processes if kill_all else [job.processes[number % size]]:
+                process.kill()
+            finished = job.wait()
+        assert {rank.code for rank in finished} <= {0, -9}, finished
+        lost += 3 in [rank.value for rank in finished]
+        interrupted += any("tmp" in path.name for path in tmp_path.iterdir())
+        latest = check_steps(tmp_path, {latest, latest + 1})
+    assert interrupted, f"no kill fell into the {closed - returned:.2f} s of writing"
+    assert kill_all or lost, "no rank met the loss of another"
+
+
+# In one process
+
+
+def test_control_group_of_one_process_is_transparent() -> None:
+    group = distributed.create_group()
+    assert group == distributed.ControlGroup()
+    assert distributed.all_gather_object(group, {"a": 1}) == [{"a": 1}]
+    assert distributed.broadcast_object(group, 2) == 2
+    with pytest.raises(ZeroDivisionError), distributed.raise_on_any_failure(group):
+        _ = 1 / 0
+
+
+def test_replicated_shards_count_once_in_the_checksum() -> None:
+    x = torch.arange(24, dtype=torch.float32).view(6, 4)
+    checksums = [fingerprint(x[:3]), fingerprint(x[3:], [3, 0])]
+    signed = [value - 2**64 if value >= 2**63 else value for value in checksums]
+    gathered = torch.tensor([[[index, signed[index]]] for index in (0, 1, 0, 1)])
+    assert integrity.full_fingerprints(gathered, ["x"]) == {"x": f"{fingerprint(x):016x}"}
+    assert [integrity.shards_to_write(gathered, rank) for rank in range(4)] == [[True], [True], [False], [False]]
+    gathered[2, 0, 1] += 1
+    with pytest.raises(UserError, match="x differs between rank 0 and rank 2"):
+        integrity.full_fingerprints(gathered, ["x"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "chunk"),
+    [((), 8, []), ((8, 6), 96, [4, 6]), ((8, 6), 20, [1, 3]), ((3, 4), 16, [3, 1]), ((2, 2), 16, [2, 2])],
+)
+def test_chunks_divide_a_block(sizes: tuple[int, ...], limit: int, chunk: list[int]) -> None:
+    assert integrity.chunk_shape(sizes, 4, limit) == chunk
+
+
+def test_chunked_arrays_are_read_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk_shape = integrity.chunk_shape
+    monkeypatch.setattr(integrity, "chunk_shape", lambda sizes, itemsize: chunk_shape(sizes, itemsize, 64))
+    manager = checkpoint.open_manager(tmp_path)
+    checkpoint.save(manager, full_state(1), {})
+    assert_same(checkpoint.restore(manager, full_state(1))[0], full_state(1))
+    checkpoint.close(manager)
+    wte = full_state(1).params["wte"]
+    got = storage.read_blocks(tmp_path / "1" / "state", {"params.wte": ((64, 64), (slice(3, 9), slice(1, 8)))})
+    assert np.array_equal(got["params.wte"], wte[3:9, 1:8].numpy())
+    assert storage.read_blocks(tmp_path / "1" / "state", {"params.wte": ((63, 64), (slice(3), slice(8)))}) == {}

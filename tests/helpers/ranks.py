@@ -87,7 +87,8 @@ class Job:
 
     def output(self, rank: int = 0) -> str:
         """Return what a rank has printed so far, errors after the rest."""
-        return "".join(Path(self._file(rank, kind)).read_text() for kind in ("out", "err"))
+        paths = [Path(self._file(rank, kind)) for kind in ("out", "err")]
+        return "".join(path.read_text() for path in paths if path.exists())  # the process may be just starting
 
     def wait(self, timeout: float = 240) -> list[Finished]:
         """Return how all ranks ended; those that run on after another has failed, or for too long, are killed."""
