@@ -71,7 +71,7 @@ def test_jax_and_orbax_alone_read_a_sharded_checkpoint(saved: Path) -> None:
         sharding = NamedSharding(mesh, PartitionSpec("x"))
         reader = ocp.CheckpointManager({str(saved / "4-fsdp")!r}, item_names=("state", "meta"))
         params = {{"wte": jax.ShapeDtypeStruct((64, 64), np.float32, sharding=sharding),
-                   "h": {{"0": {{"q": jax.ShapeDtypeStruct((12, 40), jax.numpy.bfloat16, sharding=sharding)}}}}}}
+                   "h": {{"0": {{"q": jax.ShapeDtypeStruct((32, 40), jax.numpy.bfloat16, sharding=sharding)}}}}}}
         want = {{"params": params}}
         restore_args = ocp.checkpoint_utils.construct_restore_args(want)
         state_args = ocp.args.PyTreeRestore(want, restore_args=restore_args, partial_restore=True)
