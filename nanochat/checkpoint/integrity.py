@@ -35,24 +35,22 @@ class CorruptCheckpointError(UserError):
 # Checksums that add up over shards
 
 
-def fingerprint(shard: Tensor, offsets: Sequence[int] | None = None) -> int:
+def checksum(shard: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
     """Return a 64-bit checksum of a tensor's bits and their positions.
 
         Σ bits(x[i, j, …]) · w₀[i] · w₁[j] · …   modulo 2**64,  with odd pseudo-random weights per dimension.
 
-    The checksums of the shards of a tensor add up to its checksum modulo 2**64. A change of one element is always
-    detected (an odd multiple of less than 2**32 is not 0 modulo 2**64); swapped elements, rows or leaves are missed
-    with a probability of about 2**-32. Runs on the tensor's device in bounded memory.
+    The checksums of the shards of a tensor add up to its checksum. A change of one element is always detected (an odd
+    multiple of less than 2**32 is not 0 modulo 2**64); swapped elements, rows or leaves are missed with a probability
+    of about 2**-32. Runs on the tensor's device in bounded memory, without synchronization.
 
     Args:
         shard: the tensor or a block of it, any dtype of 1, 2, 4 or 8 bytes.
         offsets: where the block starts in the full tensor, per dimension; None: at 0.
+
+    Returns:
+        A 0-d int64 tensor, to be read modulo 2**64.
     """
-    return int(checksum(shard, offsets)) % 2**64
-
-
-def checksum(shard: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
-    """Return `fingerprint` modulo 2**64 as a 0-d int64 tensor on the shard's device, without synchronization."""
     bits = shard.detach()
     starts = list(offsets) if offsets is not None else [0] * bits.ndim
     if bits.ndim == 0:

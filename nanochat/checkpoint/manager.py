@@ -38,7 +38,7 @@ from nanochat.distributed import ControlGroup, LostRankError, raise_on_any_failu
 BEST_METRIC = "val/bpb"  # lower is better
 LEAF_DTYPES = ("float32", "bfloat16", "float16", "int32", "int64", "uint8", "bool")
 
-State = TypeVar("State", bound=tuple)
+State = TypeVar("State", bound=Any)  # a NamedTuple
 
 
 @dataclasses.dataclass
@@ -243,7 +243,7 @@ def restore(
         with raise_on_any_failure(group):
             arrays = integrity.read_arrays(path, header["arrays"])
     leaves = {name: integrity.from_local(shard, like[name]) for name, shard in shards.items()}
-    fields = {name: _rebuild(value, leaves, name) for name, value in _fields(abstract_state).items()}
+    fields = {name: _rebuild(value, leaves, name) for name, value in abstract_state._asdict().items()}
     if isinstance(fields.get("params"), TensorDict):
         fields["params"] = _with_saved_config(fields["params"], header["meta"])
     return type(abstract_state)(**fields), header["meta"], arrays
@@ -474,14 +474,8 @@ def _last_good(folder: Path) -> str:
 # Leaves of a state
 
 
-def _fields(state: Any) -> dict[str, Any]:
-    if not hasattr(state, "_asdict"):
-        raise TypeError(f"expected a NamedTuple of tensors and TensorDicts, got {type(state).__name__}")
-    return state._asdict()
-
-
 def _leaves(state: Any) -> dict[str, Tensor]:
-    leaves = tree.flatten(_fields(state))
+    leaves = tree.flatten(state._asdict())
     for name, leaf in leaves.items():
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{name} is a {type(leaf).__name__}, not a tensor")

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ranks_checkpoint import assert_same, full_state, raw
 from nanochat import tree
 from nanochat.checkpoint import CorruptCheckpointError, integrity, storage
 from nanochat.checkpoint import manager as checkpoint
-from nanochat.checkpoint.integrity import fingerprint
 from nanochat.config import UserError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8, torch.bool]
@@ -169,7 +168,11 @@ def test_corrupt_metrics_file_is_reported_when_the_folder_is_opened(tmp_path: Pa
         checkpoint.open_manager(tmp_path)
 
 
-# Fingerprints
+# Checksums
+
+
+def fingerprint(x: torch.Tensor, offsets: Sequence[int] | None = None) -> int:
+    return int(integrity.checksum(x, offsets)) % 2**64
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -181,7 +184,7 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
     return raw.view(dtype).reshape(shape)
 
 
-def test_fingerprint_format_is_stable() -> None:
+def test_checksum_format_is_stable() -> None:
     x = torch.arange(6, dtype=torch.float32).reshape(2, 3)
     mask = 2**64 - 1
 
@@ -197,7 +200,7 @@ def test_fingerprint_format_is_stable() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fingerprints_of_shards_add_up(dtype: torch.dtype) -> None:
+def test_checksums_of_shards_add_up(dtype: torch.dtype) -> None:
     rng = np.random.default_rng(1)
     for shape in [(), (1,), (7,), (5, 9), (4, 3, 5), (2, 1, 3, 4), (0, 3)]:
         x = random_tensor(shape, dtype)
@@ -214,7 +217,7 @@ def test_fingerprints_of_shards_add_up(dtype: torch.dtype) -> None:
         assert sum(fingerprint(p.contiguous(), o) for p, o in pieces) % 2**64 == whole, shape
 
 
-def test_fingerprints_do_not_depend_on_chunking() -> None:
+def test_checksums_do_not_depend_on_chunking() -> None:
     x = random_tensor((3001, 1009), torch.int32)  # several uneven chunks
     rows = [fingerprint(x[a : a + 100], [a, 0]) for a in range(0, 3001, 100)]
     columns = [fingerprint(x[:, a : a + 500], [0, a]) for a in range(0, 1009, 500)]
@@ -224,7 +227,7 @@ def test_fingerprints_do_not_depend_on_chunking() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fingerprints_detect_every_flipped_bit(dtype: torch.dtype) -> None:
+def test_checksums_detect_every_flipped_bit(dtype: torch.dtype) -> None:
     x = random_tensor((3, 4), dtype)
     raw = x.view(torch.uint8).reshape(-1)
     whole, seen = fingerprint(x), set()
@@ -237,7 +240,7 @@ def test_fingerprints_detect_every_flipped_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("x", [torch.eye(8), torch.arange(64.0).view(8, 8), torch.eye(8, dtype=torch.int64) << 40])
-def test_fingerprints_detect_exchanged_elements_rows_and_columns(x: torch.Tensor) -> None:
+def test_checksums_detect_exchanged_elements_rows_and_columns(x: torch.Tensor) -> None:
     whole = fingerprint(x)
     changed = {"flip": x.flip(0), "roll": x.roll(1, 1), "negated": -x}
     if not torch.equal(x, x.T):
@@ -255,6 +258,6 @@ def test_fingerprints_detect_exchanged_elements_rows_and_columns(x: torch.Tensor
 
 
 @pytest.mark.gpu
-def test_fingerprints_are_equal_on_cuda() -> None:
+def test_checksums_are_equal_on_cuda() -> None:
     for leaf in [*tree.leaves(full_state(1)), random_tensor((5000, 4001), torch.bfloat16)]:
         assert fingerprint(leaf) == fingerprint(leaf.cuda())

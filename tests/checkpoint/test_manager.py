@@ -21,7 +21,7 @@ from ranks_checkpoint import State, abstract, assert_same, full_state
 from nanochat import tree
 from nanochat.checkpoint import CheckpointConfig, CorruptCheckpointError, storage
 from nanochat.checkpoint import manager as checkpoint
-from nanochat.config import UserError
+from nanochat.config import UserError, override
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -256,7 +256,7 @@ def test_retention_policy(tmp_path: Path, options: Any, scores: list[float | Non
 def test_settings_out_of_range_are_refused() -> None:
     for name in ("every_steps", "keep_last", "keep_every_steps"):
         with pytest.raises(UserError, match=f"checkpoint.{name}=0: expected a number above 0, or none"):
-            CheckpointConfig(**{name: 0})
+            override(CheckpointConfig(), [f"{name}=0"])
 
 
 def test_step_deleted_by_hand_is_forgotten(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from ranks_checkpoint import KILL_WIDTH, MODES, assert_same, full_state, raw, re
 
 from nanochat import checkpoint, distributed, tree
 from nanochat.checkpoint import CorruptCheckpointError, integrity, storage
-from nanochat.checkpoint.integrity import fingerprint
 from nanochat.config import UserError
 
 RUNS = [f"{size}-{mode}" for size, modes in MODES.items() for mode in modes]
@@ -224,10 +223,9 @@ def test_control_group_of_one_process_is_transparent() -> None:
 
 def test_replicated_shards_count_once_in_the_checksum() -> None:
     x = torch.arange(24, dtype=torch.float32).view(6, 4)
-    checksums = [fingerprint(x[:3]), fingerprint(x[3:], [3, 0])]
-    signed = [value - 2**64 if value >= 2**63 else value for value in checksums]
-    gathered = torch.tensor([[[index, signed[index]]] for index in (0, 1, 0, 1)])
-    assert integrity.full_fingerprints(gathered, ["x"]) == {"x": f"{fingerprint(x):016x}"}
+    checksums = [int(integrity.checksum(x[:3])), int(integrity.checksum(x[3:], [3, 0]))]
+    gathered = torch.tensor([[[index, checksums[index]]] for index in (0, 1, 0, 1)])
+    assert integrity.full_fingerprints(gathered, ["x"]) == {"x": f"{int(integrity.checksum(x)) % 2**64:016x}"}
     assert [integrity.shards_to_write(gathered, rank) for rank in range(4)] == [[True], [True], [False], [False]]
     gathered[2, 0, 1] += 1
     with pytest.raises(UserError, match="x differs between rank 0 and rank 2"):
