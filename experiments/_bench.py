@@ -1,110 +1,219 @@
-"""Measure training steps: their time, their kernels and collectives, the limits of the machine, the roofline.
+"""Measure training steps: their time, the limits of the machine, and the roofline that follows from both.
 
-Every timing waits for the device before and after, and nowhere in between. What is compared is measured in turns or
-predicted beforehand.
-
-Benchmarks as processes of their own: each with a time limit, its result as JSON, its failure as one line.
+Every timing synchronizes the device before and after, and nowhere in between. Alternatives are timed in turns.
 """
 
-import contextlib
 import functools
-import json
 import math
-import os
-import re
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from experiments import _trace
 from nanochat import distributed, model, optim, train
 from nanochat.distributed import Layout, Runtime, sharding
 from nanochat.model import ModelConfig, linear
-from nanochat.train import StageConfig, TrainState
+from nanochat.train import StageConfig, TrainState, planner
+
+if TYPE_CHECKING:
+    from experiments.bench_train import Config
 
 Step = Callable[[TrainState], TrainState]
+MATMUL_ROWS = 32768  # of the model's own products on a GPU: more rows are no faster, and need memory
 
 
 class TrainStepBench(NamedTuple):
-    """A training step that can be measured: it works on a fixed batch of random tokens, at a rate of zero.
+    """A training step on fixed batches of random tokens, at a learning rate of zero.
 
     Attributes:
-        step: does one whole step. many: n -> the step with n times its micro-batches, without compiling anew.
-        state: to begin with; steps write into its memory.
-        kernels: in words. layout: of several ranks, or None.
+        step: state -> state; it updates the memory of its argument. repeat: n -> the step with n times its
+            micro-batches, without recompiling. state: initial state.
+        kernels: description. layout: of several ranks, or None.
     """
 
     step: Step
-    many: Callable[[int], Step]
+    repeat: Callable[[int], Step]
     state: TrainState
     kernels: str
     layout: Layout | None
 
 
-def make_train_step(settings: StageConfig, shape: ModelConfig, here: Runtime, micro_batches: int = 1) -> TrainStepBench:
-    """Return the step that a stage with these settings would do, and a state for it.
+def make_train_step(
+    settings: StageConfig, shape: ModelConfig, runtime: Runtime, micro_batches: int = 1
+) -> TrainStepBench:
+    """Return the step that a stage with these settings would run, and a state for it.
 
     Raises:
-        UserError: what is asked for does not run here.
+        UserError: a requested kernel does not run here.
     """
-    layout = sharding.make_layout(settings.sharding, here, model.spec(shape))
-    step_fn, _, kernels = train.build_step_functions(settings, shape, here, layout)
-    params = model.init(shape, 0, device=here.device, dtype=here.compute_dtype, layout=layout)
-    state = train.init(params, model.spec(shape), here.compute_dtype, layout)
-    generator = torch.Generator().manual_seed(here.rank)
+    layout = sharding.make_layout(settings.sharding, runtime, model.spec(shape))
+    step_fn, _, kernels = train.build_step_functions(settings, shape, runtime, layout)
+    params = model.init(shape, 0, device=runtime.device, dtype=runtime.compute_dtype, layout=layout)
+    state = train.init(params, model.spec(shape), runtime.compute_dtype, layout)
+    generator = torch.Generator().manual_seed(runtime.rank)
     batches = []
     for _ in range(micro_batches):
         size = (settings.rows, shape.sequence_len + 1)
-        rows = torch.randint(shape.vocab_size, size, generator=generator).to(here.device)
+        rows = torch.randint(shape.vocab_size, size, generator=generator).to(runtime.device)
         batches.append({"inputs": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()})
     rates = optim.param_group_settings(optim.OptimConfig(), shape.n_embd)
     for group in rates.values():
-        group["lr"] = 0.0  # the work of a step is the same, and the numbers stay what they are on random tokens
+        group["lr"] = 0.0  # the same work, and the parameters stay what they are
     hparams = optim.as_hparams(rates)
 
-    def many(n: int) -> Step:
+    def repeat(n: int) -> Step:
         return lambda state: step_fn(state, batches * n, hparams)[0]
 
-    return TrainStepBench(many(1), many, state, kernels, layout)
+    return TrainStepBench(repeat(1), repeat, state, kernels, layout)
+
+
+def precision(config: "Config", runtime: Runtime) -> str:
+    """Return bf16, fp16, fp32 or fp8: the precision of the large matrix products."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    return "fp8" if config.train.linear == "fp8" else names[runtime.compute_dtype]
+
+
+def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[TrainStepBench, dict[str, Any]]:
+    """Measure a resolved configuration; print what it is, and return the step and the numbers."""
+    tokens = (config.batch_size or 1) * shape.sequence_len * config.micro_batches * runtime.world_size
+    flops = model.flops_per_token(shape)
+    settings = StageConfig(
+        compile=config.compile,
+        train=config.train,
+        sharding=config.sharding,
+        device_batch_size=config.batch_size or 1,
+    )
+    bench = make_train_step(settings, shape, runtime, config.micro_batches)
+    layout = bench.layout
+    print(f"depth {shape.n_layer}, width {shape.n_embd}, {model.count(shape)['total']:,} parameters")
+    micro = f" x {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
+    print(f"{flops / 1e6:.4g} MFLOP per token, batch {config.batch_size} x {shape.sequence_len} tokens{micro}")
+    print(f"{device_name(runtime)}, {runtime.compute_dtype}, {bench.kernels}, compile={config.compile}", flush=True)
+    if layout:
+        print(f"{runtime.world_size} ranks, {layout.mode}: mesh of {layout.replicas} x {layout.shards}")
+    start = time.perf_counter()
+    bench = bench._replace(state=bench.step(bench.step(bench.state)))
+    distributed.synchronize(runtime.device)
+    compile_seconds = time.perf_counter() - start
+    print(f"first two steps, with compilation: {compile_seconds:.1f} s", flush=True)
+    result: dict[str, Any] = {
+        "ranks": runtime.world_size,
+        "mode": layout.mode if layout else "single",
+        "precision": precision(config, runtime),
+        "attention": bench.kernels,
+        "compile_seconds": compile_seconds,
+    }
+    if not config.rounds:
+        return bench, result
+    # Before the operands of the matmuls.
+    peak_memory_bytes = distributed.all_reduce_max(distributed.peak_memory_bytes(runtime.device))
+    seconds, squares, products = alternate(config, shape, bench, runtime)
+    limit, limit_from = distributed.peak_flops(runtime.device, runtime.compute_dtype)
+    speed = flops * tokens / seconds / runtime.world_size
+    numbers: dict[str, Any] = {
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "model_flops_per_second": speed,
+    }
+    for size, value in squares.items():
+        square = 2 * size**3 / value
+        numbers |= {f"matmul_{size}_flops_per_second": square, f"share_of_matmul_{size}": speed / square}
+    numbers |= {
+        "seconds_of_its_matmuls_alone": products,
+        "share_of_step_for_its_matmuls": products / seconds,
+        "mfu": speed / limit,
+        "mfu_limit": limit_from,
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+    if layout and config.profile:
+        numbers |= communication(config, shape, bench, runtime)
+    return bench, numbers | result
+
+
+def device_name(runtime: Runtime) -> str:
+    return torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else runtime.device.type
+
+
+def alternate(
+    config: "Config", shape: ModelConfig, bench: TrainStepBench, runtime: Runtime
+) -> tuple[float, dict[int, float], float]:
+    """Return median seconds of a step, of square matmuls by size, and of the model's own matmuls, timed in turns."""
+    cuda = runtime.device.type == "cuda"
+    sizes = (2048, 8192) if cuda else (2048,)
+    pairs = {n: [torch.randn(n, n, device=runtime.device).to(runtime.compute_dtype) for _ in range(2)] for n in sizes}
+    tokens = (config.batch_size or 1) * shape.sequence_len * config.micro_batches
+    rows = min(tokens, MATMUL_ROWS) if cuda else tokens
+    own = matmuls(shape, rows, runtime)
+    steps: list[float] = []
+    squares: dict[int, list[float]] = {n: [] for n in sizes}
+    products: list[float] = []
+    for _ in range(config.rounds):
+        for n, (a, b) in pairs.items():
+            squares[n] += [timed(functools.partial(torch.matmul, a, b), runtime) for _ in range(5)]
+        steps += [timed(lambda: bench.step(bench.state), runtime) for _ in range(config.steps_per_round)]
+        products.append(timed(own, runtime) * tokens / rows)
+    medians = {n: statistics.median(values) for n, values in squares.items()}
+    return statistics.median(steps), medians, statistics.median(products[1:] or products)
+
+
+def communication(config: "Config", shape: ModelConfig, bench: TrainStepBench, runtime: Runtime) -> dict[str, Any]:
+    """Return the time of a profiled step in collectives, and the bytes that this rank sent beside the expected."""
+    layout = bench.layout
+    assert layout is not None
+    trace = _trace.trace(lambda: bench.step(bench.state), runtime, shapes=True)
+    collectives = _trace.communication(trace)
+    numbers: dict[str, Any] = {
+        "profiled_step_seconds": trace.seconds,
+        "communication_seconds": collectives.seconds,
+        "communication_exposed_seconds": collectives.exposed_seconds,
+        "communication_share": collectives.seconds / trace.seconds,
+        "communication_exposed_share": collectives.exposed_seconds / trace.seconds,
+    }
+    try:
+        numbers["sent_bytes"] = sum(_trace.sent_bytes(trace, layout).values())
+    except LookupError as error:
+        print(f"bytes sent: unknown ({error})")
+    if layout.whole or (config.compile and layout.gather == "layer"):  # what the planner's figures are of
+        setup = planner.Setup(layout.mode, runtime.world_size, layout.shards, runtime.compute_dtype)
+        expected = planner.traffic(shape, setup, micro_batches=config.micro_batches)
+        numbers["sent_bytes_expected"] = sum(expected.values())
+    return numbers
 
 
 # Time
 
 
-def timed(f: Callable[[], Any], here: Runtime) -> float:
-    """Return the seconds that one call takes, the device's work included; all ranks begin together."""
-    distributed.synchronize(here.device)
-    if here.world_size > 1:
+def timed(f: Callable[[], Any], runtime: Runtime) -> float:
+    """Return the seconds of one call, device work included; all ranks start together."""
+    distributed.synchronize(runtime.device)
+    if runtime.world_size > 1:
         distributed.barrier()
     start = time.perf_counter()
     f()
-    distributed.synchronize(here.device)
+    distributed.synchronize(runtime.device)
     return time.perf_counter() - start
 
 
 def seconds_of(fs: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = 5) -> dict[str, float]:
-    """Return the median seconds of each of `fs`, called in turns; each is warmed up, then called several in a row."""
+    """Return the median seconds of each function: warmed up, then called in turns, several calls in a row."""
     calls = {}
     for name, f in fs.items():
         f()
-        once = _in_a_row(f, 1, device)
-        calls[name] = max(1, min(20, int(0.02 / max(once, 1e-6))))  # or the time would be that of a launch
-    found: dict[str, list[float]] = {name: [] for name in fs}
+        once = _seconds_per_call(f, 1, device)
+        calls[name] = max(1, min(20, int(0.02 / max(once, 1e-6))))  # enough to hide the launch overhead
+    times: dict[str, list[float]] = {name: [] for name in fs}
     for _ in range(rounds):
         for name, f in fs.items():
-            found[name].append(_in_a_row(f, calls[name], device))
-    return {name: statistics.median(values) for name, values in found.items()}
+            times[name].append(_seconds_per_call(f, calls[name], device))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _in_a_row(f: Callable[[], Any], calls: int, device: torch.device) -> float:
+def _seconds_per_call(f: Callable[[], Any], calls: int, device: torch.device) -> float:
     distributed.synchronize(device)
     if device.type != "cuda":
         start = time.perf_counter()
@@ -121,11 +230,11 @@ def _in_a_row(f: Callable[[], Any], calls: int, device: torch.device) -> float:
     return before.elapsed_time(after) / 1000 / calls
 
 
-def matmuls(shape: ModelConfig, tokens: int, here: Runtime) -> Callable[[], None]:
-    """Return a function that does a micro-batch's dense products and nothing else: forward and both gradients."""
+def matmuls(shape: ModelConfig, tokens: int, runtime: Runtime) -> Callable[[], None]:
+    """Return a function that computes only a micro-batch's dense products: forward and both gradients."""
     rows = [row.shape for row in model.spec(shape).values() if row.matmul and min(row.shape) >= 64]
     sizes = {size: rows.count(size) for size in set(rows)}
-    rand = functools.partial(torch.randn, device=here.device, dtype=here.compute_dtype)
+    rand = functools.partial(torch.randn, device=runtime.device, dtype=runtime.compute_dtype)
     operands = [
         (rand(tokens, inner), rand(outer, inner), rand(tokens, outer), n) for (outer, inner), n in sizes.items()
     ]
@@ -144,7 +253,7 @@ def matmuls(shape: ModelConfig, tokens: int, here: Runtime) -> Callable[[], None
 
 
 class Limits(NamedTuple):
-    """What the machine reached: FLOP/s of large products in the compute dtype and in fp8, bytes/s of a copy."""
+    """Measured FLOP/s of large products in the compute dtype and in fp8, and bytes/s of a copy."""
 
     matmul: float
     fp8: float | None
@@ -152,7 +261,7 @@ class Limits(NamedTuple):
 
 
 def limits(device: torch.device, dtype: torch.dtype, size: int = 8192, copy_bytes: int = 2**32) -> Limits:
-    """Measure the machine: products of (size, size), and a copy of so many bytes, read and written ones counted."""
+    """Measure products of (size, size), and a copy; bytes read and written both count."""
     tensors = [torch.randn(size, size, device=device) for _ in range(2)]
     a, b = (x.to(dtype) for x in tensors)
     source = torch.empty(copy_bytes // 2, dtype=torch.uint8, device=device).random_()
@@ -161,54 +270,45 @@ def limits(device: torch.device, dtype: torch.dtype, size: int = 8192, copy_byte
     if device.type == "cuda" and linear.fp8_support(device) == "native":
         x, y = (linear.quantise(t, torch.float8_e4m3fn) for t in tensors)
         scaled: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
-        how = {"scale_a": x.scale, "scale_b": y.scale, "out_dtype": dtype, "use_fast_accum": True}
-        fs["fp8"] = lambda: scaled(x.values, y.values.t(), **how)
-    found = seconds_of(fs, device)
-    products = {name: 2 * size**3 / seconds for name, seconds in found.items() if name != "copy"}
-    return Limits(products["matmul"], products.get("fp8"), 2 * source.numel() / found["copy"])
+        options = {"scale_a": x.scale, "scale_b": y.scale, "out_dtype": dtype, "use_fast_accum": True}
+        fs["fp8"] = lambda: scaled(x.values, y.values.t(), **options)
+    seconds = seconds_of(fs, device)
+    fp8 = 2 * size**3 / seconds["fp8"] if "fp8" in seconds else None
+    return Limits(2 * size**3 / seconds["matmul"], fp8, 2 * source.numel() / seconds["copy"])
 
 
-def roofline(
-    shape: ModelConfig, rows: int, micro_batches: int, limits: Limits, dtype: torch.dtype, fp8: bool
-) -> dict[str, float]:
-    """Return the least seconds of each part of a step in one process, at the machine's measured limits.
+def roofline(shape: ModelConfig, rows: int, limits: Limits, dtype: torch.dtype, fp8: bool) -> dict[str, float]:
+    """Return the least seconds of each part of a step with one micro-batch in one process, at the measured limits.
 
-    Products and attention are counted in FLOPs; quantising, elementwise work and the optimizer in bytes. The last three
-    are what fused kernels must at least move: 132·C bytes a token and layer for norms, rotation, relu² and residuals,
-    forward and backward; 8 a logit. Attention counts visible keys only: 4 FLOPs a key and channel forward, 2.5 times
-    that backward.
+    Products and attention are counted in FLOPs; quantization, elementwise work and the optimizer in bytes that fused
+    kernels have to move: 132·C a token and layer for norms, rotation, relu² and residuals, forward and backward; 8 a
+    logit. Attention counts visible keys only: 4 FLOPs a key and channel forward, 2.5 times that backward.
     """
-    tokens, width = rows * micro_batches * shape.sequence_len, shape.n_embd
-    fast = limits.fp8 if fp8 and limits.fp8 else limits.matmul
-    found: dict[str, float] = dict.fromkeys(
-        ("products", "quantise", "attention", "elementwise", "muon", "optimizer"), 0.0
-    )
+    length, width = shape.sequence_len, shape.n_embd
+    tokens = rows * length
+    parts: dict[str, float] = dict.fromkeys(("products", "quantize", "attention", "muon", "optimizer"), 0.0)
     for row in model.spec(shape).values():
         numel = math.prod(row.shape)
         if row.matmul:
-            fits = fp8 and linear.fp8_fits(rows * shape.sequence_len, torch.empty(row.shape, device="meta"))
-            found["products"] += 6 * numel * tokens / (fast if fits else limits.matmul)
-            # Read twice, written once and once more transposed: activations, gradients, weights.
-            moved = 7 * tokens * sum(row.shape) + 11 * numel * micro_batches if fits else 0
-            found["quantise"] += moved / limits.copy
+            in_fp8 = fp8 and linear.fp8_fits(tokens, torch.empty(row.shape, device="meta"))
+            parts["products"] += 6 * numel * tokens / (limits.fp8 if in_fp8 and limits.fp8 else limits.matmul)
+            # Read twice, written once, and once more transposed: activations, gradients, weights.
+            parts["quantize"] += (7 * tokens * sum(row.shape) + 11 * numel) / limits.copy if in_fp8 else 0
         if row.group == optim.MATRIX:
             long, short = max(row.shape), min(row.shape)
-            flops = len(optim.POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3)
-            found["muon"] += flops / limits.matmul
-            found["optimizer"] += 60 * numel / limits.copy  # stacks, momenta, five passes in 16 bits
+            parts["muon"] += len(optim.POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3) / limits.matmul
+            parts["optimizer"] += 60 * numel / limits.copy  # stacks, momenta, five passes in 16 bits
         else:
-            kept = model.storage_dtype(row, dtype).itemsize
-            found["optimizer"] += (3 * kept + 16) * numel / limits.copy
-    time = shape.sequence_len
-    keys = sum(min(w, time) - min(w, time) ** 2 / (2 * time) for w in shape.windows)  # the mean over positions
-    found["attention"] = 14 * width * keys * tokens / limits.matmul
-    moved = tokens * (132 * width * shape.n_layer * dtype.itemsize / 2 + 8 * shape.vocab_size)
-    found["elementwise"] = moved / limits.copy
-    return found
+            parts["optimizer"] += (3 * model.storage_dtype(row, dtype).itemsize + 16) * numel / limits.copy
+    keys = sum(min(w, length) - min(w, length) ** 2 / (2 * length) for w in shape.windows)  # mean over positions
+    parts["attention"] = 14 * width * keys * tokens / limits.matmul
+    elementwise = tokens * (132 * width * shape.n_layer * dtype.itemsize / 2 + 8 * shape.vocab_size)
+    parts["elementwise"] = elementwise / limits.copy
+    return parts
 
 
 def host_syncs(f: Callable[[], Any]) -> list[str]:
-    """Return where a call makes the host wait for the GPU, one entry a time: file, line and what CUDA's mode says."""
+    """Return where a call makes the host wait for the GPU: file, line and CUDA's message, one entry each time."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -217,97 +317,5 @@ def host_syncs(f: Callable[[], Any]) -> list[str]:
             f()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    found = [w for w in caught if "called a synchronizing" in str(w.message)]
-    return [f"{Path(w.filename).name}:{w.lineno}: {str(w.message).splitlines()[0][:120]}" for w in found]
-
-
-# Text
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as aligned text; the first row is the header, the first column is to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        return "  " + "  ".join([row[0].ljust(widths[0]), *cells])
-
-    return "\n".join(line(row) for row in rows)
-
-
-class RunResult(NamedTuple):
-    """How a job ended: the JSON of the last line that has one, or None and one line of what went wrong."""
-
-    result: dict[str, Any] | None
-    problem: str
-
-
-def run_subprocess(command: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None) -> RunResult:
-    """Run a benchmark as a process of its own, so that its failure, or its memory, stays its own.
-
-    Args:
-        command: its words; torchrun's variables of this process are not passed on. seconds: after which it is stopped.
-        env: variables to set beside those of this process.
-    """
-    ours = re.compile(r"(RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|TORCHRUN_)")
-    clean = {name: value for name, value in os.environ.items() if not ours.match(name)} | dict(env or {})
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=clean, start_new_session=True)
-        try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            stop_process(process)
-        file.seek(0)
-        lines = file.read().splitlines()
-    if code is None:
-        return RunResult(None, f"stopped after {seconds:.0f} s")
-    if code:
-        return RunResult(
-            None, _last_problem(lines) or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
-        )
-    result = next((json.loads(line) for line in reversed(lines) if line.startswith('{"bench"')), None)
-    return RunResult(result, "" if result else "it printed no result")
-
-
-def stop_process(process: subprocess.Popen) -> None:
-    """End a process that was started in a session of its own: kindly, then by force; its children with it."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-    with contextlib.suppress(ProcessLookupError):  # what is left of its group, also after a good end
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _last_problem(lines: Sequence[str]) -> str:
-    """Return the line of a failed job's output that says why."""
-    for pattern in (r"error: .+", r"(?!.*ChildFailedError)[\w.]*(Error|Exception|Exit|Interrupt)\b.*"):
-        for line in lines:
-            text = re.sub(r"^\[rank\d+\]:\s*", "", line).strip()
-            if re.fullmatch(pattern, text):
-                return text.removeprefix("error: ")[:200]
-    return ""
-
-
-def launch_command(launch: Path, experiment: str, values: Mapping[str, Any], ranks: int) -> list[str]:
-    """Return the words that start an experiment on some ranks of this machine.
-
-    Args:
-        launch: the file launch.py. values: settings by dotted name.
-    """
-    words = [sys.executable]
-    if ranks > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    words += [str(launch), f"--experiment={experiment}"]
-    return words + [word for name, value in values.items() for word in ("--set", f"{name}={format_cli_value(value)}")]
-
-
-def format_cli_value(value: Any) -> str:
-    """Return a setting's value as it is written on the command line."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(format_cli_value, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    warned = [w for w in caught if "called a synchronizing" in str(w.message)]
+    return [f"{Path(w.filename).name}:{w.lineno}: {str(w.message).splitlines()[0][:120]}" for w in warned]

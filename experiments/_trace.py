@@ -1,4 +1,4 @@
-"""What a profiled step holds: its kernels and the gaps between them, its collectives and the bytes they send."""
+"""Profiler traces of a step: kernels and the gaps between them, collectives and the bytes they send."""
 
 import collections
 import gzip
@@ -28,17 +28,17 @@ class Trace(NamedTuple):
     events: list[dict[str, Any]]
 
 
-def trace(f: Callable[[], Any], here: Runtime, *, path: Path | None = None, shapes: bool = False) -> Trace:
+def trace(f: Callable[[], Any], runtime: Runtime, *, path: Path | None = None, shapes: bool = False) -> Trace:
     """Profile the second of two calls; `path` (.json or .json.gz) keeps both for chrome://tracing or perfetto."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (here.device.type == "cuda")
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (runtime.device.type == "cuda")
     with torch_profile(activities=activities, record_shapes=shapes) as profiler:
         f()
-        distributed.synchronize(here.device)
-        if here.world_size > 1:
+        distributed.synchronize(runtime.device)
+        if runtime.world_size > 1:
             distributed.barrier()
         with record_function(MARK):
             f()
-            distributed.synchronize(here.device)
+            distributed.synchronize(runtime.device)
     with tempfile.TemporaryDirectory() as folder:
         path = path or Path(folder) / "trace.json.gz"
         profiler.export_chrome_trace(str(path))
@@ -53,50 +53,43 @@ def _within(event: Mapping[str, Any], mark: Mapping[str, Any]) -> bool:
     return mark["ts"] <= event["ts"] and event["ts"] + event.get("dur", 0) <= mark["ts"] + mark["dur"]
 
 
-def merge_intervals(spans: Iterable[Span]) -> list[Span]:
-    """Return the union of spans as disjoint ones, in order."""
-    found: list[Span] = []
-    for start, end in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else:
-            found.append((start, end))
-    return found
-
-
 def total_seconds(spans: Iterable[Span]) -> float:
     """Return the length of the union of spans."""
-    return sum(end - start for start, end in merge_intervals(spans))
+    total, end = 0.0, -math.inf
+    for first, last in sorted(spans):
+        total += max(last - max(first, end), 0.0)
+        end = max(end, last)
+    return total
 
 
 def _spans(events: Iterable[Mapping[str, Any]]) -> list[Span]:
     return [(event["ts"], event["ts"] + event["dur"]) for event in events]
 
 
-def on_gpu(trace: Trace) -> list[dict[str, Any]]:
-    """Return the kernels, copies and fills of a trace, in the order of their start."""
+def gpu_events(trace: Trace) -> list[dict[str, Any]]:
+    """Return the kernels, copies and fills of a trace by start time."""
     found = [e for e in trace.events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     return sorted(found, key=lambda event: event["ts"])
 
 
 class Communication(NamedTuple):
-    """Seconds of a step in which collectives ran, and in which nothing else did."""
+    """Seconds of a step in which collectives ran, and in which only they ran."""
 
     seconds: float
     exposed_seconds: float
 
 
 def communication(trace: Trace) -> Communication:
-    """Return the time in collectives: of NCCL's kernels on a GPU; on the CPU, of gloo's work and the waits for it.
+    """Return the time in collectives: NCCL kernels on a GPU; gloo's work and the waits for it on the CPU.
 
-    A collective's time includes what it waits for slower ranks. On the CPU the exposed part is what the computing
-    thread spends in starting collectives and waiting for them.
+    The time includes waiting for slower ranks. On the CPU the exposed part is what the computing thread spends in
+    starting collectives and waiting for them.
     """
-    kernels = on_gpu(trace)
+    kernels = gpu_events(trace)
     if kernels:
-        ours = _spans(e for e in kernels if "nccl" in e["name"].lower())
+        nccl = _spans(e for e in kernels if "nccl" in e["name"].lower())
         others = _spans(e for e in kernels if "nccl" not in e["name"].lower())
-        return Communication(total_seconds(ours) / 1e6, (total_seconds(ours + others) - total_seconds(others)) / 1e6)
+        return Communication(total_seconds(nccl) / 1e6, (total_seconds(nccl + others) - total_seconds(others)) / 1e6)
     waits = _spans(e for e in trace.events if e["name"].startswith("_c10d_functional::"))
     work = _spans(e for e in trace.events if e["name"].startswith("gloo:"))
     return Communication(total_seconds(waits + work) / 1e6, total_seconds(waits) / 1e6)
@@ -113,7 +106,7 @@ def sent_bytes(trace: Trace, layout: Layout) -> dict[str, float]:
     in `planner.traffic`.
 
     Raises:
-        LookupError: the trace does not tell what was sent.
+        LookupError: the trace does not say what was sent.
     """
     found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     calls = sorted((e for e in trace.events if e["name"].startswith("_c10d_functional::")), key=lambda e: e["ts"])
@@ -124,13 +117,13 @@ def sent_bytes(trace: Trace, layout: Layout) -> dict[str, float]:
             continue
         shards = layout.shards
         sizes, dtype = call["args"]["Input Dims"][0], call["args"]["Input type"][0]
-        if dtype == "TensorList":  # whose dtypes are told by the waits for the results
+        if dtype == "TensorList":  # the waits for the results have the dtypes
             grown = {"all_gather": shards, "reduce_scatter": 1 / shards}.get(kind, 1)
-            items = [_item_bytes(_take(waits, call, math.prod(size) * grown)) for size in sizes]
+            items = [_item_bytes(_pop_wait(waits, call, math.prod(size) * grown)) for size in sizes]
         else:
             sizes, items = [sizes], [_item_bytes(call)]
         nbytes = sum(math.prod(size) * item for size, item in zip(sizes, items))
-        if kind == "all_reduce":  # of what is cut over the replicas, of the rest over all
+        if kind == "all_reduce":  # sharded parameters over the replicas, others over all ranks
             ranks = layout.replicas if layout.replicas > 1 and len(sizes) == len(layout.cut) else layout.ranks
             found[kind] += 2 * nbytes * (ranks - 1) / ranks
         else:
@@ -141,12 +134,12 @@ def sent_bytes(trace: Trace, layout: Layout) -> dict[str, float]:
 def _item_bytes(event: Mapping[str, Any]) -> int:
     dtype = event["args"]["Input type"][0]
     if dtype not in ITEM_BYTES:
-        raise LookupError(f"{event['name']} of {dtype}: of unknown size")
+        raise LookupError(f"{event['name']} of {dtype}: unknown size")
     return ITEM_BYTES[dtype]
 
 
-def _take(waits: list[dict[str, Any]], call: Mapping[str, Any], numel: float) -> dict[str, Any]:
-    """Return the first wait after a call for a result of that many elements, and take it from the list."""
+def _pop_wait(waits: list[dict[str, Any]], call: Mapping[str, Any], numel: float) -> dict[str, Any]:
+    """Remove and return the first wait after a call for a result of that many elements."""
     for i, wait in enumerate(waits):
         same = wait["ts"] > call["ts"] and wait["tid"] == call["tid"]
         if same and math.prod(wait["args"]["Input Dims"][0]) == round(numel):
@@ -164,7 +157,7 @@ KERNELS = {
 
 
 def kind_of(kernel: str) -> str:
-    """Return which kind of work a kernel does, by its name."""
+    """Return the kind of work of a kernel, by its name."""
     return next((kind for kind, pattern in KERNELS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
@@ -172,7 +165,7 @@ class Profile(NamedTuple):
     """The GPU's part of a traced step.
 
     Attributes:
-        busy_seconds: in which at least one kernel ran. idle_seconds: the rest of the step.
+        busy_seconds: with at least one kernel running. idle_seconds: the rest of the step.
         kinds: kind -> seconds. top: (kernel, seconds, calls), the longest first.
         gaps: (seconds, kernel before, kernel after), the longest first.
     """
@@ -185,8 +178,8 @@ class Profile(NamedTuple):
 
 
 def profile(trace: Trace) -> Profile:
-    """Return what the GPU did in a traced step, and for how long it did nothing."""
-    kernels = on_gpu(trace)
+    """Return what the GPU did in a traced step, and how long it was idle."""
+    kernels = gpu_events(trace)
     kinds: dict[str, float] = collections.defaultdict(float)
     seconds: dict[str, float] = collections.defaultdict(float)
     calls = collections.Counter(event["name"] for event in kernels)
@@ -205,14 +198,13 @@ def profile(trace: Trace) -> Profile:
     return Profile(busy, trace.seconds - busy, kinds, top, sorted(gaps, reverse=True))
 
 
-def breakdown(f: Callable[[], Any], here: Runtime, rows: int = 14) -> list[str]:
-    """Return lines of the operations that take most of a call, with their share."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (here.device.type == "cuda")
+def top_ops(f: Callable[[], Any], runtime: Runtime, count: int = 14) -> list[list[str]]:
+    """Return table rows of the operations that take the largest share of a call's time."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (runtime.device.type == "cuda")
     with torch_profile(activities=activities) as profiler:
         f()
-        distributed.synchronize(here.device)
-    kind = "self_device_time_total" if here.device.type == "cuda" else "self_cpu_time_total"
+        distributed.synchronize(runtime.device)
+    kind = "self_device_time_total" if runtime.device.type == "cuda" else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: getattr(event, kind), reverse=True)
     total = sum(getattr(event, kind) for event in events) or 1
-    shares = [(getattr(event, kind) / total, event.key) for event in events[:rows]]
-    return [f"  {share:6.1%}  {key[:100]}" for share, key in shares]
+    return [[event.key[:100], f"{getattr(event, kind) / total:.1%}"] for event in events[:count]]

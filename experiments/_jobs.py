@@ -1,0 +1,90 @@
+"""Benchmarks in processes of their own: each with a time limit, its result as JSON, its failure as one line."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class RunResult(NamedTuple):
+    """The JSON of the last line that has a result, or None and one line with the error."""
+
+    result: dict[str, Any] | None
+    error: str
+
+
+def run_subprocess(command: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None) -> RunResult:
+    """Run a benchmark in a process of its own, without this process's torchrun variables.
+
+    Args:
+        seconds: time limit. env: additional environment variables.
+    """
+    torchrun = re.compile(r"(RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|TORCHRUN_)")
+    clean = {name: value for name, value in os.environ.items() if not torchrun.match(name)} | dict(env or {})
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=clean, start_new_session=True)
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            stop_process(process)
+        file.seek(0)
+        lines = file.read().splitlines()
+    if code is None:
+        return RunResult(None, f"stopped after {seconds:.0f} s")
+    if code:
+        return RunResult(None, _error_line(lines) or describe_exit(code))
+    result = next((json.loads(line) for line in reversed(lines) if line.startswith('{"bench"')), None)
+    return RunResult(result, "" if result else "it printed no result")
+
+
+def describe_exit(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def stop_process(process: subprocess.Popen) -> None:
+    """Terminate, then kill, a process that was started in its own session, and its children."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+    with contextlib.suppress(ProcessLookupError):  # children may outlive it
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _error_line(lines: Sequence[str]) -> str:
+    for pattern in (r"error: .+", r"(?!.*ChildFailedError)[\w.]*(Error|Exception|Exit|Interrupt)\b.*"):
+        for line in lines:
+            text = re.sub(r"^\[rank\d+\]:\s*", "", line).strip()
+            if re.fullmatch(pattern, text):
+                return text.removeprefix("error: ")[:200]
+    return ""
+
+
+def launch_command(experiment: str, settings: Mapping[str, Any], ranks: int = 1) -> list[str]:
+    """Return the command that starts an experiment on `ranks` ranks of this machine; settings by dotted name."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *torchrun, str(ROOT / "launch.py"), f"--experiment={experiment}", *set_flags(settings)]
+
+
+def set_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return `--set name=value` flags as separate words."""
+    return [word for name, value in settings.items() for word in ("--set", f"{name}={_cli_value(value)}")]
+
+
+def _cli_value(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(_cli_value, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
