@@ -1,7 +1,19 @@
 """Names that were removed, with what replaces them: launch.py answers an old name with the new one."""
 
 # old experiment -> what to type instead
-EXPERIMENTS: dict[str, str] = {}
+EXPERIMENTS: dict[str, str] = {
+    "bench_gpu": "--experiment=bench_train --set what=gpu",
+    "bench_scale": "--experiment=bench_train --set what=scaling",
+}
 
 # old setting -> new one; with `=`, an old value -> the new one
-SETTINGS: dict[str, str] = {}
+SETTINGS: dict[str, str] = {
+    "minutes": "gpu.minutes",
+    "sections": "gpu.sections",
+    "linears": "gpu.linears",
+    "step_tokens": "gpu.step_tokens",
+    "profile_depth": "gpu.profile_depth",
+    "sweep=true": "what=sweep",
+    "strong=false": "scaling=weak",
+    "weak=false": "scaling=strong",
+}

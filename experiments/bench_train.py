@@ -65,13 +65,19 @@ class GpuConfig:
     """Checks and measurements of one GPU; the defaults are for an H100 or H200.
 
     Attributes:
-        sections: of limits, check, train, attention and linear; they run in this order.
-        out: folder of the results; default: $OUT, else runs/bench_gpu. minutes: time limit for everything.
-        depths, linears: of the training steps (dense: in the compute dtype), the most important first.
-        batches: micro-batch sizes to try, largest first. step_tokens: of a step with gradient accumulation.
-        profile_depth: depth of the step that is profiled. matmul_size, copy_bytes: to measure the limits with.
+        sections: what to run, of limits, check, train, attention and linear; always in this order.
+        out: folder of the results; default: $OUT, else runs/bench_gpu.
+        minutes: time limit for everything.
+        depths: of the models whose training step is timed, the most important first.
+        linears: linear layers to time each depth with, dense (in the compute dtype) or fp8.
+        batches: micro-batch sizes to try, the largest that fits is timed.
+        step_tokens: tokens of a step with gradient accumulation.
+        profile_depth: depth whose step is profiled.
+        matmul_size: side of the square matmuls that measure the machine.
+        copy_bytes: bytes read and written by the copy that measures the machine.
         tests: what pytest collects.
-        units, deadline: work and Unix time limit of the child process; set by the parent.
+        units: work of a child process; set by the parent.
+        deadline: Unix time limit of a child process; set by the parent.
     """
 
     sections: tuple[str, ...] = ("limits", "check", "train", "attention", "linear")
@@ -94,16 +100,22 @@ class Config:
     """What to measure.
 
     Attributes:
-        what: one step, a sweep, scaling over ranks, or everything that needs one GPU.
-        depth: default: a small shape for a laptop; a number: pretrain's shape of that depth.
-        width, head_dim, kv_heads, vocab_size, sequence_len, window_pattern: default: what follows from depth.
-        batch_size: sequences of a micro-batch on a rank. micro_batches: of a step.
-        rounds, steps_per_round: of timing; rounds=0: compile and stop.
-        profile: whether to print the time by operation, and on several ranks the share of communication.
-        modes, kernels, precisions (bf16, fp16, fp32, fp8), compiles: values of a sweep; if none is set, all of them;
-            modes also of scaling. cold: in a sweep, compile with an empty cache first.
-        ranks: of scaling; default: 1, 2, 4, ... up to the GPUs of this machine, or its cores.
-        scaling: which kinds to measure. job_seconds: time limit of a job of a sweep or of scaling.
+        what: one step, a sweep over configurations, scaling over ranks, or everything that needs one GPU.
+        depth: of the model, with pretrain's shape at that depth; default: a small shape for a laptop.
+        width, head_dim, kv_heads, vocab_size, sequence_len, window_pattern: of the model; default: by depth.
+        batch_size: sequences of a micro-batch on a rank; default: pretrain's.
+        micro_batches: micro-batches of a step.
+        rounds: of timing; 0: compile and stop.
+        steps_per_round: steps timed in a round.
+        compile: whether to use torch.compile.
+        profile: whether to print the time by operation, and with several ranks the share of communication.
+        device, dtype: auto uses a GPU if there is one, and bfloat16 where it is fast.
+        modes: of sharding, for a sweep or scaling; default: all, or sharding.mode if the sweep has other values.
+        kernels, precisions, compiles: values of a sweep; default: all, or the configuration's if it has other values.
+        cold: whether a sweep compiles with an empty cache first.
+        ranks: numbers of ranks for scaling; default: 1, 2, 4, ... up to the GPUs of this machine, or its cores.
+        scaling: kinds of scaling to measure.
+        job_seconds: time limit of each job of a sweep or of scaling.
     """
 
     what: Literal["step", "sweep", "scaling", "gpu"] = "step"

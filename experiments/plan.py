@@ -40,12 +40,17 @@ class Config:
 
     Attributes:
         depth, model, total_batch_size, num_iterations, target_flops, target_param_data_ratio: as for pretrain.
-        world_size: GPUs of the job. gpu: their type. gpus_per_node: how many share a fast link.
-        mode: of sharding, or all. shard_ranks: of hsdp; default: the GPUs of a node.
+        world_size: GPUs of the job.
+        gpu: type of GPU, a name of GPU_SPECS.
+        gpus_per_node: GPUs that share a fast link.
+        mode: sharding mode, or all of them.
+        shard_ranks: ranks that share one copy of the state in hsdp; default: the GPUs of a node.
         device_batch_size: sequences of a micro-batch, or auto: the largest that fits.
         fp8: matrix products in float8, which saves no time in this estimate unless mfu says so.
-        mfu: share of the GPU's 16-bit peak that a step reaches. dollars_per_hour: of one GPU; default: the table's.
-        chunk_tokens: of the loss. table: whether to print the table over depths and GPUs.
+        mfu: share of the GPU's 16-bit peak that a step reaches.
+        dollars_per_hour: price of one GPU; default: the table's.
+        chunk_tokens: tokens whose logits the loss computes at once.
+        table: whether to print the table over depths and GPUs.
     """
 
     depth: int = 20
