@@ -297,21 +297,15 @@ def listen(limits: Limits) -> socket.socket:
     Raises:
         UserError: the port is in use, or there is no such address.
     """
+    is_ipv6 = ":" in limits.host
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            limits.host, limits.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-        except OSError:
-            sock.close()
-            raise
-        return sock
-    except OSError as error:
-        where, reason = f"host={limits.host} port={limits.port}", error.strerror or error
-        raise UserError(f"{where}: could not listen there ({reason}); try another: --set port=8001") from None
+        return socket.create_server((limits.host, limits.port), family=family, dualstack_ipv6=is_ipv6)
+    except (OSError, ValueError) as error:  # ValueError: there is no IPv6 here
+        where, reason = f"host={limits.host} port={limits.port}", str(getattr(error, "strerror", None) or error)
+        raise UserError(
+            f"{where}: could not listen there ({reason.partition(' (')[0]}); try another: --set port=8001"
+        ) from None
 
 
 def run(app: ASGIApp, scheduler: Scheduler, limits: Limits, on_ready: Callable[[int], None] | None = None) -> None:

@@ -6,6 +6,7 @@ Every error has OpenAI's shape, on every route. Tool calls are not part of OpenA
 `nanochat_parts`, so a client that sends a message back as it came gives the model its own tool calls again.
 """
 
+import collections
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,6 @@ MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000
 MAX_CHARS = 32_000
 MAX_BODY_BYTES = 2**20  # 32,000 characters, each of them two escapes of six bytes, and 500 messages around them
-MAX_DIGITS = 25  # of an integer: more than any bound here, and few enough for int()
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # str.splitlines() splits here
@@ -135,18 +135,21 @@ class Message(Strict):
     content: Content | None = None
     nanochat_parts: list[Part] | None = Field(None, description="Replaces the content of an assistant's message.")
 
+    @property
+    def effective_content(self) -> str | list[Part] | None:
+        return self.content if self.nanochat_parts is None else self.nanochat_parts
+
 
 def _check_messages(messages: list[Message]) -> list[Message]:
     """Check what types do not say; the order of turns is checked by `chat_format`."""
     chars = 0
     for number, message in enumerate(messages):
-        where, is_assistant = f"messages[{number}]", message.role == "assistant"
+        param = f"messages[{number}].{'content' if message.nanochat_parts is None else 'nanochat_parts'}"
+        content, is_assistant = message.effective_content, message.role == "assistant"
         if message.role == "system" and number:
-            _refuse(f"{where}.role", 'is "system": a system message comes first')
+            _refuse(f"messages[{number}].role", 'is "system": a system message comes first')
         if message.nanochat_parts is not None and not is_assistant:
-            _refuse(f"{where}.nanochat_parts", "is for the assistant's messages")
-        param = f"{where}.content" if message.nanochat_parts is None else f"{where}.nanochat_parts"
-        content = message.content if message.nanochat_parts is None else message.nanochat_parts
+            _refuse(param, "is for the assistant's messages")
         if content is None:
             _refuse(param, "is missing")
         parts = [Part(type="text", text=content)] if isinstance(content, str) else content
@@ -259,9 +262,7 @@ def decode(body: bytes) -> dict[str, Any]:
         ApiError: 400; not UTF-8, not JSON, not an object, a duplicate key, NaN or Infinity, or nested too deeply.
     """
     try:
-        value = json.loads(
-            body.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
-        )
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
         problem = "" if isinstance(value, dict) else f"is {_shown(value)}, expected a JSON object"
     except UnicodeDecodeError as error:
         problem = f"is not UTF-8: byte {error.start} is {body[error.start]:#04x}"
@@ -275,18 +276,9 @@ def decode(body: bytes) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names: set[str] = set()
-    for name, _ in pairs:
-        if name in names:
-            raise ValueError(f"duplicate key {_shown(name)}")
-        names.add(name)
+    if duplicates := [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"duplicate key {_shown(duplicates[0])}")
     return dict(pairs)
-
-
-def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits")
-    return int(text)
 
 
 def _constant(text: str) -> NoReturn:
@@ -295,15 +287,15 @@ def _constant(text: str) -> NoReturn:
 
 def conversation(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """Return checked messages as `chat_format.prompt` takes them: text, or parts if there are tool calls."""
-    found = []
+    turns = []
     for message in messages:
-        content: Any = message.content if message.nanochat_parts is None else message.nanochat_parts
+        content: Any = message.effective_content
         if isinstance(content, list) and all(part.type == "text" for part in content):
             content = ("" if message.role == "assistant" else "\n").join(part.text for part in content)
         elif isinstance(content, list):
             content = [part.model_dump() for part in content]
-        found.append({"role": message.role, "content": content})
-    return found
+        turns.append({"role": message.role, "content": content})
+    return turns
 
 
 # Responses

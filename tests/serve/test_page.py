@@ -184,7 +184,7 @@ def test_answer_again_by_click_and_by_button(visit: Opener) -> None:
         answer(page, 1).click()
         expect(answer(page, 1)).to_have_text("b 2")
         page.locator("article.answer").nth(0).hover()
-        page.locator("article.answer").nth(0).get_by_role("button", name="Answer again").click()
+        page.locator("article.answer").nth(0).get_by_role("button", name="Regenerate answer").click()
         expect(page.locator("article")).to_have_count(2)
         expect(answer(page)).to_have_text("a 3")
         assert "b" not in texts(page)
@@ -270,10 +270,10 @@ def test_commands_set_and_show_and_refuse(visit: Opener) -> None:
         assert server.prompts[0].count("<|user_start|>") == 1 and "/topk" not in server.prompts[0]
         for wrong in ("2.1", "-1", "warm", "0,5", "1e9", "NaN", "0.1 0.2"):
             say(page, f"/temperature {wrong}")
-            expect(note).to_have_text(f"temperature has to be a number from 0 to 2, not {wrong}. It stays at 0.3.")
+            expect(note).to_have_text(f"temperature must be a number from 0 to 2, not {wrong}. It stays at 0.3.")
         for wrong in ("201", "-1", "1.5"):
             say(page, f"/topk {wrong}")
-            expect(note).to_have_text(f"top-k has to be a whole number from 0 to 200, not {wrong}. It stays at 7.")
+            expect(note).to_have_text(f"top-k must be a whole number from 0 to 200, not {wrong}. It stays at 7.")
         say(page, "/topk")
         expect(note).to_have_text("top-k is 7; it can be 0 to 200.")
         say(page, "/help")
@@ -287,7 +287,7 @@ def test_an_unknown_command_is_answered_and_kept(visit: Opener) -> None:
         page = visit(server)
         for text in ("/temprature 1", "/constructor", "/"):
             say(page, text)
-            expect(page.locator("#problem")).to_contain_text("There is no command")
+            expect(page.locator("#problem")).to_contain_text("Unknown command")
             expect(page.locator("#problem")).to_contain_text("/temperature, /topk, /clear, /help")
             expect(page.locator("#text")).to_have_value(text)
         say(page, " /etc is a folder")
@@ -338,14 +338,14 @@ def test_a_refusal_is_shown_and_a_retry_answers(visit: Opener) -> None:
     with scripted.serve({"short": ["ok"]}, context=60) as server:
         page = visit(server, REFUSED)
         say(page, "long " * 30)
-        expect(page.locator(".error")).to_contain_text("The server refused this: the conversation has")
+        expect(page.locator(".error")).to_contain_text("The server rejected the request: the conversation has")
         expect(page.locator(".error")).to_contain_text("at most 59 are allowed")
         page.get_by_role("button", name="Retry").click()
         expect(page.locator(".error")).to_be_visible()
         say(page, "short")  # what got no answer is left out, or the roles would not alternate
         expect(answer(page)).to_have_text("ok")
         assert server.prompts == ["<|bos|><|user_start|>short<|user_end|><|assistant_start|>"]
-        expect(page.locator("article.outside")).to_have_count(2)
+        expect(page.locator("article.unanswered")).to_have_count(2)
 
 
 def test_a_full_server_says_when_to_try_again(visit: Opener) -> None:
@@ -354,7 +354,7 @@ def test_a_full_server_says_when_to_try_again(visit: Opener) -> None:
         say(other, "busy")
         expect(answer(other)).to_have_text("x")
         say(page, "hello")
-        expect(page.locator(".error")).to_contain_text("The server cannot take this now")
+        expect(page.locator(".error")).to_contain_text("The server is not available right now")
         expect(page.locator(".error")).to_contain_text(re.compile(r"Try again in \d+ seconds?\."))
         other.locator("#send").click()
         until(page, lambda: stats(server)["active"] == 0)
@@ -369,9 +369,9 @@ def test_an_error_in_midstream_keeps_the_beginning_and_can_be_retried(visit: Ope
     with scripted.serve(lambda *_: next(scripts)) as server:
         page = visit(server)
         say(page, "hello")
-        expect(page.locator(".error")).to_contain_text("The answer broke off: scripted: refused.")
+        expect(page.locator(".error")).to_contain_text("The answer was interrupted: scripted: refused.")
         expect(answer(page)).to_have_text("half of")
-        expect(page.locator("#live")).to_contain_text("The answer broke off")
+        expect(page.locator("#live")).to_contain_text("The answer was interrupted")
         page.get_by_role("button", name="Retry").click()
         expect(answer(page)).to_have_text("whole")
         assert texts(page) == ["hello", "whole"]
@@ -384,9 +384,9 @@ def test_a_server_that_ends_is_explained(visit: Opener) -> None:
         say(page, "hello")
         expect(answer(page)).to_contain_text("half")
         server.stop()
-        expect(page.locator(".error")).to_contain_text("The answer broke off")
+        expect(page.locator(".error")).to_contain_text("The answer was interrupted")
         page.get_by_role("button", name="Retry").click()
-        expect(page.locator(".error")).to_contain_text("The server cannot be reached.")
+        expect(page.locator(".error")).to_contain_text("Could not reach the server.")
         expect(page.locator("#model")).to_have_text("offline")
 
 
@@ -395,7 +395,7 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(visit: Opener) -> None:
         page = visit(server, REFUSED)
         expect(page.locator("#ask")).to_be_visible()
         page.keyboard.press("Escape")
-        expect(page.locator("#model")).to_have_text("token needed")
+        expect(page.locator("#model")).to_have_text("token required")
         say(page, "hello")
         expect(page.locator("#token")).to_be_focused()
         page.keyboard.type("wrong")

@@ -109,7 +109,7 @@ def test_ends_that_are_no_end_are_said(visit: Opener) -> None:
     with scripted.serve({"cut": ["so far", scripted.LENGTH], "none": []}) as server:
         page = visit(server)
         say(page, "cut")
-        expect(page.locator(".remark")).to_have_text("Cut at the length limit.")
+        expect(page.locator(".remark")).to_have_text("Stopped at the length limit.")
         say(page, "none")
         expect(page.locator(".remark").last).to_have_text("The answer is empty.")
         say(page, "next")
@@ -246,8 +246,8 @@ def test_everything_by_keyboard(visit: Opener) -> None:
             stops.append(page.evaluate(focused))
             ring = page.evaluate("(s => s.outlineStyle + s.outlineWidth)(getComputedStyle(document.activeElement))")
             assert ring == "solid2px" or stops[-1] == "Message", f"no focus ring on {stops[-1]}"
-        head = ["settings", "Go to the message box", "Switch between light and dark", "New chat", "Conversation"]
-        assert stops == [*head, "Edit message", "Copy code", "x", "Copy answer", "Answer again", "Message"]
+        head = ["settings", "Skip to the message box", "Switch between light and dark", "New chat", "Conversation"]
+        assert stops == [*head, "Edit message", "Copy code", "x", "Copy answer", "Regenerate answer", "Message"]
         page.keyboard.press("ArrowUp")  # in an empty box
         expect(page.locator(".editor textarea")).to_be_focused()
         page.keyboard.press("Escape")
@@ -272,7 +272,7 @@ def test_an_answer_is_read_out_once_and_not_by_the_token(visit: Opener) -> None:
         )
         say(page, "go")
         finished(page, 1)
-        assert page.evaluate("said") == ["Writing an answer", " ".join(f"word{i}" for i in range(20))]
+        assert page.evaluate("said") == ["Generating an answer", " ".join(f"word{i}" for i in range(20))]
         assert page.locator("#live").get_attribute("role") == "status"
         assert page.locator("#log [aria-live], #log [role=log]").count() == 0
 

@@ -53,7 +53,7 @@ def test_defaults_and_null() -> None:
         (b'{"a": NaN}', "NaN is not a JSON value"),
         (b'{"a": -Infinity}', "-Infinity is not a JSON value"),
         (b'{"a": 1, "b": 2, "a": 3}', 'duplicate key "a"'),
-        (b'{"a": ' + b"9" * 5000 + b"}", "a number of 5000 digits"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
         ("\ufeff{}".encode(), "not valid JSON"),
