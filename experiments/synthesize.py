@@ -306,18 +306,15 @@ def parse_messages(text: str) -> list[dict[str, str]]:
         value = json.loads(fenced[1] if fenced else text)
     except ValueError:
         raise RequestError("the answer is not valid JSON") from None
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list) or set(value) != {"messages"}:
-        raise RequestError("the answer does not fit the schema")
-    for message in messages:
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise RequestError("the answer does not fit the schema")
-        if not isinstance(message["content"], str) or not 0 < len(message["content"].strip()) <= MAX_CHARACTERS:
-            raise RequestError("a message is empty, too long, or not text")
     try:
         chat_format.check(value)
     except UserError:
-        raise RequestError("user and assistant do not take turns") from None
+        raise RequestError("the answer is not a conversation, or user and assistant do not take turns") from None
+    messages = value["messages"]
+    if set(value) != {"messages"} or any(set(message) != {"role", "content"} for message in messages):
+        raise RequestError("the answer does not fit the schema")
+    if not all(isinstance(m["content"], str) and 0 < len(m["content"].strip()) <= MAX_CHARACTERS for m in messages):
+        raise RequestError("a message is empty, too long, or not text")
     if not 2 <= len(messages) <= MAX_MESSAGES or len(messages) % 2 or messages[0]["role"] != "user":
         raise RequestError("the conversation has too few or too many messages, or ends with the user")
     return [{"role": message["role"], "content": message["content"].strip()} for message in messages]

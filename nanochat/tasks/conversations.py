@@ -13,9 +13,8 @@ from nanochat.config import UserError
 from nanochat.data import Conversation, chat_format
 from nanochat.tasks import hub_table
 from nanochat.tasks.hub_table import Source, Table, shuffled_indices
-from nanochat.tasks.task import Task
+from nanochat.tasks.task import Task, data_file
 
-IDENTITY = Path(__file__).parent / "data" / "identity.jsonl"
 TEST_FRACTION = 10  # every tenth identity conversation is in the test split
 
 
@@ -53,9 +52,7 @@ def identity(split: str = "train", *, source: str | Path | None = None) -> Task:
         source: a conversation file, for example from `--experiment=synthesize`, or a folder with identity.jsonl. None,
             or a folder without it: the set that ships with the package.
     """
-    path = IDENTITY if source is None else Path(source).expanduser()
-    if path.is_dir():
-        path = path / "identity.jsonl" if (path / "identity.jsonl").exists() else IDENTITY
+    path = data_file("identity.jsonl", source)
     if split not in ("train", "test", "all"):
         raise UserError(f"task identity has no split {split}; it has train, test and all")
     rows = [

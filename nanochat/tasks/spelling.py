@@ -21,56 +21,8 @@ from pathlib import Path
 
 from nanochat.config import UserError
 from nanochat.data import Conversation
-from nanochat.tasks.task import Task, generated, match_final_number, plain_text, qa_conversation
+from nanochat.tasks.task import Task, data_file, generated, match_final_number, plain_text, qa_conversation
 
-WORDS = Path(__file__).parent / "data" / "words.txt"
-PHRASINGS = (
-    # English
-    "How many {letter} are in {word}?",
-    "How many {letter} are there in {word}?",
-    "How many {letter}s are in {word}?",
-    "How many {letter}s does {word} have?",
-    "How many times does {letter} occur in {word}?",
-    "How many times do you find {letter} in {word}?",
-    "How often does {letter} appear in {word}?",
-    "How often is {letter} used to write {word}?",
-    "How often do I write {letter} when I spell {word}?",
-    "Count the {letter}s in {word}.",
-    "Count how often {letter} is in {word}.",
-    "Can you count the letter {letter} in the word {word}?",
-    "Tell me the number of {letter}s in {word}.",
-    "What is the number of {letter} in {word}?",
-    "In the word {word}, how many letters are {letter}?",
-    "The word {word} has how many {letter}?",
-    "Look at {word}: how many {letter} do you see?",
-    "Number of {letter} in {word}",
-    "{word}: how many {letter}?",
-    "Please count: {letter} in {word}",
-    # Spanish
-    "¿Cuántas {letter} hay en {word}?",
-    "¿Cuántas veces aparece {letter} en {word}?",
-    "¿Cuántas letras {letter} tiene la palabra {word}?",
-    "Cuenta las {letter} de {word}.",
-    # French
-    "Combien de {letter} y a-t-il dans {word} ?",
-    "Combien de fois trouve-t-on {letter} dans {word} ?",
-    "Combien de lettres {letter} compte le mot {word} ?",
-    "Compte les {letter} dans {word}.",
-    # German
-    "Wie viele {letter} sind in {word}?",
-    "Wie oft kommt {letter} in {word} vor?",
-    "Wie oft steht {letter} in dem Wort {word}?",
-    "Zähle die {letter} in {word}.",
-    # Italian
-    "Quante {letter} ci sono in {word}?",
-    "Quante volte compare {letter} in {word}?",
-    # Portuguese
-    "Quantas letras {letter} tem a palavra {word}?",
-    "Quantas vezes {letter} aparece em {word}?",
-    # Chinese
-    "{word}里有几个{letter}?",
-    "单词{word}中{letter}出现了多少次?",
-)
 QUOTES = ("{}", "{}", "'{}'", '"{}"')
 
 
@@ -112,12 +64,19 @@ def spellingbee(split: str = "train", *, source: str | Path | None = None, size:
 
 def _question(rng: random.Random, word: str, letter: str) -> str:
     """Return a question, sometimes without capitals, quotes or a question mark, as people write."""
-    text = rng.choice(PHRASINGS)
+    text = rng.choice(phrasings())
     if rng.random() < 0.2:
         text = text.lower()
     if rng.random() < 0.3:
         text = text.rstrip("?. ")
     return text.format(letter=rng.choice(QUOTES).format(letter), word=rng.choice(QUOTES).format(word))
+
+
+@functools.cache
+def phrasings() -> tuple[str, ...]:
+    """Return the ways to ask how many of a letter are in a word, in seven languages."""
+    lines = data_file("spelling_questions.txt", None).read_text("utf-8").splitlines()
+    return tuple(line for line in lines if not line.startswith("# "))
 
 
 def counting_answer(word: str, letter: str) -> list[dict[str, str]]:
@@ -139,19 +98,12 @@ def _spelled(word: str) -> str:
 
 
 def load_words(source: str | Path | None) -> tuple[str, ...]:
-    """Return the words to spell.
-
-    Args:
-        source: a text file with one word a line, or a folder with words.txt. None, or a folder without it: the list
-            that ships with the package.
+    """Return the words to spell: of a text file with one word a line, of words.txt in a folder, or the shipped list.
 
     Raises:
         UserError: the file cannot be read, or a line is not one word.
     """
-    path = WORDS if source is None else Path(source).expanduser()
-    if path.is_dir():
-        path = path / "words.txt" if (path / "words.txt").exists() else WORDS
-    return _read_words(path)
+    return _read_words(data_file("words.txt", source))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import random
 import re
 from array import array
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from nanochat.config import UserError
@@ -92,6 +93,17 @@ def generated(
     first_seed = TEST_SEED if split == "test" else 0
     seeds = range(first_seed, first_seed + size)
     return Task(name, "generative", size, lambda index: make_row(random.Random(seeds[index])), is_correct)
+
+
+def data_file(name: str, source: str | Path | None) -> Path:
+    """Return `source` if it is a file, or `name` in that folder; else the file `name` that ships with the package."""
+    shipped = Path(__file__).parent / "data" / name
+    if source is None:
+        return shipped
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return path
+    return path / name if (path / name).exists() else shipped
 
 
 def qa_conversation(question: str, answer: str | list[dict[str, str]]) -> Conversation:

@@ -125,7 +125,7 @@ def test_spelling_answers_are_correct(split: str) -> None:
 
 
 def test_every_phrasing_has_letter_and_word() -> None:
-    for text in spelling.PHRASINGS:
+    for text in spelling.phrasings():
         asked = text.format(letter="q", word="zebra")
         assert "q" in asked and "zebra" in asked and asked.lower().format() == asked.lower()
 
