@@ -115,7 +115,7 @@ def evaluate(
         try:
             with distributed.raise_on_any_failure(group):
                 task = core_bundle.load(bundle, label, max_per_task)
-                asked = list(questions(task, tokenizer, max_tokens))
+                rows = list(questions(task, tokenizer, max_tokens))
         except distributed.LostRankError:
             raise
         except UserError as error:
@@ -123,10 +123,10 @@ def evaluate(
             on_task(label, failed[label])
             continue
         scored = likelihood.score(
-            params, config, [question.prompts for question in asked], padding=tokenizer.bos,
+            params, config, [question.prompts for question in rows], padding=tokenizer.bos,
             tokens_per_batch=tokens_per_batch, compute=compute, rank=group.rank, world_size=group.size,
         )  # fmt: skip
-        answers = [answer(question, scores) for question, scores in zip(asked, scored)]
+        answers = [answer(question, scores) for question, scores in zip(rows, scored)]
         tasks[label] = task_result(task, answers, time.perf_counter() - start)
         on_task(label, tasks[label])
     distributed.destroy_group(group)

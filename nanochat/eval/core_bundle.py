@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import yaml
 
+from nanochat import jsonl
 from nanochat.config import UserError, base_dir, nearest
 from nanochat.data import download
 
@@ -207,17 +208,10 @@ def _baseline(bundle: Bundle, label: str) -> float:
 
 
 def _read_rows(path: Path, kind: str) -> list[Row]:
-    rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
-        if problem := _row_problem(fields, kind):
-            raise UserError(f"{path}:{number}: {problem}")
-        rows.append(Row(number, fields))
+    rows = [Row(number, fields) for number, fields in jsonl.read(path)]
+    for row in rows:
+        if problem := _row_problem(row.fields, kind):
+            raise UserError(f"{path}:{row.line}: {problem}")
     return rows
 
 

@@ -278,7 +278,7 @@ WRONG_TASKS: dict[str, tuple[Change, str]] = {
     "kind": (edited("core.yaml", "multiple_choice\n- label: w", "choice\n- label: w"), "icl_task_type 'choice'"),
     "few-shot": (edited("core.yaml", "  - 0", "  - many"), r"copa has num_fewshot 'many'; expected a list of one"),
     "too few rows": (edited("core.yaml", "  - 0", "  - 8"), r"copa.jsonl: 8 rows .* too few for 8 few-shot"),
-    "no file": (lambda folder: (folder / COPA).unlink(), "copa.jsonl: cannot be read .No such file"),
+    "no file": (lambda folder: (folder / COPA).unlink(), "copa.jsonl cannot be read: No such file"),
     "no JSON": (edited(COPA, '"gold": 1', '"gold": one'), r"copa.jsonl:1: not valid JSON \("),
     "no object": (lambda folder: (folder / COPA).write_text("\n[1]\n"), "copa.jsonl:2: expected an object"),
     "no query": (edited(COPA, '"query"', '"question"'), "copa.jsonl:1: expected a string 'query'"),
