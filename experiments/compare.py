@@ -54,9 +54,9 @@ class Config:
 
     Attributes:
         args: the two sides as positional arguments: a run, several separated by commas, or a pattern with *.
-        tokens: of validation text; none: as many as the runs' own evaluations.
-        source: of documents, if the rows cannot be the same; none: the first run's.
-        device: auto, cpu or cuda.
+        tokens: number of validation tokens; none: as many as the runs' own evaluations.
+        source: text source of the documents, if the runs' rows differ; none: the first run's.
+        device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
     """
 

@@ -45,22 +45,22 @@ class Config:
 
     Attributes:
         run: name or folder of a run; none: the newest.
-        step: of the checkpoint; none: the newest.
+        step: checkpoint step; none: the newest.
         tasks: any of samples, bpb and core.
         bundle: folder of the CORE eval bundle; none: download the published one.
         max_per_task: rows of each CORE task; none: all.
         max_tokens: longer CORE prompts keep their last tokens; none: what the model supports.
-        tokens_per_batch: of CORE, padding included; none: a fast value for the device.
+        tokens_per_batch: tokens in a CORE batch, padding included; none: a fast value for the device.
         overwrite: evaluate finished CORE tasks again.
-        source: of the text for bits per byte; none: the run's.
-        text_column: of that source; none: the run's.
-        tokens: of each split for bits per byte; none: as many as the run's own evaluations.
+        source: text source for bits per byte; none: the run's.
+        text_column: text column of the source; none: the run's.
+        tokens: number of tokens of each split for bits per byte; none: as many as the run's own evaluations.
         device_batch_size: sequences per device for bits per byte.
-        prompts: to complete greedily.
-        sample_tokens: of each completion.
-        free_samples: samples without a prompt, at temperature 1.
-        free_tokens: of each of these.
-        device: auto, cpu or cuda.
+        prompts: prompts to complete greedily.
+        sample_tokens: length of each completion.
+        free_samples: number of samples without a prompt, at temperature 1.
+        free_tokens: length of each sample without a prompt.
+        device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
     """
 

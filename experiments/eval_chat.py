@@ -44,10 +44,10 @@ class Config(ChatEvalConfig):
 
     Attributes:
         run: name or folder of a run; none: the newest.
-        step: of the checkpoint; none: the newest.
+        step: checkpoint step; none: the newest.
         tasks: names, with options after colons.
         source: local file or folder of the tasks' rows; none: the hub.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or float16.
     """
 

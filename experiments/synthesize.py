@@ -69,13 +69,13 @@ class Config:
         key_variable: environment variable that holds the API key; none: send no key.
         output: file to append to; none: identity.jsonl in the base folder.
         count: number of conversations, including those of earlier runs.
-        seed: of the first conversation.
+        seed: seed of the first conversation.
         facts: a text file about the assistant; none: facts about nanochat.
         temperature: sampling temperature.
         schema: request output that follows the JSON schema; false for endpoints without structured outputs.
         workers: concurrent requests.
-        attempts: for each conversation.
-        timeout_seconds: for each attempt.
+        attempts: number of attempts for each conversation.
+        timeout_seconds: time limit of an attempt.
         backoff_seconds: wait after the first failed attempt, doubled after each further one, up to a minute.
     """
 

@@ -25,13 +25,13 @@ class ChatEvalConfig:
         max_problems: evaluate only the first problems of each task; none: all.
         max_generative: the same limit for generative tasks alone.
         samples: answers to each problem, which counts as solved if any is correct.
-        temperature: of sampling; 0 is greedy.
+        temperature: sampling temperature; 0 is greedy.
         top_k: sample from so many most likely tokens; 0: from all.
-        max_tokens: of an answer.
-        seed: of sampling.
+        max_tokens: maximum length of an answer.
+        seed: sampling seed.
         slots: answers generated at once.
-        batch_tokens: of a multiple-choice batch, padding included.
-        compile: generate with torch.compile; none: on a GPU.
+        batch_tokens: tokens in a multiple-choice batch, padding included.
+        compile: use torch.compile for generation; none: on a GPU only.
     """
 
     max_problems: int | None = None
