@@ -5,7 +5,7 @@
     torchrun launch.py --experiment=data --set data.source=embedded      text of the Python installation, no network
     torchrun launch.py --experiment=data --set data.source=hub:roneneldan/TinyStories
 
-170 shards take a few minutes on a fast line. A download that was stopped goes on when the command is given again. Any
+170 shards take a few minutes on a fast line. Run the command again to resume an interrupted download. Any
 folder of parquet or jsonl files with a text column is used as it is (`--set data.source=<folder>`): nothing to fetch,
 but this command shows what is in it. Prints the folder, its shards and the next command.
 """
@@ -31,7 +31,7 @@ class Config:
         num_shards: ClimbMix shards to train on, -1 for all; the one that validates comes on top.
         base_url: address of the folder that holds ClimbMix's shards.
         bundle_url: address of the bundle that the CORE metric is computed with; none: not fetched.
-        download: workers, attempts and times.
+        download: workers, attempts and the wait between them.
     """
 
     data: DataConfig = DataConfig()
