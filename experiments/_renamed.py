@@ -16,4 +16,5 @@ SETTINGS: dict[str, str] = {
     "sweep=true": "what=sweep",
     "strong=false": "scaling=weak",
     "weak=false": "scaling=strong",
+    "download.timeout_seconds": "the environment variable HF_HUB_DOWNLOAD_TIMEOUT",
 }
