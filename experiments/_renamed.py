@@ -4,6 +4,7 @@
 EXPERIMENTS: dict[str, str] = {
     "bench_gpu": "--experiment=bench_train --set what=gpu",
     "bench_scale": "--experiment=bench_train --set what=scaling",
+    "tokenizer_eval": "--experiment=tokenizer --set eval_only=true (tokenizer is now out, max_chars eval_chars)",
 }
 
 # old setting -> new one; with `=`, an old value -> the new one

@@ -1,42 +1,54 @@
-"""Train the tokenizer: byte-level BPE on the training split.
+"""Train the tokenizer, byte-level BPE on the training split, or compare it with GPT-2's and GPT-4's.
 
     torchrun launch.py --experiment=tokenizer
     torchrun launch.py --experiment=tokenizer --set data.source=embedded --set vocab_size=4096
+    torchrun launch.py --experiment=tokenizer --set eval_only=true
 
-Reads up to two billion characters, at most ten thousand of one document. A core reads about four million a second, so
-that takes some minutes; the embedded corpus takes seconds. Prints how long it took, how fast it encodes and how well it
-compresses the validation split, and where it was saved.
+Training reads up to two billion characters, at most ten thousand per document, at about four million a second per core:
+minutes, or seconds for the embedded corpus. Prints the speed and the compression of the validation split.
+
+eval_only takes seconds. It prints bytes per token (more is better) for sample texts written for this purpose and for
+the beginning of the training and validation splits, and how many more tokens the others need (+) or save (-). tiktoken
+downloads the other two vocabularies once; without a network they are skipped, with the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import tiktoken
 from tqdm import tqdm
 
+from nanochat.config import UserError
 from nanochat.data import DataConfig, sources, tokenizer
 
 if TYPE_CHECKING:
     from nanochat.data import Tokenizer
     from nanochat.distributed import Runtime
 
-CHECK_CHARS = 10_000_000
+SPEED_CHARS = 10_000_000
+BASELINES = ("gpt2", "cl100k_base")
+SAMPLES = ("news", "code", "maths", "science", "korean", "german", "chinese")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to train, and on what.
+    """What to train on, and what to measure.
 
     Attributes:
         vocab_size: number of token ids, the nine special tokens included.
-        max_chars: characters to read in all.
-        max_chars_per_doc: characters to read of one document.
-        out: folder to save in; none: where the other experiments look for it.
+        max_chars: characters to read in total.
+        max_chars_per_doc: characters to read per document.
+        out: folder of the tokenizer; default: where the other experiments look for it.
+        eval_only: load the tokenizer from `out` and compare its compression instead of training it.
+        eval_chars: characters of each split that eval_only encodes.
+        download_seconds: time limit of tiktoken's downloads.
     """
 
     data: DataConfig = DataConfig()
@@ -44,18 +56,22 @@ class Config:
     max_chars: int = 2_000_000_000
     max_chars_per_doc: int = 10_000
     out: str | None = None
+    eval_only: bool = False
+    eval_chars: int = 2_000_000
+    download_seconds: float = 60.0
 
 
 def config() -> Config:
-    """Return the defaults."""
     return Config()
 
 
 def run(config: Config, runtime: Runtime) -> None:
+    if runtime.is_main:
+        (evaluate if config.eval_only else train)(config, Path(config.out) if config.out else tokenizer.default_dir())
+
+
+def train(config: Config, folder: Path) -> None:
     """Train, save and measure."""
-    if not runtime.is_main:
-        return
-    folder = Path(config.out) if config.out else tokenizer.default_dir()
     print(f"training {config.vocab_size:,} tokens on data.source={config.data.source}", flush=True)
     sources.shards_of(config.data, "train")  # a missing source is reported before the progress bar
     start = time.perf_counter()
@@ -68,29 +84,35 @@ def run(config: Config, runtime: Runtime) -> None:
     print(f"trained on {bar.n:,} characters in {seconds:.1f} s, {bar.n / seconds / 1e6:.1f} million a second")
     tokenizer.save(tok, folder)
     print(f"saved in {folder}, fingerprint {tok.fingerprint[:12]}")
-    measure(tok, config.data)
-    settings = "" if config.data.source == DataConfig().source else f" --set data.source={config.data.source}"
-    settings += f" --set tokenizer={folder}" if config.out else ""
-    print(f"next: torchrun launch.py --experiment=pretrain_d20{settings}")
-    print(f"  or: torchrun launch.py --experiment=tokenizer_eval{settings}")
+    measure_speed(tok, config.data)
+    source = "" if config.data.source == DataConfig().source else f" --set data.source={config.data.source}"
+    out = [f" --set {name}={folder}" if config.out else "" for name in ("tokenizer", "out")]
+    print(f"next: torchrun launch.py --experiment=pretrain_d20{source}{out[0]}")
+    print(f"  or: torchrun launch.py --experiment=tokenizer --set eval_only=true{source}{out[1]}")
 
 
 def counted(texts: Iterable[str], bar: tqdm, max_chars_per_doc: int) -> Iterator[str]:
-    """Yield the documents, moving the progress bar by the characters that are read of them."""
+    """Yield the documents, advancing the progress bar by the characters that are read of them."""
     for text in texts:
         yield text
         bar.update(min(len(text), max_chars_per_doc))
     bar.set_description("merging")
 
 
-def measure(tok: Tokenizer, data: DataConfig) -> None:
-    """Print compression and speed on the validation split."""
-    texts, chars = [], 0
-    for text in sources.texts(data, "val"):
-        texts.append(text)
-        chars += len(text)
-        if chars >= CHECK_CHARS:
+def first_chars(texts: Iterable[str], max_chars: int) -> list[str]:
+    """Return the first documents, `max_chars` characters in total."""
+    chosen, left = [], max_chars
+    for text in texts:
+        chosen.append(text[:left])
+        left -= len(chosen[-1])
+        if left <= 0:
             break
+    return chosen
+
+
+def measure_speed(tok: Tokenizer, data: DataConfig) -> None:
+    """Print compression and encoding speed on the validation split."""
+    texts = first_chars(sources.texts(data, "val"), SPEED_CHARS)
     size = sum(len(text.encode()) for text in texts)
     start = time.perf_counter()
     tokens = sum(map(len, tok.encode_batch(texts)))
@@ -99,3 +121,58 @@ def measure(tok: Tokenizer, data: DataConfig) -> None:
         f"validation text: {size:,} bytes in {tokens:,} tokens, {size / tokens:.3f} bytes per token; encoded at "
         f"{size / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s on {os.cpu_count()} cores"
     )
+
+
+def evaluate(config: Config, folder: Path) -> None:
+    """Print the compression of every text by every tokenizer."""
+    ours = tokenizer.load(folder)
+    encoders: dict[str, Callable[[str], list[int]]] = {"ours": ours.encode}
+    print(f"ours         {ours.vocab_size:>8,} tokens, {folder}")
+    for name, baseline in load_baselines(config.download_seconds).items():
+        if isinstance(baseline, str):
+            print(f"{name:<12} skipped: {baseline}")
+        else:
+            print(f"{name:<12} {baseline.n_vocab:>8,} tokens")
+            encoders[name] = baseline.encode_ordinary
+    samples = Path(__file__).with_name("tokenizer_samples")
+    texts = {name: [(samples / f"{name}.txt").read_text("utf-8")] for name in SAMPLES}
+    splits: tuple[Literal["train", "val"], ...] = ("train", "val")
+    for split in splits:
+        try:
+            texts[split] = first_chars(sources.texts(config.data, split), config.eval_chars)
+        except UserError as error:
+            print(f"{split:<12} skipped: {error}")
+    print("\n" + "\n".join(table(texts, encoders)))
+
+
+def load_baselines(seconds: float) -> dict[str, tiktoken.Encoding | str]:
+    """Return tiktoken's encodings, or the reason why one could not be loaded.
+
+    tiktoken downloads them on first use without a time limit, hence the threads.
+    """
+    loaded: dict[str, tiktoken.Encoding | str] = {}
+
+    def load(name: str) -> None:
+        try:
+            loaded[name] = tiktoken.get_encoding(name)
+        except Exception as error:  # any network error
+            loaded[name] = f"tiktoken could not download it ({type(error).__name__})"
+
+    threads = [threading.Thread(target=load, args=(name,), daemon=True) for name in BASELINES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds)
+    return {name: loaded.get(name, f"tiktoken's download did not finish in {seconds:g} s") for name in BASELINES}
+
+
+def table(texts: dict[str, list[str]], encoders: dict[str, Callable[[str], list[int]]]) -> Iterator[str]:
+    """Yield the lines of the table: bytes per token, and for the baselines the difference in tokens to the first."""
+    first, *rest = encoders
+    header = f"{'text':<10}{'bytes':>12}{first:>12}" + "".join(f"{name:>22}" for name in rest)
+    yield from ("bytes per token (difference in tokens)", header, "-" * len(header))
+    for name, docs in texts.items():
+        size = sum(len(doc.encode()) for doc in docs)
+        counts = {key: sum(map(len, map(encode, docs))) for key, encode in encoders.items()}
+        cells = [f"{size / counts[key]:>12.3f}{f'({counts[key] / counts[first] - 1:+.1%})':>10}" for key in rest]
+        yield f"{name:<10}{size:>12,}{size / counts[first]:>12.3f}" + "".join(cells)

@@ -1,4 +1,4 @@
-"""The experiments data, tokenizer and tokenizer_eval, run as launch.py runs them, on small local sources."""
+"""The experiments data and tokenizer, run as launch.py runs them, on small local sources."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from experiments import data, tokenizer, tokenizer_eval
+from experiments import data, tokenizer
 from nanochat import distributed
 from nanochat.config import UserError, override
 from nanochat.data import DataConfig, download, embedded, sources
@@ -88,8 +88,9 @@ def test_data_describes_a_folder(cpu: distributed.Runtime, folder: Path, capsys:
 
 def test_only_the_main_rank_works(cpu: distributed.Runtime, capsys: pytest.CaptureFixture[str]):
     other = dataclasses.replace(cpu, rank=1, world_size=2)
-    for experiment in (data, tokenizer, tokenizer_eval):
+    for experiment in (data, tokenizer):
         experiment.run(experiment.config(), other)  # there is no data and no tokenizer: rank 0 would complain
+    tokenizer.run(tokenizer.Config(eval_only=True), other)
     assert capsys.readouterr().out == ""
 
 
@@ -118,7 +119,7 @@ def test_tokenizer_without_data_is_one_line(cpu: distributed.Runtime):
         tokenizer.run(tokenizer.config(), cpu)
 
 
-def test_tokenizer_eval_compares_and_says_what_is_missing(
+def test_eval_only_compares_and_names_what_is_skipped(
     cpu: distributed.Runtime,
     folder: Path,
     base: Path,
@@ -139,24 +140,23 @@ def test_tokenizer_eval_compares_and_says_what_is_missing(
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     start = time.perf_counter()
     try:
-        tokenizer_eval.run(
-            override(tokenizer_eval.config(), [f"data.source={folder}", "download_seconds=0.2", "max_chars=3000"]), cpu
-        )
+        settings = ["eval_only=true", f"data.source={folder}", "download_seconds=0.2", "eval_chars=3000"]
+        tokenizer.run(override(tokenizer.config(), settings), cpu)
     finally:
         hanging.set()
     assert time.perf_counter() - start < 10
     lines = capsys.readouterr().out.splitlines()
-    assert "cl100k_base  left out: no answer from tiktoken's download in 0.2 s" in lines
+    assert "cl100k_base  skipped: tiktoken's download did not finish in 0.2 s" in lines
     rows = {line.split()[0]: line.split() for line in lines[lines.index("") :] if line}
-    text = tokenizer_eval.SAMPLES["korean"]
+    text = samples()["korean"]
     ours = len(tok.encode(text))
     size = len(text.encode())
     assert rows["korean"] == ["korean", f"{size:,}", f"{size / ours:.3f}", "1.000", f"({size / ours - 1:+.1%})"]
-    assert {*tokenizer_eval.SAMPLES, "train", "val"} <= set(rows)
+    assert {*tokenizer.SAMPLES, "train", "val"} <= set(rows)
     assert rows["val"][1] == "3,000" and float(rows["val"][2]) > 1.5
 
 
-def test_tokenizer_eval_without_network_and_data(
+def test_eval_only_without_network_and_data(
     cpu: distributed.Runtime, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def get_encoding(name: str) -> tiktoken.Encoding:
@@ -164,22 +164,24 @@ def test_tokenizer_eval_without_network_and_data(
 
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     with pytest.raises(UserError, match="--experiment=tokenizer"):
-        tokenizer_eval.run(tokenizer_eval.config(), cpu)
+        tokenizer.run(tokenizer.Config(eval_only=True), cpu)
     bpe.save(bpe.train(prose(300), 600), base / "tokenizer")
-    tokenizer_eval.run(tokenizer_eval.config(), cpu)
+    tokenizer.run(tokenizer.Config(eval_only=True), cpu)
     output = capsys.readouterr().out
-    assert "gpt2         left out: tiktoken cannot download it (ConnectionError)" in output
-    assert "train        left out: no climbmix shards" in output
+    assert "gpt2         skipped: tiktoken could not download it (ConnectionError)" in output
+    assert "train        skipped: no climbmix shards" in output
     assert output.splitlines()[-1].split()[0] == "chinese"
 
 
+def samples() -> dict[str, str]:
+    return {path.stem: path.read_text("utf-8") for path in Path(tokenizer.__file__).parent.glob("tokenizer_samples/*")}
+
+
 def test_samples_are_a_few_paragraphs_of_each_kind():
-    assert {"news", "code", "maths", "science", "korean"} <= set(tokenizer_eval.SAMPLES)
-    for text in tokenizer_eval.SAMPLES.values():
-        assert len(text.encode()) > 500 and text.count("\n\n") >= 1
-    assert sum("가" <= char <= "힣" for char in tokenizer_eval.SAMPLES["korean"]) > 150
+    assert samples().keys() == set(tokenizer.SAMPLES)
+    assert all(len(text.encode()) > 500 and text.count("\n\n") >= 1 for text in samples().values())
 
 
 def test_default_source_is_climbmix():
-    assert data.config().data == tokenizer.config().data == tokenizer_eval.config().data == DataConfig()
-    assert DataConfig().source == "climbmix" and tokenizer.config().vocab_size == 32768
+    assert data.config().data == tokenizer.config().data == DataConfig(source="climbmix")
+    assert tokenizer.config().vocab_size == 32768
