@@ -1,10 +1,8 @@
-"""Documents on disk: where a data source lies, its shards, and the blocks of text inside them.
+"""Sources of documents: the folder of a source, its shards, and the blocks of text inside them.
 
-A source is a folder of `*.parquet` or `*.jsonl` shards, sorted by name; the last one validates. The embedded corpus
-and datasets of the hub are written as such a folder on first use. A block is what is read at once: a parquet row
-group, or 1000 lines of jsonl.
-
-Sources that `datasets` loads, from the hub or from the disk, written as a folder of parquet shards on first use.
+A source is a folder of `*.parquet` or `*.jsonl` shards, sorted by name; the last shard is the validation split. The
+embedded corpus, and what `datasets` loads from the hub or the disk, are written as such a folder on first use. A block
+is what is read at once: a parquet row group, or 1000 lines of jsonl.
 """
 
 import contextlib
@@ -23,6 +21,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat import jsonl
 from nanochat.config import UserError, base_dir, nearest
 from nanochat.data import embedded
 
@@ -39,12 +38,12 @@ class DataConfig:
         source: embedded, climbmix, a folder of *.parquet / *.jsonl, hub:<dataset>[:<config>[:<split>]], or a local
             path that `datasets` can load.
         text_column: the column (or JSON field) that holds a document's text.
-        skip_bad_shards: leave out an unreadable shard, with a warning, instead of stopping.
+        skip_bad_shards: skip a corrupt shard with a warning instead of stopping.
         token_cache: keep the tokens of documents on disk, so that a second pass does not tokenize again.
-        buffer_docs: documents among which the packing chooses.
-        shuffle: visit the shards and their blocks in an order drawn from the seed, anew in every epoch.
+        buffer_docs: documents that packing chooses from.
+        shuffle: visit shards, blocks and documents in a new random order every epoch.
         prefetch_batches: batches prepared ahead of the accelerator.
-        tokenizer_threads: threads that tokenize; none: one per core.
+        tokenizer_threads: threads that tokenize; default: one per core.
     """
 
     source: str = "climbmix"
@@ -58,23 +57,20 @@ class DataConfig:
 
 
 class CorruptShardError(UserError):
-    """A shard that cannot be read; `path` names it."""
+    """A shard that cannot be read: `path`."""
 
-    def __init__(self, path: Path, what: str):
-        super().__init__(
-            f"{path}: {what}; mend, replace or delete the file, or leave it out with --set data.skip_bad_shards=true"
-        )
+    def __init__(self, path: Path, problem: str):
+        super().__init__(f"{path}: {problem}; replace or delete it, or skip it with --set data.skip_bad_shards=true")
         self.path = path
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of documents, or the training or validation part of the only file that there is.
+    """A file of documents, or the training or validation part of a single file.
 
     Attributes:
-        path: the file.
         fingerprint: name, size in bytes and time of change (ns): cheap, and different once the file changes.
-        part: which part of the file counts; a lone file's last 5% (whole blocks if it has more than one) validate.
+        part: of a single file, the last 5% (whole blocks if it has several) are the validation split.
     """
 
     path: Path
@@ -83,7 +79,7 @@ class Shard:
 
 
 def shards_of(config: DataConfig, split: Literal["train", "val"]) -> list[Shard]:
-    """Return the shards of a split, in order: the last file validates, the others train.
+    """Return the shards of a split, in order.
 
     Raises:
         UserError: the source does not exist or holds no shards.
@@ -107,10 +103,10 @@ def _shard_paths(folder: Path) -> list[Path]:
 
 
 def folder_of(config: DataConfig) -> Path:
-    """Return the folder (or the single file) that holds the source's shards, building it where that is our job.
+    """Return the folder (or the single file) that holds the source's shards, written first if necessary.
 
     Raises:
-        UserError: there is no such source, or it cannot be built.
+        UserError: there is no such source, or it cannot be written.
     """
     source = config.source
     if source == "embedded":
@@ -139,27 +135,23 @@ def _climbmix() -> Path:
     if not names:
         raise UserError(f"no climbmix shards in {folder}: download them with `{DATA_COMMAND}`")
     if CLIMBMIX_VAL not in names:
-        raise UserError(f"{folder / CLIMBMIX_VAL}, which validates, is missing: fetch it with `{DATA_COMMAND}`")
+        raise UserError(f"{folder / CLIMBMIX_VAL}, the validation split, is missing: download it with `{DATA_COMMAND}`")
     if len(names) == 1:
         raise UserError(f"{folder} holds only the validation shard: download more with `{DATA_COMMAND}`")
     return folder
 
 
 def num_blocks(shard: Shard) -> int:
-    """Return the number of blocks in a shard.
-
-    Raises:
-        BadShardError: the file cannot be read.
-    """
+    """Return the number of blocks in a shard. Raises: CorruptShardError."""
     start, stop, _ = _extent(shard)
     return stop - start
 
 
 def read_block(shard: Shard, index: int, text_column: str) -> list[str]:
-    """Return the documents of block `index`; documents without text are left out.
+    """Return the documents of block `index` that have text.
 
     Raises:
-        BadShardError: the file cannot be read.
+        CorruptShardError: the file cannot be read.
         UserError: it has no such column.
     """
     start, stop, inside = _extent(shard)
@@ -169,14 +161,14 @@ def read_block(shard: Shard, index: int, text_column: str) -> list[str]:
     texts = read(shard, start + index, text_column)
     if inside:  # the only block of the only file: training and validation share it
         if len(texts) < 2:
-            raise UserError(f"{shard.path}: a lone file needs two documents, one to train and one to validate")
+            raise UserError(f"{shard.path}: a single file needs two documents, one for each split")
         cut = len(texts) - _held_out(len(texts))
         texts = texts[:cut] if shard.part == "train" else texts[cut:]
     return texts
 
 
 def texts(config: DataConfig, split: Literal["train", "val"]) -> Iterator[str]:
-    """Yield the documents of a split once, in the order of the files; bad shards are treated as `config` says."""
+    """Yield the documents of a split once, in the order of the files."""
     for shard in shards_of(config, split):
         try:
             for block in range(num_blocks(shard)):
@@ -184,7 +176,7 @@ def texts(config: DataConfig, split: Literal["train", "val"]) -> Iterator[str]:
         except CorruptShardError as error:
             if not config.skip_bad_shards:
                 raise
-            print(f"warning: left out {error.path} from here on: {error}", flush=True)
+            print(f"warning: skipping the rest of a shard: {error}", flush=True)
 
 
 def _extent(shard: Shard) -> tuple[int, int, bool]:
@@ -202,14 +194,10 @@ def _held_out(count: int) -> int:
     return max(1, count // 20)
 
 
+@functools.cache
 def _blocks_in_file(path: Path, fingerprint: str) -> int:
     if path.suffix == ".jsonl":
         return len(_jsonl_offsets(path, fingerprint))
-    return _parquet_row_groups(path, fingerprint)
-
-
-@functools.cache
-def _parquet_row_groups(path: Path, fingerprint: str) -> int:
     with _parquet(path) as file:
         return file.metadata.num_row_groups
 
@@ -260,32 +248,29 @@ def _jsonl_offsets(path: Path, fingerprint: str) -> tuple[int, ...]:
 
 
 def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
-    path = shard.path
-    texts = []
+    path, texts = shard.path, []
     try:
         with path.open("rb") as file:
             file.seek(_jsonl_offsets(path, shard.fingerprint)[index])
             lines = list(itertools.islice(file, JSONL_BLOCK_LINES))
+        for number, record in jsonl.parse(lines, path, first_number=index * JSONL_BLOCK_LINES + 1):
+            if not isinstance(record, dict):
+                raise CorruptShardError(path, f"line {number} is not a JSON object")
+            if text_column not in record:
+                raise _no_column(f"{path} line {number}", text_column, record)
+            if not isinstance(text := record[text_column], str | None):
+                raise CorruptShardError(path, f"line {number}: {text_column!r} is not text")
+            if text:
+                texts.append(text)
     except OSError as error:
         raise CorruptShardError(path, first_line(error)) from None
-    for number, line in enumerate(lines, start=index * JSONL_BLOCK_LINES + 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # JSON and UTF-8 errors alike
-            raise CorruptShardError(path, f"line {number} is not JSON ({first_line(error)})") from None
-        if not isinstance(record, dict):
-            raise CorruptShardError(path, f"line {number} is not a JSON object")
-        if text_column not in record:
-            raise _no_column(f"{path} line {number}", text_column, record)
-        text = record[text_column]
-        if not isinstance(text, str | None):
-            raise CorruptShardError(path, f"line {number}: {text_column!r} is not text")
-        if text:
-            texts.append(text)
+    except jsonl.InvalidLineError as error:
+        raise CorruptShardError(path, f"line {error.number} is {error.reason}") from None
     return texts
 
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sources that are written as shards first
 
 SHARD_CHARS = 250_000_000
 VAL_CHARS = 10_000_000
@@ -293,35 +278,36 @@ Rows = Iterable[Any]  # mappings from column to value
 
 
 def from_hub(source: str, text_column: str) -> Path:
-    """Return the folder of shards for `hub:<dataset>[:<config>[:<split>]]`, fetching the dataset the first time.
+    """Return the folder of shards for `hub:<dataset>[:<config>[:<split>]]`, downloaded the first time.
 
     Raises:
-        UserError: the hub or the dataset cannot be reached, or has no such column.
+        UserError: the dataset could not be loaded, or has no such column.
     """
     name, *rest = source.split(":")[1:]
     if not name or len(rest) > 2:
         raise UserError(f"data.source={source}: expected hub:<dataset>[:<config>[:<split>]]")
     subset, split = [*rest, "", ""][:2]
     load = functools.partial(_load_dataset, name, subset or None, split=split or "train")
-    folder = base_dir() / "hub" / _slug(f"{name}:{subset}:{split or 'train'}:{text_column}")
-    build_once(folder, source, lambda target: _write_rows(load, target, source, text_column))
-    return folder
+    return _written(_slug(f"{name}:{subset}:{split or 'train'}:{text_column}"), load, source, text_column)
 
 
 def from_disk(path: Path, text_column: str) -> Path:
-    """Return the folder of shards for a local file or folder that `datasets` loads; a change is read anew.
+    """Return the folder of shards for a local file or folder that `datasets` loads; written anew when it changes.
 
     Raises:
-        UserError: it cannot be read, or has no such column.
+        UserError: it could not be loaded, or has no such column.
     """
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise UserError(f"data.source={path}: the folder is empty")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(json.dumps([str(path.resolve()), text_column, stats]).encode()).hexdigest()[:16]
-    folder = base_dir() / "hub" / f"{_slug(path.stem)}-{digest}"
-    load = functools.partial(_load_local, path)
-    build_once(folder, str(path), lambda target: _write_rows(load, target, str(path), text_column))
+    return _written(f"{_slug(path.stem)}-{digest}", functools.partial(_load_local, path), str(path), text_column)
+
+
+def _written(name: str, load: Callable[[], Rows], source: str, text_column: str) -> Path:
+    folder = base_dir() / "hub" / name
+    build_once(folder, source, lambda target: _write_rows(load, target, source, text_column))
     return folder
 
 
@@ -378,7 +364,7 @@ def _write_rows(load: Callable[[], Rows], folder: Path, source: str, text_column
             shards, train_chars = shards + 1, 0
             train.clear()
     if not val:
-        raise UserError(f"data.source={source}: needs two documents at least, one to train and one to validate")
+        raise UserError(f"data.source={source}: needs at least two documents, one for each split")
     for texts in [train, val]:
         if texts:
             embedded.write_shard(folder / f"shard_{shards:05d}.parquet", texts, column=text_column)
@@ -389,10 +375,7 @@ def _loaded(load: Callable[[], Rows], source: str, text_column: str) -> Iterator
     try:
         for row in load():
             if text_column not in row:
-                names = ", ".join(row)
-                raise UserError(
-                    f"data.source={source}: no column {text_column!r}, it has {names}: set data.text_column"
-                )
+                raise _no_column(f"data.source={source}", text_column, row)
             text = row[text_column]
             if not isinstance(text, str | None):
                 raise UserError(f"data.source={source}: column {text_column!r} is not text: set data.text_column")
@@ -402,13 +385,13 @@ def _loaded(load: Callable[[], Rows], source: str, text_column: str) -> Iterator
         raise
     except Exception as error:  # the hub, its caches and its readers fail in dozens of ways: one line for all
         raise UserError(
-            f"data.source={source} cannot be read ({type(error).__name__}: {first_line(error)}); check the name and "
-            "the network, or use --set data.source=embedded"
+            f"data.source={source} could not be loaded ({type(error).__name__}: {first_line(error)}); check the name "
+            "and the network, or use --set data.source=embedded"
         ) from error
 
 
 def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a temporary folder that becomes `folder` when complete; one process builds, others wait.
+    """Let `build` fill a temporary folder that becomes `folder` when complete; one process builds, the others wait.
 
     Raises:
         UserError: the folder cannot be written.
@@ -427,9 +410,9 @@ def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> None:
             build(temporary)
             os.replace(temporary, folder)
     except OSError as error:
-        if not folder.is_dir():  # else a process without our lock was quicker, which is as good
+        if not folder.is_dir():  # else a process without the lock was faster
             raise UserError(
-                f"{folder} cannot be written ({first_line(error)}): make room, or set NANOCHAT_BASE_DIR elsewhere"
+                f"{folder} cannot be written ({first_line(error)}): free disk space, or set NANOCHAT_BASE_DIR"
             ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -437,9 +420,9 @@ def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on `path`; the system drops it when the process dies."""
+    """Hold an advisory lock on `path`, which the system releases when the process dies."""
     with path.open("w") as file:
-        with contextlib.suppress(ImportError):  # Windows has no fcntl: there every process builds its own copy
+        with contextlib.suppress(ImportError):  # Windows has no fcntl: every process builds its own copy
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)

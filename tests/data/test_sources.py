@@ -3,12 +3,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ranks
 
 from nanochat.config import UserError
 from nanochat.data import CorruptShardError, DataConfig, Shard, embedded, sources
@@ -59,7 +61,7 @@ def both(config: DataConfig) -> tuple[list[str], list[str]]:
 # Folders
 
 
-def test_folder_of_parquet_in_order_of_names_the_last_validates(tmp_path: Path):
+def test_parquet_shards_are_sorted_and_the_last_is_the_validation_split(tmp_path: Path):
     for i in (2, 0, 1):
         write_parquet(tmp_path / "data" / f"shard_{i:05d}.parquet", docs(100 * i, 100 * i + 25))
     (tmp_path / "data" / "shard_00009.parquet.part").write_bytes(b"half")
@@ -85,7 +87,7 @@ def test_folder_of_jsonl_is_read_in_blocks_of_a_thousand_lines(tmp_path: Path):
     assert both(config) == (docs(0, 2500), docs(5000, 5010))
 
 
-def test_documents_without_text_are_left_out(tmp_path: Path):
+def test_documents_without_text_are_skipped(tmp_path: Path):
     write_parquet(tmp_path / "data" / "a.parquet", ["one", "", "two"])
     pq.write_table(pa.table({"text": [None, "three"]}), tmp_path / "data" / "b.parquet")
     (tmp_path / "data" / "c.jsonl").write_text('{"text": "four"}\n\n{"text": null}\n{"text": ""}\n{"text": "five"}')
@@ -94,7 +96,7 @@ def test_documents_without_text_are_left_out(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_other_kinds_of_text_columns(tmp_path: Path, kind: pa.DataType):
+def test_large_and_dictionary_strings_are_read(tmp_path: Path, kind: pa.DataType):
     for name in "ab":
         (tmp_path / "data").mkdir(exist_ok=True)
         pq.write_table(pa.table({"body": pa.array(docs(0, 5)).cast(kind)}), tmp_path / "data" / f"{name}.parquet")
@@ -104,16 +106,16 @@ def test_other_kinds_of_text_columns(tmp_path: Path, kind: pa.DataType):
 @pytest.mark.parametrize("write", [write_parquet, write_jsonl])
 @pytest.mark.parametrize("count", [2, 19, 400, 5000])
 @pytest.mark.parametrize("lone", ["folder", "file"])
-def test_a_lone_file_is_split(tmp_path: Path, write, count: int, lone: str):
+def test_single_file_is_split(tmp_path: Path, write, count: int, lone: str):
     path = write(tmp_path / "data" / f"only{'.parquet' if write is write_parquet else '.jsonl'}", docs(0, count))
     train, val = both(DataConfig(source=str(path if lone == "file" else path.parent)))
     assert train + val == docs(0, count)
     assert 1 <= len(val) <= max(10, count // 20) or (count == 5000 and len(val) == 1000)  # jsonl: one block of five
 
 
-def test_a_lone_file_with_one_document_is_refused(tmp_path: Path):
+def test_single_file_with_one_document_is_refused(tmp_path: Path):
     path = write_parquet(tmp_path / "one.parquet", docs(0, 1))
-    with pytest.raises(UserError, match="a lone file needs two documents"):
+    with pytest.raises(UserError, match="a single file needs two documents"):
         both(DataConfig(source=str(path)))
 
 
@@ -153,7 +155,7 @@ def test_missing_sources_are_named(tmp_path: Path, base: Path):
 def test_climbmix_needs_its_validation_shard(base: Path):
     write_parquet(base / "climbmix" / "shard_00000.parquet", docs(0, 5))
     write_parquet(base / "climbmix" / "shard_00001.parquet", docs(5, 9))
-    with pytest.raises(UserError, match=r"shard_06542.parquet, which validates, is missing.*--experiment=data"):
+    with pytest.raises(UserError, match=r"shard_06542.parquet, the validation split, is missing.*--experiment=data"):
         sources.shards_of(DataConfig(), "train")
     write_parquet(base / "climbmix" / "shard_06542.parquet", docs(20, 30))
     assert both(DataConfig()) == (docs(0, 9), docs(20, 30))
@@ -163,23 +165,23 @@ def test_climbmix_needs_its_validation_shard(base: Path):
         sources.shards_of(DataConfig(), "train")
 
 
-def bad_shard(folder: Path, name: str, content: bytes) -> Shard:
+def corrupt_shard(folder: Path, name: str, content: bytes) -> Shard:
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_bytes(content)
     return Shard(path, f"{name}:{len(content)}")
 
 
-def test_truncated_and_damaged_parquet_is_named(tmp_path: Path):
+def test_truncated_or_corrupt_parquet_is_named(tmp_path: Path):
     good = write_parquet(tmp_path / "good.parquet", [f"{i}" * 50 for i in range(2000)], 500).read_bytes()
     for content in (b"", b"PAR1", good[: len(good) // 2], good[:-8] + b"\xff\xff\xff\x7fPAR1"):
         with pytest.raises(CorruptShardError, match="unreadable parquet") as caught:
-            read_all([bad_shard(tmp_path, "bad.parquet", content)])
+            read_all([corrupt_shard(tmp_path, "bad.parquet", content)])
         assert caught.value.path == tmp_path / "bad.parquet"
         message = str(caught.value)
         assert str(caught.value.path) in message and "data.skip_bad_shards=true" in message and "\n" not in message
     with pytest.raises(CorruptShardError):
-        read_all([bad_shard(tmp_path, "zeros.parquet", good[:100] + bytes(20_000) + good[20_100:])])
+        read_all([corrupt_shard(tmp_path, "zeros.parquet", good[:100] + bytes(20_000) + good[20_100:])])
     with pytest.raises(CorruptShardError):
         sources.num_blocks(Shard(tmp_path / "gone.parquet", "gone"))
 
@@ -187,23 +189,23 @@ def test_truncated_and_damaged_parquet_is_named(tmp_path: Path):
 @pytest.mark.parametrize(
     "line, expected",
     [
-        (b"{'text': 1}", "line 1003 is not JSON"),
-        (b'{"text": "cut of', "line 1003 is not JSON"),
+        (b"{'text': 1}", "line 1003 is not valid JSON"),
+        (b'{"text": "cut of', "line 1003 is not valid JSON"),
         (b'"text"', "line 1003 is not a JSON object"),
         (b'{"text": 7}', "line 1003: 'text' is not text"),
-        (b'{"text": "\xff"}', "line 1003 is not JSON"),
+        (b'{"text": "\xff"}', "line 1003 is not valid JSON"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: bytes, expected: str):
+def test_invalid_line_is_named(tmp_path: Path, line: bytes, expected: str):
     good = [json.dumps({"text": text}).encode() for text in docs(0, 1500)]
-    shard = bad_shard(tmp_path, "bad.jsonl", b"\n".join([*good[:1002], line, *good[1003:]]))
+    shard = corrupt_shard(tmp_path, "bad.jsonl", b"\n".join([*good[:1002], line, *good[1003:]]))
     assert sources.read_block(shard, 0, "text") == docs(0, 1000)
     with pytest.raises(CorruptShardError, match=expected) as caught:
         sources.read_block(shard, 1, "text")
     assert caught.value.path == shard.path and "\n" not in str(caught.value)
 
 
-def test_a_wrong_text_column_is_the_settings_fault_not_the_shards(tmp_path: Path):
+def test_missing_text_column_does_not_make_a_shard_corrupt(tmp_path: Path):
     a = write_parquet(tmp_path / "data" / "a.parquet", docs(0, 5))
     b = write_jsonl(tmp_path / "data" / "b.jsonl", docs(0, 5))
     for path in (a, b):
@@ -231,7 +233,7 @@ def test_embedded_corpus_is_built_once(base: Path, monkeypatch: pytest.MonkeyPat
     assert [path.name for path in (base / "embedded").iterdir() if path.is_dir()] == [embedded.key()]
 
 
-def test_a_build_that_fails_leaves_nothing_and_can_be_repeated(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failed_build_leaves_nothing_and_can_be_repeated(base: Path, monkeypatch: pytest.MonkeyPatch):
     def fails():
         raise KeyboardInterrupt
 
@@ -243,26 +245,24 @@ def test_a_build_that_fails_leaves_nothing_and_can_be_repeated(base: Path, monke
     assert sources.shards_of(DataConfig(source="embedded"), "train")
 
 
-def test_processes_that_start_together_build_once(tmp_path: Path):
-    code = (
-        "import time, sys\n"
-        "from pathlib import Path\n"
-        "from nanochat import hub\n"
-        "def build(folder):\n"
-        "    time.sleep(0.5)\n"
-        "    (folder / 'x').write_text('x')\n"
-        "hub.build_once(Path(sys.argv[1]), 'x', build)\n"
-        "assert (Path(sys.argv[1]) / 'x').exists()\n"
-    )
-    args = [sys.executable, "-c", code, str(tmp_path / "built")]
-    root = Path(__file__).parents[2]
-    running = [subprocess.Popen(args, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0]
-    assert sorted(map(bool, outputs)) == [False, True]
+def build_slowly(folder: Path) -> None:
+    def build(target: Path) -> None:
+        time.sleep(0.5)
+        (target / "x").write_text("x")
+
+    sources.build_once(folder, "x", build)
+    assert (folder / "x").exists()
 
 
-def check_materialised(config: DataConfig, count: int, base: Path):
+def test_concurrent_processes_build_once(tmp_path: Path):
+    folder = tmp_path / "built"
+    with ranks.start(1, build_slowly, folder) as first, ranks.start(1, build_slowly, folder) as second:
+        finished = [*first.wait(60), *second.wait(60)]
+    assert [process.code for process in finished] == [0, 0], finished
+    assert sorted("writing x" in process.out for process in finished) == [False, True]
+
+
+def check_written(config: DataConfig, count: int, base: Path):
     train, val = both(config)
     texts = docs(0, count)
     assert val == texts[1::100] and train == [text for i, text in enumerate(texts) if i % 100 != 1]
@@ -276,9 +276,9 @@ def check_materialised(config: DataConfig, count: int, base: Path):
 def test_saved_dataset(tmp_path: Path, base: Path):
     rows = datasets.Dataset.from_dict({"text": docs(0, 350)})
     rows.save_to_disk(str(tmp_path / "saved"))
-    check_materialised(DataConfig(source=str(tmp_path / "saved")), 350, base)
+    check_written(DataConfig(source=str(tmp_path / "saved")), 350, base)
     datasets.DatasetDict({"test": rows.select(range(5)), "train": rows}).save_to_disk(str(tmp_path / "splits"))
-    check_materialised(DataConfig(source=str(tmp_path / "splits")), 350, base)
+    check_written(DataConfig(source=str(tmp_path / "splits")), 350, base)
 
 
 def test_csv_file_and_folder(tmp_path: Path, base: Path):
@@ -286,9 +286,9 @@ def test_csv_file_and_folder(tmp_path: Path, base: Path):
     folder.mkdir()
     datasets.Dataset.from_dict({"body": docs(0, 150), "n": range(150)}).to_csv(str(folder / "train.csv"))
     config = DataConfig(source=str(folder), text_column="body")
-    check_materialised(config, 150, base)
-    check_materialised(dataclasses.replace(config, source=str(folder / "train.csv")), 150, base)
-    with pytest.raises(UserError, match=r"no column 'text', it has .*body"):
+    check_written(config, 150, base)
+    check_written(dataclasses.replace(config, source=str(folder / "train.csv")), 150, base)
+    with pytest.raises(UserError, match=r"no text column 'text', it has .*body"):
         sources.shards_of(DataConfig(source=str(folder)), "train")
     with pytest.raises(UserError, match="column 'n' is not text"):
         sources.shards_of(dataclasses.replace(config, text_column="n"), "train")
@@ -313,8 +313,8 @@ def test_hub_source_passes_name_config_and_split(base: Path, monkeypatch: pytest
         return datasets.Dataset.from_dict({"text": docs(0, 250)}).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    check_materialised(DataConfig(source="hub:someone/something"), 250, base)
-    check_materialised(DataConfig(source="hf:someone/something:small:test"), 250, base)
+    check_written(DataConfig(source="hub:someone/something"), 250, base)
+    check_written(DataConfig(source="hf:someone/something:small:test"), 250, base)
     assert calls == [
         ("someone/something", None, {"split": "train", "streaming": True}),
         ("someone/something", "small", {"split": "test", "streaming": True}),
@@ -326,11 +326,11 @@ def test_large_sources_become_several_shards(base: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: [{"text": text} for text in docs(0, 250)])
     config = DataConfig(source="hub:x")
     assert len(sources.shards_of(config, "train")) > 2
-    check_materialised(config, 250, base)
+    check_written(config, 250, base)
 
 
 @pytest.mark.parametrize("after", [0, 50])
-def test_an_unreachable_hub_is_one_line_and_leaves_nothing(base: Path, monkeypatch: pytest.MonkeyPatch, after: int):
+def test_unreachable_hub_leaves_nothing(base: Path, monkeypatch: pytest.MonkeyPatch, after: int):
     def rows(*args: object, **options: object):
         for text in docs(0, after):
             yield {"text": text}
@@ -340,30 +340,30 @@ def test_an_unreachable_hub_is_one_line_and_leaves_nothing(base: Path, monkeypat
     with pytest.raises(UserError) as caught:
         sources.shards_of(DataConfig(source="hub:someone/something"), "train")
     message = str(caught.value)
-    assert "hub:someone/something cannot be read (ConnectionError: no route to the hub)" in message
+    assert "hub:someone/something could not be loaded (ConnectionError: no route to the hub)" in message
     assert "\n" not in message
     assert [path for path in (base / "hub").iterdir() if path.is_dir()] == []
 
 
-def test_offline_hub_for_real(tmp_path: Path):
+def test_offline_hub_is_one_line(tmp_path: Path):
     """Without a network, and with `datasets` itself: one line, no traceback."""
     code = (
-        "from nanochat import dataset\n"
+        "from nanochat.data import sources\n"
         "try:\n"
-        "    dataset.resolve(dataset.DataConfig(source='hub:none/such'), 'train')\n"
-        "except dataset.UserError as error:\n"
+        "    sources.shards_of(sources.DataConfig(source='hub:none/such'), 'train')\n"
+        "except sources.UserError as error:\n"
         "    print('ERROR', error)\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "NANOCHAT_BASE_DIR": str(tmp_path)}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("ERROR data.source=hub:none/such cannot be read (") and "check the name" in last
+    assert last.startswith("ERROR data.source=hub:none/such could not be loaded (") and "check the name" in last
 
 
 def test_source_with_a_single_document_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: [{"text": "alone"}])
-    with pytest.raises(UserError, match="needs two documents at least"):
+    with pytest.raises(UserError, match="needs at least two documents"):
         sources.shards_of(DataConfig(source="hub:x"), "train")
 
 
@@ -381,7 +381,7 @@ def test_file_of_an_unknown_kind(tmp_path: Path):
         sources.shards_of(DataConfig(source=str(tmp_path / "x.docx")), "train")
 
 
-def test_a_base_folder_that_cannot_be_written_is_one_line(base: Path):
+def test_unwritable_base_folder_is_named(base: Path):
     base.write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"cannot be written .*set NANOCHAT_BASE_DIR") as caught:
         sources.shards_of(DataConfig(source="embedded"), "train")
@@ -391,7 +391,7 @@ def test_a_base_folder_that_cannot_be_written_is_one_line(base: Path):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def test_texts_of_a_split_with_and_without_a_bad_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_texts_of_a_split_with_and_without_a_corrupt_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for name, start in (("a", 0), ("b", 10), ("c", 20), ("d", 30)):
         write_parquet(tmp_path / "data" / f"{name}.parquet", docs(start, start + 5))
     config = DataConfig(source=str(tmp_path / "data"))
