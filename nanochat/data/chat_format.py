@@ -1,13 +1,12 @@
-"""Conversations as token ids and back: rendering with a loss mask, the prompt of a chat, and a reader of the answer.
+"""The chat format: conversations to tokens with a loss mask, prompts, and tokens back to text, also while streaming.
 
 A conversation is {"messages": [...]}: an optional system message, then user and assistant in turn. It becomes
 
     <|bos|> (<|user_start|> … <|user_end|> <|assistant_start|> … <|assistant_end|>)*
 
-where the system message is put before the first user message, with a blank line between. An assistant's content is
-text, or a list of parts {"type": …, "text": …}: `text`, `python` (a tool call, between <|python_start|> and
-<|python_end|>) or `python_output` (its result, between <|output_start|> and <|output_end|>). Only these markers are
-special tokens: text that spells one stays text.
+The system message is merged into the first user message, with a blank line between. An assistant's content is text, or
+a list of parts {"type": …, "text": …}: `text`, `python` (a tool call, between <|python_start|> and <|python_end|>) or
+`python_output` (its result, between <|output_start|> and <|output_end|>). Text never becomes a special token.
 """
 
 import codecs
@@ -19,7 +18,7 @@ from nanochat.data.tokenizer import Tokenizer
 
 MARKERS = {"python": ("<|python_start|>", "<|python_end|>"), "python_output": ("<|output_start|>", "<|output_end|>")}
 PART_TYPES = ("text", *MARKERS)
-# What the tokens of an answer belong to from a marker on.
+# The kind of an answer's tokens after a marker.
 KINDS = {
     "<|python_start|>": "python",
     "<|python_end|>": "text",
@@ -32,26 +31,18 @@ Message = Mapping[str, Any]
 
 
 class ConversationError(UserError, ValueError):
-    """A conversation that is not of the form above; names the message (counted from 1), what is wrong, and the fix."""
+    """An invalid conversation; names the message (counted from 1), the problem and the fix."""
 
 
 class Piece(NamedTuple):
-    """A bit of an answer as it streams: whole characters of one kind.
-
-    Attributes:
-        kind: "text", "python" (what a tool is asked) or "output" (what it answered).
-    """
+    """Streamed text of an answer, whole characters; kind is "text", "python" (a tool call) or "output" (its result)."""
 
     kind: str
     text: str
 
 
 def check(conversation: Conversation) -> None:
-    """Return if `conversation` can be rendered.
-
-    Raises:
-        ConversationError: says which message is wrong.
-    """
+    """Raise a ConversationError if `conversation` is invalid."""
     if not isinstance(conversation, Mapping) or not isinstance(conversation.get("messages"), list | tuple):
         raise ConversationError('expected a conversation {"messages": [{"role": …, "content": …}, …]}')
     messages = conversation["messages"]
@@ -71,30 +62,22 @@ def check(conversation: Conversation) -> None:
 def render(
     tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Return a conversation's tokens and its loss mask.
+    """Return a conversation's (ids, loss mask), of equal length, truncated to `max_tokens`.
 
-    Args:
-        conversation: as `check` wants it. max_tokens: cut both to so many; None: as long as they are.
-
-    Returns:
-        (ids, mask), of one length; the mask is 1 on what the assistant has to learn to say: its text, its tool calls
-        with both markers, and <|assistant_end|>. It is 0 on all else, tool outputs with their markers included.
+    The mask is 1 on the assistant's text, its tool calls with both markers, and <|assistant_end|>. It is 0 on all
+    else, tool outputs with their markers included.
 
     Raises:
-        ConversationError: the conversation is not of the right form.
-        ValueError: `max_tokens` is below 1.
-    Source: spec/data.md, "Conversations".
+        ConversationError: the conversation is invalid.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: must be at least 1")
     check(conversation)
     ids, mask = [tokenizer.bos], [0]
 
-    def add(learned: int, *pieces: str | int) -> None:
+    def add(supervised: int, *pieces: str | int) -> None:
         for piece in pieces:
             tokens = tokenizer.encode(piece) if isinstance(piece, str) else [piece]
             ids.extend(tokens)
-            mask.extend([learned] * len(tokens))
+            mask.extend([supervised] * len(tokens))
 
     special = tokenizer.special
     for message in _merged(conversation["messages"]):
@@ -113,25 +96,25 @@ def render(
 
 
 def prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Return the tokens that an answer to the last message follows: they end in <|assistant_start|>.
+    """Return the tokens that precede an answer to the last message, up to <|assistant_start|>.
 
     Raises:
-        ConversationError: the messages are not of the right form, or the last one is not the user's.
+        ConversationError: the messages are invalid, or the last one is not the user's.
     """
     ids, _ = render(tokenizer, {"messages": messages})
     if messages[-1]["role"] != "user":
-        raise ConversationError(f"message {len(messages)}: the last message must be the user's, to be answered")
+        raise ConversationError(f"message {len(messages)}: the last message must be the user's")
     return [*ids, tokenizer.special("<|assistant_start|>")]
 
 
 def content(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[str, str]]:
-    """Return an answer's tokens as the content of an assistant's message, the inverse of `render`.
+    """Return an answer's tokens as the content of an assistant message, the inverse of `render`.
 
     Args:
-        ids: what follows <|assistant_start|>; special tokens other than the tools' markers count for nothing.
+        ids: the tokens after <|assistant_start|>; special tokens other than the tools' markers are ignored.
 
     Returns:
-        The text, or a list of parts where there are tool calls; a block that was not closed ends with the tokens.
+        The text, or a list of parts if there are tool calls; an unclosed block ends with the tokens.
     """
     first = tokenizer.special(tokenizer.specials[0])
     spans: list[tuple[str, list[int]]] = [("text", [])]
@@ -145,19 +128,16 @@ def content(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[str, st
 
 
 def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Return an answer's tokens as one text to read, with [call → result] where a tool was used."""
-    said = content(tokenizer, ids)
-    if isinstance(said, str):
-        return said
-    marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
-    return "".join(marks[part["type"]].format(part["text"]) for part in said)
+    """Return an answer's tokens as readable text, with [call → result] for tool calls."""
+    templates = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
+    return "".join(templates[kind].format(text) for kind, text in _parts(content(tokenizer, ids)))
 
 
 class Reader:
-    """Turns the tokens of an answer into text while they come: `feed` each, then `close`.
+    """Streaming detokenizer of an answer: `feed` each token, then `close`.
 
-    The pieces hold whole characters only: the bytes of an unfinished one are held back until the next token. Bytes
-    that are no UTF-8 become U+FFFD. The tools' markers switch the kind and give no text; nor do other special tokens.
+    Pieces hold whole characters: the bytes of an incomplete one wait for the next token. Invalid UTF-8 becomes U+FFFD.
+    The tools' markers switch the kind and give no text; nor do other special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -166,25 +146,21 @@ class Reader:
         self._kind = "text"
 
     def feed(self, token: int) -> list[Piece]:
-        """Return what this token completes: no piece or one.
-
-        Raises:
-            ValueError: there is no such token.
-        """
+        """Return the piece that this token completes, if any. Raises ValueError for an id out of range."""
         index = token - len(self._tokens)
         if not 0 <= token < len(self._tokens) + len(self._names):
             raise ValueError(f"token id {token} is outside 0..{len(self._tokens) + len(self._names) - 1}")
         if index < 0:
             return self._piece(self._decoder.decode(self._tokens[token]))
-        held = self._flush()  # no character goes on behind a special token
+        pieces = self._flush()  # no character continues after a special token
         self._kind = KINDS.get(self._names[index], self._kind)
-        return held
+        return pieces
 
     def close(self) -> list[Piece]:
-        """Return what was held back, as U+FFFD; the reader is as new then."""
-        held = self._flush()
+        """Return an incomplete last character, as U+FFFD, and reset the reader."""
+        pieces = self._flush()
         self._kind = "text"
-        return held
+        return pieces
 
     def _flush(self) -> list[Piece]:
         text = self._decoder.decode(b"", final=True)
@@ -196,7 +172,7 @@ class Reader:
 
 
 def _merged(messages: Sequence[Message]) -> Sequence[Message]:
-    """Return the messages with the system's put before the first user's."""
+    """Return the messages with the system message merged into the first user message."""
     if messages[0]["role"] != "system":
         return messages
     system, user, *rest = messages
@@ -226,8 +202,8 @@ def _check_content(where: str, role: str, content: Any) -> None:
 
 def _expectation(expected: str, number: int) -> str:
     if number == 1:
-        return "expected user (or system): a conversation begins with one of them"
-    return f"expected {expected}: user and assistant take turns, and a system message comes first if at all"
+        return "expected user (or system): a conversation starts with one of them"
+    return f"expected {expected}: user and assistant take turns, and a system message may only come first"
 
 
 def _short(value: Any) -> str:

@@ -27,7 +27,7 @@ def shard_texts(folder: Path) -> list[list[str]]:
     return [pq.read_table(path)["text"].to_pylist() for path in sorted(folder.iterdir())]
 
 
-def test_corpus_is_megabytes_of_prose_built_quickly(built: tuple[Path, float]):
+def test_corpus_is_megabytes_of_prose(built: tuple[Path, float]):
     folder, seconds = built
     assert seconds < 60
     shards = shard_texts(folder)
@@ -40,7 +40,7 @@ def test_corpus_is_megabytes_of_prose_built_quickly(built: tuple[Path, float]):
     assert not any(line.startswith(">>>") for text in texts for line in text.split("\n"))
 
 
-def test_shards_have_small_row_groups_and_the_last_one_validates(built: tuple[Path, float]):
+def test_shards_have_small_row_groups_and_a_validation_split(built: tuple[Path, float]):
     folder, _ = built
     paths = sorted(folder.iterdir())
     assert [path.name for path in paths] == [f"shard_{i:05d}.parquet" for i in range(len(paths))]
@@ -53,7 +53,7 @@ def test_shards_have_small_row_groups_and_the_last_one_validates(built: tuple[Pa
     assert 0.02 < share < 0.08
 
 
-def test_no_text_twice_and_no_subject_on_both_sides(built: tuple[Path, float]):
+def test_no_text_is_repeated_and_no_subject_is_in_both_splits(built: tuple[Path, float]):
     *train, val = shard_texts(built[0])
     texts = list(itertools.chain(*train))
     assert len({*texts, *val}) == len(texts) + len(val)
@@ -63,7 +63,7 @@ def test_no_text_twice_and_no_subject_on_both_sides(built: tuple[Path, float]):
     assert not bodies[0] & bodies[1]
 
 
-def test_the_same_interpreter_gives_the_same_bytes(tmp_path: Path):
+def test_corpus_is_deterministic(tmp_path: Path):
     """Two processes that hash strings differently, on a part of the standard library."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for name in ("email", "json", "logging"):
@@ -96,7 +96,7 @@ def test_key_names_interpreter_and_version():
 # Pieces
 
 
-def test_wrapped_lines_join_and_lists_keep_their_lines():
+def test_wrapped_lines_are_joined_except_in_lists():
     text = f"""
     {PROSE}
         It goes on here, indented,
@@ -126,11 +126,11 @@ def test_wrapped_lines_join_and_lists_keep_their_lines():
         "\x00 is this the end of the line that we have in the file",
     ],
 )
-def test_what_is_not_prose_is_left_out(text: str):
+def test_text_that_is_not_prose_is_skipped(text: str):
     assert list(embedded.paragraphs(text)) == []
 
 
-def test_long_paragraphs_and_subjects_are_cut_at_sentences():
+def test_long_paragraphs_are_split_at_sentences():
     parts = [" ".join([PROSE] * 30), PROSE]
     chunks = list(embedded._chunks("subject", parts))
     assert len(chunks) > 2
@@ -174,7 +174,7 @@ else:
     assert list(embedded._docstrings("m", b"print 'Python 2'")) == []
 
 
-def test_neighbouring_comments_join_and_strings_hold_none():
+def test_adjacent_comments_are_joined_and_strings_are_not_comments():
     source = b"""#!/usr/bin/python
 x = "# not a comment"  # behind code
 y = '''

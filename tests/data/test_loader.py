@@ -104,7 +104,7 @@ def copied(state: LoaderState) -> LoaderState:
     return LoaderState(position=json.loads(json.dumps(state["position"])), **arrays)
 
 
-def test_rows_are_those_of_a_plain_reference(folder: Path) -> None:
+def test_rows_equal_a_plain_reference(folder: Path) -> None:
     docs = [[BOS, *t.encode()] for shard in texts_of(folder)[:3] for t in shard if t]
     stream, buffer, expected, cut = itertools.cycle(docs), [], [], 0
     for _ in range(400):
@@ -126,7 +126,7 @@ def test_rows_are_those_of_a_plain_reference(folder: Path) -> None:
     assert items[-1][2]["tokens_cut_fraction"] == cut / (cut + 400 * 25)
 
 
-def test_batches_are_shifted_int64(folder: Path) -> None:
+def test_targets_are_inputs_shifted_by_one(folder: Path) -> None:
     batch, _, _ = take(1, loader(folder))[0]
     assert batch["inputs"].dtype == batch["targets"].dtype == torch.int64
     assert batch["inputs"].shape == batch["targets"].shape == (4, 24)
@@ -135,7 +135,7 @@ def test_batches_are_shifted_int64(folder: Path) -> None:
     assert (batch["inputs"][:, 0] == BOS).all()
 
 
-def test_a_large_vocabulary(folder: Path) -> None:
+def test_large_vocabulary_uses_32_bit_tokens(folder: Path) -> None:
     big = Tokenizer((*TOK.tokens, *(b"~" + i.to_bytes(4, "big") for i in range(2**16))))
     row = rows_of(take(1, loader(folder, tok=big)))[0]
     small = rows_of(take(1, loader(folder)))[0]
@@ -143,7 +143,7 @@ def test_a_large_vocabulary(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("odd", [[], ["half a \ud800 pair"]])
-def test_tokens_are_those_of_the_tokenizer(tmp_path: Path, odd: list[str]) -> None:
+def test_tokens_equal_the_tokenizers(tmp_path: Path, odd: list[str]) -> None:
     texts = ["<|bos|> is text", "<|user_end|> too", "plain", "é 漢字 🎉", " x ", " " * 9000 + "x", "word " * 3000]
     texts += ["a" + "y" * 5000, "b " * 2000 + "y" * 9001 + " c", "\n" * 9001 + "x", "b" + " " * 9000 + "x", "\0", *odd]
     tok = Tokenizer((*TOK.tokens, b"or", b"wor", b"  ", b"    ", b"yy", b"\n\n"))
@@ -167,7 +167,7 @@ def ids_of(items: list[Item]) -> list[int]:
     return [int(bytes(row[1:].tolist())) for row in rows_of(items)]
 
 
-def test_every_epoch_is_a_new_permutation_of_shards_blocks_and_documents(tmp_path: Path) -> None:
+def test_every_epoch_permutes_shards_blocks_and_documents(tmp_path: Path) -> None:
     source, counts = whole_docs(tmp_path)
     total = 4 * sum(counts[:3])
     ids = ids_of(take(3, loader(source, rows=total, length=9)))
@@ -191,7 +191,7 @@ def test_every_epoch_is_a_new_permutation_of_shards_blocks_and_documents(tmp_pat
     assert ids_of(take(1, loader(source, rows=total, length=9, shuffle=False))) == list(range(total))
 
 
-def test_the_order_stays_what_it_was(tmp_path: Path) -> None:
+def test_order_does_not_change_between_versions(tmp_path: Path) -> None:
     # Runs resumed by a later version, on another machine or another numpy must see the same data.
     source, _ = whole_docs(tmp_path)
     ids = ids_of(take(1, loader(source, rows=12, length=9, seed=42)))
@@ -199,7 +199,7 @@ def test_the_order_stays_what_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_interleave_to_the_same_rows(folder: Path, world_size: int) -> None:
+def test_ranks_read_interleaved_rows(folder: Path, world_size: int) -> None:
     one = take(30, loader(folder, rows=8))
     ranks = [take(30, loader(folder, rows=8, rank=rank, world_size=world_size)) for rank in range(world_size)]
     for step, whole in enumerate(one):
@@ -230,7 +230,7 @@ def test_resumes_from_a_resumed_loader_at_every_batch(folder: Path) -> None:
         state = copied(item[1])
 
 
-def test_resumes_with_other_ranks_and_rows(folder: Path) -> None:
+def test_resumes_with_a_different_number_of_ranks_and_rows(folder: Path) -> None:
     unbroken = rows_of(take(20, loader(folder, rows=4)))
     state = take(5, loader(folder, rows=4, rank=1, world_size=2))[-1][1]
     assert np.array_equal(rows_of(take(7, loader(folder, rows=8, state=state)))[:56], unbroken[20:76])
@@ -263,7 +263,7 @@ def test_resumes_from_a_state_of_the_first_version(tmp_path: Path) -> None:
         assert items[-1][1]["position"].keys() == saved["position"].keys()
 
 
-def test_a_state_is_not_changed_by_what_follows(folder: Path) -> None:
+def test_state_is_not_changed_by_later_batches(folder: Path) -> None:
     stream = loader(folder)
     _, state, _ = next(stream)
     before = copied(state)
@@ -276,7 +276,7 @@ def test_a_state_is_not_changed_by_what_follows(folder: Path) -> None:
     assert state["position"] == before["position"]
 
 
-def test_the_state_is_no_longer_than_the_buffer(tmp_path: Path) -> None:
+def test_state_holds_at_most_a_row_of_each_document(tmp_path: Path) -> None:
     random.seed(2)
     source = write(tmp_path / "long", [[text(random.choice([3, 5000])) for _ in range(200)]] * 2, block_docs=50)
     state = take(20, loader(source))[-1][1]
@@ -284,7 +284,7 @@ def test_the_state_is_no_longer_than_the_buffer(tmp_path: Path) -> None:
     assert state["tokens"].dtype == np.uint16 and state["lengths"].dtype == np.int32
 
 
-def test_blocks_are_let_go_though_documents_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_documents_do_not_keep_their_blocks_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(5)
     source = write(tmp_path / "blocks", [[text(random.choice([3, 9, 5000])) for _ in range(400)]] * 2)
     seen: list[weakref.ref[np.ndarray]] = []
@@ -303,7 +303,7 @@ def test_blocks_are_let_go_though_documents_wait(tmp_path: Path, monkeypatch: py
     assert len(seen) > 20 and alive <= 3, f"{alive} of {len(seen)} blocks are kept in memory"
 
 
-def test_a_state_of_another_stream_is_refused(folder: Path) -> None:
+def test_state_of_a_different_stream_is_refused(folder: Path) -> None:
     state = take(3, loader(folder))[-1][1]
     other = Tokenizer((*TOK.tokens, b"ab"))
     for name, options in {
@@ -363,7 +363,7 @@ def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataloader, "read_block", fail)
 
 
-def test_the_cache_gives_the_same_batches(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_batches_are_the_same(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = take(50, loader(folder, token_cache=False))
     assert not (base / "tokens").exists()
     assert same(take(50, loader(folder)), plain)
@@ -373,7 +373,7 @@ def test_the_cache_gives_the_same_batches(folder: Path, base: Path, monkeypatch:
     assert same(take(50, loader(folder)), plain)
 
 
-def test_another_tokenizer_or_text_is_not_served_from_the_cache(folder: Path, tmp_path: Path) -> None:
+def test_cache_depends_on_tokenizer_and_text(folder: Path, tmp_path: Path) -> None:
     before = take(20, loader(folder))
     other = Tokenizer((*TOK.tokens, b"ab"))
     assert not np.array_equal(rows_of(take(20, loader(folder, tok=other))), rows_of(before))
@@ -386,7 +386,7 @@ def test_another_tokenizer_or_text_is_not_served_from_the_cache(folder: Path, tm
     assert same(fresh, take(20, loader(folder, token_cache=False)))
 
 
-def test_a_damaged_cache_file_is_made_again(folder: Path, base: Path) -> None:
+def test_corrupt_cache_file_is_rewritten(folder: Path, base: Path) -> None:
     plain = take(30, loader(folder))
     files = sorted(base.glob("tokens/*/*/*"))
     whole = [file.read_bytes() for file in files]
@@ -396,7 +396,7 @@ def test_a_damaged_cache_file_is_made_again(folder: Path, base: Path) -> None:
     assert [file.read_bytes() for file in files] == whole
 
 
-def test_a_disk_that_cannot_be_written_ends_caching(
+def test_unwritable_cache_is_disabled_with_a_warning(
     folder: Path, base: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plain = take(30, loader(folder, token_cache=False))
@@ -407,7 +407,7 @@ def test_a_disk_that_cannot_be_written_ends_caching(
     assert len(warnings) == 1 and "no longer cached" in warnings[0]
 
 
-def test_ranks_tokenise_each_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_tokenize_each_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(4)
     source = write(tmp_path / "more", [[text(20) for _ in range(200)] for _ in range(4)])
     plain = take(10, loader(source, rows=8, token_cache=False))
@@ -428,7 +428,7 @@ def test_ranks_tokenise_each_block_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(reads) < 60, "the test should end within the first epoch"
 
 
-def test_a_rank_alone_does_not_wait_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_does_not_wait_forever_for_a_missing_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataloader, "OTHER_RANK_SECONDS", 0.2)
     plain = rows_of(take(20, loader(folder, token_cache=False)))
     assert np.array_equal(rows_of(take(20, loader(folder, rank=1, world_size=2))), plain[1::2])
@@ -450,7 +450,7 @@ def damage(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["block", "cut", "empty"])
-def test_a_bad_shard_is_named_in_its_turn(folder: Path, kind: str) -> None:
+def test_corrupt_shard_is_named_in_its_turn(folder: Path, kind: str) -> None:
     good = rows_of(take(30, loader(folder, shuffle=False)))
     path = folder / "shard_00001.parquet"
     if kind == "block":
@@ -466,9 +466,7 @@ def test_a_bad_shard_is_named_in_its_turn(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["block", "cut"])
-def test_a_bad_shard_is_skipped_the_same_way_every_time(
-    folder: Path, kind: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_corrupt_shard_is_skipped_deterministically(folder: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     path = damage(folder) if kind == "block" else folder / "shard_00001.parquet"
     if kind == "cut":
         path.write_bytes(path.read_bytes()[:200])
@@ -482,7 +480,7 @@ def test_a_bad_shard_is_skipped_the_same_way_every_time(
 
 
 @pytest.mark.parametrize("kind", ["block", "cut"])
-def test_of_a_bad_shard_the_blocks_before_the_bad_one_are_read(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_blocks_before_the_corrupt_one_are_read(folder: Path, tmp_path: Path, kind: str) -> None:
     first, second, third, val = texts_of(folder)
     if kind == "block":
         damage(folder)
@@ -501,7 +499,7 @@ def test_data_without_documents_is_an_error(tmp_path: Path, shards: list[list[st
         next(loader(source))
 
 
-def test_only_bad_shards_is_an_error(folder: Path) -> None:
+def test_only_corrupt_shards_is_an_error(folder: Path) -> None:
     for path in folder.iterdir():
         path.write_bytes(b"not parquet")
     with pytest.raises(UserError, match="no documents to read for split train"):
@@ -513,7 +511,7 @@ def test_one_short_document_is_enough(tmp_path: Path) -> None:
     assert rows.reshape(-1)[:7].tolist() == [BOS, 97, 98, BOS, 97, 98, BOS] and rows.shape == (12, 25)
 
 
-def test_wrong_settings_are_refused_at_once(folder: Path) -> None:
+def test_invalid_settings_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="4 rows does not divide among 3 ranks"):
         loader(folder, world_size=3)
     for options in ({"buffer_docs": 0}, {"prefetch_batches": 0}, {"tokenizer_threads": 0}):
@@ -542,7 +540,7 @@ def test_closing_ends_every_thread(folder: Path) -> None:
         assert threading.active_count() == before, how
 
 
-def test_closing_does_not_wait_for_all_that_is_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_does_not_wait_for_started_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = dataloader._encode
 
     def slow(tok: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -558,7 +556,7 @@ def test_closing_does_not_wait_for_all_that_is_begun(folder: Path, monkeypatch: 
     assert time.monotonic() - started < 1, "a block takes two seconds"
 
 
-def test_an_error_in_a_thread_keeps_its_type(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_in_a_thread_keeps_its_type(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Odd(Exception):
         pass
 

@@ -46,12 +46,12 @@ def reference(lengths: Sequence[int], row_tokens: int, buffer_docs: int) -> Iter
 
 
 @given(LENGTHS, st.integers(1, 50), st.integers(1, 20))
-def test_equals_the_plain_reference(lengths: list[int], row_tokens: int, buffer_docs: int) -> None:
+def test_rows_equal_a_plain_reference(lengths: list[int], row_tokens: int, buffer_docs: int) -> None:
     assert list(plan(lengths, row_tokens, buffer_docs)) == list(reference(lengths, row_tokens, buffer_docs))
 
 
 @given(LENGTHS, st.integers(1, 50), st.integers(1, 20))
-def test_every_token_is_in_one_row_or_lost(lengths: list[int], row_tokens: int, buffer_docs: int) -> None:
+def test_every_token_is_packed_once_or_cropped(lengths: list[int], row_tokens: int, buffer_docs: int) -> None:
     rows = list(plan(lengths, row_tokens, buffer_docs))
     seen = [doc for pieces, _ in rows for doc, _, _ in pieces]
     assert len(seen) == len(set(seen)), "a document was used twice"

@@ -48,7 +48,7 @@ def test_runs_at_most_depth_items_ahead() -> None:
     items.close()
 
 
-def test_an_error_comes_with_its_type_after_the_items_before_it() -> None:
+def test_error_is_raised_after_the_items_before_it() -> None:
     class Odd(Exception):
         pass
 
