@@ -268,7 +268,7 @@ def limits(device: torch.device, dtype: torch.dtype, size: int = 8192, copy_byte
     target = torch.empty_like(source)
     fs: dict[str, Callable[[], Any]] = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
     if device.type == "cuda" and linear.fp8_support(device) == "native":
-        x, y = (linear.quantise(t, torch.float8_e4m3fn) for t in tensors)
+        x, y = (linear.quantize(t, torch.float8_e4m3fn) for t in tensors)
         scaled: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
         options = {"scale_a": x.scale, "scale_b": y.scale, "out_dtype": dtype, "use_fast_accum": True}
         fs["fp8"] = lambda: scaled(x.values, y.values.t(), **options)

@@ -95,7 +95,7 @@ def run(config: Config, runtime: Runtime) -> None:
         checkpoint.save(manager, Weights(torch.tensor(step), params), saved, files=files)
     finally:
         checkpoint.close(manager)
-    print(f"{model.gpt.count(shape)['total']:,} parameters of step {step} written to {folder / 'checkpoints'}")
+    print(f"{model.count(shape)['total']:,} parameters of step {step} written to {folder / 'checkpoints'}")
     print(f"next: python launch.py --experiment=chat --set run={config.name}")
 
 

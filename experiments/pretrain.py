@@ -216,7 +216,7 @@ def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
             f"model.vocab_size={vocab_size}: the tokenizer has {tok.vocab_size} tokens; set model.vocab_size=none"
         )
     from_depth = functools.partial(
-        model.gpt.from_depth,
+        model.from_depth,
         vocab_size=vocab_size,
         sequence_len=config.model.sequence_len,
         aspect_ratio=config.model.aspect_ratio,
@@ -228,9 +228,9 @@ def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
     except ValueError as error:
         raise UserError(str(error)) from None
     plan = scaling.plan(
-        model.gpt.count(shape)["scaling"],
-        model.gpt.count(reference)["scaling"],
-        model.gpt.flops_per_token(shape),
+        model.count(shape)["scaling"],
+        model.count(reference)["scaling"],
+        model.flops_per_token(shape),
         n_embd=shape.n_embd,
         target_param_data_ratio=config.target_param_data_ratio,
         target_flops=config.target_flops,
@@ -245,7 +245,7 @@ def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -
     """Return the resolved configuration and what follows from it, as text."""
     rows = config.rows
     micro_batches = scaling.accumulation_steps(plan.total_batch_size, rows, shape.sequence_len, runtime.world_size)
-    counts = model.gpt.count(shape)
+    counts = model.count(shape)
     groups = optim.param_group_settings(
         config.optim, shape.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay
     )

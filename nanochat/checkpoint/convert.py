@@ -70,7 +70,7 @@ def from_reference(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Par
             raise UserError(
                 f"reference checkpoint: {name} has shape {tuple(value.shape)}, the config wants {row.shape}"
             )
-        flat[name] = value.clone() if row.table else value.float().clone()
+        flat[name] = value.clone() if row.embedding else value.float().clone()
     if filled:
         print(f"reference checkpoint: older format, neutral values for {', '.join(filled)}")
     return model.with_config(tree.unflatten(flat), config)

@@ -159,7 +159,7 @@ def make_layout(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any
     if stuck:
         more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
         print(f"sharding: {stuck[0]} {spec[stuck[0]].shape}{more} do not divide by {shape[1]}: whole on every rank")
-    once = frozenset(name for name, row in spec.items() if row.table or row.group == "unembedding")
+    once = frozenset(name for name, row in spec.items() if row.embedding or row.group == "unembedding")
     return Layout(mode, mesh, dims, once, mode in ("replicate", "zero2"), config.gather)
 
 

@@ -94,7 +94,7 @@ def evaluate(
     """Return a model's scores on the tasks of a bundle. Collective: all ranks get the same scores.
 
     Args:
-        params: as from `model.init`, whole or (with `compute.gather`) this rank's shards.
+        params: as from `model.init`, whole or (with `compute.all_gather`) this rank's shards.
         max_per_task: rows of each task, after the shuffle; None: all.
         max_tokens: longer prompts keep their last tokens; None: what the model supports.
         tokens_per_batch: as for `likelihood.score`.

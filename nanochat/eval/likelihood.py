@@ -92,7 +92,7 @@ def score(
     """Return the score of each prompt of each group. Collective: all ranks pass the same and get the same.
 
     Args:
-        params: as from `model.init`, whole or (with `compute.gather`) this rank's shards.
+        params: as from `model.init`, whole or (with `compute.all_gather`) this rank's shards.
         groups: prompts that may share a prefix. Equal prompts of a group get equal scores, to the last bit.
         padding: token id of the padding.
         tokens_per_batch: computed at once, padding included; a longer row is a batch of its own. None: by device.
@@ -104,7 +104,7 @@ def score(
     for first in range(0, len(batches), world_size):
         mine = first + rank < len(batches)
         # Ranks that hold shards of the parameters gather them in every batch, so all need the same number of batches.
-        if mine or compute.gather is not None:
+        if mine or compute.all_gather is not None:
             batch = assemble(batches[first + rank if mine else 0], padding)
             losses = _target_losses(nested, config, batch, compute, device)
             results += [(batch.prompt_R, *losses)] * mine
@@ -219,14 +219,14 @@ def _target_losses(
     if batch.order is not None:
         order = PackedPositions(*(x.to(device) for x in batch.order))
         attend = _packed_attention(
-            batch.segment_ids_BT.to(device), order.position_BT, batch.prefix_width, compute.attend
+            batch.segment_ids_BT.to(device), order.position_ids_BT, batch.prefix_width, compute.attend
         )
         inside = dataclasses.replace(compute, attend=attend)
     since = int(batch.column_R.min()) if len(batch.column_R) else 0
-    options: dict[str, Any] = {"order": order, "since": since, "config": config, "compute": inside}
+    options: dict[str, Any] = {"positions": order, "logits_from": since, "config": config, "compute": inside}
     x_BTC = model.features(params, batch.tokens_BT.to(device), **options)
     x_RC, target_R = x_BTC[batch.row_R.to(device), batch.column_R.to(device) - since], batch.target_R.to(device)
-    lm_head_VC = model.gathered(params, "lm_head", compute)
+    lm_head_VC = model.get_param(params, "lm_head", compute)
     nats, correct = [], []
     for x, target in zip(x_RC.split(LOGIT_CHUNK), target_R.split(LOGIT_CHUNK)):
         logits = model.unembed(x, lm_head_VC, config, compute)

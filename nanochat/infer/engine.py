@@ -269,8 +269,8 @@ def _prefill(decoder: Engine, tokens: tuple[int, ...]) -> dict[str, Any]:
         return tree.nest(tree.flatten(cache))
     padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))]], device=device)
     added_B = torch.tensor([len(tokens)], device=device)
-    how: dict[str, Any] = {"added_B": added_B, "fresh": True, "config": decoder.config, "compute": decoder.compute}
-    return model.decode_features(decoder.params, padded, cache, **how)[1]
+    how: dict[str, Any] = {"added_B": added_B, "empty_cache": True, "config": decoder.config}
+    return model.decode_features(decoder.params, padded, cache, compute=decoder.compute, **how)[1]
 
 
 def cancel(decoder: Engine, key: Hashable) -> None:
@@ -387,7 +387,7 @@ def _fill_gaps(decoder: Engine) -> int:
 
 def _run(decoder: Engine, control_B: Tensor, n_rows: int, **how: Any) -> tuple[Tensor, torch.cuda.Event | None]:
     """Run the step of the first rows; returns the drawn ids on the host, and when they are there."""
-    cache = kv_cache.view(decoder.cache, n_rows)
+    cache = kv_cache.first_rows(decoder.cache, n_rows)
     rows = {name: x[:n_rows] for name, x in decoder.rows.items()}
     settings = how | {"config": decoder.config, "compute": decoder.compute, "pauses": decoder.rules.pauses}
     if decoder.graphs is None:
@@ -480,7 +480,7 @@ def _step_(
     token_B = torch.where(control_B >= 0, control_B, rows["token"])
     how: dict[str, Any] = {"span": span, "config": config, "compute": compute}
     # Compiled, the copy into the old cache below is only of what is new; uncompiled, it would be of everything.
-    how["donate"] = not torch.compiler.is_compiling()
+    how["inplace"] = not torch.compiler.is_compiling()
     logits_BTV, new = model.decode(params, token_B[:, None], cache, added_B=live_B.long(), **how)
     drawn_B = sampling.draw(
         logits_BTV[:, 0],

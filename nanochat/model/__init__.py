@@ -13,38 +13,32 @@ if TYPE_CHECKING:
     from nanochat.model.attention import Attend
     from nanochat.model.gpt import (
         CONTEXT_LIMIT,
-        SMEAR_WIDTH,
-        VALUE_GATE_WIDTH,
         Compute,
-        ModelConfig,
         PackedPositions,
-        Params,
         apply,
-        config_of,
-        count,
         decode,
-        decode_bytes,
         decode_features,
-        decode_flops,
         features,
-        flops_per_token,
-        from_depth,
         fuse_qkv,
-        gathered,
-        init,
-        mlp,
-        project_qkv,
-        rms,
-        rotate,
-        rotation,
-        smear,
-        spec,
-        storage_dtype,
+        get_param,
         unembed,
-        with_config,
     )
     from nanochat.model.linear import Linear, dense, fp8, fp8_emulated
     from nanochat.model.loss import IGNORE
-    from nanochat.model.params import ParamsLike
+    from nanochat.model.params import (
+        ModelConfig,
+        Params,
+        ParamsLike,
+        config_of,
+        count,
+        decode_bytes,
+        decode_flops,
+        flops_per_token,
+        from_depth,
+        init,
+        spec,
+        storage_dtype,
+        with_config,
+    )
 
 __getattr__ = lazy_exports(__name__, __file__)

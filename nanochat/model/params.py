@@ -1,10 +1,7 @@
-"""The table of parameters: what a model consists of, and everything that follows from the table alone.
+"""The parameter table: `spec(config)` names every parameter once; everything else about parameters derives from it.
 
-`spec(config)` names every parameter once, with its shape, logical axes, initial distribution and optimizer group;
-initial values, placements, optimizer groups, counts and FLOPs all derive from it. What is computed with them is in
-`model`, which offers these names as its own.
-
-Letters in names: L layers, C width, N query heads, K key/value heads, H head width.
+Initial values, placements, optimizer groups, counts, FLOPs and the abstract checkpoint tree all come from the table.
+Letters in names: L layers, C width, N query heads, K key/value heads, H head width, V vocabulary.
 """
 
 import dataclasses
@@ -21,10 +18,10 @@ from nanochat.distributed import Layout, sharding
 
 Params = TensorDict
 ParamsLike = Params | Mapping[str, Any]
-SMEAR_WIDTH = 24  # leading channels that decide how much of the previous token is smeared in
+CONFIG_KEY = "config"  # of the non-tensor data in parameters
+SMEAR_WIDTH = 24  # leading channels that gate how much of the previous token is smeared in
 VALUE_GATE_WIDTH = 12  # leading channels that gate the value embedding
-CONFIG_KEY = "config"
-VOCAB_MULTIPLE = 64  # tables are padded to it, for fast kernels and even shards
+VOCAB_MULTIPLE = 64  # embedding rows are padded to it, for fast kernels and even shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +30,9 @@ class ModelConfig:
 
     Attributes:
         sequence_len: training context in tokens, T.
-        vocab_size: V; the tables are padded to a multiple of 64, the logits are cut back to V.
-        n_layer, n_head, n_kv_head, n_embd: L, N, K, C; the head width is C / N, N is a multiple of K.
-        window_pattern: letters S (short window) and L (full), tiled over the layers; the last layer is always L.
+        vocab_size: V; embedding tables are padded to a multiple of 64, logits are cut back to V.
+        n_layer, n_head, n_kv_head, n_embd: L, N, K, C; the head width is C / N, and N is a multiple of K.
+        window_pattern: letters S (short window) and L (full context), tiled over the layers; the last layer is L.
     """
 
     sequence_len: int = 2048
@@ -66,19 +63,19 @@ class ModelConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding tables: the vocabulary rounded up to a multiple of 64."""
+        """Number of embedding rows."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """The attention window of each layer, in tokens: query i sees keys i - window … i."""
+        """Attention window of each layer in tokens: query i sees keys i - window … i."""
         short = -(-self.sequence_len // 4 // 128) * 128
         pattern = self.window_pattern.upper()
         windows = [short if pattern[i % len(pattern)] == "S" else self.sequence_len for i in range(self.n_layer)]
         return (*windows[:-1], self.sequence_len)
 
     def has_value_embed(self, layer: int) -> bool:
-        """Whether the layer mixes a value embedding in: every second one, the last included."""
+        """Whether the layer has a value embedding: every second one does, the last included."""
         return layer % 2 == (self.n_layer - 1) % 2
 
 
@@ -91,7 +88,7 @@ def from_depth(
     head_dim: int = 128,
     window_pattern: str = "SSSL",
 ) -> ModelConfig:
-    """Return the configuration that the one dial gives: width depth·aspect_ratio, rounded up to whole heads."""
+    """Return the config for a depth: the width is depth·aspect_ratio, rounded up to a multiple of `head_dim`."""
     if head_dim < 1:
         raise ValueError(f"model head_dim={head_dim}: must be at least 1")
     n_head = -(-depth * aspect_ratio // head_dim)
@@ -106,11 +103,11 @@ class ParamSpec:
     """One row of the table.
 
     Attributes:
-        shape: sizes. axes: a logical name for each, for placement rules.
+        axes: a logical name per dimension, for placement rules.
         init: (empty float32 tensor, generator) -> initial values.
-        group: optimizer group, one of optim's.
-        matmul: whether every token is multiplied by it (counts in the FLOPs).
-        table: whether it is only looked up, and so stored in the compute dtype.
+        group: optimizer group.
+        matmul: every token is multiplied by it, so it counts in the FLOPs.
+        embedding: it is only looked up, and so stored in the compute dtype.
     """
 
     shape: tuple[int, ...]
@@ -118,49 +115,46 @@ class ParamSpec:
     init: Initializer
     group: str
     matmul: bool = False
-    table: bool = False
+    embedding: bool = False
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
 
 
 def normal(std: float) -> Initializer:
-    """Return an initialiser of independent normal values."""
     return lambda x, generator: x.normal_(0, std, generator=generator)
 
 
 def uniform(low: float, high: float) -> Initializer:
-    """Return an initialiser of independent values, uniform in [low, high)."""
     return lambda x, generator: x.uniform_(low, high, generator=generator)
 
 
 def constant(*values: float) -> Initializer:
-    """Return an initialiser with given values, broadcast to the shape."""
     return lambda x, _: x.copy_(torch.tensor(values).expand_as(x))
 
 
 def spec(config: ModelConfig) -> dict[str, ParamSpec]:
-    """Return the table of all parameters by dotted name, in a fixed order."""
-    c, v, f = config.n_embd, config.padded_vocab, 4 * config.n_embd
+    """Return the table {dotted name: row}, in a fixed order."""
+    n_layer, c, v, f = config.n_layer, config.n_embd, config.padded_vocab, 4 * config.n_embd
     n, k = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     s = 3**0.5 * c**-0.5  # a uniform distribution of ±s has standard deviation 1/sqrt(C)
-    last = max(config.n_layer - 1, 1)
-    layers = range(config.n_layer)
+    resid = [1.15 - 0.10 * i / max(n_layer - 1, 1) for i in range(n_layer)]
+    x0 = [0.20 - 0.15 * i / max(n_layer - 1, 1) for i in range(n_layer)]
 
     def matrix(shape: tuple[int, int], axes: tuple[str, str], init: Initializer) -> ParamSpec:
         return ParamSpec(shape, axes, init, "matrix", matmul=True)
 
     rows = {
-        "wte": ParamSpec((v, c), ("vocab", "embed"), normal(0.8), "embedding", table=True),
+        "wte": ParamSpec((v, c), ("vocab", "embed"), normal(0.8), "embedding", embedding=True),
         "lm_head": ParamSpec((v, c), ("vocab", "embed"), normal(0.001), "unembedding", matmul=True),
-        "resid_lambdas": ParamSpec(
-            (config.n_layer,), ("layer",), constant(*[1.15 - 0.10 * i / last for i in layers]), "resid"
-        ),
-        "x0_lambdas": ParamSpec(
-            (config.n_layer,), ("layer",), constant(*[0.20 - 0.15 * i / last for i in layers]), "x0"
-        ),
+        "resid_lambdas": ParamSpec((n_layer,), ("layer",), constant(*resid), "resid"),
+        "x0_lambdas": ParamSpec((n_layer,), ("layer",), constant(*x0), "x0"),
         "smear_gate": ParamSpec((1, SMEAR_WIDTH), ("one", "gate"), uniform(0, 0.02), "smear", matmul=True),
         "smear_lambda": ParamSpec((1,), ("one",), constant(0.0), "smear"),
         "backout_lambda": ParamSpec((1,), ("one",), constant(0.2), "smear"),
     }
-    for i in layers:
+    for i in range(n_layer):
         rows |= {
             f"layers.{i}.attn.q": matrix((n, c), ("heads", "embed"), uniform(-s, s)),
             f"layers.{i}.attn.k": matrix((k, c), ("kv_heads", "embed"), uniform(-s, s)),
@@ -171,10 +165,8 @@ def spec(config: ModelConfig) -> dict[str, ParamSpec]:
         }
         if config.has_value_embed(i):
             gate = matrix((config.n_kv_head, VALUE_GATE_WIDTH), ("kv_heads_count", "gate"), uniform(0, 0.02))
-            rows[f"layers.{i}.attn.value_gate"] = gate
-            rows[f"layers.{i}.attn.value_embed"] = ParamSpec(
-                (v, k), ("vocab", "kv_heads"), uniform(-s, s), "value_embedding", table=True
-            )
+            embed = ParamSpec((v, k), ("vocab", "kv_heads"), uniform(-s, s), "value_embedding", embedding=True)
+            rows |= {f"layers.{i}.attn.value_gate": gate, f"layers.{i}.attn.value_embed": embed}
     return rows
 
 
@@ -186,126 +178,113 @@ def init(
     dtype: torch.dtype = torch.float32,
     layout: Layout | None = None,
 ) -> Params:
-    """Return the initial parameters: a function of the seed and each parameter's name, whatever the device or order.
+    """Return initial parameters, a function of the seed and each parameter's name alone.
 
     Args:
-        config: the shape. seed: any int.
-        device: where they go; "meta" allocates nothing and draws nothing.
-        dtype: the compute dtype, in which the embedding tables are stored (float32 when it is float16).
-        layout: of several ranks, each of which keeps its part; one whole parameter at a time is in memory.
+        device: "meta" allocates and draws nothing.
+        dtype: the compute dtype, in which embeddings are stored (float32 for float16).
+        layout: of several ranks; each keeps its shards, with one full parameter in memory at a time.
     """
     device = torch.device(device)
     flat: dict[str, Tensor] = {}
     for name, row in spec(config).items():
-        stored = storage_dtype(row, dtype)
         if device.type == "meta":
-            flat[name] = sharding.place(layout, name, torch.empty(row.shape, dtype=stored, device=device))
-            continue
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        flat[name] = sharding.place(layout, name, row.init(torch.empty(row.shape), generator).to(device, stored))
+            x = torch.empty(row.shape, device=device)
+        else:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            x = row.init(torch.empty(row.shape), generator)
+        flat[name] = sharding.place(layout, name, x.to(device, storage_dtype(row, dtype)))
     return with_config(tree.unflatten(flat), config)
 
 
 def storage_dtype(row: ParamSpec, compute_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a parameter is stored: float32, or the compute dtype for a table."""
-    return compute_dtype if row.table and compute_dtype != torch.float16 else torch.float32
+    """Return the dtype in which a parameter is stored: float32, or the compute dtype for an embedding."""
+    return compute_dtype if row.embedding and compute_dtype != torch.float16 else torch.float32
 
 
 def with_config(params: Params, config: ModelConfig) -> Params:
-    """Return the same parameters, which now carry `config` as non-tensor data: `apply` and the losses read it there.
+    """Return the parameters with `config` attached as non-tensor data, from which `apply` and the losses read it.
 
-    `tree.map`, torch.func and torch.compile keep it; it is not a leaf and not in checkpoints, whose metadata has it.
+    `tree.map`, torch.func and torch.compile keep it. It is not a leaf, so optimizers and checkpoints do not see it.
     """
     return params.copy().set_non_tensor(CONFIG_KEY, config)
 
 
 def config_of(params: ParamsLike, config: ModelConfig | None = None, *, sharded: bool = False) -> ModelConfig:
-    """Return the configuration that parameters carry; `config` is for those that carry none.
+    """Return the config attached to parameters, or `config` where none is attached.
 
     Args:
-        sharded: the leaves are this rank's shards, whose shapes say nothing.
+        sharded: the leaves are this rank's shards, so shapes are not compared.
 
     Raises:
-        ValueError: there is none, or `config` contradicts the one that the parameters carry or their shapes.
+        ValueError: there is none, or `config` contradicts the attached one or the shapes.
     """
-    carried = params[CONFIG_KEY] if CONFIG_KEY in params.keys() else None  # noqa: SIM118 (a TensorDict has no `in`)
-    if config is None:
-        config = carried
+    attached = params[CONFIG_KEY] if CONFIG_KEY in params.keys() else None  # noqa: SIM118 (TensorDict has no `in`)
+    config = config or attached
     if not isinstance(config, ModelConfig):
+        raise ValueError("these parameters have no config attached: pass config=, or use model.with_config")
+    if attached is not None and attached != config:
+        name = next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(attached, f.name))
         raise ValueError(
-            "the parameters carry no config: pass config=, or attach it with model.with_config(params, config)"
-        )
-    if carried is not None and carried is not config and carried != config:
-        name = next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(carried, f.name))
-        raise ValueError(
-            f"config has {name}={getattr(config, name)!r}, the parameters carry a config with "
-            f"{getattr(carried, name)!r}: omit config="
+            f"config has {name}={getattr(config, name)!r}, the one attached to the parameters "
+            f"{getattr(attached, name)!r}: omit config="
         )
     if not sharded:
-        check(params, config)
+        _check_shapes(params, config)
     return config
 
 
-def check(params: ParamsLike, config: ModelConfig) -> None:
-    """Raise ValueError, naming the first difference, where `params` do not have the shapes of `config`."""
+def _check_shapes(params: ParamsLike, config: ModelConfig) -> None:
     n_layer = len(params["layers"].keys())
-    found: dict[str, Any] = {
-        "n_layer": n_layer,
-        "n_embd": params["wte"].shape[1],
-        "padded vocabulary": params["wte"].shape[0],
-    }
-    wanted = {"n_layer": config.n_layer, "n_embd": config.n_embd, "padded vocabulary": config.padded_vocab}
     last = params["layers"][str(n_layer - 1)]["attn"]
-    found |= {"n_kv_head": last["value_gate"].shape[0], "n_head x head_dim": last["proj"].shape[1]}
-    found["n_kv_head x head_dim"] = last["value_embed"].shape[1]
-    wanted |= {"n_kv_head": config.n_kv_head, "n_head x head_dim": config.n_head * config.head_dim}
-    wanted["n_kv_head x head_dim"] = config.n_kv_head * config.head_dim
-    for name, value in found.items():
-        if value != wanted[name]:
+    sizes = {
+        "n_layer": (n_layer, config.n_layer),
+        "n_embd": (params["wte"].shape[1], config.n_embd),
+        "padded vocabulary": (params["wte"].shape[0], config.padded_vocab),
+        "n_kv_head": (last["value_gate"].shape[0], config.n_kv_head),
+        "n_head x head_dim": (last["proj"].shape[1], config.n_head * config.head_dim),
+        "n_kv_head x head_dim": (last["value_embed"].shape[1], config.n_kv_head * config.head_dim),
+    }
+    for name, (actual, expected) in sizes.items():
+        if actual != expected:
             raise ValueError(
-                f"parameters have {name} {value}, the config {wanted[name]}: pass the config they were made with"
+                f"parameters have {name} {actual}, the config {expected}: pass the config they were made with"
             )
 
 
 def count(config: ModelConfig) -> dict[str, int]:
-    """Return the number of parameters by optimizer group, their `total`, and the `scaling` parameters.
-
-    The scaling parameters (all matrices and the unembedding) are those that the scaling rules go by.
-    """
+    """Return the number of parameters per optimizer group, `total`, and `scaling` (matrices and unembedding)."""
     counts: dict[str, int] = {}
     for row in spec(config).values():
-        counts[row.group] = counts.get(row.group, 0) + torch.Size(row.shape).numel()
-    total = sum(counts.values())
-    return counts | {"total": total, "scaling": counts["matrix"] + counts["unembedding"]}
+        counts[row.group] = counts.get(row.group, 0) + row.numel
+    return counts | {"total": sum(counts.values()), "scaling": counts["matrix"] + counts["unembedding"]}
 
 
 def flops_per_token(config: ModelConfig, n_time: int | None = None) -> int:
-    """Return the FLOPs of one token's forward and backward pass, at `n_time` tokens (default: sequence_len).
+    """Return the forward and backward FLOPs per token of a sequence of `n_time` tokens (default: sequence_len).
 
-    6 per parameter of every matrix product, and 12·N·H per key that a layer's window lets a token see.
+    6 per matmul parameter + 12·N·H per key in a layer's window.
     """
-    n_time = n_time or config.sequence_len
-    dense_params = sum(torch.Size(row.shape).numel() for row in spec(config).values() if row.matmul)
-    keys = sum(min(window, n_time) for window in config.windows)
-    return 6 * dense_params + 12 * config.n_head * config.head_dim * keys
+    keys = sum(min(window, n_time or config.sequence_len) for window in config.windows)
+    return 6 * _matmul_params(config) + 12 * config.n_head * config.head_dim * keys
 
 
 def decode_flops(config: ModelConfig, context: int) -> int:
-    """Return the FLOPs of one token's forward pass that sees `context` tokens, itself included, within the windows.
-
-    2 per parameter of every matrix product, and 4·N·H per key.
-    """
-    dense_params = sum(torch.Size(row.shape).numel() for row in spec(config).values() if row.matmul)
-    return 2 * dense_params + 4 * config.n_head * config.head_dim * sum(min(w, context) for w in config.windows)
+    """Return the forward FLOPs of one token that sees `context` tokens: 2 per matmul parameter + 4·N·H per key."""
+    keys = sum(min(window, context) for window in config.windows)
+    return 2 * _matmul_params(config) + 4 * config.n_head * config.head_dim * keys
 
 
 def decode_bytes(config: ModelConfig, rows: int, context: int, itemsize: int) -> int:
-    """Return the least bytes that a decode step of `rows` tokens reads: every matrix, and each row's keys and values.
+    """Return the least bytes that a decode step of `rows` tokens reads: all matrices, and each row's keys and values.
 
     Args:
-        context: tokens that a row sees, within the windows. itemsize: bytes of a number, in matrices and cache alike.
+        context: tokens that a row sees. itemsize: bytes per number, of matrices and cache alike.
     """
-    matrices = sum(torch.Size(row.shape).numel() for row in spec(config).values() if row.matmul)
-    cached = 2 * config.n_kv_head * config.head_dim * sum(min(w, context) for w in config.windows)
-    return itemsize * (matrices + rows * cached)
+    cached = 2 * config.n_kv_head * config.head_dim * sum(min(window, context) for window in config.windows)
+    return itemsize * (_matmul_params(config) + rows * cached)
+
+
+def _matmul_params(config: ModelConfig) -> int:
+    return sum(row.numel for row in spec(config).values() if row.matmul)

@@ -59,7 +59,7 @@ def build_step_functions(
     if config.compile:
         settings = {"device": runtime.device, "collectives": gather is not None, "overlap": config.sharding.overlap}
         compile = functools.partial(compiling.compile_fn, **settings, memory_budget=config.train.memory_budget)
-    dense = Compute(dtype=dtype, attend=attend, gather=gather)
+    dense = Compute(dtype=dtype, attend=attend, all_gather=gather)
     eval_fn = functools.partial(loss.next_token, config=shape, compute=dense, chunk_tokens=chunk)
     compute = dataclasses.replace(dense, linear=linear)
     loss_fn = functools.partial(loss.next_token, config=shape, compute=compute, chunk_tokens=chunk)
@@ -73,7 +73,7 @@ def build_step_functions(
     return step_fn, (compile(eval_fn) if compile else eval_fn), f"attention {chosen.text}; linear layers {precision}"
 
 
-def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> attention.Choice:
+def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> attention.KernelChoice:
     """Return the attention kernel of each window, the same on all ranks.
 
     Raises:
@@ -96,7 +96,7 @@ def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) 
         line, [list(choice.names.items()), choice.text]
     )  # times differ from rank to rank
     distributed.destroy_group(line)
-    return attention.Choice({window: name for window, name in names}, text)
+    return attention.KernelChoice({window: name for window, name in names}, text)
 
 
 def chunk_tokens(config: StageConfig, runtime: Runtime) -> int:

@@ -251,7 +251,7 @@ def print_samples(job: Job, state: TrainState) -> Result:
     """Return one line a prompt: the prompt and what the model makes of it."""
     config = job.config.eval
     dtype = job.runtime.compute_dtype
-    compute = Compute(dtype=dtype, gather=sharding.gatherer(job.layout, dtype))
+    compute = Compute(dtype=dtype, all_gather=sharding.gatherer(job.layout, dtype))
     params = sharding.enter(job.layout, state.params, dtype)
     logits_fn = functools.partial(model.apply, config=job.shape, compute=compute)
     lines = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanochat import model, tree
 from nanochat.checkpoint import convert
 from nanochat.config import UserError
-from nanochat.model import attention
+from nanochat.model import attention, gpt
 
 
 def reference(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def test_half_precision_tables_are_kept_and_matrices_become_float32():
     params = tree.flatten(convert.from_reference(half, CONFIG))
     rows = model.spec(CONFIG)
     assert {n: x.dtype for n, x in params.items()} == {
-        n: torch.bfloat16 if rows[n].table else torch.float32 for n in rows
+        n: torch.bfloat16 if rows[n].embedding else torch.float32 for n in rows
     }
     assert torch.equal(params["wte"], half["transformer.wte.weight"])
 
@@ -77,15 +77,15 @@ def test_an_older_checkpoint_gets_values_without_effect(capsys: pytest.CaptureFi
     assert params["resid_lambdas"].tolist() == [1, 1, 1] and params["x0_lambdas"].tolist() == [0, 0, 0]
     # The same logits as a plain transformer, written out here.
     tokens = random_batch()["inputs"]
-    x = first = model.rms(params["wte"][tokens])
-    rotary = model.rotation(torch.arange(tokens.shape[1]), CONFIG.head_dim, x.dtype)
+    x = first = gpt.rms(params["wte"][tokens])
+    rotary = gpt.rotation(torch.arange(tokens.shape[1]), CONFIG.head_dim, x.dtype)
     for i, window in enumerate(CONFIG.windows):
         layer = params["layers", str(i)]
         attn = layer["attn"].exclude("value_embed", "value_gate")
-        q, k, v = model.project_qkv(attn, model.rms(x), tokens, rotary, CONFIG, model.Compute())
+        q, k, v = gpt.project_qkv(attn, gpt.rms(x), tokens, rotary, CONFIG, model.Compute())
         x = x + attention.sdpa(q, k, v, window).flatten(2) @ attn["proj"].T
-        x = x + model.mlp(layer["mlp"], model.rms(x), model.Compute())
-    want = model.unembed(model.rms(x), params["lm_head"], CONFIG)
+        x = x + gpt.mlp(layer["mlp"], gpt.rms(x), model.Compute())
+    want = model.unembed(gpt.rms(x), params["lm_head"], CONFIG)
     torch.testing.assert_close(model.apply(params, tokens, config=CONFIG), want)
     assert not torch.equal(x, first)
 

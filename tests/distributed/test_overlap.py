@@ -124,7 +124,7 @@ def compile_with_overlap() -> dict[str, Any]:
     )
     params = sharding.enter(layout, params, torch.float32)
     batch = small_model.random_batch(CONFIG, rows=2, seed=ours.rank)
-    compute = Compute(gather=sharding.gatherer(layout, torch.float32))
+    compute = Compute(all_gather=sharding.gatherer(layout, torch.float32))
     f = functools.partial(loss.next_token, config=CONFIG, compute=compute, chunk_tokens=64)
     eager, _ = transform.value_and_grad(f, has_aux=True)(params, batch)
     graphs: list[Any] = []

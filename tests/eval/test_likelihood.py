@@ -145,14 +145,14 @@ def test_features_since_a_column_are_those_of_all():
     params, tokens = random_params(), torch.tensor([draw_ids(random.Random(0), 12)])
     want = model.features(params, tokens, config=CONFIG)
     for since in (0, 1, 11):
-        got = model.features(params, tokens, since=since, config=CONFIG)
+        got = model.features(params, tokens, logits_from=since, config=CONFIG)
         assert got.shape == (1, 12 - since, 32) and (got - want[:, since:]).abs().max() < 1e-5
 
 
 def test_sequential_positions_change_nothing():
     params, tokens = random_params(), torch.tensor([draw_ids(random.Random(0), 12)])
     order = PackedPositions(torch.arange(12)[None], (torch.arange(12)[None] - 1).clamp_min(0))
-    got = model.features(params, tokens, order=order, config=CONFIG)
+    got = model.features(params, tokens, positions=order, config=CONFIG)
     assert (got - model.features(params, tokens, config=CONFIG)).abs().max() < 1e-5
 
 

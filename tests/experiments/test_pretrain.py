@@ -25,7 +25,7 @@ from nanochat.config import UserError, override
 from nanochat.data import loader, tokenizer
 from nanochat.distributed import runtime
 from nanochat.metrics import logger
-from nanochat.model import gpt, loss
+from nanochat.model import loss
 from nanochat.model import loss as evaluate
 from nanochat.train import stage as events
 from nanochat.train import step as steps
@@ -108,7 +108,7 @@ def losses(folder: Path) -> list[float]:
 
 def final_state(base: Path, name: str, step: int | None = None) -> tuple[train.TrainState, dict]:
     shape, _ = pretrain.resolve(tiny(base), tokenizer.load(base / "tokenizer"))
-    abstract = train.init(gpt.init(shape, 0, device="meta"), gpt.spec(shape))
+    abstract = train.init(model.init(shape, 0, device="meta"), model.spec(shape))
     state, meta, _ = checkpoint.restore(train.run_folder(name) / "checkpoints", abstract, step=step)
     return state, meta
 
@@ -143,7 +143,7 @@ def test_a_run_writes_what_it_promises(unbroken: Path):
     saved = json.loads((unbroken / "config.json").read_text())
     assert saved["num_iterations"] == 6 and saved["model"]["vocab_size"] == 300
     _, meta, files = checkpoint.load_params(unbroken / "checkpoints")
-    assert gpt.ModelConfig(**meta["model"]).n_layer == 2
+    assert model.ModelConfig(**meta["model"]).n_layer == 2
     assert tokenizer.load(files["tokenizer.txt"].parent).vocab_size == 300
 
 
@@ -313,7 +313,7 @@ def test_the_advice_after_a_nonfinite_loss_works(base: Path):
 def test_a_nonfinite_first_step_says_so(base: Path, monkeypatch: pytest.MonkeyPatch):
     broken = model.init
 
-    def with_nan(*args: Any, **kwargs: Any) -> gpt.Params:
+    def with_nan(*args: Any, **kwargs: Any) -> model.Params:
         params = broken(*args, **kwargs)
         return params if params["lm_head"].is_meta else tree.map(lambda p: p * float("nan"), params)
 
@@ -421,12 +421,12 @@ def test_a_buffer_of_one_document_resumes(base: Path):
 def test_compiled_gradients_are_the_same_bits_every_time():
     """Trap: compiled, threads add up the gradient of an embedding in any order, unless torch is told otherwise."""
     here, threads = runtime.init("cpu"), torch.get_num_threads()
-    shape = gpt.ModelConfig(256, vocab_size=512, n_layer=1, n_head=2, n_kv_head=2, n_embd=128, window_pattern="L")
-    params = gpt.init(shape, 0)
+    shape = model.ModelConfig(256, vocab_size=512, n_layer=1, n_head=2, n_kv_head=2, n_embd=128, window_pattern="L")
+    params = model.init(shape, 0)
     generator = torch.Generator().manual_seed(0)
     batch = {name: torch.randint(30, (16, 256), generator=generator) for name in ("inputs", "targets")}
     loss_fn = functools.partial(
-        loss.next_token, config=shape, compute=gpt.Compute(here.compute_dtype), chunk_tokens=512
+        loss.next_token, config=shape, compute=model.Compute(here.compute_dtype), chunk_tokens=512
     )
     torch.set_num_threads(2)
     try:
@@ -455,7 +455,8 @@ def test_convert_writes_a_checkpoint_that_loads(base: Path, tmp_path: Path, caps
     config = override(convert.config(), settings)
     convert.run(config, runtime.init("cpu"))
     params, meta, _ = checkpoint.load_params(train.run_folder("converted") / "checkpoints", step=7)
-    logits = gpt.apply(params, torch.from_numpy(golden["tokens"][0, :, :-1]), config=gpt.ModelConfig(**meta["model"]))
+    logits = model.apply(params, torch.from_numpy(golden["tokens"][0, :, :-1]))
+    assert model.config_of(params) == model.ModelConfig(**meta["model"])
     assert logits.shape == (2, 32, 100)
     assert "window_pattern L" in capsys.readouterr().out
     tok = tokenizer.load(base / "tokenizer")

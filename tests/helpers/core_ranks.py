@@ -53,7 +53,7 @@ def evaluate_on_ranks(mode: str) -> str:
         assert layout is not None
         params = tree.unflatten({name: sharding.place(layout, name, x) for name, x in tree.flatten(params).items()})
         params = sharding.enter(layout, params, torch.float32)
-        compute = Compute(gather=sharding.gatherer(layout, torch.float32))
+        compute = Compute(all_gather=sharding.gatherer(layout, torch.float32))
     random.seed(here.rank)  # nothing may hang on it
     answers = as_json(evaluate(params, compute))
     distributed.close()

@@ -70,7 +70,7 @@ def start(layout: Layout | None, *, compile: bool = False, donate: bool = True) 
     flat = tree.flatten(small_model.random_params(CONFIG))
     params = tree.unflatten({name: sharding.place(layout, name, x) for name, x in flat.items()})
     state = train.init(params, model.spec(CONFIG), dtype, layout)
-    compute = Compute(dtype, gather=sharding.gatherer(layout, dtype))
+    compute = Compute(dtype, all_gather=sharding.gatherer(layout, dtype))
     loss_fn = functools.partial(loss.next_token, config=CONFIG, compute=compute, chunk_tokens=64)
     step_fn = functools.partial(
         train.train_step,

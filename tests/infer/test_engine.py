@@ -10,11 +10,11 @@ import torch
 from small_model import WINDOWED, random_params
 from torch import Tensor
 
-from nanochat import tree
+from nanochat import model, tree
 from nanochat.config import UserError
 from nanochat.data import SPECIALS, Tokenizer
 from nanochat.infer import Engine, Event, Request, engine, sampling, tool_use
-from nanochat.model import ModelConfig, gpt, kv_cache
+from nanochat.model import ModelConfig, kv_cache
 
 TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
 CONFIG = dataclasses.replace(WINDOWED, vocab_size=TOKENIZER.vocab_size, n_layer=3)
@@ -48,7 +48,7 @@ def plain(request: Request, params=None, config: ModelConfig = CONFIG) -> list[i
     tokens = sampling.sample(
         params if params is not None else random_params(config),
         request.prompt,
-        lambda params, tokens_BT: gpt.apply(params, tokens_BT, config=config),
+        lambda params, tokens_BT: model.apply(params, tokens_BT, config=config),
         max_tokens=request.max_tokens,
     )
     ends = [i for i, token in enumerate(tokens) if token in (BOS, STOP)]
@@ -81,11 +81,11 @@ def test_a_seeded_row_does_not_depend_on_its_neighbours():
 
 def test_samples_of_one_prompt_share_its_computation(monkeypatch: pytest.MonkeyPatch):
     calls = []
-    features = gpt.decode_features
+    features = engine.model.decode_features
 
-    def counted(*args, fresh: bool = False, **kwargs):
-        calls.append(fresh)
-        return features(*args, fresh=fresh, **kwargs)
+    def counted(*args, empty_cache: bool = False, **kwargs):
+        calls.append(empty_cache)
+        return features(*args, empty_cache=empty_cache, **kwargs)
 
     monkeypatch.setattr(engine.model, "decode_features", counted)
     requests = [Request(prompt(30), max_tokens=8, temperature=1.0, seed=i) for i in range(4)]
@@ -164,7 +164,7 @@ def test_the_cache_holds_what_the_events_say(monkeypatch: pytest.MonkeyPatch, la
     sequence = [*prompt(5), *made]
     length = int(decoder.cache["length"][0])
     assert len(sequence) - 1 <= length <= len(sequence) + lag
-    _, want = gpt.decode(
+    _, want = model.decode(
         random_params(CONFIG),
         torch.tensor([sequence[: len(sequence) - 1]]),
         kv_cache.empty(CONFIG, 1, len(sequence) - 1),
@@ -314,7 +314,7 @@ def test_an_engine_goes_on_with_other_parameters(dtype: torch.dtype):
     with pytest.raises(ValueError, match="1 requests are under way"):
         engine.load_params_(decoder, second)
     engine.cancel(decoder, 0)
-    with pytest.raises(ValueError, match="n_embd=32, the parameters carry a config with 64"):
+    with pytest.raises(ValueError, match="n_embd=32, the one attached to the parameters 64"):
         engine.load_params_(decoder, random_params(dataclasses.replace(CONFIG, n_embd=64)))
     with pytest.raises(ValueError, match="own=True"):
         engine.load_params_(start(), second)

@@ -161,11 +161,11 @@ CPU = torch.device("cpu")
 Calls = list[dict[str, Any]]
 
 
-def choose(kernel: str, windows: tuple[int, ...] = (4, 16), **how: Any) -> attention.Choice:
+def choose(kernel: str, windows: tuple[int, ...] = (4, 16), **how: Any) -> attention.KernelChoice:
     return attention.choose(kernel, 16, windows, (4, 2, 8), CPU, torch.float32, **how)
 
 
-def fastest(candidates: Sequence[str], windows: Sequence[int] = (4, 16), n_time: int = 16) -> attention.Choice:
+def fastest(candidates: Sequence[str], windows: Sequence[int] = (4, 16), n_time: int = 16) -> attention.KernelChoice:
     return attention.fastest(tuple(candidates), n_time, tuple(windows), (4, 2, 8), CPU, torch.float32, 2, False)
 
 
@@ -276,9 +276,9 @@ def broken(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 WRONG = {
     "numbers": (
         lambda q, k, v, w: 1.05 * attention.math(q, k, v, w),
-        r"its output differs from the plain one by 4\.\d%",
+        r"its output differs from the reference by 4\.\d%",
     ),
-    "nan": (lambda q, k, v, w: attention.math(q, k, v, w) * math.nan, "differs from the plain one by nan%"),
+    "nan": (lambda q, k, v, w: attention.math(q, k, v, w) * math.nan, "differs from the reference by nan%"),
     "gradient": (lambda q, k, v, w: attention.math(q.detach() + 0 * q, k, v, w), "its grad q differs"),
     "no gradient": (lambda q, k, v, w: attention.math(q, k, v, w).detach(), "does not require grad"),
     "dtype": (lambda q, k, v, w: attention.math(q, k, v, w).double(), "its output is torch.float64"),
@@ -301,13 +301,13 @@ def test_one_key_more_or_less_is_seen_at_any_length(monkeypatch: pytest.MonkeyPa
     """In half precision, and where one key of 300 changes the numbers by less than they are rounded."""
     monkeypatch.setitem(attention.KERNELS, "fa3", lambda *_: lambda q, k, v, w: attention.sdpa(q, k, v, w + by))
     how = (320, 300, (1, 1, 16), CPU, torch.bfloat16, 1)
-    sample = attention._sample(*how)
-    attention.trial("sdpa", sample, compile=False)
-    with pytest.raises(ValueError, match=r"differs from the plain one|its window is another one"):
-        attention.trial("fa3", sample, compile=False)
+    sample = attention._make_example(*how)
+    attention.benchmark_and_verify("sdpa", sample, compile=False)
+    with pytest.raises(ValueError, match=r"differs from the reference|its window is wrong"):
+        attention.benchmark_and_verify("fa3", sample, compile=False)
     monkeypatch.setattr(attention, "TOLERANCE", math.inf)
-    with pytest.raises(ValueError, match="its window is another one"):
-        attention.trial("fa3", sample, compile=False)
+    with pytest.raises(ValueError, match="its window is wrong"):
+        attention.benchmark_and_verify("fa3", sample, compile=False)
 
 
 def test_the_fastest_is_taken_for_each_window(monkeypatch: pytest.MonkeyPatch):

@@ -57,7 +57,8 @@ def test_windows_in_rings(pattern: str, parts: list[int]):
 def test_a_ring_is_as_small_as_its_window():
     cache = kv_cache.empty(WINDOWED, rows=2, context=200)
     assert [cache["layers", str(i), "k"].shape[1] for i in range(3)] == [129, 129, 200]
-    assert kv_cache.bytes_per_row(WINDOWED, 200, torch.bfloat16) == (129 + 129 + 200) * 2 * 2 * 8 * 2 + 32 * 2 + 8
+    row = kv_cache.empty(WINDOWED, 1, 200, dtype=torch.bfloat16)
+    assert tree.nbytes(row) == (129 + 129 + 200) * 2 * 2 * 8 * 2 + 32 * 2 + 8
 
 
 @settings(max_examples=40, deadline=None)
@@ -97,7 +98,7 @@ def test_a_fresh_cache_takes_the_kernel_and_gives_the_same():
 
     compute = model.Compute(attend=attend)
     want_x, want = model.decode_features(params, tokens, cache, added_B=added, config=WINDOWED)
-    x, new = model.decode_features(params, tokens, cache, added_B=added, fresh=True, config=WINDOWED, compute=compute)
+    x, new = model.decode_features(params, tokens, cache, added_B=added, empty_cache=True, compute=compute)
     assert called == [128, 128, 256]
     assert (x - want_x)[0].abs().max() < TOLERANCE and (x - want_x)[1, :133].abs().max() < TOLERANCE
     for name, value in tree.flatten(want).items():
@@ -112,7 +113,7 @@ def test_views_and_copies_of_rows_are_caches():
         _, alone = model.decode(params, tokens[b : b + 1, : 140 + b], one, config=WINDOWED)
         kv_cache.copy_row_(cache, 2 - b, alone)
     assert cache["length"].tolist() == [142, 141, 140]
-    part, last = kv_cache.view(cache, rows=2), torch.stack([tokens[2, 142:143], tokens[1, 141:142]])
+    part, last = kv_cache.first_rows(cache, rows=2), torch.stack([tokens[2, 142:143], tokens[1, 141:142]])
     logits, _ = model.decode(params, last, part, span=150, config=WINDOWED)
     for row, (b, n) in enumerate(((2, 143), (1, 142))):
         want = model.apply(params, tokens[b : b + 1, :n], config=WINDOWED)[0, -1]
@@ -133,7 +134,7 @@ def test_a_donated_cache_is_written_in_place():
     _, cache = model.decode(params, tokens[:, :140], kv_cache.empty(WINDOWED, 2, 200), config=WINDOWED)
     want, want_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED)
     before = {name: x.data_ptr() for name, x in tree.flatten(cache).items() if name.startswith("layers")}
-    got, got_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED, donate=True)
+    got, got_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED, inplace=True)
     assert torch.equal(got, want)
     for name, value in tree.flatten(want_cache).items():
         assert torch.equal(tree.flatten(got_cache)[name], value), name

@@ -69,7 +69,7 @@ def test_a_batch_without_text_counts_nothing():
     empty = {**BATCHES[0], "targets": torch.full_like(BATCHES[0]["targets"], -1)}
     with_empty = evaluate.bits_per_byte(params, [*BATCHES, empty], sizes, loss_fn(None))
     assert with_empty == evaluate.bits_per_byte(params, BATCHES, sizes, loss_fn(None))
-    with pytest.raises(ValueError, match="no target stands for a byte of text"):
+    with pytest.raises(ValueError, match="no target is text"):
         evaluate.bits_per_byte(params, [empty], sizes, loss_fn(None))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanochat import model, optim, transform, tree
 from nanochat.checkpoint import convert
-from nanochat.model import Compute, ModelConfig, Params, attention, kv_cache, linear, loss
+from nanochat.model import Compute, ModelConfig, Params, attention, gpt, kv_cache, linear, loss
 from nanochat.model import params as parameters
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_windows(sequence_len: int, n_layer: int, pattern: str, windows: tuple[i
 def test_smear_by_a_loop():
     params = random_params()
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    got = model.smear(params, x[:, 1:], x[:, :-1], Compute())
+    got = gpt.smear(params, x[:, 1:], x[:, :-1], Compute())
     for b in range(2):
         for t in range(1, 5):
             gate = torch.sigmoid(params["smear_gate"][0] @ x[b, t, :24])
@@ -202,9 +202,9 @@ def test_smear_by_a_loop():
 
 def test_rotation_depends_on_the_distance_alone():
     head_dim, n_time = 8, 12
-    rotary = model.rotation(torch.arange(n_time), head_dim, torch.float32)
+    rotary = gpt.rotation(torch.arange(n_time), head_dim, torch.float32)
     q, k = torch.randn(2, head_dim, generator=torch.Generator().manual_seed(0))
-    queries, keys = (model.rotate(x.expand(1, n_time, 1, head_dim), rotary)[0, :, 0] for x in (q, k))
+    queries, keys = (gpt.rotate(x.expand(1, n_time, 1, head_dim), rotary)[0, :, 0] for x in (q, k))
     scores = queries @ keys.T
     for distance in range(-n_time + 1, n_time):
         diagonal = scores.diagonal(distance)
@@ -418,11 +418,11 @@ def test_parameters_of_another_shape_are_refused(change: dict[str, int], message
 
 def test_missing_or_contradicting_config_is_refused():
     tokens, other = random_batch()["inputs"], dataclasses.replace(CONFIG, window_pattern="L")
-    with pytest.raises(ValueError, match="the parameters carry no config: pass config="):
+    with pytest.raises(ValueError, match="these parameters have no config attached: pass config="):
         model.apply(tree.nest(tree.flatten(random_params())), tokens)
     for f in (model.apply, lambda p, x, config: loss.next_token(p, {"inputs": x, "targets": x}, config=config)):
         with pytest.raises(
-            ValueError, match="config has window_pattern='L', the parameters carry a config with 'SSSL'"
+            ValueError, match="config has window_pattern='L', the one attached to the parameters 'SSSL'"
         ):
             f(random_params(), tokens, config=other)
 
@@ -439,9 +439,9 @@ def test_a_token_over_the_table_is_refused(bad: int):
     tokens = random_batch()["inputs"].clone()
     tokens[1, 4] = bad
     params = random_params()
-    with pytest.raises(ValueError, match="token id outside of 0 … 127, the rows of the embedding table"):
+    with pytest.raises(ValueError, match="token id out of range 0 … 127"):
         model.apply(params, tokens, config=CONFIG)
-    with pytest.raises(ValueError, match="token id outside"):
+    with pytest.raises(ValueError, match="token id out of range"):
         torch.func.vmap(lambda t: model.apply(params, t[None], config=CONFIG))(tokens)
 
 

@@ -90,7 +90,7 @@ def test_eager_and_compiled_are_the_formulas(f: Linear, dtype: torch.dtype, back
 
 
 @pytest.mark.parametrize("f", BOTH)
-def test_gradients_are_finite_differences_of_the_quantised_product(f: Linear):
+def test_gradients_are_finite_differences_of_the_quantized_product(f: Linear):
     """With the other operands held at their rounded values the product is linear: differences are its slope."""
     x, weight, grad = inputs(rows=16, c=128, o=128)
     _, grad_x, grad_weight = with_grads(f, x, weight, grad)
@@ -197,7 +197,7 @@ def test_the_products_of_every_linear_are_those_it_trains_with():
             products.grad_w(grad, x, torch.float32),
         ]
         assert_close(got, with_grads(f, *given), 1e-6)
-    with pytest.raises(ValueError, match="its products are not known"):
+    with pytest.raises(ValueError, match="its products are unknown"):
         linear.matmuls(lambda x, weight: x, 16, given[1])
 
 
@@ -212,7 +212,7 @@ def test_choose_says_what_it_took(monkeypatch: pytest.MonkeyPatch):
     assert linear.choose("dense", cpu) == (dense, "dense")
     assert linear.fp8_support(cpu) == "emulated"
     f, text = linear.choose("fp8", cpu)
-    assert f is fp8_emulated and text == "fp8 emulated in float32 (slow: this cpu device multiplies no float8)"
+    assert f is fp8_emulated and text == "fp8 emulated in float32 (slow: this cpu device has no float8 products)"
     monkeypatch.setattr(linear, "fp8_support", lambda device: "native")
     assert linear.choose("fp8", cpu) == (fp8, "fp8")
     with pytest.raises(ValueError, match="linear=int4: expected dense or fp8"):
@@ -227,10 +227,10 @@ def test_the_probe_runs_a_product_and_compares(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Tensor, "to", lambda x, *a, **k: x if isinstance(a[0], Device) else real_to(x, *a, **k))
     assert linear.fp8_support(Device()) == "native"  # pyright: ignore[reportArgumentType]
 
-    def wrong(*args: Any, how: str, **kwargs: Any) -> Tensor:
-        return multiply(*args, how=how, **kwargs) * (1.1 if how == "native" else 1)
+    def wrong(*args: Any, mode: str, **kwargs: Any) -> Tensor:
+        return multiply(*args, mode=mode, **kwargs) * (1.1 if mode == "native" else 1)
 
-    def fails(*args: Any, how: str, **kwargs: Any) -> Tensor:
+    def fails(*args: Any, mode: str, **kwargs: Any) -> Tensor:
         raise RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0")
 
     for broken in (wrong, fails):
@@ -285,17 +285,17 @@ def test_a_short_run_in_fp8_ends_within_two_percent_of_bfloat16(monkeypatch: pyt
         assert values[0] > 5, "it starts at the logarithm of the vocabulary"
         return sum(values[-5:]) / 5
 
-    plain, quantised = end(dense), end(fp8_emulated)
+    plain, quantized = end(dense), end(fp8_emulated)
     assert plain < 2, "little was learned: there is little to compare"
-    assert plain != quantised, "fp8 was not at work"
-    assert abs(quantised / plain - 1) < 0.02
+    assert plain != quantized, "fp8 was not at work"
+    assert abs(quantized / plain - 1) < 0.02
     # With a scale that does not follow the gradients it does not hold: most of them are lost.
-    quantise = linear.quantise
+    quantize = linear.quantize
 
     def fixed(x: Tensor, dtype: torch.dtype) -> linear.Float8:
-        return quantise(x, dtype) if dtype == E4M3 else linear.Float8((x * 1e-2).to(dtype), torch.tensor(1e2))
+        return quantize(x, dtype) if dtype == E4M3 else linear.Float8((x * 1e-2).to(dtype), torch.tensor(1e2))
 
-    monkeypatch.setattr(linear, "quantise", fixed)
+    monkeypatch.setattr(linear, "quantize", fixed)
     assert end(fp8_emulated) / plain > 1.05
 
 
@@ -353,8 +353,8 @@ def test_fp8_on_cuda_is_faster_than_bfloat16_where_matrices_are_large():
             best = min(best, start.elapsed_time(end))
         return best
 
-    plain, quantised = seconds(dense), seconds(fp8)
-    assert quantised < plain, f"fp8 {quantised:.2f} ms, bfloat16 {plain:.2f} ms"
+    plain, quantized = seconds(dense), seconds(fp8)
+    assert quantized < plain, f"fp8 {quantized:.2f} ms, bfloat16 {plain:.2f} ms"
 
 
 def test_dense_is_the_product_in_the_dtype_of_its_input():

@@ -191,7 +191,7 @@ def fp8_formulas(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, chunk: 
     """The mean loss and its straight-through gradients, from rounded operands chunk by chunk, in float64."""
 
     def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
-        values, scale = linear.quantise(t, dtype)
+        values, scale = linear.quantize(t, dtype)
         return values.double() * scale.double()
 
     weight8 = rounded(weight, torch.float8_e4m3fn)
@@ -379,7 +379,7 @@ def test_every_gradient_agrees_with_finite_differences_in_float64():
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("compute", [Compute(), MATH], ids=["sdpa", "math"])
 def test_gradients_of_every_example_equal_a_loop(compute: Compute):
-    params, batch = random_params(), random_batch(rows=3)
+    params, batch = in_float64(), random_batch(rows=3)  # the sums of some gradients cancel to 1e-4 in float32
 
     def one(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
         return mean_loss(params, {"inputs": inputs[None], "targets": targets[None]}, compute)
@@ -387,7 +387,7 @@ def test_gradients_of_every_example_equal_a_loop(compute: Compute):
     each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(params, batch["inputs"], batch["targets"])
     for i in range(3):
         alone = transform.value_and_grad(one)(params, batch["inputs"][i], batch["targets"][i])[0]
-        assert_trees_close(tree.map(lambda g: g[i], each), alone, rtol=1e-4)  # noqa: B023
+        assert_trees_close(tree.map(lambda g: g[i], each), alone, rtol=1e-9)  # noqa: B023
 
 
 def test_an_ensemble_under_vmap_equals_a_loop():

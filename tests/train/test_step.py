@@ -165,7 +165,7 @@ def test_training_by_torch_func_never_meets_a_custom_backward(monkeypatch: pytes
     assert_trees_close(got.params, want.params, rtol=1e-2)  # Muon makes the rounding of small directions large
     with pytest.raises(AssertionError, match="the chunked loss was asked for"):  # the default is the one that uses it
         train.build_step_functions(settings["autograd"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
-    flex = attention.Choice(dict.fromkeys(CONFIG.windows, "flex"), "flex")
+    flex = attention.KernelChoice(dict.fromkeys(CONFIG.windows, "flex"), "flex")
     monkeypatch.setattr(attention, "choose", lambda *_, **__: flex)
     with pytest.raises(UserError, match=r"train\.grad=func: flex .* has a custom backward"):
         train.build_step_functions(dataclasses.replace(settings["func"], compile=True), CONFIG, CPU)
