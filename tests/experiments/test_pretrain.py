@@ -284,7 +284,7 @@ def test_an_existing_run_is_not_overwritten(base: Path, unbroken: Path):
 def test_resuming_another_shape_is_refused(base: Path, unbroken: Path):
     with pytest.raises(UserError) as caught:
         train_tiny(base, "name=unbroken", "resume=true", "depth=3", "num_iterations=9")
-    assert "this model wants" in str(caught.value)
+    assert "this model expects" in str(caught.value)
     assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
 
 
