@@ -159,7 +159,8 @@ def _run(code: str, limits: Limits, weak: bool) -> Result:
     program = code.encode("utf-8", "surrogatepass")  # a lone surrogate is for the interpreter to refuse
     call_filter, secret = _filter(weak), b"s" + secrets.token_bytes(32)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_temporary_folder()) if weak else "/"
+        temporary = tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) if weak else None
+        folder = stack.enter_context(temporary) if temporary else "/"
         stdin = stack.enter_context(_sealed_file(call_filter + program + secret))
         report, report_end = map(stack.enter_context, _pipe())
         info, info_end = map(stack.enter_context, _pipe())
@@ -350,10 +351,6 @@ def _filter(weak: bool) -> bytes:
         if weak:
             return b""
         raise
-
-
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True)
 
 
 def _pipe() -> tuple[IO[bytes], IO[bytes]]:
