@@ -1,13 +1,10 @@
 """CORE against the plain implementation in plain_core.py, row by row; seeds, ranks, the CSV, and errors."""
 
 import functools
-import http.server
-import io
 import json
 import shutil
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import core_ranks
@@ -19,7 +16,7 @@ from core_ranks import BUNDLE, small_config, small_tokenizer
 from small_model import WINDOWED, random_params
 
 from nanochat.config import UserError
-from nanochat.data import PATTERN, Options, Tokenizer
+from nanochat.data import PATTERN, Options, Tokenizer, download
 from nanochat.eval import CoreTask, Prompt, Question, Row, Scored, core, core_bundle, likelihood
 from nanochat.model import ModelConfig
 
@@ -340,53 +337,32 @@ def test_task_hash_covers_everything_that_decides_a_result():
 # Download
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[bytes]]]:
-    """Yield the address of a server, and the answers that it will give, one after another."""
-    answers: list[bytes] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = answers.pop(0)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_address[1]}/eval_bundle.zip", answers
-        running.shutdown()
-        thread.join()
-
-
-def zipped(top: str) -> bytes:
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as file:
-        for path in sorted(BUNDLE.rglob("*")):
-            file.write(path, f"{top}{path.relative_to(BUNDLE)}")
-    return data.getvalue()
-
-
 @pytest.mark.parametrize("top", ["eval_bundle/", ""])
-def test_bundle_is_downloaded_once(server: tuple[str, list[bytes]], tmp_path: Path, top: str):
-    url, answers = server
-    answers += [b"<html>log in first</html>", zipped(top)]
+def test_bundle_is_downloaded_and_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top: str):
+    urls = []
+
+    def fetch(url: str, path: Path, options: Options, *, check: Callable[[Path], str]) -> None:
+        urls.append(url)
+        path.parent.mkdir()
+        path.write_bytes(b"<html>log in first</html>")
+        assert check(path) == "not a zip file; does a proxy answer in the server's place?"
+        with zipfile.ZipFile(path, "w") as file:
+            for source in sorted(BUNDLE.rglob("*")):
+                file.write(source, f"{top}{source.relative_to(BUNDLE)}")
+        assert check(path) == ""
+
+    monkeypatch.setattr(download, "fetch", fetch)
     folder = tmp_path / "base" / "eval_bundle"
-    options = Options(attempts=3, backoff_seconds=0.01)
     for _ in range(2):
-        assert core_bundle.fetch(folder, url=url, options=options) == folder
-    assert answers == [] and list(core_bundle.read(folder).entries) == LABELS
+        assert core_bundle.fetch(folder) == folder
+    assert urls == [core_bundle.URL] and list(core_bundle.read(folder).entries) == LABELS
     assert [path.name for path in folder.parent.iterdir()] == ["eval_bundle"]
 
 
-def test_failed_download_is_named(server: tuple[str, list[bytes]], tmp_path: Path):
-    url, answers = server
-    answers += [b"<html>"] * 2
-    with pytest.raises(UserError, match=r"eval_bundle\.zip: not a zip file; does a proxy answer .* \(2 attempts\)"):
-        core_bundle.fetch(tmp_path / "eval_bundle", url=url, options=Options(attempts=2, backoff_seconds=0.01))
+def test_corrupt_download_is_named(tmp_path: Path):
+    (tmp_path / "eval_bundle.zip").write_bytes(b"PK not a zip")
+    with pytest.raises(
+        UserError, match=r"eval_bundle.zip cannot be unpacked .*; delete both to download"
+    ):
+        core_bundle.fetch(tmp_path / "eval_bundle")
     assert not (tmp_path / "eval_bundle").exists()
