@@ -58,19 +58,19 @@ def test_long_prompt_keeps_its_last_tokens():
         0.5,
     )
     assert chat_eval.score_multiple_choice(subject(), long, [0]) == [plain_choice(long, 0)]
-    asked: list[Request] = []
+    requests: list[Request] = []
     run = engine.run
 
-    def seen(decoder: Any, requests: Any) -> Any:
-        asked.extend(requests)
-        return run(decoder, requests)
+    def record(idle: Any, new: Any) -> Any:
+        requests.extend(new)
+        return run(idle, new)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "run", seen)
+        patch.setattr(engine, "run", record)
         task = dataclasses.replace(long, kind="generative", is_correct=lambda row, text: False)
         chat_eval.evaluate(subject(), [task], ChatEvalConfig(max_tokens=2, compile=False))
-    whole = chat_format.prompt(TOKENIZER, long.row(0)["messages"][:-1])
-    assert list(asked[0].prompt) == whole[-CONFIG.sequence_len :] and len(whole) > CONFIG.sequence_len
+    full = chat_format.prompt(TOKENIZER, long.row(0)["messages"][:-1])
+    assert list(requests[0].prompt) == full[-CONFIG.sequence_len :] and len(full) > CONFIG.sequence_len
 
 
 # --- generated answers ------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def script(monkeypatch: pytest.MonkeyPatch, texts: dict[int, list[int]], n_promp
     monkeypatch.setattr(sampling, "draw", drawn)
 
 
-def says(text: str) -> list[int]:
+def answer_tokens(text: str) -> list[int]:
     """Return the tokens of an answer in which `a[b]c` calls the tool with b."""
     before, _, rest = text.partition("[")
     call, _, after = rest.partition("]")
@@ -98,7 +98,7 @@ def says(text: str) -> list[int]:
     return [*before.encode(), *tool, *result, *after.encode(), END]
 
 
-def doubles(index: int) -> chat_format.Conversation:
+def doubling_row(index: int) -> chat_format.Conversation:
     return qa_conversation(f"twice {index:02d}?", f"#### {2 * index}")
 
 
@@ -109,18 +109,18 @@ def test_generated_answers_are_checked_by_the_task(monkeypatch: pytest.MonkeyPat
         seen.setdefault(row["messages"][0]["content"], []).append(text)
         return text.endswith(row["messages"][-1]["content"])
 
-    task = Task("gsm8k", "generative", 12, doubles, right)
-    n_prompt = len(chat_format.prompt(TOKENIZER, doubles(0)["messages"][:1]))
+    task = Task("gsm8k", "generative", 12, doubling_row, right)
+    n_prompt = len(chat_format.prompt(TOKENIZER, doubling_row(0)["messages"][:1]))
     # Of two samples to each problem: both right, the second right, both wrong, by turns.
     config = ChatEvalConfig(samples=2, temperature=1.0, slots=2, max_tokens=40, seed=7, compile=False)
     texts = {}
     for i in range(12):
         first, second = (f"[2*{i}] is #### {2 * i + wrong}" for wrong in ((0, 0), (1, 0), (1, 1))[i % 3])
-        texts |= {7 + 2 * i: says(first), 7 + 2 * i + 1: says(second)}
+        texts |= {7 + 2 * i: answer_tokens(first), 7 + 2 * i + 1: answer_tokens(second)}
     script(monkeypatch, texts, n_prompt)
     bot = subject()
-    found = chat_eval.sample_answers(chat_eval.start_engine(bot, config), TOKENIZER, task, range(12), config)
-    assert found == [[[True, True], [False, True], [False, False]][i % 3] for i in range(12)]
+    results = chat_eval.sample_answers(chat_eval.start_engine(bot, config), TOKENIZER, task, range(12), config)
+    assert results == [[[True, True], [False, True], [False, False]][i % 3] for i in range(12)]
     assert seen["twice 04?"] == [" is #### 9", " is #### 8"]  # tool calls and their results are not part of the answer
     assert chat_eval.evaluate(bot, [task], config)["gsm8k"] == Score(8, 12, 0.0)
     limited = dataclasses.replace(config, max_generative=5)
@@ -208,8 +208,8 @@ def test_two_ranks_equal_one_and_fail_together():
     want = json.loads(json.dumps(chat_eval_ranks.results()))
     # The error of one rank is raised on both; the next task runs.
     failures = ["UserError: the sandbox cannot run here", "21 problems"]
-    found = json.loads(json.dumps(ranks.call(2, chat_eval_ranks.results_and_failures)))
-    assert found == [[0, want, failures], [1, want, failures]]
+    results = json.loads(json.dumps(ranks.call(2, chat_eval_ranks.results_and_failures)))
+    assert results == [[0, want, failures], [1, want, failures]]
     letters, samples, scores = want
     assert 0 < sum(letters) < 40 and 0 < sum(map(sum, samples)) < 63
     assert scores["gsm8k"] == {"right": sum(map(any, samples)), "total": 21, "baseline": 0.0}

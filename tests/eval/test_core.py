@@ -39,12 +39,12 @@ def assert_as_plain(
     params, entry = random_params(config), plain_core.entries(folder)[label]
     rows = plain_core.read_rows(folder, entry)
     task = core_bundle.load(core_bundle.read(folder), label)
-    asked = list(core.questions(task, tok, max_tokens or 10 * config.sequence_len))[:count]
+    questions = list(core.questions(task, tok, max_tokens or 10 * config.sequence_len))[:count]
     scored = likelihood.score(
-        params, config, [q.prompts for q in asked], padding=tok.bos, tokens_per_batch=tokens_per_batch
+        params, config, [q.prompts for q in questions], padding=tok.bos, tokens_per_batch=tokens_per_batch
     )
-    assert len(asked) == min(count or len(rows), len(rows))
-    for index, (question, scores) in enumerate(zip(asked, scored)):
+    assert len(questions) == min(count or len(rows), len(rows))
+    for index, (question, scores) in enumerate(zip(questions, scored)):
         want = plain_core.answer(params, config, tok, entry, rows, index, max_tokens)
         got = core.answer(question, scores)
         assert [prompt.ids for prompt in question.prompts] == want.prompts, (label, index)
@@ -101,11 +101,11 @@ BYTES = Tokenizer(tuple(bytes([i]) for i in range(256)))
 
 def texts(task: CoreTask, tok: Tokenizer = BYTES) -> list[list[tuple[str, str]]]:
     """Return for each prompt of each row its text after <|bos|>, and that of its answer."""
-    found = []
+    results = []
     for question in core.questions(task, tok, 10**6):
         assert all(ids[0] == tok.bos for ids, *_ in question.prompts)
-        found.append([(tok.decode(p.ids[1:]), tok.decode(p.ids[p.start : p.end])) for p in question.prompts])
-    return found
+        results.append([(tok.decode(p.ids[1:]), tok.decode(p.ids[p.start : p.end])) for p in question.prompts])
+    return results
 
 
 def test_prompt_text_of_each_kind():
@@ -177,8 +177,8 @@ def test_continuation_is_correct_if_every_token_is_the_argmax():
 def test_scores_are_centered_and_averaged():
     task = core_bundle.load(core_bundle.read(BUNDLE), "arc_easy")
     assert task.baseline == 0.25
-    found = [core.Answer(i < 4, 0, ()) for i in range(8)]
-    scored = core.task_result(task, found, 1.0)
+    results = [core.Answer(i < 4, 0, ()) for i in range(8)]
+    scored = core.task_result(task, results, 1.0)
     assert (scored.rows, scored.right, scored.accuracy) == (8, 4, 0.5)
     assert scored.centered == pytest.approx((0.5 - 0.25) / 0.75)
     results = core_ranks.evaluate(random_params(small_config()))
@@ -361,8 +361,6 @@ def test_bundle_is_downloaded_and_unpacked_once(tmp_path: Path, monkeypatch: pyt
 
 def test_corrupt_download_is_named(tmp_path: Path):
     (tmp_path / "eval_bundle.zip").write_bytes(b"PK not a zip")
-    with pytest.raises(
-        UserError, match=r"eval_bundle.zip cannot be unpacked .*; delete both to download"
-    ):
+    with pytest.raises(UserError, match=r"eval_bundle.zip cannot be unpacked .*; delete both to download"):
         core_bundle.fetch(tmp_path / "eval_bundle")
     assert not (tmp_path / "eval_bundle").exists()

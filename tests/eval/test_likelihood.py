@@ -41,8 +41,8 @@ def draw_group(rng: random.Random, prompts: int, most: int) -> list[Prompt]:
     return group
 
 
-def assert_as_alone(config: ModelConfig, groups: list[list[Prompt]], found: list[list[Scored]]) -> None:
-    for group, scores in zip(groups, found, strict=True):
+def assert_as_alone(config: ModelConfig, groups: list[list[Prompt]], results: list[list[Scored]]) -> None:
+    for group, scores in zip(groups, results, strict=True):
         for prompt, got in zip(group, scores, strict=True):
             nats, correct = alone(config, prompt)
             assert got.n_tokens == prompt.end - prompt.start and got.n_correct_greedy == correct
@@ -59,8 +59,8 @@ def test_groups_are_scored_as_each_prompt_alone(seed: int, sizes: list[int], tok
     """Includes prompts longer than the reach of all windows of SHORT (25 tokens)."""
     rng = random.Random(seed)
     groups = [draw_group(rng, size, 60) for size in sizes]
-    found = score(random_params(SHORT), SHORT, groups, tokens_per_batch=tokens_per_batch)
-    assert_as_alone(SHORT, groups, found)
+    results = score(random_params(SHORT), SHORT, groups, tokens_per_batch=tokens_per_batch)
+    assert_as_alone(SHORT, groups, results)
 
 
 @pytest.mark.parametrize("config", [WINDOWED, ModelConfig(**{**WINDOWED.__dict__, "n_layer": 1})], ids=["3", "1 layer"])
@@ -69,8 +69,8 @@ def test_windows_reach_from_continuations_into_the_prefix(config: ModelConfig):
     shared = draw_ids(rng, 300)
     prompts = [Prompt([*shared, *draw_ids(rng, n)], 301, 300 + n) for n in (5, 140, 2)]
     other = [Prompt([*shared[:200], *draw_ids(rng, n)], 199, 200 + n) for n in (3, 4)]
-    found = score(random_params(config), config, [prompts, other], tokens_per_batch=2000)
-    assert_as_alone(config, [prompts, other], found)
+    results = score(random_params(config), config, [prompts, other], tokens_per_batch=2000)
+    assert_as_alone(config, [prompts, other], results)
 
 
 def test_tokens_out_of_reach_are_skipped():
