@@ -1,7 +1,6 @@
-"""A page of the real server in a real browser, for tests/test_page*.py: only the model is scripted (tests/scripted.py).
+"""The page of the real server in a real browser; only the model is scripted (scripted.py).
 
-In every test nothing may be written to the browser's console but what the test expects, no dialog may open, and no
-request may leave the server's own origin.
+Every test fails if the page writes an unexpected error to the console, opens a dialog, or sends a request elsewhere.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ import scripted
 
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs a browser driver: pip install playwright")
 expect = sync_api.expect
-Page = Any  # playwright's; it is no dependency of the type checker's
+Page = Any  # playwright's, which the type checker need not have
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -32,14 +31,14 @@ def browser() -> Iterator[Any]:
     if path is None:
         pytest.skip(f"needs a browser: one of {', '.join(BROWSERS)} on the path")
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield found
-        found.close()
+        instance = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield instance
+        instance.close()
 
 
 @dataclasses.dataclass
 class Watch:
-    """What a page did that nobody asked for; `expected` matches console lines that are right."""
+    """What a page must not do; `expected` matches console messages that are allowed."""
 
     expected: re.Pattern[str] | None = None
     wrong: list[str] = dataclasses.field(default_factory=list)
@@ -62,7 +61,7 @@ Opener = Callable[..., Page]
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Opener]:
-    """visit(server, expected=None, **options of the browser's context) -> page, watched until the end of the test."""
+    """visit(server, expected=None, **context options) -> page, watched until the end of the test."""
     contexts, watches = [], []
 
     def open_page(server: scripted.Server, expected: re.Pattern[str] | None = None, **options: Any) -> Page:
@@ -97,7 +96,7 @@ def answer(page: Page, index: int = -1) -> Any:
 
 
 def finished(page: Page, count: int) -> None:
-    """Wait until there are `count` answers and none is on its way."""
+    """Wait until there are `count` complete answers."""
     expect(page.locator("article.answer.done")).to_have_count(count)
     expect(page.locator("#send")).to_have_attribute("aria-label", "Send")
 
@@ -113,9 +112,9 @@ def stats(server: scripted.Server) -> dict[str, Any]:
 
 
 def until(page: Page, condition: Callable[[], bool]) -> None:
-    """Wait for something on the server's side, while the browser goes on."""
+    """Wait for a condition of the server while the browser keeps running."""
     for _ in range(250):
         if condition():
             return
         page.wait_for_timeout(20)
-    raise AssertionError("it did not come about")
+    raise AssertionError("the condition was not met in time")

@@ -1,11 +1,11 @@
-"""Clients of a web server, in a process of their own that leaves the server the first place on the cores.
+"""Clients of a web server, in a process of their own that leaves the server the first turn on the cores.
 
-    python tests/web_clients.py URL REQUESTS SEED < {"questions": [...], "answers": [...]}
-    python tests/web_clients.py --health URL PID    until its standard input ends
+    python web_clients.py URL REQUESTS SEED < {"questions": [...], "answers": [...]}
+    python web_clients.py --health URL PID    until its standard input is closed
 
-The first lets CLIENTS clients make so many requests, some malformed, some left midway; every answer that is read to its
-end has to be the known one. Prints how many were. The second asks for /health all the while and prints, a line each,
-the seconds that it took and how many of them server and client stood in the kernel's queue for a core.
+The first sends REQUESTS requests from CLIENTS clients: some malformed, some disconnected midway; every complete answer
+must be the known one. Prints how many were complete. The second polls /health and prints, a line each, the seconds that
+it took and how many of them server and client waited for a core.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ MALFORMED = (b"{", b'{"messages": []}', b"\xff\xfe", b'{"messages": [{"role": "u
 
 
 class Sent(NamedTuple):
-    """A request on its way: status and head of its response, and what reads the rest."""
+    """A request in progress: status and head of its response, and a reader of the rest."""
 
     status: int
     head: bytes
@@ -39,22 +39,22 @@ class Sent(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def post(url: str, path: str, content: bytes) -> AsyncIterator[Sent]:
-    """Post as bare as can be: a client that takes more time than the server would measure itself."""
-    place = urlsplit(url)
-    reader, writer = await asyncio.open_connection("127.0.0.1", place.port)
+    """Post with as little work as possible: a slow client would measure itself."""
+    address = urlsplit(url)
+    reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
     try:
         head = (
-            f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\nConnection: close\r\n"
         )
         writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        found = await reader.readuntil(b"\r\n\r\n")
-        yield Sent(int(found.split(b" ", 2)[1]), found, reader, writer)
+        received = await reader.readuntil(b"\r\n\r\n")
+        yield Sent(int(received.split(b" ", 2)[1]), received, reader, writer)
     finally:
         writer.close()
 
 
 async def whole_answer(url: str, question: dict[str, Any]) -> str:
-    """Ask and read all of the stream, which has to end well."""
+    """Return a complete streamed answer."""
     async with post(url, "/chat/completions", json.dumps(question).encode()) as sent:
         assert sent.status == 200, await sent.reader.read()
         raw = await sent.reader.read()
@@ -65,18 +65,18 @@ async def whole_answer(url: str, question: dict[str, Any]) -> str:
 
 
 async def load(url: str, questions: list[dict[str, Any]], answers: list[str], requests: int, rng: random.Random) -> int:
-    """Let CLIENTS clients make so many requests; returns how many answers were read to their end."""
-    left, complete = iter(range(requests)), 0
+    """Send `requests` requests from CLIENTS clients; returns how many answers were complete."""
+    remaining, complete = iter(range(requests)), 0
 
     async def client() -> None:
         nonlocal complete
-        for _ in left:
+        for _ in remaining:
             kind, which = rng.random(), rng.randrange(len(questions))
             content = json.dumps(questions[which]).encode()
             if kind < 0.1:
                 async with post(url, "/chat/completions", rng.choice(MALFORMED)) as sent:
                     assert sent.status == 400 and b'{"error":{"message":' in await sent.reader.read()
-            elif kind < 0.25:  # leaves, at once or in the middle
+            elif kind < 0.25:  # disconnects, at once or midway
                 async with post(url, "/chat/completions", content) as sent:
                     assert sent.status == 200
                     for _ in range(rng.randrange(8)):
@@ -95,8 +95,8 @@ async def load(url: str, questions: list[dict[str, Any]], answers: list[str], re
     return complete
 
 
-def nurse(url: str, server: str) -> None:
-    """Ask for /health until standard input ends."""
+def poll_health(url: str, server: str) -> None:
+    """Poll /health until standard input is closed."""
     ended = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
     while not ended.wait(PAUSE_SECONDS):
@@ -110,15 +110,14 @@ def nurse(url: str, server: str) -> None:
 
 
 def queued_seconds(*processes: str) -> float:
-    """Return how long all threads of processes, which could have run, have waited for a core so far."""
+    """Return how long all threads of the processes have waited for a core so far."""
     files = [file for process in processes for file in Path(f"/proc/{process}/task").glob("*/schedstat")]
     return sum(int(file.read_text().split()[1]) for file in files) / 1e9
 
 
 def main() -> None:
-    """Be what the command line says."""
     if sys.argv[1] == "--health":
-        return nurse(*sys.argv[2:])
+        return poll_health(*sys.argv[2:])
     os.nice(NICE)
     url, requests, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     print(asyncio.run(load(url, **json.load(sys.stdin), requests=requests, rng=random.Random(seed))))

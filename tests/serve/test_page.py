@@ -15,7 +15,7 @@ REFUSED = re.compile(r"Failed to load resource: the server responded with a stat
 # Talking
 
 
-def test_the_page_knows_the_servers_bounds_and_defaults(visit: Opener) -> None:
+def test_page_has_the_limits_and_defaults_of_the_server(visit: Opener) -> None:
     with scripted.serve({}) as server:
         page = visit(server)
         fields = {name: schema.ChatRequest.model_json_schema()["properties"][name] for name in ("temperature", "top_k")}
@@ -25,7 +25,7 @@ def test_the_page_knows_the_servers_bounds_and_defaults(visit: Opener) -> None:
         assert page.evaluate("DEFAULTS") == {name: field["default"] for name, field in fields.items()}
 
 
-def test_type_send_and_see_the_answer_grow(visit: Opener) -> None:
+def test_answer_streams_into_the_page(visit: Opener) -> None:
     with scripted.serve({"hello": [f"word{i} " for i in range(12)]}, delay=0.1) as server:
         page = visit(server)
         expect(page.locator("#empty")).to_be_visible()
@@ -40,7 +40,7 @@ def test_type_send_and_see_the_answer_grow(visit: Opener) -> None:
         while page.locator("article.streaming").count():
             seen.add(answer(page).text_content())
             page.wait_for_timeout(20)
-        assert len(seen) >= 5, seen  # it was there bit by bit
+        assert len(seen) >= 5, seen  # it grew step by step
         assert all(
             longer.startswith(shorter) for shorter, longer in zip(sorted(seen, key=len), sorted(seen, key=len)[1:])
         )
@@ -48,11 +48,11 @@ def test_type_send_and_see_the_answer_grow(visit: Opener) -> None:
         assert page.locator("#composer").bounding_box() == before  # nothing jumped
         expect(page.locator("#text")).to_be_focused()
         expect(page.locator("#text")).to_have_value("")
-        ((asked, sampling),) = server.requests
-        assert (asked, sampling.temperature, sampling.top_k, sampling.max_tokens) == ("hello", 0.8, 50, 512)
+        ((content, request),) = server.requests
+        assert (content, request.temperature, request.top_k, request.max_tokens) == ("hello", 0.8, 50, 512)
 
 
-def test_shift_enter_is_a_new_line_and_an_input_methods_enter_sends_nothing(visit: Opener) -> None:
+def test_enter_sends_but_not_shift_enter_or_an_input_method(visit: Opener) -> None:
     with scripted.serve({}) as server:
         page = visit(server)
         box = page.locator("#text")
@@ -75,7 +75,7 @@ def test_shift_enter_is_a_new_line_and_an_input_methods_enter_sends_nothing(visi
         assert len(server.requests) == 1
 
 
-def test_the_whole_conversation_is_sent(visit: Opener) -> None:
+def test_whole_conversation_is_sent(visit: Opener) -> None:
     with scripted.serve({"b": ["B"], "a": ["A"]}) as server:
         page = visit(server)
         say(page, "a")
@@ -86,13 +86,13 @@ def test_the_whole_conversation_is_sent(visit: Opener) -> None:
         assert server.prompts[1] == "<|bos|>" + user("a") + reply("A") + user("b") + "<|assistant_start|>"
 
 
-@pytest.mark.parametrize("how", ["button", "Escape"])
-def test_stop_keeps_what_there_is_and_frees_the_place(visit: Opener, how: str) -> None:
+@pytest.mark.parametrize("action", ["button", "Escape"])
+def test_stop_keeps_the_partial_answer_and_frees_the_slot(visit: Opener, action: str) -> None:
     with scripted.serve({"long": ["begun ", *["more "] * 200], "next": ["fine"]}, delay=0.05, slots=1) as server:
         page = visit(server)
         say(page, "long")
         expect(answer(page)).to_contain_text("begun more")
-        if how == "button":
+        if action == "button":
             expect(page.locator("#send")).to_have_attribute("aria-label", "Stop")
             page.locator("#send").click()
         else:
@@ -104,10 +104,10 @@ def test_stop_keeps_what_there_is_and_frees_the_place(visit: Opener, how: str) -
         expect(page.locator("article.answer .remark")).to_have_text("Stopped.")
         say(page, "next")
         finished(page, 2)
-        assert f"<|assistant_start|>{kept}" in server.prompts[1]  # and the conversation goes on from it
+        assert f"<|assistant_start|>{kept}" in server.prompts[1]  # and the conversation continues from it
 
 
-def test_typing_ahead_is_possible_and_enter_waits(visit: Opener) -> None:
+def test_typing_during_an_answer_is_kept(visit: Opener) -> None:
     with scripted.serve({"long": ["x "] * 100}, delay=0.05) as server:
         page = visit(server)
         say(page, "long")
@@ -120,7 +120,7 @@ def test_typing_ahead_is_possible_and_enter_waits(visit: Opener) -> None:
         expect(page.locator("#text")).to_have_value("ahead")
 
 
-def test_a_suggestion_asks(visit: Opener) -> None:
+def test_suggestion_sends_its_text(visit: Opener) -> None:
     with scripted.serve({}) as server:
         page = visit(server)
         assert page.locator("#ideas button").count() == 4
@@ -129,7 +129,7 @@ def test_a_suggestion_asks(visit: Opener) -> None:
         assert server.requests[0][0] == "How many r are in strawberry?"
 
 
-# Editing, answering again, starting anew
+# Editing, regenerating, starting a new chat
 
 
 def converse(page: Page, *messages: str) -> None:
@@ -138,7 +138,7 @@ def converse(page: Page, *messages: str) -> None:
         finished(page, number)
 
 
-def test_a_click_edits_a_message_and_goes_on_from_there(visit: Opener) -> None:
+def test_click_edits_a_message_and_continues_from_there(visit: Opener) -> None:
     with scripted.serve({}) as server:
         page = visit(server)
         converse(page, "one", "two", "three")
@@ -163,7 +163,7 @@ def test_a_click_edits_a_message_and_goes_on_from_there(visit: Opener) -> None:
         assert texts(page)[2::2] == ["two", "three"]
 
 
-def test_edit_while_an_answer_is_on_its_way(visit: Opener) -> None:
+def test_edit_during_an_answer_cancels_it(visit: Opener) -> None:
     with scripted.serve({"long": ["x "] * 100, "short": ["ok"]}, delay=0.05) as server:
         page = visit(server)
         say(page, "long")
@@ -176,7 +176,7 @@ def test_edit_while_an_answer_is_on_its_way(visit: Opener) -> None:
         until(page, lambda: server.cancelled == ["long"] and stats(server)["active"] == 0)
 
 
-def test_answer_again_by_click_and_by_button(visit: Opener) -> None:
+def test_regenerate_by_click_and_by_button(visit: Opener) -> None:
     count = iter(range(10))
     with scripted.serve(lambda message, _: [f"{message} {next(count)}"]) as server:
         page = visit(server)
@@ -191,11 +191,11 @@ def test_answer_again_by_click_and_by_button(visit: Opener) -> None:
         page.locator("#undo").click()
         expect(page.locator("article")).to_have_count(4)
         assert texts(page) == ["a", "a 0", "b", "b 2"]
-        seeds = [sampling.seed for _, sampling in server.requests]
-        assert len(set(seeds)) == len(seeds)  # another draw each time
+        seeds = [request.seed for _, request in server.requests]
+        assert len(set(seeds)) == len(seeds)  # a new sample each time
 
 
-def test_selecting_text_is_no_click(visit: Opener) -> None:
+def test_selecting_text_does_not_regenerate(visit: Opener) -> None:
     with scripted.serve({}) as server:
         page = visit(server)
         converse(page, "hello")
@@ -207,19 +207,19 @@ def test_selecting_text_is_no_click(visit: Opener) -> None:
         assert not page.evaluate("getSelection().toString()").strip()
         assert len(server.requests) == 1
         answer(page).click()
-        expect(page.locator("#toast")).to_be_visible()  # and a plain click does answer again
+        expect(page.locator("#toast")).to_be_visible()  # and a plain click does regenerate
         assert len(server.requests) == 2
 
 
-@pytest.mark.parametrize("how", ["button", "keys", "command"])
-def test_a_new_chat(visit: Opener, how: str) -> None:
+@pytest.mark.parametrize("action", ["button", "keys", "command"])
+def test_new_chat(visit: Opener, action: str) -> None:
     with scripted.serve({"long": ["x "] * 100}, delay=0.02) as server:
         page = visit(server)
         say(page, "long")
         expect(answer(page)).to_contain_text("x")
-        if how == "button":
+        if action == "button":
             page.get_by_role("button", name="New chat").click()
-        elif how == "keys":
+        elif action == "keys":
             page.keyboard.press("Control+Shift+N")
         else:
             page.keyboard.press("Escape")
@@ -233,7 +233,7 @@ def test_a_new_chat(visit: Opener, how: str) -> None:
         assert server.prompts[-1].count("<|user_start|>") == 1
 
 
-def test_the_conversation_survives_a_reload(visit: Opener) -> None:
+def test_conversation_survives_a_reload(visit: Opener) -> None:
     with scripted.serve({"tool": ["It is ", ("python", "1+1"), ("output", "2"), "2."]}) as server:
         page = visit(server)
         converse(page, "tool")
@@ -255,7 +255,7 @@ def test_the_conversation_survives_a_reload(visit: Opener) -> None:
 # Commands
 
 
-def test_commands_set_and_show_and_refuse(visit: Opener) -> None:
+def test_commands_set_show_and_validate(visit: Opener) -> None:
     with scripted.serve({}) as server:
         page = visit(server)
         note = page.locator("article.note").last
@@ -279,10 +279,10 @@ def test_commands_set_and_show_and_refuse(visit: Opener) -> None:
         say(page, "/help")
         for word in ("/temperature x", "/topk k", "/clear", "/help", "Ctrl+Shift+N", "now 0.3"):
             expect(note).to_contain_text(word)
-        assert len(server.requests) == 1  # nothing of this went to the model
+        assert len(server.requests) == 1  # none of this was sent to the model
 
 
-def test_an_unknown_command_is_answered_and_kept(visit: Opener) -> None:
+def test_unknown_command_is_reported_and_stays_in_the_box(visit: Opener) -> None:
     with scripted.serve({}) as server:
         page = visit(server)
         for text in ("/temprature 1", "/constructor", "/"):
@@ -296,7 +296,7 @@ def test_an_unknown_command_is_answered_and_kept(visit: Opener) -> None:
         expect(page.locator("#problem")).to_be_hidden()
 
 
-def test_the_menu_of_commands_completes(visit: Opener) -> None:
+def test_command_menu_completes(visit: Opener) -> None:
     with scripted.serve({}) as server:
         page = visit(server)
         page.locator("#settings").click()
@@ -316,7 +316,7 @@ def test_the_menu_of_commands_completes(visit: Opener) -> None:
 # Errors
 
 
-def test_too_long_a_message_is_told_before_it_is_sent(visit: Opener) -> None:
+def test_too_long_message_is_not_sent(visit: Opener) -> None:
     with scripted.serve({"": ["ok"]}, context=100_000) as server:
         page = visit(server)
         say(page, "😀" * 8001)  # characters as the server counts them, not UTF-16 units
@@ -334,7 +334,7 @@ def test_too_long_a_message_is_told_before_it_is_sent(visit: Opener) -> None:
         assert len(server.requests) == 4
 
 
-def test_a_refusal_is_shown_and_a_retry_answers(visit: Opener) -> None:
+def test_rejected_request_is_shown_and_not_sent_again(visit: Opener) -> None:
     with scripted.serve({"short": ["ok"]}, context=60) as server:
         page = visit(server, REFUSED)
         say(page, "long " * 30)
@@ -342,13 +342,13 @@ def test_a_refusal_is_shown_and_a_retry_answers(visit: Opener) -> None:
         expect(page.locator(".error")).to_contain_text("at most 59 are allowed")
         page.get_by_role("button", name="Retry").click()
         expect(page.locator(".error")).to_be_visible()
-        say(page, "short")  # what got no answer is left out, or the roles would not alternate
+        say(page, "short")  # the message without an answer is not sent, since roles must alternate
         expect(answer(page)).to_have_text("ok")
         assert server.prompts == ["<|bos|><|user_start|>short<|user_end|><|assistant_start|>"]
         expect(page.locator("article.unanswered")).to_have_count(2)
 
 
-def test_a_full_server_says_when_to_try_again(visit: Opener) -> None:
+def test_full_server_shows_when_to_retry(visit: Opener) -> None:
     with scripted.serve({"busy": ["x", 30.0], "hello": ["hi"]}, slots=1, queue_limit=0) as server:
         other, page = visit(server), visit(server, REFUSED)
         say(other, "busy")
@@ -364,7 +364,7 @@ def test_a_full_server_says_when_to_try_again(visit: Opener) -> None:
         expect(page.locator("#text")).to_be_focused()
 
 
-def test_an_error_in_midstream_keeps_the_beginning_and_can_be_retried(visit: Opener) -> None:
+def test_interrupted_answer_is_kept_and_can_be_retried(visit: Opener) -> None:
     scripts = iter([["half of ", scripted.REFUSE], ["whole"]])
     with scripted.serve(lambda *_: next(scripts)) as server:
         page = visit(server)
@@ -377,7 +377,7 @@ def test_an_error_in_midstream_keeps_the_beginning_and_can_be_retried(visit: Ope
         assert texts(page) == ["hello", "whole"]
 
 
-def test_a_server_that_ends_is_explained(visit: Opener) -> None:
+def test_stopped_server_is_reported(visit: Opener) -> None:
     gone = re.compile("Failed to load resource: net::ERR|net::ERR_INCOMPLETE_CHUNKED")
     with scripted.serve({"hello": ["half ", 30.0]}) as server:
         page = visit(server, gone)
@@ -390,7 +390,7 @@ def test_a_server_that_ends_is_explained(visit: Opener) -> None:
         expect(page.locator("#model")).to_have_text("offline")
 
 
-def test_a_token_is_asked_for_and_kept_in_the_tab(visit: Opener) -> None:
+def test_token_is_requested_and_stored_in_the_tab(visit: Opener) -> None:
     with scripted.serve({"hello": ["hi"]}, token="secret") as server:
         page = visit(server, REFUSED)
         expect(page.locator("#ask")).to_be_visible()
@@ -411,11 +411,11 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(visit: Opener) -> None:
         expect(page.locator("#model")).to_have_text("scripted · sft · step 1")
 
 
-def test_a_base_models_notice_and_a_model_that_loads(visit: Opener) -> None:
-    # Long enough for a browser on a busy machine to open the page meanwhile.
+def test_loading_and_base_model_notice_are_shown(visit: Opener) -> None:
+    # Long enough for a busy machine to open the page meanwhile.
     with scripted.serve({}, notice="A <base> model.", load_seconds=4.0, wait=False) as server:
         page = visit(server)
         expect(page.locator("#model")).to_have_text("loading the model…")
         expect(page.locator("#model")).to_have_text("scripted · base · step 1", timeout=20_000)
         expect(page.locator("#notice")).to_have_text("A <base> model.")
-        expect(page.locator("#about")).to_be_hidden()  # it promises what a base model cannot do
+        expect(page.locator("#about")).to_be_hidden()  # a base model can do less than that says

@@ -1,4 +1,4 @@
-"""The chat page in a real browser: what a model may write, sizes, colours, keys and voices."""
+"""The chat page in a real browser: untrusted text, Markdown, layout, colors, keyboard and screen readers."""
 
 import re
 
@@ -10,7 +10,7 @@ pytest_plugins = ["browser"]  # the fixtures
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 
 
-# What a model may write
+# Untrusted text and Markdown
 
 
 EVIL = """<img src=x onerror="pwned=1;alert(1)"><script>pwned=1</script><a href='javascript:alert(1)'>y</a>"""
@@ -29,13 +29,13 @@ def test_markup_in_messages_and_answers_stays_text(visit: Opener) -> None:
         assert answer(page).locator(".tool").text_content() == "calculator: <b>1</b>=<i>2</i>\ufffc"
         assert page.locator("#log").locator("img, script, a, b, i").count() == 0
         assert page.evaluate("window.pwned") is None
-        page.reload()  # what was stored is no more than text either
+        page.reload()  # stored text is rendered as text too
         expect(page.locator("article")).to_have_count(2)
         assert page.locator("#log").locator("img, script, a, b, i").count() == 0
         assert page.evaluate("window.pwned") is None
 
 
-def test_the_policy_stops_a_script_that_got_in_all_the_same(visit: Opener) -> None:
+def test_content_security_policy_blocks_injected_scripts(visit: Opener) -> None:
     with scripted.serve({}) as server:
         page = visit(server, re.compile("Content Security Policy"))
         page.evaluate(
@@ -45,7 +45,7 @@ def test_the_policy_stops_a_script_that_got_in_all_the_same(visit: Opener) -> No
         assert page.evaluate("fetch('https://example.com/').then(() => 'sent', () => 'stopped')") == "stopped"
 
 
-def test_a_tool_call_is_shown_apart_and_sent_back(visit: Opener) -> None:
+def test_tool_calls_are_shown_separately_and_sent_back(visit: Opener) -> None:
     with scripted.serve({"sum": ["It is ", ("python", "12*3"), ("output", "36"), "36."], "more": ["ok"]}) as server:
         page = visit(server)
         say(page, "sum")
@@ -62,7 +62,7 @@ def test_a_tool_call_is_shown_apart_and_sent_back(visit: Opener) -> None:
         assert called in server.prompts[1]
 
 
-def test_characters_cut_over_pieces_come_whole(visit: Opener) -> None:
+def test_split_characters_are_never_shown(visit: Opener) -> None:
     text = "naïve 😀 日本語 👩‍👩‍👧 שלום"
     replies = {"go": [text.encode()[i : i + 1] for i in range(len(text.encode()))]}
     with scripted.serve(replies, delay=0.005) as server:
@@ -75,10 +75,10 @@ def test_characters_cut_over_pieces_come_whole(visit: Opener) -> None:
         say(page, "go")
         finished(page, 1)
         assert answer(page).inner_text() == text
-        assert "\ufffd" not in page.evaluate("window.seen")  # at no time
+        assert "\ufffd" not in page.evaluate("window.seen")  # not even for a moment
 
 
-def test_a_little_markdown_and_copying(visit: Opener) -> None:
+def test_markdown_and_copy_buttons(visit: Opener) -> None:
     code = "for i in range(3):\n    print(i * 2)  # **not bold**"
     lists = "3. three\n4. four\n\n- x\n  - y\n"
     text = f"## Title\nSome `code`, **bold**, 2*3*4 and a_b_c.\n\n{lists}\n```python\n{code}\n```\nEnd"
@@ -102,10 +102,10 @@ def test_a_little_markdown_and_copying(visit: Opener) -> None:
         say(page, "open")
         finished(page, 2)
         assert answer(page).locator("pre").inner_text() == "never closed"
-        assert len(server.requests) == 2  # no click was taken for "answer again"
+        assert len(server.requests) == 2  # no click regenerated
 
 
-def test_ends_that_are_no_end_are_said(visit: Opener) -> None:
+def test_length_limit_and_empty_answer_are_shown(visit: Opener) -> None:
     with scripted.serve({"cut": ["so far", scripted.LENGTH], "none": []}) as server:
         page = visit(server)
         say(page, "cut")
@@ -117,7 +117,7 @@ def test_ends_that_are_no_end_are_said(visit: Opener) -> None:
         assert "none" not in server.prompts[-1] and "cut" in server.prompts[-1]
 
 
-# Scrolling, sizes, looks, keys, voices
+# Layout, colors, keyboard, screen readers
 
 
 def test_scrolling_follows_until_the_user_scrolls_up(visit: Opener) -> None:
@@ -133,7 +133,9 @@ def test_scrolling_follows_until_the_user_scrolls_up(visit: Opener) -> None:
         expect(page.locator("#bottom")).to_be_visible()
         top = page.evaluate("document.getElementById('scroll').scrollTop")
         expect(answer(page)).to_contain_text("50")
-        assert abs(page.evaluate("document.getElementById('scroll').scrollTop") - top) < 2  # it stays where it was put
+        assert (
+            abs(page.evaluate("document.getElementById('scroll').scrollTop") - top) < 2
+        )  # it stays where the user scrolled
         page.locator("#bottom").click()
         page.wait_for_function(f"{left} < 60")
         expect(answer(page)).to_contain_text("90")
@@ -142,7 +144,7 @@ def test_scrolling_follows_until_the_user_scrolls_up(visit: Opener) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone_all_fits_and_can_be_touched(visit: Opener, scheme: str) -> None:
+def test_phone_layout_fits_and_targets_are_large(visit: Opener, scheme: str) -> None:
     wide = "x" * 300 + "\n\n```\n" + "y" * 120 + "\n```\n"
     with scripted.serve(
         {"go": [wide, ("python", "1+" * 40 + "1"), ("output", "41")]}, notice="A base model."
@@ -170,7 +172,7 @@ def test_on_a_phone_all_fits_and_can_be_touched(visit: Opener, scheme: str) -> N
                 assert size["width"] >= 40 and size["height"] >= 40, button.get_attribute("aria-label")
         page.locator("article.user").last.get_by_role("button", name="Edit message").tap()
         expect(page.locator(".editor textarea")).to_be_focused()
-        assert page.locator(".editor button").last.bounding_box()["height"] < 60  # its words are in one line
+        assert page.locator(".editor button").last.bounding_box()["height"] < 60  # its label is on one line
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
@@ -183,7 +185,7 @@ CONTRAST = """() => {
     for (let at = node; at; at = at.parentElement) {
       const color = rgb(getComputedStyle(at).backgroundColor);
       if (color.length === 3 || color[3] === 1) return color;
-      if (color[3] > 0) throw new Error('half a background');
+      if (color[3] > 0) throw new Error('translucent background');
     }
     throw new Error('no background');
   };
@@ -200,7 +202,7 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_have_contrast_in_both_schemes(visit: Opener, scheme: str) -> None:
+def test_colors_have_contrast_in_both_schemes(visit: Opener, scheme: str) -> None:
     reply = ["Text `code` ", ("python", "1+1"), ("output", "2"), "\n\n1. x\n\n```py\ny\n```\n", scripted.REFUSE]
     with scripted.serve({"go": reply, "cut": ["x", scripted.LENGTH]}, notice="A base model.") as server:
         page = visit(server, color_scheme=scheme)
@@ -227,11 +229,11 @@ def test_colours_have_contrast_in_both_schemes(visit: Opener, scheme: str) -> No
         assert dark == (scheme == "dark")
         page.get_by_role("button", name="Switch between light and dark").click()
         assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(25, 26, 27)") != dark
-        page.reload()  # and it is remembered
+        page.reload()  # and the choice is stored
         assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(25, 26, 27)") != dark
 
 
-def test_everything_by_keyboard(visit: Opener) -> None:
+def test_everything_works_by_keyboard(visit: Opener) -> None:
     with scripted.serve({"go": ["```py\nx\n```"]}) as server:
         page = visit(server, permissions=["clipboard-write"])
         focused = "(a => a.ariaLabel || a.id || a.textContent.trim())(document.activeElement)"
@@ -242,7 +244,7 @@ def test_everything_by_keyboard(visit: Opener) -> None:
         while "Message" not in stops:
             page.keyboard.press("Tab")
             if page.evaluate("document.activeElement === document.body"):
-                continue  # from the end of the page to its beginning
+                continue  # past the end of the page
             stops.append(page.evaluate(focused))
             ring = page.evaluate("(s => s.outlineStyle + s.outlineWidth)(getComputedStyle(document.activeElement))")
             assert ring == "solid2px" or stops[-1] == "Message", f"no focus ring on {stops[-1]}"
@@ -251,33 +253,33 @@ def test_everything_by_keyboard(visit: Opener) -> None:
         page.keyboard.press("ArrowUp")  # in an empty box
         expect(page.locator(".editor textarea")).to_be_focused()
         page.keyboard.press("Escape")
-        assert page.evaluate(focused) == "Edit message"  # back where editing is
+        assert page.evaluate(focused) == "Edit message"  # back on the button that opened the editor
         page.keyboard.press("Enter")
         page.keyboard.type("!")
         page.keyboard.press("Enter")
         finished(page, 1)
         assert texts(page) == ["go!", "You said: go!"]
         page.locator(".skip").focus()
-        expect(page.locator(".skip")).to_be_in_viewport()  # it is seen only then
+        expect(page.locator(".skip")).to_be_in_viewport()  # it is visible only then
         page.keyboard.press("Enter")
         expect(page.locator("#text")).to_be_focused()
 
 
-def test_an_answer_is_read_out_once_and_not_by_the_token(visit: Opener) -> None:
+def test_screen_reader_gets_each_answer_once(visit: Opener) -> None:
     with scripted.serve({"go": [f"word{i} " for i in range(20)]}, delay=0.02) as server:
         page = visit(server)
         page.evaluate(
-            """() => { window.said = []; const live = document.getElementById('live');
-                new MutationObserver(() => said.push(live.textContent)).observe(live, {childList: true}); }"""
+            """() => { window.announced = []; const live = document.getElementById('live');
+                new MutationObserver(() => announced.push(live.textContent)).observe(live, {childList: true}); }"""
         )
         say(page, "go")
         finished(page, 1)
-        assert page.evaluate("said") == ["Generating an answer", " ".join(f"word{i}" for i in range(20))]
+        assert page.evaluate("announced") == ["Generating an answer", " ".join(f"word{i}" for i in range(20))]
         assert page.locator("#live").get_attribute("role") == "status"
         assert page.locator("#log [aria-live], #log [role=log]").count() == 0
 
 
-def test_nothing_moves_where_that_is_asked_for(visit: Opener) -> None:
+def test_reduced_motion_disables_animations(visit: Opener) -> None:
     with scripted.serve({"go": [1.0, "x ", 30.0]}) as server:
         for motion, moving in (("no-preference", True), ("reduce", False)):
             page = visit(server, reduced_motion=motion)
