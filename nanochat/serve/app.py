@@ -71,13 +71,16 @@ def create_app(scheduler: Scheduler, limits: Limits) -> FastAPI:
     async def page() -> Response:
         return HTMLResponse(html, headers=headers)
 
-    app.get("/", include_in_schema=False)(page)
-    app.get("/health")(health)
-    app.get("/stats")(stats)
-    app.get("/metrics", response_class=PlainTextResponse)(metrics)
-    app.get("/v1/models")(models)
-    for path, endpoint in {"/": page, "/health": health}.items():
-        app.head(path, include_in_schema=False)(endpoint)  # for load balancers
+    options: Any
+    for path, endpoint, options in (
+        ("/", page, {"include_in_schema": False}),
+        ("/health", health, {}),
+        ("/stats", stats, {}),
+        ("/metrics", metrics, {"response_class": PlainTextResponse}),
+        ("/v1/models", models, {}),
+    ):
+        app.get(path, **options)(endpoint)
+        app.head(path, include_in_schema=False)(endpoint)
     stream: dict[str, Any] = {"responses": {200: {"description": "The answer.", "content": {"text/event-stream": {}}}}}
     app.post("/chat/completions", response_class=StreamingResponse, **stream)(chat)
     app.post("/v1/chat/completions", response_model=schema.Completion, **stream)(completion)
@@ -194,7 +197,13 @@ async def completion(request: Request, body: CompletionRequest) -> Any:
         raise ApiError(404, f"no such model; this server has {info.name}", param="model", code="model_not_found")
     streams, updates = await _submit(scheduler, body, body.n, body.stop)
     assert info
-    header: Any = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": info.name}
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    header: Any = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": info.name,
+    }
     if body.stream:
         return EventStream(scheduler, streams, _chunks(body, streams, updates, header))
     pieces: list[list[Piece]] = [[] for _ in streams]
@@ -216,21 +225,21 @@ async def _chunks(
     body: CompletionRequest, streams: Sequence[Stream], updates: AsyncIterator[Update], header: dict[str, Any]
 ) -> AsyncIterator[bytes]:
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    kind = schema.UsageChunk if include_usage else schema.Chunk
 
-    def chunk(index: int, delta: schema.Delta, finish: str | None = None) -> schema.Chunk:
-        return kind(**header, choices=[schema.ChunkChoice(index=index, delta=delta, finish_reason=finish)])
+    def chunk(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return header | {"choices": [choice]} | ({"usage": None} if include_usage else {})
 
-    yield _encode([chunk(index, schema.Delta(role="assistant", content="")) for index in range(len(streams))])
+    yield _encode([chunk(index, {"role": "assistant", "content": ""}) for index in range(len(streams))])
     async for update in updates:
         values = [chunk(update.index, schema.delta(piece)) for piece in update.pieces]
         if update.finish:
-            values.append(chunk(update.index, schema.Delta(), update.finish))
+            values.append(chunk(update.index, {}, update.finish))
         yield _encode(values, update.error)
         if update.error:
             return
     if include_usage:
-        yield _encode([schema.UsageChunk(**header, choices=[], usage=_usage(streams))])
+        yield _encode([header | {"choices": [], "usage": _usage(streams)}])
     yield b"data: [DONE]\n\n"
 
 

@@ -307,10 +307,6 @@ def event(value: BaseModel | Mapping[str, Any]) -> bytes:
     return b"data: " + line.encode() + b"\n\n"
 
 
-def _omitted(value: Any) -> bool:
-    return value is None
-
-
 class Usage(BaseModel):
     """Token counts; those of tool calls and of the end of an answer count as well."""
 
@@ -323,7 +319,7 @@ class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
-    nanochat_parts: list[Part] | None = Field(default=None, exclude_if=_omitted)
+    nanochat_parts: list[Part] | None = Field(default=None, exclude_if=lambda parts: parts is None)
 
 
 class Choice(BaseModel):
@@ -340,33 +336,6 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
-
-
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = Field(default=None, exclude_if=_omitted)
-    content: str | None = Field(default=None, exclude_if=_omitted)
-    nanochat_parts: list[Part] | None = Field(default=None, exclude_if=_omitted)
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: None = None
-    finish_reason: str | None = None
-
-
-class Chunk(BaseModel):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-
-
-class UsageChunk(Chunk):
-    """A chunk of a stream with include_usage: null on all but the last."""
-
-    usage: Usage | None = None
 
 
 def merge(pieces: Iterable[Piece]) -> list[Piece]:
@@ -388,9 +357,9 @@ def parts(pieces: Iterable[Piece]) -> list[Part]:
 PART_TYPES = {"text": "text", "python": "python", "output": "python_output"}
 
 
-def delta(piece: Piece) -> Delta:
+def delta(piece: Piece) -> dict[str, Any]:
     """Return a piece as the delta of one of OpenAI's chunks."""
-    return Delta(content=piece.text) if piece.kind == "text" else Delta(nanochat_parts=parts([piece]))
+    return {"content": piece.text} if piece.kind == "text" else {"nanochat_parts": parts([piece])}
 
 
 def assistant_message(pieces: Iterable[Piece]) -> AssistantMessage:

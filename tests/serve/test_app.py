@@ -169,6 +169,7 @@ def test_all_errors_have_openai_shape(server: scripted.Server) -> None:
         error(http.get("/nothing"), 404)
         assert error(http.get(url), 405) and "POST" in http.get(url).headers["allow"]
         error(http.post("/health"), 405)
+        assert http.head("/health").status_code == http.head("/metrics").status_code == 200
         error(http.post(url, content=b"{}", headers={"content-type": "text/plain"}), 415)
         error(http.post(url, content=b"{}"), 415)
         error(http.post(url, content=b"{", headers={"content-type": "application/json"}), 400)
@@ -311,6 +312,26 @@ def test_openai_stream(client: openai.OpenAI) -> None:
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].usage and chunks[-1].usage.total_tokens == 19 and not chunks[-1].choices
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_openai_stream_bytes(server: scripted.Server, include_usage: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if include_usage else {}
+    response = post(server, "hello", "/v1/chat/completions", stream=True, max_tokens=1, **options)
+    first = json.loads(response.text.split("\n")[0].removeprefix("data: "))
+    head = (
+        f'data: {{"id":"{first["id"]}","object":"chat.completion.chunk","created":{first["created"]},"model":"scripted"'
+    )
+    usage = ',"usage":null' if include_usage else ""
+    choices = [('{"role":"assistant","content":""}', "null"), ('{"content":"H"}', "null"), ("{}", '"length"')]
+    expected = [
+        f'{head},"choices":[{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{finish}}}]{usage}}}\n\n'
+        for delta, finish in choices
+    ]
+    if include_usage:
+        usage = '{"prompt_tokens":9,"completion_tokens":1,"total_tokens":10}'
+        expected.append(f'{head},"choices":[],"usage":{usage}}}\n\n')
+    assert response.text == "".join([*expected, "data: [DONE]\n\n"])
 
 
 def test_openai_n_choices(client: openai.OpenAI, server: scripted.Server) -> None:
