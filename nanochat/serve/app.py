@@ -56,11 +56,7 @@ def create_app(scheduler: Scheduler, limits: Limits) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
         middleware=[Middleware(middleware.SecurityMiddleware, limits=limits, metrics=scheduler.metrics)],
-        exception_handlers={
-            ApiError: _api_error,
-            RequestValidationError: _validation_error,
-            HTTPException: _routing_error,
-        },
+        exception_handlers={HTTPException: _handle_error, RequestValidationError: _handle_error},
         responses={"default": {"model": schema.ErrorResponse, "description": "An error."}},
     )
     app.router.route_class = StrictJsonRoute
@@ -397,21 +393,11 @@ async def _cancelled_on_exit(receive: Receive, scheduler: Scheduler, streams: Se
         cancel()
 
 
-# Errors
-
-
-async def _api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+async def _handle_error(request: Request, error: Any) -> Response:
+    if isinstance(error, RequestValidationError):
+        error = schema.validation_error(error.errors())
+    elif not isinstance(error, ApiError):  # the router's
+        path = request.url.path
+        message = f"{path} has no method {request.method}" if error.status_code == 405 else f"there is no {path}"
+        error = ApiError(error.status_code, message, headers=error.headers)
     return middleware.error_response(error)
-
-
-async def _validation_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return middleware.error_response(schema.validation_error(error.errors()))
-
-
-async def _routing_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = request.url.path
-    message = f"{path} has no method {request.method}" if error.status_code == 405 else f"there is no {path}"
-    return middleware.error_response(ApiError(error.status_code, message, headers=error.headers))

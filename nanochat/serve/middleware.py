@@ -262,8 +262,6 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                host=limits.host,
-                port=limits.port,
                 http=protocol(limits),
                 ws="none",
                 loop="asyncio",

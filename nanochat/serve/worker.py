@@ -128,8 +128,7 @@ class _ProcessHandle:
                 signal_process()
                 self._process.join(EXIT_SECONDS)
         for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(EXIT_SECONDS)
+            thread.join(EXIT_SECONDS)
 
     def _read(self) -> None:
         try:
