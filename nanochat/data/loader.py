@@ -61,6 +61,7 @@ class LoaderState(TypedDict):
 
 
 Stats = dict[str, float]
+Batch = tuple[dict[str, Tensor], LoaderState, Stats]
 
 
 def batches(
@@ -75,7 +76,7 @@ def batches(
     world_size: int = 1,
     state: LoaderState | None = None,
     device: torch.device | str = "cpu",
-) -> Generator[tuple[dict[str, Tensor], LoaderState, Stats], None, None]:
+) -> Generator[Batch, None, None]:
     """Yield (this rank's batch, the state after it, statistics) forever, epoch after epoch.
 
     The validation split is never shuffled and, without `state`, starts from its beginning with every call.
@@ -109,15 +110,15 @@ def batches(
     if split == "val":
         config = dataclasses.replace(config, shuffle=False)
     stream = StreamConfig(config, tok, split, tuple(shards_of(config, split)), seed, sequence_len + 1, rank, world_size)
-    start = _restore(stream, state) if state else Start()
-    return _prefetched(stream, start, rows_per_step, torch.device(device))
+    start, buffer = _restore(stream, state)
+    return _prefetched(stream, start, buffer, rows_per_step, torch.device(device))
 
 
 def _prefetched(
-    stream: "StreamConfig", start: "Start", rows_per_step: int, device: torch.device
-) -> Generator[tuple[dict[str, Tensor], LoaderState, Stats], None, None]:
+    stream: "StreamConfig", start: "Position", buffer: "list[Document]", rows_per_step: int, device: torch.device
+) -> Generator[Batch, None, None]:
     reader = BlockReader(stream)
-    packed = _packed_batches(stream, start, reader, rows_per_step, device)
+    packed = _packed_batches(stream, start, buffer, reader, rows_per_step, device)
     # The reader is closed first, as the prefetch thread may be waiting for it.
     with contextlib.closing(prefetch(packed, stream.config.prefetch_batches)) as ready, contextlib.closing(reader):
         for tokens, state, stats in ready:
@@ -169,13 +170,16 @@ class StreamConfig:
         return np.argsort(random.random_raw(count), kind="stable").tolist()
 
 
-class Cursor(NamedTuple):
-    """The next document to read; each number counts in the order of its epoch."""
+class Position(NamedTuple):
+    """The next document to read, each number counted in the order of its epoch, and totals since the first batch."""
 
     epoch: int = 0
     shard: int = 0
     block: int = 0
     doc: int = 0
+    rows: int = 0
+    docs: int = 0
+    tokens_cut: int = 0
 
 
 class BlockRef(NamedTuple):
@@ -207,18 +211,10 @@ class Document(NamedTuple):
     next_doc: int
 
 
-class Start(NamedTuple):
-    """Where a loader starts: cursor, documents in the buffer, and totals."""
-
-    cursor: Cursor = Cursor()
-    buffer: tuple[Document, ...] = ()
-    rows: int = 0
-    docs: int = 0
-    tokens_cut: int = 0
-
-
-def _restore(stream: StreamConfig, state: LoaderState) -> Start:
-    """Return where a saved state left off, or raise a UserError that names what does not match."""
+def _restore(stream: StreamConfig, state: LoaderState | None) -> tuple[Position, list[Document]]:
+    """Return a saved state's position and buffer, or raise a UserError that names what does not match."""
+    if state is None:
+        return Position(), []
     position = state["position"]
     if position.get("version") != STATE_VERSION:
         raise UserError(f"the data state has version {position.get('version')}, this program reads {STATE_VERSION}")
@@ -233,21 +229,29 @@ def _restore(stream: StreamConfig, state: LoaderState) -> Start:
     kept = np.minimum(lengths, stream.row_tokens)
     if kept.sum() != len(tokens) or (lengths < 1).any():
         raise UserError(f"the data state is corrupt: it holds {len(tokens)} tokens, its documents {kept.sum()}")
-    cursor = Cursor(*(int(position[name]) for name in Cursor._fields))
+    start = Position(*(int(position[name]) for name in Position._fields))
+    ref = BlockRef(start.epoch, start.shard, start.block, -1, -1)
     parts = np.split(tokens, np.cumsum(kept))
-    ref = BlockRef(cursor.epoch, cursor.shard, cursor.block, -1, -1)
-    buffer = tuple(Document(part.tobytes(), length, ref, cursor.doc) for part, length in zip(parts, lengths.tolist()))
-    return Start(cursor, buffer, *(int(position[name]) for name in ("rows", "docs", "tokens_cut")))
+    return start, [Document(part.tobytes(), length, ref, start.doc) for part, length in zip(parts, lengths.tolist())]
+
+
+def _state(stream: StreamConfig, position: Position, buffer: Iterable[Document]) -> LoaderState:
+    documents = list(buffer)
+    return LoaderState(
+        position={"version": STATE_VERSION, **position._asdict(), "made_of": dict(stream.fingerprint)},
+        tokens=np.frombuffer(b"".join([document.tokens for document in documents]), stream.token_type),
+        lengths=np.array([document.length for document in documents], np.int32),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Blocks of text, in order
 
 
-def _block_refs(stream: StreamConfig, cursor: Cursor) -> Iterator[BlockRef]:
-    """Yield all blocks from `cursor` on, forever."""
-    shards, first_shard, first_block = stream.shards, cursor.shard, cursor.block
-    for epoch in itertools.count(cursor.epoch):
+def _block_refs(stream: StreamConfig, start: Position) -> Iterator[BlockRef]:
+    """Yield all blocks from `start` on, forever."""
+    shards, first_shard, first_block = stream.shards, start.shard, start.block
+    for epoch in itertools.count(start.epoch):
         for shard, shard_index in list(enumerate(stream.order(len(shards), epoch)))[first_shard:]:
             try:
                 count = num_blocks(shards[shard_index])
@@ -444,12 +448,12 @@ def _encode(tok: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     return [next(docs) if is_plain else encode_one(text) for text, is_plain in zip(texts, plain)]
 
 
-def _token_blocks(stream: StreamConfig, cursor: Cursor, reader: BlockReader) -> Iterator[tuple[BlockRef, TokenBlock]]:
-    """Yield the blocks from `cursor` on, forever; each is started some blocks ahead of its use."""
+def _token_blocks(stream: StreamConfig, start: Position, reader: BlockReader) -> Iterator[tuple[BlockRef, TokenBlock]]:
+    """Yield the blocks from `start` on, forever; each is started some blocks ahead of its use."""
     blocks_ahead = min(max(BLOCKS_AHEAD, 2 * stream.world_size), SHARED_BLOCKS_AHEAD)
-    refs = _block_refs(stream, cursor)
+    refs = _block_refs(stream, start)
     pending: deque[tuple[BlockRef, Future[TokenBlock] | None]] = deque()
-    docs, is_full_epoch = 0, cursor.shard == cursor.block == 0
+    docs, is_full_epoch = 0, start.shard == start.block == 0
     corrupt: dict[int, int] = {}  # shard index: the last epoch in which it was found corrupt
     while True:
         while len(pending) <= blocks_ahead:
@@ -486,12 +490,9 @@ def _token_blocks(stream: StreamConfig, cursor: Cursor, reader: BlockReader) -> 
 
 
 def _documents(
-    stream: StreamConfig, start: Start, blocks: Iterable[tuple[BlockRef, TokenBlock]]
+    stream: StreamConfig, skip: int, blocks: Iterable[tuple[BlockRef, TokenBlock]]
 ) -> Iterator[tuple[int, Document]]:
-    """Yield (length, document): those of the saved buffer, then those of the blocks, in the order of the epoch."""
-    for document in start.buffer:
-        yield document.length, document
-    skip = start.cursor.doc
+    """Yield (length, document) of the blocks in the order of their epochs, but for the first `skip`."""
     for ref, block in blocks:
         count, size = len(block.lengths), block.tokens.itemsize
         if skip > count:
@@ -511,14 +512,20 @@ def _documents(
 
 
 def _packed_batches(
-    stream: StreamConfig, start: Start, reader: BlockReader, rows_per_step: int, device: torch.device
+    stream: StreamConfig,
+    start: Position,
+    buffer: list[Document],
+    reader: BlockReader,
+    rows_per_step: int,
+    device: torch.device,
 ) -> Generator[tuple[Tensor, LoaderState, Stats], None, None]:
     """Yield (int64 (2, this rank's rows, T): inputs and targets; state; statistics) of each step."""
     pin = device.type == "cuda"
     if pin and device.index is not None:
         torch.cuda.set_device(device)  # of this thread, else pinning would allocate memory on the first GPU
     size = np.dtype(stream.token_type).itemsize
-    documents = _documents(stream, start, _token_blocks(stream, start.cursor, reader))
+    fresh = _documents(stream, start.doc, _token_blocks(stream, start, reader))
+    documents = itertools.chain([(document.length, document) for document in buffer], fresh)
     rows = packing.plan(documents, stream.row_tokens, stream.config.buffer_docs)
     num_rows, docs, cropped = start.rows, start.docs, start.tokens_cut
     while True:
@@ -535,20 +542,14 @@ def _packed_batches(
         batch.numpy()[0] = packed[:, :-1]
         batch.numpy()[1] = packed[:, 1:]
         epoch, shard, block, *_ = row.latest.ref
-        cursor = Cursor(epoch, shard, block, row.latest.next_doc)
-        state = _state(stream, Start(cursor, tuple(row.waiting), num_rows, docs, cropped))
+        position = Position(epoch, shard, block, row.latest.next_doc, num_rows, docs, cropped)
         tokens = num_rows * stream.row_tokens
         stats = {"epoch": epoch, "docs": docs, "tokens_packed": tokens, "tokens_cut": cropped}
-        yield batch, state, stats | {"tokens_cut_fraction": cropped / (tokens + cropped)}
-
-
-def _state(stream: StreamConfig, at: Start) -> LoaderState:
-    totals = {"rows": at.rows, "docs": at.docs, "tokens_cut": at.tokens_cut}
-    return LoaderState(
-        position={"version": STATE_VERSION, **at.cursor._asdict(), **totals, "made_of": dict(stream.fingerprint)},
-        tokens=np.frombuffer(b"".join([document.tokens for document in at.buffer]), stream.token_type),
-        lengths=np.array([document.length for document in at.buffer], np.int32),
-    )
+        yield (
+            batch,
+            _state(stream, position, row.waiting),
+            stats | {"tokens_cut_fraction": cropped / (tokens + cropped)},
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
