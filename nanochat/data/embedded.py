@@ -1,16 +1,11 @@
-"""The embedded corpus: English prose that every Python installation carries, as parquet shards.
+"""The embedded corpus: English prose that every Python installation contains, as parquet shards; no network needed.
 
-Sources, in this order: documentation strings and comments of the standard library (and of the wheels that ensurepip
-bundles, where they are there), documentation of the modules written in C, the language reference behind `help()`,
-licence and other text files. Wrapped lines are joined to paragraphs, code and tables are left out, and every paragraph
-is kept once. One interpreter always gives the same shards; another version gives others, hence `key()`.
-
-Documents end after about MAX_DOC_CHARS characters, at a paragraph: a document longer than a training row is cut
-by the packing, and the quick runs that this corpus is for have short rows.
+Sources, in this order: docstrings and comments of the standard library (and of ensurepip's wheels, if present),
+docstrings of the modules written in C, the topics of `help()`, licence and other text files. Wrapped lines are joined,
+code and tables skipped, repeated paragraphs kept once. Deterministic for a Python version, which `key()` names.
 """
 
 import ast
-import dataclasses
 import gc
 import hashlib
 import html
@@ -26,18 +21,19 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-VERSION = 1  # part of key(): raise it when the text that `documents` gives changes
-MAX_DOC_CHARS = 900
+VERSION = 1  # part of key(): raise it when the text of `documents` changes
+MAX_DOC_CHARS = 900  # about; at a paragraph. Packing crops what is longer than a row, and quick runs have short rows
 SHARD_CHARS = 1_000_000
 ROW_GROUP_DOCS = 200
 VAL_FRACTION = 0.04
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 TEXT_SUFFIXES = {".txt", ".rst", ".html"}
-# A paragraph is English prose if enough of its words are these and enough of its characters are letters.
+# English prose has enough of these words, and enough letters.
 COMMON_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -46,50 +42,45 @@ COMMON_WORDS = frozenset(
         "their there here all any each only also use used using same other return returns given into such one",
     )
 )
-# Strings are matched so that a "#" inside them starts no comment.
+# Strings are matched as well, as a "#" inside one does not start a comment.
 STRING_OR_COMMENT = re.compile(
     r'''(?s:"""(?:\\.|[^\\])*?"""|\'{3}(?:\\.|[^\\])*?\'{3})|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*'''
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A piece of text, and the thing that it is about (a module, class or topic)."""
-
-    subject: str
+class Document(NamedTuple):
+    subject: str  # a module, class or topic
     text: str
 
 
 def key() -> str:
-    """Return the name under which this interpreter's corpus is kept."""
+    """Return the folder name of this interpreter's corpus."""
     return f"{sys.implementation.name}-{platform.python_version()}-v{VERSION}"
 
 
 def build(folder: Path) -> None:
-    """Write the corpus into the existing, empty `folder`: shard_00000.parquet, …; the last shard validates.
+    """Write the corpus into an existing folder: shard_00000.parquet, …; the last shard is the validation split.
 
-    Subjects, not documents, are dealt to training or validation by their hash, so that the halves of one text do
-    not lie on both sides.
+    Whole subjects go to one split, by their hash, so that no text is divided between them.
     """
     train: list[str] = []
     val: list[str] = []
     collecting = gc.isenabled()
-    gc.disable()  # syntax trees are millions of objects without cycles: looking for some takes a third of the time
+    gc.disable()  # takes a third of the time, as syntax trees are millions of objects without cycles
     try:
-        found = documents()
+        corpus = documents()
     finally:
         if collecting:
             gc.enable()
-    for document in sorted(found, key=lambda document: _hash(document.text)):
-        held_out = int(_hash(document.subject)[:8], 16) < VAL_FRACTION * 2**32
-        (val if held_out else train).append(document.text)
-    shards = [*_by_size(train), val]
-    for number, texts in enumerate(shards):
+    for document in sorted(corpus, key=lambda document: _hash(document.text)):
+        is_val = int(_hash(document.subject)[:8], 16) < VAL_FRACTION * 2**32
+        (val if is_val else train).append(document.text)
+    for number, texts in enumerate([*_by_size(train), val]):
         write_shard(folder / f"shard_{number:05d}.parquet", texts, row_group_docs=ROW_GROUP_DOCS)
 
 
 def write_shard(path: Path, texts: list[str], *, column: str = "text", row_group_docs: int = 1000) -> None:
-    """Write documents as a parquet file with one column of text, in row groups of `row_group_docs`."""
+    """Write documents as a parquet file with one text column."""
     table = pa.table({column: pa.array(texts, pa.large_string())})
     pq.write_table(table, path, row_group_size=row_group_docs, compression="zstd")
 
@@ -97,19 +88,19 @@ def write_shard(path: Path, texts: list[str], *, column: str = "text", row_group
 def documents() -> list[Document]:
     """Return the corpus, each paragraph once, in the order of the sources."""
     seen: set[str] = set()
-    found = []
+    corpus = []
     for subject, entries in itertools.groupby(_sources(), key=lambda entry: entry[0]):
         fresh = []
         for _, name, text in entries:
-            lead = f"{name}: " if name else ""
+            prefix = f"{name}: " if name else ""
             for paragraph in paragraphs(text):
-                mark = re.sub(r"[^a-z]+", " ", paragraph.lower())
-                if mark not in seen:
-                    seen.add(mark)
-                    fresh.append(lead + paragraph)
-                    lead = ""
-        found += [Document(subject, text) for text in _chunks(subject, fresh)]
-    return found
+                letters = re.sub(r"[^a-z]+", " ", paragraph.lower())
+                if letters not in seen:
+                    seen.add(letters)
+                    fresh.append(prefix + paragraph)
+                    prefix = ""
+        corpus += [Document(subject, text) for text in _chunks(subject, fresh)]
+    return corpus
 
 
 def _hash(text: str) -> str:
@@ -130,7 +121,7 @@ def _by_size(texts: list[str]) -> Iterator[list[str]]:
 
 
 def _chunks(heading: str, parts: list[str]) -> Iterator[str]:
-    """Join paragraphs under their heading to texts of about MAX_DOC_CHARS characters."""
+    """Join paragraphs under their heading into texts of about MAX_DOC_CHARS characters."""
     chunk: list[str] = []
     for part in itertools.chain.from_iterable(map(_short, parts)):
         if chunk and len(heading) + sum(map(len, chunk)) + len(part) > MAX_DOC_CHARS:
@@ -142,7 +133,7 @@ def _chunks(heading: str, parts: list[str]) -> Iterator[str]:
 
 
 def _short(paragraph: str) -> Iterator[str]:
-    """Cut a paragraph that is longer than a document behind sentences."""
+    """Split a paragraph that is longer than a document after sentences."""
     while len(paragraph) > MAX_DOC_CHARS:
         cut = max(paragraph.rfind(end, 0, MAX_DOC_CHARS) for end in (". ", ".\n", "\n", "; ")) + 1
         cut = cut or MAX_DOC_CHARS
@@ -153,7 +144,7 @@ def _short(paragraph: str) -> Iterator[str]:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Yield the paragraphs of English prose in `text`, their wrapped lines joined."""
+    """Yield the paragraphs of English prose in `text`, with wrapped lines joined."""
     for block in re.split(r"\n[ \t]*\n", inspect.cleandoc(text.replace("\r", ""))):
         lines = [line.strip().lstrip("|").strip() for line in block.split("\n")]
         lines = [line for line in lines if line.strip("-=~#*^_+.:| ")]
@@ -164,13 +155,13 @@ def paragraphs(text: str) -> Iterator[str]:
             starts_item = re.match(r"([-*+•] |\(?\d+[.)] |[:@]\w+|[\w.()\[\], *=]+ (--|:) )", line)
             joined += ("\n" if starts_item else " ") + line if joined else line
         joined = re.sub(r"[ \t]+", " ", joined).strip()
-        introduces = len(joined) < 100 and joined.endswith(":")  # something that was left out, most likely
+        introduces = len(joined) < 100 and joined.endswith(":")  # most likely something skipped
         if is_prose(joined) and not introduces:
             yield joined.replace("::", ":") if joined.endswith("::") else joined
 
 
 def is_prose(text: str) -> bool:
-    """Tell English sentences from code, tables and lists of names."""
+    """Return whether `text` is English sentences, and not code, a table or a list of names."""
     words = re.findall(r"[A-Za-z']+", text)
     if len(words) < 5 or not text.replace("\n", "").isprintable():
         return False
@@ -180,7 +171,7 @@ def is_prose(text: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Where text is found: each source yields (subject, name within the subject or "", text).
+# Sources: each yields (subject, name within the subject or "", text)
 
 
 def _sources() -> Iterator[tuple[str, str, str]]:
@@ -234,7 +225,7 @@ def _docstrings(module: str, source: bytes) -> Iterator[tuple[str, str, str]]:
 def _functions(
     body: Sequence[ast.stmt], subject: str, classes: list[tuple[str, ast.ClassDef]]
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield the docstrings of the functions among statements; classes are put off, so that a subject stays together."""
+    """Yield the docstrings of functions; classes are collected for later, so that a subject stays together."""
     for node in body:
         if isinstance(node, ast.ClassDef):
             classes.append((f"{subject}.{node.name}", node))
@@ -247,14 +238,14 @@ def _functions(
 
 
 def _comments(module: str, source: bytes) -> Iterator[tuple[str, str, str]]:
-    """Yield the comments of a module as one text: those on neighbouring lines join, others are apart."""
+    """Yield the comments of a module as one text: those on adjacent lines form a paragraph."""
     text = source.decode("utf-8", errors="ignore").replace("\r\n", "\n")
     lines: list[str] = []
     last = -1
     for match in STRING_OR_COMMENT.finditer(text):
         if not match[0].startswith("#"):
             continue
-        # Only spaces since the end of the last comment: the same block goes on.
+        # Unless only a line break and spaces follow the last comment, a new paragraph starts.
         if last < 0 or text[last : match.start()].strip(" \t") != "\n":
             lines.append("")
         lines.append(match[0].lstrip("#!:").strip())
@@ -263,7 +254,7 @@ def _comments(module: str, source: bytes) -> Iterator[tuple[str, str, str]]:
 
 
 def _compiled_modules() -> Iterator[tuple[str, str, str]]:
-    """Yield the documentation of the standard library's modules that are written in C."""
+    """Yield the docstrings of the standard library's modules that are written in C."""
     for name in sorted(sys.stdlib_module_names):
         if name.startswith(("_test", "_xx", "xx")):
             continue
@@ -289,7 +280,7 @@ def _compiled_modules() -> Iterator[tuple[str, str, str]]:
 def _help_topics() -> Iterator[tuple[str, str, str]]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
+    except ImportError:  # some distributions package it separately
         return
     for name in sorted(topics):
         yield f"Python: {name}", "", topics[name]
