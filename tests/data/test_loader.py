@@ -212,21 +212,19 @@ def test_ranks_read_interleaved_rows(folder: Path, world_size: int) -> None:
             assert same([(whole[0], *rank[step][1:])], [whole]), "state and statistics are those of all ranks"
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_resumes_after_every_batch_bit_for_bit(folder: Path, cached: bool) -> None:
-    unbroken = take(60, loader(folder, token_cache=cached))
+def test_resumes_bit_for_bit(folder: Path) -> None:
+    unbroken = take(60, loader(folder, token_cache=False))
     assert unbroken[-1][2]["epoch"] >= 2
-    for done in [1, 2, 3, 5, 8, 13, 21, 34, 55]:
+    for done in [1, 2, 3, 5, 13, 34, 55]:
         state = copied(unbroken[done - 1][1])
-        assert same(take(60 - done, loader(folder, token_cache=cached, state=state)), unbroken[done:])
+        assert same(take(60 - done, loader(folder, state=state)), unbroken[done:])
 
 
-def test_resumes_from_a_resumed_loader_at_every_batch(folder: Path) -> None:
-    unbroken = take(40, loader(folder))
-    state = None
-    for step in range(40):
+def test_resumes_after_every_batch(folder: Path) -> None:
+    unbroken, state = take(40, loader(folder)), None
+    for expected in unbroken:
         item = take(1, loader(folder, state=state))[0]
-        assert same([item], [unbroken[step]])
+        assert same([item], [expected])
         state = copied(item[1])
 
 
@@ -324,14 +322,14 @@ def test_state_of_a_different_stream_is_refused(folder: Path) -> None:
         loader(folder, state=state)
 
 
-def test_a_state_of_data_that_has_changed_is_refused(folder: Path) -> None:
+def test_state_of_changed_data_is_refused(folder: Path) -> None:
     state = copied(take(3, loader(folder))[-1][1])
     state["position"]["doc"] = 11
     with pytest.raises(UserError, match=r"shard_\d+\.parquet has changed"):
         next(loader(folder, state=state))
 
 
-def test_data_may_move_house(folder: Path, tmp_path: Path) -> None:
+def test_data_can_be_moved(folder: Path, tmp_path: Path) -> None:
     unbroken = take(10, loader(folder))
     moved = folder.rename(tmp_path / "moved")
     for path in moved.iterdir():
@@ -339,7 +337,7 @@ def test_data_may_move_house(folder: Path, tmp_path: Path) -> None:
     assert same(take(5, loader(moved, state=unbroken[4][1])), unbroken[5:])
 
 
-def test_validation_starts_at_its_beginning_every_time_unshuffled(folder: Path) -> None:
+def test_validation_is_unshuffled_and_starts_over_every_time(folder: Path) -> None:
     docs = [[BOS, *t.encode()] for t in texts_of(folder)[3] if t]
     first = take(9, loader(folder, split="val", seed=1))
     assert np.array_equal(rows_of(first), rows_of(take(9, loader(folder, split="val", seed=2))))
@@ -396,17 +394,6 @@ def test_corrupt_cache_file_is_rewritten(folder: Path, base: Path) -> None:
     assert [file.read_bytes() for file in files] == whole
 
 
-def test_unwritable_cache_is_disabled_with_a_warning(
-    folder: Path, base: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    plain = take(30, loader(folder, token_cache=False))
-    base.mkdir()
-    (base / "tokens").write_text("in the way")
-    assert same(take(30, loader(folder)), plain)
-    warnings = capfd.readouterr().err.splitlines()
-    assert len(warnings) == 1 and "no longer cached" in warnings[0]
-
-
 def test_ranks_tokenize_each_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(4)
     source = write(tmp_path / "more", [[text(20) for _ in range(200)] for _ in range(4)])
@@ -426,12 +413,6 @@ def test_ranks_tokenize_each_block_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert np.array_equal(np.stack(results, 1).reshape(-1, 25), rows_of(plain))
     assert len(reads) == len(set(reads)), "a block was tokenised twice"
     assert len(reads) < 60, "the test should end within the first epoch"
-
-
-def test_rank_does_not_wait_forever_for_a_missing_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataloader, "OTHER_RANK_SECONDS", 0.2)
-    plain = rows_of(take(20, loader(folder, token_cache=False)))
-    assert np.array_equal(rows_of(take(20, loader(folder, rank=1, world_size=2))), plain[1::2])
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_vocabulary_is_bytes_then_merges_then_specials(tok: Tokenizer):
         any(token[:i] in tok.tokens and token[i:] in tok.tokens for i in range(1, len(token)))
         for token in tok.tokens[256:]
     )
-    with pytest.raises(KeyError, match="no special token"):
+    with pytest.raises(KeyError, match="not a special token"):
         tok.special("<|eos|>")
 
 
