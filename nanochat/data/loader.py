@@ -564,7 +564,7 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
     """
     stop = threading.Event()
     ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)
-    main = threading.main_thread()
+    main, current_thread = threading.main_thread(), threading.current_thread
 
     def put(item: tuple[T] | BaseException | None) -> bool:
         while not stop.is_set() and main.is_alive():
@@ -594,9 +594,9 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
                 case error:
                     raise error
     finally:
+        # No global names from here on: modules may be gone when an open generator is collected at exit.
         stop.set()
-        with contextlib.suppress(queue.Empty):  # make room for a put() that waits
-            while True:
-                ready.get_nowait()
-        if thread is not threading.current_thread():  # garbage is collected in any thread
+        while ready.qsize():  # make room for a put() that waits
+            ready.get_nowait()
+        if thread is not current_thread():  # garbage is collected in any thread
             thread.join(timeout=5)
