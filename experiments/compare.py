@@ -97,7 +97,7 @@ def run(config: Config, runtime: Runtime) -> None:
     """Find the runs, measure them on the same text, and report how they differ."""
     if len(config.args) != 2:
         raise UsageError("compare takes two arguments, the runs: python launch.py --experiment=compare <a> <b>")
-    group = distributed.create_group()
+    group = distributed.control_group()
     with distributed.raise_on_any_failure(group):
         sides = [find_side(text) for text in config.args]
         limits = {axis: min(curve(info, axis)[0][-1] for side in sides for info in side.runs) for axis in AXES}
@@ -215,7 +215,7 @@ def measure(
                         loaded.params, [batch], token_bytes, loaded.config, model.Compute(dtype=runtime.compute_dtype)
                     )
                     measured.append([number, pairs])
-        gathered = sorted(itertools.chain.from_iterable(distributed.all_gather_object(group, measured)))
+        gathered = sorted(itertools.chain.from_iterable(distributed.all_gather_object(measured, group=group)))
         table = np.array([pair for _, pairs in gathered for pair in pairs], np.float64)
         if len(sizes) and not np.array_equal(table[:, 1], sizes):
             raise UserError(f"run {info.name} was measured on different text: did the validation data change?")

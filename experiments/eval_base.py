@@ -113,7 +113,7 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Evaluate each part, record the metrics, and report what failed."""
-    group = distributed.create_group()
+    group = distributed.control_group()
     with distributed.raise_on_any_failure(group):
         if config.bundle is not None and "core" in config.tasks:
             core_bundle.read(config.bundle)  # a wrong path fails before anything is evaluated
@@ -263,7 +263,9 @@ def evaluate_core(context: Context) -> tuple[dict[str, float], dict[str, str]]:
         bundle = core_bundle.read(config.bundle or core_bundle.default_dir())
         keys = task_keys(context, bundle) if is_main else {}
         saved = read_partial(partial, keys, overwrite=config.overwrite) if is_main else {}
-    done = {label: eval.TaskResult(**row) for label, row in distributed.broadcast_object(context.group, saved).items()}
+    done = {
+        label: eval.TaskResult(**row) for label, row in distributed.broadcast_object(saved, group=context.group).items()
+    }
     counter = itertools.count(1)
     print(f"\n{'task':<40}{'accuracy':>10}{'centered':>10}")
 

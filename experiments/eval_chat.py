@@ -68,7 +68,7 @@ def run(config: Config, runtime: Runtime) -> None:
     names = [result_name(text) for text in config.tasks]
     if not names or len(set(names)) < len(names):
         raise UserError(f"tasks={','.join(config.tasks)}: expected at least one task, each once")
-    group = distributed.create_group()
+    group = distributed.control_group()
     with distributed.raise_on_any_failure(group):
         loaded = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
     print(checkpoint.describe_model(loaded))
@@ -161,7 +161,7 @@ def read_partial(path: Path, settings: Mapping[str, Any], group: ControlGroup) -
                     print(f"{path} is of another checkpoint or other settings: its results are ignored")
                 path.unlink(missing_ok=True)
                 jsonl.append(path, settings)
-    return {name: eval.Score(*values) for name, *values in distributed.broadcast_object(group, scores)}
+    return {name: eval.Score(*values) for name, *values in distributed.broadcast_object(scores, group=group)}
 
 
 def to_csv(scores: Mapping[str, Score]) -> str:

@@ -65,7 +65,7 @@ def run(config: Config, runtime: Runtime) -> None:
     shared = dataclasses.replace(config.base, device=config.device, dtype=config.dtype)
     wanted = [dataclasses.replace(shared, depth=d, name=f"{config.name}_d{d}") for d in config.depths]
     folder = base_dir() / "miniseries" / config.name
-    line = distributed.create_group()
+    line = distributed.control_group()
     finished: list[dict[str, Any]] = []
     for number, one in enumerate(wanted, start=1):
         print(f"\n[{number}/{len(wanted)}] depth {one.depth}", flush=True)
@@ -76,7 +76,6 @@ def run(config: Config, runtime: Runtime) -> None:
                 draw(folder, config.name, finished)
     print(f"\n{table(finished, ('depth', 'params_scaling', 'tokens', 'flops', 'val_bpb', 'core', 'train_seconds'))}")
     print(f"\nresults and pictures: {folder}")
-    distributed.destroy_group(line)
 
 
 def trained(config: pretrain.Config, folder: Path, runtime: Runtime, line: ControlGroup) -> dict[str, Any]:

@@ -78,15 +78,13 @@ def run(config: Config, runtime: Runtime) -> None:
 
 def make(config: Config, runtime: Runtime, seconds: Mapping[str, float]) -> None:
     """Write the page; `seconds`: what else took time -> seconds."""
-    line = distributed.create_group()
-    with distributed.raise_on_any_failure(line):
+    with distributed.raise_on_any_failure():
         if runtime.is_main:
             runs = metrics.run_folder.ancestors(metrics.run_folder.find_run(config.run))
             samples = sampled(config, runtime, runs) if config.samples else []
             page = metrics.report.write(runs, machine(config, runtime), samples, seconds=seconds)
             print(metrics.report.results(runs))
             print(f"\nreport of {' → '.join(info.name for info in runs)}: {page}")
-    distributed.destroy_group(line)
 
 
 def machine(config: Config, runtime: Runtime) -> metrics.Machine:

@@ -179,7 +179,7 @@ def practising(
             train_step=train_step,
             batch_rows=config.device_batch_size,
             pad_tokens=PAD_TOKENS if config.compile else None,
-            line=distributed.create_group(),
+            line=distributed.control_group(),
             show=lambda played: latest.append(max(played, key=lambda group: len({one.reward for one in group}))),
         )
 
@@ -223,10 +223,9 @@ def examine(decoder: Callable[[Params], Engine], exam: Task, job: Job, state: Tr
     """Return pass@k on the test split."""
     config: Any = job.config
     params = distributed.sharding.whole(state.params)
-    line = distributed.create_group()
+    line = distributed.control_group()
     with distributed.raise_on_any_failure(line):
         found = train.rl.pass_at_k(decoder(params), job.tok, exam, config.eval.problems, config.rollout, line)
-    distributed.destroy_group(line)
     if job.stop.agreed():
         return None
     names = {name: name.rpartition("_")[2] for name in found}

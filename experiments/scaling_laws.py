@@ -83,7 +83,7 @@ def run(config: Config, runtime: Runtime) -> None:
             raise UserError(f"{name}={','.join(f'{x:g}' for x in values)}: expected one or more above 0, each once")
     if config.base.num_iterations is not None:
         raise UserError("base.num_iterations: the budgets decide how long a run is; set it to none")
-    folder, line = base_dir() / "scaling_laws" / config.name, distributed.create_group()
+    folder, line = base_dir() / "scaling_laws" / config.name, distributed.control_group()
     shared = dataclasses.replace(config.base, device=config.device, dtype=config.dtype)
     cells = [(budget, depth) for budget in config.budgets for depth in config.depths]
     rows: list[dict[str, Any]] = []
@@ -98,7 +98,6 @@ def run(config: Config, runtime: Runtime) -> None:
                 draw(folder, config.name, rows, optima(rows))
     shown = ("flops_budget", "depth", "params_scaling", "tokens", "tokens_per_param", "val_bpb", "train_seconds")
     print(f"\n{miniseries.table(rows, shown)}\n\n{laws(optima(rows))}\n\nresults and pictures: {folder}")
-    distributed.destroy_group(line)
 
 
 def short(number: float) -> str:

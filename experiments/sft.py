@@ -223,10 +223,9 @@ def grade(graded: list[Task], how: ChatConfig, job: Job, state: TrainState) -> t
     subject = eval.chat_eval.ModelUnderTest(
         distributed.sharding.whole(state.params), job.shape, job.tok, job.runtime.compute_dtype
     )
-    line = distributed.create_group()
+    line = distributed.control_group()
     with distributed.raise_on_any_failure(line):
         scores = eval.chat_eval.evaluate(subject, graded, how, line)
-    distributed.destroy_group(line)
     if job.stop.agreed():
         return None
     found = eval.chat_eval.as_metrics(scores)

@@ -105,7 +105,7 @@ def run(config: Config, runtime: Runtime) -> None:
     if not config.stages or config.stages != tuple(name for name in ORDER if name in config.stages):
         raise UserError(f"stages={','.join(config.stages)}: expected some of {', '.join(ORDER)}, in this order")
     config = filled(config, runtime)
-    line = distributed.create_group()
+    line = distributed.control_group()
     todo = stages(config)
     print(overview(config, todo, runtime, line), flush=True)
     took: dict[str, float] = {}
@@ -129,7 +129,6 @@ def run(config: Config, runtime: Runtime) -> None:
         took[one.name] = standing.seconds
         after = after if one.name.startswith("eval_") else standing.stamp  # nothing follows from an evaluation
     print(f"\n{ending(config, took)}")
-    distributed.destroy_group(line)
     if failed:
         raise UserError(
             f"{' and '.join(failed)} failed ({next(iter(failed.values()))}); all else is done, and the same command "

@@ -149,7 +149,7 @@ def gather_shard_checksums(
     checksums = [checksum(tensor, shards[name].offsets) for name, tensor in tensors.items()]
     on_cpu = torch.stack(checksums).cpu() if checksums else torch.empty(0, dtype=torch.int64)  # one transfer
     indices = torch.tensor([shards[name].index for name in tensors], dtype=torch.int64)
-    return distributed.all_gather_ints(group, torch.stack([indices, on_cpu], dim=-1))
+    return distributed.all_gather_ints(torch.stack([indices, on_cpu], dim=-1), group=group)
 
 
 def full_fingerprints(shard_checksums: Tensor, names: list[str]) -> dict[str, str]:
@@ -391,7 +391,7 @@ def matches_saved(path: Path, header: Mapping[str, Any], state: Mapping[str, Ten
     try:
         with raise_on_any_failure(group):
             saved = _read_same_header(path, header) if group.rank == 0 else {}
-        saved = distributed.broadcast_object(group, saved)
+        saved = distributed.broadcast_object(saved, group=group)
         read_leaves(path, saved["state"], "cpu", state, group)
         with raise_on_any_failure(group):
             if group.rank == 0:

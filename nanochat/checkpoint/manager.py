@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +67,7 @@ def open_manager(folder: Path, config: CheckpointConfig = CheckpointConfig()) ->
         UserError: the folder cannot be created or read.
     """
     folder = Path(folder).absolute()
-    manager = Manager(folder, config, distributed.create_group(), distributed.create_group())
+    manager = Manager(folder, config, distributed.control_group(), distributed.control_group(background=True))
     with raise_on_any_failure(manager.group):
         if manager.group.rank == 0:
             try:
@@ -202,8 +202,6 @@ def close(manager: Manager) -> None:
     finally:
         if manager.orbax is not None:
             manager.orbax.close()
-        distributed.destroy_group(manager.group)
-        distributed.destroy_group(manager.writer_group)
 
 
 # Reading
@@ -232,16 +230,16 @@ def restore(
         UserError: no such step, or a checkpoint of another model.
         CorruptCheckpointError: names the leaf, the step, and the fix.
     """
-    with _control_group(source) as group:
-        path = _step_path(source, step, group)
-        header = _from_rank0(group, lambda: integrity.read_header(path))
-        with raise_on_any_failure(group):
-            like = _leaves(abstract_state)
-            expected = {name: integrity.tensor_spec(leaf) for name, leaf in like.items()}
-            integrity.compare_specs(path, header["state"], expected)
-        shards = integrity.read_leaves(path, header["state"], device, like, group)
-        with raise_on_any_failure(group):
-            arrays = integrity.read_arrays(path, header["arrays"])
+    group = _control_group(source)
+    path = _step_path(source, step, group)
+    header = _from_rank0(group, lambda: integrity.read_header(path))
+    with raise_on_any_failure(group):
+        like = _leaves(abstract_state)
+        expected = {name: integrity.tensor_spec(leaf) for name, leaf in like.items()}
+        integrity.compare_specs(path, header["state"], expected)
+    shards = integrity.read_leaves(path, header["state"], device, like, group)
+    with raise_on_any_failure(group):
+        arrays = integrity.read_arrays(path, header["arrays"])
     leaves = {name: integrity.from_local(shard, like[name]) for name, shard in shards.items()}
     fields = {name: _rebuild(value, leaves, name) for name, value in abstract_state._asdict().items()}
     if isinstance(fields.get("params"), TensorDict):
@@ -335,7 +333,7 @@ def _write(manager: Manager, pending: PendingSave) -> None:
             if group.rank == 0:
                 _save_on_rank0(manager, pending)
             else:
-                folder = distributed.broadcast_object(group)
+                folder = distributed.broadcast_object(group=group)
                 if folder is not None:
                     _write_blocks(group, Path(folder), pending.blocks)
     except LostRankError as error:
@@ -355,7 +353,7 @@ def _save_on_rank0(manager: Manager, pending: PendingSave) -> None:
             (folder.parent / "files").mkdir(exist_ok=True)
             (folder.parent / "files" / name).write_bytes(content)
         started = True
-        distributed.broadcast_object(group, str(folder))
+        distributed.broadcast_object(str(folder), group=group)
         _write_blocks(group, folder, pending.blocks)
 
     arrays = {name: storage.full_block(array) for name, array in pending.arrays.items() if array.size}
@@ -375,7 +373,7 @@ def _save_on_rank0(manager: Manager, pending: PendingSave) -> None:
         raise
     except Exception as error:
         if not started:
-            distributed.broadcast_object(group, None)
+            distributed.broadcast_object(None, group=group)
         raise _clean_up_failed_save(manager, pending, error) from error
 
 
@@ -510,29 +508,22 @@ def _group_of(source: Manager | Path) -> ControlGroup:
     return source.group if isinstance(source, Manager) else ControlGroup()
 
 
-@contextlib.contextmanager
-def _control_group(source: Manager | Path) -> Iterator[ControlGroup]:
-    """Yield the manager's group, or one of all ranks while a folder is read."""
+def _control_group(source: Manager | Path) -> ControlGroup:
+    """Return the job's group, once a manager's save has ended."""
     if isinstance(source, Manager):
         wait(source)
-        yield source.group
-        return
-    group = distributed.create_group()
-    try:
-        yield group
-    finally:
-        distributed.destroy_group(group)
+    return distributed.control_group()
 
 
 def _from_rank0(group: ControlGroup, function: Callable[[], Any]) -> Any:
     """Return on every rank what rank 0 computes."""
     with raise_on_any_failure(group):
         value = function() if group.rank == 0 else None
-    return distributed.broadcast_object(group, value)
+    return distributed.broadcast_object(value, group=group)
 
 
 def _require_equal(group: ControlGroup, specs: Mapping[str, Any]) -> None:
-    first = distributed.broadcast_object(group, specs)
+    first = distributed.broadcast_object(specs, group=group)
     with raise_on_any_failure(group):
         for name in {**first, **specs}:
             if first.get(name) != specs.get(name):

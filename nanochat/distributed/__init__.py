@@ -12,8 +12,7 @@ if TYPE_CHECKING:
         all_gather_ints,
         all_gather_object,
         broadcast_object,
-        create_group,
-        destroy_group,
+        control_group,
         raise_on_any_failure,
     )
     from nanochat.distributed.config import ShardingConfig

@@ -1,34 +1,39 @@
-"""What the processes of a job tell each other on the side: plain values, and errors that all of them raise alike.
+"""Messages between the ranks of a job: plain values, and errors that every rank raises.
 
-A step of a job that touches the disk must end the same way on every rank: one that fails alone leaves the others in
-a collective that it never reaches. `together` makes the failure of one the failure of all. Values travel as JSON
-through a gloo group of its own, on the CPU, whatever the job's own backend is.
+An operation that touches the disk must end the same way on every rank: a rank that fails alone leaves the others in a
+collective that it never reaches. `raise_on_any_failure` makes the failure of one the failure of all. Values travel as
+JSON on the CPU, through gloo groups that are made once per job, one for each thread that communicates.
 """
 
 import contextlib
 import datetime
 import json
+import time
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from nanochat.config import UserError
 
-# A rank that ends is noticed at once, by its closed connection. This is for one that hangs, or writes for very long.
+CONNECT_TIMEOUT = datetime.timedelta(minutes=10)
+# A rank that exits is noticed at once, by its closed connection. This is for one that hangs, or writes for very long.
 TIMEOUT = datetime.timedelta(hours=2)
+ANSWER_SECONDS = 2.0  # for the other ranks to show that they are alive, once one of them is lost
 
 
 class LostRankError(UserError):
-    """Another process of the job has ended, or does not answer."""
+    """Another rank of the job has exited, or does not answer."""
 
 
 class ControlGroup(NamedTuple):
-    """The processes of a job, seen from one of them; `group` is None where it is the only one.
+    """The ranks that exchange messages, seen from one of them; `group` is None where it is the only one.
 
-    One conversation at a time: two threads that talk need a `join()` each.
+    One thread uses it at a time.
     """
 
     rank: int = 0
@@ -36,99 +41,135 @@ class ControlGroup(NamedTuple):
     group: Any = None
 
 
-def create_group() -> ControlGroup:
-    """Return all ranks of the job with a line of their own; every rank calls this at the same point."""
+_groups: weakref.WeakKeyDictionary[Any, tuple[ControlGroup, ControlGroup]] = weakref.WeakKeyDictionary()
+
+
+def control_group(*, background: bool = False) -> ControlGroup:
+    """Return the job's group for messages of the main thread, or of its one background thread (checkpoint writes).
+
+    The first call in a job is collective: it connects both groups, and `init` makes it. `close` disconnects them.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return ControlGroup()
-    return ControlGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=TIMEOUT))
+    world = dist.group.WORLD
+    if world not in _groups:
+        _groups[world] = (_connect(), _connect())
+    return _groups[world][background]
 
 
-def destroy_group(ranks: ControlGroup) -> None:
-    """Close the line, if the job has not ended already."""
-    if ranks.group is not None and dist.is_initialized():
-        dist.destroy_process_group(ranks.group)
+def _connect() -> ControlGroup:
+    group: Any = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT)
+    c10d._set_pg_timeout(TIMEOUT, group)
+    return ControlGroup(dist.get_rank(), dist.get_world_size(), group)
 
 
-def all_gather_ints(ranks: ControlGroup, numbers: Tensor) -> Tensor:
-    """Return what every rank gave, (ranks, …): an int64 tensor on the CPU, of one shape on all of them."""
-    if ranks.size == 1:
+def all_gather_ints(numbers: Tensor, *, group: ControlGroup | None = None) -> Tensor:
+    """Return the tensors of all ranks, stacked: (ranks, …).
+
+    Args:
+        numbers: int64, on the CPU, of one shape on all ranks. group: default: the main thread's.
+
+    Raises:
+        LostRankError: as all functions here.
+    """
+    group = group or control_group()
+    if group.size == 1:
         return numbers[None]
-    found = [torch.empty_like(numbers) for _ in range(ranks.size)]
-    with _noticing_loss():
-        dist.all_gather(found, numbers.contiguous(), group=ranks.group)
-    return torch.stack(found)
+    gathered = [torch.empty_like(numbers) for _ in range(group.size)]
+    with _naming_lost_ranks(group):
+        dist.all_gather(gathered, numbers.contiguous(), group=group.group)
+    return torch.stack(gathered)
 
 
-def all_gather_object(ranks: ControlGroup, value: Any) -> list[Any]:
-    """Return what every rank gave, in the order of ranks: any value that JSON holds."""
-    if ranks.size == 1:
+def all_gather_object(value: Any, *, group: ControlGroup | None = None) -> list[Any]:
+    """Return the values of all ranks, in the order of ranks; each must be representable in JSON."""
+    group = group or control_group()
+    if group.size == 1:
         return [value]
     data = json.dumps(value).encode()
-    lengths = all_gather_ints(ranks, torch.tensor([len(data)])).flatten().tolist()
+    lengths = all_gather_ints(torch.tensor([len(data)]), group=group).flatten().tolist()
     buffer = torch.zeros(max(lengths), dtype=torch.uint8)
     buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    found = [torch.empty_like(buffer) for _ in range(ranks.size)]
-    with _noticing_loss():
-        dist.all_gather(found, buffer, group=ranks.group)
-    return [json.loads(x[:length].numpy().tobytes()) for x, length in zip(found, lengths)]
+    gathered = [torch.empty_like(buffer) for _ in range(group.size)]
+    with _naming_lost_ranks(group):
+        dist.all_gather(gathered, buffer, group=group.group)
+    return [json.loads(x[:length].numpy().tobytes()) for x, length in zip(gathered, lengths)]
 
 
-def broadcast_object(ranks: ControlGroup, value: Any = None) -> Any:
-    """Return rank 0's value, which JSON holds, on every rank; what the others give does not count."""
-    if ranks.size == 1:
+def broadcast_object(value: Any = None, *, group: ControlGroup | None = None) -> Any:
+    """Return rank 0's value, which must be representable in JSON, on every rank; the other ranks' are ignored."""
+    group = group or control_group()
+    if group.size == 1:
         return value
-    data = json.dumps(value).encode() if ranks.rank == 0 else b""
+    data = json.dumps(value).encode() if group.rank == 0 else b""
     length = torch.tensor([len(data)])
-    with _noticing_loss():
-        dist.broadcast(length, group=ranks.group, group_src=0)
+    with _naming_lost_ranks(group):
+        dist.broadcast(length, group=group.group, group_src=0)
         buffer = torch.empty(int(length), dtype=torch.uint8)
-        if ranks.rank == 0:
+        if group.rank == 0:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        dist.broadcast(buffer, group=ranks.group, group_src=0)
+        dist.broadcast(buffer, group=group.group, group_src=0)
     return json.loads(buffer.numpy().tobytes())
 
 
 @contextlib.contextmanager
-def raise_on_any_failure(ranks: ControlGroup) -> Iterator[None]:
+def raise_on_any_failure(group: ControlGroup | None = None) -> Iterator[None]:
     """Run a block on every rank; where it fails on some, all raise the error of the first of them.
 
-    A `UserError` keeps its class. What is no `UserError` is a fault of the program: the rank that met it raises it as
-    it is, the others say who did.
+    A `UserError` keeps its class. Any other error is a bug: the rank where it happened raises it as it is, the others
+    raise a RuntimeError that names this rank.
     """
-    if ranks.size == 1:
+    group = group or control_group()
+    if group.size == 1:
         yield
         return
     error: Exception | None = None
     try:
         yield
     except LostRankError:
-        raise  # there is nobody to tell
+        raise  # the ranks cannot agree any more
     except Exception as caught:
         error = caught
-    found = all_gather_object(
-        ranks, None if error is None else [type(error).__name__, str(error), isinstance(error, UserError)]
+    failures = all_gather_object(
+        None if error is None else [type(error).__name__, str(error), isinstance(error, UserError)], group=group
     )
-    first = next((rank for rank, failure in enumerate(found) if failure is not None), None)
+    first = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
     if first is None:
         return
-    name, message, for_people = found[first]
-    if error is not None and (first == ranks.rank or not for_people):
+    name, message, for_people = failures[first]
+    if error is not None and (first == group.rank or not for_people):
         raise error
     if for_people:
-        raise _error_classes().get(name, UserError)(message) from error
+        raise _error_classes(UserError).get(name, UserError)(message) from error
     raise RuntimeError(f"rank {first} failed: {name}: {message}") from error
 
 
 @contextlib.contextmanager
-def _noticing_loss() -> Iterator[None]:
+def _naming_lost_ranks(group: ControlGroup) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # dist's own classes are of this one, and gloo raises it plainly
-        raise LostRankError("another process of the job has ended or does not answer; its output says why") from error
+    except RuntimeError as error:  # dist's own classes derive from it, and gloo raises it
+        lost = _lost_ranks(group)
+        name = f"rank {' or '.join(map(str, lost))}" if lost else "another rank"
+        raise LostRankError(f"{name} of the job has exited or does not answer; its output says why") from error
 
 
-def _error_classes(base: type[UserError] = UserError) -> dict[str, type[UserError]]:
-    found = {base.__name__: base}
+def _lost_ranks(group: ControlGroup) -> list[int]:
+    """Return the ranks that do not set a mark in the job's store, as every rank does that is alive."""
+    others, end = set(range(group.size)) - {group.rank}, time.monotonic() + ANSWER_SECONDS
+    try:
+        store = c10d._get_default_store()
+        store.set(f"alive {group.rank}", "")
+        while others and time.monotonic() < end:
+            others = {rank for rank in others if not store.check([f"alive {rank}"])}
+            time.sleep(0.02)
+        return sorted(others)
+    except (RuntimeError, ValueError):  # the store was lost as well
+        return []
+
+
+def _error_classes(base: type[UserError]) -> dict[str, type[UserError]]:
+    classes = {base.__name__: base}
     for derived in base.__subclasses__():
-        found.update(_error_classes(derived))
-    return found
+        classes.update(_error_classes(derived))
+    return classes

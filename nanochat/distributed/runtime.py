@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from nanochat.config import UserError
 from nanochat.distributed import hardware
+from nanochat.distributed.collectives import control_group
 
 JOIN_SECONDS = 600  # for all ranks to start
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,6 +84,7 @@ def init(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) -> R
             store, *_ = next(rendezvous("env://"))
             store = PrefixStore(_attempt(store, rank, world_size), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+            control_group()  # connected now, when all ranks are here
         restarts = all_reduce_max(restarts)  # the agents of several nodes count by themselves
     if quiet and rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)

@@ -287,5 +287,5 @@ def _progress_bar(task: Task, total: int, show: bool, unit: str = "problem") -> 
 
 def _gather(group: ControlGroup, results: list[Any]) -> list[Any]:
     """Return the values of all ranks' [index, value], ordered by index."""
-    gathered = [pair for part in distributed.all_gather_object(group, results) for pair in part]
+    gathered = [pair for part in distributed.all_gather_object(results, group=group) for pair in part]
     return [value for _, value in sorted(gathered)]

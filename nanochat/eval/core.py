@@ -109,7 +109,7 @@ def evaluate(
     if not 2 <= max_tokens <= limit:
         raise UserError(f"max_tokens={max_tokens}: expected 2 … {limit}, the limit of the model")
     tasks, failed = dict(done or {}), {}
-    group = distributed.create_group()
+    group = distributed.control_group()
     for label in [label for label in bundle.entries if label not in tasks]:
         start = time.perf_counter()
         try:
@@ -129,7 +129,6 @@ def evaluate(
         answers = [answer(question, scores) for question, scores in zip(rows, scored)]
         tasks[label] = task_result(task, answers, time.perf_counter() - start)
         on_task(label, tasks[label])
-    distributed.destroy_group(group)
     ordered = {label: tasks[label] for label in bundle.entries if label in tasks}
     scores = [task.centered for task in ordered.values()]
     return Results(ordered, failed, None if failed else sum(scores) / len(scores))

@@ -83,19 +83,16 @@ def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) 
     if asked == "auto" and (config.train.grad == "func" or not config.compile):
         asked = "sdpa"
     heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
-    line = distributed.create_group()
     try:
-        with distributed.raise_on_any_failure(line):
+        with distributed.raise_on_any_failure():
             choice = attention.choose(
                 asked, shape.sequence_len, shape.windows, heads, runtime.device, runtime.compute_dtype,
                 rows=config.rows, compile=config.compile,
             )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
-    names, text = distributed.broadcast_object(
-        line, [list(choice.names.items()), choice.text]
-    )  # times differ from rank to rank
-    distributed.destroy_group(line)
+    # The ranks measure different times, so rank 0 decides.
+    names, text = distributed.broadcast_object([list(choice.names.items()), choice.text])
     return attention.KernelChoice({window: name for window, name in names}, text)
 
 

@@ -103,7 +103,7 @@ def run_if_needed(
         if line.rank == 0 and standing.state != "begun":
             before = newest(run) if run else ""
             _write(path, {"settings": dict(wanted), "stamp": "", "seconds": 0.0, "before": before})
-    opened = distributed.broadcast_object(line, opened)
+    opened = distributed.broadcast_object(opened, group=line)
     started, stamp = time.perf_counter(), ""
     try:
         do(opened)
@@ -124,7 +124,7 @@ def describe_status(
         found = read_status(path, wanted) if line.rank == 0 else StageStatus("new")
         if found.state == "done" and line.rank == 0 and not intact():
             found = StageStatus("changed", ("what it made is gone",))
-    state, changes, *rest = distributed.broadcast_object(line, list(found))
+    state, changes, *rest = distributed.broadcast_object(list(found), group=line)
     return StageStatus(state, tuple(changes), *rest)
 
 

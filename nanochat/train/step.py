@@ -308,8 +308,7 @@ def fit(
             problem = error
         if stop.agreed(problem is not None):  # on one rank: all ranks end here together
             keep(state, progress)
-            line = distributed.create_group()
-            with distributed.raise_on_any_failure(line):  # the same message on all
+            with distributed.raise_on_any_failure():  # the same message on all
                 if problem:
                     raise problem
             break

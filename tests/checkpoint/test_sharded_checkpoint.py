@@ -213,10 +213,10 @@ def test_save_killed_at_ten_times_never_damages_a_complete_step(tmp_path: Path, 
 
 
 def test_control_group_of_one_process_is_transparent() -> None:
-    group = distributed.create_group()
+    group = distributed.control_group()
     assert group == distributed.ControlGroup()
-    assert distributed.all_gather_object(group, {"a": 1}) == [{"a": 1}]
-    assert distributed.broadcast_object(group, 2) == 2
+    assert distributed.all_gather_object({"a": 1}, group=group) == [{"a": 1}]
+    assert distributed.broadcast_object(2, group=group) == 2
     with pytest.raises(ZeroDivisionError), distributed.raise_on_any_failure(group):
         _ = 1 / 0
 

@@ -81,5 +81,5 @@ def failures(group: distributed.ControlGroup) -> list[str]:
 def results_and_failures() -> list[Any]:
     """Return [rank, results, failures] of this rank."""
     with distributed.distributed_context("cpu") as here:
-        group = distributed.create_group()
+        group = distributed.control_group()
         return [here.rank, results(group), failures(group)]

@@ -262,7 +262,7 @@ def exit_on_one_rank(folder: Path) -> None:
     try:
         checkpoint.save(manager, place(full_state(2), "fsdp", mesh), {})
     except distributed.LostRankError as error:
-        assert str(error) == "another process of the job has ended or does not answer; its output says why"
+        assert str(error) == "rank 3 of the job has exited or does not answer; its output says why"
     else:
         raise AssertionError("saved without rank 3")
     checkpoint.close(manager)
