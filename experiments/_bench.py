@@ -5,6 +5,7 @@ Every timing synchronizes the device before and after, and nowhere in between. A
 
 import functools
 import math
+import platform
 import statistics
 import time
 import warnings
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from experiments import _trace
-from nanochat import distributed, model, optim, train
+from nanochat import checkpoint, distributed, model, optim, train
+from nanochat.data import Tokenizer
 from nanochat.distributed import Layout, Runtime, sharding
 from nanochat.model import ModelConfig, linear
 from nanochat.train import StageConfig, TrainState, planner
@@ -137,6 +139,31 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Tra
 
 def device_name(runtime: Runtime) -> str:
     return torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else runtime.device.type
+
+
+def describe_machine(runtime: Runtime) -> str:
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = cpu if runtime.device.type == "cpu" else device_name(runtime)
+    return f"{name}, torch {torch.__version__}, {str(runtime.compute_dtype).removeprefix('torch.')}"
+
+
+def set_threads(threads: int | None) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+class Model(NamedTuple):
+    """A model to measure inference with."""
+
+    params: Any
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+
+def load_model(run: str, runtime: Runtime) -> Model:
+    loaded = checkpoint.load(run, device=runtime.device, dtype=runtime.compute_dtype)
+    print(checkpoint.describe_model(loaded))
+    return Model(loaded.params, loaded.config, loaded.tokenizer)
 
 
 def alternate(

@@ -5,6 +5,8 @@ EXPERIMENTS: dict[str, str] = {
     "bench_gpu": "--experiment=bench_train --set what=gpu",
     "bench_scale": "--experiment=bench_train --set what=scaling",
     "tokenizer_eval": "--experiment=tokenizer --set eval_only=true (tokenizer is now out, max_chars eval_chars)",
+    "bench_serve": "--experiment=bench_infer --set what=server",
+    "bench_core": "--experiment=bench_data --set what=core",
 }
 
 # old setting -> new one; with `=`, an old value -> the new one
@@ -15,6 +17,7 @@ SETTINGS: dict[str, str] = {
     "step_tokens": "gpu.step_tokens",
     "profile_depth": "gpu.profile_depth",
     "sweep=true": "what=sweep",
+    "clients": "server.clients",
     "strong=false": "scaling=weak",
     "weak=false": "scaling=strong",
     "download.timeout_seconds": "the environment variable HF_HUB_DOWNLOAD_TIMEOUT",

@@ -1,39 +1,94 @@
-"""Measure the data path: packed tokens per second with and without the token cache, beside the tokenizer alone.
+"""Measure the data path, or the CORE evaluation.
 
-    torchrun launch.py --experiment=bench_data
-    torchrun launch.py --experiment=bench_data --set data.source=climbmix --set tokens=2e7
+    python launch.py --experiment=bench_data
+    python launch.py --experiment=bench_data --set data.source=climbmix --set tokens=2e7
+    python launch.py --experiment=bench_data --set what=core --set core.bundle=/path/to/eval_bundle --set core.threads=1
 
-Takes about a minute on two CPU cores, plus the building of the embedded corpus where it is not there yet. A tokenizer
-of 4096 tokens is trained for the occasion if there is none. The three measurements alternate, so that all see the same
-machine. Prints a table, the fraction of tokens lost by cutting documents at the end of rows, and one JSON line.
+what=loader: packed tokens per second with and without the token cache, beside the tokenizer alone. The three
+measurements alternate, so that all see the same machine. A minute on two CPU cores, after the embedded corpus is built;
+without a tokenizer, one is trained for the measurement. Prints a table, the share of cropped tokens, and a JSON line.
+
+what=core: the batched evaluation, which computes shared prefixes once, against one prompt at a time: `model.apply`,
+then the loss and the likeliest token at every position. Both answer the same rows, task by task, in turns, and have to
+agree; everything from rows to answers is timed. Prints prompts per second and the ratio of the times by kind of task,
+and one JSON line; on the CPU also the ratio of processor time, which other programs disturb less. Without core.run the
+model has random weights and a tokenizer trained on the embedded corpus. With 40 rows a task: ten minutes on one core.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from nanochat import data, distributed, eval, model, tree
 from nanochat.config import UserError, base_dir
-from nanochat.data import DataConfig, Tokenizer, loader, sources, tokenizer
-from nanochat.distributed import Runtime
+from nanochat.data import DataConfig
+from nanochat.text import table
+
+if TYPE_CHECKING:
+    from experiments._bench import Model
+    from nanochat.data import Tokenizer
+    from nanochat.distributed import Runtime
+    from nanochat.eval import Answer, Question
+    from nanochat.eval.core_bundle import CoreTask
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreConfig:
+    """The CORE evaluation to measure.
+
+    Attributes:
+        bundle: folder of the evaluation bundle; default: the published one.
+        rows: rows of each task to answer, the first ones; default: all.
+        run: a trained model; default: random weights with the shape of depth, vocab_size and sequence_len.
+        depth, vocab_size, sequence_len: of a model with random weights.
+        max_tokens: of a prompt; default: the limit of the model.
+        tokens_per_batch: as for eval_base.
+        rounds: of both ways for each task; the least time counts.
+        threads: of the CPU; default: torch's.
+    """
+
+    bundle: Path | None = None
+    rows: int | None = None
+    run: str | None = None
+    depth: int = 4
+    vocab_size: int = 4096
+    sequence_len: int = 512
+    max_tokens: int | None = None
+    tokens_per_batch: int | None = None
+    rounds: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if any(x is not None and x < 1 for x in (self.rounds, self.rows, self.max_tokens, self.tokens_per_batch)):
+            raise UserError("core.rounds, rows, max_tokens and tokens_per_batch have to be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured.
+    """What to measure.
 
     Attributes:
-        tokens: to tokenise or pack in one measurement; ten times as many are packed from the cache.
+        what: the data loader, or the CORE evaluation.
+        tokens: to tokenize or pack in one measurement; from the cache ten times as many.
         rounds: measurements of each kind; the median counts.
-        rows: of a batch. vocab_size: of the tokenizer that is trained if there is none.
+        rows, sequence_len: of a batch.
+        vocab_size: of the tokenizer that is trained if there is none.
+        seed: of the data order.
+        device, dtype: of the CORE evaluation; auto uses a GPU if there is one, and bfloat16 where it is fast.
     """
 
+    what: Literal["loader", "core"] = "loader"
     data: DataConfig = DataConfig(source="embedded")
     tokens: int = 2_000_000
     rounds: int = 5
@@ -41,116 +96,249 @@ class Config:
     sequence_len: int = 2048
     vocab_size: int = 4096
     seed: int = 42
+    device: str = "auto"
+    dtype: str = "auto"
+    core: CoreConfig = CoreConfig()
 
 
 def config() -> Config:
-    """Return the defaults."""
     return Config()
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Measure, and print what was measured."""
     if runtime.world_size > 1:
-        raise UserError("bench_data runs in one process: start it without --nproc_per_node")
+        raise UserError("bench_data runs in one process: start it with python, not torchrun")
+    if config.what == "core":
+        measure_core(config.core, runtime)
+    else:
+        measure_loader(config)
+
+
+# The data path
+
+
+class Speed(NamedTuple):
+    """Tokens per second in rows, and in rows or cropped; and the share of cropped tokens."""
+
+    packed: float
+    loaded: float
+    cropped: float
+
+
+def measure_loader(config: Config) -> None:
     with contextlib.ExitStack() as stack:
-        tok = find_tokenizer(config, stack)
+        tokenizer = load_or_train_tokenizer(config, stack)
         threads = config.data.tokenizer_threads or os.cpu_count()
-        print(f"source {config.data.source}, {tok.vocab_size:,} tokens of vocabulary, {threads} tokenizer threads,")
+        print(f"source {config.data.source}, vocabulary of {tokenizer.vocab_size:,}, {threads} tokenizer threads,")
         print(f"batches of {config.rows} x {config.sequence_len}, buffer of {config.data.buffer_docs} documents")
-        fill_cache(config, tok)
+        start = time.perf_counter()
+        packing_speed(config, tokenizer, 10 * config.tokens, cached=True)
+        print(f"token cache filled in {time.perf_counter() - start:.1f} s")
         alone, uncached, cached = [], [], []
         for _ in range(config.rounds):
-            alone.append(encoding_speed(config, tok))
-            uncached.append(packing_speed(config, tok, config.tokens, cached=False))
-            cached.append(packing_speed(config, tok, 10 * config.tokens, cached=True))
-    print(f"  {'million tokens per second':40} {'median':>8} {'least':>8} {'most':>8}")
-    result = {}
+            alone.append(encoding_speed(config, tokenizer))
+            uncached.append(packing_speed(config, tokenizer, config.tokens, cached=False))
+            cached.append(packing_speed(config, tokenizer, 10 * config.tokens, cached=True))
+    rows, result = [["million tokens per second", "median", "min", "max"]], {}
     for name, title, speeds in [
         ("tokenizer", "tokenizer alone (encode_batch)", alone),
-        ("uncached_loaded", "loader, no token cache: tokenised", [speed.loaded for speed in uncached]),
-        ("uncached_packed", "loader, no token cache: packed", [speed.packed for speed in uncached]),
-        ("cached_packed", "loader, token cache warm: packed", [speed.packed for speed in cached]),
+        ("uncached_loaded", "loader without token cache: tokenized", [speed.loaded for speed in uncached]),
+        ("uncached_packed", "loader without token cache: packed", [speed.packed for speed in uncached]),
+        ("cached_packed", "loader with token cache: packed", [speed.packed for speed in cached]),
     ]:
         numbers = [statistics.median(speeds), min(speeds), max(speeds)]
-        print(f"  {title:40}" + "".join(f" {number / 1e6:8.2f}" for number in numbers))
+        rows.append([title, *(f"{number / 1e6:.2f}" for number in numbers)])
         result[f"{name}_tokens_per_second"] = numbers[0]
     ratio = statistics.median(speed.loaded / raw for speed, raw in zip(uncached, alone))
-    print(f"  the loader without cache tokenises at {ratio:.2f} of the tokenizer's own speed")
-    print(f"  lost by cutting at T = {config.sequence_len}: {cached[-1].cut_fraction:.1%} of the tokens")
-    result |= {"loaded_over_tokenizer": ratio, "tokens_cut_fraction": cached[-1].cut_fraction}
-    print(json.dumps({"bench": "data", "config": dataclasses.asdict(config), **result}))
+    print(table(rows))
+    print(f"  the loader without cache tokenizes at {ratio:.2f} of the tokenizer's own speed")
+    print(f"  cropped at the end of rows of {config.sequence_len}: {cached[-1].cropped:.1%} of the tokens")
+    result |= {"loaded_over_tokenizer": ratio, "tokens_cut_fraction": cached[-1].cropped}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "core"}
+    print(json.dumps({"bench": "data", "config": settings, **result}))
 
 
-def find_tokenizer(config: Config, stack: contextlib.ExitStack) -> Tokenizer:
-    """Return the tokenizer that is there, or train one and forget it, and what it cached, at the end."""
-    if (tokenizer.default_dir() / "tokenizer.txt").exists():
-        return tokenizer.load(tokenizer.default_dir())
-    print(
-        f"no tokenizer in {tokenizer.default_dir()}: training one of {config.vocab_size:,} tokens for this measurement"
-    )
-    tok = tokenizer.train(itertools.islice(documents(config), 200_000), config.vocab_size, max_chars=20_000_000)
-    stack.callback(shutil.rmtree, base_dir() / "tokens" / tok.fingerprint[:16], ignore_errors=True)
-    return tok
-
-
-def documents(config: Config) -> Iterator[str]:
-    """Yield the training documents once, in the order of the shards."""
-    for block in blocks(config):
-        yield from block
+def load_or_train_tokenizer(config: Config, stack: contextlib.ExitStack) -> Tokenizer:
+    """Return the trained tokenizer, or train one whose cached tokens are deleted at the end."""
+    folder = data.tokenizer.default_dir()
+    if (folder / "tokenizer.txt").exists():
+        return data.tokenizer.load(folder)
+    print(f"no tokenizer in {folder}: training one of {config.vocab_size:,} tokens for this measurement")
+    texts = itertools.islice(itertools.chain.from_iterable(blocks(config)), 200_000)
+    tokenizer = data.tokenizer.train(texts, config.vocab_size, max_chars=20_000_000)
+    stack.callback(shutil.rmtree, base_dir() / "tokens" / tokenizer.fingerprint[:16], ignore_errors=True)
+    return tokenizer
 
 
 def blocks(config: Config) -> Iterator[list[str]]:
     """Yield the training documents once, block after block."""
-    for shard in sources.shards_of(config.data, "train"):
-        for index in range(sources.num_blocks(shard)):
-            yield sources.read_block(shard, index, config.data.text_column)
+    for shard in data.sources.shards_of(config.data, "train"):
+        for index in range(data.sources.num_blocks(shard)):
+            yield data.sources.read_block(shard, index, config.data.text_column)
 
 
-def encoding_speed(config: Config, tok: Tokenizer) -> float:
-    """Return the tokens per second of `encode_batch` on the source's texts, reading them not counted."""
+def encoding_speed(config: Config, tokenizer: Tokenizer) -> float:
+    """Return the tokens per second of `encode_batch`, without reading the texts."""
     tokens, seconds = 0, 0.0
     while tokens < config.tokens:
         for texts in blocks(config):
-            started = time.perf_counter()
-            ids = tok.encode_batch(texts, config.data.tokenizer_threads)
-            seconds += time.perf_counter() - started
+            start = time.perf_counter()
+            ids = tokenizer.encode_batch(texts, config.data.tokenizer_threads)
+            seconds += time.perf_counter() - start
             tokens += sum(map(len, ids))
             if tokens >= config.tokens:
                 break
     return tokens / seconds
 
 
-class Speed(NamedTuple):
-    """Tokens per second: in rows, and in rows or cut away; and the fraction that was cut away."""
-
-    packed: float
-    loaded: float
-    cut_fraction: float
-
-
-def packing_speed(config: Config, tok: Tokenizer, tokens: int, *, cached: bool) -> Speed:
+def packing_speed(config: Config, tokenizer: Tokenizer, tokens: int, *, cached: bool) -> Speed:
     """Measure the loader until that many tokens are packed.
 
-    The first batch is not counted: it also fills the buffer and the queues between threads, as full at the end.
+    The first batch does not count: it also fills the buffer and the queues, which are as full at the end.
     """
-    data = dataclasses.replace(config.data, token_cache=cached)
-    stream = loader.batches(
-        data, tok, split="train", rows_per_step=config.rows, sequence_len=config.sequence_len, seed=config.seed
-    )
+    stream = data.loader.batches(
+        dataclasses.replace(config.data, token_cache=cached), tokenizer,
+        split="train", rows_per_step=config.rows, sequence_len=config.sequence_len, seed=config.seed,
+    )  # fmt: skip
     with contextlib.closing(stream):
         _, _, first = next(stream)
-        started = time.perf_counter()
+        start = time.perf_counter()
         for _, _, stats in stream:
             packed = stats["tokens_packed"] - first["tokens_packed"]
             if packed >= tokens:
-                seconds = time.perf_counter() - started
+                seconds = time.perf_counter() - start
                 loaded = packed + stats["tokens_cut"] - first["tokens_cut"]
                 return Speed(packed / seconds, loaded / seconds, stats["tokens_cut_fraction"])
-    raise AssertionError("the stream has no end")
+    raise AssertionError("the stream is endless")
 
 
-def fill_cache(config: Config, tok: Tokenizer) -> None:
-    """Load what the measurement from the cache will read: an epoch, or as far as that gets."""
-    started = time.perf_counter()
-    packing_speed(config, tok, 10 * config.tokens, cached=True)
-    print(f"token cache filled in {time.perf_counter() - started:.1f} s")
+# The CORE evaluation
+
+
+class Times(NamedTuple):
+    """Prompts, tokens, and seconds of a task, one prompt at a time and batched; and the same in processor time."""
+
+    prompts: int
+    tokens: int
+    single: float
+    batched: float
+    cpu_single: float
+    cpu_batched: float
+
+
+def measure_core(config: CoreConfig, runtime: Runtime) -> None:
+    from experiments import _bench
+
+    _bench.set_threads(config.threads)
+    bundle = eval.core_bundle.read(config.bundle or eval.core_bundle.fetch())
+    loaded = load_core_model(config, runtime)
+    shape, machine = loaded.config, _bench.describe_machine(runtime)
+    print(f"{machine}, depth {shape.n_layer}, width {shape.n_embd}, vocabulary {shape.vocab_size}, "
+          f"context {shape.sequence_len}")  # fmt: skip
+    rows: dict[str, Times] = {}
+    kinds: dict[str, list[Times]] = {}
+    for label in bundle.entries:
+        task = eval.core_bundle.load(bundle, label)
+        rows[label] = time_task(config, loaded, task, runtime)
+        kinds.setdefault(task.kind, []).append(rows[label])
+        print(f"{label}: {rows[label].single / rows[label].batched:.2f}x", flush=True)
+    sums = {kind: Times(*map(sum, zip(*times))) for kind, times in kinds.items()}
+    sums["all"] = Times(*map(sum, zip(*rows.values())))
+    header = ["task", "prompts", "tokens", "one at a time", "batched", "ratio", "CPU ratio"]
+    print(table([header, *(table_row(label, times) for label, times in [*rows.items(), *sums.items()])]))
+    results = {
+        kind: t._asdict() | {"ratio": t.single / t.batched, "cpu_ratio": t.cpu_single / t.cpu_batched}
+        for kind, t in sums.items()
+    }
+    settings = dataclasses.asdict(config) | {"bundle": str(config.bundle), "machine": machine}
+    print(json.dumps({"bench": "core", "settings": settings} | results))
+
+
+def table_row(label: str, t: Times) -> list[str]:
+    rates = [f"{t.prompts / seconds:.1f}/s" for seconds in (t.single, t.batched)]
+    ratios = [f"{ratio:.2f}x" for ratio in (t.single / t.batched, t.cpu_single / t.cpu_batched)]
+    return [label, str(t.prompts), str(t.tokens), *rates, *ratios]
+
+
+def load_core_model(config: CoreConfig, runtime: Runtime) -> Model:
+    """Return the trained model, or one of random weights. Raises: UserError."""
+    import torch
+
+    from experiments import _bench
+
+    if config.run is not None:
+        return _bench.load_model(config.run, runtime)
+    folder = base_dir() / f"bench_tokenizer_{config.vocab_size}"
+    if not folder.exists():
+        print(f"training a tokenizer of {config.vocab_size} tokens, once")
+        texts = data.sources.texts(DataConfig("embedded"), "train")
+        data.tokenizer.save(data.tokenizer.train(texts, config.vocab_size), folder)
+    tokenizer = data.tokenizer.load(folder)
+    shape = model.from_depth(config.depth, vocab_size=tokenizer.vocab_size, sequence_len=config.sequence_len)
+    params = model.init(shape, 0, device=runtime.device, dtype=runtime.compute_dtype)
+    # The zeros of an untrained model would make all of its answers ties.
+    generator = torch.Generator().manual_seed(0)
+    params = tree.map(lambda x: x + 0.05 * torch.randn(x.shape, generator=generator).to(x), params)
+    return _bench.Model(params, shape, tokenizer)
+
+
+def time_task(config: CoreConfig, loaded: Model, task: CoreTask, runtime: Runtime) -> Times:
+    """Return the times of a task, both ways.
+
+    Raises:
+        RuntimeError: the two ways give different answers in float32.
+    """
+    import torch
+
+    limit = config.max_tokens or model.CONTEXT_LIMIT * loaded.config.sequence_len
+    best, best_cpu = [math.inf, math.inf], [math.inf, math.inf]
+    answers: list[list[Answer]] = [[], []]
+    questions: list[Question] = []
+    for _, way in itertools.product(range(config.rounds), range(2)):
+        distributed.synchronize(runtime.device)
+        start, start_cpu = time.perf_counter(), time.process_time()
+        questions = list(itertools.islice(eval.core.questions(task, loaded.tokenizer, limit), config.rows))
+        answers[way] = answer_batched(config, loaded, questions) if way else answer_singly(loaded, questions)
+        distributed.synchronize(runtime.device)
+        best[way] = min(best[way], time.perf_counter() - start)
+        best_cpu[way] = min(best_cpu[way], time.process_time() - start_cpu)
+    wrong = sum(a.is_correct != b.is_correct for a, b in zip(*answers))
+    if wrong and loaded.params["wte"].dtype == torch.float32:
+        raise RuntimeError(f"{task.label}: {wrong} of {len(questions)} answers differ")
+    prompts = [prompt for question in questions for prompt in question.prompts]
+    return Times(len(prompts), sum(len(prompt.ids) for prompt in prompts), *best, *best_cpu)
+
+
+def answer_batched(config: CoreConfig, loaded: Model, questions: Sequence[Question]) -> list[Answer]:
+    """Return the answers as the evaluation computes them."""
+    scored = eval.likelihood.score(
+        loaded.params,
+        loaded.config,
+        [question.prompts for question in questions],
+        padding=loaded.tokenizer.bos,
+        tokens_per_batch=config.tokens_per_batch,
+        compute=model.Compute(loaded.params["wte"].dtype),
+    )
+    return [eval.core.answer(question, scores) for question, scores in zip(questions, scored)]
+
+
+def answer_singly(loaded: Model, questions: Sequence[Question]) -> list[Answer]:
+    """Return the answers from one forward pass for each prompt, with the logits of all its tokens."""
+    import torch
+    import torch.nn.functional as F
+
+    answers = []
+    with torch.no_grad():
+        for question in questions:
+            losses, correct = [], False
+            for ids, start, end in question.prompts:
+                tokens = torch.tensor([ids], device=loaded.params["wte"].device)
+                logits = model.apply(loaded.params, tokens)[0]
+                targets = tokens[0].roll(-1)
+                nll, likeliest = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
+                losses.append(nll[start - 1 : end - 1].mean().item())
+                correct = bool((likeliest[start - 1 : end - 1] == targets[start - 1 : end - 1]).all())
+            choice = losses.index(min(losses))
+            correct = correct if question.gold is None else choice == question.gold
+            answers.append(eval.Answer(correct, choice, tuple(losses)))
+    return answers

@@ -1,49 +1,91 @@
-"""Measure inference: prefill, time to the first token, decoding at several batches, against the machine's limits.
+"""Measure inference: prefill and decoding of a model against the machine's limits, or a running server.
 
-    python launch.py --experiment=bench_infer                                   # depth 4, on the CPU in six minutes
+    python launch.py --experiment=bench_infer                                   # depth 4, six minutes on the CPU
     python launch.py --experiment=bench_infer --set depth=20 --set vocab_size=32768 --set sequence_len=2048
     python launch.py --experiment=bench_infer --set run=quickstart              # a trained model
+    python launch.py --experiment=bench_infer --set what=server --set server.url=http://host:8000
 
-Decoding is that of a chat: the engine of nanochat/generate.py with top-k sampling, each row with a seed of its own,
-tool calls looked for, one token a row handed to the host each step. Beside each time stands its floor: the bytes that
-a step has to read (every matrix once, and the keys and values of each row within the windows) over the bandwidth of a
-large copy, measured in the same run. A model that fits a cache of the processor may be faster than that floor.
-Prints a table and one JSON line. The first step of each shape is compiled, which is most of the time it takes.
+what=decode: time to the first token and time of a step at several batch sizes, with the engine of a chat: top-k
+sampling, a seed for each sequence, tool calls, one token of each sequence copied to the host at each step. Beside each
+time is its floor: the bytes that a step has to read (every matrix once, and the keys and values within the windows)
+over the measured bandwidth of a large copy. A model that fits into the processor's cache may be faster than its floor.
+Prints a table and one JSON line. Most of the time goes into compiling the first step of each shape.
+
+what=server: tokens per second and latency by the number of concurrent clients, for a server that runs already
+(--experiment=web). Each client sends one request after the other, with a new seed, and reads the streamed answer. Half
+a minute for each number of clients. Tokens are counted by the server. On the server's machine, clients take some of
+its time too.
 """
 
+from __future__ import annotations
+
+import concurrent.futures
 import dataclasses
+import http.client
+import itertools
 import json
-import platform
-import resource
 import statistics
-import sys
 import time
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
-import torch
-
-from experiments import _bench
-from nanochat import checkpoint, infer, model, tree
+from nanochat import data, distributed, infer, model, tree
 from nanochat.config import UserError
-from nanochat.data import Tokenizer
-from nanochat.distributed import Runtime
-from nanochat.infer import Engine, Request
-from nanochat.model import ModelConfig
+from nanochat.text import table
+
+if TYPE_CHECKING:
+    from experiments._bench import Limits, Model
+    from nanochat.distributed import Runtime
+    from nanochat.infer import Engine, Request
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """Load on a running server.
+
+    Attributes:
+        url: of the server.
+        token: bearer token, if the server wants one.
+        clients: numbers of concurrent clients, one row of the table each.
+        seconds: time of each row.
+        prompt, max_tokens, temperature, top_k: of every request.
+    """
+
+    url: str = "http://localhost:8000"
+    token: str | None = dataclasses.field(default=None, repr=False)
+    clients: tuple[int, ...] = (1, 4, 16, 64)
+    seconds: float = 30.0
+    prompt: str = "Tell me a long story about the sea."
+    max_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int = 50
+
+    def __post_init__(self) -> None:
+        if not self.clients or min(self.clients) < 1 or self.seconds <= 0:
+            raise UserError("server.clients: expected numbers of at least 1; server.seconds: a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to measure, and on what.
+    """What to measure.
 
     Attributes:
-        run: a trained model; none: one of random weights, shaped by depth, vocab_size and sequence_len.
-        batches: rows decoded at once. prompt_tokens, new_tokens: of each row. temperature, top_k: of its draws.
-        rounds: of new_tokens, timed each on its own; the median of all steps counts.
-        prefill_tokens: of the prompt whose prefill is timed; none: all of the context but one.
-        compile, exact: as for `generate.start`. threads: of the CPU; none: as torch has them.
-        device, dtype: auto takes a GPU where there is one, and bfloat16 where it is fast.
+        what: decoding of a model in this process, or a running server.
+        run: a trained model; default: random weights with the shape of depth, vocab_size and sequence_len.
+        depth, vocab_size, sequence_len: of a model with random weights.
+        batches: numbers of sequences decoded at once.
+        prompt_tokens, new_tokens: of each sequence.
+        temperature, top_k: of sampling.
+        rounds: of new_tokens each; the median of all steps counts.
+        prefill_tokens: length of the prompt whose prefill is timed; default: the context less one.
+        compile: whether to compile the decode step.
+        exact: whether to compute all slots to the full context, as the engine does for reproducible sampling.
+        threads: of the CPU; default: torch's.
+        device, dtype: auto uses a GPU if there is one, and bfloat16 where it is fast.
     """
 
+    what: Literal["decode", "server"] = "decode"
     run: str | None = None
     depth: int = 4
     vocab_size: int = 4096
@@ -60,153 +102,304 @@ class Config:
     threads: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    server: ServerConfig = ServerConfig()
 
-
-class Model(NamedTuple):
-    """What is measured."""
-
-    params: Any
-    config: ModelConfig
-    tokenizer: Tokenizer
+    def __post_init__(self) -> None:
+        if min(self.batches, default=0) < 1 or self.rounds < 1 or self.prompt_tokens < 1 or self.new_tokens < 2:
+            raise UserError("batches, rounds and prompt_tokens have to be at least 1, new_tokens at least 2")
 
 
 def config() -> Config:
     return Config()
 
 
-def run(config: Config, here: Runtime) -> None:
-    if here.world_size > 1:
-        raise UserError("bench_infer measures one process: start it with python, not torchrun")
-    if min(config.batches, default=0) < 1 or config.rounds < 1 or config.prompt_tokens < 1 or config.new_tokens < 2:
-        raise UserError("batches, rounds and prompt_tokens have to be at least 1, new_tokens at least 2")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    bot = subject(config, here)
-    if config.prompt_tokens + config.new_tokens > bot.config.sequence_len:
+def run(config: Config, runtime: Runtime) -> None:
+    if runtime.world_size > 1:
+        raise UserError("bench_infer runs in one process: start it with python, not torchrun")
+    if config.what == "server":
+        measure_server(config.server)
+    else:
+        measure_decoding(config, runtime)
+
+
+# Prefill and decoding
+
+
+def measure_decoding(config: Config, runtime: Runtime) -> None:
+    from experiments import _bench
+
+    _bench.set_threads(config.threads)
+    loaded = load_model(config, runtime)
+    if config.prompt_tokens + config.new_tokens > loaded.config.sequence_len:
         raise UserError(
-            f"prompt_tokens={config.prompt_tokens} and new_tokens={config.new_tokens} are over the context of "
-            f"{bot.config.sequence_len}"
+            f"prompt_tokens={config.prompt_tokens} and new_tokens={config.new_tokens} exceed the context of "
+            f"{loaded.config.sequence_len}"
         )
-    cpu = here.device.type == "cpu"
-    limits = _bench.limits(here.device, here.compute_dtype, *((1024, 2**29) if cpu else ()))
-    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    name = name if cpu else torch.cuda.get_device_name(here.device)
-    dtype = str(here.compute_dtype).removeprefix("torch.")
-    print(f"{name}, torch {torch.__version__}, {dtype}, depth {bot.config.n_layer}, width {bot.config.n_embd}")
+    sizes = (1024, 2**29) if runtime.device.type == "cpu" else ()
+    limits = _bench.limits(runtime.device, runtime.compute_dtype, *sizes)
+    machine = _bench.describe_machine(runtime)
+    print(f"{machine}, depth {loaded.config.n_layer}, width {loaded.config.n_embd}")
     print(f"limits: {limits.matmul / 1e12:.3g} TFLOP/s of products, {limits.copy / 1e9:.3g} GB/s of a copy")
-    found: dict[str, Any] = {"prefill": prefill(config, bot, here, limits)}
-    heads = ("first token", "a step", "floor", "tokens/s", "bandwidth", "MFU", "peak memory")
-    print("\nbatch " + " ".join(f"{head:>{width}}" for head, width in zip(heads, (12, 10, 10, 10, 10, 6, 12))))
+    results: dict[str, Any] = {"prefill": prefill(config, loaded, runtime, limits)}
+    rows = [["batch", "first token", "a step", "floor", "tokens/s", "bandwidth", "MFU", "peak memory"]]
     for batch in config.batches:
-        row = found[f"batch_{batch}"] = decoding(config, bot, here, limits, batch)
-        print(
-            f"{batch:>5} {1e3 * row['first_token_seconds']:>9.1f} ms {1e3 * row['step_seconds']:>7.2f} ms"
-            f" {1e3 * row['floor_seconds']:>7.2f} ms {row['tokens_per_second']:>10,.0f} {row['bandwidth_use']:>10.0%}"
-            f" {row['mfu']:>6.1%} {row['peak_memory_bytes'] / 2**30:>8.2f} GiB",
-            flush=True,
+        row = results[f"batch_{batch}"] = decode(config, loaded, runtime, limits, batch)
+        print(f"batch {batch}: {1e3 * row['step_seconds']:.2f} ms a step", flush=True)
+        rows.append(
+            [
+                str(batch),
+                f"{1e3 * row['first_token_seconds']:.1f} ms",
+                f"{1e3 * row['step_seconds']:.2f} ms",
+                f"{1e3 * row['floor_seconds']:.2f} ms",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['bandwidth_use']:.0%}",
+                f"{row['mfu']:.1%}",
+                f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
+            ]
         )
-    settings = dataclasses.asdict(config) | {"device": name, "dtype": dtype, "torch": torch.__version__}
+    print(table(rows))
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "server"} | {"machine": machine}
     limit = {"matmul_flops": limits.matmul, "copy_bytes_per_second": limits.copy}
-    print("\n" + json.dumps({"settings": settings, "limits": limit} | found))
+    print(json.dumps({"bench": "infer", "settings": settings, "limits": limit} | results))
 
 
-def subject(config: Config, here: Runtime) -> Model:
-    """Return the model to measure. Raises: UserError."""
+def load_model(config: Config, runtime: Runtime) -> Model:
+    """Return the trained model, or one of random weights with a tokenizer of as many tokens. Raises: UserError."""
+    from experiments import _bench
+
     if config.run is not None:
-        bot = checkpoint.load(config.run, device=here.device, dtype=here.compute_dtype)
-        print(checkpoint.describe_model(bot))
-        return Model(bot.params, bot.config, bot.tokenizer)
-    shape = model.from_depth(config.depth, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
-    params = model.init(shape, 0, device=here.device, dtype=here.compute_dtype)
-    tokens = config.vocab_size - len(Tokenizer(()).specials)
+        return _bench.load_model(config.run, runtime)
+    tokens = config.vocab_size - len(data.Tokenizer(()).specials)
     if tokens < 256:
         raise UserError(f"vocab_size={config.vocab_size}: expected at least {config.vocab_size - tokens + 256}")
-    return Model(params, shape, Tokenizer(tuple(i.to_bytes(4, "big") for i in range(tokens))))
+    shape = model.from_depth(config.depth, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
+    params = model.init(shape, 0, device=runtime.device, dtype=runtime.compute_dtype)
+    return _bench.Model(params, shape, data.Tokenizer(tuple(i.to_bytes(4, "big") for i in range(tokens))))
 
 
-def start(config: Config, bot: Model, here: Runtime, slots: int) -> Engine:
-    """Return an engine whose rows do not end by themselves, so that all have the same length."""
-    decoder = infer.start(
-        bot.params,
-        bot.config,
-        bot.tokenizer,
+def start_engine(config: Config, loaded: Model, runtime: Runtime, slots: int, compile: bool) -> Engine:
+    """Return an engine without stop tokens, so that all sequences have the same length."""
+    engine = infer.start(
+        loaded.params,
+        loaded.config,
+        loaded.tokenizer,
         slots=slots,
-        device=here.device,
-        dtype=here.compute_dtype,
-        compile=config.compile,
+        device=runtime.device,
+        dtype=runtime.compute_dtype,
+        compile=compile,
         exact=config.exact,
     )
-    decoder.rules = decoder.rules._replace(stops=frozenset())
-    return decoder
+    engine.rules = engine.rules._replace(stops=frozenset())
+    return engine
 
 
-def prefill(config: Config, bot: Model, here: Runtime, limits: _bench.Limits) -> dict[str, float]:
+def prefill(config: Config, loaded: Model, runtime: Runtime, limits: Limits) -> dict[str, float]:
     """Return tokens per second and MFU of computing one long prompt."""
-    decoder = start(dataclasses.replace(config, compile=False), bot, here, 1)
-    count = config.prefill_tokens or bot.config.sequence_len - 1
+    from experiments import _bench
+
+    engine = start_engine(config, loaded, runtime, 1, compile=False)
+    count = config.prefill_tokens or loaded.config.sequence_len - 1
 
     def once(seed: int) -> float:
-        request = Request(prompt(bot, count, seed))
-        seconds = _bench.timed(lambda: infer.admit(decoder, 0, request), here)
-        infer.cancel(decoder, 0)
+        request = infer.Request(random_prompt(loaded, count, seed))
+        seconds = _bench.timed(lambda: infer.admit(engine, 0, request), runtime)
+        infer.cancel(engine, 0)
         return seconds
 
     once(0)
     seconds = statistics.median(once(1 + i) for i in range(max(3, config.rounds)))
-    # The unembedding is not computed: only what follows the prompt is drawn.
-    head = 2 * bot.config.padded_vocab * bot.config.n_embd
-    flops = sum(model.decode_flops(bot.config, i + 1) - head for i in range(count - 1))
-    found = {"tokens": count, "seconds": seconds, "tokens_per_second": count / seconds}
-    found["mfu"] = flops / seconds / limits.matmul
-    print(f"prefill: {count} tokens in {1e3 * seconds:.1f} ms, {count / seconds:,.0f} tokens/s, MFU {found['mfu']:.1%}")
-    return found
+    # Prefill does not compute logits.
+    unembedding = 2 * loaded.config.padded_vocab * loaded.config.n_embd
+    flops = sum(model.decode_flops(loaded.config, i + 1) - unembedding for i in range(count - 1))
+    mfu = flops / seconds / limits.matmul
+    print(f"prefill: {count} tokens in {1e3 * seconds:.1f} ms, {count / seconds:,.0f} tokens/s, MFU {mfu:.1%}")
+    return {"tokens": count, "seconds": seconds, "tokens_per_second": count / seconds, "mfu": mfu}
 
 
-def prompt(bot: Model, count: int, seed: int) -> tuple[int, ...]:
+def random_prompt(loaded: Model, count: int, seed: int) -> tuple[int, ...]:
     """Return random ids of plain tokens."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(0, bot.config.vocab_size - 9, (count,), generator=generator).tolist())
+    return tuple(torch.randint(0, loaded.config.vocab_size - 9, (count,), generator=generator).tolist())
 
 
-def decoding(config: Config, bot: Model, here: Runtime, limits: _bench.Limits, batch: int) -> dict[str, float]:
-    """Return what decoding `batch` rows took, and what it could not take less than."""
-    if here.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(here.device)
-    decoder = start(config, bot, here, batch)
+def decode(config: Config, loaded: Model, runtime: Runtime, limits: Limits, batch: int) -> dict[str, float]:
+    """Return the times of decoding `batch` sequences, and the least that they could be."""
+    if runtime.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(runtime.device)
+    engine = start_engine(config, loaded, runtime, batch, config.compile)
     requests = [
-        Request(prompt(bot, config.prompt_tokens, i), config.new_tokens, config.temperature, config.top_k, seed=i)
+        infer.Request(
+            random_prompt(loaded, config.prompt_tokens, i), config.new_tokens, config.temperature, config.top_k, seed=i
+        )
         for i in range(batch)
     ]
-    for _ in infer.run(decoder, requests):
+    for _ in infer.run(engine, requests):
         pass  # compiles, and records graphs
     first, steps = [], []
     for _ in range(config.rounds):
-        begin = time.perf_counter()
-        for i, request in enumerate(requests):
-            infer.admit(decoder, i, request)
-        seen: set[Any] = set()
-        while len(seen) < batch:
-            seen |= {event.key for event in infer.step(decoder)}
-        first.append(time.perf_counter() - begin)
-        while len(decoder.active) == batch:
+        first.append(first_token_seconds(engine, requests))
+        while len(engine.active) == batch:
             begin = time.perf_counter()
-            infer.step(decoder)
+            infer.step(engine)
             steps.append(time.perf_counter() - begin)
-        while decoder.active:
-            infer.step(decoder)
+        while engine.active:
+            infer.step(engine)
     seconds = statistics.median(steps)
     context = config.prompt_tokens + config.new_tokens // 2
-    read = model.decode_bytes(bot.config, batch, context, here.compute_dtype.itemsize)
-    cuda = here.device.type == "cuda"
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    floor = model.decode_bytes(loaded.config, batch, context, runtime.compute_dtype.itemsize) / limits.copy
     return {
         "first_token_seconds": statistics.median(first),
         "step_seconds": seconds,
-        "floor_seconds": read / limits.copy,
+        "floor_seconds": floor,
         "tokens_per_second": batch / seconds,
-        "bandwidth_use": read / limits.copy / seconds,
-        "mfu": batch * model.decode_flops(bot.config, context) / seconds / limits.matmul,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(here.device) if cuda else peak,
-        "cache_bytes": tree.nbytes(decoder.cache),
+        "bandwidth_use": floor / seconds,
+        "mfu": batch * model.decode_flops(loaded.config, context) / seconds / limits.matmul,
+        "peak_memory_bytes": distributed.peak_memory_bytes(runtime.device),
+        "cache_bytes": tree.nbytes(engine.cache),
     }
+
+
+def first_token_seconds(engine: Engine, requests: list[Request]) -> float:
+    """Admit all requests; return the seconds until each has its first token."""
+    begin = time.perf_counter()
+    for i, request in enumerate(requests):
+        infer.admit(engine, i, request)
+    seen: set[Any] = set()
+    while len(seen) < len(requests):
+        seen |= {event.key for event in infer.step(engine)}
+    return time.perf_counter() - begin
+
+
+# A running server
+
+
+class Answer(NamedTuple):
+    """What a client measured: seconds to the first chunk and between chunks, and the server's token count."""
+
+    first_seconds: float
+    gap_seconds: list[float]
+    tokens: int
+
+
+def measure_server(config: ServerConfig) -> None:
+    stats = json.loads(fetch(config, "/stats"))
+    if not stats["model"]:
+        raise UserError(f"{config.url}: its model is still being loaded")
+    devices = ", ".join(f"{w['slots']} slots on {w['device']}" for w in stats["workers"])
+    print(f"{stats['model']['name']}, step {stats['model']['step']}: {devices}")
+    seeds = itertools.count()
+    ask(config, next(seeds))  # warm-up
+    rows = [["clients", "answers", "tokens/s", "speed-up", "first ms: 50%", "95%", "gap ms", "health ms"]]
+    base = 0.0
+    for clients in config.clients:
+        answers, seconds, health = load_test(config, clients, seeds)
+        rate = sum(answer.tokens for answer in answers) / seconds
+        base = base or rate
+        first = sorted(1000 * answer.first_seconds for answer in answers)
+        gaps = [1000 * gap for answer in answers for gap in answer.gap_seconds] or [0.0]
+        numbers = (statistics.median(first), first[min(len(first) - 1, int(0.95 * len(first)))])
+        numbers += (statistics.median(gaps), 1000 * health)
+        rows.append([str(clients), str(len(answers)), f"{rate:.1f}", f"{rate / base:.2f}"])
+        rows[-1] += [f"{number:.1f}" for number in numbers]
+        print(f"{clients} clients: {rate:.1f} tokens/s", flush=True)
+    print(table(rows))
+
+
+def load_test(config: ServerConfig, clients: int, seeds: Iterator[int]) -> tuple[list[Answer], float, float]:
+    """Let `clients` ask for `config.seconds`, and finish their last answers.
+
+    Returns:
+        (answers, total seconds, seconds of the slowest response of /health).
+    """
+    start = time.perf_counter()
+    end = start + config.seconds
+
+    def client() -> list[Answer]:
+        answers = []
+        while not answers or time.perf_counter() < end:
+            answers.append(ask(config, next(seeds)))
+        return answers
+
+    def poll_health() -> float:
+        slowest = 0.0
+        while not all(future.done() for future in futures):
+            begin = time.perf_counter()
+            fetch(config, "/health")
+            slowest = max(slowest, time.perf_counter() - begin)
+            time.sleep(0.1)
+        return slowest
+
+    with concurrent.futures.ThreadPoolExecutor(clients + 1) as threads:
+        futures = [threads.submit(client) for _ in range(clients)]
+        health = threads.submit(poll_health)
+        answers = [answer for future in futures for answer in future.result()]
+        seconds = time.perf_counter() - start
+        return answers, seconds, health.result()
+
+
+def ask(config: ServerConfig, seed: int) -> Answer:
+    """Send one request and read the stream.
+
+    Raises:
+        UserError: the server refuses, or the stream breaks off.
+    """
+    body = {"messages": [{"role": "user", "content": config.prompt}], "stream": True, "seed": seed}
+    body |= {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_k": config.top_k}
+    body |= {"stream_options": {"include_usage": True}}
+    start, times, tokens = time.perf_counter(), [], 0
+    connection, response = request(config, "/v1/chat/completions", json.dumps(body))
+    try:
+        for line in response:
+            if line.startswith(b'data: {"error"'):
+                raise UserError(f"{config.url}: {json.loads(line[6:])['error']['message']}")
+            if b'"completion_tokens"' in line:
+                tokens = json.loads(line[6:])["usage"]["completion_tokens"]
+            elif line.startswith(b"data: {"):
+                times.append(time.perf_counter())
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{config.url}: the stream broke off ({error})") from None
+    finally:
+        connection.close()
+    chunks = times[1:-1] or times[-1:]  # without the role at the start and the finish reason at the end
+    if not chunks:
+        raise UserError(f"{config.url}: the stream had no answer")
+    return Answer(chunks[0] - start, [b - a for a, b in itertools.pairwise(chunks)], tokens)
+
+
+def fetch(config: ServerConfig, path: str) -> bytes:
+    connection, response = request(config, path)
+    try:
+        return response.read()
+    finally:
+        connection.close()
+
+
+def request(
+    config: ServerConfig, path: str, body: str | None = None
+) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    """Send a GET request, or with a body a POST request.
+
+    Raises:
+        UserError: no server answers, or not with status 200.
+    """
+    url = urlsplit(config.url)
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    headers = {"content-type": "application/json"}
+    if config.token:
+        headers["authorization"] = f"Bearer {config.token}"
+    try:
+        connection = kind(url.netloc, timeout=120)
+        connection.request("POST" if body else "GET", path, body, headers)
+        response = connection.getresponse()
+    except (OSError, http.client.HTTPException) as error:
+        hint = "`python launch.py --experiment=web` starts one"
+        raise UserError(f"server.url={config.url}: no server answers ({error}); {hint}") from None
+    if response.status != 200:
+        message = response.read(500).decode("utf-8", "replace")
+        connection.close()
+        raise UserError(f"{config.url}{path}: status {response.status}, {message}")
+    return connection, response

@@ -274,9 +274,6 @@ for name in sys.argv[1:]:
 
 def test_settings_of_every_experiment_are_read_without_torch() -> None:
     names = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
-    names = [
-        name for name in names if name not in ("bench_infer", "bench_serve", "bench_core", "bench_data")
-    ]  # not yet
     result = subprocess.run(
         [sys.executable, "-c", CHECK_SETTINGS, *names], cwd=ROOT, capture_output=True, text=True, timeout=100
     )

@@ -558,7 +558,7 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(folder: Path) -> None:
         assert torch.equal(targets.cpu(), batch["targets"])
 
 
-def test_bench_data_reports_its_figures(folder: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loader_benchmark_reports_speeds(folder: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["tokens=5000", "rounds=1", "rows=4", "sequence_len=64", "vocab_size=270", f"data.source={folder}"]
     bench_data.run(override(bench_data.config(), settings), distributed.init("cpu"))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

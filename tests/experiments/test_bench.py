@@ -322,7 +322,7 @@ def test_bench_infer_reports_every_batch_and_its_floor(capsys: pytest.CaptureFix
     bench_infer.run(override(bench_infer.config(), [*settings, "rounds=1", "compile=false"]), HERE)
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
-    assert set(report) == {"settings", "limits", "prefill", "batch_1", "batch_3"}
+    assert set(report) == {"bench", "settings", "limits", "prefill", "batch_1", "batch_3"}
     shape = model.from_depth(1, vocab_size=300, sequence_len=64)
     for batch in (1, 3):
         row = report[f"batch_{batch}"]
@@ -343,7 +343,7 @@ def test_decode_flops_and_bytes_of_a_step() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("batches=0", "at least 1"), ("prompt_tokens=500", "over the context"), ("vocab_size=100", "at least 265")],
+    [("batches=0", "at least 1"), ("prompt_tokens=500", "exceed the context"), ("vocab_size=100", "at least 265")],
 )
 def test_bench_infer_rejects_invalid_settings(setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

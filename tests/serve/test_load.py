@@ -26,7 +26,7 @@ import torch
 import web_clients
 from web_clients import whole_answer
 
-from experiments import bench_serve, convert, web
+from experiments import bench_infer, convert, web
 from nanochat import checkpoint, distributed, infer
 from nanochat.config import UserError, override
 from nanochat.data import Tokenizer, tokenizer
@@ -235,13 +235,14 @@ def wait_for_exit(pid: int) -> None:
         time.sleep(0.05)
 
 
-def test_bench_prints_a_table(servers: list[Running], capsys: pytest.CaptureFixture[str]) -> None:
-    settings = [f"url={servers[0].url}", "clients=1,4", "seconds=0.2", "max_tokens=8", "prompt=x"]
-    bench_serve.run(override(bench_serve.config(), settings), distributed.init("cpu"))
+def test_server_benchmark_prints_a_table(servers: list[Running], capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["what=server", "server.clients=1,4", "server.seconds=0.2", "server.max_tokens=8", "server.prompt=x"]
+    config = override(bench_infer.config(), [*settings, f"server.url={servers[0].url}"])
+    bench_infer.run(config, distributed.init("cpu"))
     *_, one, four = capsys.readouterr().out.splitlines()
     assert one.split()[0] == "1" and one.split()[3] == "1.00" and four.split()[0] == "4" and float(four.split()[2]) > 0
     with pytest.raises(UserError, match="no server answers"):
-        bench_serve.run(override(bench_serve.config(), ["url=http://localhost:9"]), distributed.init("cpu"))
+        bench_infer.run(override(config, ["server.url=http://localhost:9"]), distributed.init("cpu"))
 
 
 def test_sigterm_while_loading_ends_all_processes(base: Path) -> None:
