@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from nanochat import data, distributed, eval, model, tree
+from nanochat import data, distributed, eval, model
 from nanochat.config import UserError, base_dir
 from nanochat.data import DataConfig
 from nanochat.text import table
@@ -265,6 +265,7 @@ def load_core_model(config: CoreConfig, runtime: Runtime) -> Model:
     import torch
 
     from experiments import _bench
+    from nanochat import tree
 
     if config.run is not None:
         return _bench.load_model(config.run, runtime)

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from nanochat import data, distributed, infer, model, tree
+from nanochat import data, distributed, infer, model
 from nanochat.config import UserError
 from nanochat.text import table
 
@@ -226,9 +226,11 @@ def random_prompt(loaded: Model, count: int, seed: int) -> tuple[int, ...]:
 
 def decode(config: Config, loaded: Model, runtime: Runtime, limits: Limits, batch: int) -> dict[str, float]:
     """Return the times of decoding `batch` sequences, and the least that they could be."""
-    if runtime.device.type == "cuda":
-        import torch
+    import torch
 
+    from nanochat import tree
+
+    if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runtime.device)
     engine = start_engine(config, loaded, runtime, batch, config.compile)
     requests = [

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import _bench, _gpu, _jobs, _trace, bench_infer, bench_train, pretrain
+from experiments import _bench, _gpu, _jobs, _trace, bench_data, bench_infer, bench_train, pretrain
 from experiments._bench import Limits
 from experiments._trace import Trace
 from nanochat import distributed, model
-from nanochat.config import UserError, override
+from nanochat.config import UserError, base_dir, override
+from nanochat.data import tokenizer
 from nanochat.distributed import Runtime
 from nanochat.model import attention
 
@@ -348,3 +349,16 @@ def test_decode_flops_and_bytes_of_a_step() -> None:
 def test_bench_infer_rejects_invalid_settings(setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         bench_infer.run(override(bench_infer.config(), ["depth=1", setting]), HERE)
+
+
+# The CORE evaluation
+
+
+def test_core_benchmark_compares_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer.save(tokenizer.train(["the cat sat on the mat " * 9], 270), base_dir() / "bench_tokenizer_270")
+    bundle = Path(__file__).parents[1] / "data" / "core_bundle"
+    settings = ["what=core", f"core.bundle={bundle}", "core.vocab_size=270", "core.rows=2", "core.depth=1"]
+    bench_data.run(override(bench_data.config(), [*settings, "core.sequence_len=128"]), HERE)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["bench"] == "core" and result["all"]["prompts"] > 0
+    assert result["all"]["ratio"] == pytest.approx(result["all"]["single"] / result["all"]["batched"])
