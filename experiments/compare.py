@@ -31,7 +31,7 @@ from nanochat import checkpoint, data, distributed, eval, metrics, model
 from nanochat.config import UsageError, UserError, base_dir
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.metrics import plots
-from nanochat.text import format_duration
+from nanochat.text import format_duration, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -323,18 +323,15 @@ def compare(sides: Sequence[Side], sizes: np.ndarray, axis: str, limit: float) -
 
 def format_table(sides: Sequence[Side], results: dict[str, Comparison | None]) -> str:
     """Return the comparisons as a table."""
-    names = [side.name for side in sides]
-    width = max(12, *(len(name) + 2 for name in names))
-    lines = [f"{'at equal':<22}{names[0]:>{width}}{names[1]:>{width}}{'difference':>13}   95% interval"]
+    rows = [["at equal", *(side.name for side in sides), "difference", "95% interval"]]
     for axis, result in results.items():
         if result is None:
-            lines.append(f"{axis:<22}{'-':>{width}}{'-':>{width}}{'-':>13}   the curves do not overlap")
+            rows.append([axis, "-", "-", "-", "the curves do not overlap"])
             continue
-        a, b = (float(np.mean(values)) for values in result.values)
         limit = f"{result.limit:.3g}" if axis == "FLOPs" else format_duration(60 * result.limit)
-        label, i = f"{axis}: {limit}", result.interval
-        lines.append(f"{label:<22}{a:>{width}.4f}{b:>{width}.4f}{i.difference:>+13.4f}   {i.low:+.4f} to {i.high:+.4f}")
-    return "\n".join(lines)
+        means, i = (f"{float(np.mean(values)):.4f}" for values in result.values), result.interval
+        rows.append([f"{axis}: {limit}", *means, f"{i.difference:+.4f}", f"{i.low:+.4f} to {i.high:+.4f}"])
+    return table(rows)
 
 
 def notes(sides: Sequence[Side], limit: float) -> Iterator[str]:

@@ -24,7 +24,7 @@ from nanochat import distributed, metrics, model, train
 from nanochat.config import UserError, base_dir
 from nanochat.distributed import hardware
 from nanochat.metrics import plots
-from nanochat.text import format_count, format_duration
+from nanochat.text import format_count, format_duration, table
 
 if TYPE_CHECKING:
     from nanochat.distributed import ControlGroup, Runtime
@@ -74,7 +74,7 @@ def run(config: Config, runtime: Runtime) -> None:
             if runtime.is_main:
                 write(folder, COLUMNS, finished)
                 draw(folder, config.name, finished)
-    print(f"\n{table(finished, ('depth', 'params_scaling', 'tokens', 'flops', 'val_bpb', 'core', 'train_seconds'))}")
+    print(f"\n{summary(finished, ('depth', 'params_scaling', 'tokens', 'flops', 'val_bpb', 'core', 'train_seconds'))}")
     print(f"\nresults and pictures: {folder}")
 
 
@@ -148,7 +148,7 @@ def write(folder: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) 
     part.replace(path)
 
 
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+def summary(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """Return columns of the results as text."""
 
     def cell(name: str, value: Any) -> str:
@@ -160,8 +160,7 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
             return f"{value:.3g}" if value >= 1e4 else f"{value:.4f}"
         return format_count(value) if value >= 1e4 else str(value)
 
-    lines = [columns, *([cell(name, row[name]) for name in columns] for row in rows)]
-    return "\n".join("  " + "".join(f"{text:>16}" for text in line) for line in lines)
+    return table([columns, *([cell(name, row[name]) for name in columns] for row in rows)])
 
 
 def draw(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -97,7 +97,7 @@ def run(config: Config, runtime: Runtime) -> None:
                 miniseries.write(folder, COLUMNS, rows)
                 draw(folder, config.name, rows, optima(rows))
     shown = ("flops_budget", "depth", "params_scaling", "tokens", "tokens_per_param", "val_bpb", "train_seconds")
-    print(f"\n{miniseries.table(rows, shown)}\n\n{laws(optima(rows))}\n\nresults and pictures: {folder}")
+    print(f"\n{miniseries.summary(rows, shown)}\n\n{laws(optima(rows))}\n\nresults and pictures: {folder}")
 
 
 def short(number: float) -> str:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from nanochat.config import UserError
 from nanochat.data import DataConfig, sources, tokenizer
+from nanochat.text import table
 
 if TYPE_CHECKING:
     from nanochat.data import Tokenizer
@@ -142,7 +143,7 @@ def evaluate(config: Config, folder: Path) -> None:
             texts[split] = first_chars(sources.texts(config.data, split), config.eval_chars)
         except UserError as error:
             print(f"{split:<12} skipped: {error}")
-    print("\n" + "\n".join(table(texts, encoders)))
+    print("\nbytes per token (difference in tokens)\n" + table(compression_rows(texts, encoders)))
 
 
 def load_baselines(seconds: float) -> dict[str, tiktoken.Encoding | str]:
@@ -166,13 +167,16 @@ def load_baselines(seconds: float) -> dict[str, tiktoken.Encoding | str]:
     return {name: loaded.get(name, f"tiktoken's download did not finish in {seconds:g} s") for name in BASELINES}
 
 
-def table(texts: dict[str, list[str]], encoders: dict[str, Callable[[str], list[int]]]) -> Iterator[str]:
-    """Yield the lines of the table: bytes per token, and for the baselines the difference in tokens to the first."""
-    first, *rest = encoders
-    header = f"{'text':<10}{'bytes':>12}{first:>12}" + "".join(f"{name:>22}" for name in rest)
-    yield from ("bytes per token (difference in tokens)", header, "-" * len(header))
+def compression_rows(texts: dict[str, list[str]], encoders: dict[str, Callable[[str], list[int]]]) -> list[list[str]]:
+    """Return bytes per token of every text, and for the baselines the difference in tokens to the first encoder."""
+    first = next(iter(encoders))
+    rows = [["text", "bytes", *encoders]]
     for name, docs in texts.items():
         size = sum(len(doc.encode()) for doc in docs)
         counts = {key: sum(map(len, map(encode, docs))) for key, encode in encoders.items()}
-        cells = [f"{size / counts[key]:>12.3f}{f'({counts[key] / counts[first] - 1:+.1%})':>10}" for key in rest]
-        yield f"{name:<10}{size:>12,}{size / counts[first]:>12.3f}" + "".join(cells)
+        cells = [
+            f"{size / n:.3f}" + ("" if key == first else f" ({n / counts[first] - 1:+.1%})")
+            for key, n in counts.items()
+        ]
+        rows.append([name, f"{size:,}", *cells])
+    return rows

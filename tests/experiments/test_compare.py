@@ -64,7 +64,7 @@ def compared(capsys: pytest.CaptureFixture[str], *words: str, **settings: Any) -
 
 def numbers(out: str, axis: str) -> list[float]:
     """Return a, b, difference, low and high of the table's row."""
-    row = next(line for line in out.splitlines() if line.startswith(f"{axis}:"))
+    row = next(line for line in out.splitlines() if line.strip().startswith(f"{axis}:"))
     return [float(x) for x in re.findall(r"[+-]?\d+\.\d{4}\b", row)]
 
 
