@@ -105,12 +105,6 @@ def test_padding_leaves_the_end_of_a_row_empty() -> None:
     assert rows == [([(0, 0, 5), (1, 5, 9)], 0), ([(3, 0, 9)], 0), ([(2, 0, 4), (4, 4, 7)], 0)]
 
 
-def test_buffer_is_full_before_every_choice() -> None:
-    # With two to choose from, 6 goes before 1, and 4, in the buffer by then, before 1 again.
-    assert next(plan([1, 6, 4, 9], 10, buffer_docs=2))[0] == [(1, 0, 6), (2, 6, 10)]
-    assert next(plan([1, 6, 4, 9], 10, buffer_docs=4))[0] == [(3, 0, 9), (0, 9, 10)]
-
-
 def test_search_does_not_scan_the_buffer() -> None:
     random.seed(0)
     lengths = [random.randint(1, 1000) for _ in range(100_000)]

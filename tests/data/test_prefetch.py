@@ -64,7 +64,7 @@ def test_error_is_raised_after_the_items_before_it() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "forget", "error"])
-def test_the_thread_ends_with_the_generator(how: str) -> None:
+def test_thread_ends_with_the_generator(how: str) -> None:
     closed = threading.Event()
 
     def make() -> Generator[int, None, None]:
@@ -75,7 +75,6 @@ def test_the_thread_ends_with_the_generator(how: str) -> None:
 
     items = prefetch(make(), depth=2)
     next(items)
-    started = time.monotonic()
     if how == "close":
         items.close()
     elif how == "forget":
@@ -85,7 +84,6 @@ def test_the_thread_ends_with_the_generator(how: str) -> None:
         with pytest.raises(KeyboardInterrupt):
             items.throw(KeyboardInterrupt())
     assert running() == 0
-    assert time.monotonic() - started < 1
     assert wait_for(closed.is_set), "the generator was not closed"
 
 
@@ -108,10 +106,8 @@ def test_process_exits_while_a_generator_is_open(ending: str, code: int) -> None
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start() if "stuck" in {ending!r} else None
         {ending}
     """
-    started = time.monotonic()
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == code, result.stderr
     assert "Exception ignored" not in result.stderr and "Fatal" not in result.stderr
-    assert time.monotonic() - started < 20

@@ -13,7 +13,8 @@ import pytest
 import ranks
 
 from nanochat.config import UserError
-from nanochat.data import CorruptShardError, DataConfig, Shard, embedded, sources
+from nanochat.data import CorruptShardError, DataConfig, embedded, sources
+from nanochat.data.sources import Shard
 
 
 @pytest.fixture(autouse=True)

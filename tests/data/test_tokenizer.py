@@ -282,8 +282,3 @@ def test_failed_save_keeps_the_old_files(tok: Tokenizer, tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="No space left on device"):
         tokenizer.save(Tokenizer(tok.tokens[:300]), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_default_folder_follows_the_base_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    assert tokenizer.default_dir() == tmp_path / "tokenizer"

@@ -15,7 +15,7 @@ import tiktoken
 from experiments import data, tokenizer
 from nanochat import distributed
 from nanochat.config import UserError, override
-from nanochat.data import DataConfig, download, embedded, sources
+from nanochat.data import download, embedded, sources
 from nanochat.data import tokenizer as bpe
 
 
@@ -180,8 +180,3 @@ def samples() -> dict[str, str]:
 def test_samples_are_a_few_paragraphs_of_each_kind():
     assert samples().keys() == set(tokenizer.SAMPLES)
     assert all(len(text.encode()) > 500 and text.count("\n\n") >= 1 for text in samples().values())
-
-
-def test_default_source_is_climbmix():
-    assert data.config().data == tokenizer.config().data == DataConfig(source="climbmix")
-    assert tokenizer.config().vocab_size == 32768
