@@ -32,7 +32,6 @@ from nanochat import config as configs
 from nanochat import jsonl
 from nanochat.config import UserError, base_dir
 from nanochat.distributed import GIB, Runtime
-from nanochat.text import table
 
 # Section -> (time limit, and the least time to start it with), in seconds.
 SECONDS = {"limits": (45, 10), "check": (130, 45), "train": (150, 60), "attention": (100, 25), "linear": (60, 20)}
@@ -180,23 +179,16 @@ def summarize(config: Config, folder: Path) -> None:
     accumulated = {(row["depth"], row["linear"]): row for row in results if row.get("what") == "accumulated"}
     if steps:
         print("\ntraining steps (MFU of the 16-bit peak; accumulated: with the micro-batches of pretraining)")
-        header = ["depth", "precision", "rows", "tokens/s", "MFU", "accumulated", "x predicted", "peak GiB"]
-        cells = [
-            [
-                str(row["depth"]),
-                row["precision"],
-                str(row["rows"]),
-                f"{row['tokens_per_second']:,.0f}",
-                f"{row['mfu']:.1%}",
-                f"{accumulated[key]['mfu']:.1%}" if key in accumulated else "-",
-                f"{row['step_seconds'] / row['predicted_seconds']:.2f}",
-                f"{row['peak_memory_bytes'] / GIB:.2f}",
-                f"{row['planned_bytes'] / GIB:.2f}",
-                f"{row['compile_seconds']:.0f}",
-            ]
+        table_rows = [
+            bench_train.derived(row)
+            | {
+                "accumulated_mfu": accumulated.get(key, {}).get("mfu"),
+                "step_over_prediction": row["step_seconds"] / row["predicted_seconds"],
+                "planned_gib": row["planned_bytes"] / GIB,
+            }
             for key, row in steps.items()
         ]
-        print(table([[*header, "planned", "compile s"], *cells]))
+        print(bench_train.results_table(table_rows, ("depth", "precision", "rows"), bench_train.GPU_COLUMNS))
     for (depth, kind), row in steps.items() if config.device != "cpu" else ():
         mfu = max(row["mfu"], accumulated.get((depth, kind), row)["mfu"])
         if kind == "dense":

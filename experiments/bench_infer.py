@@ -26,9 +26,10 @@ import itertools
 import json
 import statistics
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from nanochat import data, distributed, infer, model
 from nanochat.config import UserError
@@ -353,19 +354,17 @@ def ask(config: ServerConfig, seed: int) -> Answer:
     body |= {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_k": config.top_k}
     body |= {"stream_options": {"include_usage": True}}
     start, times, tokens = time.perf_counter(), [], 0
-    connection, response = request(config, "/v1/chat/completions", json.dumps(body))
     try:
-        for line in response:
-            if line.startswith(b'data: {"error"'):
-                raise UserError(f"{config.url}: {json.loads(line[6:])['error']['message']}")
-            if b'"completion_tokens"' in line:
-                tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-            elif line.startswith(b"data: {"):
-                times.append(time.perf_counter())
+        with request(config, "/v1/chat/completions", json.dumps(body)) as response:
+            for line in response:
+                if line.startswith(b'data: {"error"'):
+                    raise UserError(f"{config.url}: {json.loads(line[6:])['error']['message']}")
+                if b'"completion_tokens"' in line:
+                    tokens = json.loads(line[6:])["usage"]["completion_tokens"]
+                elif line.startswith(b"data: {"):
+                    times.append(time.perf_counter())
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{config.url}: the stream broke off ({error})") from None
-    finally:
-        connection.close()
     chunks = times[1:-1] or times[-1:]  # without the role at the start and the finish reason at the end
     if not chunks:
         raise UserError(f"{config.url}: the stream had no answer")
@@ -373,35 +372,26 @@ def ask(config: ServerConfig, seed: int) -> Answer:
 
 
 def fetch(config: ServerConfig, path: str) -> bytes:
-    connection, response = request(config, path)
-    try:
+    with request(config, path) as response:
         return response.read()
-    finally:
-        connection.close()
 
 
-def request(
-    config: ServerConfig, path: str, body: str | None = None
-) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+def request(config: ServerConfig, path: str, body: str | None = None) -> http.client.HTTPResponse:
     """Send a GET request, or with a body a POST request.
 
     Raises:
         UserError: no server answers, or not with status 200.
     """
-    url = urlsplit(config.url)
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     headers = {"content-type": "application/json"}
     if config.token:
         headers["authorization"] = f"Bearer {config.token}"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        connection = kind(url.netloc, timeout=120)
-        connection.request("POST" if body else "GET", path, body, headers)
-        response = connection.getresponse()
-    except (OSError, http.client.HTTPException) as error:
+        message = urllib.request.Request(config.url.rstrip("/") + path, body.encode() if body else None, headers)
+        return opener.open(message, timeout=120)
+    except urllib.error.HTTPError as error:
+        reason = error.read(500).decode("utf-8", "replace")
+        raise UserError(f"{config.url}{path}: status {error.code}, {reason}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
         hint = "`python launch.py --experiment=web` starts one"
         raise UserError(f"server.url={config.url}: no server answers ({error}); {hint}") from None
-    if response.status != 200:
-        message = response.read(500).decode("utf-8", "replace")
-        connection.close()
-        raise UserError(f"{config.url}{path}: status {response.status}, {message}")
-    return connection, response

@@ -231,8 +231,13 @@ COLUMNS = {
     "expected B": ("sent_bytes_expected", ".3g"),
     "cold s": ("compile_cold_seconds", ".0f"),
     "warm s": ("compile_warm_seconds", ".0f"),
+    "accumulated": ("accumulated_mfu", ".1%"),
+    "x predicted": ("step_over_prediction", ".2f"),
+    "planned GiB": ("planned_gib", ".2f"),
+    "compile s": ("compile_seconds", ".0f"),
 }
 SWEEP_COLUMNS = ("tokens/s", "MFU", "of matmul", "peak GiB", "communication", "exposed", "cold s", "warm s")
+GPU_COLUMNS = ("tokens/s", "MFU", "accumulated", "x predicted", "peak GiB", "planned GiB", "compile s")
 SCALING_COLUMNS = ("tokens/s", "efficiency", "sent B", "expected B", "communication", "exposed", "peak GiB")
 
 
