@@ -230,7 +230,9 @@ def restore(
         UserError: no such step, or a checkpoint of another model.
         CorruptCheckpointError: names the leaf, the step, and the fix.
     """
-    group = _control_group(source)
+    if isinstance(source, Manager):
+        wait(source)
+    group = distributed.control_group()
     path = _step_path(source, step, group)
     header = _from_rank0(group, lambda: integrity.read_header(path))
     with raise_on_any_failure(group):
@@ -506,13 +508,6 @@ def _folder(source: Manager | Path) -> Path:
 
 def _group_of(source: Manager | Path) -> ControlGroup:
     return source.group if isinstance(source, Manager) else ControlGroup()
-
-
-def _control_group(source: Manager | Path) -> ControlGroup:
-    """Return the job's group, once a manager's save has ended."""
-    if isinstance(source, Manager):
-        wait(source)
-    return distributed.control_group()
 
 
 def _from_rank0(group: ControlGroup, function: Callable[[], Any]) -> Any:

@@ -15,7 +15,7 @@ import ranks_checkpoint
 import torch
 from ranks_checkpoint import KILL_WIDTH, MODES, assert_same, full_state, raw, resume_and_save
 
-from nanochat import checkpoint, distributed, tree
+from nanochat import checkpoint, tree
 from nanochat.checkpoint import CorruptCheckpointError, integrity, storage
 from nanochat.config import UserError
 
@@ -210,15 +210,6 @@ def test_save_killed_at_ten_times_never_damages_a_complete_step(tmp_path: Path, 
 
 
 # In one process
-
-
-def test_control_group_of_one_process_is_transparent() -> None:
-    group = distributed.control_group()
-    assert group == distributed.ControlGroup()
-    assert distributed.all_gather_object({"a": 1}, group=group) == [{"a": 1}]
-    assert distributed.broadcast_object(2, group=group) == 2
-    with pytest.raises(ZeroDivisionError), distributed.raise_on_any_failure(group):
-        _ = 1 / 0
 
 
 def test_replicated_shards_count_once_in_the_checksum() -> None:

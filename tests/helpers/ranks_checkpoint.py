@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -262,7 +263,9 @@ def exit_on_one_rank(folder: Path) -> None:
     try:
         checkpoint.save(manager, place(full_state(2), "fsdp", mesh), {})
     except distributed.LostRankError as error:
-        assert str(error) == "rank 3 of the job has exited or does not answer; its output says why"
+        # Rank 1 is no neighbor of rank 3: it notices last, maybe after rank 0 has closed the store.
+        name = r"(rank ([012] or )*3|another rank)"
+        assert re.fullmatch(name + " of the job has exited or does not answer; its output says why", str(error)), error
     else:
         raise AssertionError("saved without rank 3")
     checkpoint.close(manager)
