@@ -21,4 +21,7 @@ SETTINGS: dict[str, str] = {
     "strong=false": "scaling=weak",
     "weak=false": "scaling=strong",
     "download.timeout_seconds": "the environment variable HF_HUB_DOWNLOAD_TIMEOUT",
+    "rollout.examples": "rollout.prompts_per_step",
+    "rollout.samples": "rollout.samples_per_prompt",
+    "exam": "eval_task",
 }

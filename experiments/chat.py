@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from nanochat import checkpoint, data, infer
-from nanochat.config import UserError
+from nanochat.config import Device, Dtype, UserError
 from nanochat.data import chat_format
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Config:
     seed: int | None = None
     compile: bool = False
     verbose: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         check_settings(self, temperature=0, top_k=0, max_tokens=1)

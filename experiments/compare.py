@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nanochat import checkpoint, data, distributed, eval, metrics, model
-from nanochat.config import UsageError, UserError, base_dir
+from nanochat.config import Device, Dtype, UsageError, UserError, base_dir
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.metrics import plots
 from nanochat.text import format_duration, table
@@ -63,8 +63,8 @@ class Config:
     args: tuple[str, ...] = ()
     tokens: int | None = None
     source: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
 
 class Side(NamedTuple):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat import checkpoint, data, distributed, eval, infer, jsonl, metrics, model, train
-from nanochat.config import UserError
+from nanochat.config import Device, Dtype, UserError
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.eval import core_bundle
 from nanochat.text import format_duration
@@ -80,8 +80,8 @@ class Config:
     sample_tokens: int = 16
     free_samples: int = 8
     free_tokens: int = 128
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         least = {"tokens": 1, "device_batch_size": 1, "sample_tokens": 1, "free_samples": 0, "free_tokens": 1}

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import eval_base
 from nanochat import checkpoint, distributed, eval, jsonl, metrics, tasks
-from nanochat.config import UserError
+from nanochat.config import Device, Dtype, UserError
 from nanochat.eval import CHAT_CORE, TITLES, ChatEvalConfig
 from nanochat.text import format_duration
 
@@ -55,8 +55,8 @@ class Config(ChatEvalConfig):
     step: int | None = None
     tasks: tuple[str, ...] = (*CHAT_CORE, "spellingbee")
     source: Path | None = None
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
 
 def config() -> Config:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from experiments import chat
 from nanochat import checkpoint, infer
-from nanochat.config import UserError
+from nanochat.config import Device, Dtype, UserError
 from nanochat.metrics import progress
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Config:
     max_tokens: int = 256
     seed: int = 42
     compile: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         chat.check_settings(self, temperature=0, top_k=0, max_tokens=1, samples=1, slots=1)

@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=8 launch.py --experiment=midtrain --set run=d20
     torchrun --nproc_per_node=8 launch.py --experiment=sft --set run=d20_mid             # afterwards
 
-Everything in a conversation is learned, the user's words too. The rate is flat for four fifths of the run, then falls
-to 0. An optional stage: it teaches the form of conversations, multiple choice, tool calls and spelling. Settings are
-those of --experiment=sft; writes runs/<run>_mid.
+An optional stage that teaches the format of conversations, multiple choice, tool calls and spelling. The loss is on all
+tokens, the user's too. The learning rate is constant for four fifths of the run, then falls to 0. Settings are those of
+--experiment=sft; writes runs/<base run>_mid.
 """
 
 from __future__ import annotations
@@ -35,5 +35,5 @@ def config() -> sft.Config:
 
 
 def run(config: sft.Config, runtime: Runtime) -> None:
-    """Mid-train the parent."""
+    """Mid-train a base run."""
     sft.train_stage(config, runtime, "mid", ("base",))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import pretrain
 from nanochat import distributed, metrics, model, train
-from nanochat.config import UserError, base_dir
+from nanochat.config import Device, Dtype, UserError, base_dir
 from nanochat.distributed import hardware
 from nanochat.metrics import plots
 from nanochat.text import format_count, format_duration, table
@@ -49,8 +49,8 @@ class Config:
     name: str = "miniseries"
     depths: tuple[int, ...] = tuple(range(12, 27, 2))
     base: pretrain.Config = pretrain.Config()
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
 
 def config() -> Config:

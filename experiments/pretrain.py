@@ -1,8 +1,8 @@
-"""Pretrain a base model of a given depth; every other number follows from the scaling rules.
+"""Pretrain a base model of a given depth; the scaling rules give all other numbers.
 
     torchrun launch.py --experiment=pretrain --set depth=16
     torchrun launch.py --experiment=pretrain_d20 --set dry_run=true     # print the plan, allocate nothing
-    torchrun launch.py --experiment=pretrain_d20 --resume               # go on after a stop
+    torchrun launch.py --experiment=pretrain_d20 --resume               # continue a stopped run
 
 Needs data (--experiment=data) and a tokenizer (--experiment=tokenizer). Writes checkpoints, metrics.jsonl, the resolved
 configuration and curves to runs/<name> under the base folder. Depth 20 on 8 H100 is the reference's run.
@@ -30,16 +30,19 @@ if TYPE_CHECKING:
     from nanochat.eval import Bundle
     from nanochat.model import ModelConfig
     from nanochat.optim import Plan
-    from nanochat.train import Job, TrainState
+    from nanochat.train import RunContext, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class ShapeConfig:
-    """What of the model's shape does not follow from depth.
+    """The parts of the model's shape that do not follow from its depth.
 
     Attributes:
-        sequence_len: tokens of context. aspect_ratio: width per layer. head_dim: width of a head.
-        window_pattern: S and L, tiled over the layers. vocab_size: none takes the tokenizer's.
+        sequence_len: context length in tokens.
+        aspect_ratio: model width divided by depth, before rounding up to whole heads.
+        head_dim: width of an attention head.
+        window_pattern: attention windows tiled over the layers: S a quarter of the context, L all of it.
+        vocab_size: size of the vocabulary; none: the tokenizer's.
     """
 
     sequence_len: int = 2048
@@ -51,11 +54,12 @@ class ShapeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CoreConfig:
-    """Evaluation by CORE along the way; it is left out, and that said, where there is no bundle.
+    """Evaluation of CORE during the run; skipped with a message if there is no evaluation bundle.
 
     Attributes:
-        every_steps: between evaluations, and one at the end; none: never. max_per_task: rows of a task.
-        bundle: its folder; none: the one that --experiment=data fetches.
+        every_steps: steps between evaluations, and once after the last step; none: never.
+        max_per_task: examples of each task.
+        bundle: folder of the evaluation bundle; none: the one that --experiment=data downloads.
     """
 
     every_steps: int | None = 2000
@@ -65,13 +69,16 @@ class CoreConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config(StageConfig):
-    """A pretraining run; what is none is filled by the scaling rules, or stays off.
+    """A pretraining run.
 
     Attributes:
-        depth: the dial. dry_run: print the plan and stop, without allocating anything.
-        tokenizer: its folder; none: the default one.
-        total_batch_size: tokens of a step.
-        num_iterations, target_flops, target_param_data_ratio: length of the run; the first that is given counts.
+        depth: number of layers, from which everything else follows.
+        dry_run: print the plan and stop, without allocating anything.
+        tokenizer: folder of the tokenizer; none: the default one.
+        total_batch_size: tokens of an optimizer step; none: by the scaling rules.
+        num_iterations: optimizer steps; none: by target_flops.
+        target_flops: FLOPs of the whole run; none: by target_param_data_ratio.
+        target_param_data_ratio: tokens per scaling parameter (matrices and unembedding).
     """
 
     depth: int = 20
@@ -95,9 +102,9 @@ def config() -> Config:
 def run(config: Config, runtime: Runtime) -> None:
     """Resolve the configuration, print the plan, and pretrain."""
     name = config.name or f"d{config.depth}"
-    config = train.was_restarted_here(config, name, runtime)
+    config = train.resume_after_restart(config, name, runtime)
     if not config.dry_run:
-        sources.shards_of(config.data, "train")  # missing data is said before anything else
+        sources.shards_of(config.data, "train")  # report missing data first
     tok = load_tokenizer(config, name, required=not config.dry_run)
     shape, plan = resolve(config, tok)
     config = dataclasses.replace(
@@ -117,27 +124,23 @@ def run(config: Config, runtime: Runtime) -> None:
 
 
 def tokenizer_folder(config: Config) -> Path:
-    """Return the folder of the tokenizer that `config` names."""
+    """Return the folder of the tokenizer for a new run."""
     return Path(config.tokenizer) if config.tokenizer else tokenizer.default_dir()
 
 
 def load_tokenizer(config: Config, name: str, *, required: bool = True) -> Tokenizer | None:
-    """Return the tokenizer of a new run, or the own copy of a resumed one; None where none is there or required.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Return the tokenizer: of a resumed run its own copy; None if there is none and it is not required."""
     own, folder = train.run_folder(name) / "tokenizer", tokenizer_folder(config)
     if config.resume and own.exists():
         tok = tokenizer.load(own)
         if folder.exists() and tokenizer.load(folder).fingerprint != tok.fingerprint:
-            print(f"resuming with the run's own tokenizer in {own}; {folder} holds another one by now")
+            print(f"resuming with the run's own tokenizer in {own}; {folder} holds another one now")
         return tok
     return tokenizer.load(folder) if required or folder.exists() else None
 
 
 def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime) -> train.Stage:
-    """Return what pretraining is: packed documents, the scaling rules' rates, bits per byte and samples on the way."""
+    """Return the stage: packed documents, the plan's hyperparameters, bits per byte, CORE and samples."""
     rows_per_step = plan.total_batch_size // shape.sequence_len
     bundle = find_bundle(config.core)
     batches = functools.partial(
@@ -158,11 +161,11 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
             batches=functools.partial(batches, split="val", rows_per_step=rows),
             steps=max(config.eval.tokens // (rows * shape.sequence_len), 1),
         )
-        found = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
+        evals = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
         if bundle:
-            scored = functools.partial(core_score, bundle, config.core.max_per_task)
-            found.append(train.Evaluation("core/CORE", config.core.every_steps, scored))
-        return [*found, train.Evaluation(None, config.eval.sample_every_steps, train.stage.print_samples)]
+            score = functools.partial(core_score, bundle, config.core.max_per_task)
+            evals.append(train.Evaluation("core/CORE", config.core.every_steps, score))
+        return [*evals, train.Evaluation(None, config.eval.sample_every_steps, train.stage.print_samples)]
 
     return train.Stage(
         name="base",
@@ -176,39 +179,35 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
 
 
 def find_bundle(config: CoreConfig) -> Bundle | None:
-    """Return the evaluation bundle; None where CORE is not asked for, or where there is no bundle, which is said.
-
-    Raises:
-        UserError: a bundle that was named is none.
-    """
+    """Return the evaluation bundle; None if CORE is switched off or no bundle is downloaded."""
     folder = core_bundle.default_dir()
     if config.every_steps is None:
         return None
     if config.bundle is None and not folder.exists():
-        print(f"CORE is left out: no evaluation bundle in {folder}; --experiment=data fetches it")
+        print(f"CORE is skipped: no evaluation bundle in {folder}; --experiment=data downloads it")
         return None
     return core_bundle.read(Path(config.bundle or folder))
 
 
-def core_score(bundle: Bundle, max_per_task: int, job: Job, state: TrainState) -> train.Result | None:
-    """Return CORE and the centered accuracies of its tasks; the whole parameters are gathered for it."""
+def core_score(bundle: Bundle, max_per_task: int, ctx: RunContext, state: TrainState) -> train.Result | None:
+    """Return CORE and the centered accuracy of each task."""
     params = distributed.sharding.whole(state.params)
-    compute = model.Compute(dtype=job.runtime.compute_dtype)
-    found = eval.core.evaluate(params, job.shape, job.tok, bundle, max_per_task=max_per_task, compute=compute)
-    if job.stop.agreed():
+    compute = model.Compute(dtype=ctx.runtime.compute_dtype)
+    results = eval.core.evaluate(params, ctx.shape, ctx.tok, bundle, max_per_task=max_per_task, compute=compute)
+    if ctx.stop.agreed():
         return None
-    scores = {f"core/{label}": task.centered for label, task in found.tasks.items()}
-    lines = [f"step {int(state.step)}: {label}: {reason}" for label, reason in found.failed.items()]
-    if found.core is not None:
-        lines.append(f"step {int(state.step)}: CORE {found.core:.4f}")
-    return train.Result({**scores, "core/CORE": math.nan if found.core is None else found.core}, lines)
+    scores = {f"core/{label}": task.centered for label, task in results.tasks.items()}
+    lines = [f"step {int(state.step)}: {label}: {reason}" for label, reason in results.failed.items()]
+    if results.core is not None:
+        lines.append(f"step {int(state.step)}: CORE {results.core:.4f}")
+    return train.Result({**scores, "core/CORE": math.nan if results.core is None else results.core}, lines)
 
 
 def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
-    """Return the model's shape and the plan that the scaling rules give for `config`.
+    """Return the model's shape and the plan of the scaling rules.
 
     Raises:
-        UserError: the vocabulary of the tokenizer is larger than the model's, or the shape is impossible.
+        UserError: the tokenizer has more tokens than the model, or the shape is impossible.
     """
     vocab_size = config.model.vocab_size or (tok.vocab_size if tok else 32768)
     if tok and tok.vocab_size > vocab_size:

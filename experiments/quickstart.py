@@ -175,7 +175,7 @@ def practising(config: Config, tuned: str, name: str) -> rl.Config:
         name=name,
         task=PRACTICE,
         num_iterations=config.rl_steps,
-        rollout=RolloutConfig(examples=16, samples=8, max_tokens=64),
+        rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=8, max_tokens=64),
         # So few answers are noise for tables and matrices; the unembedding learns from them which tokens to trust.
         optim=dataclasses.replace(
             start.optim,
@@ -187,7 +187,7 @@ def practising(config: Config, tuned: str, name: str) -> rl.Config:
             moments=True,
         ),
         device_batch_size=16,
-        eval=rl.PassConfig(every_steps=None, problems=64, sample_every_steps=None),
+        eval=rl.PassAtKConfig(every_steps=None, problems=64, sample_every_steps=None),
         checkpoint=config.checkpoint,
         metrics=dataclasses.replace(config.metrics, every_steps=1),
     )

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nanochat import checkpoint, distributed, infer, metrics
-from nanochat.config import UserError
+from nanochat.config import Device, Dtype, UserError
 from nanochat.data import chat_format
 from nanochat.distributed import hardware
 from nanochat.train import PROMPTS
@@ -57,8 +57,8 @@ class Config:
     sample_tokens: int = 32
     answer_tokens: int = 128
     gpus: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         for name in ("sample_tokens", "answer_tokens"):

@@ -27,7 +27,7 @@ import numpy as np
 
 from experiments import miniseries, pretrain
 from nanochat import distributed
-from nanochat.config import UserError, base_dir
+from nanochat.config import Device, Dtype, UserError, base_dir
 from nanochat.metrics import plots
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Config:
     budgets: tuple[float, ...] = (1e18, 2.15e18, 4.64e18, 1e19)
     depths: tuple[int, ...] = tuple(range(10, 21, 2))
     base: pretrain.Config = pretrain.Config()
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
 
 class Optimum(NamedTuple):

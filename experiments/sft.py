@@ -1,13 +1,13 @@
-"""Fine-tune a base model on conversations: what the assistant says is learned, the rest is read.
+"""Fine-tune a base model on conversations; only the assistant's tokens are in the loss.
 
     torchrun --nproc_per_node=8 launch.py --experiment=sft --set run=d20
     python launch.py --experiment=sft --set run=quickstart --set tasks=2*identity,arithmetic --set val_tasks=identity
-    torchrun --nproc_per_node=8 launch.py --experiment=sft --set run=d20 --resume        # go on after a stop
+    torchrun --nproc_per_node=8 launch.py --experiment=sft --set run=d20 --resume        # continue a stopped run
 
-Context, batch sizes and learning rates are the parent's unless they are set, the optimizer's moments go on from its
-checkpoint. One epoch of the tasks; the rate is flat, then falls to 0 over the last half. A task is named as in
---experiment=tasks, with `3*` before it to have its rows three times. Writes runs/<run>_sft: checkpoints, metrics.jsonl,
-curves. The default mixture takes about half an hour at depth 20 on 8 H100.
+Context length, batch sizes and learning rates are inherited from the base run unless they are set, and so are the
+optimizer's moments. One epoch of the tasks; the learning rate is constant, then falls to 0 over the last half. Tasks
+are named as in --experiment=tasks; `3*` before a name repeats its rows three times. Writes runs/<base run>_sft:
+checkpoints, metrics.jsonl, curves. The default mixture takes about half an hour at depth 20 on 8 H100.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nanochat.train import EvalConfig, StageConfig
 if TYPE_CHECKING:
     from nanochat.distributed import Runtime
     from nanochat.optim import Hparams
-    from nanochat.train import InitCheckpoint, Job, TrainState
+    from nanochat.train import InitCheckpoint, RunContext, TrainState
 
 OPTIM = OptimConfig(
     embedding_lr=None,
@@ -49,10 +49,11 @@ PROMPTS = ("Who are you?", "What is 12*3?", "How many r are in strawberry?", "Wh
 
 @dataclasses.dataclass(frozen=True)
 class ChatConfig(ChatEvalConfig):
-    """Evaluation by tasks along the way, see `chat_eval.ChatEvalConfig`.
+    """Evaluation on chat tasks during the run.
 
     Attributes:
-        tasks: as in `tasks`; none of them: no such evaluation. every_steps: none: at the end only.
+        tasks: tasks to evaluate on; none: no such evaluation.
+        every_steps: steps between evaluations; none: only after the last step.
     """
 
     tasks: tuple[str, ...] = tuple(f"{name}:test" for name in CHAT_CORE)
@@ -62,14 +63,19 @@ class ChatConfig(ChatEvalConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Config(StageConfig):
-    """A fine-tuning run; what is none is the parent's.
+    """A fine-tuning run.
 
     Attributes:
-        run, step: the parent, by name or folder; none: the base or mid model that was saved last, its newest step.
-        tasks, val_tasks: what is learned, and what validation bits per byte are of. source: a folder with local files
-            of tasks; none: the hub.
-        assistant_only: learn what the assistant says; false: everything. buffer_conversations: for the packing.
-        total_batch_size: tokens of a step. num_iterations: steps; none: one epoch.
+        run: name or folder of the base run; none: the newest base or mid-trained run.
+        step: its checkpoint; none: the newest.
+        tasks: tasks to train on, each with how often its rows are repeated.
+        val_tasks: tasks for validation bits per byte.
+        source: folder with local files of the tasks; none: the Hugging Face hub.
+        assistant_only: compute the loss on the assistant's tokens only; false: on all.
+        buffer_conversations: conversations that the packing chooses from.
+        device_batch_size: sequences of a micro-batch on each device; auto: the most that fit; none: the base run's.
+        total_batch_size: tokens of an optimizer step; none: the base run's.
+        num_iterations: optimizer steps; none: one epoch.
     """
 
     run: str | None = None
@@ -95,52 +101,50 @@ def config() -> Config:
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Fine-tune the parent."""
+    """Fine-tune a base or mid-trained run."""
     train_stage(config, runtime, "sft", ("base", "mid"))
 
 
-def train_stage(config: Config, runtime: Runtime, name: str, parents: tuple[str, ...]) -> None:
-    """Run the stage called `name` from a model of one of the stages `parents`."""
-    config, origin, record = train.child(config, name, runtime, run=config.run, step=config.step, parents=parents)
-    config, auto = resolve(config, origin, runtime)
+def train_stage(config: Config, runtime: Runtime, name: str, stages: tuple[str, ...]) -> None:
+    """Run the stage called `name` from a checkpoint of one of `stages`."""
+    config, base, origin = train.load_base(config, name, runtime, run=config.run, step=config.step, stages=stages)
+    config, auto = resolve(config, base, runtime)
     train_task, val_task = mix(config.tasks, config.source), mix(config.val_tasks, config.source)
-    graded = [tasks.from_text(text, "test", source=config.source) for text in config.chat.tasks]
-    print(describe(config, origin, record, train_task), flush=True)
-    it = finetuning(config, origin, runtime, name, record, train_task, val_task, graded)
-    train.run_stage(config, it, origin.shape, origin.tokenizer, runtime, try_rows=auto)
+    chat_tasks = [tasks.from_text(text, "test", source=config.source) for text in config.chat.tasks]
+    print(describe(config, base, origin, train_task), flush=True)
+    stage = sft_stage(config, base, runtime, name, origin, train_task, val_task, chat_tasks)
+    train.run_stage(config, stage, base.shape, base.tokenizer, runtime, try_rows=auto)
 
 
-def resolve(config: Config, origin: InitCheckpoint, runtime: Runtime) -> tuple[Config, bool]:
-    """Return the settings with what is none filled in from the parent, and whether the micro-batch is an estimate.
+def resolve(config: Config, base: InitCheckpoint, runtime: Runtime) -> tuple[Config, bool]:
+    """Return the settings with what they inherit from the base run, and whether the micro-batch is an estimate.
 
     Raises:
         UserError: the batch does not divide.
     """
-    length = origin.shape.sequence_len
-    total = origin.setting(config.total_batch_size, "total_batch_size", scaling.REFERENCE_BATCH_TOKENS)
-    rates = optim.learning_rates(config.optim, origin.settings)
+    length = base.shape.sequence_len
+    total = base.setting(config.total_batch_size, "total_batch_size", scaling.REFERENCE_BATCH_TOKENS)
+    rates = optim.learning_rates(config.optim, base.settings)
     config = dataclasses.replace(config, total_batch_size=total, optim=dataclasses.replace(config.optim, **rates))
     if total % (length * runtime.world_size):
         raise UserError(
             f"total_batch_size={total}: not a multiple of the context {length} x {runtime.world_size} ranks"
         )
-    rows, asked = total // (length * runtime.world_size), config.device_batch_size
-    if asked == "auto":
-        found = train.estimate_batch_size(config, origin.shape, rows, runtime)
-    elif asked is None:  # as many as the parent had, or what of it divides
-        most = origin.setting(None, "device_batch_size", 32)
-        found = math.gcd(rows, most) if rows % most else most
-    else:
-        found = asked
-    scaling.accumulation_steps(total, found, length, runtime.world_size)  # says what would divide
-    return dataclasses.replace(config, device_batch_size=found), asked == "auto"
+    rows, micro_rows = total // (length * runtime.world_size), config.device_batch_size
+    auto = micro_rows == "auto"
+    if micro_rows == "auto":
+        micro_rows = train.estimate_batch_size(config, base.shape, rows, runtime)
+    elif micro_rows is None:
+        micro_rows = math.gcd(rows, base.setting(None, "device_batch_size", 32))
+    scaling.accumulation_steps(total, micro_rows, length, runtime.world_size)  # the error says what divides
+    return dataclasses.replace(config, device_batch_size=micro_rows), auto
 
 
 def mix(texts: tuple[str, ...], source: str | None) -> Task:
-    """Return the mixture that a setting names: tasks, each with how often it counts before it (`3*gsm8k`).
+    """Return a mixture of tasks, each with how often its rows are repeated before it (`3*gsm8k`).
 
     Raises:
-        UserError: nothing is named, or a task cannot be had.
+        UserError: no task is named, or one could not be loaded.
     """
     chosen: list[Task] = []
     for text in texts:
@@ -149,28 +153,28 @@ def mix(texts: tuple[str, ...], source: str | None) -> Task:
             raise UserError(f"tasks: {text!r}: expected a number before the *, as in 3*gsm8k")
         chosen += [tasks.from_text(name, source=source)] * int(times or 1)
     if not chosen:
-        raise UserError("tasks: name one at least")
+        raise UserError("tasks: name at least one")
     return mixture(chosen, name=",".join(texts))
 
 
-def describe(config: Config, origin: InitCheckpoint, record: Mapping | None, task: Task) -> str:
-    """Return the resolved configuration and what it begins with, as text."""
+def describe(config: Config, base: InitCheckpoint, origin: Mapping | None, task: Task) -> str:
+    """Return the resolved configuration and what the run starts from, as text."""
     facts = {
-        "parent": " ".join(str(x) for x in (record or {}).values()),
-        "parameters": f"{model.count(origin.shape)['total']:,}",
+        "starts from": " ".join(str(x) for x in (origin or {}).values()),
+        "parameters": f"{model.count(base.shape)['total']:,}",
         "conversations": f"{task.size:,}",
-        "moments": "the parent's" if config.optim.moments and origin.moments else "zero",
+        "moments": "the base run's" if config.optim.moments and base.moments else "zero",
     }
     lines = [f"  {name:<16}{text}" for name, text in facts.items()]
     return "\n".join(["configuration", configs.describe(config), "plan", *lines])
 
 
-def finetuning(
-    config: Config, origin: InitCheckpoint, runtime: Runtime, name: str, record: Mapping | None, train_task: Task,
-    val_task: Task, graded: list[Task],
+def sft_stage(
+    config: Config, base: InitCheckpoint, runtime: Runtime, name: str, origin: Mapping | None, train_task: Task,
+    val_task: Task, chat_tasks: list[Task],
 ) -> train.Stage:  # fmt: skip
-    """Return what this stage is: packed conversations, rates that fall, bits per byte, tasks and samples on the way."""
-    shape, length = origin.shape, origin.shape.sequence_len
+    """Return the stage: packed conversations, bits per byte, chat tasks and sample answers."""
+    shape, length = base.shape, base.shape.sequence_len
     assert config.total_batch_size
     batch_scale = scaling.batch_scale(config.total_batch_size)
     plan = FinetunePlan(shape.n_embd, batch_scale, config.optim.weight_decay, momentum_warmup_steps=300)
@@ -180,7 +184,7 @@ def finetuning(
         return optim.hparams(config.optim, plan, step, done)
 
     stream = functools.partial(
-        train.sft.batches, tok=origin.tokenizer, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device
+        train.sft.batches, tok=base.tokenizer, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device
     )
     packing = train.Packing(
         config.total_batch_size // length,
@@ -192,58 +196,60 @@ def finetuning(
     )
 
     def evaluations(rows: int) -> list[train.Evaluation]:
-        # As many rows whatever the ranks: what is read must not depend on how many there are.
         val = packing._replace(rows_per_step=rows * runtime.world_size, micro_rows=rows, epochs=1)
         validation = functools.partial(
             train.stage.evaluate_bpb,
             batches=functools.partial(stream, val_task, how=val),
             steps=max(config.eval.tokens // (val.rows_per_step * length), 1),
         )
-        found = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
-        if graded:
-            key = next(iter(eval.chat_eval.as_metrics({graded[0].name: eval.chat_eval.Score(0, 1, 0.0)})))
-            found.append(train.Evaluation(key, config.chat.every_steps, functools.partial(grade, graded, config.chat)))
-        return [*found, train.Evaluation(None, config.eval.sample_every_steps, samples)]
+        evals = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
+        if chat_tasks:
+            key = next(iter(eval.chat_eval.as_metrics({chat_tasks[0].name: eval.chat_eval.Score(0, 1, 0.0)})))
+            score = functools.partial(chat_score, chat_tasks, config.chat)
+            evals.append(train.Evaluation(key, config.chat.every_steps, score))
+        return [*evals, train.Evaluation(None, config.eval.sample_every_steps, print_answers)]
 
     return train.Stage(
         name=name,
-        parent=record,
+        origin=origin,
         num_steps=config.num_iterations,
         step_tokens=config.total_batch_size,
         flops_per_token=model.flops_per_token(shape),
         hparams_at=hparams_at,
         batches=lambda state, rows: stream(train_task, how=packing._replace(micro_rows=rows), state=state),
-        initial=lambda layout: train.init_from.init_state_from(origin, runtime, layout, moments=config.optim.moments),
+        initial_state=lambda layout: train.init_from.init_state_from(
+            base, runtime, layout, moments=config.optim.moments
+        ),
         evaluations=evaluations,
     )
 
 
-def grade(graded: list[Task], how: ChatConfig, job: Job, state: TrainState) -> train.Result | None:
-    """Return the accuracy of tasks, and ChatCORE where its five are among them."""
+def chat_score(chat_tasks: list[Task], config: ChatConfig, ctx: RunContext, state: TrainState) -> train.Result | None:
+    """Return the accuracy of each task, and ChatCORE if its five tasks are among them."""
     subject = eval.chat_eval.ModelUnderTest(
-        distributed.sharding.whole(state.params), job.shape, job.tok, job.runtime.compute_dtype
+        distributed.sharding.whole(state.params), ctx.shape, ctx.tok, ctx.runtime.compute_dtype
     )
     line = distributed.control_group()
     with distributed.raise_on_any_failure(line):
-        scores = eval.chat_eval.evaluate(subject, graded, how, line)
-    if job.stop.agreed():
+        scores = eval.chat_eval.evaluate(subject, chat_tasks, config, line)
+    if ctx.stop.agreed():
         return None
-    found = eval.chat_eval.as_metrics(scores)
-    return train.Result(found, [f"step {int(state.step)}: " + ", ".join(f"{n} {x:.4f}" for n, x in found.items())])
+    values = eval.chat_eval.as_metrics(scores)
+    return train.Result(values, [f"step {int(state.step)}: " + ", ".join(f"{n} {x:.4f}" for n, x in values.items())])
 
 
-def samples(job: Job, state: TrainState) -> train.Result:
-    """Return what the model answers to each of `eval.prompts`, a line each, tool calls in brackets."""
-    how, params = job.config.eval, distributed.sharding.whole(state.params)
-    if not job.runtime.is_main:
+def print_answers(ctx: RunContext, state: TrainState) -> train.Result:
+    """Return the model's answer to each of `eval.prompts`, a line each, with tool calls in brackets."""
+    config, params = ctx.config.eval, distributed.sharding.whole(state.params)
+    if not ctx.runtime.is_main:
         return train.Result({}, [])
-    decoder = infer.start(
-        params, job.shape, job.tok, slots=len(how.prompts), dtype=job.runtime.compute_dtype, compile=False
+    engine = infer.start(
+        params, ctx.shape, ctx.tok, slots=len(config.prompts), dtype=ctx.runtime.compute_dtype, compile=False
     )
-    prompts = [chat_format.prompt(job.tok, [{"role": "user", "content": text}]) for text in how.prompts]
-    settings = {"max_tokens": how.sample_tokens, "temperature": how.temperature, "top_k": how.top_k}
+    prompts = [chat_format.prompt(ctx.tok, [{"role": "user", "content": text}]) for text in config.prompts]
+    settings = {"max_tokens": config.sample_tokens, "temperature": config.temperature, "top_k": config.top_k}
     answers: list[list[int]] = [[] for _ in prompts]
-    for event in infer.run(decoder, [infer.Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]):
+    for event in infer.run(engine, [infer.Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]):
         answers[int(str(event.key))].append(event.token)
-    lines = [f"  {text!r} → {chat_format.shown(job.tok, ids)!r}" for text, ids in zip(how.prompts, answers)]
+    lines = [f"  {text!r} → {chat_format.shown(ctx.tok, ids)!r}" for text, ids in zip(config.prompts, answers)]
     return train.Result({}, lines)

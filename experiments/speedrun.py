@@ -29,7 +29,7 @@ from experiments.report import Config as ReportStage
 from experiments.sft import Config as SftStage
 from experiments.tokenizer import Config as TokenizerStage
 from nanochat import checkpoint, distributed, model, train
-from nanochat.config import UserError, base_dir
+from nanochat.config import Device, Dtype, UserError, base_dir
 from nanochat.data import sources
 from nanochat.data import tokenizer as bpe
 from nanochat.distributed import hardware
@@ -69,8 +69,8 @@ class Config:
     source: str | None = None
     fp8: bool | None = None
     resume: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
     data: DataStage = DataStage()
     tokenizer: TokenizerStage = TokenizerStage()
     pretrain: PretrainStage = PretrainStage(depth=24, device_batch_size=16)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat import checkpoint, serve
-from nanochat.config import UserError
+from nanochat.config import Device, Dtype, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +72,8 @@ class Config:
     gpus: int | None = None
     compile: bool | None = None
     exact: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         for name, least in {"slots": 1, "queue": 0, "connections": 1, "context": 2, "gpus": 1, "port": 0}.items():

@@ -188,6 +188,21 @@ def _integer(text: str) -> int:
     return int(number)
 
 
+def require_at_least(config: Any, group: str = "", /, **least: float) -> None:
+    """Check number settings in `__post_init__`; None passes.
+
+    Args:
+        group: dotted name of `config` in the settings. least: field -> smallest value.
+
+    Raises:
+        UserError: a value is smaller.
+    """
+    for name, minimum in least.items():
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise UserError(f"{group}{'.' * bool(group)}{name}={value}: must be at least {minimum}")
+
+
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) for every leaf setting, in the order of declaration."""
     for field in dataclasses.fields(config):

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from nanochat.train.planner import Estimate
     from nanochat.train.rl import Reward, Rollout
     from nanochat.train.sft import Packing
-    from nanochat.train.stage import Evaluation, Job, Result, Stage, child, progress_from, run_stage, was_restarted_here
+    from nanochat.train.stage import (
+        Evaluation,
+        Result,
+        RunContext,
+        Stage,
+        load_base,
+        progress_from,
+        resume_after_restart,
+        run_stage,
+    )
     from nanochat.train.step import (
         NonFiniteLossError,
         Progress,

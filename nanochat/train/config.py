@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat.checkpoint import CheckpointConfig
-from nanochat.config import UserError, base_dir
+from nanochat.config import Device, Dtype, UserError, base_dir, require_at_least
 from nanochat.distributed import ShardingConfig
 from nanochat.metrics import MetricsConfig
 
@@ -25,13 +25,15 @@ class TrainConfig:
     """How a step is computed.
 
     Attributes:
-        grad: autograd (torch.autograd.grad over the compiled loss) or func (torch.func.grad_and_value itself).
-        attention: kernel, one of attention.KERNELS; fa3 from wherever it is to be had; auto is the fastest here.
-        linear: dense, in the compute dtype, or fp8 (of Hopper and later; emulated elsewhere); evaluation stays dense.
-        chunk_tokens: tokens whose logits live at once in the loss; none: 1024 on the CPU, where they stay in the cache,
-            else 8192.
-        memory_budget: share of the activations that is kept for the backward; below 1, some are computed again.
-        skip_nonfinite: go on after a step whose loss or gradient is not finite, leaving it out, instead of stopping.
+        grad: autograd: torch.autograd.grad over the compiled loss; func: torch.func.grad_and_value, in one process,
+            without custom backwards.
+        attention: attention kernel; auto: the fastest that is correct on this device. fa3 stands for whichever of
+            fa3_hub and fa3_torch is installed.
+        linear: matmuls of the training step: dense, in the compute dtype, or fp8 (Hopper and later; emulated
+            elsewhere). Evaluation is always dense.
+        chunk_tokens: tokens whose logits are in memory at once in the loss; none: 1024 on the CPU, else 8192.
+        memory_budget: fraction of the activations kept for the backward; below 1, the others are recomputed.
+        skip_nonfinite: skip a step whose loss or gradient is not finite, instead of stopping.
     """
 
     grad: Literal["autograd", "func"] = "autograd"
@@ -42,18 +44,21 @@ class TrainConfig:
     skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise UserError(f"train.chunk_tokens={self.chunk_tokens}: must be at least 1")
+        require_at_least(self, "train", chunk_tokens=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation along the way.
+    """Bits per byte and samples during the run.
 
     Attributes:
-        every_steps: between evaluations of bits per byte; none: at the end only. tokens: of the validation split.
-        sample_every_steps: between samples; none: at the end only. sample_tokens: of each sample.
-        prompts: what the samples begin with. temperature, top_k: of the samples; temperature 0 is greedy.
+        every_steps: steps between evaluations of bits per byte; none: only after the last step.
+        tokens: tokens of the validation split to evaluate on.
+        sample_every_steps: steps between samples; none: only after the last step.
+        sample_tokens: tokens to sample for each prompt.
+        prompts: texts that the samples start with.
+        temperature: sampling temperature; 0 is greedy.
+        top_k: sample from the k most likely tokens; 0: from all.
     """
 
     every_steps: int | None = 250
@@ -65,57 +70,55 @@ class EvalConfig:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "sample_every_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"eval.{name}={getattr(self, name)}: must be at least 1, or none")
-        for name, least in {"tokens": 1, "sample_tokens": 1, "temperature": 0, "top_k": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"eval.{name}={getattr(self, name)}: must be at least {least}")
+        require_at_least(self, "eval", every_steps=1, sample_every_steps=1, tokens=1, sample_tokens=1)
+        require_at_least(self, "eval", temperature=0, top_k=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """How a step samples answers.
+    """How a step of reinforcement learning samples answers.
 
     Attributes:
-        examples: of a step, all ranks together. samples: answers to each.
-        temperature, top_k: of the sampling; top_k 0 takes all tokens in. The loss is of the model's own probabilities:
-            that of temperature 1 and all tokens.
-        max_tokens: of an answer, what tools add included.
+        prompts_per_step: prompts of a step, over all ranks.
+        samples_per_prompt: answers to each prompt.
+        temperature: sampling temperature. The loss uses the probabilities at temperature 1 over all tokens.
+        top_k: sample from the k most likely tokens; 0: from all.
+        max_tokens: length limit of an answer, tool results included.
         slots: answers that a rank generates at once.
     """
 
-    examples: int = 16
-    samples: int = 16
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 16
     temperature: float = 1.0
     top_k: int = 50
     max_tokens: int = 256
     slots: int = 64
 
     def __post_init__(self) -> None:
-        for name, least in {"examples": 1, "samples": 2, "top_k": 0, "max_tokens": 1, "slots": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"rollout.{name}={getattr(self, name)}: must be at least {least}")
+        require_at_least(self, "rollout", prompts_per_step=1, samples_per_prompt=2, top_k=0, max_tokens=1, slots=1)
         if self.temperature <= 0:
             raise UserError(f"rollout.temperature={self.temperature}: must be above 0, or all answers are the same")
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """Settings that every training stage has.
+    """Settings of every training stage.
 
     Attributes:
-        name: of the run's folder. seed: of initial values and data order.
-        device, dtype: auto, or as in `runtime.create`. compile: by torch.compile.
-        resume: go on from the run's last checkpoint. overwrite: start anew where a run has this name; its checkpoints
-            stay in checkpoints.old until the next time.
-        device_batch_size: rows of a micro-batch; auto: the most that fit, by an estimate and a step to try it.
+        name: name of the run's folder.
+        seed: seed of the initial parameters and of the data order.
+        device: where to compute; auto: CUDA, else MPS, else the CPU.
+        dtype: dtype of the computation; auto: bfloat16 on GPUs from Ampere on, else float32.
+        compile: use torch.compile.
+        resume: continue from the run's last checkpoint.
+        overwrite: replace a run of the same name; its checkpoints move to checkpoints.old.
+        device_batch_size: sequences of a micro-batch on each device; auto: the most that fit in memory.
     """
 
     name: str | None = None
     seed: int = 42
-    device: str = "auto"
-    dtype: str = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
     compile: bool = True
     resume: bool = False
     overwrite: bool = False
@@ -128,11 +131,11 @@ class StageConfig:
 
     @property
     def rows(self) -> int:
-        """Rows of a micro-batch, once they are resolved."""
+        """`device_batch_size`, once auto is resolved."""
         assert self.device_batch_size != "auto"
         return self.device_batch_size
 
 
 def run_folder(name: str) -> Path:
-    """Return where the run called `name` keeps its files."""
+    """Return the folder of the run called `name`."""
     return base_dir() / "runs" / name

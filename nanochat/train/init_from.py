@@ -1,7 +1,6 @@
-"""What a training stage takes over from the run before it: weights, shape, tokenizer, moments and settings."""
+"""What a stage takes from its base run: parameters, model config, tokenizer, optimizer moments and settings."""
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class InitCheckpoint:
-    """A checkpoint to begin with.
+    """A checkpoint to start from.
 
     Attributes:
-        folder: of its run. step, stage: of it; the stage is base, mid, sft or rl.
-        shape, tokenizer: of its model. settings: that it was trained with, by dotted name; {} for a converted one.
-        moments: whether it has the optimizer's. parent: what it says of its own parent, None for a base model.
+        folder: of its run. stage: base, mid, sft or rl.
+        shape, tokenizer: of its model. settings: of its run, by dotted name; {} for a converted model.
+        moments: whether it has the optimizer's state. origin: run, step and stage of its own base run, or None.
     """
 
     folder: Path
@@ -36,27 +35,27 @@ class InitCheckpoint:
     tokenizer: Tokenizer
     settings: Mapping[str, Any]
     moments: bool
-    parent: Mapping[str, Any] | None
+    origin: Mapping[str, Any] | None
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a child's checkpoint says of it."""
+        """The `origin` of a run that starts from it."""
         return {"run": self.folder.name, "step": self.step, "stage": self.stage}
 
     def setting(self, value: Any, name: str, default: Any) -> Any:
-        """Return `value`, or where it is None the parent's setting of that name, or where it has none `default`."""
-        found = value if value is not None else self.settings.get(name)
-        return default if found is None else found
+        """Return `value`, or if it is None the setting `name` of its run, or if that has none `default`."""
+        value = value if value is not None else self.settings.get(name)
+        return default if value is None else value
 
 
 def load(run: str | Path | None, step: int | None = None) -> InitCheckpoint:
-    """Read what a checkpoint is, without its weights.
+    """Describe a checkpoint without reading its parameters.
 
     Args:
-        run: name or folder of a run; None: the run that was saved last. step: None: the newest.
+        run: name or folder; None: the run that was saved last. step: None: the newest.
 
     Raises:
-        UserError: as `pretrained.load`.
+        UserError: there is no such run or step, or it is damaged.
     """
     folder = checkpoint.find_run(run)
     saved = checkpoint.steps(folder / "checkpoints")
@@ -81,48 +80,39 @@ def load(run: str | Path | None, step: int | None = None) -> InitCheckpoint:
 
 
 def newest(stages: Collection[str]) -> Path:
-    """Return the folder of the run of one of these stages that was saved last.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the folder of the last saved run of one of these stages."""
     for folder in checkpoint.list_runs():
         step = checkpoint.steps(folder / "checkpoints")[-1]
         if checkpoint.read_header(folder / "checkpoints" / str(step))["meta"].get("stage", "base") in stages:
             return folder
     raise UserError(
-        f"no {' or '.join(stages)} model in {checkpoint.runs_folder()} to begin with: "
-        f"`{checkpoint.TRAIN_COMMAND}` makes one; --set run=… names another"
+        f"no {' or '.join(stages)} model in {checkpoint.runs_folder()} to start from: "
+        f"train one with `{checkpoint.TRAIN_COMMAND}`, or name one with --set run=…"
     )
 
 
 def init_state_from(
-    parent: InitCheckpoint, runtime: Runtime, layout: Layout | None, *, moments: bool = True
+    base: InitCheckpoint, runtime: Runtime, layout: Layout | None, *, moments: bool = True
 ) -> TrainState:
-    """Return the state before a child's first step: the parent's weights and, with `moments`, its optimizer's.
+    """Return the state before the first step: the base run's parameters and, with `moments`, its optimizer state.
 
-    The optimizer's own count of steps goes on with its moments; the run's begins anew. Weights are cast where this
-    run stores them in another dtype than its parent did.
-
-    Raises:
-        UserError: the checkpoint is damaged.
+    The optimizer keeps its own step count; the run's starts at 0. Parameters are cast to this run's storage dtypes.
     """
-    checkpoints, spec, dtype = parent.folder / "checkpoints", model.spec(parent.shape), runtime.compute_dtype
-    place = functools.partial(sharding.place, layout)
-    if moments and parent.moments:
-        header = checkpoint.read_header(checkpoints / str(parent.step))
+    checkpoints, spec, dtype = base.folder / "checkpoints", model.spec(base.shape), runtime.compute_dtype
+    if moments and base.moments:
+        header = checkpoint.read_header(checkpoints / str(base.step))
         stored = DTYPES[header["state"]["params.wte"]["dtype"]]
-        nothing = model.init(parent.shape, 0, device="meta", dtype=stored, layout=layout)
-        abstract = train.init(nothing, spec, stored, layout)
-        state, _, _ = checkpoint.restore(checkpoints, abstract, parent.step, device=runtime.device)
+        params = model.init(base.shape, 0, device="meta", dtype=stored, layout=layout)
+        abstract = train.init(params, spec, stored, layout)
+        state, _, _ = checkpoint.restore(checkpoints, abstract, base.step, device=runtime.device)
         flat = {n: x.to(model.storage_dtype(spec[n], dtype)) for n, x in tree.flatten(state.params).items()}
-        begun = torch.zeros_like(state.step)
-        return TrainState(
-            begun, tree.unflatten(flat, state.params), state.opt_state, train.init_scaler(dtype, runtime.device)
-        )
-    params, _, _ = checkpoint.load_params(checkpoints, step=parent.step, device=runtime.device)
+        scaler = train.init_scaler(dtype, runtime.device)
+        return TrainState(torch.zeros_like(state.step), tree.unflatten(flat, state.params), state.opt_state, scaler)
+    params, _, _ = checkpoint.load_params(checkpoints, step=base.step, device=runtime.device)
     distributed.barrier()
-    flat = {n: place(n, x.to(model.storage_dtype(spec[n], dtype))) for n, x in tree.flatten(params).items()}
+    flat = {
+        n: sharding.place(layout, n, x.to(model.storage_dtype(spec[n], dtype))) for n, x in tree.flatten(params).items()
+    }
     return train.init(tree.unflatten(flat, params), spec, dtype, layout)
 
 

@@ -1,18 +1,15 @@
-"""Reinforcement learning from rewards: answers are sampled, rewarded, and made more or less likely.
+"""Reinforcement learning from rewards: sample answers, reward them, and make them more or less likely.
 
-    play = functools.partial(rollouts, decoder, tok, task, right(task), how=RolloutConfig(), seed=42)
-    state, metrics = step(state, [{"numbers": range(16)}], hparams, play=play, train_step=…, …)
+On policy: each step samples from the parameters that it updates. There is no reference model, no clipping and no value
+network. An answer's advantage is its reward minus the mean reward of all answers to the same prompt, and
 
-On policy: each step's answers come from the parameters that it changes. There is no reference model, no clipping and no
-value network: an answer's advantage is its reward less the mean reward of all answers to the same example, and
+    loss = mean over prompts of  −Σ advantage · log p(token) / N
 
-    loss = mean over examples of  −Σ advantage · log p(token) / N
-
-where the sum is over the N tokens that the model has sampled for the example. Prompts, and what tools have put into the
-answers, are read and not learned. It is `loss.next_token` with a weight for each token.
+where the sum is over the N tokens that the model sampled for the prompt; prompt and tool-output tokens have weight 0.
+It is `loss.next_token` with a weight for each token.
 
 Source: REINFORCE (Williams, 1992) with the group's mean as its baseline, as in GRPO (arXiv 2402.03300) without the
-division by the deviation (arXiv 2503.20783); spec/training.md.
+division by the deviation (arXiv 2503.20783).
 """
 
 import hashlib
@@ -35,17 +32,16 @@ from nanochat.tasks import Task
 from nanochat.train.config import RolloutConfig
 from nanochat.train.step import TrainState
 
-Reward = Callable[[Conversation, str], float]  # (row of the task, answer as plain text) -> how good it is
+Reward = Callable[[Conversation, str], float]  # (row of the task, answer as plain text) -> reward
 MAX_K = 8  # of pass@k
 
 
 class Rollout(NamedTuple):
-    """An answer, and what came of it.
+    """An answer and its reward.
 
     Attributes:
-        prompt: the ids that it follows. tokens: of the answer. sampled: which of them the model drew; a tool forced the
-            others. finish: "stop" or "length".
-        text: what is judged. reward: of it.
+        prompt, tokens: ids of the prompt and of the answer. sampled: which tokens the model drew, not a tool.
+        finish: "stop" or "length". text: of the answer, as the reward sees it.
     """
 
     prompt: tuple[int, ...]
@@ -57,22 +53,22 @@ class Rollout(NamedTuple):
 
 
 def correct_reward(task: Task) -> Reward:
-    """Return the reward that is 1 for a right answer, else 0.
+    """Return the reward that is 1 for a correct answer, else 0.
 
     Raises:
-        UserError: the task does not tell right from wrong.
+        UserError: the task cannot score answers.
     """
     if task.kind != "generative" or task.is_correct is None:
-        raise UserError(f"task {task.name}: nothing judges its answers; name a generative one, as gsm8k or arithmetic")
+        raise UserError(f"task {task.name}: cannot score answers; use a generative task such as gsm8k or arithmetic")
     return lambda row, text: float(chat_eval.is_correct(task, row, text))
 
 
 def prompt_batches(
-    task: Task, examples: int, state: Mapping[str, Any] | None = None
+    task: Task, prompts_per_step: int, state: Mapping[str, Any] | None = None
 ) -> Generator[tuple[dict[str, Any], dict[str, Any], dict[str, float]], None, None]:
-    """Yield ({"numbers": of the examples of a step}, the state after it, statistics) without end, as `train.fit` reads.
+    """Yield ({"numbers": of a step's prompts}, the state after it, statistics) without end, as `train.fit` reads.
 
-    Examples are counted through: number n is row n mod size of the task.
+    Number n stands for row n mod size of the task.
 
     Raises:
         UserError: `state` is of another task.
@@ -80,66 +76,66 @@ def prompt_batches(
     position = state["position"] if state else {"read": 0, "task": task.name, "size": task.size}
     if (position["task"], position["size"]) != (task.name, task.size):
         raise UserError(
-            f"cannot go on with {task.size} rows of {task.name}: the run has {position['size']} of {position['task']}"
+            f"cannot resume with {task.size} rows of {task.name}: the run has {position['size']} of {position['task']}"
         )
     read = position["read"]
     while True:
-        numbers = list(range(read, read + examples))
-        read += examples
+        numbers = list(range(read, read + prompts_per_step))
+        read += prompts_per_step
         yield {"numbers": numbers}, {"position": {**position, "read": read}}, {"epoch": read / task.size}
 
 
 def seed_of(seed: int, number: int, sample: int) -> int:
-    """Return the seed of one answer's draws: a function of the run's seed, the example's number and the sample's."""
+    """Return the sampling seed of one answer."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {number} {sample}".encode(), digest_size=7).digest(), "big")
 
 
 def rollouts(
-    decoder: Engine,
+    engine: Engine,
     tok: Tokenizer,
     task: Task,
     reward: Reward,
     numbers: Sequence[int],
     *,
-    how: RolloutConfig,
+    config: RolloutConfig,
     seed: int,
 ) -> list[list[Rollout]]:
-    """Return `how.samples` answers to each of the examples, which depend on their numbers and the seed alone.
+    """Return the answers to each of the prompts; they depend on the numbers and the seed alone.
 
-    That is so up to the rounding of the engine's products, whose shapes follow its load (see `generate.start`).
+    (Up to rounding: the shapes of the engine's matmuls follow its load.)
 
     Args:
-        decoder: with the parameters of the policy, and no request. numbers: see `batches`. seed: of the run.
+        engine: with the parameters of the policy, and no request. numbers: of the prompts, see `prompt_batches`.
     """
     rows = [task.row(number % task.size) for number in numbers]
-    limit = decoder.config.sequence_len
+    limit = engine.config.sequence_len
     prompts = [tuple(chat_format.prompt(tok, row["messages"][:-1])[-limit:]) for row in rows]
     requests = [
-        Request(prompt, how.max_tokens, how.temperature, how.top_k, seed_of(seed, number, sample))
+        Request(prompt, config.max_tokens, config.temperature, config.top_k, seed_of(seed, number, sample))
         for number, prompt in zip(numbers, prompts)
-        for sample in range(how.samples)
+        for sample in range(config.samples_per_prompt)
     ]
     tokens: list[list[int]] = [[] for _ in requests]
     sampled: list[list[bool]] = [[] for _ in requests]
     finish = [""] * len(requests)
-    for event in infer.run(decoder, requests):
+    for event in infer.run(engine, requests):
         i = cast(int, event.key)
         tokens[i].append(event.token)
         sampled[i].append(event.sampled)
         finish[i] = event.finish or ""
 
-    def made(i: int) -> Rollout:
+    def rollout(i: int) -> Rollout:
         text = chat_eval.answer_text(tok, tokens[i])
-        row = rows[i // how.samples]
+        row = rows[i // config.samples_per_prompt]
         return Rollout(requests[i].prompt, tokens[i], sampled[i], finish[i], text, float(reward(row, text)))
 
-    every = [made(i) for i in range(len(requests))]
-    return [every[i : i + how.samples] for i in range(0, len(every), how.samples)]
+    answers = [rollout(i) for i in range(len(requests))]
+    return [answers[i : i + config.samples_per_prompt] for i in range(0, len(answers), config.samples_per_prompt)]
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """Return each reward less the mean of all: of answers to one example."""
-    if min(rewards) == max(rewards):  # a mean that is rounded would teach something
+    """Return the rewards of the answers to one prompt minus their mean."""
+    if min(rewards) == max(rewards):  # a rounded mean would leave a gradient
         return [0.0] * len(rewards)
     mean = sum(rewards) / len(rewards)
     return [reward - mean for reward in rewards]
@@ -149,40 +145,39 @@ RolloutFn = Callable[[Params, Sequence[int]], list[list[Rollout]]]
 
 
 class Row(NamedTuple):
-    """A sequence to learn from: its ids, and the weight of each, 0 for what was not sampled."""
+    """A training sequence: its ids and the weight of each in the loss, 0 if it was not sampled."""
 
     ids: list[int]
     weights: list[float]
 
 
 def weighted(group: Sequence[Rollout]) -> list[Row]:
-    """Return the rows of the answers to one example; the weight of a sampled token is advantage / N.
+    """Return the rows of the answers to one prompt; the weight of a sampled token is advantage / N.
 
-    An answer with the mean reward has no gradient, and no row: an example that is always solved, or never, costs
-    nothing.
+    An answer with advantage 0 has no gradient and no row: a prompt that is always or never solved costs nothing.
     """
-    count = sum(sum(one.sampled) for one in group)
+    count = sum(sum(answer.sampled) for answer in group)
     rows = []
-    for one, advantage in zip(group, advantages([one.reward for one in group])):
+    for answer, advantage in zip(group, advantages([answer.reward for answer in group])):
         if advantage:
-            weights = [0.0] * len(one.prompt) + [advantage / count * drawn for drawn in one.sampled]
-            rows.append(Row([*one.prompt, *one.tokens], weights))
+            weights = [0.0] * len(answer.prompt) + [advantage / count * drawn for drawn in answer.sampled]
+            rows.append(Row([*answer.prompt, *answer.tokens], weights))
     return rows
 
 
 def micro_batches(
     rows: Sequence[Row], n_batches: int, batch_rows: int, scale: float, pad_tokens: int | None, device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """Return the rows as micro-batches for `loss.next_token`, those of one length beside each other.
+    """Return the rows, sorted by length, as micro-batches for `loss.next_token`.
 
     Args:
-        rows: at most n_batches · batch_rows; rows of padding fill up the rest. scale: factor on all weights.
-        pad_tokens: a width is this number, doubled until it is enough: few shapes to compile for; None: as wide as the
-            longest row needs.
+        rows: at most n_batches · batch_rows; padding fills up the rest. scale: factor on all weights.
+        pad_tokens: sequence lengths are this number times a power of two, so that few shapes are compiled; None: the
+            longest row's.
     """
     ordered = sorted(rows, key=lambda row: len(row.ids))
     ordered += [Row([0, 0], [0.0, 0.0])] * (n_batches * batch_rows - len(ordered))
-    found = []
+    batches = []
     for start in range(0, len(ordered), batch_rows):
         part = ordered[start : start + batch_rows]
         width = max(len(row.ids) for row in part) - 1
@@ -195,8 +190,8 @@ def micro_batches(
             weights[r, : len(row.ids)] = torch.tensor(row.weights)
         inputs, targets, weights = ids[:, :-1], ids[:, 1:], weights[:, 1:]
         batch = {"inputs": inputs, "targets": targets.masked_fill(weights == 0, IGNORE), "weights": weights * scale}
-        found.append({name: x.contiguous().to(device) for name, x in batch.items()})
-    return found
+        batches.append({name: x.contiguous().to(device) for name, x in batch.items()})
+    return batches
 
 
 def rl_step(
@@ -204,97 +199,93 @@ def rl_step(
     batches: Sequence[Mapping[str, Any]],
     hparams: Hparams,
     *,
-    play: RolloutFn,
+    rollout_fn: RolloutFn,
     train_step: Callable[..., tuple[TrainState, dict[str, Tensor]]],
     batch_rows: int,
     pad_tokens: int | None = None,
     line: ControlGroup = ControlGroup(),
-    show: Callable[[list[list[Rollout]]], None] = lambda played: None,
+    on_rollouts: Callable[[list[list[Rollout]]], None] = lambda groups: None,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """Return the state after one step on one batch of `batches`, and its metrics, as `train.train_step` does.
 
-    Where no example has answers of different rewards there is no gradient: nothing but the number of steps changes.
+    If all answers to each prompt have the same reward there is no gradient, and only the step count changes.
 
     Args:
-        play: (whole parameters, numbers of examples) -> answers to each. train_step: with its functions bound.
-        batch_rows: of a micro-batch, of one rank. pad_tokens: see `micro_batches`.
-        line: the ranks, which share the examples evenly. show: is given this rank's answers.
+        rollout_fn: (full parameters, numbers of prompts) -> answers to each. train_step: with its functions bound.
+        batch_rows: of a micro-batch, on one rank. pad_tokens: see `micro_batches`.
+        on_rollouts: called with this rank's answers.
 
     Raises:
-        UserError: an answer cannot be judged, on whatever rank.
+        UserError: an answer could not be scored, on any rank.
     """
     numbers, started = batches[0]["numbers"], time.perf_counter()
     params = sharding.whole(state.params)
     with distributed.raise_on_any_failure(line):
-        played = play(params, numbers[line.rank :: line.size])
+        groups = rollout_fn(params, numbers[line.rank :: line.size])
     seconds = time.perf_counter() - started
     del params
-    show(played)
-    rows = [row for group in played for row in weighted(group)]
-    found = summary(played, seconds)
+    on_rollouts(groups)
+    rows = [row for group in groups for row in weighted(group)]
+    rollout_metrics = summary(groups, seconds)
     n_batches = distributed.all_reduce_max(-(-len(rows) // batch_rows))
     if not n_batches:
         zero = torch.zeros(())
         nothing = {"loss": zero, "grad_norm": zero, "finite": torch.tensor(True)}
-        return state._replace(step=state.step + 1), nothing | found
-    # The step takes the mean over micro-batches and ranks of what is summed up here.
+        return state._replace(step=state.step + 1), nothing | rollout_metrics
+    # The step averages over micro-batches and ranks what is a sum here.
     scale = n_batches * line.size / len(numbers)
     micro = micro_batches(rows, n_batches, batch_rows, scale, pad_tokens, state.step.device)
     state, metrics = train_step(state, micro, hparams)
-    return state, metrics | found
+    return state, metrics | rollout_metrics
 
 
-def summary(played: Sequence[Sequence[Rollout]], seconds: float) -> dict[str, Tensor]:
-    """Return the metrics of all ranks' answers.
-
-    Args:
-        played: this rank's. seconds: that it took to generate and judge them.
+def summary(groups: Sequence[Sequence[Rollout]], seconds: float) -> dict[str, Tensor]:
+    """Return the metrics of all ranks' answers, given this rank's and the seconds that they took.
 
     Returns:
-        {"rl/reward": mean reward; "rl/answer_tokens": mean length; "rl/finished": share of answers that ended by
-        themselves; "rl/mixed": share of examples with answers of different rewards, the others teach nothing;
-        "tokens": sampled and forced; "perf/rollout_seconds", "perf/rollout_tokens_per_second": of the slowest rank}.
+        {"rl/reward": mean reward; "rl/answer_tokens": mean length; "rl/finished": fraction that ended before the length
+        limit; "rl/mixed": fraction of prompts with different rewards, those with a gradient; "tokens": of all answers;
+        "perf/rollout_seconds", "perf/rollout_tokens_per_second": of the slowest rank}.
     """
-    answers = [one for group in played for one in group]
+    answers = [answer for group in groups for answer in group]
     sums = [
         len(answers),
-        len(played),
-        sum(one.reward for one in answers),
-        sum(len(one.tokens) for one in answers),
-        sum(one.finish == "stop" for one in answers),
-        sum(len({one.reward for one in group}) > 1 for group in played),
+        len(groups),
+        sum(answer.reward for answer in answers),
+        sum(len(answer.tokens) for answer in answers),
+        sum(answer.finish == "stop" for answer in answers),
+        sum(len({answer.reward for answer in group}) > 1 for group in groups),
     ]
-    n_answers, n_examples, reward, tokens, finished, mixed = distributed.all_reduce_sum(sums)
+    n_answers, n_prompts, reward, tokens, finished, mixed = distributed.all_reduce_sum(sums)
     seconds = distributed.all_reduce_max(round(seconds * 1e6)) / 1e6
-    found = {
+    values = {
         "rl/reward": reward / n_answers,
         "rl/answer_tokens": tokens / n_answers,
         "rl/finished": finished / n_answers,
-        "rl/mixed": mixed / n_examples,
+        "rl/mixed": mixed / n_prompts,
         "tokens": tokens,
         "perf/rollout_seconds": seconds,
         "perf/rollout_tokens_per_second": tokens / seconds,
     }
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 def pass_at_k(
-    decoder: Engine,
+    engine: Engine,
     tok: Tokenizer,
     task: Task,
     problems: int,
-    how: RolloutConfig,
+    config: RolloutConfig,
     line: ControlGroup = ControlGroup(),
     *,
-    most: int = MAX_K,
+    max_k: int = MAX_K,
 ) -> dict[str, float]:
-    """Return {"rl/pass_at_1": …, "rl/pass_at_8": …}: the share of problems that any of the first k answers solves.
+    """Return {"rl/pass_at_1": …, "rl/pass_at_8": …}: the fraction of problems that one of the first k answers solves.
 
     Args:
-        decoder: with the parameters of the policy, and no request. task: whose first `problems` rows are asked.
-        how: the sampling; the seeds are the same each time. most: k goes from 1 to this.
+        problems: how many rows of the task, the first ones. config: of the sampling; its seeds are always the same.
     """
-    settings = {name: getattr(how, name) for name in ("temperature", "top_k", "max_tokens")}
-    sampling = ChatEvalConfig(samples=most, **settings)
-    found = chat_eval.sample_answers(decoder, tok, task, range(min(problems, task.size)), sampling, line)
-    return {f"rl/pass_at_{k}": sum(any(row[:k]) for row in found) / len(found) for k in range(1, most + 1)}
+    settings = {name: getattr(config, name) for name in ("temperature", "top_k", "max_tokens")}
+    sampling = ChatEvalConfig(samples=max_k, **settings)
+    solved = chat_eval.sample_answers(engine, tok, task, range(min(problems, task.size)), sampling, line)
+    return {f"rl/pass_at_{k}": sum(any(row[:k]) for row in solved) / len(solved) for k in range(1, max_k + 1)}

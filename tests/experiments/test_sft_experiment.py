@@ -110,8 +110,8 @@ def test_stopped_and_resumed_is_the_unbroken_run(
 ):
     after_step = events.log_step
 
-    def and_stop(job: Any, show: Any, state: Any, at: Any, numbers: Any) -> Any:
-        at = after_step(job, show, state, at, numbers)
+    def and_stop(ctx: Any, state: Any, at: Any, numbers: Any) -> Any:
+        at = after_step(ctx, state, at, numbers)
         if at.step == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
         return at
@@ -170,15 +170,15 @@ def test_mid_training_is_recorded_as_its_stage_and_can_be_tuned(base: Path):
         ("device_batch_size=3", "device_batch_size=3: does not divide the 8 rows"),
         ("tasks=x*gsm8k", "expected a number before the"),
         ("tasks=arithmetik", "'arithmetik': no such task; did you mean arithmetic"),
-        ("tasks=", "tasks: name one at least"),
+        ("tasks=", "tasks: name at least one"),
     ],
 )
-def test_a_mistake_is_one_clear_line(base: Path, setting: str, words: str):
+def test_wrong_settings_are_one_clear_line(base: Path, setting: str, words: str):
     with pytest.raises(UserError, match=words):
         tune(base, "name=wrong", setting)
 
 
-def test_without_a_model_the_command_that_makes_one_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_base_run_names_the_command_that_trains_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    with pytest.raises(UserError, match=r"no base or mid model in .*quickstart. makes one"):
+    with pytest.raises(UserError, match=r"no base or mid model in .*train one with .*quickstart"):
         sft.run(sft.config(), distributed.init("cpu"))

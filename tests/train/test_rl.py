@@ -20,7 +20,7 @@ from nanochat.train import Rollout, RolloutConfig, TrainState, rl
 
 TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
 CONFIG = ModelConfig(sequence_len=32, vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
-HOW = RolloutConfig(examples=4, samples=3, max_tokens=8, slots=5)
+HOW = RolloutConfig(prompts_per_step=4, samples_per_prompt=3, max_tokens=8, slots=5)
 CPU = torch.device("cpu")
 END = TOK.special("<|assistant_end|>")
 
@@ -31,7 +31,7 @@ def rollout(prompt: Sequence[int], tokens: Sequence[int], reward: float, forced:
 
 
 # Two examples: one of three answers, whose second had a tool force two tokens into it; one of two.
-PLAYED = [
+GROUPS = [
     [
         rollout([1, 2, 3], [4, 5, 6], 1.0),
         rollout([1, 2, 3], [7, 8, 9, 10, 11], 0.0, forced=(2, 3)),
@@ -57,7 +57,7 @@ BY_HAND = [
 
 
 def test_weights_and_targets_of_a_step():
-    rows = [row for group in PLAYED for row in rl.weighted(group)]
+    rows = [row for group in GROUPS for row in rl.weighted(group)]
     assert [row.ids for row in rows] == [ids for _, answers in BY_HAND for _, ids, _ in answers]
     for row, (count, (advantage, _, drawn)) in zip(rows, [(n, one) for n, answers in BY_HAND for one in answers]):
         want = [advantage / count if i in drawn else 0.0 for i in range(len(row.ids))]
@@ -91,9 +91,9 @@ def test_the_gradient_is_that_of_reinforce(batch_rows: int, chunk_tokens: int | 
     want_loss = plain_loss(leaves)
     grads = torch.autograd.grad(want_loss, tree.leaves(leaves), allow_unused=True, materialize_grads=True)
     want = tree.unflatten(dict(zip(tree.flatten(params), grads)))
-    rows = [row for group in PLAYED for row in rl.weighted(group)]
+    rows = [row for group in GROUPS for row in rl.weighted(group)]
     n_batches = -(-len(rows) // batch_rows)
-    batches = rl.micro_batches(rows, n_batches, batch_rows, n_batches / len(PLAYED), None, CPU)
+    batches = rl.micro_batches(rows, n_batches, batch_rows, n_batches / len(GROUPS), None, CPU)
     seen: list[Any] = []
 
     def update(state: TrainState, grads: Any, scale: Tensor, value: Tensor, hparams: Any) -> Any:
@@ -138,21 +138,21 @@ def task(size: int = 6, right: Any = lambda row, text: "7" in text) -> Task:
     return Task("sevens", "generative", size, lambda i: qa_conversation(f"say {'7' * (1 + i % 3)}", "7"), right)
 
 
-def decoder(**settings: Any) -> infer.Engine:
+def make_engine(**settings: Any) -> infer.Engine:
     how: dict[str, Any] = {"slots": HOW.slots, "context": 60, "compile": False, "own": True} | settings
     return infer.start(random_params(CONFIG), CONFIG, TOK, **how)
 
 
-def play(numbers: Sequence[int], how: RolloutConfig = HOW, seed: int = 1, **settings: Any) -> list[list[Rollout]]:
-    return rl.rollouts(decoder(**settings), TOK, task(), rl.correct_reward(task()), numbers, how=how, seed=seed)
+def sample(numbers: Sequence[int], how: RolloutConfig = HOW, seed: int = 1, **settings: Any) -> list[list[Rollout]]:
+    return rl.rollouts(make_engine(**settings), TOK, task(), rl.correct_reward(task()), numbers, config=how, seed=seed)
 
 
-def test_answers_depend_on_their_numbers_and_the_seed_alone():
-    want = play(range(8))
+def test_answers_depend_only_on_row_number_and_seed():
+    want = sample(range(8))
     assert [len(group) for group in want] == [3] * 8
     assert len({tuple(one.tokens) for group in want for one in group}) == 24
-    assert play([5, 3]) == [want[5], want[3]] and play(range(8), slots=2) == want
-    assert play(range(8), seed=2) != want
+    assert sample([5, 3]) == [want[5], want[3]] and sample(range(8), slots=2) == want
+    assert sample(range(8), seed=2) != want
     assert want[0][0].prompt == want[6][0].prompt, "number 6 is row 0 again, with draws of its own"
     prompt = chat_format.prompt(TOK, task().row(2)["messages"][:1])
     assert list(want[2][0].prompt) == prompt[-CONFIG.sequence_len :]
@@ -160,7 +160,7 @@ def test_answers_depend_on_their_numbers_and_the_seed_alone():
         assert one.finish == ("stop" if one.tokens[-1] in (END, TOK.bos) else "length") and len(one.tokens) <= 8
 
 
-def test_answers_come_with_what_a_tool_forced_and_their_reward(monkeypatch: pytest.MonkeyPatch):
+def test_rollouts_mark_tool_tokens_and_carry_rewards(monkeypatch: pytest.MonkeyPatch):
     call = [TOK.special("<|python_start|>"), *b"3+4", TOK.special("<|python_end|>")]
     result = [TOK.special("<|output_start|>"), *b"7", TOK.special("<|output_end|>")]
     row = qa_conversation("3+4?", "7")
@@ -175,7 +175,7 @@ def test_answers_come_with_what_a_tool_forced_and_their_reward(monkeypatch: pyte
     monkeypatch.setattr(sampling, "draw", drawn)
     one = Task("sum", "generative", 1, lambda i: row, lambda row, text: text == "#7")
     how = dataclasses.replace(HOW, max_tokens=20)
-    (group,) = rl.rollouts(decoder(), TOK, one, rl.correct_reward(one), [0], how=how, seed=1)
+    (group,) = rl.rollouts(make_engine(), TOK, one, rl.correct_reward(one), [0], config=how, seed=1)
     assert [answer.tokens for answer in group] == texts
     assert group[0].sampled == [True] * 5 + [False] * 3 + [True] * 3
     assert [answer.text for answer in group] == ["#7", "It is 5", "8"] and [a.reward for a in group] == [1.0, 0.0, 0.0]
@@ -186,7 +186,7 @@ def test_answers_come_with_what_a_tool_forced_and_their_reward(monkeypatch: pyte
     assert sum(rows[0].weights) == pytest.approx(8 * (2 / 3) / (8 + 8 + 7))
 
 
-def test_batches_count_the_examples_through_and_go_on():
+def test_prompt_batches_wrap_around_and_resume():
     stream = rl.prompt_batches(task(), 4)
     found = [next(stream) for _ in range(3)]
     assert [batch["numbers"] for batch, _, _ in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
@@ -206,7 +206,7 @@ def test_pass_at_k_is_any_of_the_first_k(monkeypatch: pytest.MonkeyPatch):
         return solved
 
     monkeypatch.setattr(rl.chat_eval, "sample_answers", samples)
-    assert rl.pass_at_k(decoder(), TOK, task(), 4, HOW, most=3) == {
+    assert rl.pass_at_k(make_engine(), TOK, task(), 4, HOW, max_k=3) == {
         "rl/pass_at_1": 0.25,
         "rl/pass_at_2": 0.5,
         "rl/pass_at_3": 0.75,
@@ -214,10 +214,10 @@ def test_pass_at_k_is_any_of_the_first_k(monkeypatch: pytest.MonkeyPatch):
     assert asked == [([0, 1, 2, 3], 3, 1.0, 50, 8)]
 
 
-def test_what_cannot_be_practised_says_why():
-    with pytest.raises(UserError, match="task chat: nothing judges"):
+def test_unscorable_task_and_wrong_settings_are_refused():
+    with pytest.raises(UserError, match="task chat: cannot score"):
         rl.correct_reward(Task("chat", "chat", 1, lambda i: {}))
-    wrong = {"examples": 0, "samples": 1, "temperature": 0, "top_k": -1, "max_tokens": 0, "slots": 0}
+    wrong = {"prompts_per_step": 0, "samples_per_prompt": 1, "temperature": 0, "top_k": -1, "max_tokens": 0, "slots": 0}
     for name, value in wrong.items():
         with pytest.raises(UserError, match=f"rollout.{name}={value}"):
             RolloutConfig(**{name: value})
@@ -235,7 +235,7 @@ def rates(lr: float) -> Any:
 
 def stepper(reward: rl.Reward, how: RolloutConfig = HOW, donate: bool = False, **more: Any) -> Any:
     """Return (state, numbers, hparams) -> (state, metrics), with an engine of its own."""
-    engine = decoder(slots=how.slots)
+    engine = make_engine(slots=how.slots)
     loss_fn = functools.partial(loss.next_token, config=CONFIG, chunk_tokens=64)
     train_step = functools.partial(
         train.train_step, value_and_grad=train.gradient(loss_fn), update=train.make_update(donate=donate)
@@ -243,9 +243,9 @@ def stepper(reward: rl.Reward, how: RolloutConfig = HOW, donate: bool = False, *
 
     def answers(params: Any, numbers: Sequence[int]) -> list[list[Rollout]]:
         infer.load_params_(engine, params)
-        return rl.rollouts(engine, TOK, task(), reward, numbers, how=how, seed=3)
+        return rl.rollouts(engine, TOK, task(), reward, numbers, config=how, seed=3)
 
-    step = functools.partial(rl.rl_step, play=answers, train_step=train_step, **{"batch_rows": 5, **more})
+    step = functools.partial(rl.rl_step, rollout_fn=answers, train_step=train_step, **{"batch_rows": 5, **more})
     return lambda state, numbers, hparams: step(state, [{"numbers": numbers}], hparams)
 
 
@@ -254,13 +254,13 @@ def ascii_share(row: Any, text: str) -> float:
     return sum(ord(letter) < 128 for letter in text) / max(len(text), 1)
 
 
-def test_a_step_is_pure_and_reports_what_it_saw():
+def test_step_is_pure_and_reports_rollout_metrics():
     state = train.init(random_params(CONFIG), model.spec(CONFIG))
     seen: list[Any] = []
     with Unchanged(state.params, state.opt_state):
-        new, found = stepper(ascii_share, show=seen.append)(state, [0, 1, 2, 3], rates(0.1))
-    (played,) = seen
-    answers = [one for group in played for one in group]
+        new, found = stepper(ascii_share, on_rollouts=seen.append)(state, [0, 1, 2, 3], rates(0.1))
+    (groups,) = seen
+    answers = [one for group in groups for one in group]
     assert float(found["rl/reward"]) == pytest.approx(sum(one.reward for one in answers) / 12)
     assert float(found["rl/answer_tokens"]) == sum(len(one.tokens) for one in answers) / 12
     assert float(found["tokens"]) == sum(len(one.tokens) for one in answers)
@@ -270,7 +270,7 @@ def test_a_step_is_pure_and_reports_what_it_saw():
     assert int(new.step) == 1 and not torch.equal(new.params["lm_head"], state.params["lm_head"])
 
 
-def test_a_step_without_a_difference_changes_nothing_but_its_number():
+def test_step_with_equal_rewards_only_advances_the_step_count():
     state = train.init(random_params(CONFIG), model.spec(CONFIG))
     step = stepper(lambda row, text: 1.0)
     new, found = step(state, [0, 1, 2, 3], rates(0.1))
@@ -281,8 +281,8 @@ def test_a_step_without_a_difference_changes_nothing_but_its_number():
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_what_is_rewarded_becomes_more_likely(sign: int):
-    how = RolloutConfig(examples=3, samples=8, max_tokens=6, slots=24)
+def test_rewarded_answers_become_more_likely(sign: int):
+    how = RolloutConfig(prompts_per_step=3, samples_per_prompt=8, max_tokens=6, slots=24)
     state = train.init(random_params(CONFIG), model.spec(CONFIG))
     step, shares = stepper(lambda row, text: sign * ascii_share(row, text), how, donate=True, batch_rows=24), []
     for number in range(0, 45, 3):
