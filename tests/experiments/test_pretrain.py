@@ -525,9 +525,7 @@ def test_out_of_memory_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
 
     monkeypatch.setattr(steps, "fit", full)
-    with pytest.raises(
-        UserError, match=r"=4 runs out of memory \(CUDA out of memory\); set a smaller"
-    ):
+    with pytest.raises(UserError, match=r"=4 runs out of memory \(CUDA out of memory\); set a smaller"):
         pretrain.run(tiny(base, "name=full"), runtime.init("cpu"))
 
 
