@@ -1,54 +1,75 @@
-r"""Find the best model for a budget of FLOPs: several depths at each of several budgets, and the laws that follow.
+r"""Train a series of models: rising depths, each to its own end, or several depths at each of several FLOP budgets.
 
     torchrun --nproc_per_node=8 launch.py --experiment=scaling_laws         # 4 budgets x depths 10, 12, … 20
+    torchrun --nproc_per_node=8 launch.py --experiment=scaling_laws --set series=depths           # depths 12, 14, … 26
     torchrun --nproc_per_node=8 launch.py --experiment=scaling_laws --set name=small --set budgets=1e17,3e17 \
         --set depths=4,6,8,10
+    python launch.py --experiment=scaling_laws --set series=depths --set depths=2,3,4 --set name=tiny \
+        --set base.data.source=embedded
 
-Every budget has a run at every depth, as long as the budget lasts. Over the logarithm of the parameters, the bits per
-byte of a budget lie near a parabola, whose lowest point is the best model for it; how the best number of parameters N
-and of tokens D grow with the budget C gives the exponents of N ~ C^a and D ~ C^b. A lowest point outside of the depths
-tried is none: it is shown and left out. Parameters are the scaling ones, matrices and unembedding.
+One pretraining run after the other, each on all ranks; `base` has the settings that they share, those of
+--experiment=pretrain. The same command resumes after a stop: finished runs are skipped, a stopped one is resumed, one
+whose settings changed is trained again. results.csv and the plots are written after each run.
 
-Runs, resuming, settings in `base` are as for --experiment=miniseries. Writes scaling_laws/<name>/results.csv under the
-base folder after each run, isoflop.svg and optima.svg. The 24 runs take about 8 hours on 8 H100, at half of their
-FLOP/s.
-Source: the second approach of Hoffmann et al., arXiv 2203.15556.
+series=depths: each model is as long as the scaling rules say. Writes miniseries/<name> under the base folder: bits per
+byte over FLOPs, and all curves. Depths 12 to 26 take about 12 hours on 8 H100, at half of their FLOP/s.
+
+series=budgets: over the logarithm of the parameters, the bits per byte of a budget lie near a parabola, whose minimum
+is the best model for that budget. How the best number of parameters N and of tokens D grow with the budget C gives the
+exponents of N ~ C^a and D ~ C^b. A minimum outside the depths tried is printed but not used. Parameters are the scaling
+ones: matrices and unembedding. Writes scaling_laws/<name>: isoflop.svg and optima.svg. The 24 runs take about 8 hours
+on 8 H100. Source: the second approach of Hoffmann et al., arXiv 2203.15556.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments import miniseries, pretrain
-from nanochat import distributed
+from experiments import pretrain
+from nanochat import distributed, metrics, model, train
 from nanochat.config import Device, Dtype, UserError, base_dir
+from nanochat.distributed import hardware
 from nanochat.metrics import plots
+from nanochat.text import format_count, format_duration, table
 
 if TYPE_CHECKING:
-    from nanochat.distributed import Runtime
+    from nanochat.distributed import ControlGroup, Runtime
+    from nanochat.metrics import RunInfo
 
-COLUMNS = ("flops_budget", *miniseries.COLUMNS)
+FOLDERS = {"depths": "miniseries", "budgets": "scaling_laws"}
+DEPTHS = {"depths": tuple(range(12, 27, 2)), "budgets": tuple(range(10, 21, 2))}
+COLUMNS = (
+    *("run", "depth", "width", "params_total", "params_scaling", "batch_tokens", "steps", "tokens", "tokens_per_param"),
+    *("flops", "val_bpb", "core", "train_seconds"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to train.
+    """A series of pretraining runs.
 
     Attributes:
-        name: of the sweep, and the beginning of its runs' names. budgets: FLOPs. depths: one run each at each budget.
-        base: what the runs share; its depth, target_flops, name, device and dtype are set here.
-        device, dtype: auto, or as in `runtime.create`.
+        series: depths: a run for each depth, as long as the scaling rules say; budgets: one for each depth and budget.
+        name: name of the series, and the start of its runs' names; none: miniseries or scaling_laws.
+        depths: depths to train; none: 12, 14, … 26 for series=depths and 10, 12, … 20 for series=budgets.
+        budgets: FLOPs of a run, for series=budgets.
+        base: settings that the runs share; its depth, target_flops, name, device and dtype are set here.
+        device: where to compute; auto: CUDA, else MPS, else the CPU.
+        dtype: dtype of the computation; auto: bfloat16 on GPUs from Ampere on, else float32.
     """
 
-    name: str = "scaling_laws"
+    series: Literal["depths", "budgets"] = "budgets"
+    name: str | None = None
+    depths: tuple[int, ...] | None = None
     budgets: tuple[float, ...] = (1e18, 2.15e18, 4.64e18, 1e19)
-    depths: tuple[int, ...] = tuple(range(10, 21, 2))
     base: pretrain.Config = pretrain.Config()
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -71,33 +92,118 @@ class Optimum(NamedTuple):
 
 
 def config() -> Config:
-    """Return the reference's sweep."""
+    """Return the reference's series."""
     return Config()
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Train what is missing, then fit and draw; after each run the table and pictures are those of what there is."""
-    for name in ("budgets", "depths"):
-        values = getattr(config, name)
+    """Train the runs that are missing; write the results and plots after each."""
+    name, depths = config.name or FOLDERS[config.series], config.depths or DEPTHS[config.series]
+    budgets = config.budgets if config.series == "budgets" else (None,)
+    for field, values in (("depths", depths), ("budgets", config.budgets)):
         if not values or len(set(values)) < len(values) or min(values) <= 0:
-            raise UserError(f"{name}={','.join(f'{x:g}' for x in values)}: expected one or more above 0, each once")
-    if config.base.num_iterations is not None:
-        raise UserError("base.num_iterations: the budgets decide how long a run is; set it to none")
-    folder, line = base_dir() / "scaling_laws" / config.name, distributed.control_group()
+            raise UserError(f"{field}={','.join(f'{x:g}' for x in values)}: expected one or more above 0, each once")
+    if config.series == "budgets" and config.base.num_iterations is not None:
+        raise UserError("base.num_iterations: the budgets set the length of a run; set it to none")
+    folder, line = base_dir() / FOLDERS[config.series] / name, distributed.control_group()
     shared = dataclasses.replace(config.base, device=config.device, dtype=config.dtype)
-    cells = [(budget, depth) for budget in config.budgets for depth in config.depths]
+    cells = [(budget, depth) for budget in budgets for depth in depths]
     rows: list[dict[str, Any]] = []
     for number, (budget, depth) in enumerate(cells, start=1):
-        print(f"\n[{number}/{len(cells)}] {short(budget)} FLOPs, depth {depth}", flush=True)
-        name = f"{config.name}_{short(budget)}_d{depth}"
-        one = dataclasses.replace(shared, depth=depth, target_flops=budget, name=name)
-        rows.append({"flops_budget": budget, "depth": depth, **miniseries.trained(one, folder, runtime, line)})
+        settings = dataclasses.replace(shared, depth=depth, name=f"{name}_d{depth}")
+        label, key = f"depth {depth}", {}
+        if budget is not None:
+            settings = dataclasses.replace(settings, target_flops=budget, name=f"{name}_{short(budget)}_d{depth}")
+            label, key = f"{short(budget)} FLOPs, depth {depth}", {"flops_budget": budget}
+        print(f"\n[{number}/{len(cells)}] {label}", flush=True)
+        rows.append({**key, "depth": depth, **trained(settings, folder, runtime, line)})
         with distributed.raise_on_any_failure(line):
             if runtime.is_main:
-                miniseries.write(folder, COLUMNS, rows)
-                draw(folder, config.name, rows, optima(rows))
-    shown = ("flops_budget", "depth", "params_scaling", "tokens", "tokens_per_param", "val_bpb", "train_seconds")
-    print(f"\n{miniseries.summary(rows, shown)}\n\n{laws(optima(rows))}\n\nresults and pictures: {folder}")
+                write(folder, (*key, *COLUMNS), rows)
+                draw_series(folder, name, rows) if budget is None else draw_budgets(folder, name, rows, optima(rows))
+    if config.series == "depths":
+        print(f"\n{summary(rows, ('depth', 'params_scaling', 'tokens', 'flops', 'val_bpb', 'core', 'train_seconds'))}")
+    else:
+        columns = ("flops_budget", "depth", "params_scaling", "tokens", "tokens_per_param", "val_bpb", "train_seconds")
+        print(f"\n{summary(rows, columns)}\n\n{laws(optima(rows))}")
+    print(f"\nresults and plots: {folder}")
+
+
+def trained(config: pretrain.Config, folder: Path, runtime: Runtime, line: ControlGroup) -> dict[str, Any]:
+    """Train one run of the series unless it is done, and return its results by column."""
+    name = str(config.name)
+    path, settings = folder / "runs" / f"{name}.json", train.pipeline.settings(config)
+    status = train.pipeline.describe_status(path, settings, line)
+    messages = {
+        "new": f"{name}: to be trained",
+        "in_progress": f"{name}: to be resumed",
+        "changed": f"{name}: trained again because of {train.pipeline.reasons(status)}",
+        "done": f"{name}: already done, in {format_duration(status.seconds)}",
+    }
+    print(messages[status.state], flush=True)
+
+    def pretrain_one(opening: dict[str, bool]) -> None:
+        pretrain.run(dataclasses.replace(config, **opening), runtime)
+        hardware.release_memory()
+
+    run_folder = train.run_folder(name)
+    train.pipeline.run_if_needed(
+        path, settings, line, pretrain_one, run=run_folder, intact=(run_folder / metrics.logger.FILE).exists
+    )
+    with distributed.raise_on_any_failure(line):
+        return facts(metrics.run_folder.read_run(run_folder))
+
+
+def facts(info: RunInfo) -> dict[str, Any]:
+    """Return the columns of a finished run."""
+    scores, shape = metrics.run_folder.scores(info), info.shape
+    tokens, flops = metrics.run_folder.step_tokens(info), metrics.run_folder.step_flops(info)
+    if shape is None or tokens is None or flops is None or "val/bpb" not in scores:
+        raise UserError(
+            f"run {info.name}: its checkpoint or its metrics.jsonl is gone; delete {info.folder} to train it again"
+        )
+    counts, core = model.count(shape), scores.get("core/CORE")
+    return {
+        "run": info.name,
+        "width": shape.n_embd,
+        "params_total": counts["total"],
+        "params_scaling": counts["scaling"],
+        "batch_tokens": round(tokens),
+        "steps": info.step,
+        "tokens": round(tokens * info.step),
+        "tokens_per_param": round(tokens * info.step / counts["scaling"], 4),
+        "flops": flops * info.step,
+        "val_bpb": scores["val/bpb"].value,
+        "core": core.value if core else None,
+        "train_seconds": round(metrics.run_folder.train_seconds(info) or 0.0, 1),
+    }
+
+
+def write(folder: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Write results.csv."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path = folder / "results.csv"
+    part = path.with_suffix(".part")
+    part.write_text(text.getvalue(), "utf-8")
+    part.replace(path)
+
+
+def summary(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """Return columns of the results as a table."""
+
+    def cell(name: str, value: Any) -> str:
+        if value is None:
+            return "-"
+        if name == "train_seconds":
+            return format_duration(value)
+        if isinstance(value, float):
+            return f"{value:.3g}" if value >= 1e4 else f"{value:.4f}"
+        return format_count(value) if value >= 1e4 else str(value)
+
+    return table([columns, *([cell(name, row[name]) for name in columns] for row in rows)])
 
 
 def short(number: float) -> str:
@@ -154,7 +260,7 @@ def laws(found: Sequence[Optimum]) -> str:
         return "no optimum: a budget needs three depths, and bits per byte that rise on both sides"
     lines = [f"  {'budget':>10}{'best N':>12}{'best D':>12}{'D / N':>9}{'bits per byte':>16}"]
     for one in found:
-        note = "" if one.inside else "   outside of the depths tried: left out"
+        note = "" if one.inside else "   outside of the depths tried: not used"
         lines.append(
             f"  {short(one.budget):>10}{one.params:>12.3g}{one.tokens:>12.3g}{one.tokens / one.params:>9.2f}"
             f"{one.bpb:>16.4f}{note}"
@@ -168,11 +274,32 @@ def laws(found: Sequence[Optimum]) -> str:
     return "\n".join([*lines, f"N ~ C^{a:.3f}, D ~ C^{b:.3f}, from {len(inner)} budgets"])
 
 
-# Pictures
+# Plots
 
 
-def draw(folder: Path, name: str, rows: Sequence[dict[str, Any]], found: Sequence[Optimum]) -> None:
-    """Draw the budgets' curves with their fits, and the optima over the budgets."""
+def draw_series(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the final bits per byte and CORE over FLOPs, and the validation curves of all runs."""
+    ends = {"val_bpb": ("bits per byte", "bpb.svg"), "core": ("CORE", "core.svg")}
+    for column, (label, file) in ends.items():
+        known = [row for row in rows if row[column] is not None]
+        points = ([row["flops"] for row in known], [row[column] for row in known])
+        if known:
+            drawn = {f"depth {known[0]['depth']} to {known[-1]['depth']}": points}
+            how = {"title": f"{name}: {label}", "x_label": "training FLOPs", "y_label": label, "log_x": True}
+            plots.line_chart(folder / file, drawn, marks=drawn, **how)
+    curves = {}
+    for row in rows:
+        one = metrics.run_folder.read_run(train.run_folder(row["run"]))
+        steps, values = metrics.logger.curve(one.rows, "val/bpb")
+        curves[f"d{row['depth']}"] = ([row["flops"] / row["steps"] * step for step in steps], values)
+    plots.line_chart(
+        folder / "curves.svg", curves, title=f"{name}: validation along each run", x_label="training FLOPs",
+        y_label="bits per byte", log_x=True,
+    )  # fmt: skip
+
+
+def draw_budgets(folder: Path, name: str, rows: Sequence[dict[str, Any]], found: Sequence[Optimum]) -> None:
+    """Draw the curve of each budget with its fit, and the optima over the budgets."""
     fits = {one.budget: one for one in found}
     curves, marks = {}, {}
     for budget in dict.fromkeys(row["flops_budget"] for row in rows):

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 launch.py --experiment=speedrun --set name=d12 --set pretrain.depth=12
     python launch.py --experiment=speedrun --set source=/my/texts --set stages=data,tokenizer,pretrain,report
 
-Says first what it is going to do and what that takes. The same command goes on after a stop: what is finished is
+Prints first what it will do and what that takes. The same command resumes after a stop: what is finished is
 skipped, what is broken resumed; a changed setting does its stage and those after it again. Settings of a stage are
 those of its experiment: pretrain.depth, sft.num_iterations, eval_chat.max_problems; name, device and dtype are those of
 the whole. An evaluation that fails, for want of a network for example, is named at the end and does not stop the rest.
@@ -59,7 +59,7 @@ class Config:
         stages: which of them, in their order.
         source: of the text, for data, tokenizer and pretraining; none: as these are set.
         fp8: large products of pretraining in float8; none: where the GPU multiplies it.
-        resume: changes nothing, for a speedrun always goes on where it was.
+        resume: no effect: a speedrun always resumes.
         data, tokenizer, pretrain, eval_base, sft, eval_chat, report: as for these experiments.
         device, dtype: auto, or as in `runtime.create`.
     """
@@ -117,7 +117,7 @@ def run(config: Config, runtime: Runtime) -> None:
             report.make(one.config, runtime, {name: x for name, x in took.items() if name not in ("pretrain", "sft")})
             continue
         try:
-            standing = done(config, one, after, runtime, line)
+            status = done(config, one, after, runtime, line)
         except distributed.LostRankError:
             raise
         except UserError as error:
@@ -126,8 +126,8 @@ def run(config: Config, runtime: Runtime) -> None:
             failed[one.name] = str(error)
             print(f"{one.name} failed: {error}", flush=True)
             continue
-        took[one.name] = standing.seconds
-        after = after if one.name.startswith("eval_") else standing.stamp  # nothing follows from an evaluation
+        took[one.name] = status.seconds
+        after = after if one.name.startswith("eval_") else status.completion_id  # nothing follows from an evaluation
     print(f"\n{ending(config, took)}")
     if failed:
         raise UserError(
@@ -172,7 +172,7 @@ def stages(config: Config) -> list[Stage]:
     base, tuned = stage.run_folder(config.name), stage.run_folder(f"{config.name}_sft")
 
     def trained() -> bool:  # then data and tokenizer may go: a run has its own copy of the tokenizer
-        return bool(train.pipeline.read_status(mark(config, "pretrain"), {}).stamp)
+        return bool(train.pipeline.read_status(mark(config, "pretrain"), {}).completion_id)
 
     def has_data() -> bool:
         try:
@@ -208,7 +208,7 @@ def done(config: Config, one: Stage, after: str, runtime: Runtime, line: Control
     path, wanted = mark(config, one.name), train.pipeline.settings(one.config, after)
     before = train.pipeline.describe_status(path, wanted, line, intact=one.intact)
     if before.state == "done":
-        print(f"done already, in {format_duration(before.seconds)}")
+        print(f"already done, in {format_duration(before.seconds)}")
         return before
     if before.state == "changed":
         print(f"again: {train.pipeline.reasons(before)}")
@@ -217,7 +217,7 @@ def done(config: Config, one: Stage, after: str, runtime: Runtime, line: Control
         try:
             MODULES[one.name].run(dataclasses.replace(one.config, **opening), runtime)
         except SystemExit:
-            print(f"stopped during {one.name}: the same command goes on with it, and does the rest")
+            print(f"stopped during {one.name}: run the same command again to resume")
             raise
         hardware.release_memory()
 
@@ -229,17 +229,17 @@ def done(config: Config, one: Stage, after: str, runtime: Runtime, line: Control
 
 def overview(config: Config, todo: list[Stage], runtime: Runtime, line: ControlGroup) -> str:
     """Return what is going to be done, and what pretraining takes."""
-    words = {"new": "to do", "begun": "goes on", "done": "done", "changed": "again"}
+    words = {"new": "to do", "in_progress": "resume", "done": "done", "changed": "again"}
     rows, after, pending = [], "", False
     for one in todo:
         wanted = train.pipeline.settings(one.config, after)
-        standing = train.pipeline.describe_status(mark(config, one.name), wanted, line, intact=one.intact)
-        state = "written" if one.name == "report" else words[standing.state]
+        status = train.pipeline.describe_status(mark(config, one.name), wanted, line, intact=one.intact)
+        state = "written" if one.name == "report" else words[status.state]
         # What follows on something that has yet to be done is compared with what is not there yet.
-        if pending and standing.state in ("done", "changed") and one.name != "report":
-            state = "again" if standing.stamp else "goes on"
+        if pending and status.state in ("done", "changed") and one.name != "report":
+            state = "again" if status.completion_id else "resume"
         trains = not one.name.startswith("eval_") and one.name != "report"
-        pending, after = pending or (trains and standing.state != "done"), standing.stamp if trains else after
+        pending, after = pending or (trains and status.state != "done"), status.completion_id if trains else after
         rows.append(f"  {one.name:<11}{state:<9}{one.text}")
     with distributed.raise_on_any_failure(line):
         price = estimate(config, runtime) if runtime.is_main else ""

@@ -1,4 +1,4 @@
-"""Series of runs: what is finished is skipped, what is broken goes on; the fits of scaling laws."""
+"""Series of runs: finished ones are skipped, stopped ones resumed; the fits of scaling laws."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ import pytest
 import ranks as gloo
 import small_corpus
 
-from experiments import miniseries, pretrain, scaling_laws
+from experiments import pretrain, scaling_laws
 from nanochat import distributed
 from nanochat.config import UserError, override
 from nanochat.data import tokenizer
@@ -52,6 +52,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+def series_of_depths() -> scaling_laws.Config:
+    return override(scaling_laws.config(), ["series=depths"])
+
+
 def tiny(config: Any, base: Path, *more: str) -> Any:
     shared = [f"base.{word}" for word in (*TINY, f"data.source={base / 'text'}")]
     return override(config, [*shared, "device=cpu", *more])
@@ -76,7 +80,7 @@ def results(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# Milestones
+# Status of stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +90,19 @@ class Settings:
     device_batch_size: int = 4
 
 
-def test_work_is_done_once_and_again_when_its_settings_change(tmp_path: Path) -> None:
+def test_stage_runs_once_and_again_when_its_settings_change(tmp_path: Path) -> None:
     path, done = tmp_path / "marks" / "a.json", []
 
     def work(config: Settings, after: str = "") -> pipeline.StageStatus:
         return pipeline.run_if_needed(path, pipeline.settings(config, after), ALONE, lambda _: done.append(config))
 
     first = work(Settings())
-    assert first.state == "done" and first.stamp and len(done) == 1
+    assert first.state == "done" and first.completion_id and len(done) == 1
     assert work(Settings(resume=True, device_batch_size=2)) == first and len(done) == 1, "how it is done does not count"
     look = pipeline.read_status(path, pipeline.settings(Settings(depth=4)))
     assert (look.state, pipeline.reasons(look)) == ("changed", "depth 3 → 4")
     second = work(Settings(depth=4))
-    assert len(done) == 2 and second.stamp != first.stamp
+    assert len(done) == 2 and second.completion_id != first.completion_id
     assert work(Settings(depth=4), after="x").state == "done" and len(done) == 3, "what it follows on counts"
     assert pipeline.run_if_needed(
         path, pipeline.settings(Settings(depth=4), "x"), ALONE, lambda _: done.append(0), intact=bool
@@ -106,7 +110,7 @@ def test_work_is_done_once_and_again_when_its_settings_change(tmp_path: Path) ->
     assert done[-1] == 0, "what is gone is made again"
 
 
-def test_work_that_fails_stays_begun_and_its_time_adds_up(tmp_path: Path) -> None:
+def test_failed_stage_stays_in_progress_and_its_time_adds_up(tmp_path: Path) -> None:
     path, wanted = tmp_path / "a.json", pipeline.settings(Settings())
 
     def fails(_: dict[str, bool]) -> None:
@@ -115,7 +119,7 @@ def test_work_that_fails_stays_begun_and_its_time_adds_up(tmp_path: Path) -> Non
     for _ in range(2):
         with pytest.raises(SystemExit):
             pipeline.run_if_needed(path, wanted, ALONE, fails)
-        assert pipeline.read_status(path, wanted).state == "begun"
+        assert pipeline.read_status(path, wanted).state == "in_progress"
     before = pipeline.read_status(path, wanted).seconds
     after = pipeline.run_if_needed(path, wanted, ALONE, lambda _: None).seconds
     assert 0 < before < after
@@ -124,17 +128,17 @@ def test_work_that_fails_stays_begun_and_its_time_adds_up(tmp_path: Path) -> Non
         pipeline.read_status(path, wanted)
 
 
-# Miniseries
+# Series of depths
 
 
-def test_a_miniseries_is_broken_resumed_and_skipped(
+def test_series_of_depths_is_stopped_resumed_and_skipped(
     base: Path,
     trained: list[tuple[str, bool, bool]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     here = distributed.init("cpu", "float32")
-    config = tiny(miniseries.config(), base, "name=mini", "depths=1,2", "base.num_iterations=8")
+    config = tiny(series_of_depths(), base, "name=mini", "depths=1,2", "base.num_iterations=8")
     original = logger.write
 
     def interrupted(log: Any, step: int, values: Any) -> None:
@@ -144,16 +148,16 @@ def test_a_miniseries_is_broken_resumed_and_skipped(
 
     monkeypatch.setattr(logger, "write", interrupted)
     with pytest.raises(SystemExit) as stop:
-        miniseries.run(config, here)
+        scaling_laws.run(config, here)
     assert stop.value.code == 128 + signal.SIGTERM
     monkeypatch.setattr(logger, "write", original)
     folder = base / "miniseries" / "mini"
     assert [row["depth"] for row in results(folder)] == ["1"], "what is finished is in the table"
-    miniseries.run(config, here)
+    scaling_laws.run(config, here)
     assert trained == [("mini_d1", False, False), ("mini_d2", False, False), ("mini_d2", True, False)]
     assert "resumed from step 5" in capsys.readouterr().out
     rows = results(folder)
-    assert list(rows[0]) == list(miniseries.COLUMNS)
+    assert list(rows[0]) == list(scaling_laws.COLUMNS)
     for row, depth in zip(rows, (1, 2), strict=True):
         one = run_folder.read_run(stage.run_folder(f"mini_d{depth}"))
         assert row["run"] == one.name and row["depth"] == str(depth) and row["steps"] == "8" and row["core"] == ""
@@ -163,47 +167,47 @@ def test_a_miniseries_is_broken_resumed_and_skipped(
     for file in ("bpb.svg", "curves.svg"):
         assert ET.parse(folder / file).getroot().tag.endswith("svg")
     assert not (folder / "core.svg").exists()
-    miniseries.run(config, here)
-    assert len(trained) == 3 and "done already" in capsys.readouterr().out
+    scaling_laws.run(config, here)
+    assert len(trained) == 3 and "already done" in capsys.readouterr().out
 
 
-def test_a_changed_setting_trains_anew_even_when_that_is_broken_at_once(
+def test_changed_setting_trains_again_even_after_a_failed_start(
     base: Path,
     trained: list[tuple[str, bool, bool]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     here = distributed.init("cpu", "float32")
-    config = tiny(miniseries.config(), base, "name=again", "depths=1", "base.num_iterations=4")
-    miniseries.run(config, here)
+    config = tiny(series_of_depths(), base, "name=again", "depths=1", "base.num_iterations=4")
+    scaling_laws.run(config, here)
     other = override(config, ["base.optim.matrix_lr=0.05"])
     with monkeypatch.context() as patch:
         patch.setattr(runs, "open_checkpoints", lambda *_: (_ for _ in ()).throw(UserError("the disk is on fire")))
         with pytest.raises(UserError, match="on fire"):
-            miniseries.run(other, here)
-    assert "again, for optim.matrix_lr 0.1 → 0.05" in capsys.readouterr().out
-    miniseries.run(other, here)
+            scaling_laws.run(other, here)
+    assert "trained again because of optim.matrix_lr 0.1 → 0.05" in capsys.readouterr().out
+    scaling_laws.run(other, here)
     # The second start must not take the old run's checkpoint for the new one's.
     assert trained == [("again_d1", False, False), ("again_d1", False, True), ("again_d1", False, True)]
-    miniseries.run(other, here)
+    scaling_laws.run(other, here)
     assert len(trained) == 3
 
 
-def test_a_run_of_somebody_else_is_left_alone(base: Path, trained: list[tuple[str, bool, bool]]) -> None:
+def test_run_of_another_command_is_not_touched(base: Path, trained: list[tuple[str, bool, bool]]) -> None:
     here = distributed.init("cpu", "float32")
-    config = tiny(miniseries.config(), base, "name=mine", "depths=1", "base.num_iterations=2")
+    config = tiny(series_of_depths(), base, "name=mine", "depths=1", "base.num_iterations=2")
     pretrain.run(dataclasses.replace(config.base, depth=1, name="mine_d1", device="cpu"), here)
-    with pytest.raises(UserError, match=r"not of this.*name="):
-        miniseries.run(config, here)
+    with pytest.raises(UserError, match=r"made by another command.*name="):
+        scaling_laws.run(config, here)
     assert len(trained) == 1
     with pytest.raises(UserError, match="each once"):
-        miniseries.run(override(config, ["depths=1,1"]), here)
+        scaling_laws.run(override(config, ["depths=1,1"]), here)
 
 
-# Scaling laws
+# Series of budgets
 
 
-def test_a_sweep_spends_its_budgets_and_finds_what_there_is(
+def test_series_of_budgets_spends_them_and_skips_finished_runs(
     base: Path, trained: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = distributed.init("cpu", "float32")
@@ -233,7 +237,7 @@ def chinchilla(params: float, budget: float) -> tuple[float, float]:
     return tokens, 0.8 + 40.0 / params**0.34 + 30.0 / tokens**0.28
 
 
-def test_the_fit_finds_the_optimum_and_the_exponents_of_a_known_law() -> None:
+def test_fit_finds_optimum_and_exponents_of_a_known_law() -> None:
     rows = []
     for budget in (1e18, 1e19, 1e20):
         # dL / dN = 0 at N^(0.34 + 0.28) = (0.34 A / 0.28 B) (C / 6)^0.28
@@ -251,21 +255,21 @@ def test_the_fit_finds_the_optimum_and_the_exponents_of_a_known_law() -> None:
     assert "N ~ C^0.452, D ~ C^0.548, from 3 budgets" in text
 
 
-def test_an_optimum_outside_of_the_depths_tried_is_left_out() -> None:
+def test_optimum_outside_the_depths_tried_is_not_used() -> None:
     def row(budget: float, params: float, bpb: float) -> dict[str, float]:
         return {"flops_budget": budget, "params_scaling": params, "tokens": budget / params, "val_bpb": bpb}
 
     falling = [row(1.0, n, bpb) for n, bpb in ((10.0, 1.3), (20.0, 1.1), (40.0, 1.0))]
     (found,) = scaling_laws.optima(falling)
     assert (
-        not found.inside and "left out" in scaling_laws.laws([found]) and "no exponents" in scaling_laws.laws([found])
+        not found.inside and "not used" in scaling_laws.laws([found]) and "no exponents" in scaling_laws.laws([found])
     )
     arched = [row(2.0, n, bpb) for n, bpb in ((10.0, 1.0), (20.0, 1.2), (40.0, 1.0))]
     assert scaling_laws.optima(arched) == [] and "no optimum" in scaling_laws.laws([])
     assert scaling_laws.optima(falling[:2]) == []
 
 
-def test_budgets_decide_the_length(base: Path) -> None:
+def test_num_iterations_and_wrong_budgets_are_refused(base: Path) -> None:
     here = distributed.init("cpu", "float32")
     with pytest.raises(UserError, match="num_iterations"):
         scaling_laws.run(override(scaling_laws.config(), ["base.num_iterations=3"]), here)
@@ -279,13 +283,13 @@ def test_two_ranks_train_the_series_of_one(base: Path) -> None:
     for count in (1, 2):
         words = [f"--set=name=on{count}", "--set=depths=1", "--set=device=cpu", *settings]
         if count == 1:
-            miniseries.run(
-                override(miniseries.config(), [w.removeprefix("--set=") for w in words]), distributed.init("cpu")
+            scaling_laws.run(
+                override(series_of_depths(), [w.removeprefix("--set=") for w in words]), distributed.init("cpu")
             )
         else:
-            outs = gloo.launch(2, "--experiment=miniseries", *words)
+            outs = gloo.launch(2, "--experiment=scaling_laws", "--set=series=depths", *words)
             assert "results and pictures" in outs[0] and not outs[1]
         (table[count],) = results(base / "miniseries" / f"on{count}")
-    same = [name for name in miniseries.COLUMNS if name not in ("run", "val_bpb", "train_seconds")]
+    same = [name for name in scaling_laws.COLUMNS if name not in ("run", "val_bpb", "train_seconds")]
     assert [table[1][name] for name in same] == [table[2][name] for name in same]
     assert float(table[1]["val_bpb"]) == pytest.approx(float(table[2]["val_bpb"]), rel=1e-5)

@@ -127,7 +127,7 @@ def test_a_speedrun_broken_twice_comes_to_its_end_and_is_then_skipped(
                 speedrun.run(config, here)
         assert stop.value.code == 128 + signal.SIGTERM
     out = capsys.readouterr().out
-    assert "stopped during pretrain: the same command goes on" in out and "stopped during sft" in out
+    assert "stopped during pretrain: run the same command again" in out and "stopped during sft" in out
     assert re.search(r"no estimate of time and cost: cpu", out) and "6 steps, 3.07k tokens" in out
     speedrun.run(config, here)
     assert called == [
@@ -151,7 +151,7 @@ def test_a_speedrun_broken_twice_comes_to_its_end_and_is_then_skipped(
     del called[:]
     speedrun.run(config, here)
     assert called == [], "what is finished is skipped"
-    assert capsys.readouterr().out.count("done already") == 6
+    assert capsys.readouterr().out.count("already done") == 6
 
 
 def test_a_changed_setting_does_its_stage_and_those_after_it_again(
