@@ -288,7 +288,7 @@ def test_two_ranks_train_the_series_of_one(base: Path) -> None:
             )
         else:
             outs = gloo.launch(2, "--experiment=scaling_laws", "--set=series=depths", *words)
-            assert "results and pictures" in outs[0] and not outs[1]
+            assert "results and plots" in outs[0] and not outs[1]
         (table[count],) = results(base / "miniseries" / f"on{count}")
     same = [name for name in scaling_laws.COLUMNS if name not in ("run", "val_bpb", "train_seconds")]
     assert [table[1][name] for name in same] == [table[2][name] for name in same]

@@ -154,7 +154,7 @@ def test_a_speedrun_broken_twice_comes_to_its_end_and_is_then_skipped(
     assert capsys.readouterr().out.count("already done") == 6
 
 
-def test_a_changed_setting_does_its_stage_and_those_after_it_again(
+def test_changed_setting_runs_its_stage_and_the_later_ones_again(
     base: Path, called: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = distributed.init("cpu", "float32")
@@ -172,7 +172,7 @@ def test_a_changed_setting_does_its_stage_and_those_after_it_again(
     speedrun.run(tiny(base, *words, "sft.device_batch_size=4"), here)
     assert called == [("sft", False, True), ("eval_chat", False, False)]
     out = capsys.readouterr().out
-    assert "again: num_iterations 2 → 3" in out and "again: what it follows on was done again" in out
+    assert "again: num_iterations 2 → 3" in out and "again: the stage before it ran again" in out
     assert steps("again_sft") == [1, 2, 3] and pipeline.newest(train.run_folder("again")) == before
     del called[:]
     speedrun.run(tiny(base, *words, "pretrain.optim.matrix_lr=0.05"), here)
