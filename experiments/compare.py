@@ -216,12 +216,12 @@ def measure(
                     )
                     measured.append([number, pairs])
         gathered = sorted(itertools.chain.from_iterable(distributed.all_gather_object(measured, group=group)))
-        table = np.array([pair for _, pairs in gathered for pair in pairs], np.float64)
-        if len(sizes) and not np.array_equal(table[:, 1], sizes):
+        run_nats, run_sizes = np.array([pair for _, pairs in gathered for pair in pairs], np.float64).T
+        if len(sizes) and not np.array_equal(run_sizes, sizes):
             raise UserError(f"run {info.name} was measured on different text: did the validation data change?")
-        sizes = table[:, 1]
-        nats.append(table[:, 0])
-        print(f"{info.name}: {table[:, 0].sum() / math.log(2) / sizes.sum():.4f} bits per byte", flush=True)
+        sizes = run_sizes
+        nats.append(run_nats)
+        print(f"{info.name}: {run_nats.sum() / math.log(2) / sizes.sum():.4f} bits per byte", flush=True)
     rest = iter(nats)
     measured_sides = [side._replace(nats=[next(rest) for _ in side.runs]) for side in sides]
     return "rows" if same_rows else "documents", sizes, measured_sides
@@ -329,7 +329,7 @@ def format_table(sides: Sequence[Side], results: dict[str, Comparison | None]) -
             rows.append([axis, "-", "-", "-", "the curves do not overlap"])
             continue
         limit = f"{result.limit:.3g}" if axis == "FLOPs" else format_duration(60 * result.limit)
-        means, i = (f"{float(np.mean(values)):.4f}" for values in result.values), result.interval
+        means, i = [f"{np.mean(values):.4f}" for values in result.values], result.interval
         rows.append([f"{axis}: {limit}", *means, f"{i.difference:+.4f}", f"{i.low:+.4f} to {i.high:+.4f}"])
     return table(rows)
 

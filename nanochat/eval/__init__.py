@@ -1,16 +1,15 @@
-"""Evaluation: CORE, log-likelihoods, chat tasks, and whether two runs differ."""
+"""Evaluation: the CORE metric, accuracy on chat tasks, log-likelihoods, and the significance of differences."""
 
 from typing import TYPE_CHECKING
 
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.eval import chat_eval, config, core, core_bundle, likelihood, significance
+    from nanochat.eval import chat_eval, core, core_bundle, likelihood, significance
     from nanochat.eval.chat_eval import ModelUnderTest, Score
     from nanochat.eval.config import CHAT_CORE, TITLES, ChatEvalConfig
     from nanochat.eval.core import Answer, Question, Results, TaskResult
-    from nanochat.eval.core_bundle import Bundle, CoreTask, Row
-    from nanochat.eval.likelihood import PackedRow, Prompt, Scored
+    from nanochat.eval.core_bundle import Bundle
     from nanochat.eval.significance import Interval
 
 __getattr__ = lazy_exports(__name__, __file__)

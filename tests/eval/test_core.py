@@ -17,7 +17,9 @@ from small_model import WINDOWED, random_params
 
 from nanochat.config import UserError
 from nanochat.data import PATTERN, Options, Tokenizer, download
-from nanochat.eval import CoreTask, Prompt, Question, Row, Scored, core, core_bundle, likelihood
+from nanochat.eval import Question, core, core_bundle, likelihood
+from nanochat.eval.core_bundle import CoreTask, Row
+from nanochat.eval.likelihood import Prompt, Scored
 from nanochat.model import ModelConfig
 
 LABELS = ["arc_easy", "copa", "winograd", "winogrande", "jeopardy", "lambada_openai"]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from small_model import CONFIG, WINDOWED, LargestTensor, Unchanged, random_params
 
 from nanochat import model
-from nanochat.eval import PackedRow, Prompt, Scored, likelihood
+from nanochat.eval import likelihood
+from nanochat.eval.likelihood import PackedRow, Prompt, Scored
 from nanochat.model import ModelConfig, PackedPositions
 
 PADDING = 99
