@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nanochat.data import Tokenizer
-    from nanochat.distributed import ControlGroup, Runtime
+    from nanochat.distributed import Runtime
     from nanochat.eval import Interval
     from nanochat.metrics import Curve, RunInfo
 
@@ -97,13 +97,12 @@ def run(config: Config, runtime: Runtime) -> None:
     """Find the runs, measure them on the same text, and report how they differ."""
     if len(config.args) != 2:
         raise UsageError("compare takes two arguments, the runs: python launch.py --experiment=compare <a> <b>")
-    group = distributed.control_group()
-    with distributed.raise_on_any_failure(group):
+    with distributed.raise_on_any_failure():
         sides = [find_side(text) for text in config.args]
         limits = {axis: min(curve(info, axis)[0][-1] for side in sides for info in side.runs) for axis in AXES}
         sides = [s._replace(steps=[nearest_checkpoint(info, limits["FLOPs"]) for info in s.runs]) for s in sides]
     print("\n".join(describe(sides)), flush=True)
-    unit, sizes, sides = measure(config, runtime, sides, group)
+    unit, sizes, sides = measure(config, runtime, sides)
     results = {axis: compare(sides, sizes, axis, limit) for axis, limit in limits.items()}
     print(f"\n{format_table(sides, results)}\n")
     print("\n".join(f"note: {note}" for note in notes(sides, limits["FLOPs"])))
@@ -184,14 +183,12 @@ def settings(info: RunInfo) -> dict[str, Any]:
 # Measurement
 
 
-def measure(
-    config: Config, runtime: Runtime, sides: Sequence[Side], group: ControlGroup
-) -> tuple[str, np.ndarray, list[Side]]:
+def measure(config: Config, runtime: Runtime, sides: Sequence[Side]) -> tuple[str, np.ndarray, list[Side]]:
     """Return ("rows" or "documents", the bytes of each piece of text, the sides with their nats)."""
     import torch
 
     checkpoints = [(info, step) for side in sides for info, step in zip(side.runs, side.steps)]
-    with distributed.raise_on_any_failure(group):
+    with distributed.raise_on_any_failure():
         tokenizers = [load_tokenizer(info, step) for info, step in checkpoints]
         identities = [rows_identity(info, tok) for (info, _), tok in zip(checkpoints, tokenizers)]
         tokens = config.tokens or checkpoints[0][0].settings.get("eval", {}).get("tokens") or 2**20
@@ -199,7 +196,7 @@ def measure(
         texts = [] if same_rows else documents(config, checkpoints, tokenizers, tokens)
     sizes, nats = np.zeros(0), []
     for (info, step), tok in zip(checkpoints, tokenizers):
-        with distributed.raise_on_any_failure(group):
+        with distributed.raise_on_any_failure():
             loaded = checkpoint.load(info.folder, step=step, device=runtime.device, dtype=runtime.compute_dtype)
         context = loaded.config.sequence_len
         batches = (
@@ -215,7 +212,7 @@ def measure(
                         loaded.params, [batch], token_bytes, loaded.config, model.Compute(dtype=runtime.compute_dtype)
                     )
                     measured.append([number, pairs])
-        gathered = sorted(itertools.chain.from_iterable(distributed.all_gather_object(measured, group=group)))
+        gathered = sorted(itertools.chain.from_iterable(distributed.all_gather_object(measured)))
         run_nats, run_sizes = np.array([pair for _, pairs in gathered for pair in pairs], np.float64).T
         if len(sizes) and not np.array_equal(run_sizes, sizes):
             raise UserError(f"run {info.name} was measured on different text: did the validation data change?")

@@ -33,7 +33,7 @@ from nanochat.text import format_duration
 
 if TYPE_CHECKING:
     from nanochat.checkpoint import Pretrained
-    from nanochat.distributed import ControlGroup, Runtime
+    from nanochat.distributed import Runtime
     from nanochat.eval import Bundle, Results, TaskResult
 
 BPB_TOKENS = 40 * 2**19  # for a model whose run does not set eval.tokens
@@ -98,7 +98,6 @@ class Context:
     config: Config
     loaded: Pretrained
     runtime: Runtime
-    group: ControlGroup
     header: Mapping[str, Any]
 
     @property
@@ -113,15 +112,14 @@ def config() -> Config:
 
 def run(config: Config, runtime: Runtime) -> None:
     """Evaluate each part, record the metrics, and report what failed."""
-    group = distributed.control_group()
-    with distributed.raise_on_any_failure(group):
+    with distributed.raise_on_any_failure():
         if config.bundle is not None and "core" in config.tasks:
             core_bundle.read(config.bundle)  # a wrong path fails before anything is evaluated
-    with distributed.raise_on_any_failure(group):
+    with distributed.raise_on_any_failure():
         loaded = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
         header = checkpoint.read_header(loaded.folder / "checkpoints" / str(loaded.step))
     print(checkpoint.describe_model(loaded))
-    context = Context(config, loaded, runtime, group, header)
+    context = Context(config, loaded, runtime, header)
     parts: dict[str, Callable[[Context], tuple[dict[str, float], dict[str, str]]]]
     parts = {"samples": write_samples, "bpb": bits_per_byte, "core": evaluate_core}
     results: dict[str, float] = {}
@@ -136,7 +134,7 @@ def run(config: Config, runtime: Runtime) -> None:
             failed[name] = str(error)
             print(f"{name} failed: {error}", flush=True)
     if results or failed:
-        with distributed.raise_on_any_failure(group):
+        with distributed.raise_on_any_failure():
             if runtime.is_main:
                 metrics.logger.append_evaluation(loaded.folder, loaded.step, loaded.stage, results, failed)
         print(f"recorded in {loaded.folder / metrics.logger.EVALUATIONS_FILE}")
@@ -154,7 +152,7 @@ def run(config: Config, runtime: Runtime) -> None:
 
 def write_samples(context: Context) -> tuple[dict[str, float], dict[str, str]]:
     """Print and write completions of the prompts and samples without a prompt; rank 0 generates, the others wait."""
-    with distributed.raise_on_any_failure(context.group):
+    with distributed.raise_on_any_failure():
         if context.runtime.is_main:
             rows = generate_samples(context.config, context.loaded)
             path = context.folder / f"samples_{context.loaded.step}.jsonl"
@@ -211,7 +209,7 @@ def split_bits_per_byte(
     import torch
 
     loaded, runtime, rows = context.loaded, context.runtime, context.config.device_batch_size
-    with distributed.raise_on_any_failure(context.group):
+    with distributed.raise_on_any_failure():
         sources.shards_of(source, split)
     stream = data.loader.batches(
         source, loaded.tokenizer, split=split, rows_per_step=rows * runtime.world_size,
@@ -243,7 +241,7 @@ def split_bits_per_byte(
             bpb = model.loss.bits_per_byte(loaded.params, first_rows(), token_bytes, loss)
         except ValueError as error:  # no target stands for a byte
             errors.append(UserError(f"{split}: {error}"))
-    with distributed.raise_on_any_failure(context.group):
+    with distributed.raise_on_any_failure():
         if errors:
             raise errors[0]
     return bpb
@@ -255,17 +253,15 @@ def split_bits_per_byte(
 def evaluate_core(context: Context) -> tuple[dict[str, float], dict[str, str]]:
     """Return CORE and the scores of its tasks; each task is printed and saved when it is finished."""
     config, loaded, is_main = context.config, context.loaded, context.runtime.is_main
-    with distributed.raise_on_any_failure(context.group):
+    with distributed.raise_on_any_failure():
         if config.bundle is None and context.runtime.local_rank == 0:
             core_bundle.fetch()
     partial = context.folder / f"core_{loaded.step}.partial.jsonl"
-    with distributed.raise_on_any_failure(context.group):
+    with distributed.raise_on_any_failure():
         bundle = core_bundle.read(config.bundle or core_bundle.default_dir())
         keys = task_keys(context, bundle) if is_main else {}
         saved = read_partial(partial, keys, overwrite=config.overwrite) if is_main else {}
-    done = {
-        label: eval.TaskResult(**row) for label, row in distributed.broadcast_object(saved, group=context.group).items()
-    }
+    done = {label: eval.TaskResult(**row) for label, row in distributed.broadcast_object(saved).items()}
     counter = itertools.count(1)
     print(f"\n{'task':<40}{'accuracy':>10}{'centered':>10}")
 
@@ -291,7 +287,7 @@ def evaluate_core(context: Context) -> tuple[dict[str, float], dict[str, str]]:
         compute=model.Compute(context.runtime.compute_dtype), done=done, on_task=show_and_save,
     )  # fmt: skip
     path = context.folder / f"core_{loaded.step}.csv"
-    with distributed.raise_on_any_failure(context.group):
+    with distributed.raise_on_any_failure():
         if is_main:
             write_text(path, eval.core.to_csv(results))
     print("\n".join(summary(config, results, path)))

@@ -34,7 +34,7 @@ from nanochat.text import format_duration
 
 if TYPE_CHECKING:
     from nanochat.checkpoint import Pretrained
-    from nanochat.distributed import ControlGroup, Runtime
+    from nanochat.distributed import Runtime
     from nanochat.eval import Score
 
 
@@ -68,18 +68,17 @@ def run(config: Config, runtime: Runtime) -> None:
     names = [result_name(text) for text in config.tasks]
     if not names or len(set(names)) < len(names):
         raise UserError(f"tasks={','.join(config.tasks)}: expected at least one task, each once")
-    group = distributed.control_group()
-    with distributed.raise_on_any_failure(group):
+    with distributed.raise_on_any_failure():
         loaded = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
     print(checkpoint.describe_model(loaded))
     if warning := checkpoint.warning(loaded):
         print(warning)
     partial = loaded.folder / "eval" / f"chat_{loaded.step}.partial.jsonl"
-    done = read_partial(partial, result_settings(config, loaded, runtime), group)
+    done = read_partial(partial, result_settings(config, loaded, runtime))
     print(f"\n{'task':<18}{'accuracy':>10}{'centered':>10}")
-    scores, failed = evaluate(config, loaded, runtime, group, done, partial)
+    scores, failed = evaluate(config, loaded, runtime, done, partial)
     path = loaded.folder / "eval" / f"chat_{loaded.step}.csv"
-    with distributed.raise_on_any_failure(group):
+    with distributed.raise_on_any_failure():
         if runtime.is_main:
             eval_base.write_text(path, to_csv(scores))
             if not failed:
@@ -102,7 +101,7 @@ def run(config: Config, runtime: Runtime) -> None:
 
 
 def evaluate(
-    config: Config, loaded: Pretrained, runtime: Runtime, group: ControlGroup, done: Mapping[str, Score], partial: Path
+    config: Config, loaded: Pretrained, runtime: Runtime, done: Mapping[str, Score], partial: Path
 ) -> tuple[dict[str, Score], dict[str, str]]:
     """Return (scores by name, reasons of failed tasks); each task is printed and saved to `partial`."""
     model = eval.ModelUnderTest(loaded.params, loaded.config, loaded.tokenizer, runtime.compute_dtype)
@@ -115,11 +114,11 @@ def evaluate(
             if name in done:
                 score = done[name]
             else:
-                with distributed.raise_on_any_failure(group):
+                with distributed.raise_on_any_failure():
                     task = tasks.from_text(text, "test", source=config.source)
-                score = eval.chat_eval.score(model, task, config, engine, group, show_progress=True)
+                score = eval.chat_eval.score(model, task, config, engine, show_progress=True)
                 status = format_duration(time.perf_counter() - start)
-                with distributed.raise_on_any_failure(group):
+                with distributed.raise_on_any_failure():
                     if runtime.is_main:
                         jsonl.append(partial, {"task": name} | score._asdict())
         except distributed.LostRankError:
@@ -148,11 +147,11 @@ def result_settings(config: Config, loaded: Pretrained, runtime: Runtime) -> dic
     return values | {"checkpoint": state["params.lm_head"]["fingerprint"]}
 
 
-def read_partial(path: Path, settings: Mapping[str, Any], group: ControlGroup) -> dict[str, Score]:
+def read_partial(path: Path, settings: Mapping[str, Any]) -> dict[str, Score]:
     """Return the scores of an earlier process with the same settings; without any, start the file with `settings`."""
     scores = []
-    with distributed.raise_on_any_failure(group):
-        if group.rank == 0:
+    with distributed.raise_on_any_failure():
+        if distributed.control_group().rank == 0:
             rows = [row for _, row in jsonl.read(path, missing_ok=True, drop_partial=True)]
             if rows[:1] == [settings]:
                 scores = [[row["task"], row["right"], row["total"], row["baseline"]] for row in rows[1:]]
@@ -161,7 +160,7 @@ def read_partial(path: Path, settings: Mapping[str, Any], group: ControlGroup) -
                     print(f"{path} is of another checkpoint or other settings: its results are ignored")
                 path.unlink(missing_ok=True)
                 jsonl.append(path, settings)
-    return {name: eval.Score(*values) for name, *values in distributed.broadcast_object(scores, group=group)}
+    return {name: eval.Score(*values) for name, *values in distributed.broadcast_object(scores)}
 
 
 def to_csv(scores: Mapping[str, Score]) -> str:

@@ -228,9 +228,8 @@ def pass_at_k(
     """Return pass@k on the test split."""
     config: Any = ctx.config
     params = distributed.sharding.whole(state.params)
-    line = distributed.control_group()
-    with distributed.raise_on_any_failure(line):
-        values = train.rl.pass_at_k(engine(params), ctx.tok, task, config.eval.problems, config.rollout, line)
+    with distributed.raise_on_any_failure():
+        values = train.rl.pass_at_k(engine(params), ctx.tok, task, config.eval.problems, config.rollout)
     if ctx.stop.agreed():
         return None
     text = ", ".join(f"@{name.rpartition('_')[2]} {value:.1%}" for name, value in values.items())

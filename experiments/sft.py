@@ -229,9 +229,8 @@ def chat_score(chat_tasks: list[Task], config: ChatConfig, ctx: RunContext, stat
     subject = eval.chat_eval.ModelUnderTest(
         distributed.sharding.whole(state.params), ctx.shape, ctx.tok, ctx.runtime.compute_dtype
     )
-    line = distributed.control_group()
-    with distributed.raise_on_any_failure(line):
-        scores = eval.chat_eval.evaluate(subject, chat_tasks, config, line)
+    with distributed.raise_on_any_failure():
+        scores = eval.chat_eval.evaluate(subject, chat_tasks, config)
     if ctx.stop.agreed():
         return None
     values = eval.chat_eval.as_metrics(scores)

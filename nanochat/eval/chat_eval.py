@@ -19,7 +19,6 @@ import torch
 from nanochat import distributed, infer
 from nanochat.config import UserError
 from nanochat.data import Conversation, Tokenizer, chat_format
-from nanochat.distributed import ControlGroup
 from nanochat.eval.config import CHAT_CORE, TITLES, ChatEvalConfig
 from nanochat.infer import Engine, Request
 from nanochat.metrics import progress
@@ -60,15 +59,14 @@ def evaluate(
     model: ModelUnderTest,
     tasks: Sequence[Task],
     config: ChatEvalConfig = ChatEvalConfig(),
-    group: ControlGroup = ControlGroup(),
 ) -> dict[str, Score]:
-    """Return the score of each task by its name. Collective: the ranks of `group` share the work.
+    """Return the score of each task by its name. Collective: the ranks share the work, and all get the scores.
 
     Raises:
         UserError: a task has no correct answers, a row is malformed, or an answer cannot be checked here.
     """
     engine = functools.cache(lambda: start_engine(model, config))
-    return {task.name: score(model, task, config, engine, group) for task in tasks}
+    return {task.name: score(model, task, config, engine) for task in tasks}
 
 
 def start_engine(model: ModelUnderTest, config: ChatEvalConfig) -> Engine:
@@ -90,7 +88,6 @@ def score(
     task: Task,
     config: ChatEvalConfig,
     engine: Callable[[], Engine],
-    group: ControlGroup = ControlGroup(),
     *,
     show_progress: bool = False,
 ) -> Score:
@@ -107,10 +104,10 @@ def score(
     if not indices:
         raise UserError(f"{task.name}: has no rows")
     if task.kind == "multiple_choice":
-        solved = score_multiple_choice(model, task, indices, config.batch_tokens, group, show_progress=show_progress)
+        solved = score_multiple_choice(model, task, indices, config.batch_tokens, show_progress=show_progress)
     else:
         options = {"show_progress": show_progress}
-        solved = [any(s) for s in sample_answers(engine(), model.tokenizer, task, indices, config, group, **options)]
+        solved = [any(s) for s in sample_answers(engine(), model.tokenizer, task, indices, config, **options)]
     return Score(sum(solved), len(solved), task.baseline)
 
 
@@ -145,7 +142,6 @@ def score_multiple_choice(
     task: Task,
     indices: Sequence[int],
     batch_tokens: int = ChatEvalConfig.batch_tokens,
-    group: ControlGroup = ControlGroup(),
     *,
     show_progress: bool = False,
 ) -> list[bool]:
@@ -154,8 +150,8 @@ def score_multiple_choice(
     Raises:
         UserError: a row has no letters, or a letter is not a single token.
     """
-    results = []
-    with distributed.raise_on_any_failure(group):
+    results, group = [], distributed.control_group()
+    with distributed.raise_on_any_failure():
         ids = functools.cache(lambda letters: letter_ids(model.tokenizer, letters))
         questions = [_question(model, task, i, ids) for i in indices]
         batches = _make_batches([len(question.prompt) for question in questions], batch_tokens)
@@ -165,7 +161,7 @@ def score_multiple_choice(
                 letters = _choose_letters(model, [questions[n] for n in batch])
                 results += [[n, letter == questions[n].answer] for n, letter in zip(batch, letters)]
                 bar.update(len(batch))
-    return _gather(group, results)
+    return _gather(results)
 
 
 def _question(model: ModelUnderTest, task: Task, index: int, ids: Callable[[tuple[str, ...]], list[int]]) -> _Question:
@@ -218,7 +214,6 @@ def sample_answers(
     task: Task,
     indices: Sequence[int],
     config: ChatEvalConfig,
-    group: ControlGroup = ControlGroup(),
     *,
     show_progress: bool = False,
 ) -> list[list[bool]]:
@@ -227,18 +222,19 @@ def sample_answers(
     Raises:
         UserError: a row is malformed, or an answer cannot be checked here.
     """
+    group = distributed.control_group()
     batch_size = max(1, ANSWERS_PER_SLOT * engine.slots // config.samples)
     batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
     own_batches, results = list(enumerate(batches))[group.rank :: group.size], []
     total = config.samples * sum(len(batch) for _, batch in own_batches)
-    with distributed.raise_on_any_failure(group), _progress_bar(task, total, show_progress, "answer") as bar:
+    with distributed.raise_on_any_failure(), _progress_bar(task, total, show_progress, "answer") as bar:
         is_correct(task, task.row(indices[0]), "")  # raises now, before anything is generated
         for number, batch in own_batches:
             rows = [task.row(index) for index in batch]
             texts = _generate(engine, tokenizer, batch, rows, config, bar)
             for n, row in enumerate(rows):
                 results.append([number * batch_size + n, [is_correct(task, row, text) for text in texts[n]]])
-    return _gather(group, results)
+    return _gather(results)
 
 
 def _generate(
@@ -285,7 +281,7 @@ def _progress_bar(task: Task, total: int, show: bool, unit: str = "problem") -> 
     return progress.bar(total, label=label, unit=unit, enabled=None if show else False)
 
 
-def _gather(group: ControlGroup, results: list[Any]) -> list[Any]:
+def _gather(results: list[Any]) -> list[Any]:
     """Return the values of all ranks' [index, value], ordered by index."""
-    gathered = [pair for part in distributed.all_gather_object(results, group=group) for pair in part]
+    gathered = [pair for part in distributed.all_gather_object(results) for pair in part]
     return [value for _, value in sorted(gathered)]

@@ -113,7 +113,7 @@ def evaluate(
     for label in [label for label in bundle.entries if label not in tasks]:
         start = time.perf_counter()
         try:
-            with distributed.raise_on_any_failure(group):
+            with distributed.raise_on_any_failure():
                 task = core_bundle.load(bundle, label, max_per_task)
                 rows = list(questions(task, tokenizer, max_tokens))
         except distributed.LostRankError:

@@ -276,7 +276,6 @@ def pass_at_k(
     task: Task,
     problems: int,
     config: RolloutConfig,
-    line: ControlGroup = ControlGroup(),
     *,
     max_k: int = MAX_K,
 ) -> dict[str, float]:
@@ -287,5 +286,5 @@ def pass_at_k(
     """
     settings = {name: getattr(config, name) for name in ("temperature", "top_k", "max_tokens")}
     sampling = ChatEvalConfig(samples=max_k, **settings)
-    solved = chat_eval.sample_answers(engine, tok, task, range(min(problems, task.size)), sampling, line)
+    solved = chat_eval.sample_answers(engine, tok, task, range(min(problems, task.size)), sampling)
     return {f"rl/pass_at_{k}": sum(any(row[:k]) for row in solved) / len(solved) for k in range(1, max_k + 1)}

@@ -11,11 +11,11 @@ import torch
 from chat_eval_ranks import CONFIG, SAMPLED, TOKENIZER, choice, generative, subject
 from torch import Tensor
 
-from nanochat import model
+from nanochat import infer, model
 from nanochat.config import UserError
 from nanochat.data import chat_format
 from nanochat.eval import ChatEvalConfig, Score, chat_eval
-from nanochat.infer import Request, engine, sampling
+from nanochat.infer import Request, sampling
 from nanochat.tasks import Task, qa_conversation
 
 END = TOKENIZER.special("<|assistant_end|>")
@@ -59,14 +59,14 @@ def test_long_prompt_keeps_its_last_tokens():
     )
     assert chat_eval.score_multiple_choice(subject(), long, [0]) == [plain_choice(long, 0)]
     requests: list[Request] = []
-    run = engine.run
+    run = infer.run
 
     def record(idle: Any, new: Any) -> Any:
         requests.extend(new)
         return run(idle, new)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "run", record)
+        patch.setattr(infer, "run", record)
         task = dataclasses.replace(long, kind="generative", is_correct=lambda row, text: False)
         chat_eval.evaluate(subject(), [task], ChatEvalConfig(max_tokens=2, compile=False))
     full = chat_format.prompt(TOKENIZER, long.row(0)["messages"][:-1])
@@ -199,7 +199,7 @@ def test_scoring_errors_name_the_reason():
 
 
 def test_unavailable_check_fails_before_anything_is_generated(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine, "run", lambda *_: pytest.fail("an answer was generated"))
+    monkeypatch.setattr(infer, "run", lambda *_: pytest.fail("an answer was generated"))
     with pytest.raises(UserError, match="the sandbox cannot run here"):
         chat_eval.evaluate(subject(), [generative(is_correct=chat_eval_ranks.refuse)], SAMPLED)
 

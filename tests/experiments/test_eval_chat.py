@@ -136,13 +136,12 @@ def test_failed_tasks_are_named_and_retried(
 def test_partial_results_need_the_same_settings_and_checkpoint(
     source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    line = distributed.ControlGroup()
-    assert eval_chat.read_partial(partial(source), {"seed": 1}, line) == {}
+    assert eval_chat.read_partial(partial(source), {"seed": 1}) == {}
     jsonl.append(partial(source), {"task": "mmlu", "right": 3, "total": 4, "baseline": 0.25})
-    assert eval_chat.read_partial(partial(source), {"seed": 1}, line) == {"mmlu": Score(3, 4, 0.25)}
-    assert eval_chat.read_partial(partial(source), {"seed": 2}, line) == {}
+    assert eval_chat.read_partial(partial(source), {"seed": 1}) == {"mmlu": Score(3, 4, 0.25)}
+    assert eval_chat.read_partial(partial(source), {"seed": 2}) == {}
     assert "other settings" in capsys.readouterr().out
-    assert eval_chat.read_partial(partial(source), {"seed": 1}, line) == {}
+    assert eval_chat.read_partial(partial(source), {"seed": 1}) == {}
 
     def settings(**changed: Any) -> dict[str, Any]:
         with distributed.distributed_context("cpu") as here:
@@ -161,7 +160,7 @@ def test_partial_results_need_the_same_settings_and_checkpoint(
     assert settings() != same
     partial(source).write_text("no json\n")
     with pytest.raises(UserError, match="not valid JSON"):
-        eval_chat.read_partial(partial(source), {}, line)
+        eval_chat.read_partial(partial(source), {})
 
 
 def test_tasks_with_options_and_sources(source: Path):

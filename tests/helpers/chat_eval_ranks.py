@@ -52,34 +52,33 @@ def refuse(row: Any, text: str) -> bool:
     raise UserError("the sandbox cannot run here")
 
 
-def results(group: distributed.ControlGroup = distributed.ControlGroup()) -> list[Any]:
-    """Return what this rank knows of each problem at the end."""
+def results() -> list[Any]:
+    """Return the results of each problem on this rank."""
     bot = subject()
     engine = chat_eval.start_engine(bot, SAMPLED)
-    scores = chat_eval.evaluate(bot, [choice(), generative()], SAMPLED, group)
+    scores = chat_eval.evaluate(bot, [choice(), generative()], SAMPLED)
     return [
-        chat_eval.score_multiple_choice(bot, choice(), range(40), 512, group),
-        chat_eval.sample_answers(engine, TOKENIZER, generative(), range(21), SAMPLED, group),
+        chat_eval.score_multiple_choice(bot, choice(), range(40), 512),
+        chat_eval.sample_answers(engine, TOKENIZER, generative(), range(21), SAMPLED),
         {name: score._asdict() for name, score in scores.items()},
     ]
 
 
-def failures(group: distributed.ControlGroup) -> list[str]:
-    """Return what this rank is told of a row that one rank alone meets, and of answers that only some can check."""
-    found = []
+def failures(rank: int) -> list[str]:
+    """Return what this rank raises when another rank cannot check answers, and the result of the next task."""
+    outcomes = []
     # Rank 0 is dealt the first batch of answers, rank 1 the second.
-    judge = refuse if group.rank == 1 else even
+    judge = refuse if rank == 1 else even
     for size, right in ((21, judge), (21, even)):
         try:
-            score = chat_eval.evaluate(subject(), [generative(size, right)], SAMPLED, group)["gsm8k"]
-            found.append(f"{score.total} problems")
+            score = chat_eval.evaluate(subject(), [generative(size, right)], SAMPLED)["gsm8k"]
+            outcomes.append(f"{score.total} problems")
         except UserError as error:
-            found.append(f"{type(error).__name__}: {error}")
-    return found
+            outcomes.append(f"{type(error).__name__}: {error}")
+    return outcomes
 
 
 def results_and_failures() -> list[Any]:
     """Return [rank, results, failures] of this rank."""
     with distributed.distributed_context("cpu") as here:
-        group = distributed.control_group()
-        return [here.rank, results(group), failures(group)]
+        return [here.rank, results(), failures(here.rank)]

@@ -201,7 +201,7 @@ def test_pass_at_k_is_any_of_the_first_k(monkeypatch: pytest.MonkeyPatch):
     solved = [[False, False, True], [True, False, False], [False, False, False], [False, True, True]]
     asked = []
 
-    def samples(_decoder: Any, _tok: Any, _task: Any, indices: Any, how: Any, _line: Any) -> list[list[bool]]:
+    def samples(_decoder: Any, _tok: Any, _task: Any, indices: Any, how: Any) -> list[list[bool]]:
         asked.append((list(indices), how.samples, how.temperature, how.top_k, how.max_tokens))
         return solved
 
