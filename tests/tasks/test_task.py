@@ -168,7 +168,7 @@ def test_text_names_a_task_with_split_source_and_options(tmp_path: Path) -> None
         ("", "'': no such task; there are: arc_challenge"),
         ("arithmetic:sise=3", "task arithmetic has no option sise; did you mean size?"),
         ("gsm8k:size=3", "task gsm8k has no option size; there are none"),
-        ("arithmetic:size=many", "task arithmetic:size=many: size=many: expected a whole number or none"),
+        ("arithmetic:size=many", "task arithmetic:size=many: size=many: expected an integer or none"),
         ("arithmetic:size=0", "size=0: expected 1 to 10,000,000"),
         ("arithmetic:digits=0", "digits=0, product_digits=2: expected 1 or more"),
         ("arithmetic:validation", "task arithmetic has no split validation; it has train and test"),
