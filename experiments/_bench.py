@@ -18,7 +18,7 @@ import torch
 from experiments import _trace
 from nanochat import checkpoint, distributed, model, optim, train
 from nanochat.data import Tokenizer
-from nanochat.distributed import Layout, Runtime, sharding
+from nanochat.distributed import ShardingPlan, Runtime, sharding
 from nanochat.model import ModelConfig, linear
 from nanochat.train import StageConfig, TrainState, planner
 
@@ -35,14 +35,14 @@ class TrainStepBench(NamedTuple):
     Attributes:
         step: state -> state; it updates the memory of its argument. repeat: n -> the step with n times its
             micro-batches, without recompiling. state: initial state.
-        kernels: description. layout: of several ranks, or None.
+        kernels: description. sharding_plan: of several ranks.
     """
 
     step: Step
     repeat: Callable[[int], Step]
     state: TrainState
     kernels: str
-    layout: Layout | None
+    sharding_plan: ShardingPlan | None
 
 
 def make_train_step(
@@ -53,10 +53,10 @@ def make_train_step(
     Raises:
         UserError: a requested kernel does not run here.
     """
-    layout = sharding.make_layout(settings.sharding, runtime, model.spec(shape))
-    step_fn, _, kernels = train.build_step_functions(settings, shape, runtime, layout)
-    params = model.init(shape, 0, device=runtime.device, dtype=runtime.compute_dtype, layout=layout)
-    state = train.init(params, model.spec(shape), runtime.compute_dtype, layout)
+    sharding_plan = sharding.make_plan(settings.sharding, runtime, model.spec(shape))
+    step_fn, _, kernels = train.build_step_functions(settings, shape, runtime, sharding_plan)
+    params = model.init(shape, 0, device=runtime.device, dtype=runtime.compute_dtype, sharding_plan=sharding_plan)
+    state = train.init(params, model.spec(shape), runtime.compute_dtype, sharding_plan)
     generator = torch.Generator().manual_seed(runtime.rank)
     batches = []
     for _ in range(micro_batches):
@@ -71,7 +71,7 @@ def make_train_step(
     def repeat(n: int) -> Step:
         return lambda state: step_fn(state, batches * n, hparams)[0]
 
-    return TrainStepBench(repeat(1), repeat, state, kernels, layout)
+    return TrainStepBench(repeat(1), repeat, state, kernels, sharding_plan)
 
 
 def precision(config: "Config", runtime: Runtime) -> str:
@@ -91,13 +91,13 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Tra
         device_batch_size=config.batch_size or 1,
     )
     bench = make_train_step(settings, shape, runtime, config.micro_batches)
-    layout = bench.layout
+    sharding_plan = bench.sharding_plan
     print(f"depth {shape.n_layer}, width {shape.n_embd}, {model.count(shape)['total']:,} parameters")
     micro = f" x {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
     print(f"{flops / 1e6:.4g} MFLOP per token, batch {config.batch_size} x {shape.sequence_len} tokens{micro}")
     print(f"{device_name(runtime)}, {runtime.compute_dtype}, {bench.kernels}, compile={config.compile}", flush=True)
-    if layout:
-        print(f"{runtime.world_size} ranks, {layout.mode}: mesh of {layout.replicas} x {layout.shards}")
+    if sharding_plan:
+        print(f"{runtime.world_size} ranks, {sharding_plan.mode}: mesh of {sharding_plan.replicas} x {sharding_plan.shards}")
     start = time.perf_counter()
     bench = bench._replace(state=bench.step(bench.step(bench.state)))
     distributed.synchronize(runtime.device)
@@ -105,7 +105,7 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Tra
     print(f"first two steps, with compilation: {compile_seconds:.1f} s", flush=True)
     result: dict[str, Any] = {
         "ranks": runtime.world_size,
-        "mode": layout.mode if layout else "single",
+        "mode": sharding_plan.mode if sharding_plan else "single",
         "precision": precision(config, runtime),
         "attention": bench.kernels,
         "compile_seconds": compile_seconds,
@@ -132,7 +132,7 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Tra
         "mfu_limit": limit_from,
         "peak_memory_bytes": peak_memory_bytes,
     }
-    if layout and config.profile:
+    if sharding_plan and config.profile:
         numbers |= communication(config, shape, bench, runtime)
     return bench, numbers | result
 
@@ -190,8 +190,8 @@ def alternate(
 
 def communication(config: "Config", shape: ModelConfig, bench: TrainStepBench, runtime: Runtime) -> dict[str, Any]:
     """Return the time of a profiled step in collectives, and the bytes that this rank sent beside the expected."""
-    layout = bench.layout
-    assert layout is not None
+    sharding_plan = bench.sharding_plan
+    assert sharding_plan is not None
     trace = _trace.trace(lambda: bench.step(bench.state), runtime, shapes=True)
     collectives = _trace.communication(trace)
     numbers: dict[str, Any] = {
@@ -202,11 +202,11 @@ def communication(config: "Config", shape: ModelConfig, bench: TrainStepBench, r
         "communication_exposed_share": collectives.exposed_seconds / trace.seconds,
     }
     try:
-        numbers["sent_bytes"] = sum(_trace.sent_bytes(trace, layout).values())
+        numbers["sent_bytes"] = sum(_trace.sent_bytes(trace, sharding_plan).values())
     except LookupError as error:
         print(f"bytes sent: unknown ({error})")
-    if layout.whole or (config.compile and layout.gather == "layer"):  # what the planner's figures are of
-        setup = planner.Setup(layout.mode, runtime.world_size, layout.shards, runtime.compute_dtype)
+    if sharding_plan.full or (config.compile and sharding_plan.gather == "layer"):  # what the planner's figures are of
+        setup = planner.Setup(sharding_plan.mode, runtime.world_size, sharding_plan.shards, runtime.compute_dtype)
         expected = planner.traffic(shape, setup, micro_batches=config.micro_batches)
         numbers["sent_bytes_expected"] = sum(expected.values())
     return numbers

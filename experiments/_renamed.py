@@ -12,6 +12,7 @@ EXPERIMENTS: dict[str, str] = {
 
 # old setting -> new one; with `=`, an old value -> the new one
 SETTINGS: dict[str, str] = {
+    "train.grad=func": "train.grad=torch_func",
     "minutes": "gpu.minutes",
     "sections": "gpu.sections",
     "linears": "gpu.linears",

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from nanochat import distributed
-from nanochat.distributed import Layout, Runtime
+from nanochat.distributed import Runtime, ShardingPlan
 
 MARK = "measured step"
 Span = tuple[float, float]
@@ -99,7 +99,7 @@ ITEM_BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
-def sent_bytes(trace: Trace, layout: Layout) -> dict[str, float]:
+def sent_bytes(trace: Trace, sharding_plan: ShardingPlan) -> dict[str, float]:
     """Return the bytes that this rank sent in a traced step (with `shapes`), by kind: those of a ring.
 
     Of n bytes, an all-gather or a reduce-scatter over W ranks sends n·(W-1)/W from each, an all-reduce twice that, as
@@ -115,7 +115,7 @@ def sent_bytes(trace: Trace, layout: Layout) -> dict[str, float]:
         kind = next((kind for kind in KINDS if call["name"].split("::")[1].startswith(kind)), None)
         if kind is None:
             continue
-        shards = layout.shards
+        shards = sharding_plan.shards
         sizes, dtype = call["args"]["Input Dims"][0], call["args"]["Input type"][0]
         if dtype == "TensorList":  # the waits for the results have the dtypes
             grown = {"all_gather": shards, "reduce_scatter": 1 / shards}.get(kind, 1)
@@ -124,7 +124,11 @@ def sent_bytes(trace: Trace, layout: Layout) -> dict[str, float]:
             sizes, items = [sizes], [_item_bytes(call)]
         nbytes = sum(math.prod(size) * item for size, item in zip(sizes, items))
         if kind == "all_reduce":  # sharded parameters over the replicas, others over all ranks
-            ranks = layout.replicas if layout.replicas > 1 and len(sizes) == len(layout.cut) else layout.ranks
+            ranks = (
+                sharding_plan.replicas
+                if sharding_plan.replicas > 1 and len(sizes) == len(sharding_plan.sharded)
+                else sharding_plan.ranks
+            )
             found[kind] += 2 * nbytes * (ranks - 1) / ranks
         else:
             found[kind] += nbytes * (shards - 1) * (1 if kind == "all_gather" else 1 / shards)

@@ -191,7 +191,7 @@ def find_bundle(config: CoreConfig) -> Bundle | None:
 
 def core_score(bundle: Bundle, max_per_task: int, ctx: RunContext, state: TrainState) -> train.Result | None:
     """Return CORE and the centered accuracy of each task."""
-    params = distributed.sharding.whole(state.params)
+    params = distributed.sharding.full_params(state.params)
     compute = model.Compute(dtype=ctx.runtime.compute_dtype)
     results = eval.core.evaluate(params, ctx.shape, ctx.tok, bundle, max_per_task=max_per_task, compute=compute)
     if ctx.stop.agreed():

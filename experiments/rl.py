@@ -193,8 +193,8 @@ def rl_stage(
         flops_per_token=model.flops_per_token(base.shape),
         hparams_at=lambda step, _: optim.hparams(config.optim, plan, step, done=step / num_steps),
         batches=lambda state, rows: train.rl.prompt_batches(task, rollout.prompts_per_step, state),
-        initial_state=lambda layout: train.init_from.init_state_from(
-            base, runtime, layout, moments=config.optim.moments
+        initial_state=lambda sharding_plan: train.init_from.init_state_from(
+            base, runtime, sharding_plan, moments=config.optim.moments
         ),
         evaluations=lambda rows: [
             train.Evaluation("rl/pass_at_1", config.eval.every_steps, functools.partial(pass_at_k, engine, eval_task)),
@@ -227,7 +227,7 @@ def pass_at_k(
 ) -> train.Result | None:
     """Return pass@k on the test split."""
     config: Any = ctx.config
-    params = distributed.sharding.whole(state.params)
+    params = distributed.sharding.full_params(state.params)
     with distributed.raise_on_any_failure():
         values = train.rl.pass_at_k(engine(params), ctx.tok, task, config.eval.problems, config.rollout)
     if ctx.stop.agreed():

@@ -217,8 +217,8 @@ def sft_stage(
         flops_per_token=model.flops_per_token(shape),
         hparams_at=hparams_at,
         batches=lambda state, rows: stream(train_task, how=packing._replace(micro_rows=rows), state=state),
-        initial_state=lambda layout: train.init_from.init_state_from(
-            base, runtime, layout, moments=config.optim.moments
+        initial_state=lambda sharding_plan: train.init_from.init_state_from(
+            base, runtime, sharding_plan, moments=config.optim.moments
         ),
         evaluations=evaluations,
     )
@@ -227,7 +227,7 @@ def sft_stage(
 def chat_score(chat_tasks: list[Task], config: ChatConfig, ctx: RunContext, state: TrainState) -> train.Result | None:
     """Return the accuracy of each task, and ChatCORE if its five tasks are among them."""
     subject = eval.chat_eval.ModelUnderTest(
-        distributed.sharding.whole(state.params), ctx.shape, ctx.tok, ctx.runtime.compute_dtype
+        distributed.sharding.full_params(state.params), ctx.shape, ctx.tok, ctx.runtime.compute_dtype
     )
     with distributed.raise_on_any_failure():
         scores = eval.chat_eval.evaluate(subject, chat_tasks, config)
@@ -239,7 +239,7 @@ def chat_score(chat_tasks: list[Task], config: ChatConfig, ctx: RunContext, stat
 
 def print_answers(ctx: RunContext, state: TrainState) -> train.Result:
     """Return the model's answer to each of `eval.prompts`, a line each, with tool calls in brackets."""
-    config, params = ctx.config.eval, distributed.sharding.whole(state.params)
+    config, params = ctx.config.eval, distributed.sharding.full_params(state.params)
     if not ctx.runtime.is_main:
         return train.Result({}, [])
     engine = infer.start(

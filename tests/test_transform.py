@@ -150,7 +150,7 @@ def test_a_custom_backward_is_used(compiled: bool):
 
 @pytest.mark.xfail(strict=False, reason="torch.compile of torch.func.grad drops a custom backward without a word")
 def test_the_trap_that_training_goes_round():
-    """Once it passes, `--set train.grad=func` may use the chunked loss under torch.compile as well."""
+    """Once it passes, `--set train.grad=torch_func` may use the chunked loss under torch.compile as well."""
     assert torch.func.grad(doubled)(torch.ones(3)).tolist() == [5, 5, 5]
     compiled = torch.compile(torch.func.grad(doubled), fullgraph=True, backend="eager")
     assert compiled(torch.ones(3)).tolist() == [5, 5, 5]

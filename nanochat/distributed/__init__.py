@@ -1,4 +1,4 @@
-"""Processes and devices: what torchrun gives, collectives, where tensors live, torch.compile, GPU data."""
+"""Processes and devices: torchrun's environment, collectives, where tensors live, torch.compile, the GPU table."""
 
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,6 @@ if TYPE_CHECKING:
         synchronize,
         was_restarted,
     )
-    from nanochat.distributed.sharding import Gather, Layout, MuonAllToAll, mesh_shape, shard_dim
+    from nanochat.distributed.sharding import Gather, MuonAllToAll, ShardingPlan, make_plan, mesh_shape, shard_dim
 
 __getattr__ = lazy_exports(__name__, __file__)

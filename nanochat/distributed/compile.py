@@ -1,9 +1,9 @@
-"""The one place where a step's functions are compiled: what is switched on, and why.
+"""How a step's functions are compiled: which options, and why.
 
-Within a compiled graph a collective is followed at once by its wait, so nothing runs beside it. Inductor's overlap pass
-(`aten_distributed_optimizations`) moves each start up and each wait down, as far as these limits allow; it needs no
-change of the function. What is transferred together is the function's own choice: one collective a layer
-(`sharding.gatherer`) is large enough for the network, and small enough to gather the next layer during this one.
+In a compiled graph each collective is followed at once by its wait, so it does not overlap with the computation.
+Inductor's overlap pass (`aten_distributed_optimizations`) moves each start up and each wait down, within the limits
+below. The function chooses what is transferred together: one collective per layer (`sharding.gather_layer`) is large
+enough for the network, and small enough to gather the next layer during this one.
 
 Source: SimpleFSDP (arXiv 2411.00284), for the reordering; torch's activation memory budget, for the recomputation.
 """
@@ -22,13 +22,13 @@ from nanochat.config import UserError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# A layer has about 9 products forward and 18 backward: the next layer's gather starts within the layer before it, and
-# no earlier, for every gathered layer takes memory.
+# A layer has about 9 matrix products forward and 18 backward: the next layer's gather starts within the layer before
+# it, not earlier, because every gathered layer takes memory.
 PREFETCH_PRODUCTS = 20
-# What collectives under way may hold: their buffers live until the wait, and those of a reduction are the whole
-# gradients in float32. Without a limit the waits move to the end of the graph, and all of them live at once.
+# Memory for pending collectives: their buffers live until the wait, and those of a reduction are the full gradients in
+# float32. Without a limit the waits move to the end of the graph, and all buffers live at once.
 IN_FLIGHT_GB = 1.0
-# Starts that are looked at for each product: more only takes time.
+# Collectives considered for each matrix product: more only takes time.
 CANDIDATES = 16
 # Graphs that one function may have in a process, for all shapes of its arguments and all models. torch's limit is 8,
 # beyond which it raises; decoding alone needs 10 for a context of 2,048: by rows, span within the rings, and draws.
@@ -45,25 +45,23 @@ def compile_fn(
     cuda_graphs: bool = False,
     dynamic: bool | None = False,
 ) -> Callable[P, R]:
-    """Return `f` compiled: one graph, of fixed shapes.
+    """Return `f` compiled as one graph per shape.
 
     Args:
-        f: a pure function of tensors; differentiable ones are differentiated outside (`transform.value_and_grad`).
-        device: where it computes.
-        collectives: whether `f` holds collectives, as with `sharding.gatherer`; all ranks must compile the same `f`.
-        overlap: with collectives on CUDA, move them beside the computation.
-        memory_budget: share of the activations that the backward keeps, from 0 (keep the arguments and compute all
-            again) to 1 (keep all that a plain compile keeps); between them, what costs least to compute again goes
-            first. Results stay the same.
-        cuda_graphs: replay kernels from a CUDA graph: for steps so small that launching is the limit. Arguments must
-            stay at their addresses or are copied, and results are overwritten by the next call: clone what outlives it.
-        dynamic: None: a size that was seen to vary becomes a symbol, so that a third value needs no third graph.
+        f: a pure function of tensors; gradients are taken outside of it (`transform.value_and_grad`).
+        collectives: whether `f` contains collectives, as with `sharding.gather_layer`; all ranks must compile the same.
+        overlap: with collectives on CUDA, overlap them with the computation.
+        memory_budget: share of the activations that the backward keeps, from 0 (recompute all) to 1 (keep what a plain
+            compile keeps); the cheapest to recompute go first. Results stay the same.
+        cuda_graphs: replay kernels from a CUDA graph, for steps limited by kernel launches. Arguments must keep their
+            addresses or are copied, and the next call overwrites the results.
+        dynamic: None: a size that varies becomes symbolic, so that a third value needs no third graph.
 
     Raises:
-        UserError: the budget is not within 0 … 1, or CUDA graphs are asked for elsewhere.
+        UserError: the budget is not within 0 … 1, or CUDA graphs are requested on another device.
     """
     if not 0 <= memory_budget <= 1:
-        raise UserError(f"memory_budget={memory_budget}: expected 0 (compute all again) … 1 (keep all)")
+        raise UserError(f"memory_budget={memory_budget}: expected 0 (recompute all) … 1 (keep all)")
     if cuda_graphs and device.type != "cuda":
         raise UserError(f"cuda_graphs=true: the device is {device.type}; set cuda_graphs=false")
     options: dict[str, Any] = {"triton.cudagraphs": True} if cuda_graphs else {}
@@ -77,11 +75,11 @@ def compile_fn(
 
 
 def overlap_options() -> dict[str, Any]:
-    """Return Inductor's options that move collectives beside the computation, of the installed version of torch."""
+    """Return Inductor's options for overlapping collectives with the computation, by the installed version of torch."""
     settings = {
         "enable_overlap_scheduling": True,
         "insert_overlap_deps": True,  # or the scheduler, which comes later, could undo the order
-        "collective_bucketing": False,  # the function has done it
+        "collective_bucketing": False,  # the function does it
         "max_compute_pre_fetch": PREFETCH_PRODUCTS,
         "max_in_flight_gb": IN_FLIGHT_GB,
         "max_coll_distance": CANDIDATES,
@@ -98,11 +96,7 @@ def overlap_options() -> dict[str, Any]:
 
 
 def _within_budget(compiled: Callable[P, R], budget: float) -> Callable[P, R]:
-    """Return a function that holds AOTAutograd to a budget while it splits this graph into forward and backward.
-
-    It splits at the first call with new shapes, before the forward; the backward, compiled later, is then settled. The
-    setting is one of the process's, so it is set for the call alone.
-    """
+    """Set AOTAutograd's budget during calls: it splits a graph into forward and backward at the first with its shapes."""
 
     @functools.wraps(compiled)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

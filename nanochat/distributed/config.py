@@ -6,14 +6,15 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
-    """How a training job of several processes shares its memory and its work.
+    """How the ranks of a training job divide parameters, gradients and optimizer state; see `sharding`.
 
     Attributes:
-        mode: replicate, zero2, fsdp or hsdp, as in the table above; auto is zero2, which sends least.
-        shard_ranks: of hsdp, ranks that share one copy; none: those of a node.
-        gather: of fsdp and hsdp: each layer as it is used, and again in the backward, with a reduction for every
-            micro-batch; or all once a step, with one reduction, at the price of whole parameters and gradients.
-        overlap: let the compiler bucket collectives and move them beside the computation.
+        mode: replicate, zero2 (optimizer state sharded), fsdp (parameters too) or hsdp (fsdp within groups); auto is
+            zero2, which communicates least.
+        shard_ranks: with hsdp, the ranks that share one copy; default: those of a node.
+        gather: with fsdp and hsdp, layer: all-gather each layer when it is used, again in the backward, and reduce
+            every micro-batch; step: once per step, which takes memory for full parameters and gradients.
+        overlap: let the compiler run collectives at the same time as the computation.
     """
 
     mode: Literal["auto", "replicate", "zero2", "fsdp", "hsdp"] = "auto"

@@ -1,15 +1,18 @@
-"""Where parameters and optimizer state lie: one rule table, four modes, and the few collectives that they need.
+"""Where parameters and optimizer state live: one rule table, four modes, and the collectives that they need.
 
-At rest every leaf is a DTensor over a mesh with the axes `replicate` and `shard`: cut along one dimension over `shard`,
-or whole. Within a step there are only plain tensors, this rank's parts, and explicit collectives (what
-`jax.shard_map` is in JAX): the same step runs in every mode, and the mode is nothing but where things lie.
+Between steps every leaf is a DTensor over a mesh with the axes `replicate` and `shard`: sharded along one dimension, or
+full. Within a step there are only plain tensors, the shards of this rank, and explicit collectives (as with
+`jax.shard_map`): the same step runs in every mode, and the mode only decides where tensors live.
 
     mode        mesh          parameters   gradients of a step             optimizer state
-    replicate   (W, 1)        whole        all-reduced                     whole
-    zero2       (1, W)        whole        reduce-scattered                cut; new parameters are all-gathered
-    fsdp        (1, W)        cut          reduce-scattered                cut; layers are all-gathered as they are used
-    hsdp        (W/s, s)      cut          as fsdp over s ranks, then      cut
+    replicate   (W, 1)        full         all-reduced                     full
+    zero2       (1, W)        full         reduce-scattered                sharded; new parameters are all-gathered
+    fsdp        (1, W)        sharded      reduce-scattered                sharded; layers are all-gathered when used
+    hsdp        (W/s, s)      sharded      as fsdp over s ranks, then      sharded
                                            all-reduced over the W/s groups
+
+A step uses two verbs: `gather` the parameters to compute with (`gather_layer` inside of the model), and update from the
+gradients: `reduce_` them, then `optim.update`, which calls what is below "In the optimizer".
 
 Source: ZeRO (arXiv 1910.02054); SimpleFSDP (arXiv 2411.00284), for gathers inside of a compiled graph.
 """
@@ -37,29 +40,30 @@ AXES = ("replicate", "shard")
 
 Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
-# Logical axis -> mesh axis. The first dimension of a parameter that divides is cut, if all of its axes have a rule;
-# the others (layers, gates, single numbers) belong to parameters too small to be worth it.
+# Logical axis -> mesh axis. A parameter is sharded along its first dimension that divides, if all of its axes have a
+# rule; the others (layers, gates, single numbers) belong to parameters too small to be worth it.
 RULES = {"vocab": "shard", "hidden": "shard", "heads": "shard", "kv_heads": "shard", "embed": "shard"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where the leaves of one model's state lie.
+class ShardingPlan:
+    """Where the leaves of one model's state live.
 
     Attributes:
-        mode: one of the four. mesh: with the axes `replicate` and `shard`.
-        dims: parameter -> dimension that is cut over `shard`, None where every rank has it whole.
-        once: parameters that the backward of a training step does not need: tables, which are only looked up, and
-            the unembedding, whose gradient is made in the forward (`loss.chunked`).
-        whole: whether parameters stay whole between steps (replicate, zero2).
+        mode: one of the four.
+        mesh: with the axes `replicate` and `shard`.
+        dims: parameter -> dimension that is sharded, None where every rank has all of it.
+        no_regather: parameters that the backward of a training step does not need: embedding tables, and the
+            unembedding, whose gradient is computed in the forward (`loss.chunked`).
+        full: whether parameters are full between steps (replicate, zero2).
         gather: see ShardingConfig.
     """
 
     mode: str
     mesh: DeviceMesh
     dims: Mapping[str, int | None]
-    once: frozenset[str]
-    whole: bool
+    no_regather: frozenset[str]
+    full: bool
     gather: str
 
     @property
@@ -69,21 +73,26 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """Number of parts that a leaf is cut into."""
+        """Number of shards of a leaf."""
         return self.mesh.size(1)
 
     @property
     def replicas(self) -> int:
-        """Number of copies of every part."""
+        """Number of copies of every shard."""
         return self.mesh.size(0)
 
     @property
-    def cut(self) -> list[str]:
-        """Parameters of which every rank updates a part."""
+    def sharded(self) -> list[str]:
+        """Parameters of which every rank updates a shard."""
         return [name for name, dim in self.dims.items() if dim is not None]
 
     @property
-    def everyone(self) -> str:
+    def full_in_step(self) -> bool:
+        """Whether a step computes with full parameters, and so gets full gradients."""
+        return self.full or self.gather == "step"
+
+    @property
+    def world(self) -> str:
         """Name of the process group of all ranks."""
         assert dist.group.WORLD is not None
         return dist.group.WORLD.group_name
@@ -92,17 +101,12 @@ class Layout:
         """Return the name of this rank's process group along an axis."""
         return self.mesh.get_group(axis).group_name
 
-    @property
-    def whole_in_step(self) -> bool:
-        """Whether a step computes with whole parameters, and so gets whole gradients."""
-        return self.whole or self.gather == "step"
-
 
 def shard_dim(shape: Sequence[int], axes: Sequence[str], ranks: int, rules: Mapping[str, str] = RULES) -> int | None:
-    """Return the dimension of a parameter that is cut into `ranks` even parts, or None: every rank holds it whole.
+    """Return the dimension along which a parameter is split evenly over `ranks`, or None: every rank holds all of it.
 
     Args:
-        shape: sizes. axes: logical name of each, as in `model.ParamSpec`. ranks: of the mesh's shard axis.
+        axes: logical name of each dimension, as in `model.ParamSpec`. ranks: of the mesh's shard axis.
     """
     if any(axis not in rules for axis in axes) or ranks == 1:
         return None
@@ -113,7 +117,7 @@ def mesh_shape(config: ShardingConfig, world_size: int, node_ranks: int) -> tupl
     """Return the sizes of the axes `replicate` and `shard`.
 
     Args:
-        config: the mode. world_size: ranks of the job. node_ranks: ranks of a node, for hsdp.
+        node_ranks: ranks of a node, the default of hsdp's groups.
 
     Raises:
         UserError: hsdp's groups do not divide the job.
@@ -129,7 +133,7 @@ def mesh_shape(config: ShardingConfig, world_size: int, node_ranks: int) -> tupl
 
 
 def describe(config: ShardingConfig, runtime: Runtime) -> str:
-    """Return what the configuration means for a job, for people."""
+    """Return one line on what the configuration means for this job."""
     if runtime.world_size == 1:
         return "none: one process"
     replicas, shards = mesh_shape(config, runtime.world_size, runtime.node_ranks)
@@ -137,17 +141,20 @@ def describe(config: ShardingConfig, runtime: Runtime) -> str:
 
 
 def resolve(config: ShardingConfig) -> ShardingConfig:
-    """Return the configuration with a mode in the place of auto."""
+    """Return the configuration with auto replaced by a mode."""
     return dataclasses.replace(config, mode="zero2") if config.mode == "auto" else config
 
 
-def make_layout(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any]) -> Layout | None:
-    """Return where the leaves of a model with this table lie, or None in a process alone, where they are plain tensors.
+def make_plan(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any]) -> ShardingPlan | None:
+    """Return where the leaves of a model live; None in a single process, where they are plain tensors.
 
-    A parameter that has a rule and no dimension that divides is held whole by every rank, and that is said.
+    A warning names parameters that have a rule but no dimension that divides: every rank holds all of them.
+
+    Args:
+        spec: the model's table, see `model.spec`.
 
     Raises:
-        UserError: the mesh cannot be made; see `mesh_shape`.
+        UserError: as `mesh_shape`.
     """
     if runtime.world_size == 1:
         return None
@@ -155,139 +162,139 @@ def make_layout(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any
     shape = mesh_shape(config, runtime.world_size, runtime.node_ranks)
     mesh = _mesh(runtime.device.type, shape, dist.group.WORLD)
     dims = {name: shard_dim(row.shape, row.axes, shape[1]) for name, row in spec.items()}
-    stuck = [n for n, row in spec.items() if dims[n] is None and shape[1] > 1 and all(a in RULES for a in row.axes)]
-    if stuck:
-        more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
-        print(f"sharding: {stuck[0]} {spec[stuck[0]].shape}{more} do not divide by {shape[1]}: whole on every rank")
-    once = frozenset(name for name, row in spec.items() if row.embedding or row.group == "unembedding")
-    return Layout(mode, mesh, dims, once, mode in ("replicate", "zero2"), config.gather)
+    uneven = [n for n, row in spec.items() if dims[n] is None and shape[1] > 1 and all(a in RULES for a in row.axes)]
+    if uneven:
+        more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
+        print(f"sharding: {uneven[0]} {spec[uneven[0]].shape}{more} do not divide by {shape[1]}: full on every rank")
+    no_regather = frozenset(n for n, row in spec.items() if row.embedding or row.group == "unembedding")
+    return ShardingPlan(mode, mesh, dims, no_regather, mode in ("replicate", "zero2"), config.gather)
 
 
 @functools.lru_cache(maxsize=4)
 def _mesh(device: str, shape: tuple[int, int], world: Any) -> DeviceMesh:
-    """Return the mesh of a job, one of each shape: with one a run, a series would fill the GPU with NCCL's buffers.
+    """Return the job's mesh of a shape, made once: a new one per run would fill the GPU with NCCL's buffers.
 
     Args:
-        world: the job's process group, which tells one job of the process from the next.
+        world: the job's process group, which tells one job of this process from the next.
     """
     return init_device_mesh(device, shape, mesh_dim_names=AXES)
 
 
-# At rest: DTensors
+# Between steps: DTensors
 
 
-def place(layout: Layout | None, name: str, x: Tensor) -> Tensor:
-    """Return parameter `name`, given whole, as it lies between steps; the caller's tensor can be freed."""
-    if layout is None:
+def place(plan: ShardingPlan | None, name: str, x: Tensor) -> Tensor:
+    """Return full parameter `name` as it is kept between steps; the caller's tensor can be freed."""
+    if plan is None:
         return x
-    dim = None if layout.whole else layout.dims[name]
-    part = x if dim is None else _part(layout, x, dim).clone()
-    return _wrap(layout, part, dim, x.shape)
+    dim = None if plan.full else plan.dims[name]
+    shard = x if dim is None else _shard(plan, x, dim).clone()
+    return _wrap(plan, shard, dim, x.shape)
 
 
-def zeros(layout: Layout, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return float32 zeros for a moment of parameter `name`, of which every rank allocates its own part."""
-    dim = state_dim(layout, name, shape)
-    local = [n // layout.shards if d == dim else n for d, n in enumerate(shape)]
-    return _wrap(layout, torch.zeros(local, device=device), dim, torch.Size(shape))
+def zeros(plan: ShardingPlan, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return float32 zeros for a moment of parameter `name`; every rank allocates its own shard."""
+    dim = state_dim(plan, name, shape)
+    local_shape = [n // plan.shards if d == dim else n for d, n in enumerate(shape)]
+    return _wrap(plan, torch.zeros(local_shape, device=device), dim, torch.Size(shape))
 
 
-def state_dim(layout: Layout, name: str, shape: Sequence[int]) -> int | None:
-    """Return the dimension along which a moment of parameter `name` is cut; a mean over rows has less of them."""
-    dim = layout.dims[name]
-    if dim is None or shape[dim] % layout.shards == 0:
+def state_dim(plan: ShardingPlan, name: str, shape: Sequence[int]) -> int | None:
+    """Return the dimension along which a moment of parameter `name` is sharded; a mean over rows is smaller."""
+    dim = plan.dims[name]
+    if dim is None or shape[dim] % plan.shards == 0:
         return dim
-    return next((d for d, size in enumerate(shape) if size % layout.shards == 0), None)
+    return next((d for d, size in enumerate(shape) if size % plan.shards == 0), None)
 
 
-def _wrap(layout: Layout, part: Tensor, dim: int | None, shape: torch.Size) -> DTensor:
+def _wrap(plan: ShardingPlan, shard: Tensor, dim: int | None, shape: torch.Size) -> DTensor:
     placements = (Replicate(), Replicate() if dim is None else Shard(dim))
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, layout.mesh, placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(shard, plan.mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def _part(layout: Layout, x: Tensor, dim: int) -> Tensor:
-    """Return the view of a whole tensor that is this rank's part."""
-    size = x.shape[dim] // layout.shards
-    return x.narrow(dim, layout.mesh.get_local_rank("shard") * size, size)
+def _shard(plan: ShardingPlan, x: Tensor, dim: int) -> Tensor:
+    """Return the view of a full tensor that is this rank's shard."""
+    size = x.shape[dim] // plan.shards
+    return x.narrow(dim, plan.mesh.get_local_rank("shard") * size, size)
 
 
 @torch.no_grad()
-def local(state: Any) -> Any:
-    """Return a tree with every DTensor replaced by this rank's plain part of it, which shares its memory."""
+def local_shards(state: Any) -> Any:
+    """Return a tree with every DTensor replaced by this rank's shard, a plain tensor that shares its memory."""
     return tree.map(lambda x: x.to_local() if isinstance(x, DTensor) else x, state)
 
 
-def like(state: Any, parts: Any) -> Any:
-    """Return plain `parts` as DTensors that lie as the leaves of `state` do: the inverse of `local`."""
+def as_dtensors(shards: Any, like: Any) -> Any:
+    """Return plain shards as DTensors that are placed as the leaves of `like`: the inverse of `local_shards`."""
 
-    def wrap(old: Tensor, part: Tensor) -> Tensor:
+    def wrap(old: Tensor, shard: Tensor) -> Tensor:
         if not isinstance(old, DTensor):
-            return part
+            return shard
         mesh, placements = old.device_mesh, old.placements
-        return DTensor.from_local(part, mesh, placements, run_check=False, shape=old.shape, stride=old.stride())
+        return DTensor.from_local(shard, mesh, placements, run_check=False, shape=old.shape, stride=old.stride())
 
-    return tree.map(wrap, state, parts)
+    return tree.map(wrap, like, shards)
 
 
 @torch.no_grad()
-def whole(params: TensorDict) -> TensorDict:
-    """Return parameters as they lie as whole plain tensors, on every rank: what evaluates or generates takes these.
+def full_params(params: TensorDict) -> TensorDict:
+    """Return all parameters as full plain tensors on every rank, for evaluation and generation. A collective call.
 
-    All ranks call it together. What a rank has whole already is not copied.
+    What a rank has in full already is not copied.
     """
     return tree.map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, params)
 
 
-# In a step: plain tensors and collectives
+# Gather the parameters to compute with
 
 
-def enter(layout: Layout | None, params: TensorDict, dtype: torch.dtype) -> TensorDict:
-    """Return the parameters as a step computes with them: this rank's plain tensors, whole or parts.
+def gather(plan: ShardingPlan | None, params: TensorDict, dtype: torch.dtype) -> TensorDict:
+    """Return the parameters that a step computes with: plain tensors, full, or shards that `gather_layer` completes.
 
     Args:
-        params: as they lie. dtype: of the computation, in which parameters are gathered.
+        dtype: of the computation, in which parameters are gathered.
     """
-    if layout is None:
+    if plan is None:
         return params
-    flat = tree.flatten(local(params))
-    if layout.whole_in_step and not layout.whole:
-        cut = layout.cut
-        flat |= zip(cut, _all_gather(layout, {name: flat[name].to(dtype) for name in cut}))
+    flat = tree.flatten(local_shards(params))
+    if plan.full_in_step and not plan.full:
+        flat |= zip(plan.sharded, _all_gather(plan, {name: flat[name].to(dtype) for name in plan.sharded}))
     return tree.unflatten(flat, params)
 
 
-def gatherer(layout: Layout | None, dtype: torch.dtype) -> Gather | None:
-    """Return {name: this rank's part} -> {name: whole parameter in `dtype`}, for `model.Compute`; None: no need of it.
+def gather_layer(plan: ShardingPlan | None, dtype: torch.dtype) -> Gather | None:
+    """Return a function {name: shard} -> {name: full parameter in `dtype`} for `model.Compute`; None if not needed.
 
-    What is asked for together, a layer, is one collective, and its tables another; in the backward its gradients are
-    reduce-scattered together, in float32, a sum over the ranks. Compiled, whole parameters are not kept for the
-    backward but gathered once more (ZeRO-3), but for those of `Layout.once`; uncompiled, they live until then. A rank's
-    own gradient is in `dtype` before the sum; with whole parameters, that of the unembedding is in float32.
+    One all-gather per layer for its weights, and one for its embedding tables. In the backward the gradients are
+    reduce-scattered in the same way, in float32: a sum over the ranks. Compiled, full parameters are not kept for the
+    backward but gathered again (ZeRO-3), except for those of `ShardingPlan.no_regather`; uncompiled, they are kept. A
+    rank's own gradient is in `dtype` before the sum; with full parameters, that of the unembedding is in float32.
     """
-    if layout is None or layout.whole_in_step or layout.shards == 1:
+    if plan is None or plan.full_in_step or plan.shards == 1:
         return None
-    ranks, group = layout.shards, layout.group("shard")
+    ranks, group = plan.shards, plan.group("shard")
 
-    def gather(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        whole = dict(parts)
-        cut = [name for name in parts if layout.dims[name] is not None]
-        for names in ([n for n in cut if n not in layout.once], [n for n in cut if n in layout.once]):
+    def gather(shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        full = dict(shards)
+        sharded = [name for name in shards if plan.dims[name] is not None]
+        for names in ([n for n in sharded if n not in plan.no_regather], [n for n in sharded if n in plan.no_regather]):
             if not names:
                 continue
             # The unembedding's gradient is a sum over all tokens, too large for float16 whatever the loss scale.
-            kept = torch.float32 if dtype == torch.float16 and parts[names[0]].dtype == torch.float32 else dtype
-            args = (tuple(layout.dims[n] for n in names), ranks, group, kept, *[parts[n] for n in names])
-            again = names[0] not in layout.once and torch.compiler.is_compiling() and torch.is_grad_enabled()
-            how = {"use_reentrant": False, "context_fn": _gather_again}
-            found: Any = recompute(_Gather.apply, *args, **how) if again else _Gather.apply(*args)
-            whole |= zip(names, found)
-        return whole
+            kept = torch.float32 if dtype == torch.float16 and shards[names[0]].dtype == torch.float32 else dtype
+            args = (tuple(plan.dims[n] for n in names), ranks, group, kept, *[shards[n] for n in names])
+            if names[0] not in plan.no_regather and torch.compiler.is_compiling() and torch.is_grad_enabled():
+                gathered: Any = recompute(_Gather.apply, *args, use_reentrant=False, context_fn=_gather_again)
+            else:
+                gathered = _Gather.apply(*args)
+            full |= zip(names, gathered)
+        return full
 
     return gather
 
 
-# Said outright, as torch 2.11 otherwise saves the result of every collective for the backward, checkpoint or not.
+# Explicit, because torch 2.11 otherwise saves the result of every collective for the backward, checkpoint or not.
 _gather_again = functools.partial(
     create_selective_checkpoint_contexts, lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_RECOMPUTE
 )
@@ -296,13 +303,13 @@ _gather_again = functools.partial(
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, dims: tuple[int, ...], ranks: int, group: str, dtype: torch.dtype, *parts: Tensor
+        ctx: Any, dims: tuple[int, ...], ranks: int, group: str, dtype: torch.dtype, *shards: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.dims, ctx.ranks, ctx.group, ctx.dtypes = dims, ranks, group, [part.dtype for part in parts]
-        rows = [part.to(dtype).movedim(dim, 0) for part, dim in zip(parts, dims)]
+        ctx.dims, ctx.ranks, ctx.group, ctx.dtypes = dims, ranks, group, [shard.dtype for shard in shards]
+        rows = [shard.to(dtype).movedim(dim, 0) for shard, dim in zip(shards, dims)]
         flat = torch.cat([x.reshape(-1) for x in rows])
-        whole = _ops.wait_tensor(_ops.all_gather_into_tensor(flat, ranks, group)).view(ranks, -1)
-        pieces = whole.split([x.numel() for x in rows], dim=1)
+        full = _ops.wait_tensor(_ops.all_gather_into_tensor(flat, ranks, group)).view(ranks, -1)
+        pieces = full.split([x.numel() for x in rows], dim=1)
         return tuple(
             piece.reshape(ranks * x.shape[0], *x.shape[1:]).movedim(0, dim) for piece, x, dim in zip(pieces, rows, dims)
         )
@@ -311,99 +318,106 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows = [_at_least_float32(grad).movedim(dim, 0) for grad, dim in zip(grads, ctx.dims)]
         flat = torch.cat([x.reshape(ctx.ranks, -1) for x in rows], dim=1).view(-1)
-        part = _ops.wait_tensor(_ops.reduce_scatter_tensor(flat, "sum", ctx.ranks, ctx.group))
-        pieces = part.split([x.numel() // ctx.ranks for x in rows])
-        parts = [
+        reduced = _ops.wait_tensor(_ops.reduce_scatter_tensor(flat, "sum", ctx.ranks, ctx.group))
+        pieces = reduced.split([x.numel() // ctx.ranks for x in rows])
+        shards = [
             piece.view(x.shape[0] // ctx.ranks, *x.shape[1:]).movedim(0, dim).to(dtype)
             for piece, x, dim, dtype in zip(pieces, rows, ctx.dims, ctx.dtypes)
         ]
-        return None, None, None, None, *parts
+        return None, None, None, None, *shards
 
 
-def reduce(layout: Layout | None, grads: TensorDict) -> TensorDict:
-    """Return the sum of all ranks' gradients; every rank gets the parts of which it has the optimizer's state.
+# Update from the gradients
 
-    The gradients are given up: what is all-reduced is so in their memory.
-    One reduction over the shard axis (which `gatherer` has done already), one over the replicas, and one for the
-    small parameters.
+
+def reduce_(plan: ShardingPlan | None, grads: TensorDict) -> None:
+    """Replace a rank's gradients by the sum over all ranks: the shards of which this rank has the optimizer's state.
+
+    One reduction over the shard axis (unless `gather_layer` has done it), one over the replicas, and one for the small
+    parameters.
     """
-    if layout is None:
-        return grads
+    if plan is None:
+        return
     flat = {name: _at_least_float32(g) for name, g in tree.flatten(grads).items()}
-    cut = layout.cut
-    if layout.whole_in_step and cut:
-        rows = [flat[name].movedim(layout.dims[name] or 0, 0).contiguous() for name in cut]
-        parts = _ops.reduce_scatter_tensor_coalesced(rows, "sum", layout.shards, layout.group("shard"))
-        flat |= {name: _ops.wait_tensor(x).movedim(0, layout.dims[name] or 0) for name, x in zip(cut, parts)}
-    if layout.replicas > 1:
-        flat |= zip(cut, _all_reduce([flat[name] for name in cut], layout.group("replicate")))
-    small = [name for name in flat if layout.dims[name] is None]
-    flat |= zip(small, _all_reduce([flat[name] for name in small], layout.everyone))
-    return tree.unflatten(flat, grads)
+    if plan.full_in_step and plan.sharded:
+        rows = [flat[name].movedim(plan.dims[name] or 0, 0).contiguous() for name in plan.sharded]
+        shards = _ops.reduce_scatter_tensor_coalesced(rows, "sum", plan.shards, plan.group("shard"))
+        for name, x in zip(plan.sharded, shards):
+            flat[name] = _ops.wait_tensor(x).movedim(0, plan.dims[name] or 0)
+    if plan.replicas > 1:
+        flat |= zip(plan.sharded, _all_reduce([flat[name] for name in plan.sharded], plan.group("replicate")))
+    small = [name for name in flat if plan.dims[name] is None]
+    flat |= zip(small, _all_reduce([flat[name] for name in small], plan.world))
+    for name, x in flat.items():
+        grads[tuple(name.split("."))] = x  # in place, so that nobody keeps the full gradients during the update
 
 
-def loss_and_norm(layout: Layout | None, loss: Tensor, grads: TensorDict) -> tuple[Tensor, Tensor]:
-    """Return (mean loss over the ranks, norm of the whole gradient), the same bits on every rank.
+def mean_loss_and_grad_norm(plan: ShardingPlan | None, loss: Tensor, grads: TensorDict) -> tuple[Tensor, Tensor]:
+    """Return (mean loss over the ranks, norm of the full gradient), bitwise equal on every rank.
 
     Args:
-        loss: 0-d, of this rank. grads: from `reduce`.
+        loss: 0-d, of this rank. grads: from `reduce_`.
     """
     flat = tree.flatten(grads)
     norm = torch.nn.utils.get_total_norm
-    if layout is None:
+    if plan is None:
         return loss, norm(flat.values()).float()
-    cut = set(layout.cut)
-    ours = norm([g for name, g in flat.items() if name in cut]).to(loss.device).float().square()  # of none: on the CPU
-    both = torch.stack([loss.float(), ours])
-    mean, mean_square = _all_reduce([both], layout.everyone)[0].div(layout.ranks).unbind()
-    rest = norm([g for name, g in flat.items() if name not in cut]).to(loss.device).float().square()
-    return mean, (mean_square * layout.shards + rest).sqrt()
+    sharded = set(plan.sharded)
+    own = norm([g for name, g in flat.items() if name in sharded]).to(loss.device).float().square()  # of none: on CPU
+    sums = _all_reduce([torch.stack([loss.float(), own])], plan.world)[0]
+    mean, mean_square = sums.div(plan.ranks).unbind()
+    rest = norm([g for name, g in flat.items() if name not in sharded]).to(loss.device).float().square()
+    return mean, (mean_square * plan.shards + rest).sqrt()
 
 
-def parts(layout: Layout | None, params: TensorDict) -> TensorDict:
-    """Return what of the parameters this rank updates, as plain tensors that share the memory of `params`."""
-    if layout is None:
+# In the optimizer
+
+
+def param_shards(plan: ShardingPlan | None, params: TensorDict) -> TensorDict:
+    """Return the parameter shards that this rank updates, as plain tensors that share the memory of `params`."""
+    if plan is None:
         return params
-    flat = tree.flatten(local(params))
-    if layout.whole:
-        flat |= {name: _part(layout, flat[name], layout.dims[name] or 0) for name in layout.cut}
+    flat = tree.flatten(local_shards(params))
+    if plan.full:
+        flat |= {name: _shard(plan, flat[name], plan.dims[name] or 0) for name in plan.sharded}
     return tree.unflatten(flat, params)
 
 
-def join(layout: Layout | None, parts: TensorDict) -> TensorDict:
-    """Return updated parts as they lie at rest, but as plain tensors: gathered where the parameters are whole."""
-    if layout is None or not layout.whole or layout.shards == 1:
-        return parts
-    flat = tree.flatten(parts)
-    flat |= zip(layout.cut, _all_gather(layout, {name: flat[name] for name in layout.cut}))
-    return tree.unflatten(flat, parts)
+def all_gather_params(plan: ShardingPlan | None, shards: TensorDict, like: TensorDict) -> TensorDict:
+    """Return updated shards as parameters that are placed as `like`: gathered where those are full."""
+    if plan is None:
+        return shards
+    if plan.full and plan.shards > 1:
+        flat = tree.flatten(shards)
+        flat |= zip(plan.sharded, _all_gather(plan, {name: flat[name] for name in plan.sharded}))
+        shards = tree.unflatten(flat, shards)
+    return as_dtensors(shards, like)
 
 
-def join_(layout: Layout | None, params: TensorDict) -> None:
-    """Bring the parts of whole parameters that the other ranks have updated into `params`, in place."""
-    if layout is None or not layout.whole or layout.shards == 1:
+def all_gather_params_(plan: ShardingPlan | None, params: TensorDict) -> None:
+    """Copy the shards that the other ranks have updated into full parameters, in place."""
+    if plan is None or not plan.full or plan.shards == 1:
         return
-    flat, under_way = tree.flatten(local(params)), []
-    for name in layout.cut:
-        whole, dim = flat[name], layout.dims[name] or 0
-        part = _part(layout, whole, dim)
+    flat, pending = tree.flatten(local_shards(params)), []
+    for name in plan.sharded:
+        full, dim = flat[name], plan.dims[name] or 0
+        shard = _shard(plan, full, dim)
         if dim == 0:  # without a second copy
-            group = layout.group("shard")
-            under_way.append(_ops.all_gather_into_tensor_out(part, layout.shards, group, out=whole))
+            pending.append(_ops.all_gather_into_tensor_out(shard, plan.shards, plan.group("shard"), out=full))
         else:
-            whole.copy_(_all_gather(layout, {name: part})[0])
-    for whole in under_way:
-        _ops.wait_tensor(whole)
+            full.copy_(_all_gather(plan, {name: shard})[0])
+    for full in pending:
+        _ops.wait_tensor(full)
 
 
 class MuonAllToAll(NamedTuple):
-    """How a stack of matrices, of which every rank has a part of each, becomes whole matrices, a few on every rank.
+    """Converts a stack of matrices between a shard of each on every rank and a few full ones on every rank.
 
-    Muon needs whole matrices. Both directions are one all_to_all (of a stack that is cut).
+    Muon needs full matrices. Each direction is one all-to-all of a sharded stack.
 
     Attributes:
-        ranks, rank, group: of the shard axis. dim: of a matrix that is cut. moment_dim: the same of its moment
-            `second`; None: every rank has all of that.
+        ranks, rank, group: of the shard axis. dim: of a matrix that is sharded.
+        moment_dim: the same of its second moment; None: every rank has all of that.
     """
 
     ranks: int
@@ -412,17 +426,17 @@ class MuonAllToAll(NamedTuple):
     dim: int
     moment_dim: int | None
 
-    def to_whole(self, x: Tensor, dim: int | None) -> Tensor:
-        """Return the whole matrices (ceil(n / ranks), …) that are this rank's, of parts (n, …); zeros fill the rest."""
+    def gather(self, x: Tensor, dim: int | None) -> Tensor:
+        """Return this rank's full matrices (ceil(n / ranks), …) from shards (n, …), padded with zeros."""
         each = -(-x.shape[0] // self.ranks)
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, each * self.ranks - x.shape[0]))
         if dim is None:
             return x.narrow(0, self.rank * each, each)
-        x = self._swap(x).unflatten(0, (self.ranks, each))  # part of rank i, matrix, …
+        x = self._swap(x).unflatten(0, (self.ranks, each))  # shard of rank i, matrix, …
         return x.movedim(0, dim + 1).flatten(dim + 1, dim + 2)
 
-    def to_parts(self, x: Tensor, dim: int | None, n: int) -> Tensor:
-        """Return this rank's parts of all `n` matrices, of the whole ones that the ranks have."""
+    def scatter(self, x: Tensor, dim: int | None, n: int) -> Tensor:
+        """Return this rank's shards of all `n` matrices, from the full ones of the ranks."""
         if dim is None:
             return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), self.ranks, self.group))[:n]
         x = x.unflatten(dim + 1, (self.ranks, -1)).movedim(dim + 1, 0).flatten(0, 1)
@@ -433,12 +447,12 @@ class MuonAllToAll(NamedTuple):
         return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), sizes, sizes, self.group))
 
 
-def muon_all_to_all(layout: Layout | None, name: str, second_shape: Sequence[int]) -> MuonAllToAll | None:
-    """Return how matrix `name`, whose moment is of `second_shape` in all, is exchanged; None: a rank has it whole."""
-    if layout is None or layout.dims[name] is None or layout.shards == 1:
+def muon_all_to_all(plan: ShardingPlan | None, name: str, moment_shape: Sequence[int]) -> MuonAllToAll | None:
+    """Return the exchange for matrix `name`, given the shape of its full second moment; None: it is not sharded."""
+    if plan is None or plan.dims[name] is None or plan.shards == 1:
         return None
-    rank, dim = layout.mesh.get_local_rank("shard"), layout.dims[name] or 0
-    return MuonAllToAll(layout.shards, rank, layout.group("shard"), dim, state_dim(layout, name, second_shape))
+    rank, dim = plan.mesh.get_local_rank("shard"), plan.dims[name] or 0
+    return MuonAllToAll(plan.shards, rank, plan.group("shard"), dim, state_dim(plan, name, moment_shape))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -448,13 +462,13 @@ def _at_least_float32(x: Tensor) -> Tensor:
 _ops = torch.ops._c10d_functional  # the dispatcher's: the functions around them changed names between torch versions
 
 
-def _all_gather(layout: Layout, flat: Mapping[str, Tensor]) -> list[Tensor]:
-    dims = [layout.dims[name] or 0 for name in flat]
-    rows = [x.movedim(dim, 0).contiguous() for x, dim in zip(flat.values(), dims)]
+def _all_gather(plan: ShardingPlan, shards: Mapping[str, Tensor]) -> list[Tensor]:
+    dims = [plan.dims[name] or 0 for name in shards]
+    rows = [x.movedim(dim, 0).contiguous() for x, dim in zip(shards.values(), dims)]
     if not rows:
         return []
-    wholes = _ops.all_gather_into_tensor_coalesced(rows, layout.shards, layout.group("shard"))
-    return [_ops.wait_tensor(x).movedim(0, dim) for x, dim in zip(wholes, dims)]
+    full = _ops.all_gather_into_tensor_coalesced(rows, plan.shards, plan.group("shard"))
+    return [_ops.wait_tensor(x).movedim(0, dim) for x, dim in zip(full, dims)]
 
 
 def _all_reduce(xs: list[Tensor], group: str) -> list[Tensor]:

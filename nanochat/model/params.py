@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from nanochat import tree
-from nanochat.distributed import Layout, sharding
+from nanochat.distributed import ShardingPlan, sharding
 
 Params = TensorDict
 ParamsLike = Params | Mapping[str, Any]
@@ -176,14 +176,14 @@ def init(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    layout: Layout | None = None,
+    sharding_plan: ShardingPlan | None = None,
 ) -> Params:
     """Return initial parameters, a function of the seed and each parameter's name alone.
 
     Args:
         device: "meta" allocates and draws nothing.
         dtype: the compute dtype, in which embeddings are stored (float32 for float16).
-        layout: of several ranks; each keeps its shards, with one full parameter in memory at a time.
+        sharding_plan: of several ranks; each keeps its shards, with one full parameter in memory at a time.
     """
     device = torch.device(device)
     flat: dict[str, Tensor] = {}
@@ -194,7 +194,7 @@ def init(
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             x = row.init(torch.empty(row.shape), generator)
-        flat[name] = sharding.place(layout, name, x.to(device, storage_dtype(row, dtype)))
+        flat[name] = sharding.place(sharding_plan, name, x.to(device, storage_dtype(row, dtype)))
     return with_config(tree.unflatten(flat), config)
 
 

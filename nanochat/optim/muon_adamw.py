@@ -1,8 +1,7 @@
 """AdamW and Muon as pure functions: `init` makes the state, `update` returns new parameters and new state.
 
 The state is a TensorDict: `step`, and for every optimizer group the moments of its parameters, so the state itself
-says which rule applies to which parameter. Hyperparameters are 0-d tensors: they change every step, and a compiled
-update does not recompile for that.
+says which rule applies to which parameter. Hyperparameters are 0-d tensors: they change every step without recompiling.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,15 +12,13 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from nanochat import tree
-from nanochat.distributed import MuonAllToAll
+from nanochat.distributed import MuonAllToAll, ShardingPlan, sharding
 from nanochat.optim.schedules import MATRIX, Hparams
 
 OptState = TensorDict
-Exchanges = Mapping[str, MuonAllToAll | None]
-NONE: Exchanges = {}
 ADAM_EPS = 1e-10
-SMALL = 2**16  # elements below which an update is not worth compiling
-STACK = 2**28  # elements of a stack of matrices: enough to fill a GPU, and 1 GiB in float32 for each of a few copies
+COMPILE_MIN_ELEMENTS = 2**16  # smaller updates are not worth compiling
+MAX_STACK_ELEMENTS = 2**28  # of matrices: enough to fill a GPU, and 1 GiB in float32 for each of a few copies
 
 # (a, b, c) of five Polar Express steps. Source: arXiv 2505.16932, 5 iterations, safety 2e-2, cushion 2.
 POLAR_EXPRESS = (
@@ -45,15 +42,15 @@ class Row(Protocol):
 def init(
     params: TensorDict, spec: Mapping[str, Row], zeros: Callable[[str, torch.Size], Tensor] | None = None
 ) -> OptState:
-    """Return the zero state for `params`: float32 moments, whatever the parameters are stored in.
+    """Return the zero state for `params`: float32 moments, whatever the dtype of the parameters.
 
     Args:
-        params: nested TensorDict. spec: the model's table by dotted name; only its groups are read.
-        zeros: (parameter, shape of a moment of it) -> float32 zeros, where they do not lie on the parameter's device.
+        spec: the model's table by dotted name; only its groups are read.
+        zeros: (parameter, shape of a moment) -> float32 zeros; default: full tensors on the parameters' device.
 
     Returns:
         {"step": 0-d int64, group: {"m", "v"}} for AdamW, {"momentum", "second"} for Muon, where `second` holds one
-        mean square per row (r, 1) where r >= c, and per column (1, c) where not.
+        mean square per row (r, 1) where r >= c, else per column (1, c).
     """
     flat = tree.flatten(params)
     device = next(iter(flat.values())).device
@@ -73,7 +70,7 @@ def init(
 
 
 class Rules(NamedTuple):
-    """The two update rules, to be swapped for compiled or in-place ones; see `adamw`, `muon` and `compiled`."""
+    """The two update rules: `adamw` and `muon`, or compiled or in-place versions of them."""
 
     adamw: Callable[..., tuple[Tensor, Tensor, Tensor]]
     muon: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -86,28 +83,33 @@ def update(
     hparams: Hparams,
     *,
     grad_scale: Tensor | None = None,
-    keep: Tensor | None = None,
+    skip: Tensor | None = None,
     muon_dtype: torch.dtype | None = None,
-    exchanges: Exchanges = NONE,
+    sharding_plan: ShardingPlan | None = None,
 ) -> tuple[TensorDict, OptState]:
     """Return (new parameters, new state) after one step; the arguments are not changed.
 
     Args:
-        grads: like `params`. opt_state: from `init` or the last `update`.
+        grads: like `params`; with a sharding plan, the shards from `sharding.reduce_`.
+        opt_state: from `init` or the last `update`.
         hparams: for each group of the state: lr, beta1, beta2 and weight_decay of AdamW; lr, momentum, beta2 and
             weight_decay of Muon.
-        grad_scale: 0-d factor on the gradients. keep: 0-d bool; where True, everything stays as it was.
-        muon_dtype: dtype of the orthogonalisation; None keeps that of the momentum (float32).
-        exchanges: matrix -> how its parts on the ranks become whole matrices; none for those that are whole.
+        grad_scale: 0-d factor on the gradients.
+        skip: 0-d bool; where True, everything stays as it was.
+        muon_dtype: dtype of the orthogonalization; None keeps that of the momentum (float32).
+        sharding_plan: of several ranks. They exchange matrices for Muon, and full parameters are gathered.
     """
     new: dict[str, Tensor] = {}
     for _, names, tensors in _results(
-        Rules(adamw, muon), grads, opt_state, params, hparams, grad_scale, keep, muon_dtype, exchanges
+        Rules(adamw, muon), grads, opt_state, params, hparams, grad_scale, skip, muon_dtype, sharding_plan
     ):
         new.update(zip(names, tensors))
     # In the order of the arguments, whatever the order of the groups.
-    flat_params = {name: new[f"params.{name}"] for name in tree.flatten(params)}
-    return tree.unflatten(flat_params, params), tree.unflatten({name: new[name] for name in tree.flatten(opt_state)})
+    new_params = tree.unflatten({name: new[f"params.{name}"] for name in tree.flatten(params)}, params)
+    new_state = tree.unflatten({name: new[name] for name in tree.flatten(opt_state)})
+    if sharding_plan is None:
+        return new_params, new_state
+    return sharding.all_gather_params(sharding_plan, new_params, params), sharding.as_dtensors(new_state, opt_state)
 
 
 def update_(
@@ -117,37 +119,38 @@ def update_(
     hparams: Hparams,
     *,
     grad_scale: Tensor | None = None,
-    keep: Tensor | None = None,
+    skip: Tensor | None = None,
     muon_dtype: torch.dtype | None = None,
-    exchanges: Exchanges = NONE,
+    sharding_plan: ShardingPlan | None = None,
     rules: Rules | None = None,
 ) -> None:
-    """Do what `update` does in the memory of `params` and `opt_state`, which the caller gives up.
+    """Update `params` and `opt_state` in place; otherwise the same as `update`.
 
     Args:
-        rules: None for the plain ones, or those of `compiled`. The rest is as for `update`.
+        rules: None for the plain ones, or those of `compiled`.
     """
     rules = rules or Rules(adamw_, muon)
-    results = _results(rules, grads, opt_state, params, hparams, grad_scale, keep, muon_dtype, exchanges)
+    results = _results(rules, grads, opt_state, params, hparams, grad_scale, skip, muon_dtype, sharding_plan)
     for old, _, new in results:
         for before, after in zip(old, new):
             if after is not before:
                 before.copy_(after)
         del old, new
+    sharding.all_gather_params_(sharding_plan, params)
 
 
 def compiled() -> Rules:
-    """Return the update rules, compiled: once for each shape and not for each parameter, at any depth.
+    """Return the in-place update rules, compiled once for each shape, not for each parameter.
 
-    What is small stays uncompiled: its time is that of a few launches, and compiling takes seconds.
+    Small updates stay uncompiled: they take a few kernel launches, and compiling takes seconds.
     """
-    # Shapes of several models in one process (a sweep over depths) may go beyond the default of 8.
+    # Shapes of several models in one process (a sweep over depths) may exceed the default of 8.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     fast = [torch.compile(rule, fullgraph=True, dynamic=False) for rule in (adamw_, muon)]
 
     def choose(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda p, *rest: (fast if p.numel() >= SMALL else plain)(p, *rest)
+        return lambda p, *rest: (fast if p.numel() >= COMPILE_MIN_ELEMENTS else plain)(p, *rest)
 
     return Rules(choose(adamw_, fast[0]), choose(muon, fast[1]))
 
@@ -159,40 +162,45 @@ def _results(
     params: TensorDict,
     hparams: Hparams,
     grad_scale: Tensor | None,
-    keep: Tensor | None,
+    skip: Tensor | None,
     muon_dtype: torch.dtype | None,
-    exchanges: Exchanges,
+    plan: ShardingPlan | None,
 ) -> Iterator[tuple[list[Tensor], list[str], list[Tensor]]]:
     """Yield (old tensors, their names, new tensors), a few at a time; parameters are named params.<name>."""
+    all_to_all: dict[str, MuonAllToAll | None] = {}
+    if plan is not None:
+        moments = tree.flatten(opt_state.get((MATRIX, "second"), {}))
+        all_to_all = {name: sharding.muon_all_to_all(plan, name, x.shape) for name, x in moments.items()}
+        params, opt_state = sharding.param_shards(plan, params), sharding.local_shards(opt_state)
     flat_params, flat_grads = tree.flatten(params), tree.flatten(grads)
     step = opt_state["step"] + 1
     for group, h in hparams.items():
         first_name, second_name = ("momentum", "second") if group == MATRIX else ("m", "v")
         first, second = tree.flatten(opt_state[group, first_name]), tree.flatten(opt_state[group, second_name])
-        for names in _alike(first, exchanges) if group == MATRIX else [[name] for name in first]:
+        for names in _group_by_shape(first, all_to_all) if group == MATRIX else [[name] for name in first]:
             old = [[source[n] for n in names] for source in (flat_params, flat_grads, first, second)]
             if group == MATRIX:
-                stacks = (torch.stack(part) for part in old)
-                new = rules.muon(*stacks, h, grad_scale, keep, muon_dtype, exchanges.get(names[0]))
-                parts = [list(part.unbind()) for part in new]
+                stacks = (torch.stack(tensors) for tensors in old)
+                stacked = rules.muon(*stacks, h, grad_scale, skip, muon_dtype, all_to_all.get(names[0]))
+                new = [list(stack.unbind()) for stack in stacked]
+                del stacked
             else:
-                new = rules.adamw(*(part[0] for part in old), step, h, grad_scale, keep)
-                parts = [[part] for part in new]
+                new = [[x] for x in rules.adamw(*(tensors[0] for tensors in old), step, h, grad_scale, skip)]
             labels = ("params", f"{group}.{first_name}", f"{group}.{second_name}")
-            for label, before, after in zip(labels, (old[0], old[2], old[3]), parts):
+            for label, before, after in zip(labels, (old[0], old[2], old[3]), new):
                 yield before, [f"{label}.{name}" for name in names], after
-            del old, new, parts  # or they would live beside the next stack
-    yield [opt_state["step"]], ["step"], [step if keep is None else torch.where(keep, opt_state["step"], step)]
+            del old, new  # or they would be kept beside the next stack
+    yield [opt_state["step"]], ["step"], [step if skip is None else torch.where(skip, opt_state["step"], step)]
 
 
-def _alike(matrices: Mapping[str, Tensor], exchanges: Exchanges) -> list[list[str]]:
-    """Return the names in groups that may be stacked, none of them much over STACK elements."""
-    alike: dict[Any, list[str]] = {}
+def _group_by_shape(matrices: Mapping[str, Tensor], all_to_all: Mapping[str, MuonAllToAll | None]) -> list[list[str]]:
+    """Return the names in groups that can be stacked, none of them much over MAX_STACK_ELEMENTS."""
+    groups: dict[Any, list[str]] = {}
     for name, matrix in matrices.items():
-        alike.setdefault((matrix.shape, exchanges.get(name)), []).append(name)
+        groups.setdefault((matrix.shape, all_to_all.get(name)), []).append(name)
     stacks = []
-    for (shape, _), names in alike.items():
-        n_stacks = max(round(len(names) * shape.numel() / STACK), 1)
+    for (shape, _), names in groups.items():
+        n_stacks = max(round(len(names) * shape.numel() / MAX_STACK_ELEMENTS), 1)
         each = -(-len(names) // n_stacks)
         stacks += [names[i : i + each] for i in range(0, len(names), each)]
     return stacks
@@ -206,7 +214,7 @@ def adamw(
     step: Tensor,
     h: Mapping[str, Tensor],
     grad_scale: Tensor | None = None,
-    keep: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (p, m, v) after one step of AdamW, computed in float32 and returned in the dtype of `p`.
 
@@ -214,7 +222,7 @@ def adamw(
 
     Args:
         p, g: of one shape. m, v: the same in float32. step: 0-d, counts from 1.
-        h: lr, beta1, beta2, weight_decay as 0-d tensors. grad_scale: factor on `g`. keep: where True, no change.
+        h: lr, beta1, beta2, weight_decay as 0-d tensors. grad_scale, skip: as for `update`.
 
     Source: arXiv 1711.05101.
     """
@@ -226,11 +234,11 @@ def adamw(
     denominator = (new_v / (1 - beta2**t)).sqrt() + ADAM_EPS
     decayed = p.float() * (1 - lr * h["weight_decay"])
     new_p = (decayed - (lr / (1 - beta1**t)) * (new_m / denominator)).to(p.dtype)
-    return _where_kept(keep, (p, m, v), (new_p, new_m, new_v))
+    return _where_skipped(skip, (p, m, v), (new_p, new_m, new_v))
 
 
 def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what `adamw` does in the memory of `p`, `m` and `v`; return them."""
+    """Update `p`, `m` and `v` in place by `adamw`; return them."""
     for old, new in zip((p, m, v), adamw(p, g, m, v, *rest)):
         old.copy_(new)
     return p, m, v
@@ -240,52 +248,52 @@ def muon(
     p: Tensor,
     g: Tensor,
     momentum: Tensor,
-    second: Tensor,
+    second_moment: Tensor,
     h: Mapping[str, Tensor],
     grad_scale: Tensor | None = None,
-    keep: Tensor | None = None,
+    skip: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    exchange: MuonAllToAll | None = None,
+    all_to_all: MuonAllToAll | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (p, momentum, second) after one step of Muon, for a stack of matrices of one shape.
+    """Return (p, momentum, second_moment) after one step of Muon, for a stack of matrices of one shape.
 
-    Nesterov momentum, orthogonalised, with its variance reduced and a cautious weight decay:
+    Nesterov momentum, orthogonalized, with its variance reduced and a cautious weight decay:
     p ← p - lr'·u - lr'·wd·p·[u·p ≥ 0], lr' = lr·sqrt(max(1, r/c)).
 
     Args:
-        p, g, momentum: (n, r, c). second: (n, r, 1) or (n, 1, c).
-        h: lr, momentum, beta2, weight_decay as 0-d tensors. grad_scale: factor on `g`. keep: where True, no change.
-        dtype: of the orthogonalisation; None: float32.
-        exchange: where all of these are one rank's parts of the matrices.
+        p, g, momentum: (n, r, c). second_moment: (n, r, 1) or (n, 1, c).
+        h: lr, momentum, beta2, weight_decay as 0-d tensors. grad_scale, skip: as for `update`.
+        dtype: of the orthogonalization; None: float32.
+        all_to_all: where all of these are one rank's shards of the matrices.
 
     Source: https://kellerjordan.github.io/posts/muon/; NorMuon, arXiv 2510.05491.
     """
     g32 = g.float() if grad_scale is None else g.float() * grad_scale
     new_momentum = momentum + (g32 - momentum) * (1 - h["momentum"])
     u = g32 + (new_momentum - g32) * h["momentum"]
-    u, new_second = (u if dtype is None else u.to(dtype)), second
-    if exchange is not None:
-        u = exchange.to_whole(u, exchange.dim)
-        new_second = exchange.to_whole(second, exchange.moment_dim)
+    u, new_second = (u if dtype is None else u.to(dtype)), second_moment
+    if all_to_all is not None:
+        u = all_to_all.gather(u, all_to_all.dim)
+        new_second = all_to_all.gather(second_moment, all_to_all.moment_dim)
     rows, columns = u.shape[-2:]
     u, new_second = reduce_variance(orthogonalize(u).float(), new_second, h["beta2"])
-    if exchange is not None:
-        u = exchange.to_parts(u, exchange.dim, len(p))
-        new_second = exchange.to_parts(new_second, exchange.moment_dim, len(p))
+    if all_to_all is not None:
+        u = all_to_all.scatter(u, all_to_all.dim, len(p))
+        new_second = all_to_all.scatter(new_second, all_to_all.moment_dim, len(p))
     lr = h["lr"] * max(1.0, rows / columns) ** 0.5
     p32 = p.float()
     decay = p32 * ((u * p32) >= 0) * h["weight_decay"]
     new_p = (p32 - lr * (u + decay)).to(p.dtype)
-    return _where_kept(keep, (p, momentum, second), (new_p, new_momentum, new_second))
+    return _where_skipped(skip, (p, momentum, second_moment), (new_p, new_momentum, new_second))
 
 
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def _where_kept(keep: Tensor | None, old: Three, new: Three) -> Three:
-    if keep is None:
+def _where_skipped(skip: Tensor | None, old: Three, new: Three) -> Three:
+    if skip is None:
         return new
-    p, first, second = (torch.where(keep, before, after) for before, after in zip(old, new))
+    p, first, second = (torch.where(skip, before, after) for before, after in zip(old, new))
     return p, first, second
 
 
@@ -312,19 +320,19 @@ def reduced_axis(shape: torch.Size | tuple[int, ...]) -> int:
     return -1 if shape[-2] >= shape[-1] else -2
 
 
-def reduce_variance(u: Tensor, second: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (u, second): `u` with rows or columns divided by their running root mean square, its norm kept.
+def reduce_variance(u: Tensor, second_moment: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (u, second_moment): `u` with rows or columns divided by their running root mean square, its norm kept.
 
     Args:
-        u: (n, r, c) float32. second: running mean squares, (n, r, 1) or (n, 1, c). beta2: 0-d.
+        u: (n, r, c) float32. second_moment: running mean squares, (n, r, 1) or (n, 1, c). beta2: 0-d.
 
     Source: NorMuon, arXiv 2510.05491.
     """
     axis = reduced_axis(u.shape)
     size = u.shape[axis]
     mean_square = u.square().mean(axis, keepdim=True)
-    second = second + (mean_square - second) * (1 - beta2)
-    scale = second.clamp_min(1e-10).rsqrt()
+    second_moment = second_moment + (mean_square - second_moment) * (1 - beta2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
     before = (size * mean_square.sum((-2, -1), keepdim=True)).sqrt()
     after = (size * mean_square * scale.square()).sum((-2, -1), keepdim=True).sqrt()
-    return u * (scale * (before / after.clamp_min(1e-10))), second
+    return u * (scale * (before / after.clamp_min(1e-10))), second_moment

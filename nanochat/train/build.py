@@ -11,7 +11,7 @@ import torch
 
 from nanochat import distributed, model
 from nanochat.config import UserError
-from nanochat.distributed import Layout, Runtime, sharding
+from nanochat.distributed import Runtime, ShardingPlan, sharding
 from nanochat.distributed import compile as compiling
 from nanochat.model import Compute, ModelConfig, attention, loss
 from nanochat.model import linear as linears
@@ -24,12 +24,12 @@ CPU_ROWS = 32  # on the CPU, larger micro-batches take memory and save nothing
 
 
 def build_step_functions(
-    config: StageConfig, shape: ModelConfig, runtime: Runtime, layout: Layout | None = None
+    config: StageConfig, shape: ModelConfig, runtime: Runtime, sharding_plan: ShardingPlan | None = None
 ) -> tuple[Callable, Callable, str]:
     """Return (the train step, the loss for evaluation, their kernels in words), compiled where asked for.
 
     Raises:
-        UserError: the attention kernel does not run here, or train.grad=func would meet a custom backward.
+        UserError: the attention kernel does not run here, or train.grad=torch_func would meet a custom backward.
     """
     if config.compile and runtime.device.type == "cpu":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -45,16 +45,16 @@ def build_step_functions(
         ) from None
     linear, precision = linears.choose(config.train.linear, runtime.device)
     chunk: int | None = chunk_tokens(config, runtime)
-    if config.train.grad == "func":
+    if config.train.grad == "torch_func":
         if runtime.world_size > 1:
-            raise UserError("train.grad=func runs in one process: start with --nproc_per_node=1")
+            raise UserError("train.grad=torch_func runs in one process: start with --nproc_per_node=1")
         if set(chosen.names.values()) - {"math", "sdpa"} or config.train.linear == "fp8":
             raise UserError(
-                f"train.grad=func: {chosen.text} or train.linear={config.train.linear} has a custom backward, which "
-                "torch.func.grad ignores when compiled; set train.attention=sdpa and train.linear=dense"
+                f"train.grad=torch_func: {chosen.text} or train.linear={config.train.linear} has a custom backward, "
+                "which torch.func.grad ignores when compiled; set train.attention=sdpa and train.linear=dense"
             )
         chunk = None  # the chunked loss has a custom backward too; the plain one has the same value
-    gather = sharding.gatherer(layout, dtype)
+    gather = sharding.gather_layer(sharding_plan, dtype)
     compile = None
     if config.compile:
         settings = {"device": runtime.device, "collectives": gather is not None, "overlap": config.sharding.overlap}
@@ -66,9 +66,8 @@ def build_step_functions(
     step_fn = functools.partial(
         step.train_step,
         value_and_grad=step.gradient(loss_fn, grad=config.train.grad, compile=compile),
-        update=step.make_update(compute_dtype=dtype, donate=True, compile=config.compile, layout=layout),
-        enter=functools.partial(sharding.enter, layout, dtype=dtype),
-        reduce=functools.partial(sharding.reduce, layout),
+        update=step.make_update(compute_dtype=dtype, donate=True, compile=config.compile, sharding_plan=sharding_plan),
+        gather=functools.partial(sharding.gather, sharding_plan, dtype=dtype),
     )
     return step_fn, (compile(eval_fn) if compile else eval_fn), f"attention {chosen.text}; linear layers {precision}"
 
@@ -80,7 +79,7 @@ def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) 
         UserError: the kernel that was asked for does not run here.
     """
     asked = config.train.attention
-    if asked == "auto" and (config.train.grad == "func" or not config.compile):
+    if asked == "auto" and (config.train.grad == "torch_func" or not config.compile):
         asked = "sdpa"
     heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
     try:
@@ -101,11 +100,13 @@ def chunk_tokens(config: StageConfig, runtime: Runtime) -> int:
     return config.train.chunk_tokens or (1024 if runtime.device.type == "cpu" else 8192)
 
 
-def init_state(config: StageConfig, shape: ModelConfig, runtime: Runtime, layout: Layout | None) -> TrainState:
+def init_state(
+    config: StageConfig, shape: ModelConfig, runtime: Runtime, sharding_plan: ShardingPlan | None
+) -> TrainState:
     """Return the state before the first step."""
     dtype = runtime.compute_dtype
-    params = model.init(shape, config.seed, device=runtime.device, dtype=dtype, layout=layout)
-    return step.init(params, model.spec(shape), dtype, layout)
+    params = model.init(shape, config.seed, device=runtime.device, dtype=dtype, sharding_plan=sharding_plan)
+    return step.init(params, model.spec(shape), dtype, sharding_plan)
 
 
 def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime) -> int:
@@ -140,8 +141,8 @@ def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runt
 
 
 def try_batch_size(
-    config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime, layout: Layout | None, step_fn: Callable,
-    hparams: Hparams,
+    config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime, sharding_plan: ShardingPlan | None,
+    step_fn: Callable, hparams: Hparams,
 ) -> int:  # fmt: skip
     """Return the first micro-batch from `config.rows` downwards that fits, seen by a step on a state thrown away.
 
@@ -160,7 +161,7 @@ def try_batch_size(
         ids = torch.zeros((tried, shape.sequence_len), dtype=torch.int64, device=runtime.device)
         batches = [{"inputs": ids, "targets": ids}] * min(rows // tried, 2)  # two need an accumulator
         try:
-            step_fn(init_state(config, shape, runtime, layout), batches, hparams)
+            step_fn(init_state(config, shape, runtime, sharding_plan), batches, hparams)
             distributed.synchronize(runtime.device)
             return tried
         except torch.OutOfMemoryError:

@@ -36,7 +36,7 @@ class TrainConfig:
         skip_nonfinite: skip a step whose loss or gradient is not finite, instead of stopping.
     """
 
-    grad: Literal["autograd", "func"] = "autograd"
+    grad: Literal["autograd", "torch_func"] = "autograd"
     attention: Literal["auto", "fa3", "fa3_hub", "fa3_torch", "fa2", "flex", "cudnn", "flash", "sdpa", "math"] = "auto"
     linear: Literal["dense", "fp8"] = "dense"
     chunk_tokens: int | None = None

@@ -10,7 +10,7 @@ import torch
 from nanochat import checkpoint, distributed, model, tree
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
-from nanochat.distributed import Layout, Runtime, sharding
+from nanochat.distributed import ShardingPlan, Runtime, sharding
 from nanochat.model import ModelConfig
 from nanochat.train import step as train
 from nanochat.train.step import TrainState
@@ -92,7 +92,7 @@ def newest(stages: Collection[str]) -> Path:
 
 
 def init_state_from(
-    base: InitCheckpoint, runtime: Runtime, layout: Layout | None, *, moments: bool = True
+    base: InitCheckpoint, runtime: Runtime, sharding_plan: ShardingPlan | None, *, moments: bool = True
 ) -> TrainState:
     """Return the state before the first step: the base run's parameters and, with `moments`, its optimizer state.
 
@@ -102,8 +102,8 @@ def init_state_from(
     if moments and base.moments:
         header = checkpoint.read_header(checkpoints / str(base.step))
         stored = DTYPES[header["state"]["params.wte"]["dtype"]]
-        params = model.init(base.shape, 0, device="meta", dtype=stored, layout=layout)
-        abstract = train.init(params, spec, stored, layout)
+        params = model.init(base.shape, 0, device="meta", dtype=stored, sharding_plan=sharding_plan)
+        abstract = train.init(params, spec, stored, sharding_plan)
         state, _, _ = checkpoint.restore(checkpoints, abstract, base.step, device=runtime.device)
         flat = {n: x.to(model.storage_dtype(spec[n], dtype)) for n, x in tree.flatten(state.params).items()}
         scaler = train.init_scaler(dtype, runtime.device)
@@ -111,9 +111,9 @@ def init_state_from(
     params, _, _ = checkpoint.load_params(checkpoints, step=base.step, device=runtime.device)
     distributed.barrier()
     flat = {
-        n: sharding.place(layout, n, x.to(model.storage_dtype(spec[n], dtype))) for n, x in tree.flatten(params).items()
+        n: sharding.place(sharding_plan, n, x.to(model.storage_dtype(spec[n], dtype))) for n, x in tree.flatten(params).items()
     }
-    return train.init(tree.unflatten(flat, params), spec, dtype, layout)
+    return train.init(tree.unflatten(flat, params), spec, dtype, sharding_plan)
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -219,7 +219,7 @@ def rl_step(
         UserError: an answer could not be scored, on any rank.
     """
     numbers, started = batches[0]["numbers"], time.perf_counter()
-    params = sharding.whole(state.params)
+    params = sharding.full_params(state.params)
     with distributed.raise_on_any_failure(line):
         groups = rollout_fn(params, numbers[line.rank :: line.size])
     seconds = time.perf_counter() - started

@@ -20,7 +20,7 @@ from nanochat import checkpoint, distributed, model
 from nanochat import config as configs
 from nanochat.config import UserError
 from nanochat.data import Tokenizer, tokenizer
-from nanochat.distributed import Layout, Runtime, hardware, mark_restart, peak_flops, sharding, was_restarted
+from nanochat.distributed import ShardingPlan, Runtime, hardware, mark_restart, peak_flops, sharding, was_restarted
 from nanochat.infer import sampling
 from nanochat.metrics import logger, plots, progress
 from nanochat.model import Compute, ModelConfig, loss
@@ -75,8 +75,8 @@ class Stage:
         batches: (loader state or None, rows of a micro-batch) -> the batches for `train.fit`.
         evaluations: (rows of a micro-batch) -> evaluations, in the order in which they run.
         origin: run, step and stage of the checkpoint that this stage starts from, or None.
-        initial_state: (layout) -> the state before the first step; None: random parameters.
-        make_step: (train step, layout) -> the step function to use; None: the train step, on micro-batches.
+        initial_state: (sharding_plan) -> the state before the first step; None: random parameters.
+        make_step: (train step, sharding_plan) -> the step function to use; None: the train step, on micro-batches.
     """
 
     name: str
@@ -87,8 +87,8 @@ class Stage:
     batches: Callable[[Any, int], Batches]
     evaluations: Callable[[int], Sequence[Evaluation]]
     origin: Mapping[str, Any] | None = None
-    initial_state: Callable[[Layout | None], TrainState] | None = None
-    make_step: Callable[[StepFn, Layout | None], StepFn] | None = None
+    initial_state: Callable[[ShardingPlan | None], TrainState] | None = None
+    make_step: Callable[[StepFn, ShardingPlan | None], StepFn] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class RunContext:
     """What the phases of a run share.
 
     Attributes:
-        layout: where the state lies on several ranks, or None. loss_fn: the loss for evaluation.
+        sharding_plan: where the state lives on several ranks, or None. loss_fn: the loss for evaluation.
         peak_flops: matmul limit of a device, for the MFU.
         folder, manager, log, bar: the run's folder, open checkpoints, open metrics and progress bar.
         step_seconds: of the steps that this process has run: a list that grows.
@@ -107,7 +107,7 @@ class RunContext:
     shape: ModelConfig
     tok: Tokenizer
     runtime: Runtime
-    layout: Layout | None
+    sharding_plan: ShardingPlan | None
     loss_fn: Callable
     evaluations: Sequence[Evaluation]
     peak_flops: float
@@ -180,11 +180,11 @@ def _run_stage(
 ) -> None:
     # Everything that can be refused comes before the run's folder is touched.
     folder = run_folder(str(config.name))
-    layout = sharding.make_layout(config.sharding, runtime, model.spec(shape))
-    step_fn, loss_fn, kernels = build.build_step_functions(config, shape, runtime, layout)
+    sharding_plan = sharding.make_plan(config.sharding, runtime, model.spec(shape))
+    step_fn, loss_fn, kernels = build.build_step_functions(config, shape, runtime, sharding_plan)
     if try_rows:
         rows = stage.step_tokens // (shape.sequence_len * runtime.world_size)
-        rows = build.try_batch_size(config, shape, rows, runtime, layout, step_fn, stage.hparams_at(0, {}))
+        rows = build.try_batch_size(config, shape, rows, runtime, sharding_plan, step_fn, stage.hparams_at(0, {}))
         config = dataclasses.replace(config, device_batch_size=rows)
     limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
     print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
@@ -194,7 +194,7 @@ def _run_stage(
         manager = open_checkpoints(folder, config, runtime)
         stack.callback(checkpoint.close, manager)  # waits for the last save, after an error as well
         mark_restart(f"opened {config.name}")  # a restart of the job by torchrun resumes this run
-        state, at = init_or_restore(config, stage, shape, manager, runtime, layout)
+        state, at = init_or_restore(config, stage, shape, manager, runtime, sharding_plan)
         batches = stack.enter_context(contextlib.closing(stage.batches(at.loader, config.rows)))
         if at.step == 0 and runtime.is_main:
             tokenizer.save(tok, folder / "tokenizer")  # the run's own copy: the original may be trained again
@@ -209,7 +209,7 @@ def _run_stage(
         stack.callback(logger.close, log)
         bar = stack.enter_context(progress.bar(stage.num_steps, initial=at.step, label=str(config.name)))
         ctx = RunContext(
-            config, stage, shape, tok, runtime, layout, loss_fn, stage.evaluations(config.rows), limit, folder, manager,
+            config, stage, shape, tok, runtime, sharding_plan, loss_fn, stage.evaluations(config.rows), limit, folder, manager,
             log, bar, stop,
         )  # fmt: skip
         if not evals_done(ctx, at):
@@ -221,7 +221,7 @@ def _run_stage(
                 batches,
                 num_steps=stage.num_steps,
                 rows=None if stage.make_step else config.rows,
-                step_fn=stage.make_step(step_fn, layout) if stage.make_step else step_fn,
+                step_fn=stage.make_step(step_fn, sharding_plan) if stage.make_step else step_fn,
                 hparams_at=stage.hparams_at,
                 after_step=functools.partial(log_step, ctx),
                 save=functools.partial(save_checkpoint, ctx),
@@ -271,16 +271,16 @@ def init_or_restore(
     shape: ModelConfig,
     manager: checkpoint.Manager,
     runtime: Runtime,
-    layout: Layout | None,
+    sharding_plan: ShardingPlan | None,
 ) -> tuple[TrainState, Progress]:
     """Return the state and progress of the last checkpoint, or those before the first step."""
     dtype = runtime.compute_dtype
     if checkpoint.latest_step(manager) is None:
         if stage.initial_state:
-            return stage.initial_state(layout), Progress()
-        return build.init_state(config, shape, runtime, layout), Progress()
-    params = model.init(shape, config.seed, device="meta", dtype=dtype, layout=layout)
-    abstract = train.init(params, model.spec(shape), dtype, layout)
+            return stage.initial_state(sharding_plan), Progress()
+        return build.init_state(config, shape, runtime, sharding_plan), Progress()
+    params = model.init(shape, config.seed, device="meta", dtype=dtype, sharding_plan=sharding_plan)
+    abstract = train.init(params, model.spec(shape), dtype, sharding_plan)
     state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
     now = json.loads(json.dumps(dict(configs.flatten(config))))
     for name, value in now.items():
@@ -429,7 +429,7 @@ def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[], Ge
     with contextlib.closing(batches()) as stream:
         first = next(stream)
         rest = itertools.takewhile(lambda _: not ctx.stop.agreed(), itertools.islice(stream, steps - 1))
-        params = sharding.enter(ctx.layout, state.params, ctx.runtime.compute_dtype)
+        params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
         inputs = (batch for batch, *_ in itertools.chain([first], rest))
         bpb = loss.bits_per_byte(params, inputs, token_bytes, ctx.loss_fn)
     if ctx.stop.agreed():
@@ -440,8 +440,8 @@ def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[], Ge
 def print_samples(ctx: RunContext, state: TrainState) -> Result:
     """Return each prompt of the settings with the model's continuation, a line each."""
     config, dtype = ctx.config.eval, ctx.runtime.compute_dtype
-    compute = Compute(dtype=dtype, all_gather=sharding.gatherer(ctx.layout, dtype))
-    params = sharding.enter(ctx.layout, state.params, dtype)
+    compute = Compute(dtype=dtype, all_gather=sharding.gather_layer(ctx.sharding_plan, dtype))
+    params = sharding.gather(ctx.sharding_plan, state.params, dtype)
     logits_fn = functools.partial(model.apply, config=ctx.shape, compute=compute)
     lines = []
     for i, prompt in enumerate(config.prompts):

@@ -1,6 +1,7 @@
 """Training as a pure step on a state, and the one loop around it that every stage uses."""
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nanochat import distributed, optim, transform, tree
 from nanochat.config import UserError
-from nanochat.distributed import Layout, sharding
+from nanochat.distributed import ShardingPlan, sharding
 from nanochat.optim import Hparams, OptState
 
 Batch = Mapping[str, Tensor]
@@ -40,16 +41,18 @@ def init(
     params: TensorDict,
     spec: Mapping[str, optim.Row],
     compute_dtype: torch.dtype = torch.float32,
-    layout: Layout | None = None,
+    sharding_plan: ShardingPlan | None = None,
 ) -> TrainState:
     """Return the state before the first step; on the device of `params`, the meta device included.
 
     Args:
-        params: as they lie between steps. spec: the model's table. layout: of several ranks, or None.
+        params: as they are kept between steps. spec: the model's table. sharding_plan: of several ranks.
     """
     device = tree.leaves(params)[0].device
     step = torch.zeros((), dtype=torch.int64, device=device)
-    zeros = None if layout is None else (lambda name, shape: sharding.zeros(layout, name, shape, device))
+    zeros = None
+    if sharding_plan is not None:
+        zeros = functools.partial(sharding.zeros, sharding_plan, device=device)
     return TrainState(step, params, optim.init(params, spec, zeros), init_scaler(compute_dtype, device))
 
 
@@ -74,32 +77,29 @@ def train_step(
     *,
     value_and_grad: ValueAndGrad,
     update: Update,
-    enter: Callable[[TensorDict], TensorDict] = lambda params: params,
-    reduce: Callable[[TensorDict], TensorDict] = lambda grads: grads,
+    gather: Callable[[TensorDict], TensorDict] = lambda params: params,
 ) -> tuple[TrainState, dict[str, Tensor]]:
-    """Return the state after one optimizer step, and its metrics; what changes in place is up to `update`.
+    """Return the state after one optimizer step, and its metrics; `update` decides what changes in place.
 
     Args:
-        state: before the step. batches: this rank's micro-batches of equal size, whose gradients are averaged.
+        batches: this rank's micro-batches of equal size, whose gradients are averaged.
         hparams: 0-d tensors by group, see `optim.update`.
         value_and_grad, update: from `gradient` and `make_update`.
-        enter: parameters as they lie -> as the step computes with them. reduce: a rank's gradients -> their sum over
-            the ranks. See `sharding`.
+        gather: parameters between steps -> parameters to compute with, see `sharding.gather`.
 
     Returns:
         The new state, unchanged but for `step` and `scaler` where loss or gradient are not finite; and
         {"loss", "grad_norm": 0-d float32, "finite": 0-d bool}.
     """
-    scale, params = state.scaler["scale"], enter(state.params)
+    scale, params = state.scaler["scale"], gather(state.params)
     grads, (loss, _) = value_and_grad(params, batches[0], scale)
     if len(batches) > 1:
         grads = tree.map(lambda g: g.float(), grads)  # a sum of many in bfloat16 would lose the late ones
     for batch in batches[1:]:
         more, (value, _) = value_and_grad(params, batch, scale)
-        tree.map(lambda total, g: total.add_(g), grads, more)  # the sum is ours alone: in place
+        tree.map(lambda total, g: total.add_(g), grads, more)  # nobody else has the sum: in place
         loss = loss + value
-    del params  # gathered ones take room that the update can use, and so do whole gradients
-    grads = reduce(grads)
+    del params  # gathered ones take memory that the update can use
     n = len(batches)
     return update(state, grads, 1 / (n * scale), loss / n, hparams)
 
@@ -117,7 +117,7 @@ def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: Callable[[Any]
         loss, aux = loss_fn(params, batch)
         return loss * scale, (loss, aux)
 
-    if grad == "func":
+    if grad == "torch_func":
         whole = compile(torch.func.grad_and_value(scaled, has_aux=True))
     else:
         # Only the loss is compiled: AOTAutograd keeps its partitioner, and custom backwards work.
@@ -135,47 +135,42 @@ def make_update(
     compute_dtype: torch.dtype = torch.float32,
     compile: bool = False,
     donate: bool = False,
-    layout: Layout | None = None,
+    sharding_plan: ShardingPlan | None = None,
 ) -> Update:
-    """Return (state, grads, grad_scale, loss, hparams) -> (state, metrics), which leaves a non-finite step out.
+    """Return (state, grads, grad_scale, loss, hparams) -> (state, metrics), which skips a non-finite step.
 
-    The loss is a rank's own, the gradients are summed over the ranks; their means decide, so that all ranks take or
-    leave a step alike.
+    Loss and gradients are a rank's own, and the gradients are given up. Their mean over the ranks decides, so that all
+    ranks take or skip a step alike.
 
     Args:
-        compute_dtype: Muon orthogonalises in bfloat16 when it is that; float16 has a dynamic loss scale.
+        compute_dtype: Muon orthogonalizes in bfloat16 if this is bfloat16; float16 has a dynamic loss scale.
+        compile: whether the donating update is compiled.
         donate: write the new state into the memory of the old one, which the caller gives up, instead of allocating
             a second one (as jax.jit's donate_argnums); Muon still needs a few copies of its largest stack for a moment.
-        compile: whether the donating update is compiled. layout: of several ranks, or None.
+        sharding_plan: of several ranks.
     """
     muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
     rules = optim.compiled() if compile and donate else None
+    ranks = 1 if sharding_plan is None else sharding_plan.ranks
 
     @torch.no_grad()
     def update(
         state: TrainState, grads: TensorDict, grad_scale: Tensor, loss: Tensor, hparams: Hparams
     ) -> tuple[TrainState, dict[str, Tensor]]:
-        grad_scale = grad_scale if layout is None else grad_scale / layout.ranks
-        loss, norm = sharding.loss_and_norm(layout, loss, grads)
+        sharding.reduce_(sharding_plan, grads)
+        grad_scale = grad_scale / ranks
+        loss, norm = sharding.mean_loss_and_grad_norm(sharding_plan, loss, grads)
         grad_norm = norm * grad_scale
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        scaler = _rescale(state.scaler, finite) if compute_dtype == torch.float16 else state.scaler
         params, opt_state = state.params, state.opt_state
-        how: dict[str, Any] = {"grad_scale": grad_scale, "keep": ~finite, "muon_dtype": muon_dtype}
-        if layout is not None:
-            second = tree.flatten(opt_state.get((optim.MATRIX, "second"), {}))
-            how["exchanges"] = {name: sharding.muon_all_to_all(layout, name, x.shape) for name, x in second.items()}
-            params, opt_state = sharding.parts(layout, params), sharding.local(opt_state)
+        options: Any = {"grad_scale": grad_scale, "skip": ~finite, "muon_dtype": muon_dtype}
+        options["sharding_plan"] = sharding_plan
         if donate:
-            optim.update_(grads, opt_state, params, hparams, rules=rules, **how)
-            sharding.join_(layout, state.params)
-            new = TrainState(state.step + 1, state.params, state.opt_state, scaler)
+            optim.update_(grads, opt_state, params, hparams, rules=rules, **options)
         else:
-            params, opt_state = optim.update(grads, opt_state, params, hparams, **how)
-            if layout is not None:
-                params = sharding.like(state.params, sharding.join(layout, params))
-                opt_state = sharding.like(state.opt_state, opt_state)
-            new = TrainState(state.step + 1, params, opt_state, scaler)
+            params, opt_state = optim.update(grads, opt_state, params, hparams, **options)
+        scaler = _rescale(state.scaler, finite) if compute_dtype == torch.float16 else state.scaler
+        new = TrainState(state.step + 1, params, opt_state, scaler)
         return new, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
 
     return update

@@ -117,14 +117,14 @@ def compile_with_overlap() -> dict[str, Any]:
     logging.disable(logging.WARNING)
     ours = distributed.init("cpu")
     spec = model.spec(CONFIG)
-    layout = sharding.make_layout(ShardingConfig("fsdp"), ours, spec)
-    assert layout
+    sharding_plan = sharding.make_plan(ShardingConfig("fsdp"), ours, spec)
+    assert sharding_plan
     params = tree.unflatten(
-        {n: sharding.place(layout, n, x) for n, x in tree.flatten(small_model.random_params(CONFIG)).items()}
+        {n: sharding.place(sharding_plan, n, x) for n, x in tree.flatten(small_model.random_params(CONFIG)).items()}
     )
-    params = sharding.enter(layout, params, torch.float32)
+    params = sharding.gather(sharding_plan, params, torch.float32)
     batch = small_model.random_batch(CONFIG, rows=2, seed=ours.rank)
-    compute = Compute(all_gather=sharding.gatherer(layout, torch.float32))
+    compute = Compute(all_gather=sharding.gather_layer(sharding_plan, torch.float32))
     f = functools.partial(loss.next_token, config=CONFIG, compute=compute, chunk_tokens=64)
     eager, _ = transform.value_and_grad(f, has_aux=True)(params, batch)
     graphs: list[Any] = []
@@ -134,7 +134,7 @@ def compile_with_overlap() -> dict[str, Any]:
     worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(tree.leaves(grads), tree.leaves(eager)))
     worst = max(distributed.all_reduce_sum([worst]))
     distributed.close()
-    return {"graphs": graphs, "worst": worst, "cut": len(layout.cut)}
+    return {"graphs": graphs, "worst": worst, "cut": len(sharding_plan.sharded)}
 
 
 @pytest.fixture(scope="module")

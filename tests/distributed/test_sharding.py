@@ -142,34 +142,34 @@ def three_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
 def test_what_does_not_divide_stays_whole_and_is_said_once(
     three_ranks: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    layout = sharding.make_layout(ShardingConfig("fsdp"), three_ranks, model.spec(CONFIG))
-    assert layout is not None and layout.cut == []  # 64, 128 and 256 are no multiples of 3
+    sharding_plan = sharding.make_plan(ShardingConfig("fsdp"), three_ranks, model.spec(CONFIG))
+    assert sharding_plan is not None and sharding_plan.sharded == []  # 64, 128 and 256 are no multiples of 3
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "wte (256, 64) and" in said and "do not divide by 3: whole on every rank" in said
+    assert said.count("\n") == 1 and "wte (256, 64) and" in said and "do not divide by 3: full on every rank" in said
 
 
 def test_state_is_allocated_in_parts(three_ranks: Runtime) -> None:
     config = ModelConfig(sequence_len=32, vocab_size=192, n_layer=2, n_head=6, n_kv_head=6, n_embd=96)
     for mode, share in {"zero2": 1, "fsdp": 1 / 3}.items():
-        layout = sharding.make_layout(ShardingConfig(mode), three_ranks, model.spec(config))  # pyright: ignore
-        params = model.init(config, 0, layout=layout)
-        state = train.init(params, model.spec(config), layout=layout)
+        sharding_plan = sharding.make_plan(ShardingConfig(mode), three_ranks, model.spec(config))  # pyright: ignore
+        params = model.init(config, 0, sharding_plan=sharding_plan)
+        state = train.init(params, model.spec(config), sharding_plan=sharding_plan)
         whole = train.init(model.init(config, 0), model.spec(config))
-        here = sharding.local(state)
+        here = sharding.local_shards(state)
         assert tree.nbytes(here.params) == pytest.approx(share * tree.nbytes(whole.params), rel=0.02)
         assert tree.nbytes(here.opt_state) == pytest.approx(tree.nbytes(whole.opt_state) / 3, rel=0.02)
         for got, want in zip(
             tree.leaves((state.params, state.opt_state)), tree.leaves((whole.params, whole.opt_state))
         ):
             assert got.shape == want.shape and got.dtype == want.dtype
-        wrapped = sharding.like(state.params, sharding.local(state.params))
+        wrapped = sharding.as_dtensors(sharding.local_shards(state.params), state.params)
         for got, want in zip(tree.leaves(wrapped), tree.leaves(state.params)):
             assert got.placements == want.placements and got.to_local() is not None
 
 
 def test_alone_nothing_is_wrapped() -> None:
     here = Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
-    assert sharding.make_layout(ShardingConfig("fsdp"), here, model.spec(CONFIG)) is None
-    assert sharding.gatherer(None, torch.float32) is None
+    assert sharding.make_plan(ShardingConfig("fsdp"), here, model.spec(CONFIG)) is None
+    assert sharding.gather_layer(None, torch.float32) is None
     params = model.init(CONFIG, 0)
-    assert sharding.enter(None, params, torch.float32) is params and sharding.reduce(None, params) is params
+    assert sharding.gather(None, params, torch.float32) is params

@@ -107,7 +107,7 @@ def collective(name: str, ts: float, dims: list[Any], dtype: str) -> dict[str, A
 
 
 def test_sent_bytes_of_coalesced_collectives_follow_from_their_results() -> None:
-    layout: Any = SimpleNamespace(shards=2, replicas=1, ranks=2, cut=["a", "b"])
+    sharding_plan: Any = SimpleNamespace(shards=2, replicas=1, ranks=2, sharded=["a", "b"])
     events = [
         collective("all_gather_into_tensor_coalesced", 0, [[4, 8], [2, 8]], "TensorList"),
         collective("reduce_scatter_tensor", 2, [16, 8], "float"),
@@ -117,9 +117,9 @@ def test_sent_bytes_of_coalesced_collectives_follow_from_their_results() -> None
         collective("all_reduce_", 9, [3], "float"),
     ]
     with pytest.raises(LookupError, match="no wait"):
-        _trace.sent_bytes(Trace(0, 1, events[:3]), layout)
+        _trace.sent_bytes(Trace(0, 1, events[:3]), sharding_plan)
     events[2] = collective("wait_tensor", 4, [16, 4], "float") | {"tid": 2}
-    found = _trace.sent_bytes(Trace(0, 1, events), layout)
+    found = _trace.sent_bytes(Trace(0, 1, events), sharding_plan)
     assert found == {"all_gather": 48 * 2, "reduce_scatter": 128 * 4 / 2, "all_reduce": 12, "all_to_all": 0}
 
 

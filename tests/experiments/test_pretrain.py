@@ -220,12 +220,12 @@ def test_sigterm_saves_and_exits_cleanly(base: Path):
 
 def test_func_gradients_give_the_losses_of_the_default(base: Path):
     default = losses(train_tiny(base, "name=autograd", "num_iterations=20"))
-    func = losses(train_tiny(base, "name=func", "num_iterations=20", "train.grad=func"))
+    func = losses(train_tiny(base, "name=func", "num_iterations=20", "train.grad=torch_func"))
     torch.testing.assert_close(torch.tensor(func), torch.tensor(default), rtol=1e-5, atol=0)
 
 
 def test_func_gradients_refuse_a_custom_backward(base: Path):
-    config = tiny(base, "train.grad=func", "train.attention=flex", "compile=true")
+    config = tiny(base, "train.grad=torch_func", "train.attention=flex", "compile=true")
     shape, _ = pretrain.resolve(config, tokenizer.load(base / "tokenizer"))
     with pytest.raises(UserError, match=r"custom backward|does not work on this cpu"):
         train.build_step_functions(config, shape, runtime.init("cpu"))

@@ -161,10 +161,10 @@ def test_a_restart_does_not_touch_the_run_of_another_job(data: Path, tmp_path: P
 
 
 def test_torch_func_needs_a_single_process(data: Path, tmp_path: Path) -> None:
-    with ranks.start_launch(2, *words(data, "train.grad=func"), env={"NANOCHAT_BASE_DIR": str(tmp_path)}) as job:
+    with ranks.start_launch(2, *words(data, "train.grad=torch_func"), env={"NANOCHAT_BASE_DIR": str(tmp_path)}) as job:
         finished = job.wait()
     assert [rank.code for rank in finished] == [1, 1]
-    assert all(rank.err.startswith("error: train.grad=func runs in one process") for rank in finished), finished
+    assert all(rank.err.startswith("error: train.grad=torch_func runs in one process") for rank in finished), finished
 
 
 def wait_until(done: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:

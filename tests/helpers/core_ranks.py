@@ -49,11 +49,13 @@ def evaluate_on_ranks(mode: str) -> str:
     here = distributed.init("cpu")
     params, compute = random_params(small_config()), Compute()
     if mode == "fsdp":
-        layout = sharding.make_layout(ShardingConfig("fsdp"), here, model.spec(small_config()))
-        assert layout is not None
-        params = tree.unflatten({name: sharding.place(layout, name, x) for name, x in tree.flatten(params).items()})
-        params = sharding.enter(layout, params, torch.float32)
-        compute = Compute(all_gather=sharding.gatherer(layout, torch.float32))
+        sharding_plan = sharding.make_plan(ShardingConfig("fsdp"), here, model.spec(small_config()))
+        assert sharding_plan is not None
+        params = tree.unflatten(
+            {name: sharding.place(sharding_plan, name, x) for name, x in tree.flatten(params).items()}
+        )
+        params = sharding.gather(sharding_plan, params, torch.float32)
+        compute = Compute(all_gather=sharding.gather_layer(sharding_plan, torch.float32))
     random.seed(here.rank)  # nothing may hang on it
     answers = as_json(evaluate(params, compute))
     distributed.close()

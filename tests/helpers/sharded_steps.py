@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import distributed, model, optim, train, tree
-from nanochat.distributed import Layout, ShardingConfig, sharding
+from nanochat.distributed import ShardingConfig, ShardingPlan, sharding
 from nanochat.model import Compute, ModelConfig, loss
 
 CONFIG = ModelConfig(sequence_len=32, vocab_size=250, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
@@ -64,20 +64,21 @@ def hparams(step: int) -> optim.Hparams:
     return optim.as_hparams(rates)
 
 
-def start(layout: Layout | None, *, compile: bool = False, donate: bool = True) -> tuple[train.TrainState, Any]:
+def start(
+    sharding_plan: ShardingPlan | None, *, compile: bool = False, donate: bool = True
+) -> tuple[train.TrainState, Any]:
     dtype = torch.float32
     # Zeros would make gradients of nothing but rounding, and Muon makes any gradient as large as the others.
     flat = tree.flatten(small_model.random_params(CONFIG))
-    params = tree.unflatten({name: sharding.place(layout, name, x) for name, x in flat.items()})
-    state = train.init(params, model.spec(CONFIG), dtype, layout)
-    compute = Compute(dtype, all_gather=sharding.gatherer(layout, dtype))
+    params = tree.unflatten({name: sharding.place(sharding_plan, name, x) for name, x in flat.items()})
+    state = train.init(params, model.spec(CONFIG), dtype, sharding_plan)
+    compute = Compute(dtype, all_gather=sharding.gather_layer(sharding_plan, dtype))
     loss_fn = functools.partial(loss.next_token, config=CONFIG, compute=compute, chunk_tokens=64)
     step_fn = functools.partial(
         train.train_step,
         value_and_grad=train.gradient(loss_fn, compile=small_model.COMPILE if compile else None),
-        update=train.make_update(donate=donate, compile=compile, layout=layout),
-        enter=functools.partial(sharding.enter, layout, dtype=dtype),
-        reduce=functools.partial(sharding.reduce, layout),
+        update=train.make_update(donate=donate, compile=compile, sharding_plan=sharding_plan),
+        gather=functools.partial(sharding.gather, sharding_plan, dtype=dtype),
     )
     return state, step_fn
 
@@ -86,13 +87,13 @@ def whole(params: TensorDict) -> dict[str, Tensor]:
     return {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in tree.flatten(params).items()}
 
 
-def steps(here: distributed.Runtime, layout: Layout | None, **how: bool) -> dict[str, Any]:
+def steps(here: distributed.Runtime, sharding_plan: ShardingPlan | None, **how: bool) -> dict[str, Any]:
     """Run the steps; alone, with the micro-batches of all ranks, so that sums are taken over the same terms."""
-    state, step_fn = start(layout, **how)
-    state_bytes = tree.nbytes(sharding.local((state.params, state.opt_state)))
+    state, step_fn = start(sharding_plan, **how)
+    state_bytes = tree.nbytes(sharding.local_shards((state.params, state.opt_state)))
     losses, norms, counts = [], [], {}
     for step, micro_batches in enumerate(data()):
-        ranks = [here.rank] if layout else range(here.world_size)
+        ranks = [here.rank] if sharding_plan else range(here.world_size)
         mine = [batch(rows[r :: here.world_size]) for rows in micro_batches for r in ranks]
         with Counter() if step == STEPS - 1 else contextlib.nullcontext() as counter:  # it costs as much as a step
             state, metrics = step_fn(state, mine, hparams(step))
@@ -106,7 +107,7 @@ def steps(here: distributed.Runtime, layout: Layout | None, **how: bool) -> dict
         "state_bytes": state_bytes,
         "params": whole(state.params),
         "moments": whole(state.opt_state),
-        "cut": sum(dim is not None for dim in layout.dims.values()) if layout else 0,
+        "cut": sum(dim is not None for dim in sharding_plan.dims.values()) if sharding_plan else 0,
     }
 
 
@@ -130,7 +131,7 @@ def modes(here: distributed.Runtime, **how: bool) -> None:
     for name, config in MODES.items():
         if here.world_size < 4 and name.startswith("hsdp"):
             continue
-        got = steps(here, sharding.make_layout(config, here, model.spec(CONFIG)), **how)
+        got = steps(here, sharding.make_plan(config, here, model.spec(CONFIG)), **how)
         agree = distributed.all_reduce_sum([got["losses"][-1]])[0] == here.world_size * got["losses"][-1]
         if alone is None:
             continue
@@ -158,8 +159,8 @@ def few_steps(here: distributed.Runtime) -> None:
 def nonfinite(here: distributed.Runtime) -> None:
     """One rank's gradient is not finite: no rank takes the step."""
     for name in ("replicate", "zero2", "fsdp"):
-        layout = sharding.make_layout(MODES[name], here, model.spec(CONFIG))
-        state, step_fn = start(layout)
+        sharding_plan = sharding.make_plan(MODES[name], here, model.spec(CONFIG))
+        state, step_fn = start(sharding_plan)
         before = {n: x.clone() for n, x in whole(state.params).items()}
         rows = batch(data()[0, 0][here.rank :: here.world_size])
         value_and_grad = step_fn.keywords["value_and_grad"]
@@ -177,13 +178,13 @@ def nonfinite(here: distributed.Runtime) -> None:
 
 def derivatives(here: distributed.Runtime) -> None:
     """Σ_ranks <gradient, direction> against the finite difference of Σ_ranks loss, through gathers, in float64."""
-    layout = sharding.make_layout(MODES["fsdp"], here, model.spec(CONFIG))
-    gather = sharding.gatherer(layout, torch.float64)
-    assert layout and gather
+    sharding_plan = sharding.make_plan(MODES["fsdp"], here, model.spec(CONFIG))
+    gather = sharding.gather_layer(sharding_plan, torch.float64)
+    assert sharding_plan and gather
     generator = torch.Generator().manual_seed(here.rank)
     shapes = {"lm_head": (64, 64), "layers.0.attn.proj": (64, 32)}
     parts = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
-    layout.dims["layers.0.attn.proj"] = 1  # pyright: ignore[reportIndexIssue] (columns are cut as well)
+    sharding_plan.dims["layers.0.attn.proj"] = 1  # pyright: ignore[reportIndexIssue] (columns are sharded as well)
     ways = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
 
     def f(parts: dict[str, Tensor]) -> Tensor:
@@ -214,13 +215,13 @@ def graphs(here: distributed.Runtime) -> None:
         found.append(dict(collections.Counter(names)))
 
     torch._inductor.config.post_grad_custom_post_pass = note  # pyright: ignore
-    layout = sharding.make_layout(MODES["fsdp"], here, model.spec(CONFIG))
-    assert layout
+    sharding_plan = sharding.make_plan(MODES["fsdp"], here, model.spec(CONFIG))
+    assert sharding_plan
     rows = batch(data()[0, 0][here.rank :: here.world_size])
     grads = []
     for compile in (True, False):
-        state, step_fn = start(layout, compile=compile)
-        params = sharding.enter(layout, state.params, torch.float32)
+        state, step_fn = start(sharding_plan, compile=compile)
+        params = sharding.gather(sharding_plan, state.params, torch.float32)
         grads.append(step_fn.keywords["value_and_grad"](params, rows, torch.ones(()))[0])
     error = max((a - b).abs().max().item() for a, b in zip(tree.leaves(grads[0]), tree.leaves(grads[1])))
     say("graphs", {"graphs": found, "error": error})

@@ -308,14 +308,14 @@ def test_scaled_gradients_and_steps_left_out():
     params, state = muon_adamw.update(grads, state, params, h)
     want, wanted_state = muon_adamw.update(grads, state, params, h)
     big = tree.map(lambda g: 8 * g, grads)
-    got, got_state = muon_adamw.update(big, state, params, h, grad_scale=torch.tensor(1 / 8), keep=torch.tensor(False))
+    got, got_state = muon_adamw.update(big, state, params, h, grad_scale=torch.tensor(1 / 8), skip=torch.tensor(False))
     assert_trees_close(got, want, rtol=0)
     assert_trees_close(got_state, wanted_state, rtol=0)
     bad = tree.map(lambda g: g * torch.nan, grads)
-    kept, kept_state = muon_adamw.update(bad, state, params, h, keep=torch.tensor(True))
+    kept, kept_state = muon_adamw.update(bad, state, params, h, skip=torch.tensor(True))
     assert_trees_close(kept, params, rtol=0)
     assert_trees_close(kept_state, state, rtol=0)
-    muon_adamw.update_(bad, state, params, h, keep=torch.tensor(True))
+    muon_adamw.update_(bad, state, params, h, skip=torch.tensor(True))
     assert_trees_close(params, kept, rtol=0)
     assert_trees_close(state, kept_state, rtol=0)
 
@@ -339,8 +339,8 @@ def test_compiled_rules_equal_the_plain_ones_and_do_not_compile_again_for_other_
         h = {**h, **muon_hparams(lr=lr, momentum=0.85 + step / 100, weight_decay=0.2 - step / 20)}
         grads = tree.map(lambda p: numbers(*p.shape, seed=p.numel() + step), params)  # noqa: B023
         scale, keep = torch.tensor(0.5 + step), torch.tensor(step == 2)
-        want, wanted_state = muon_adamw.update(grads, state, params, h, grad_scale=scale, keep=keep)
-        muon_adamw.update_(grads, state, params, h, grad_scale=scale, keep=keep, rules=rules)
+        want, wanted_state = muon_adamw.update(grads, state, params, h, grad_scale=scale, skip=keep)
+        muon_adamw.update_(grads, state, params, h, grad_scale=scale, skip=keep, rules=rules)
         assert_trees_close(params, want, rtol=1e-4)
         assert_trees_close(state, wanted_state, rtol=1e-4)
     assert state["step"] == 3

@@ -109,8 +109,10 @@ def four_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
 def test_planned_state_is_as_large_as_a_real_one(mode: Any, kv_heads: int, four_ranks: Runtime) -> None:
     shape = ModelConfig(sequence_len=16, vocab_size=100, n_layer=3, n_head=4, n_kv_head=kv_heads, n_embd=32)
     spec = model.spec(shape)
-    layout = sharding.make_layout(sharding.ShardingConfig(mode=mode, shard_ranks=2), four_ranks, spec)
-    real = sharding.local(train.init(model.init(shape, 0, dtype=BF16, layout=layout), spec, BF16, layout))
+    sharding_plan = sharding.make_plan(sharding.ShardingConfig(mode=mode, shard_ranks=2), four_ranks, spec)
+    real = sharding.local_shards(
+        train.init(model.init(shape, 0, dtype=BF16, sharding_plan=sharding_plan), spec, BF16, sharding_plan)
+    )
     planned = planner.state_bytes(shape, Setup(mode, 4, 2))
     assert planned.parameters == tree.nbytes(real.params)
     assert planned.optimizer == tree.nbytes([real.step, real.opt_state, real.scaler])

@@ -26,7 +26,7 @@ RATES = optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd)
 HPARAMS = optim.as_hparams(RATES)
 
 
-GRADS = ("autograd", "func")
+GRADS = ("autograd", "torch_func")
 
 
 def new_state(compute_dtype: torch.dtype = torch.float32, config: ModelConfig = CONFIG) -> TrainState:
@@ -143,8 +143,8 @@ def test_torch_func_gives_the_same_training():
             state, metrics = make_step(grad=grad)(state, train.split_batch(batch_of(seed=i), 2), HPARAMS)
             losses[grad].append(metrics["loss"].item())
         states[grad] = state
-    assert losses["func"] == pytest.approx(losses["autograd"], rel=1e-6)
-    assert_trees_close(states["func"].params, states["autograd"].params, rtol=1e-4)
+    assert losses["torch_func"] == pytest.approx(losses["autograd"], rel=1e-6)
+    assert_trees_close(states["torch_func"].params, states["autograd"].params, rtol=1e-4)
 
 
 CPU = Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
@@ -159,7 +159,7 @@ def test_training_by_torch_func_never_meets_a_custom_backward(monkeypatch: pytes
         raise AssertionError("the chunked loss was asked for")
 
     monkeypatch.setattr(loss, "chunked", refuse)
-    got, same = train.build_step_functions(settings["func"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
+    got, same = train.build_step_functions(settings["torch_func"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
     assert float(same["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
     assert float(same["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
     assert_trees_close(got.params, want.params, rtol=1e-2)  # Muon makes the rounding of small directions large
@@ -167,8 +167,8 @@ def test_training_by_torch_func_never_meets_a_custom_backward(monkeypatch: pytes
         train.build_step_functions(settings["autograd"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
     flex = attention.KernelChoice(dict.fromkeys(CONFIG.windows, "flex"), "flex")
     monkeypatch.setattr(attention, "choose", lambda *_, **__: flex)
-    with pytest.raises(UserError, match=r"train\.grad=func: flex .* has a custom backward"):
-        train.build_step_functions(dataclasses.replace(settings["func"], compile=True), CONFIG, CPU)
+    with pytest.raises(UserError, match=r"train\.grad=torch_func: flex .* has a custom backward"):
+        train.build_step_functions(dataclasses.replace(settings["torch_func"], compile=True), CONFIG, CPU)
 
 
 def test_tables_stay_in_half_precision():
