@@ -324,7 +324,7 @@ def test_scaled_gradients_and_steps_left_out():
 def test_compiled_rules_equal_the_plain_ones_and_do_not_compile_again_for_other_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(muon_adamw, "SMALL", 100)
+    monkeypatch.setattr(muon_adamw, "COMPILE_MIN_ELEMENTS", 100)
     params = tree.unflatten({"a": numbers(16, 8), "b": numbers(16, 8, seed=1), "c": numbers(3)} | {
         f"m{i}": numbers(12, 20, seed=2 + i) for i in range(3)
     })  # fmt: skip
