@@ -1,16 +1,4 @@
-"""Where a run was made, for its report: the code's git state and size, the machine and its price, versions.
-
-What GPUs can do and hold, for plans and for the MFU: one table, read by `runtime` and by `planner`.
-
-Rates are those of the vendors' data sheets, dense, without sparsity. Memory is what CUDA reports on such a card: the
-data sheet's less what driver and error correction keep. Prices are no facts but assumptions, to be set anew for a
-budget that matters.
-
-How this process gets memory and gives it back: glibc's, CUDA's and Python's settings, in one place.
-
-A training step on the CPU allocates and frees the same large buffers over and over. By default glibc gives them back to
-the kernel, which hands out zeroed 4 KiB pages again: 35,000 page faults a step at depth 4 (see experiments/RESULTS.md).
-"""
+"""What machines can do and cost, and what this one is: the table of GPUs, system information, memory settings."""
 
 import ctypes
 import gc
@@ -28,13 +16,18 @@ from typing import NamedTuple
 GIB = 2**30
 
 
+# The one table of GPUs, for plans, reports and the MFU. Speeds are those of the vendors' data sheets, dense, without
+# sparsity. Memory is what CUDA reports: the data sheet's without what driver and error correction keep. Prices are
+# assumptions: set your own for a budget that matters.
 class GpuSpec(NamedTuple):
     """One type of GPU.
 
     Attributes:
-        device: what CUDA calls it, or the beginning of that.
-        memory_gib: memory that CUDA reports. half_flops, single_flops: limit of matrix products in FLOP/s: 16-bit with
-            float32 sums, and float32 without TF32. fp8_flops: of 8-bit ones; None where there are none in torch.
+        device: the name that CUDA reports, or its beginning.
+        memory_gib: memory that CUDA reports.
+        half_flops: limit of 16-bit matrix products with float32 sums, in FLOP/s.
+        single_flops: of float32 ones, without TF32.
+        fp8_flops: of 8-bit ones; None where torch has none.
         link_bytes_per_second: to the other GPUs of its node, in one direction (NVLink, else PCIe as measured).
         network_bytes_per_second: its share of the node's network, in one direction; assumed.
         dollars_per_hour: assumed.
@@ -51,6 +44,7 @@ class GpuSpec(NamedTuple):
 
 
 GPU_SPECS = {
+    "v100": GpuSpec("Tesla V100", 15.8, 125e12, 15.7e12, None, 150e9, 12.5e9, 0.55),
     "rtx3070": GpuSpec("NVIDIA GeForce RTX 3070", 7.8, 40.6e12, 20.3e12, None, 20e9, 1e9, 0.10),
     "rtx3060": GpuSpec("NVIDIA GeForce RTX 3060", 11.7, 25.5e12, 12.7e12, None, 20e9, 1e9, 0.10),
     "rtx4070": GpuSpec("NVIDIA GeForce RTX 4070", 11.7, 58.3e12, 29.1e12, 116.6e12, 20e9, 1e9, 0.20),
@@ -69,20 +63,27 @@ GPU_SPECS = {
 }  # fmt: skip
 
 
+UNKNOWN_DOLLARS_PER_HOUR = 2.00
+
+
 def gpu_spec(device: str) -> GpuSpec | None:
-    """Return the row of a GPU by what CUDA calls it ("NVIDIA H100 80GB HBM3"), or None; the longest name counts."""
+    """Return the row of a GPU by the name that CUDA reports ("NVIDIA H100 80GB HBM3"), or None; the longest match."""
     rows = [m for m in GPU_SPECS.values() if re.match(rf"{re.escape(m.device)}\b(?! (Ti|SUPER|Laptop|Mobile))", device)]
     return max(rows, key=lambda m: len(m.device), default=None)
 
 
-ROOT = Path(__file__).resolve().parents[1]
-PRICES = {"H100": 3.00, "A100": 1.79, "V100": 0.55}  # dollars an hour of one GPU; guesses, as all prices
-OTHER_PRICE = 2.00
+def dollars_per_hour(names: Sequence[str]) -> float | None:
+    """Return the estimated price of these GPUs together; None for none: a CPU has no price here."""
+    specs = [gpu_spec(name) for name in names]
+    return sum(spec.dollars_per_hour if spec else UNKNOWN_DOLLARS_PER_HOUR for spec in specs) if names else None
+
+
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "tensordict", "tiktoken", "tokenizers", "datasets", "pyarrow", "orbax-checkpoint", "jax", "numpy")
 
 
 class GitInfo(NamedTuple):
-    """State of a checkout: the commit's hash and subject, its branch, files that differ from it."""
+    """The commit's hash and subject, its branch, and the number of files that differ from it."""
 
     commit: str
     subject: str
@@ -91,7 +92,7 @@ class GitInfo(NamedTuple):
 
 
 class CodeSize(NamedTuple):
-    """Size of the code base: its own Python and HTML files, without the tests; packages that it asks for."""
+    """Python and HTML files without the tests, and the number of required packages."""
 
     files: int
     lines: int
@@ -100,22 +101,22 @@ class CodeSize(NamedTuple):
 
 
 def git_info(root: Path = ROOT) -> GitInfo | None:
-    """Return the state of the checkout, or None where there is none, or no git."""
-    found = [
+    """Return the state of the checkout, or None without one, or without git."""
+    outputs = [
         _git(root, "log", "-1", "--format=%H%n%s"),
         _git(root, "rev-parse", "--abbrev-ref", "HEAD"),
         _git(root, "status", "--porcelain"),
     ]
-    if any(text is None for text in found):
+    if any(text is None for text in outputs):
         return None
-    commit, branch, status = map(str, found)
+    commit, branch, status = map(str, outputs)
     digest, _, subject = commit.partition("\n")
     return GitInfo(digest, subject.strip(), branch.strip(), len(status.splitlines()))
 
 
-def _git(root: Path, *words: str) -> str | None:
+def _git(root: Path, *args: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -131,16 +132,16 @@ def code_size(root: Path = ROOT) -> CodeSize:
 
 
 def versions() -> dict[str, str]:
-    """Return Python's version, CUDA's if torch has it, and those of the packages that matter and are installed."""
+    """Return the versions of Python, the installed ones of PACKAGES, and CUDA."""
     import torch
 
-    found = {"python": platform.python_version()}
+    facts = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
+    return facts | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
 
 
 def gpus() -> list[str]:
@@ -151,32 +152,26 @@ def gpus() -> list[str]:
 
 
 def system_info() -> dict[str, str]:
-    """Return what this machine is, by name, for people."""
+    """Return a description of this machine by GPU, CPU, memory and system."""
     import torch
 
-    found = {}
+    facts = {}
     if names := gpus():
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
         memory = torch.cuda.get_device_properties(0).total_memory
-        found["GPU"] = f"{kinds}, {memory / 2**30:.0f} GiB each"
+        facts["GPU"] = f"{kinds}, {memory / 2**30:.0f} GiB each"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found["CPU"] = f"{_cpu()}, {cores} cores"
+    facts["CPU"] = f"{_cpu()}, {cores} cores"
     if hasattr(os, "sysconf"):  # not on Windows
-        found["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
-    return found | {"system": platform.platform(terse=True)}
+        facts["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
+    return facts | {"system": platform.platform(terse=True)}
 
 
 def _cpu() -> str:
     path = Path("/proc/cpuinfo")
     text = path.read_text(errors="replace") if path.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def dollars_per_hour(names: Sequence[str]) -> float | None:
-    """Return the price of these GPUs together, an estimate; None for none: a CPU has no price here."""
-    price = {name: next((p for kind, p in PRICES.items() if kind in name.upper()), OTHER_PRICE) for name in names}
-    return sum(price[name] for name in names) if names else None
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
@@ -184,9 +179,11 @@ MMAP_THRESHOLD_BYTES = 32 * 2**20  # the largest that glibc accepts
 
 
 def tune_allocator() -> bool:
-    """Keep freed memory in the process, in huge pages where torch can; return whether the C library took it.
+    """Keep freed memory in the process, in huge pages where torch can; return whether the C library supports it.
 
-    Call it before torch is imported; what the environment has set already stays.
+    Call it before torch is imported; variables that are set already stay. A training step on the CPU allocates and
+    frees the same large buffers over and over. By default glibc gives them back to the kernel, which hands out zeroed
+    4 KiB pages again: 35,000 page faults a step at depth 4 (see experiments/RESULTS.md).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
@@ -201,17 +198,17 @@ def tune_allocator() -> bool:
 
 
 def freeze_garbage() -> None:
-    """Take all Python objects there are out of later garbage collections; for after the first step, which makes most.
+    """Exclude all existing Python objects from later garbage collections; call it after the first step.
 
-    A full collection over what torch, jax and a compiled step leave behind stops a process for 0.3 s, in the middle of
-    a step, and on each of several ranks at another time.
+    A full collection over the objects of torch, jax and a compiled step takes 0.3 s, in the middle of a step, and on
+    each of several ranks at another time.
     """
     gc.collect()
     gc.freeze()
 
 
 def release_memory() -> None:
-    """Undo `settle` and give back what a finished run leaves, compiled graphs too: for the next one in this process."""
+    """Undo `freeze_garbage` and free what a finished run leaves, compiled graphs too, for the process's next run."""
     import torch
 
     gc.unfreeze()

@@ -220,9 +220,11 @@ def test_text_of_a_model_cannot_break_the_page(base: Path, words: Path) -> None:
     ("names", "price"),
     [
         (["NVIDIA H100 80GB HBM3"] * 8, 24.0),
-        (["NVIDIA A100-SXM4-80GB"], 1.79),
+        (["NVIDIA A100-SXM4-80GB"], 1.80),
         (["Tesla V100-SXM2-16GB"] * 2, 1.10),
-        (["NVIDIA GeForce RTX 4090"], 2.0),
+        (["NVIDIA GeForce RTX 4090"], 0.40),
+        (["NVIDIA H200"], 3.50),
+        (["AMD Instinct MI300X"], 2.0),
         ([], None),
     ],
 )
