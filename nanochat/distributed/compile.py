@@ -96,7 +96,7 @@ def overlap_options() -> dict[str, Any]:
 
 
 def _within_budget(compiled: Callable[P, R], budget: float) -> Callable[P, R]:
-    """Set AOTAutograd's budget during calls: it splits a graph into forward and backward at the first with its shapes."""
+    """Set AOTAutograd's memory budget during calls; it splits the graph in the first call of each shape."""
 
     @functools.wraps(compiled)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""What torchrun and the machine give a process, read once into a frozen value and passed on explicitly."""
+"""The process group, device and dtype of a process, read once into a frozen value and passed on explicitly."""
 
 import contextlib
 import dataclasses
@@ -26,13 +26,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """The process's place in the job.
+    """Rank, device and dtype of this process.
 
     Attributes:
         rank, local_rank, world_size, node_ranks: torchrun's numbers; 0, 0, 1, 1 without it.
-        restarts: how often torchrun has started the job anew (--max-restarts).
-        device: where this process computes.
-        compute_dtype: dtype of activations (and of the embedding tables' storage, float16 apart).
+        restarts: how often torchrun has restarted the job (--max-restarts).
+        compute_dtype: of activations, and of stored embedding tables unless it is float16.
     """
 
     rank: int
@@ -57,117 +56,118 @@ def init(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) -> R
     Args:
         device: auto (CUDA, else MPS, else CPU), cpu, cuda or mps.
         dtype: auto (bfloat16 on CUDA of capability 8.0 and above, else float32), float32, bfloat16 or float16.
-        quiet: drop what ranks other than 0 print; errors still show.
+        quiet: only rank 0 prints; errors still show.
 
     Raises:
-        UserError: the machine has no such device, or the device cannot compute in that dtype.
+        UserError: the machine has no such device, or the device does not support the dtype.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    place = choose_device(device, local_rank)
-    compute_dtype = choose_dtype(dtype, place)
-    if place.type == "cpu":
-        # Compiled, the gradient of an embedding is otherwise summed by all threads in any order: a resumed run would
-        # differ from an unbroken one in the last bits. Filling fresh memory is for finding bugs, and takes time.
+    chosen = choose_device(device, local_rank)
+    compute_dtype = choose_dtype(dtype, chosen)
+    if chosen.type == "cpu":
+        # Otherwise a compiled embedding gradient is summed by the threads in any order, and a resumed run differs from
+        # an uninterrupted one in the last bits. Filling new memory is for finding bugs, and takes time.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if world_size > 1:
-        if place.type == "mps":
+        if chosen.type == "mps":
             raise UserError("device=mps runs in one process: drop --nproc_per_node or set device=cpu")
         if not dist.is_initialized():
-            # gloo beside nccl: what is agreed upon between the ranks' hosts does not wait for the GPUs
-            backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-            # torchrun keeps its store when it restarts a job; under the old names are the addresses of dead ranks
+            # gloo beside nccl: messages between the hosts do not wait for the GPUs
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            # torchrun keeps its store when it restarts a job, with the addresses of dead ranks under the old names
             store, *_ = next(rendezvous("env://"))
-            store = PrefixStore(_attempt(store, rank, world_size), store)
+            store = PrefixStore(_start_id(store, rank, world_size), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
             control_group()  # connected now, when all ranks are here
-        restarts = all_reduce_max(restarts)  # the agents of several nodes count by themselves
+        restarts = all_reduce_max(restarts)  # each node's agent counts its own
     if quiet and rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-    return Runtime(rank, local_rank, world_size, node_ranks, restarts, place, compute_dtype)
+    return Runtime(rank, local_rank, world_size, node_ranks, restarts, chosen, compute_dtype)
 
 
-def _attempt(store: Any, rank: int, world_size: int) -> str:
-    """Return a name for this start of the job, new and the same on all ranks, given a store that outlives starts.
+def _start_id(store: Any, rank: int, world_size: int) -> str:
+    """Return an id of this start of the job, new and equal on all ranks, though the store outlives starts.
 
-    Rank 0 makes it up and tells it to whoever asks; only the living ask, and each by a question of its own.
+    Rank 0 generates it and answers the requests of the others. Each request has an id of its own, because the store
+    still holds those of earlier starts.
     """
     if rank:
-        question = uuid.uuid4().hex
-        store.set(f"question {rank}", question)
-        name = store.get(f"answer {question}").decode()  # waits for it
-        store.set(f"thanks {name} {rank}", "")
-        return name
-    name = uuid.uuid4().hex
+        request = uuid.uuid4().hex
+        store.set(f"request {rank}", request)
+        start_id = store.get(f"response {request}").decode()  # waits for it
+        store.set(f"received {start_id} {rank}", "")
+        return start_id
+    start_id = uuid.uuid4().hex
     waiting = set(range(1, world_size))
     end = time.monotonic() + JOIN_SECONDS
     while waiting:
-        for other in [other for other in waiting if store.check([f"question {other}"])]:
-            store.set(f"answer {store.get(f'question {other}').decode()}", name)
-        waiting = {other for other in waiting if not store.check([f"thanks {name} {other}"])}
+        for other in [other for other in waiting if store.check([f"request {other}"])]:
+            store.set(f"response {store.get(f'request {other}').decode()}", start_id)
+        waiting = {other for other in waiting if not store.check([f"received {start_id} {other}"])}
         if time.monotonic() > end:
             raise UserError(f"rank {min(waiting)} has not joined the job within {JOIN_SECONDS} s; its output says why")
         time.sleep(0.01)
-    return name
+    return start_id
 
 
 def mark_restart(key: str) -> None:
-    """Keep a word for later starts of this job by torchrun; without torchrun there are none."""
+    """Set a mark that later starts of this job by torchrun see; does nothing without torchrun."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         next(rendezvous("env://"))[0].set(key, "")
 
 
 def was_restarted(key: str) -> bool:
-    """Return whether an earlier start of this job has kept that word."""
+    """Return whether an earlier start of this job has set that mark."""
     return "TORCHELASTIC_RUN_ID" in os.environ and bool(next(rendezvous("env://"))[0].check([key]))
 
 
 @contextlib.contextmanager
 def distributed_context(device: str = "auto", dtype: str = "auto") -> Iterator[Runtime]:
-    """Within, this process is part of the job: `create`, and `close` at the end; only rank 0 prints.
+    """Call `init` on entry and `close` on exit; only rank 0 prints.
 
-    After an error the group is not closed: the other ranks, which would have to take part, may wait elsewhere. End the
-    process then, and torchrun ends them.
+    After an error the group is not closed: the other ranks would have to take part, and may wait elsewhere. Exit the
+    process then, and torchrun stops them.
 
     Raises:
-        UserError: another rank has ended, and its connection with it.
+        UserError: another rank has exited, which closed its connection.
     """
     try:
         yield init(device, dtype, quiet=True)
-    except SystemExit:  # a stop that all ranks agreed upon
+    except SystemExit:  # all ranks exit together
         close()
         raise
     except RuntimeError as error:
         if dist.is_initialized() and re.search("Connection (closed|reset) by peer", str(error)):
-            raise UserError("another rank of the job has ended; its output says why") from None
+            raise UserError("another rank of the job has exited; its output says why") from None
         raise
     close()
 
 
 def all_reduce_max(value: int) -> int:
-    """Return the largest `value` of all ranks; `value` itself in a process alone."""
+    """Return the largest `value` of all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
-    found = torch.tensor(value)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
-    """Return the sums of the `values` of all ranks, in float64; the values themselves in a process alone."""
+    """Return the sums of the `values` of all ranks, in float64."""
     if not (dist.is_available() and dist.is_initialized()):
         return list(values)
-    found = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(found)
-    return found.tolist()
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def barrier() -> None:
-    """Return when every rank has come here; at once in a process alone."""
+    """Wait until every rank has called this."""
     all_reduce_max(0)
 
 
@@ -178,7 +178,7 @@ def close() -> None:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """Return the device that a setting names (auto, cpu, cuda, mps), this rank's own GPU; UserError: not there."""
+    """Return the device for a setting (auto, cpu, cuda, mps); with CUDA, this rank's GPU, which becomes current."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
@@ -189,9 +189,9 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise UserError(f"rank {local_rank} has no GPU: {count} here; lower --nproc_per_node to {count}")
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
-        return place
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
     if name == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("device=mps: this machine or this torch build has no MPS; set device=cpu")
@@ -202,7 +202,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the compute dtype that a setting names; auto is what the device is fast in. UserError: unknown."""
+    """Return the compute dtype for a setting; auto: bfloat16 where the device is fast in it, else float32."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if name == "auto":
         return torch.bfloat16 if capability >= (8, 0) else torch.float32
@@ -214,15 +214,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the matmul limit of `device` in FLOP/s, and where the figure is from.
-
-    A known GPU has its data sheet's; anything else is measured, by the best of a few large products.
-    """
+    """Return the matmul limit of `device` in FLOP/s, and its source: the GPU table, else a measurement."""
     if device.type == "cuda":
-        machine = hardware.gpu_spec(torch.cuda.get_device_name(device))
-        if machine:
-            limit = machine.single_flops if dtype == torch.float32 else machine.half_flops
-            return limit, f"data sheet of {machine.device.removeprefix('NVIDIA ')}"
+        spec = hardware.gpu_spec(torch.cuda.get_device_name(device))
+        if spec:
+            limit = spec.single_flops if dtype == torch.float32 else spec.half_flops
+            return limit, f"data sheet of {spec.device.removeprefix('NVIDIA ')}"
     # A CPU multiplies float16 a hundred times slower than float32.
     size = 8192 if device.type == "cuda" else 2048 if dtype == torch.float32 else 512
     return measure_matmul(size, device, dtype), f"measured, {size}x{size}x{size} matmul"
@@ -232,9 +229,9 @@ def measure_matmul(size: int, device: torch.device, dtype: torch.dtype, tries: i
     """Return FLOP/s of the fastest product of two (size, size) matrices.
 
     Args:
-        tries: so many products, or fewer where `seconds` are over: a run begins with it.
+        tries: products to time, fewer if `seconds` have passed: every run starts with this.
     """
-    generator = torch.Generator().manual_seed(0)  # the global one belongs to the run
+    generator = torch.Generator().manual_seed(0)  # leaves the global one alone
     a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     for _ in range(tries):
@@ -265,7 +262,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device, node_ranks: int = 1) -> int:
-    """Return the memory that this process may fill: of its GPU, or its share of what the machine has available."""
+    """Return the free memory of this process's GPU, or its share of the machine's available memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -274,12 +271,12 @@ def free_bytes(device: torch.device, node_ranks: int = 1) -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
         return int(kib) * 1024 // node_ranks
-    except (OSError, StopIteration):  # no Linux: half of what there is
+    except (OSError, StopIteration):  # not Linux: half of all memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 * node_ranks)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all that was asked of it."""
+    """Wait until `device` has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

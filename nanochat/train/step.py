@@ -1,4 +1,4 @@
-"""Training as a pure step on a state, and the one loop around it that every stage uses."""
+"""Training as a pure step on a state, and the loop around it that every stage uses."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ MAX_SKIPPED_STEPS = 50  # consecutive steps without a finite loss before skippin
 
 
 class TrainState(NamedTuple):
-    """Everything that a step reads and changes; a checkpoint holds it whole.
+    """Everything that a step reads and changes, and that a checkpoint holds.
 
     Attributes:
         step: 0-d int64, steps done. params: nested TensorDict. opt_state: optim's TensorDict.
@@ -57,7 +57,7 @@ def init(
 
 
 def init_scaler(compute_dtype: torch.dtype, device: torch.device) -> TensorDict:
-    """Return the factor on the loss before the first step: 2**16 for float16, else 1."""
+    """Return the loss scale before the first step: 2**16 for float16, else 1."""
     scale = 2.0**16 if compute_dtype == torch.float16 else 1.0
     leaves = {
         "scale": torch.full((), scale, device=device),
@@ -109,7 +109,7 @@ def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: Callable[[Any]
 
     Args:
         loss_fn: (params, batch) -> (0-d loss, aux). grad: see `config.TrainConfig`.
-        compile: `compiling.compile` with its settings bound, or None.
+        compile: `distributed.compile.compile_fn` with its settings bound, or None.
     """
     compile = compile or (lambda f: f)
 
@@ -185,11 +185,11 @@ def _rescale(scaler: TensorDict, finite: Tensor, patience: int = 2000) -> Tensor
 
 
 class NonFiniteLossError(UserError):
-    """The loss or the gradient stopped being finite; the state is still that of before the step."""
+    """The loss or the gradient is not finite; the state is still that of before the step."""
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT: the loop finishes its step, saves and returns."""
+    """Set by SIGTERM or SIGINT: the loop finishes its step, saves, and returns."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -199,18 +199,18 @@ class StopFlag:
         return self.signal is not None
 
     def agreed(self, problem: bool = False) -> bool:
-        """Return whether a signal, or a problem, has reached any rank; a signal then counts as every rank's."""
-        found = distributed.all_reduce_max(PROBLEM if problem else int(self.signal or 0))
-        if found and found != PROBLEM:
-            self.signal = self.signal or signal.Signals(found)
-        return bool(found)
+        """Return whether any rank has a signal or a problem, and share the signal. A collective call."""
+        code = distributed.all_reduce_max(PROBLEM if problem else int(self.signal or 0))
+        if code and code != PROBLEM:
+            self.signal = self.signal or signal.Signals(code)
+        return bool(code)
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Within, the first SIGTERM or SIGINT only sets the flag; a SIGINT more than two seconds later interrupts at once.
+    """Let the first SIGTERM or SIGINT only set the flag; a SIGINT more than two seconds later interrupts at once.
 
-    torchrun passes a Ctrl-C on that the terminal has already sent, hence the two seconds.
+    torchrun forwards a Ctrl-C that the terminal has already sent, hence the two seconds.
     """
     flag = StopFlag()
 
@@ -229,14 +229,14 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
 
 class Progress(NamedTuple):
-    """What the loop knows beside the state; saved with it, so that a resumed run goes on as if it never stopped.
+    """What the loop keeps beside the state; saved with it, so that a resumed run equals an uninterrupted one.
 
     Attributes:
         step: steps done. loader: the data loader's state, None before the first step. ema: running loss (metrics.ema).
-        skipped_steps: steps left out because loss or gradient were not finite.
+        skipped_steps: because loss or gradient were not finite.
         tokens: of these steps, all ranks together.
         timed_tokens, timed_seconds: of the steps but the first ten of each start.
-        wall_seconds: since the first step began, evaluations and all, without the time between a stop and a resume.
+        wall_seconds: since the first step began, with evaluations, without the time between a stop and a resume.
         done: whether the last step was the run's last.
     """
 
@@ -252,7 +252,7 @@ class Progress(NamedTuple):
 
 
 def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
-    """Return micro-batches of `rows` rows each of a whole batch; None: the batch as it is."""
+    """Return a batch as micro-batches of `rows` rows each; None: unsplit."""
     if rows is None:
         return [batch]
     parts = {name: x.split(rows) for name, x in batch.items()}
@@ -276,7 +276,7 @@ def fit(
     """Run steps `progress.step` … num_steps - 1, or to the last batch; return the last state and progress.
 
     Args:
-        state, progress: where to begin; `state` is given up to `step_fn`.
+        state, progress: where to start; `step_fn` may change `state` in place.
         batches: (batch of a whole step, loader state after it, statistics); all ranks come to its end together.
         num_steps: None: as many as there are batches.
         rows: of a micro-batch; None: a batch is not split. step_fn: `train_step` with its functions bound.
@@ -290,36 +290,36 @@ def fit(
     """
 
     def keep(state: TrainState, progress: Progress) -> None:
-        if progress.loader is not None:  # before the first step there is nothing that the seed does not give again
+        if progress.loader is not None:  # before the first step, the seed gives the same state again
             save(state, progress)
 
     skipped, last = 0, time.perf_counter()
     while num_steps is None or progress.step < num_steps:
         started = time.perf_counter()
-        found, problem = None, None
+        item, problem = None, None
         try:
-            found = None if stop else next(batches, None)
+            item = None if stop else next(batches, None)
         except UserError as error:
             problem = error
-        if stop.agreed(problem is not None):  # on one rank: all ranks end here together
+        if stop.agreed(problem is not None):  # on any rank: all ranks stop here together
             keep(state, progress)
             with distributed.raise_on_any_failure():  # the same message on all
                 if problem:
                     raise problem
             break
-        if found is None:
+        if item is None:
             break
-        batch, loader, stats = found
+        batch, loader, stats = item
         waited = time.perf_counter() - started
         before = state
         state, tensors = step_fn(state, split_batch(batch, rows), hparams_at(progress.step, stats))
-        numbers = {name: float(value) for name, value in tensors.items()}  # waits for the device: a step's one sync
+        numbers = {name: float(value) for name, value in tensors.items()}  # waits for the device, once per step
         seconds = time.perf_counter() - started
         skipped = 0 if numbers.pop("finite") else skipped + 1
         if skipped and (not skip_nonfinite or skipped > MAX_SKIPPED_STEPS):
             keep(state._replace(step=torch.full_like(state.step, progress.step), scaler=before.scaler), progress)
-            what = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
-            raise NonFiniteLossError(f"step {progress.step}: the {what} is not finite")
+            name = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
+            raise NonFiniteLossError(f"step {progress.step}: the {name} is not finite")
         now = time.perf_counter()
         progress = progress._replace(
             step=progress.step + 1,
