@@ -97,9 +97,8 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Tra
     print(f"{flops / 1e6:.4g} MFLOP per token, batch {config.batch_size} x {shape.sequence_len} tokens{micro}")
     print(f"{device_name(runtime)}, {runtime.compute_dtype}, {bench.kernels}, compile={config.compile}", flush=True)
     if sharding_plan:
-        print(
-            f"{runtime.world_size} ranks, {sharding_plan.mode}: mesh of {sharding_plan.replicas} x {sharding_plan.shards}"
-        )
+        mesh = f"{sharding_plan.replicas} x {sharding_plan.shards}"
+        print(f"{runtime.world_size} ranks, {sharding_plan.mode}: mesh of {mesh}")
     start = time.perf_counter()
     bench = bench._replace(state=bench.step(bench.step(bench.state)))
     distributed.synchronize(runtime.device)
