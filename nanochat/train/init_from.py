@@ -10,7 +10,7 @@ import torch
 from nanochat import checkpoint, distributed, model, tree
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
-from nanochat.distributed import ShardingPlan, Runtime, sharding
+from nanochat.distributed import Runtime, ShardingPlan, sharding
 from nanochat.model import ModelConfig
 from nanochat.train import step as train
 from nanochat.train.step import TrainState
@@ -111,7 +111,8 @@ def init_state_from(
     params, _, _ = checkpoint.load_params(checkpoints, step=base.step, device=runtime.device)
     distributed.barrier()
     flat = {
-        n: sharding.place(sharding_plan, n, x.to(model.storage_dtype(spec[n], dtype))) for n, x in tree.flatten(params).items()
+        n: sharding.place(sharding_plan, n, x.to(model.storage_dtype(spec[n], dtype)))
+        for n, x in tree.flatten(params).items()
     }
     return train.init(tree.unflatten(flat, params), spec, dtype, sharding_plan)
 

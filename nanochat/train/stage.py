@@ -20,7 +20,7 @@ from nanochat import checkpoint, distributed, model
 from nanochat import config as configs
 from nanochat.config import UserError
 from nanochat.data import Tokenizer, tokenizer
-from nanochat.distributed import ShardingPlan, Runtime, hardware, mark_restart, peak_flops, sharding, was_restarted
+from nanochat.distributed import Runtime, ShardingPlan, hardware, mark_restart, peak_flops, sharding, was_restarted
 from nanochat.infer import sampling
 from nanochat.metrics import logger, plots, progress
 from nanochat.model import Compute, ModelConfig, loss
