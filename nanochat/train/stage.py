@@ -209,8 +209,8 @@ def _run_stage(
         stack.callback(logger.close, log)
         bar = stack.enter_context(progress.bar(stage.num_steps, initial=at.step, label=str(config.name)))
         ctx = RunContext(
-            config, stage, shape, tok, runtime, sharding_plan, loss_fn, stage.evaluations(config.rows), limit, folder, manager,
-            log, bar, stop,
+            config, stage, shape, tok, runtime, sharding_plan, loss_fn, stage.evaluations(config.rows), limit, folder,
+            manager, log, bar, stop,
         )  # fmt: skip
         if not evals_done(ctx, at):
             run_evals(ctx, state, at)
