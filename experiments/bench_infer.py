@@ -190,7 +190,7 @@ def start_engine(config: Config, loaded: Model, runtime: Runtime, slots: int, co
         compile=compile,
         exact=config.exact,
     )
-    engine.rules = engine.rules._replace(stops=frozenset())
+    engine.tools = engine.tools._replace(stops=frozenset())
     return engine
 
 

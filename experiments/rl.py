@@ -208,7 +208,7 @@ def make_engine(shape: ModelConfig, tok: Tokenizer, config: Config, runtime: Run
     """Return a function that loads parameters into the run's one engine, made and compiled at the first call."""
     engines: list[Engine] = []
     options: dict[str, Any] = {
-        "dtype": runtime.compute_dtype, "compile": config.compile, "slots": config.rollout.slots, "own": True,
+        "dtype": runtime.compute_dtype, "compile": config.compile, "slots": config.rollout.slots, "copy_params": True,
         "context": min(model.CONTEXT_LIMIT * shape.sequence_len, shape.sequence_len + config.rollout.max_tokens),
     }  # fmt: skip
 

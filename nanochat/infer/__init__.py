@@ -12,7 +12,7 @@ if TYPE_CHECKING:
         Request,
         admit,
         cancel,
-        free,
+        free_slots,
         load_params_,
         run,
         start,

@@ -1,19 +1,19 @@
-"""The engine: many requests, each a row of one cache, decoded together a token at a time.
+"""Continuous batching: many requests, each a row of one KV cache, decoded together one token at a time.
 
-    decoder = generate.start(params, config, tokenizer, slots=8)
-    for event in generate.run(decoder, [Request(prompt), ...]):
+    engine = infer.start(params, config, tokenizer, slots=8)
+    for event in infer.run(engine, [infer.Request(prompt), ...]):
         print(event.key, event.token)
 
-A row is independent of the others: it comes when a slot is free, takes its own number of tokens and goes (continuous
-batching). The device keeps what a row's next step needs: its cache, the token it drew and its settings. The host takes
-one small copy of the drawn ids a step, follows each row through its tool calls (`tools`), and sends one id a row back,
-which says what the device cannot know: a forced token, or that a row which waited goes on. On a GPU the next step
-starts before the host has seen the last one; a row whose token may need an answer then waits by itself for one step.
+Rows are independent: each starts when a slot is free, and leaves after its own number of tokens. The device keeps what
+a row's next step needs: its cache, its last drawn token and its sampling settings. Each step the host copies the drawn
+ids, advances each row's tool calls (`tool_use`), and sends one id per row: a forced token, or RESUME for a row that was
+waiting. On a GPU the next step starts before the host has read the last one; a row whose token may need an answer from
+the host then waits for one step.
 
-Shapes are few: the rows in use and the slots they fill are each rounded up, and the last row moves into a gap.
-The step is compiled; on a GPU it is replayed as a CUDA graph, one a shape.
+There are few shapes: the number of rows and their length are rounded up, and rows move into free slots. The step is
+compiled, and replayed as a CUDA graph per shape on a GPU.
 
-Source: continuous batching after Orca (Yu et al., OSDI 2022).
+Source: Orca (Yu et al., OSDI 2022).
 """
 
 import dataclasses
@@ -32,20 +32,22 @@ from nanochat.distributed import compile as compiling
 from nanochat.infer import sampling, tool_use
 from nanochat.model import Compute, ModelConfig, ParamsLike, kv_cache
 
-NO_TOKEN, RESUME = -1, -2  # what the host says to a row, besides a token to take
-USUAL, GENERAL = {"candidates": 64, "whole": False}, {"candidates": 256, "whole": True}  # draws that are compiled for
-SMALLEST_SPAN = {True: 256, False: 32}  # slots, compiled or not: each size is one more to compile
-SMALLEST_PREFILL = 16  # tokens
+NO_TOKEN, RESUME = -1, -2  # what the host sends a row, besides a token to take
+# The ways of drawing tokens that are compiled; see `sampling.draw`.
+USUAL, GENERAL = {"candidates": 64, "full_vocab": False}, {"candidates": 256, "full_vocab": True}
+MIN_SPAN = {True: 256, False: 32}  # slots, compiled or not: each size is one more to compile
+MIN_PREFILL = 16  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to continue, and how.
+    """A prompt to continue.
 
     Attributes:
-        prompt: at least one id. max_tokens: at most so many follow, forced ones included.
-        temperature: 0 takes the most likely token. top_k: draw among so many of the most likely, 0 among all.
-        seed: of the draws; the same seed gives the same tokens, whatever else is decoded.
+        prompt: at least one id.
+        max_tokens: limit on new tokens, tool results included.
+        temperature: 0 takes the most likely token. top_k: draw among the k most likely tokens; 0: among all.
+        seed: the same seed gives the same tokens, whatever else is decoded.
     """
 
     prompt: tuple[int, ...]
@@ -56,12 +58,13 @@ class Request:
 
 
 class Event(NamedTuple):
-    """One more token of a row.
+    """One new token of a row.
 
     Attributes:
-        key: of the row, as given to `admit`. token: its id. sampled: False where a tool forced it.
-        finish: None before the last token of a row; then "stop" (the token is <|assistant_end|> or <|bos|>) or
-            "length" (max_tokens, or the context, is used up).
+        key: of the request, as given to `admit`.
+        sampled: False for a token of a tool result.
+        finish: None before the last token; then "stop" (<|assistant_end|> or <|bos|>) or "length" (max_tokens or the
+            context is used up).
     """
 
     key: Hashable
@@ -72,24 +75,24 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Row:
-    """The host's side of a row: where it is, what is to be fed, and how far it has come."""
+    """The host's side of a row."""
 
     key: Hashable
     request: Request
     slot: int
-    feed: deque[int]  # tokens that it takes before it draws again
-    resume: bool = False  # it waits, with the token that it drew itself
-    call: tuple[int, ...] | None = None
-    made: int = 0
+    feed: deque[int]  # tokens to take before it draws again
+    resume: bool = False  # it waits with the token that it drew
+    open_call: tuple[int, ...] | None = None
+    n_new: int = 0
     done: bool = False
 
     @property
     def length(self) -> int:
-        return len(self.request.prompt) + self.made
+        return len(self.request.prompt) + self.n_new
 
 
 class _PendingStep(NamedTuple):
-    """A step under way: its result, when it may be read, and the rows that take a token from it."""
+    """A dispatched step: its result, when it may be read, and the rows that take a token from it."""
 
     drawn_B: Tensor
     ready: torch.cuda.Event | None
@@ -98,29 +101,30 @@ class _PendingStep(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Engine:
-    """The state of the engine; made by `start`, changed by the functions here alone.
+    """State of the engine, made by `start` and changed by the functions of this file.
 
     Attributes:
-        context: tokens of a row, prompt included.
+        context: tokens per row, prompt included.
+        prefilled: the last prompt and its cache, which further samples of it reuse.
     """
 
     params: dict[str, Any]
     config: ModelConfig
     compute: Compute
-    rules: tool_use.ToolTokens
+    tools: tool_use.ToolTokens
     context: int
     slots: int
     exact: bool
-    lag: int
-    own: bool
-    least_span: int
+    async_depth: int
+    owns_params: bool
+    min_span: int
     cache: dict[str, Any]
-    rows: dict[str, Tensor]
-    step: Callable[..., Tensor]
+    row_state: dict[str, Tensor]
+    step_fn: Callable[..., Tensor]
     graphs: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] | None
     active: dict[Hashable, _Row] = dataclasses.field(default_factory=dict)
-    flights: deque[_PendingStep] = dataclasses.field(default_factory=deque)
-    prefilled: tuple[tuple[int, ...], dict[str, Any]] | None = None  # the last prompt and its cache, for its samples
+    pending: deque[_PendingStep] = dataclasses.field(default_factory=deque)
+    prefilled: tuple[tuple[int, ...], dict[str, Any]] | None = None
 
 
 def start(
@@ -135,25 +139,25 @@ def start(
     compile: bool = True,
     exact: bool = False,
     evaluate: tool_use.Evaluate = tool_use.calculate,
-    lag: int | None = None,
-    own: bool = False,
+    async_depth: int | None = None,
+    copy_params: bool = False,
 ) -> Engine:
-    """Return an engine without a request.
+    """Return an engine without requests.
 
     Args:
-        params: whole, on any device; matrices are cast to `dtype`.
-        slots: rows that are decoded at once; their cache is allocated here.
-        context: tokens of a row, prompt included; None: the model's sequence_len.
-        device, dtype: where and in what to compute; None: those of the embedding table.
-        compile: compile the decode step (and record it as CUDA graphs on a GPU).
-        exact: always compute all slots to the full context. Otherwise shapes follow the load, and with them the
-            rounding of matrix products: a seed may then give another token where two are equally likely to within it.
-        evaluate: of tool calls.
-        lag: steps that run ahead of the host, 0 or 1; None: 1 on a GPU.
-        own: copy what needs no cast too, so that `load_params_` may write over it; otherwise it is the caller's memory.
+        params: full parameters; matrices are cast to `dtype`.
+        slots: rows decoded at once; allocates their cache.
+        context: tokens per row, prompt included; None: the model's sequence_len.
+        device, dtype: None: those of the embedding.
+        compile: compile the decode step, and record CUDA graphs on a GPU.
+        exact: always compute all slots at the full context. Otherwise shapes follow the load, and with them the
+            rounding of matrix products, so that a seed may give another token where two are almost equally likely.
+        evaluate: expression of a tool call -> result, or None.
+        async_depth: steps dispatched before the last one is read, 0 or 1; None: 1 on a GPU.
+        copy_params: own all parameters, so that `load_params_` may overwrite them.
 
     Raises:
-        UserError: slots or context are out of range.
+        UserError: slots or context out of range.
     """
     device = torch.device(device or params["wte"].device)
     dtype = dtype or params["wte"].dtype
@@ -162,241 +166,232 @@ def start(
     limit = model.CONTEXT_LIMIT * config.sequence_len
     if slots < 1 or not 2 <= context <= limit:
         raise UserError(f"slots={slots}, context={context}: expected at least 1 slot and a context of 2 … {limit}")
-    config = model.config_of(params, config)
-    stored = {name: _stored(x, device, dtype, own) for name, x in tree.flatten(params).items()}
-    whole = model.fuse_qkv(tree.nest(stored))
+    model.config_of(params, config)
+    stored = {
+        # Casting a matrix in each step would read it twice.
+        name: x.detach().to(device, dtype if x.dim() > 1 else x.dtype, copy=copy_params)
+        for name, x in tree.flatten(params).items()
+    }
     cache = kv_cache.empty(config, slots, context, dtype=dtype, device=device)
-    step: Callable[..., Tensor] = _step_
-    if compile:
-        step = compiling.compile_fn(_step_, device=device, dynamic=None)
-    kinds = {"token": torch.int64, "live": torch.bool, "temperature": torch.float32}
-    kinds |= {"top_k": torch.int64, "seed": torch.int64}
+    dtypes = {"token": torch.int64, "live": torch.bool, "temperature": torch.float32}
+    dtypes |= {"top_k": torch.int64, "seed": torch.int64}
     return Engine(
-        params=whole,
+        params=model.fuse_qkv(tree.nest(stored)),
         config=config,
         compute=Compute(dtype),
-        rules=tool_use.tool_tokens(tokenizer, evaluate),
+        tools=tool_use.tool_tokens(tokenizer, evaluate),
         context=context,
         slots=slots,
         exact=exact,
-        lag=lag if lag is not None else int(device.type == "cuda"),
-        own=own,
-        least_span=SMALLEST_SPAN[compile],
+        async_depth=async_depth if async_depth is not None else int(device.type == "cuda"),
+        owns_params=copy_params,
+        min_span=MIN_SPAN[compile],
         cache=tree.nest(tree.flatten(cache)),
-        rows={name: torch.zeros(slots, dtype=kind, device=device) for name, kind in kinds.items()},
-        step=step,
+        row_state={name: torch.zeros(slots, dtype=dtype, device=device) for name, dtype in dtypes.items()},
+        step_fn=compiling.compile_fn(_step_, device=device, dynamic=None) if compile else _step_,
         graphs={} if compile and device.type == "cuda" else None,
     )
 
 
-def _stored(x: Tensor, device: torch.device, dtype: torch.dtype, own: bool) -> Tensor:
-    """Return a parameter as a step reads it: a matrix that were cast in each step would be read twice."""
-    return x.detach().to(device, dtype if x.dim() > 1 else x.dtype, copy=own)
-
-
 @torch.no_grad()
-def load_params_(decoder: Engine, params: ParamsLike) -> None:
-    """Give the engine other parameters of the same shape, in the place of the old ones.
-
-    What is compiled, and on a GPU recorded, goes on with them: a policy in training is played by one engine.
+def load_params_(engine: Engine, params: ParamsLike) -> None:
+    """Overwrite the engine's parameters; compiled code and CUDA graphs stay valid.
 
     Raises:
-        ValueError: the parameters are not of the engine's configuration, its memory is not its own, or a request is
-            under way.
+        ValueError: the parameters are of another config, the engine does not own its parameters, or requests are
+            active.
     """
-    if not decoder.own:
-        raise ValueError("the engine shares its parameters with the caller: start it with own=True")
-    if decoder.active:
-        raise ValueError(
-            f"{len(decoder.active)} requests are under way: their cache is of the parameters that are here"
-        )
-    model.config_of(params, decoder.config)
+    if not engine.owns_params:
+        raise ValueError("the engine shares its parameters with the caller: start it with copy_params=True")
+    if engine.active:
+        raise ValueError(f"{len(engine.active)} requests are active: finish or cancel them first")
+    model.config_of(params, engine.config)
     new = tree.flatten(model.fuse_qkv(params))
-    for name, x in tree.flatten(decoder.params).items():
+    for name, x in tree.flatten(engine.params).items():
         x.copy_(new[name])
-    decoder.prefilled = None
+    engine.prefilled = None
 
 
-def free(decoder: Engine) -> int:
+def free_slots(engine: Engine) -> int:
     """Return the number of requests that can be admitted now."""
-    return decoder.slots - len(decoder.active)
+    return engine.slots - len(engine.active)
 
 
 @torch.no_grad()
-def admit(decoder: Engine, key: Hashable, request: Request) -> None:
-    """Give a request a free slot and compute its prompt; a prompt that follows itself is computed once.
+def admit(engine: Engine, key: Hashable, request: Request) -> None:
+    """Give a request a free slot and prefill its prompt; the same prompt twice in a row is computed once.
 
     Raises:
-        UserError: the prompt is empty, leaves no room in the context, or holds an id that the model does not have;
-            another field is out of range; no slot is free, or the key is in use.
+        UserError: the prompt is empty, too long, or has an unknown id; another field is out of range; no slot is free;
+            or the key is in use.
     """
     prompt = request.prompt
-    if not prompt or not all(0 <= token < decoder.config.vocab_size for token in prompt):
+    if not prompt or not all(0 <= token < engine.config.vocab_size for token in prompt):
         raise UserError(
-            f"prompt of {len(prompt)} tokens: expected at least one, within 0 … {decoder.config.vocab_size - 1}"
+            f"prompt of {len(prompt)} tokens: expected at least one, within 0 … {engine.config.vocab_size - 1}"
         )
-    if len(prompt) >= decoder.context:
-        raise UserError(
-            f"prompt of {len(prompt)} tokens: the context of {decoder.context} leaves no room for an answer"
-        )
-    if key in decoder.active or not free(decoder):
-        raise UserError(f"request {key}: {'its key is in use' if key in decoder.active else 'no slot is free'}")
+    if len(prompt) >= engine.context:
+        raise UserError(f"prompt of {len(prompt)} tokens: the context of {engine.context} leaves no room for an answer")
+    if key in engine.active or not free_slots(engine):
+        raise UserError(f"request {key}: {'its key is in use' if key in engine.active else 'no slot is free'}")
     if request.max_tokens < 1:
         raise UserError(f"max_tokens={request.max_tokens}: expected at least 1")
     if not (request.temperature >= 0 and request.top_k >= 0 and -(2**63) <= request.seed < 2**63):
         raise UserError(
-            f"temperature={request.temperature}, top_k={request.top_k}, seed={request.seed}: expected 0 or more of the "
-            "first two, and a seed of 64 bits"
+            f"temperature={request.temperature}, top_k={request.top_k}, seed={request.seed}: expected 0 or more for "
+            "the first two, and a seed of 64 bits"
         )
-    if decoder.prefilled is None or decoder.prefilled[0] != prompt:
-        decoder.prefilled = (prompt, _prefill(decoder, prompt[:-1]))
-    taken = {row.slot for row in decoder.active.values()}
-    slot = next(i for i in range(decoder.slots) if i not in taken)
-    kv_cache.copy_row_(decoder.cache, slot, decoder.prefilled[1])
+    if engine.prefilled is None or engine.prefilled[0] != prompt:
+        engine.prefilled = (prompt, _prefill(engine, prompt[:-1]))
+    taken = {row.slot for row in engine.active.values()}
+    slot = next(i for i in range(engine.slots) if i not in taken)
+    kv_cache.copy_row_(engine.cache, slot, engine.prefilled[1])
     top_k = request.top_k if request.temperature > 0 else 1
     values = {"temperature": request.temperature, "top_k": top_k, "seed": request.seed, "live": False}
     for name, value in values.items():
-        decoder.rows[name][slot] = value
-    decoder.active[key] = _Row(key, request, slot, deque([prompt[-1]]))
+        engine.row_state[name][slot] = value
+    engine.active[key] = _Row(key, request, slot, deque([prompt[-1]]))
 
 
-def _prefill(decoder: Engine, tokens: tuple[int, ...]) -> dict[str, Any]:
-    """Return the cache of one row with these tokens."""
-    width = _rounded(max(len(tokens), 1), SMALLEST_PREFILL, decoder.context)
-    device, dtype = decoder.rows["token"].device, decoder.compute.dtype
-    cache = kv_cache.empty(decoder.config, 1, width, dtype=dtype or torch.float32, device=device)
+def _prefill(engine: Engine, tokens: tuple[int, ...]) -> dict[str, Any]:
+    """Return a cache with one row that holds these tokens."""
+    width = _round_up(max(len(tokens), 1), MIN_PREFILL, engine.context)
+    config, compute, device = engine.config, engine.compute, engine.row_state["token"].device
+    cache = kv_cache.empty(config, 1, width, dtype=compute.dtype or torch.float32, device=device)
     if not tokens:
         return tree.nest(tree.flatten(cache))
-    padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))]], device=device)
+    padded_BT = torch.tensor([[*tokens, *[0] * (width - len(tokens))]], device=device)
     added_B = torch.tensor([len(tokens)], device=device)
-    how: dict[str, Any] = {"added_B": added_B, "empty_cache": True, "config": decoder.config}
-    return model.decode_features(decoder.params, padded, cache, compute=decoder.compute, **how)[1]
+    return model.decode_features(
+        engine.params, padded_BT, cache, added_B=added_B, empty_cache=True, config=config, compute=compute
+    )[1]
 
 
-def cancel(decoder: Engine, key: Hashable) -> None:
-    """Take a row out; its slot is free at once. A key that is not there is ignored: the row may just have ended."""
-    row = decoder.active.pop(key, None)
+def cancel(engine: Engine, key: Hashable) -> None:
+    """Remove a row and free its slot; unknown keys are ignored, since the row may just have finished."""
+    row = engine.active.pop(key, None)
     if row is not None:
         row.done = True
-        decoder.rows["live"][row.slot] = False
+        engine.row_state["live"][row.slot] = False
 
 
 @torch.no_grad()
-def step(decoder: Engine) -> list[Event]:
-    """Decode one token of every row, and return what came of the step before the last `lag` ones.
+def step(engine: Engine) -> list[Event]:
+    """Decode one token of every row, and return the events of the step dispatched `async_depth` steps before.
 
-    A row gives no event in a step in which it takes forced tokens, and several when they are decided on.
+    A row that takes forced tokens has no event in that step; it had all of them when its tool call ended.
     """
-    if decoder.active:
-        decoder.flights.append(_dispatch_step(decoder))
-    if len(decoder.flights) > decoder.lag or not decoder.active:
-        return _collect_step(decoder, decoder.flights.popleft()) if decoder.flights else []
+    if engine.active:
+        engine.pending.append(_dispatch_step(engine))
+    if len(engine.pending) > engine.async_depth or not engine.active:
+        return _collect_step(engine, engine.pending.popleft()) if engine.pending else []
     return []
 
 
-def run(decoder: Engine, requests: Sequence[Request]) -> Generator[Event, None, None]:
-    """Yield the events of any number of requests, each as soon as it is there; keys are their indices.
+def run(engine: Engine, requests: Sequence[Request]) -> Generator[Event, None, None]:
+    """Yield the events of any number of requests as they come; keys are their indices.
 
-    A caller that stops before the end takes nothing with it: what is under way is cancelled.
+    If the caller stops early, active requests are cancelled.
 
     Raises:
         UserError: see `admit`.
     """
-    waiting, started = deque(enumerate(requests)), 0
+    waiting, n_started = deque(enumerate(requests)), 0
     try:
-        while waiting or decoder.active:
-            while waiting and free(decoder):
-                admit(decoder, *waiting.popleft())
-                started += 1
-            yield from step(decoder)
+        while waiting or engine.active:
+            while waiting and free_slots(engine):
+                admit(engine, *waiting.popleft())
+                n_started += 1
+            yield from step(engine)
     finally:
-        for key in range(started):
-            cancel(decoder, key)
+        for key in range(n_started):
+            cancel(engine, key)
 
 
 @torch.no_grad()
-def warm_up(decoder: Engine) -> None:
-    """Compile, and on a GPU record, the step for every load, length and draw: minutes where no compiler's cache helps.
+def warm_up(engine: Engine) -> None:
+    """Compile, and on a GPU record, the step for every shape, instead of at the first request that needs it.
 
-    Without it that happens at the first step of each shape, while somebody waits. Only for a decoder without a request.
+    Takes minutes if the compiler's cache is cold. The engine must have no requests.
     """
-    assert not decoder.active
-    for n_rows in [decoder.slots] if decoder.exact else _sizes(1, decoder.slots):
-        for span in [decoder.context] if decoder.exact else _sizes(decoder.least_span, decoder.context):
-            for draws in (USUAL, GENERAL):
-                _run(decoder, torch.full((n_rows,), NO_TOKEN), n_rows, span=span, **draws)
+    assert not engine.active
+    for n_rows in [engine.slots] if engine.exact else _round_up_values(1, engine.slots):
+        for span in [engine.context] if engine.exact else _round_up_values(engine.min_span, engine.context):
+            for draw_settings in (USUAL, GENERAL):
+                _run_step(engine, torch.full((n_rows,), NO_TOKEN), n_rows, span=span, **draw_settings)
 
 
-def _sizes(least: int, most: int) -> list[int]:
-    """Return all that `_rounded` can return."""
-    sizes = [min(least, most)]
-    while sizes[-1] < most:
-        sizes.append(_rounded(sizes[-1] + 1, least, most))
-    return sizes
+def _round_up(n: int, least: int, most: int) -> int:
+    """Return the smallest least·2ⁱ that is at least `n`, or `most`."""
+    while least < n:
+        least *= 2
+    return min(least, most)
 
 
-def _dispatch_step(decoder: Engine) -> _PendingStep:
-    """Start a step of all rows; nothing of it is waited for."""
-    count, longest = _fill_gaps(decoder), max(row.length for row in decoder.active.values()) + decoder.lag
-    n_rows = decoder.slots if decoder.exact else _rounded(count, 1, decoder.slots)
-    span = decoder.context if decoder.exact else _rounded(longest, decoder.least_span, decoder.context)
+def _round_up_values(least: int, most: int) -> list[int]:
+    values = [min(least, most)]
+    while values[-1] < most:
+        values.append(_round_up(values[-1] + 1, least, most))
+    return values
+
+
+def _dispatch_step(engine: Engine) -> _PendingStep:
+    """Start a step of all rows without waiting for it."""
+    n_used, longest = _compact_slots(engine), max(row.length for row in engine.active.values()) + engine.async_depth
+    n_rows = engine.slots if engine.exact else _round_up(n_used, 1, engine.slots)
+    span = engine.context if engine.exact else _round_up(longest, engine.min_span, engine.context)
     control, rows = [NO_TOKEN] * n_rows, []
-    for row in decoder.active.values():
+    for row in engine.active.values():
         if row.feed:
             control[row.slot] = row.feed.popleft()
         elif row.resume:
             control[row.slot], row.resume = RESUME, False
         if not row.feed:
             rows.append((row.slot, row))
-    how = _draws([row.request for row in decoder.active.values()], decoder.config.vocab_size)
-    drawn_B, ready = _run(decoder, torch.tensor(control), n_rows, span=span, **how)
+    draw_settings = _draw_settings([row.request for row in engine.active.values()], engine.config.vocab_size)
+    drawn_B, ready = _run_step(engine, torch.tensor(control), n_rows, span=span, **draw_settings)
     return _PendingStep(drawn_B, ready, rows)
 
 
-def _draws(requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
-    """Return how `sampling.draw` is to compute these draws: in the usual way, the general one, or by all of the ids."""
-    drawn = [request.top_k for request in requests if request.temperature > 0]
-    if all(0 < top_k <= USUAL["candidates"] for top_k in drawn):
+def _draw_settings(requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
+    """Return the cheapest settings of `sampling.draw` that serve all requests."""
+    top_ks = [request.top_k for request in requests if request.temperature > 0]
+    if all(0 < top_k <= USUAL["candidates"] for top_k in top_ks):
         return USUAL
-    return GENERAL if max(drawn) <= GENERAL["candidates"] else GENERAL | {"candidates": vocab_size}
+    return GENERAL if max(top_ks) <= GENERAL["candidates"] else GENERAL | {"candidates": vocab_size}
 
 
-def _rounded(n: int, least: int, most: int) -> int:
-    """Return the smallest of least · 2ⁱ that is at least `n`, or `most`."""
-    while least < n:
-        least *= 2
-    return min(least, most)
-
-
-def _fill_gaps(decoder: Engine) -> int:
-    """Move the last rows into free slots where that halves the batch; returns how many slots are in use."""
-    rows = sorted(decoder.active.values(), key=lambda row: row.slot)
-    fewest = _rounded(len(rows), 1, decoder.slots)
-    gaps = iter(sorted(set(range(fewest)) - {row.slot for row in rows}))
+def _compact_slots(engine: Engine) -> int:
+    """Move the last rows into free slots where that halves the batch; returns the number of slots in use."""
+    rows = sorted(engine.active.values(), key=lambda row: row.slot)
+    fewest = _round_up(len(rows), 1, engine.slots)
+    free = iter(sorted(set(range(fewest)) - {row.slot for row in rows}))
     for row in rows:
-        if row.slot < fewest or decoder.exact:
+        if row.slot < fewest or engine.exact:
             continue
-        slot, source = next(gaps), row.slot
-        kv_cache.copy_row_(decoder.cache, slot, decoder.cache, source)
-        for x in decoder.rows.values():
+        slot, source = next(free), row.slot
+        kv_cache.copy_row_(engine.cache, slot, engine.cache, source)
+        for x in engine.row_state.values():
             x[slot] = x[source]
-        # A step under way may still draw for the old slot: it runs before this copy, and is read by its old slot.
+        # A pending step may still draw for the old slot: it runs before this copy, and is read by its old slot.
         row.slot = slot
     return max(row.slot for row in rows) + 1
 
 
-def _run(decoder: Engine, control_B: Tensor, n_rows: int, **how: Any) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Run the step of the first rows; returns the drawn ids on the host, and when they are there."""
-    cache = kv_cache.first_rows(decoder.cache, n_rows)
-    rows = {name: x[:n_rows] for name, x in decoder.rows.items()}
-    settings = how | {"config": decoder.config, "compute": decoder.compute, "pauses": decoder.rules.pauses}
-    if decoder.graphs is None:
-        drawn_B = decoder.step(decoder.params, cache, rows, control_B.to(rows["token"].device), **settings)
+def _run_step(
+    engine: Engine, control_B: Tensor, n_rows: int, **shape_settings: Any
+) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Run the step for the first rows; returns the drawn ids on the host, and the event after which they are valid."""
+    cache = kv_cache.first_rows(engine.cache, n_rows)
+    row_state = {name: x[:n_rows] for name, x in engine.row_state.items()}
+    settings = {"config": engine.config, "compute": engine.compute, "blocking": engine.tools.blocking, **shape_settings}
+    if engine.graphs is None:
+        drawn_B = engine.step_fn(engine.params, cache, row_state, control_B.to(row_state["token"].device), **settings)
         return drawn_B.cpu(), None
-    shape = (n_rows, *how.values())
-    if shape not in decoder.graphs:
-        decoder.graphs[shape] = _record(decoder, cache, rows, settings)
-    graph, input_B, output_B = decoder.graphs[shape]
+    shape = (n_rows, *shape_settings.values())
+    if shape not in engine.graphs:
+        engine.graphs[shape] = _capture_graph(engine, cache, row_state, settings)
+    graph, input_B, output_B = engine.graphs[shape]
     input_B.copy_(control_B.pin_memory(), non_blocking=True)
     graph.replay()
     host_B = torch.empty(n_rows, dtype=output_B.dtype, pin_memory=True)
@@ -406,20 +401,20 @@ def _run(decoder: Engine, control_B: Tensor, n_rows: int, **how: Any) -> tuple[T
     return host_B, ready
 
 
-def _record(
-    decoder: Engine, cache: dict[str, Any], rows: dict[str, Tensor], how: dict[str, Any]
+def _capture_graph(
+    engine: Engine, cache: dict[str, Any], row_state: dict[str, Tensor], settings: dict[str, Any]
 ) -> tuple[Any, Tensor, Tensor]:
     """Return (CUDA graph, its input, its output) of the step at this shape.
 
-    Warming up is real steps; what they change is put back. Not the keys and values: they lie beyond each row's length,
-    or in the slot of a ring that the next token takes.
+    The warm-up steps are real ones; what they change is restored, but for keys and values: those are written beyond
+    each row's length, or to the slot of a ring that the next token overwrites.
     """
-    input_B = torch.full_like(rows["token"], NO_TOKEN)
-    changed = [cache["length"], cache["before"], rows["token"], rows["live"]]
-    kept = [x.clone() for x in changed]
+    input_B = torch.full_like(row_state["token"], NO_TOKEN)
+    changed = [cache["length"], cache["before"], row_state["token"], row_state["live"]]
+    saved = [x.clone() for x in changed]
 
     def call() -> Tensor:
-        return decoder.step(decoder.params, cache, rows, input_B, **how)
+        return engine.step_fn(engine.params, cache, row_state, input_B, **settings)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -427,7 +422,7 @@ def _record(
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
-    for x, old in zip(changed, kept):
+    for x, old in zip(changed, saved):
         x.copy_(old)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -435,25 +430,25 @@ def _record(
     return graph, input_B, output_B
 
 
-def _collect_step(decoder: Engine, flight: _PendingStep) -> list[Event]:
-    """Read a step's result, and follow each row through it."""
-    if flight.ready is not None:
-        flight.ready.synchronize()
-    drawn, events = flight.drawn_B.tolist(), []
-    for slot, row in flight.rows:
+def _collect_step(engine: Engine, pending: _PendingStep) -> list[Event]:
+    """Read a step's result and advance its rows."""
+    if pending.ready is not None:
+        pending.ready.synchronize()
+    drawn, events = pending.drawn_B.tolist(), []
+    for slot, row in pending.rows:
         if row.done or drawn[slot] == NO_TOKEN:
             continue
         token = drawn[slot]
-        row.call, forced = tool_use.advance(decoder.rules, row.call, token)
+        row.open_call, forced = tool_use.step(engine.tools, row.open_call, token)
         row.feed.extend((token, *forced) if forced else ())
-        row.resume = token == decoder.rules.call_end and not forced
-        for i, made in enumerate((token, *forced)):
-            row.made += 1
-            full = row.made >= row.request.max_tokens or row.length >= decoder.context
-            finish = "stop" if made in decoder.rules.stops else "length" if full else None
-            events.append(Event(row.key, made, i == 0, finish))
+        row.resume = token == engine.tools.call_end and not forced
+        for i, new in enumerate((token, *forced)):
+            row.n_new += 1
+            full = row.n_new >= row.request.max_tokens or row.length >= engine.context
+            finish = "stop" if new in engine.tools.stops else "length" if full else None
+            events.append(Event(row.key, new, i == 0, finish))
             if finish:
-                cancel(decoder, row.key)
+                cancel(engine, row.key)
                 break
     return events
 
@@ -461,40 +456,46 @@ def _collect_step(decoder: Engine, flight: _PendingStep) -> list[Event]:
 def _step_(
     params: ParamsLike,
     cache: dict[str, Any],
-    rows: dict[str, Tensor],
+    row_state: dict[str, Tensor],
     control_B: Tensor,
     *,
     config: ModelConfig,
     compute: Compute,
-    pauses: tuple[int, ...],
+    blocking: tuple[int, ...],
     span: int,
     candidates: int,
-    whole: bool,
+    full_vocab: bool,
 ) -> Tensor:
-    """Take one step of every row, in place; returns the drawn ids (B,), NOTHING for a row that waits.
+    """Take one step of every row, in place; returns the drawn ids (B,), NO_TOKEN for a waiting row.
 
-    A row that waits is computed like the others and leaves no trace: its length stays, and with it the slot that is
-    written. It waits once it has drawn one of `pauses`, until `control_B` gives it a token or RESUME.
+    A row waits once it has drawn one of `blocking`, until `control_B` gives it a token or RESUME. It is computed like
+    the others, but its length stays, and with it the slot that is written.
     """
-    live_B = rows["live"] | (control_B != NO_TOKEN)
-    token_B = torch.where(control_B >= 0, control_B, rows["token"])
-    how: dict[str, Any] = {"span": span, "config": config, "compute": compute}
-    # Compiled, the copy into the old cache below is only of what is new; uncompiled, it would be of everything.
-    how["inplace"] = not torch.compiler.is_compiling()
-    logits_BTV, new = model.decode(params, token_B[:, None], cache, added_B=live_B.long(), **how)
+    live_B = row_state["live"] | (control_B != NO_TOKEN)
+    token_B = torch.where(control_B >= 0, control_B, row_state["token"])
+    logits_BTV, new = model.decode(
+        params,
+        token_B[:, None],
+        cache,
+        added_B=live_B.long(),
+        span=span,
+        # Compiled, the copy into the old cache below is only of what is new; eager, it would be of everything.
+        inplace=not torch.compiler.is_compiling(),
+        config=config,
+        compute=compute,
+    )
     drawn_B = sampling.draw(
         logits_BTV[:, 0],
-        temperature_B=rows["temperature"],
-        top_k_B=rows["top_k"],
-        seed_B=rows["seed"],
+        temperature_B=row_state["temperature"],
+        top_k_B=row_state["top_k"],
+        seed_B=row_state["seed"],
         position_B=new["length"],
         candidates=candidates,
-        whole=whole,
+        full_vocab=full_vocab,
     )
     tree.map(lambda old, x: old.copy_(x), cache, new)
-    rows["token"].copy_(torch.where(live_B, drawn_B, token_B))
-    goes_on_B = functools.reduce(
-        torch.logical_and, [drawn_B != token for token in pauses]
-    )  # a graph takes no new tensor
-    rows["live"].copy_(live_B & goes_on_B)
+    row_state["token"].copy_(torch.where(live_B, drawn_B, token_B))
+    # No torch.tensor(blocking): a CUDA graph cannot copy from the host.
+    continues_B = functools.reduce(torch.logical_and, [drawn_B != token for token in blocking])
+    row_state["live"].copy_(live_B & continues_B)
     return torch.where(live_B, drawn_B, NO_TOKEN)

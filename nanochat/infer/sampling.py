@@ -1,8 +1,8 @@
-"""Drawing tokens from logits: a batch of rows that each have their own seed, and a plain loop over full forwards.
+"""Drawing tokens from logits: for a batch of independently seeded rows, and a plain loop over full forward passes.
 
-A row's noise is a function of its seed, the token's position and the token's id: no generator, no state, and nothing
-that depends on the other rows. With Gumbel noise g, argmax(logits / temperature + g) is a draw from the softmax, and
-argmax(logits + temperature · g) is the same draw that at temperature 0 is the most likely token.
+A row's noise is a function of its seed, the token's position and the token's id: no generator, no state, nothing that
+depends on other rows. With Gumbel noise g, argmax(logits + temperature·g) is a draw from softmax(logits / temperature),
+and the most likely token at temperature 0.
 Source: Gumbel-max (Maddison et al., arXiv 1411.0030); the mixing function is Wellons' hash32.
 """
 
@@ -13,8 +13,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 MASK_32 = 2**32 - 1
-WEYL = 0x9E3779B1  # an odd constant without a pattern: the golden ratio in 32 bits
-ID_STEP = 2.0**-40  # tells equal logits apart in float64, and changes nothing between others that matters
+WEYL = 0x9E3779B1  # the golden ratio in 32 bits
+ID_STEP = 2.0**-40  # orders equal logits in float64, and is too small to change the order of others
 LogitsFn = Callable[[TensorDict, Tensor], Tensor]
 
 
@@ -26,28 +26,27 @@ def draw(
     seed_B: Tensor,
     position_B: Tensor,
     candidates: int,
-    whole: bool,
+    full_vocab: bool,
 ) -> Tensor:
-    """Return one token id a row, (B,) int64.
+    """Return one token id per row, (B,) int64.
 
-    Of equal logits, which bfloat16 makes often, the lower id counts as the more likely: so it is exactly top_k that are
-    drawn among, and the same ones however many candidates are sorted out.
+    Of equal logits, frequent in bfloat16, the lower id ranks first, so top_k always keeps exactly k tokens, the same
+    ones for any number of candidates.
 
     Args:
         logits_BV: float32, within ±16.
-        temperature_B: (B,) float32; 0 takes the most likely token.
-        top_k_B: (B,) int64; draw among so many of the most likely, 0 among all.
-        seed_B: (B,) int64. position_B: (B,) int64, of the token that is drawn, in its sequence.
-        candidates: how many of the most likely are sorted out: at least each row's top_k.
-        whole: whether there are rows with top_k 0; if not, the candidates alone get noise. Both change what is
-            computed, not what is drawn.
+        temperature_B: float32; 0 takes the most likely token.
+        top_k_B: int64; 0 draws among all tokens.
+        position_B: int64, of the token to draw in its sequence.
+        candidates: number of most likely tokens to sort out, at least each row's top_k.
+        full_vocab: whether a row has top_k 0; otherwise only the candidates get noise. Neither changes what is drawn.
     """
     id_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
     rank_BV = logits_BV.double() - id_V * ID_STEP
     rank_BK, id_BK = rank_BV.topk(min(candidates, logits_BV.shape[1]))
     last_B1 = (top_k_B - 1).clamp(0, rank_BK.shape[1] - 1)[:, None]
     least_B1 = torch.where(top_k_B[:, None] == 0, -torch.inf, rank_BK.gather(1, last_B1))
-    if whole:
+    if full_vocab:
         rank_BK, id_BK = rank_BV, id_V.expand_as(logits_BV)
     else:
         logits_BV = logits_BV.gather(1, id_BK)
@@ -60,7 +59,7 @@ def gumbel(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
     """Return standard Gumbel noise in float32, a function of three int64 tensors that broadcast."""
     row = _mix(_mix(seed ^ (seed >> 32)) + position)
     bits = _mix(row + token * WEYL)
-    uniform = ((bits >> 9).float() + 0.5) / 2**23  # 23 bits and a half: within 0 … 1 without ever being either
+    uniform = ((bits >> 9).float() + 0.5) / 2**23  # strictly between 0 and 1
     return -torch.log(-torch.log(uniform))
 
 
@@ -73,12 +72,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def choose(logits_BV: Tensor, *, temperature: float, top_k: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return one token id a row, (B,) int64.
-
-    Args:
-        logits_BV: float32. temperature: 0 takes the most likely. top_k: keep so many of the most likely, 0 all.
-        generator: of the draws, on the CPU.
-    """
+    """Return one token id per row, (B,) int64, drawn by a CPU generator; temperature 0 is greedy, top_k 0 keeps all."""
     if temperature == 0:
         return logits_BV.argmax(-1)
     if top_k:
@@ -100,11 +94,10 @@ def sample(
     top_k: int = 0,
     seed: int = 0,
 ) -> list[int]:
-    """Return the tokens that follow `prompt`, without it; they end before the first token of `stop`.
+    """Return up to `max_tokens` tokens that follow `prompt` (at least one id), up to the first of `stop`, excluded.
 
     Args:
-        params: of the model. prompt: at least one id. logits_fn: (params, (1, T) ids) -> (1, T, V) logits.
-        max_tokens: at most so many. temperature, top_k: see `choose`. seed: of the draws.
+        logits_fn: (params, (1, T) ids) -> (1, T, V) logits.
     """
     generator = torch.Generator().manual_seed(seed)
     device = params["wte"].device

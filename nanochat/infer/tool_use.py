@@ -1,17 +1,14 @@
-"""The calculator that a chat model calls between its tool markers: arithmetic, and counting letters in a text.
+"""Tool calls in generated tokens: the calculator, and the state machine of one row.
 
-    expression = term of numbers with + - * / ( ), unary signs, and commas between thousands: (1,000 - 1) * 2.5
+Between <|python_start|> and <|python_end|> the sampled tokens are an expression; if the calculator has a result,
+<|output_start|>, the tokens of the result and <|output_end|> are forced into the row before it is sampled again.
+
+    expression = numbers with + - * / ( ), unary signs, and commas between thousands: (1,000 - 1) * 2.5
                | 'text'.count('x'), with plain string literals
 
-The text comes from a model, so nothing in it is run: it has to pass a pattern of the characters that may occur, is
-parsed with `ast`, and only the nodes of this grammar have a meaning. Length, nesting and result are bounded, so the
-time is too (well below a millisecond), without a signal or a thread. No power: `9**9**9` would not end.
-
-What a row of generated tokens goes through: sampled text, tool calls whose results are forced, and its end.
-
-Pure functions over a small state, for one row. Between <|python_start|> and <|python_end|> the sampled tokens are an
-expression; where the calculator gives it a value, <|output_start|>, the tokens of the value and <|output_end|> are
-forced into the row before it is sampled from again. Source: the spec's "Engine".
+Model output is never executed: it has to match a pattern of allowed characters, is parsed with `ast`, and only the
+nodes of this grammar are evaluated. Length, nesting and result are bounded, and so is the time, without a signal or a
+thread. There is no power operator: `9**9**9` would not end.
 """
 
 import ast
@@ -24,16 +21,13 @@ from typing import NamedTuple
 
 from nanochat.data import Tokenizer
 
-MAX_CHARACTERS = 1000
-"""Longest expression."""
-MAX_OPERATORS = 200
-"""Operators and parentheses in one expression; bounds how deep the tree can be."""
+MAX_CHARACTERS = 1000  # of an expression
+MAX_OPERATORS = 200  # operators and parentheses of an expression, which bounds the depth of the tree
 MAX_RESULT_CHARACTERS = 100
-"""Longest result; what a model reads back token by token."""
 
 _ARITHMETIC = re.compile(r"[0-9.,+\-*/() \t]+")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
-# A backslash is left out: what an escape means is not worth a warning from the parser.
+# No backslash: invalid escapes make the parser print warnings.
 _LITERAL = r"(?:'[^'\\\r\n\0]*'|\"[^\"\\\r\n\0]*\")"
 _COUNT = re.compile(rf"{_LITERAL}[ \t]*\.[ \t]*count[ \t]*\([ \t]*{_LITERAL}[ \t]*\)")
 
@@ -47,46 +41,38 @@ _UNARY: dict[type[ast.unaryop], Callable[[float], float]] = {ast.UAdd: operator.
 
 
 class _NoResult(Exception):
-    """The expression is outside of the grammar, or a value on the way is not a finite number."""
+    """The expression is outside of the grammar, or an intermediate value is not finite."""
 
 
-def calculate(text: str) -> str | None:
-    """Return what Python's `str` gives for the value of the expression, or None where there is none.
+def calculate(expression: str) -> str | None:
+    """Return `str` of the value: "2000" for `1,000*2`, "3.5" for `7/2`, "3" for `'strawberry'.count('r')`.
 
-    Args:
-        text: the expression, as a model wrote it; spaces around it do not matter.
-
-    Returns:
-        `"2000"` for `1,000*2`, `"3.5"` for `7/2`, `"3"` for `'strawberry'.count('r')`. None: not in the grammar, a
-        division by zero, a value that is not finite, or one of the bounds above is passed. Never raises.
-
-    Source: spec/serving.md, "Engine".
+    None if the expression is outside of the grammar or the limits, divides by zero, or is not finite. Never raises.
     """
-    if len(text) > MAX_CHARACTERS:
+    if len(expression) > MAX_CHARACTERS:
         return None
-    text = text.strip(" \t\r\n")
+    expression = expression.strip(" \t\r\n")
     try:
-        if _ARITHMETIC.fullmatch(text):
-            value = _arithmetic(text)
-        elif _COUNT.fullmatch(text):
-            value = _count(text)
+        if _ARITHMETIC.fullmatch(expression):
+            value = _arithmetic(expression)
+        elif _COUNT.fullmatch(expression):
+            value = _count(expression)
         else:
             return None
         result = str(value)
-    # The parser's own answers to a text that is no expression, to a lone surrogate, and to a caller that has used up
-    # the stack; then what arithmetic can answer.
+    # The parser raises on syntax, lone surrogates and callers near the end of their stack; the rest is arithmetic.
     except (SyntaxError, ValueError, RecursionError, MemoryError, ArithmeticError, _NoResult):
         return None
     return result if len(result) <= MAX_RESULT_CHARACTERS else None
 
 
-def _arithmetic(text: str) -> float:
-    if sum(map(text.count, "+-*/(")) > MAX_OPERATORS:
+def _arithmetic(expression: str) -> float:
+    if sum(map(expression.count, "+-*/(")) > MAX_OPERATORS:
         raise _NoResult
-    text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
-    if "," in text:
+    expression = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), expression)
+    if "," in expression:
         raise _NoResult
-    return _value(ast.parse(text, mode="eval").body)
+    return _value(ast.parse(expression, mode="eval").body)
 
 
 def _value(node: ast.expr) -> float:
@@ -99,32 +85,27 @@ def _value(node: ast.expr) -> float:
             result = _UNARY[type(op)](_value(operand))
         case _:
             raise _NoResult
-    # An int of any size is finite; asking `math` would turn it into a float, which can overflow.
+    # An int of any size is finite, and math.isfinite could overflow on it.
     if isinstance(result, float) and not math.isfinite(result):
         raise _NoResult
     return result
 
 
-def _count(text: str) -> int:
-    match ast.parse(text, mode="eval").body:
-        case ast.Call(ast.Attribute(ast.Constant(value=str(where)), "count"), [ast.Constant(value=str(what))], []):
-            return where.count(what)
+def _count(expression: str) -> int:
+    match ast.parse(expression, mode="eval").body:
+        case ast.Call(ast.Attribute(ast.Constant(value=str(text)), "count"), [ast.Constant(value=str(part))], []):
+            return text.count(part)
     raise _NoResult
-
-
-if __name__ == "__main__":
-    answer = calculate(" ".join(sys.argv[1:]))
-    print("no result" if answer is None else answer)
-    sys.exit(answer is None)
 
 
 Evaluate = Callable[[str], str | None]
 
 
 class ToolTokens(NamedTuple):
-    """The ids that mean something to a row, and how an expression is evaluated.
+    """Special tokens of tool calls, and the function that evaluates an expression.
 
-    `stops` end a row; after one of `pauses` the next token is not known before `advance` has seen it.
+    Attributes:
+        stops: tokens that end a row.
     """
 
     stops: frozenset[int]
@@ -136,37 +117,35 @@ class ToolTokens(NamedTuple):
     evaluate: Evaluate = calculate
 
     @property
-    def pauses(self) -> tuple[int, ...]:
-        """Ids after which a row waits for its caller."""
+    def blocking(self) -> tuple[int, ...]:
+        """Tokens after which the next one is not known before `step` has seen them."""
         return (*sorted(self.stops), self.call_end)
 
 
 def tool_tokens(tokenizer: Tokenizer, evaluate: Evaluate = calculate) -> ToolTokens:
-    """Return the rules of a tokenizer's special tokens."""
-    name = tokenizer.special
-    stops = frozenset((name("<|assistant_end|>"), tokenizer.bos))
-    call = name("<|python_start|>"), name("<|python_end|>")
-    return ToolTokens(stops, *call, name("<|output_start|>"), name("<|output_end|>"), tokenizer, evaluate)
+    special = tokenizer.special
+    stops = frozenset((special("<|assistant_end|>"), tokenizer.bos))
+    markers = (special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end"))
+    return ToolTokens(stops, *markers, tokenizer, evaluate)
 
 
-def advance(
-    rules: ToolTokens, call: tuple[int, ...] | None, token: int
+def step(
+    tools: ToolTokens, open_call: tuple[int, ...] | None, token: int
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
-    """Take one sampled token.
-
-    Args:
-        call: tokens of the call that is open, None where none is. token: what was sampled.
-
-    Returns:
-        (the call that is open now, tokens to force into the row).
-    """
-    if token == rules.call_start:
+    """Return (tokens of the call that is open after a sampled token, or None; tokens to force into the row)."""
+    if token == tools.call_start:
         return (), ()
-    if call is None:
+    if open_call is None:
         return None, ()
-    if token != rules.call_end:
-        return (*call, token), ()
-    result = rules.evaluate(rules.tokenizer.decode(call))
+    if token != tools.call_end:
+        return (*open_call, token), ()
+    result = tools.evaluate(tools.tokenizer.decode(open_call))
     if result is None:
         return None, ()
-    return None, (rules.output_start, *rules.tokenizer.encode(result), rules.output_end)
+    return None, (tools.output_start, *tools.tokenizer.encode(result), tools.output_end)
+
+
+if __name__ == "__main__":
+    answer = calculate(" ".join(sys.argv[1:]))
+    print("no result" if answer is None else answer)
+    sys.exit(answer is None)

@@ -230,7 +230,7 @@ def serve_requests(pipe: Connection, engine: Engine) -> None:
                 infer.cancel(engine, message[1])
             else:
                 waiting.pop(message[1], None)
-        if waiting and infer.free(engine):
+        if waiting and infer.free_slots(engine):
             key = next(iter(waiting))
             try:
                 infer.admit(engine, key, waiting.pop(key))

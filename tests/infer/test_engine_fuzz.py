@@ -12,7 +12,7 @@ from nanochat import infer, model
 from nanochat.infer import Request, sampling, tool_use
 from tests.infer.test_engine import CONFIG, TOKENIZER, ids, prompt
 
-RULES = tool_use.tool_tokens(TOKENIZER)
+TOOLS = tool_use.tool_tokens(TOKENIZER)
 PARAMS = random_params(CONFIG)
 CALLS = [  # what a row is made to say here and there: calls that end, fail, begin anew, or never end, and stops
     "<|python_start|>12*3<|python_end|>",
@@ -35,11 +35,11 @@ def plain(request: Request, told: Told, context: int) -> Made:
     while True:
         logits_BTV = model.apply(PARAMS, torch.tensor([row]), config=CONFIG)
         token = told.get(len(row), int(logits_BTV[0, -1].argmax()))
-        call, forced = tool_use.advance(RULES, call, token)
+        call, forced = tool_use.step(TOOLS, call, token)
         for i, new in enumerate((token, *forced)):
             row.append(new)
             full = len(made) + 1 >= request.max_tokens or len(row) >= context
-            finish = "stop" if new in RULES.stops else "length" if full else None
+            finish = "stop" if new in TOOLS.stops else "length" if full else None
             made.append((new, i == 0, finish))
             if finish:
                 return made
@@ -65,10 +65,10 @@ def random_requests(rng: random.Random, context: int) -> tuple[list[Request], li
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("async_depth", [0, 1])
 @torch.no_grad()
-def test_random_loads(monkeypatch: pytest.MonkeyPatch, seed: int, lag: int) -> None:
-    rng = random.Random(f"{seed} {lag}")
+def test_random_loads(monkeypatch: pytest.MonkeyPatch, seed: int, async_depth: int) -> None:
+    rng = random.Random(f"{seed} {async_depth}")
     context = rng.choice((20, 60, 150, 256, 300))  # within the shortest window, and over it
     requests, told = random_requests(rng, context)
     wanted = [plain(request, each, context) for request, each in zip(requests, told)]
@@ -82,12 +82,12 @@ def test_random_loads(monkeypatch: pytest.MonkeyPatch, seed: int, lag: int) -> N
 
     monkeypatch.setattr(sampling, "draw", drawn)
     how: dict[str, Any] = {"slots": rng.randint(1, 5), "context": context, "exact": rng.random() < 0.2}
-    decoder = infer.start(PARAMS, CONFIG, TOKENIZER, compile=False, lag=lag, **how)
+    decoder = infer.start(PARAMS, CONFIG, TOKENIZER, compile=False, async_depth=async_depth, **how)
     made: list[Made] = [[] for _ in requests]
     begun, cancelled = 0, set()
     while begun < len(requests) or decoder.active:
         chance = rng.random()
-        if begun < len(requests) and infer.free(decoder) and chance < 0.5:
+        if begun < len(requests) and infer.free_slots(decoder) and chance < 0.5:
             infer.admit(decoder, begun, requests[begun])
             begun += 1
         elif decoder.active and chance > 0.97:
@@ -99,5 +99,5 @@ def test_random_loads(monkeypatch: pytest.MonkeyPatch, seed: int, lag: int) -> N
                 made[int(str(event.key))].append((event.token, event.sampled, event.finish))
     for key, (got, want) in enumerate(zip(made, wanted)):
         assert got == (want[: len(got)] if key in cancelled else want), f"request {key} of {requests}, told {told[key]}"
-    assert infer.free(decoder) == how["slots"]
+    assert infer.free_slots(decoder) == how["slots"]
     assert int(decoder.cache["length"].max()) <= context

@@ -110,7 +110,7 @@ def batch_draw(logits: Tensor, n: int, **settings: float) -> Tensor:
         seed_B=torch.arange(n) // 100,
         position_B=torch.arange(n) % 100,
         candidates=int(values.get("candidates", 64)),
-        whole=bool(values.get("whole", True)),
+        full_vocab=bool(values.get("full_vocab", True)),
     )
 
 
@@ -127,8 +127,8 @@ def test_top_k_and_shortcuts_draw_the_same():
     logits = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 2
     whole = batch_draw(logits, 2000, top_k=10)
     assert set(whole.tolist()) == set(logits.topk(10).indices.tolist())
-    assert torch.equal(batch_draw(logits, 2000, top_k=10, whole=False), whole)
-    assert torch.equal(batch_draw(logits, 2000, top_k=10, whole=False, candidates=256), whole)
+    assert torch.equal(batch_draw(logits, 2000, top_k=10, full_vocab=False), whole)
+    assert torch.equal(batch_draw(logits, 2000, top_k=10, full_vocab=False, candidates=256), whole)
     best = batch_draw(logits, 50, temperature=0.0)
     assert torch.equal(best, logits.argmax().expand(50))
 
@@ -141,9 +141,9 @@ def test_equal_logits_count_by_their_ids_and_top_k_is_exact():
     whole = batch_draw(logits, 2000, top_k=10, temperature=2.0)
     assert set(whole.tolist()) == set(wanted)
     for candidates in (10, 64, 256):
-        drawn = batch_draw(logits, 2000, top_k=10, temperature=2.0, whole=False, candidates=candidates)
+        drawn = batch_draw(logits, 2000, top_k=10, temperature=2.0, full_vocab=False, candidates=candidates)
         assert torch.equal(drawn, whole)
-        greedy = batch_draw(logits, 50, temperature=0.0, top_k=1, whole=False, candidates=candidates)
+        greedy = batch_draw(logits, 50, temperature=0.0, top_k=1, full_vocab=False, candidates=candidates)
         assert torch.equal(greedy, torch.full((50,), wanted[0]))
 
 

@@ -307,7 +307,7 @@ def test_worker_drops_cancelled_requests_at_once() -> None:
     assert keys.count("short") <= 3 and keys[-1] == "short" and "waits" not in keys
     assert keys.count("runs") < 60, "99 tokens were still to come"
     assert [message[1] for message in received if message[0] == "refused"] == ["refused"]
-    assert infer.free(engine) == 1
+    assert infer.free_slots(engine) == 1
     ours.close()
     worker.join(10)
     assert not worker.is_alive(), "a closed pipe ends it"

@@ -139,7 +139,7 @@ def task(size: int = 6, right: Any = lambda row, text: "7" in text) -> Task:
 
 
 def make_engine(**settings: Any) -> infer.Engine:
-    how: dict[str, Any] = {"slots": HOW.slots, "context": 60, "compile": False, "own": True} | settings
+    how: dict[str, Any] = {"slots": HOW.slots, "context": 60, "compile": False, "copy_params": True} | settings
     return infer.start(random_params(CONFIG), CONFIG, TOK, **how)
 
 
