@@ -3,6 +3,7 @@
 # old experiment -> what to type instead
 EXPERIMENTS: dict[str, str] = {
     "miniseries": "--experiment=scaling_laws --set series=depths",
+    "generate": "--experiment=chat --set complete=true",
     "bench_gpu": "--experiment=bench_train --set what=gpu",
     "bench_scale": "--experiment=bench_train --set what=scaling",
     "tokenizer_eval": "--experiment=tokenizer --set eval_only=true (tokenizer is now out, max_chars eval_chars)",

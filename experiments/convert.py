@@ -1,16 +1,16 @@
-"""Turn a checkpoint of the reference (karpathy/nanochat) into one of ours.
+"""Convert a checkpoint of the reference (karpathy/nanochat) to a run.
 
     torchrun launch.py --experiment=convert --set model=.../model_021400.pt --set meta=.../meta_021400.json \
         --set ranks=ranks.tiktoken --set name=d20_reference
 
-Tensors are read without running any pickled code. The reference's tokenizer is a pickle, which is never read here:
-write its ranks as text in the reference's own environment, once, with
+Pickled code is never run. The reference's tokenizer is a pickle: write its ranks as text, once, in the reference's own
+environment, with
 
     python -c "import base64; from nanochat.tokenizer import get_tokenizer; \
         [print(base64.b64encode(t).decode(), r) for t, r in get_tokenizer().enc._mergeable_ranks.items()]" \
         > ranks.tiktoken
 
-Writes runs/<name>/checkpoints under the base folder, for `checkpoint.load_params`. Seconds to a minute.
+Writes runs/<name> under the base folder. Takes seconds to a minute.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Config:
     """What to convert.
 
     Attributes:
-        model: the reference's model_*.pt. meta: its meta_*.json, of which `model_config` is read.
-        ranks: text lines `base64 rank` of its tokenizer, or none to leave the tokenizer out.
-        name: of the run to write. stage: what it was trained for last: base, mid, sft or rl; chats with a base model
-            say that it is one.
+        model: the reference's model_*.pt.
+        meta: its meta_*.json, of which `model_config` is read.
+        ranks: text file with lines `base64 rank` of its tokenizer; default: convert without tokenizer.
+        name: of the run to write.
+        stage: last training stage of the model; chats warn about base models.
     """
 
     model: str = ""
@@ -52,39 +53,37 @@ class Config:
 
 
 class Weights(NamedTuple):
-    """A state of parameters alone."""
+    """A training state with parameters only."""
 
     step: Tensor
     params: TensorDict
 
 
 def config() -> Config:
-    """Return the defaults; `model` and `meta` have to be set."""
     return Config()
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Read, convert, write."""
     import torch
 
     if runtime.world_size > 1:
-        raise UserError("convert runs in one process: start it without --nproc_per_node")
+        raise UserError("convert runs in a single process: start it with python, not torchrun")
     if not config.model or not config.meta:
-        raise UserError("set both files of the reference: --set model=model_….pt --set meta=meta_….json")
+        raise UserError("set the two files of the reference: --set model=model_….pt --set meta=meta_….json")
     meta = read_json(Path(config.meta))
     if not isinstance(meta.get("model_config"), dict):
-        raise UserError(f"{config.meta}: has no model_config; give the meta_*.json that lies beside the model")
+        raise UserError(f"{config.meta}: has no model_config; use the meta_*.json next to the model")
     shape = checkpoint.convert.config_from_reference(meta["model_config"])
     params = checkpoint.convert.load_reference(Path(config.model), shape)
     folder = stage.run_folder(config.name)
     if checkpoint.steps(folder / "checkpoints"):
-        raise UserError(f"run {folder} has checkpoints already: --set name=<other>")
+        raise UserError(f"run {folder} already has checkpoints: --set name=<other>")
     files = {}
     if config.ranks:
         tok = read_ranks(Path(config.ranks))
         if tok.vocab_size != shape.vocab_size:
             raise UserError(
-                f"{config.ranks}: {tok.vocab_size} tokens with the specials, the model has {shape.vocab_size}"
+                f"{config.ranks}: {tok.vocab_size} tokens with special tokens, the model has {shape.vocab_size}"
             )
         tokenizer.save(tok, folder / "tokenizer")
         files = {name: folder / "tokenizer" / name for name in tokenizer.FILES}

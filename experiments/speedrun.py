@@ -295,5 +295,7 @@ def ending(config: Config, took: dict[str, float]) -> str:
             f"  torchrun launch.py --experiment=rl --set run={run}     practise GSM8K",
         ]
     else:
-        lines += [f"  python launch.py --experiment=generate --set run={run} --set prompt=...     complete a text"]
+        lines += [
+            f"  python launch.py --experiment=chat --set run={run} --set complete=true --set prompt=...  complete"
+        ]
     return "\n".join(lines)

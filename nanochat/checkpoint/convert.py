@@ -1,4 +1,4 @@
-"""Reference checkpoints (karpathy/nanochat `model_*.pt`) to parameters and back."""
+"""Checkpoints of the reference (karpathy/nanochat `model_*.pt`) to parameters and back."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from nanochat import model, tree
 from nanochat.config import UserError
 from nanochat.model import ModelConfig, Params
 
-# Reference name (i stands for the layer) -> ours; everything else keeps its name.
+# Reference name (i is the layer) -> ours; other names are the same.
 NAMES = {
     "transformer.wte.weight": "wte",
     "lm_head.weight": "lm_head",
@@ -29,11 +29,7 @@ NEUTRAL = {"resid_lambdas": 1.0, "x0_lambdas": 0.0, "smear_gate": 0.0, "smear_la
 
 
 def to_ours(name: str) -> str:
-    """Return our name of a reference parameter.
-
-    Raises:
-        UserError: the reference has no such parameter.
-    """
+    """Return our name of a reference parameter. Raises: UserError: unknown name."""
     name = name.removeprefix("_orig_mod.")
     if name in NEUTRAL:
         return name
@@ -45,24 +41,23 @@ def to_ours(name: str) -> str:
 
 
 def from_reference(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Params:
-    """Return the parameters of a reference state_dict.
+    """Return the parameters of a reference state_dict, as copies.
 
-    Parameters that an older checkpoint lacks get values without effect (residual weights 1, x0 weights 0, no smear,
-    no backout, no value embeddings), and a printed line names them. Matrices become float32 masters; the embedding
-    tables keep the dtype of the file.
+    Parameters that older checkpoints lack get neutral values (residual weights 1, all else 0) and are printed.
+    Embeddings keep the dtype of the file; everything else becomes float32.
 
     Raises:
-        UserError: a parameter is unknown, is missing and has no neutral value, or has another shape.
+        UserError: a parameter is unknown, has the wrong shape, or is missing without a neutral value.
     """
     given = {to_ours(name): value for name, value in state_dict.items()}
     rows = model.spec(config)
-    if surplus := sorted(set(given) - set(rows)):
-        raise UserError(f"reference checkpoint: {surplus[0]} does not belong to a model of {config.n_layer} layers")
+    if extra := sorted(set(given) - set(rows)):
+        raise UserError(f"reference checkpoint: {extra[0]} does not belong to a model of {config.n_layer} layers")
     flat, filled = {}, []
     for name, row in rows.items():
         if name in given:
             value = given[name].detach()
-            value = value[None] if value.dim() == 0 else value  # scalars of the reference's were once 0-d
+            value = value[None] if value.dim() == 0 else value  # older checkpoints have 0-d scalars
         else:
             value = torch.full(row.shape, _neutral(name))
             filled.append(name)
@@ -85,7 +80,7 @@ def _neutral(name: str) -> float:
 
 
 def to_reference(params: Params, config: ModelConfig | None = None) -> dict[str, Tensor]:
-    """Return the reference's state_dict of `params`: same tensors under the reference's names."""
+    """Return the same tensors under the reference's names."""
     model.config_of(params, config)
     back = {ours: reference for reference, ours in NAMES.items()}
     state_dict = {}
@@ -98,10 +93,10 @@ def to_reference(params: Params, config: ModelConfig | None = None) -> dict[str,
 
 
 def config_from_reference(model_config: Mapping[str, object]) -> ModelConfig:
-    """Return the configuration of a reference meta file's `model_config`; window pattern L where it has none.
+    """Return the config of a meta file's `model_config`; the window pattern of older files is L.
 
     Raises:
-        UserError: another field is missing, or the fields make no model.
+        UserError: a field is missing or invalid.
     """
     known = {field: model_config[field] for field in ModelConfig.__dataclass_fields__ if field in model_config}
     if "window_pattern" not in known:
@@ -116,10 +111,10 @@ def config_from_reference(model_config: Mapping[str, object]) -> ModelConfig:
 
 
 def load_reference(path: Path, config: ModelConfig) -> Params:
-    """Read a reference `.pt` file (tensors only: pickled code is refused) as parameters.
+    """Read the parameters in a `.pt` file; pickled code is refused.
 
     Raises:
-        UserError: the file is absent, is no file of tensors, or does not fit the configuration.
+        UserError: the file does not exist, holds more than tensors, or does not match the config.
     """
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
@@ -127,11 +122,11 @@ def load_reference(path: Path, config: ModelConfig) -> Params:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception:  # torch raises many kinds, and advises to switch its guard off
+    except Exception:  # torch raises many types, and advises to disable weights_only
         raise UserError(
-            f"{path}: not a file of plain tensors: it is damaged, or has code in it, which is never run; "
-            "get the file again, or save its tensors alone with torch.save"
+            f"{path}: not a file of plain tensors: it is corrupt, or contains code, which is never run; "
+            "download it again, or save only its tensors with torch.save"
         ) from None
     if not isinstance(state_dict, Mapping) or not all(isinstance(x, Tensor) for x in state_dict.values()):
-        raise UserError(f"{path}: no state_dict, that is, no mapping of names to tensors")
+        raise UserError(f"{path}: not a state_dict (a mapping of names to tensors)")
     return from_reference(state_dict, config)

@@ -1,10 +1,7 @@
-"""A trained model, ready to use: parameters, shape and tokenizer, read from a run's checkpoint.
+"""Load a trained model from a run: `checkpoint.load("quickstart")`, a path, or nothing for the run saved last.
 
-    from nanochat import pretrained
-    bot = pretrained.load("quickstart")        # or a path; without an argument, the run that was saved last
-
-Everything comes out of the checkpoint itself, the tokenizer included: a tokenizer that was trained anew since, or a
-setting that has changed, makes no difference to a model that was made before.
+Everything is read from the checkpoint, the tokenizer included, so later changes of settings or of the tokenizer do not
+affect a model.
 """
 
 import dataclasses
@@ -27,13 +24,12 @@ TRAIN_COMMAND = "python launch.py --experiment=quickstart"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model with what it takes to use it.
+    """A trained model.
 
     Attributes:
-        params: in the dtype to compute in, on the device. config: their shape.
+        params: with `config` attached, in the dtype to compute in.
         tokenizer: the one that the model was trained with.
-        name, step, stage: of the run that made it; the stage is base, mid, sft or rl.
-        folder: of the run.
+        name, step, stage, folder: of the run; the stage is base, mid, sft or rl.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -52,73 +48,68 @@ def load(
     device: torch.device | str = "auto",
     dtype: torch.dtype | None = None,
 ) -> Pretrained:
-    """Read a checkpoint, and check that parameters, shape and tokenizer belong together.
+    """Read a checkpoint, and check that parameters, config and tokenizer belong together.
 
     Args:
-        run: name of a run under the base folder, or path of a run's folder; None: the run that was saved last.
-        step: of the checkpoint; None: the newest.
-        device: where the parameters go; auto: CUDA, else MPS, else the CPU.
-        dtype: to compute in; None: bfloat16 on CUDA of capability 8.0 and above, else float32. Matrices and tables are
-            cast to it once, as the model would cast them at each use; vectors stay float32, as in training.
+        run: see `find_run`.
+        step: None: the newest.
+        device: auto: CUDA, else MPS, else the CPU.
+        dtype: to compute in; None: bfloat16 on CUDA of capability 8.0 and above, else float32. Matrices and embeddings
+            are cast to it; vectors stay float32, as in training.
 
     Raises:
-        UserError: there is no such run or step, nothing is saved yet, or what is saved is damaged or does not fit
-            together; names the runs that there are, or the command that makes one.
+        UserError: no such run or step, or a checkpoint that is corrupt or inconsistent.
     """
     folder = find_run(run)
-    place = distributed.choose_device(str(device), 0) if str(device) in ("auto", "cuda") else torch.device(device)
-    dtype = dtype or distributed.choose_dtype("auto", place)
+    target = distributed.choose_device(str(device), 0) if str(device) in ("auto", "cuda") else torch.device(device)
+    dtype = dtype or distributed.choose_dtype("auto", target)
     checkpoints = folder / "checkpoints"
     step = manager.latest_step(checkpoints) if step is None else step
     try:
-        params, meta, files = manager.load_params(checkpoints, step=step, device=place)
+        params, meta, files = manager.load_params(checkpoints, step=step, device=target)
     except integrity.CorruptCheckpointError as error:
         others = [other for other in manager.steps(checkpoints) if other != step]
         raise UserError(f"{error}" + (f", or load it: --set step={others[-1]}" if others else "")) from error
     flat = tree.flatten(params)
-    del params  # each leaf goes when it has been cast
-    where = f"checkpoint {checkpoints / str(step)}"
-    tok = load_tokenizer(where, files)
-    config = _without_spare_rows(flat, infer_config(where, meta, flat), tok, where)
+    del params  # so that each leaf is freed when it has been cast
+    label = f"checkpoint {checkpoints / str(step)}"
+    tok = load_tokenizer(label, files)
+    config = _trim_vocab(flat, infer_config(label, meta, flat), tok, label)
     for name, leaf in flat.items():
         flat[name] = leaf.to(dtype) if leaf.dim() >= 2 else leaf
-    stage = str(meta.get("stage", "base"))
-    return Pretrained(
-        model.with_config(tree.unflatten(flat), config), config, tok, folder.name, int(step or 0), stage, folder
-    )
+    params = model.with_config(tree.unflatten(flat), config)
+    return Pretrained(params, config, tok, folder.name, int(step or 0), str(meta.get("stage", "base")), folder)
 
 
 def find_run(run: str | Path | None = None) -> Path:
     """Return the folder of a run that has a checkpoint.
 
     Args:
-        run: its name, or the path of its folder; None: the run that was saved last.
+        run: a name under the base folder, or the path of a run's folder; None: the run that was saved last.
 
     Raises:
-        UserError: there is none; says which there are, or the command that makes one.
+        UserError: no such run; lists the ones there are, or the command that makes one.
     """
-    runs = runs_folder()
-    there = list_runs()
+    runs, available = runs_folder(), list_runs()
     if run is None:
-        if there:
-            return there[0]
+        if available:
+            return available[0]
         raise UserError(f"no trained model in {runs}: `{TRAIN_COMMAND}` makes one in minutes, without GPU or network")
     path = Path(run).expanduser().absolute()
     folder = path if (path / "checkpoints").is_dir() and not (runs / run).is_dir() else runs / run
     if not folder.is_dir():
-        others = nearest(str(run), [path.name for path in there]) if there else ""
+        others = nearest(str(run), [path.name for path in available]) if available else ""
         raise UserError(f"run={run}: no such run in {runs}{others or f'; `{TRAIN_COMMAND}` makes one'}")
     if not manager.steps(folder / "checkpoints"):
-        others = f"; other runs have: {', '.join(path.name for path in there)}" if there else ""
+        others = f"; other runs have: {', '.join(path.name for path in available)}" if available else ""
         raise UserError(
-            f"run={run}: {folder} has no complete checkpoint: it is not that far yet, or was stopped before the first "
-            f"was saved (the command that trains it goes on with --resume){others or f'; `{TRAIN_COMMAND}` makes one'}"
+            f"run={run}: {folder} has no complete checkpoint: training has not saved one yet, or was stopped before "
+            f"(repeat its command with --resume){others or f'; `{TRAIN_COMMAND}` makes one'}"
         )
     return folder
 
 
 def runs_folder() -> Path:
-    """Return the folder of all runs."""
     return base_dir() / "runs"
 
 
@@ -137,73 +128,71 @@ def list_runs() -> list[Path]:
         raise UserError(f"{runs_folder()} cannot be read ({error.strerror})") from error
 
 
-def describe_model(bot: Pretrained) -> str:
-    """Return what the model is, in one line."""
-    counts = model.count(bot.config)["total"]
-    embedding = bot.params["wte"]
-    place = f"{embedding.device.type} {str(embedding.dtype).removeprefix('torch.')}"
-    return (
-        f"{bot.name}, step {bot.step} ({bot.stage}): {format_count(counts)} parameters, {bot.config.vocab_size} tokens "
-        f"of vocabulary, context {bot.config.sequence_len}, {place}"
-    )
-
-
-def warning(bot: Pretrained) -> str | None:
-    """Return the line that a person should read before a conversation with a base model; None for any other."""
-    if bot.stage != "base":
-        return None
-    return (
-        f"{bot.name} is a base model: it has never seen a conversation, and goes on with your text rather than answers "
-        "it; --experiment=generate completes plain text"
-    )
-
-
 def _saved_at(folder: Path) -> float:
     newest = folder / "checkpoints" / str(manager.latest_step(folder / "checkpoints"))
-    written = newest / "meta" / "metadata"  # the time of the folder changes when metrics are added, or it is copied
+    written = newest / "meta" / "metadata"  # the folder's own time changes when metrics are added, or it is copied
     return (written if written.exists() else newest).stat().st_mtime
 
 
-def load_tokenizer(where: str, files: Mapping[str, Path]) -> Tokenizer:
-    """Return the tokenizer in a checkpoint's files. Raises: UserError: it has none, or one without a special token."""
+def describe_model(loaded: Pretrained) -> str:
+    """Return a line for the log."""
+    embedding, config = loaded.params["wte"], loaded.config
+    return (
+        f"{loaded.name}, step {loaded.step} ({loaded.stage}): {format_count(model.count(config)['total'])} parameters, "
+        f"{config.vocab_size} tokens of vocabulary, context {config.sequence_len}, {embedding.device.type} "
+        f"{str(embedding.dtype).removeprefix('torch.')}"
+    )
+
+
+def warning(loaded: Pretrained) -> str | None:
+    """Return the warning to show before a conversation with a base model; None for other models."""
+    if loaded.stage != "base":
+        return None
+    return (
+        f"{loaded.name} is a base model: it was not trained on conversations, and continues your text rather than "
+        "answers it; --experiment=chat --set complete=true completes plain text"
+    )
+
+
+def load_tokenizer(label: str, files: Mapping[str, Path]) -> Tokenizer:
+    """Return the tokenizer among a checkpoint's files. Raises: UserError: it has none, or it lacks special tokens."""
     if tokenizer.TOKENS_FILE not in files:
         raise UserError(
-            f"{where} has no tokenizer, so its tokens mean nothing; one that was converted gets it by converting again "
-            "with --set ranks=… (see --experiment=convert --help)"
+            f"{label} has no tokenizer; for a converted checkpoint, convert again with --set ranks=… "
+            "(see --experiment=convert --help)"
         )
     tok = tokenizer.load(files[tokenizer.TOKENS_FILE].parent)
     missing = [name for name in SPECIALS if name not in tok.specials]
     if missing:
-        raise UserError(f"{where}: the tokenizer has no {missing[0]}; train it with `{tokenizer.TRAIN_COMMAND}`")
+        raise UserError(f"{label}: the tokenizer has no {missing[0]}; train it with `{tokenizer.TRAIN_COMMAND}`")
     return tok
 
 
-def infer_config(where: str, meta: Mapping[str, Any], flat: Mapping[str, Tensor]) -> ModelConfig:
-    """Return the shape that a checkpoint states, once it is seen to be that of its parameters. Raises: UserError."""
+def infer_config(label: str, meta: Mapping[str, Any], flat: Mapping[str, Tensor]) -> ModelConfig:
+    """Return the config in a checkpoint's metadata. Raises: UserError: it is not that of the parameters."""
     try:
         config = ModelConfig(**meta["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: no shape of a model that this nanochat knows ({error}); update nanochat?") from None
-    wanted = {name: tuple(row.shape) for name, row in model.spec(config).items()}
-    found = {name: tuple(leaf.shape) for name, leaf in flat.items()}
-    for name in {**wanted, **found}:
-        if wanted.get(name) != found.get(name):
+        raise UserError(f"{label}: no model config that this version knows ({error}); update nanochat?") from None
+    expected = {name: tuple(row.shape) for name, row in model.spec(config).items()}
+    actual = {name: tuple(leaf.shape) for name, leaf in flat.items()}
+    for name in {**expected, **actual}:
+        if expected.get(name) != actual.get(name):
             raise UserError(
-                f"{where}: {name} is {found.get(name, 'missing')}, its model has {wanted.get(name, 'none')}; the "
+                f"{label}: {name} is {actual.get(name, 'missing')}, its model has {expected.get(name, 'none')}; the "
                 "checkpoint is not of this model"
             )
     return config
 
 
-def _without_spare_rows(flat: dict[str, Tensor], config: ModelConfig, tok: Tokenizer, where: str) -> ModelConfig:
-    """Return the shape with the tokenizer's vocabulary, and cut from the tables in `flat` what is beyond it.
+def _trim_vocab(flat: dict[str, Tensor], config: ModelConfig, tok: Tokenizer, label: str) -> ModelConfig:
+    """Return the config with the tokenizer's vocabulary, and remove the embedding rows beyond it, in place.
 
-    A model may be made with a larger vocabulary than its tokenizer has. The rest was never trained, and a token out of
-    it would stand for no text.
+    Those rows were never trained, and their ids stand for no text.
     """
     if tok.vocab_size > config.vocab_size:
         raise UserError(
-            f"{where}: the tokenizer has {tok.vocab_size} tokens, the model {config.vocab_size}; they do not belong "
+            f"{label}: the tokenizer has {tok.vocab_size} tokens, the model {config.vocab_size}; they do not belong "
             "together"
         )
     config = dataclasses.replace(config, vocab_size=tok.vocab_size)

@@ -21,7 +21,7 @@ def reference(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return convert.to_reference(random_params(dtype=dtype), CONFIG)
 
 
-def test_names_of_the_reference():
+def test_names_match_the_reference():
     names = set(reference())
     layer = {"attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
     want = {f"transformer.h.{i}.{name}.weight" for i in range(3) for name in layer}
@@ -41,7 +41,7 @@ def test_round_trip():
     assert all(torch.equal(x, again[n]) for n, x in reference().items())
 
 
-def test_half_precision_tables_are_kept_and_matrices_become_float32():
+def test_embeddings_keep_half_precision_and_matrices_become_float32():
     half = {name: x.bfloat16() for name, x in reference().items()}
     params = tree.flatten(convert.from_reference(half, CONFIG))
     rows = model.spec(CONFIG)
@@ -51,13 +51,13 @@ def test_half_precision_tables_are_kept_and_matrices_become_float32():
     assert torch.equal(params["wte"], half["transformer.wte.weight"])
 
 
-def test_names_of_a_compiled_model():
+def test_names_of_a_compiled_model_are_accepted():
     compiled = {f"_orig_mod.{name}": x for name, x in reference().items()}
     a, b = tree.flatten(convert.from_reference(compiled, CONFIG)), tree.flatten(random_params())
     assert all(torch.equal(a[n], b[n]) for n in b)
 
 
-def test_scalars_of_no_dimension_are_taken():
+def test_0d_scalars_are_accepted():
     old = reference() | {"smear_lambda": torch.tensor(0.5), "backout_lambda": torch.tensor(0.25)}
     params = convert.from_reference(old, CONFIG)
     assert params["smear_lambda"].tolist() == [0.5] and params["backout_lambda"].tolist() == [0.25]
@@ -66,7 +66,7 @@ def test_scalars_of_no_dimension_are_taken():
 NEWER = ("resid_lambdas", "x0_lambdas", "smear", "backout", "value_embeds", "ve_gate")
 
 
-def test_an_older_checkpoint_gets_values_without_effect(capsys: pytest.CaptureFixture[str]):
+def test_older_checkpoint_gets_neutral_values(capsys: pytest.CaptureFixture[str]):
     whole = reference()
     old = {name: x for name, x in whole.items() if not any(part in name for part in NEWER)}
     params = convert.from_reference(old, CONFIG)
@@ -90,7 +90,7 @@ def test_an_older_checkpoint_gets_values_without_effect(capsys: pytest.CaptureFi
     assert not torch.equal(x, first)
 
 
-def test_a_whole_checkpoint_says_nothing(capsys: pytest.CaptureFixture[str]):
+def test_complete_checkpoint_prints_nothing(capsys: pytest.CaptureFixture[str]):
     convert.from_reference(reference(), CONFIG)
     assert capsys.readouterr().out == ""
 
@@ -107,14 +107,14 @@ MISFITS = [  # what is added to a whole checkpoint, and what is said of it
 
 
 @pytest.mark.parametrize("extra, message", MISFITS)
-def test_what_does_not_fit_is_refused(extra: dict[str, Tensor], message: str):
+def test_mismatched_parameters_are_refused(extra: dict[str, Tensor], message: str):
     with pytest.raises(UserError) as error:
         convert.from_reference(reference() | extra, CONFIG)
     assert str(error.value).startswith(f"reference checkpoint: {message}")
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "transformer.h.1.attn.c_q.weight"])
-def test_what_has_no_neutral_value_must_be_there(name: str):
+def test_missing_parameter_without_neutral_value_is_refused(name: str):
     state_dict = reference()
     del state_dict[name]
     with pytest.raises(UserError) as error:
@@ -122,7 +122,7 @@ def test_what_has_no_neutral_value_must_be_there(name: str):
     assert str(error.value) == f"reference checkpoint: {convert.to_ours(name)} is missing"
 
 
-def test_config_of_a_meta_file(capsys: pytest.CaptureFixture[str]):
+def test_config_from_meta_file(capsys: pytest.CaptureFixture[str]):
     fields = dataclasses.asdict(CONFIG)
     assert convert.config_from_reference(fields | {"dropout": 0.0}) == CONFIG
     assert capsys.readouterr().out == ""
@@ -139,7 +139,7 @@ def test_config_of_a_meta_file(capsys: pytest.CaptureFixture[str]):
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_of_tensors(tmp_path: Path):
+def test_file_of_tensors_loads(tmp_path: Path):
     path = tmp_path / "model_000010.pt"
     torch.save(reference(dtype=torch.bfloat16), path)
     params = tree.flatten(convert.load_reference(path, CONFIG))
@@ -148,7 +148,7 @@ def test_a_file_of_tensors(tmp_path: Path):
 
 
 class Payload:
-    """What runs on unpickling: here it would only make a folder."""
+    """Runs code when unpickled: here it would make a folder."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -168,7 +168,7 @@ def test_pickled_code_is_refused_and_never_runs(tmp_path: Path, write: Callable[
     write(reference() | {"lm_head.weight": Payload(mark)}, path)
     with pytest.raises(UserError) as error:
         convert.load_reference(path, CONFIG)
-    assert str(error.value).startswith(f"{path}: not a file of plain tensors: it is damaged, or has code in it")
+    assert str(error.value).startswith(f"{path}: not a file of plain tensors: it is corrupt, or contains code")
     assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
     assert not mark.exists()
     if write is save_bare:
@@ -178,7 +178,7 @@ def test_pickled_code_is_refused_and_never_runs(tmp_path: Path, write: Callable[
     assert mark.exists(), "the payload is a real one"
 
 
-def test_other_files_are_refused(tmp_path: Path):
+def test_invalid_files_are_refused(tmp_path: Path):
     missing, garbage, empty = tmp_path / "no.pt", tmp_path / "garbage.pt", tmp_path / "empty.pt"
     garbage.write_bytes(b"not a checkpoint at all")
     empty.write_bytes(b"")
@@ -192,5 +192,5 @@ def test_other_files_are_refused(tmp_path: Path):
     for content in ([torch.ones(1)], {"model": {"lm_head.weight": torch.ones(1)}}, torch.ones(2)):
         other = tmp_path / "other.pt"
         torch.save(content, other)
-        with pytest.raises(UserError, match=r"other\.pt: no state_dict, that is, no mapping of names to tensors"):
+        with pytest.raises(UserError, match=r"other\.pt: not a state_dict"):
             convert.load_reference(other, CONFIG)

@@ -1,4 +1,4 @@
-"""A run's checkpoint as a model to use: what is found, in which dtype, and what is said where nothing is right."""
+"""Loading a trained model from a run: contents, dtypes, defaults, and errors."""
 
 import dataclasses
 import json
@@ -18,15 +18,15 @@ from nanochat.data import Tokenizer, tokenizer
 from nanochat.model import Compute, ModelConfig
 
 
-def test_everything_comes_from_the_checkpoint(base: Path):
+def test_everything_is_read_from_the_checkpoint(base: Path):
     folder = save_run(base, steps=(1, 2))
     tokenizer.save(Tokenizer(TOK.tokens[:256]), folder / "tokenizer")  # trained anew since
-    bot = checkpoint.load("bot", device="cpu")
-    assert (bot.name, bot.step, bot.stage, bot.folder) == ("bot", 2, "base", folder)
-    assert bot.config == CONFIG and bot.tokenizer == TOK
-    assert_trees_close(bot.params, random_params(CONFIG, 2), rtol=0)
+    loaded = checkpoint.load("bot", device="cpu")
+    assert (loaded.name, loaded.step, loaded.stage, loaded.folder) == ("bot", 2, "base", folder)
+    assert loaded.config == CONFIG and loaded.tokenizer == TOK
+    assert_trees_close(loaded.params, random_params(CONFIG, 2), rtol=0)
     assert_trees_close(checkpoint.load("bot", step=1).params, random_params(CONFIG, 1), rtol=0)
-    assert checkpoint.describe_model(bot) == (
+    assert checkpoint.describe_model(loaded) == (
         f"bot, step 2 (base): {model.count(CONFIG)['total'] / 1000:.3g}k parameters, 267 tokens of vocabulary, "
         "context 64, cpu float32"
     )
@@ -46,7 +46,7 @@ def test_loaded_and_restored_parameters_carry_the_config(base: Path):
     assert ModelConfig(**meta["model"]) == config
 
 
-def test_a_run_is_named_or_a_path_or_the_one_saved_last(base: Path, tmp_path: Path):
+def test_run_is_found_by_name_by_path_or_as_the_one_saved_last(base: Path, tmp_path: Path):
     old, new = save_run(base, "old", steps=(9,)), save_run(base, "new", steps=(3, 4))
     elsewhere = save_run(tmp_path / "elsewhere", "old", steps=(5,))
     (base / "runs" / "empty").mkdir()
@@ -63,42 +63,42 @@ def test_a_run_is_named_or_a_path_or_the_one_saved_last(base: Path, tmp_path: Pa
     assert checkpoint.find_run(str(elsewhere)) == elsewhere
 
 
-def test_dtype_of_matrices_and_tables_and_the_same_logits_as_in_training(base: Path):
+def test_matrices_are_cast_and_logits_equal_those_of_training(base: Path):
     params = random_params(CONFIG)
     save_run(base, params=params)
     assert {x.dtype for x in tree.leaves(checkpoint.load("bot", device="cpu").params)} == {torch.float32}
-    bot = checkpoint.load("bot", dtype=torch.bfloat16)
-    for name, leaf in tree.flatten(bot.params).items():
+    loaded = checkpoint.load("bot", dtype=torch.bfloat16)
+    for name, leaf in tree.flatten(loaded.params).items():
         assert leaf.dtype == (torch.bfloat16 if leaf.dim() == 2 else torch.float32), name
-    assert "bfloat16" in checkpoint.describe_model(bot)
+    assert "bfloat16" in checkpoint.describe_model(loaded)
     compute = Compute(dtype=torch.bfloat16)
     want = model.apply(params, TEXT, config=CONFIG, compute=compute)
-    assert torch.equal(model.apply(bot.params, TEXT, config=bot.config, compute=compute), want)
+    assert torch.equal(model.apply(loaded.params, TEXT, config=loaded.config, compute=compute), want)
 
 
-def test_rows_of_the_tables_that_no_token_has_are_cut_off(base: Path):
+def test_embedding_rows_beyond_the_tokenizer_are_removed(base: Path):
     config = dataclasses.replace(CONFIG, vocab_size=500)
     params = random_params(config)
     save_run(base, config=config, params=params)
-    bot = checkpoint.load("bot")
-    assert bot.config == CONFIG
-    assert bot.params["wte"].shape == (320, 32) and bot.params["wte"].untyped_storage().nbytes() == 320 * 32 * 4
-    got, want = (model.apply(p, TEXT, config=c) for p, c in ((bot.params, bot.config), (params, config)))
+    loaded = checkpoint.load("bot")
+    assert loaded.config == CONFIG
+    assert loaded.params["wte"].shape == (320, 32) and loaded.params["wte"].untyped_storage().nbytes() == 320 * 32 * 4
+    got, want = (model.apply(p, TEXT, config=c) for p, c in ((loaded.params, loaded.config), (params, config)))
     assert torch.allclose(got, want[..., : TOK.vocab_size], atol=1e-6)
 
 
-def test_the_stage_is_the_checkpoints_and_only_a_base_model_comes_with_a_warning(base: Path):
+def test_only_a_base_model_has_a_warning(base: Path):
     save_run(base, "chatty", stage="sft")
-    bot = checkpoint.load("chatty")
-    assert bot.stage == "sft" and checkpoint.warning(bot) is None and "(sft)" in checkpoint.describe_model(bot)
+    loaded = checkpoint.load("chatty")
+    assert loaded.stage == "sft" and checkpoint.warning(loaded) is None and "(sft)" in checkpoint.describe_model(loaded)
     save_run(base, "plain")
     warning = checkpoint.warning(checkpoint.load("plain"))
     assert warning is not None and "\n" not in warning
-    assert warning.startswith("plain is a base model: it has never seen a conversation")
-    assert "--experiment=generate" in warning
+    assert warning.startswith("plain is a base model: it was not trained on conversations")
+    assert "--set complete=true" in warning
 
 
-def test_a_pretraining_run_loads(base: Path):
+def test_pretraining_run_loads(base: Path):
     draw = random.Random(0)
     texts = [" ".join(draw.choices(["the", "a", "cat", "dog", "sat"], k=30)) for _ in range(100)]
     (base / "text").mkdir()
@@ -112,13 +112,13 @@ def test_a_pretraining_run_loads(base: Path):
         f"data.source={base / 'text'}",
     ]
     pretrain.run(override(pretrain.config(), settings), distributed.init("cpu"))
-    bot = checkpoint.load(device="cpu")
-    assert (bot.name, bot.step, bot.stage, bot.tokenizer) == ("run", 1, "base", TOK)
-    assert bot.config == ModelConfig(32, TOK.vocab_size, 2, 2, 2, 64, "L")
-    assert model.apply(bot.params, TEXT, config=bot.config).isfinite().all()
+    loaded = checkpoint.load(device="cpu")
+    assert (loaded.name, loaded.step, loaded.stage, loaded.tokenizer) == ("run", 1, "base", TOK)
+    assert loaded.config == ModelConfig(32, TOK.vocab_size, 2, 2, 2, 64, "L")
+    assert model.apply(loaded.params, TEXT, config=loaded.config).isfinite().all()
 
 
-def test_a_converted_run_loads_and_one_without_tokenizer_says_how_to_get_it(base: Path):
+def test_converted_run_loads_and_without_tokenizer_is_refused(base: Path):
     params = random_params(CONFIG, 3)
     torch.save(reference.to_reference(params, CONFIG), base / "model.pt")
     (base / "meta.json").write_text(json.dumps({"step": 7, "model_config": dataclasses.asdict(CONFIG)}))
@@ -130,13 +130,13 @@ def test_a_converted_run_loads_and_one_without_tokenizer_says_how_to_get_it(base
     tokenizer.save(TOK, base / "saved")
     encoded.write_text("\n".join((base / "saved" / "tokenizer.txt").read_text().splitlines()[1:]))
     convert.run(dataclasses.replace(config, name="fluent", ranks=str(encoded)), distributed.init("cpu"))
-    bot = checkpoint.load("fluent")
-    assert bot.step == 7 and bot.tokenizer == TOK
-    assert_trees_close(bot.params, params, rtol=0)
+    loaded = checkpoint.load("fluent")
+    assert loaded.step == 7 and loaded.tokenizer == TOK
+    assert_trees_close(loaded.params, params, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is missing or damaged
+# Errors
 
 
 def refused(run: str | None = None, step: int | None = None) -> str:
@@ -146,7 +146,7 @@ def refused(run: str | None = None, step: int | None = None) -> str:
     return str(caught.value)
 
 
-def test_no_run_at_all(base: Path):
+def test_no_run_names_the_command_that_makes_one(base: Path):
     made_by = "`python launch.py --experiment=quickstart` makes one"
     assert refused().startswith(f"no trained model in {base / 'runs'}: {made_by}")
     assert refused("bot") == f"run=bot: no such run in {base / 'runs'}; {made_by}"
@@ -156,14 +156,14 @@ def test_no_run_at_all(base: Path):
     assert "has no complete checkpoint" in message and message.endswith(made_by)
 
 
-def test_a_misspelt_run(base: Path):
+def test_misspelled_run_lists_the_nearest_names(base: Path):
     save_run(base, "quickstart")
     assert refused("quikstart").endswith(f"no such run in {base / 'runs'}; did you mean quickstart?")
     assert refused("d20").endswith("; there are: quickstart")
     assert "no such run" in refused("tests"), "a folder here is no run unless it has checkpoints"
 
 
-def test_a_run_that_was_stopped_within_its_first_save(base: Path):
+def test_run_without_a_complete_checkpoint_is_refused(base: Path):
     save_run(base, "good")
     whole = base / "runs" / "good" / "checkpoints" / "1"
     half = base / "runs" / "half" / "checkpoints" / "1.orbax-checkpoint-tmp"
@@ -176,13 +176,13 @@ def test_a_run_that_was_stopped_within_its_first_save(base: Path):
     assert checkpoint.load().name == "good" and whole.is_dir()
 
 
-def test_a_step_that_is_not_there(base: Path):
+def test_missing_step_lists_the_available_ones(base: Path):
     save_run(base, steps=(3, 6))
     assert refused("bot", 5).endswith("there are steps 3, 6")
 
 
 @pytest.mark.parametrize("lost", ["meta/metadata", "files/tokenizer.txt", "state"])
-def test_a_checkpoint_copied_in_part(base: Path, lost: str):
+def test_incomplete_checkpoint_names_an_intact_step(base: Path, lost: str):
     folder = save_run(base, steps=(3, 6))
     (folder / "checkpoints" / "6" / lost).rename(base / "lost")
     message = refused("bot")
@@ -191,7 +191,7 @@ def test_a_checkpoint_copied_in_part(base: Path, lost: str):
     assert checkpoint.load("bot", step=3).step == 3
 
 
-def test_a_changed_byte(base: Path):
+def test_changed_byte_is_detected(base: Path):
     folder = save_run(base, steps=(3,))
     largest = max((folder / "checkpoints/3/state").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     data = bytearray(largest.read_bytes())
@@ -201,7 +201,7 @@ def test_a_changed_byte(base: Path):
     assert "there is no other step" in message and "step=" not in message
 
 
-def test_parts_that_do_not_belong_together(base: Path):
+def test_inconsistent_checkpoints_are_refused(base: Path):
     save_run(base, "vocabulary", tok=Tokenizer((*TOK.tokens, b"zz")))
     assert "the tokenizer has 268 tokens, the model 267" in refused("vocabulary")
     save_run(base, "specials", tok=Tokenizer(TOK.tokens, specials=("<|bos|>",)))
@@ -215,4 +215,4 @@ def test_parts_that_do_not_belong_together(base: Path):
     save_run(base, "newer", model={**dataclasses.asdict(CONFIG), "n_experts": 8})
     assert "n_experts" in refused("newer") and "update nanochat" in refused("newer")
     save_run(base, "strange", model=None)
-    assert "no shape of a model" in refused("strange")
+    assert "no model config" in refused("strange")

@@ -21,7 +21,7 @@ import torch
 from trained_run import TOK, save_run
 
 import launch
-from experiments import chat, generate
+from experiments import chat
 from nanochat import checkpoint, distributed
 from nanochat.config import UserError, override
 from nanochat.data import Piece, chat_format
@@ -104,7 +104,7 @@ class Scripted:
 
 def main(argv: list[str]) -> int:
     """Run launch.py's command line in this process, with the scripted engine at a visible pace."""
-    chat.infer = generate.infer = Scripted  # type: ignore[assignment]
+    chat.infer = Scripted  # type: ignore[assignment]
     Scripted.pace = 0.01
     if os.isatty(0):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # for Ctrl-C to become a signal
@@ -131,7 +131,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def scripted(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "infer", Scripted)
-    monkeypatch.setattr(generate, "infer", Scripted)
 
 
 Ran = Callable[..., tuple[str, str]]
@@ -159,7 +158,7 @@ def environment(base: Path, **more: str) -> dict[str, str]:
 # A prompt, and piped messages
 
 
-def test_a_prompt_gives_the_answer_alone_on_standard_output(ran: Ran):
+def test_only_the_answer_goes_to_standard_output(ran: Ran):
     out, err = ran(chat, "prompt=why?")
     assert out == "you said: why? (1). ✓\n"
     assert err.startswith("sft, step 1 (sft): ") and err.count("\n") == 1
@@ -168,11 +167,11 @@ def test_a_prompt_gives_the_answer_alone_on_standard_output(ran: Ran):
     assert list(request.prompt) == chat_format.prompt(TOK, [{"role": "user", "content": "why?"}])
 
 
-def test_a_prompt_from_standard_input_is_one_message(ran: Ran):
+def test_prompt_from_standard_input_is_one_message(ran: Ran):
     assert ran(chat, "prompt=-", stdin="two\nlines\n")[0] == "you said: two\nlines (1). ✓\n"
 
 
-def test_a_base_model_is_announced(ran: Ran):
+def test_base_model_shows_a_warning(ran: Ran):
     out, err = ran(chat, "run=bot", "prompt=hi")
     lines = err.splitlines()
     assert lines[1] == checkpoint.warning(checkpoint.load("bot")) and len(lines) == 2
@@ -191,7 +190,7 @@ def test_piped_lines_are_messages_of_one_conversation(ran: Ran):
     assert len({first.seed, second.seed, third.seed}) == 3
 
 
-def test_tool_calls_are_shown_apart_and_kept_in_the_history(ran: Ran):
+def test_tool_calls_are_shown_separately_and_kept_in_the_history(ran: Ran):
     out, err = ran(chat, stdin="tool\nand?\n")
     assert out == "It is .\nyou said: and? (2). ✓\n"
     assert err.splitlines()[1:] == ["[calculator: 12*3 = 36]"]
@@ -199,12 +198,12 @@ def test_tool_calls_are_shown_apart_and_kept_in_the_history(ran: Ran):
     assert any(prompt[i : i + len(TOOL)] == TOOL for i in range(len(prompt))), "as the model said it"
 
 
-def test_seeds_count_from_the_one_that_is_set(ran: Ran):
+def test_seeds_count_from_the_setting(ran: Ran):
     ran(chat, "seed=7", stdin="a\nclear\nb\n")
     assert [request.seed for request in Scripted.started.asked] == [7, 8]
 
 
-def test_an_answer_that_is_cut_says_why(ran: Ran):
+def test_cut_answer_shows_the_reason(ran: Ran):
     out, err = ran(chat, "max_tokens=7", "prompt=long")
     assert out == "word wo\n" and err.splitlines()[-1] == "[cut at max_tokens=7]"
     out, err = ran(chat, "prompt=long")
@@ -212,42 +211,44 @@ def test_an_answer_that_is_cut_says_why(ran: Ran):
     assert ran(chat, "prompt=half")[0] == "\ufffd\n"
 
 
-def test_verbose_gives_the_speed(ran: Ran):
+def test_verbose_shows_the_speed(ran: Ran):
     err = ran(chat, "verbose=true", "seed=5", "prompt=hi")[1]
     assert "[22 tokens, " in err and "tokens/s, the first after 0.0" in err and "of 64 tokens; seed 5]" in err
 
 
-def test_a_conversation_longer_than_the_context_loses_its_oldest_exchanges(ran: Ran):
+def test_oldest_exchanges_are_dropped_beyond_the_context(ran: Ran):
     messages = ["a" * 12, "b" * 12, "c" * 12]  # an exchange takes 47 of 64 tokens
     out, err = ran(chat, stdin="\n".join(messages))
     assert out == "".join(f"you said: {message} (1). ✓\n" for message in messages)
-    assert err.count("longer than the context of 64 tokens: its first 2 messages are left out") == 2
+    assert err.count("longer than the context of 64 tokens: its first 2 messages are dropped") == 2
     assert "`clear`" in err
 
 
-def test_a_message_too_long_by_itself_is_refused(ran: Ran):
+def test_message_longer_than_the_context_is_refused(ran: Ran):
     with pytest.raises(UserError, match=r"the message has 84 tokens, the model's context holds 64: shorten it"):
         ran(chat, f"prompt={'x' * 80}")
     assert ran(chat, f"prompt={'x' * 55}")[0] == "you s\n"  # fits, with little room for an answer
 
 
-def test_mistakes_are_said_before_a_model_is_read(ran: Ran):
-    for experiment in (chat, generate):
-        several = dataclasses.replace(distributed.init("cpu"), world_size=2)
-        with pytest.raises(UserError, match="in one process: start it with python, not torchrun"):
-            experiment.run(experiment.config(), several)
-        for setting in ("temperature=-1", "top_k=-1", "max_tokens=0"):
-            with pytest.raises(UserError, match=f"{setting}.*must be at least"):
-                override(experiment.config(), [setting])
+def test_invalid_settings_are_refused_before_loading(ran: Ran):
+    several = dataclasses.replace(distributed.init("cpu"), world_size=2)
+    with pytest.raises(UserError, match="in a single process: start it with python, not torchrun"):
+        chat.run(chat.config(), several)
+    for setting in ("temperature=-1", "top_k=-1", "max_tokens=0", "samples=0", "slots=0"):
+        with pytest.raises(UserError, match=f"{setting}.*must be at least"):
+            override(chat.config(), [setting])
+    for setting in ("prompts=a", "output=b", "samples=2"):
+        with pytest.raises(UserError, match="add --set complete=true"):
+            override(chat.config(), [setting])
     with pytest.raises(UserError, match="prompt: is empty"):
         ran(chat, "prompt=-", stdin="\n")
 
 
-def test_a_missing_run_is_one_line(
+def test_missing_run_is_a_one_line_error(
     tmp_path: Path, scripted: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    for more in (["--experiment=chat"], ["--experiment=generate", "--set", "prompt=x"]):
+    for more in (["--experiment=chat"], ["--experiment=chat", "--set", "complete=true", "--set", "prompt=x"]):
         assert launch.main(["launch.py", *more]) == 1
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1
@@ -259,7 +260,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_colours_and_control_characters(monkeypatch: pytest.MonkeyPatch):
+def test_colors_and_control_characters(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     calls = [
@@ -287,7 +288,7 @@ def test_colours_and_control_characters(monkeypatch: pytest.MonkeyPatch):
     assert chat.printable("\x1b[0m\r\n", io.StringIO()) == "\x1b[0m\r\n", "into a file goes what the model said"
 
 
-def test_a_prompt_streams_and_ends_quietly_when_nobody_reads_on(base: Path):
+def test_answer_streams_and_a_closed_pipe_is_not_an_error(base: Path):
     command = [*COMMAND, "--experiment=chat", "--set", "run=sft", "--set", "prompt=long", "--set", "max_tokens=40"]
     with subprocess.Popen(
         command, env=environment(base), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -357,7 +358,7 @@ class Session:
         os.close(self.master)
 
 
-def test_a_conversation_at_the_terminal(base: Path):
+def test_conversation_at_a_terminal(base: Path):
     with Session(base, "run=sft", "max_tokens=1000") as session:
         session.expect("Ctrl-C stops an answer\x1b[0m")
         session.expect("> ")
@@ -383,7 +384,7 @@ def test_a_conversation_at_the_terminal(base: Path):
         assert session.end() == 0
 
 
-def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(base: Path):
+def test_ctrl_c_stops_an_answer_and_the_chat_continues(base: Path):
     with Session(base, "run=sft", "max_tokens=1000", NO_COLOR="1") as session:
         session.expect("> ")
         session.type("long\r")
@@ -405,20 +406,20 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(base: Path):
 # Plain text
 
 
-def test_a_text_is_completed_without_a_conversation(ran: Ran):
-    out, err = ran(generate, "run=bot", "prompt=once upon")
+def test_plain_text_is_completed_without_chat_tokens(ran: Ran):
+    out, err = ran(chat, "complete=true", "run=bot", "prompt=once upon")
     assert out == " …upon42\n"
     assert err.startswith("bot, step 3 (base)") and err.count("\n") == 1
     assert Scripted.started.asked == [engine.Request((TOK.bos, *TOK.encode("once upon")), 256, 0.8, 50, 42)]
-    ran(generate, "prompt=")
+    ran(chat, "complete=true", "prompt=-")
     assert Scripted.started.asked[0].prompt == (TOK.bos,)
-    ran(generate, "prompt=-", stdin="line\n\n")
+    ran(chat, "complete=true", "prompt=-", stdin="line\n\n")
     assert Scripted.started.asked[0].prompt == (TOK.bos, *TOK.encode("line\n"))
-    assert ran(generate, "prompt=a b", "max_tokens=3")[0] == " \ufffd\n"  # cut within a character
+    assert ran(chat, "complete=true", "prompt=a b", "max_tokens=3")[0] == " \ufffd\n"  # cut within a character
 
 
-def test_samples_of_one_prompt(ran: Ran):
-    out, _ = ran(generate, "prompt=x", "samples=3", "seed=1", "slots=2")
+def test_samples_of_a_prompt(ran: Ran):
+    out, _ = ran(chat, "complete=true", "prompt=x", "samples=3", "seed=1", "slots=2")
     assert out == "".join(f"--- sample {i} of 3\n …x{i}\n" for i in (1, 2, 3))
     assert Scripted.started.slots == 2
 
@@ -427,11 +428,13 @@ PROMPTS = ["short", "a much longer one", "é"]
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
-def test_a_file_of_prompts(ran: Ran, tmp_path: Path, kind: str):
+def test_file_of_prompts(ran: Ran, tmp_path: Path, kind: str):
     lines = [json.dumps({"id": i, "prompt": text} if i else text) for i, text in enumerate(PROMPTS)]
     (tmp_path / f"in.{kind}").write_text("\n\n".join(lines if kind == "jsonl" else PROMPTS) + "\n")
-    out, err = ran(generate, f"prompts={tmp_path}/in.{kind}", f"output={tmp_path}/out.jsonl", "samples=2", "slots=3")
-    assert out == "" and "generate" in err
+    out, err = ran(
+        chat, "complete=true", f"prompts={tmp_path}/in.{kind}", f"output={tmp_path}/out.jsonl", "samples=2", "slots=3"
+    )
+    assert out == "" and "complete" in err
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == [text for text in PROMPTS for _ in range(2)]
     assert [(row["sample"], row["seed"]) for row in rows] == [(i % 2, 42 + i) for i in range(6)]
@@ -439,10 +442,12 @@ def test_a_file_of_prompts(ran: Ran, tmp_path: Path, kind: str):
     assert rows[0]["finish"] == "stop" and rows[0]["tokens"] == len(" …short42".encode()) + 1
     assert [row.get("id") for row in rows] == ([None, None, 1, 1, 2, 2] if kind == "jsonl" else [None] * 6)
     assert list(tmp_path.glob("*.partial")) == []
-    assert ran(generate, f"prompts={tmp_path}/in.{kind}", "samples=2")[0] == (tmp_path / "out.jsonl").read_text("utf-8")
+    assert ran(chat, "complete=true", f"prompts={tmp_path}/in.{kind}", "samples=2")[0] == (
+        tmp_path / "out.jsonl"
+    ).read_text("utf-8")
 
 
-def test_completions_so_far_stay_when_it_is_stopped(
+def test_interrupted_completions_are_kept(
     ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "in.txt").write_text("a\nb\nc\n")
@@ -451,36 +456,36 @@ def test_completions_so_far_stay_when_it_is_stopped(
         yield from Scripted.run(decoder, requests[:2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "infer", type("Stopped", (Scripted,), {"run": staticmethod(stopped)}))
+    monkeypatch.setattr(chat, "infer", type("Stopped", (Scripted,), {"run": staticmethod(stopped)}))
     with pytest.raises(KeyboardInterrupt):
-        ran(generate, f"prompts={tmp_path / 'in.txt'}", f"output={tmp_path / 'out.jsonl'}")
+        ran(chat, "complete=true", f"prompts={tmp_path / 'in.txt'}", f"output={tmp_path / 'out.jsonl'}")
     assert [path.name for path in tmp_path.glob("out*")] == ["out.jsonl.partial"]
     assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 2
     assert f"completions so far: {tmp_path / 'out.jsonl.partial'}" in capsys.readouterr().err
 
 
-def test_mistakes_in_a_file_of_prompts(ran: Ran, tmp_path: Path):
+def test_invalid_prompt_files_are_refused(ran: Ran, tmp_path: Path):
     def refused(*settings: str) -> str:
         with pytest.raises(UserError) as caught:
-            ran(generate, *settings)
+            ran(chat, "complete=true", *settings)
         return str(caught.value)
 
     both = "set either a prompt"
     assert refused().startswith(both) and refused("prompt=a", "prompts=b").startswith(both)
-    assert refused(f"prompts={tmp_path}/none") == f"prompts={tmp_path}/none: cannot be read (No such file or directory)"
+    assert refused(f"prompts={tmp_path}/none") == f"{tmp_path}/none cannot be read: No such file or directory"
     file = tmp_path / "in.jsonl"
     for text, wanted in {
         "\n \n": "has no prompt in it",
-        '"a"\n\nb': "line 3: is no JSON",
-        '{"text": "a"}': 'line 1: expected a string, or an object with a "prompt"',
-        "3": "line 1: expected a string",
+        '"a"\n\nb': ":3: not valid JSON",
+        '{"text": "a"}': ':1: expected a string, or an object with a "prompt"',
+        "3": ":1: expected a string",
         json.dumps("x" * 99): "the prompt has 100 tokens, the model's context holds 64: shorten it",
         '"a"\n' + json.dumps("x" * 63): "prompt 2 of 2 has 64 tokens",
     }.items():
         file.write_text(text)
         assert wanted in refused(f"prompts={file}")
     file.write_bytes(b"\xff")
-    assert "cannot be read" in refused(f"prompts={file}")
+    assert "not valid JSON ('utf-8'" in refused(f"prompts={file}")
     file.write_text('"a"')
     assert f"output={tmp_path}/no/out: cannot be written" in refused(f"prompts={file}", f"output={tmp_path}/no/out")
 
@@ -499,11 +504,13 @@ def test_with_the_real_engine(
 
     with torch.random.fork_rng():
         (tmp_path / "in.txt").write_text("the\na cat\n")
-        together = run(generate, f"prompts={tmp_path / 'in.txt'}", "samples=2", "slots=3", "seed=3")
+        together = run(chat, "complete=true", f"prompts={tmp_path / 'in.txt'}", "samples=2", "slots=3", "seed=3")
         rows = [json.loads(line) for line in together.splitlines()]
         assert len({row["completion"] for row in rows}) == 4 and all(0 < row["tokens"] <= 12 for row in rows)
         for row in rows:
-            assert run(generate, f"prompt={row['prompt']}", f"seed={row['seed']}") == row["completion"] + "\n"
+            assert (
+                run(chat, "complete=true", f"prompt={row['prompt']}", f"seed={row['seed']}") == row["completion"] + "\n"
+            )
         said = run(chat, "prompt=hello", "seed=1")
         assert said == run(chat, "prompt=hello", "seed=1") and said.endswith("\n")
         assert run(chat, "seed=1").endswith("\n")  # the piped message
