@@ -125,8 +125,8 @@ class ToolTokens(NamedTuple):
 def tool_tokens(tokenizer: Tokenizer, evaluate: Evaluate = calculate) -> ToolTokens:
     special = tokenizer.special
     stops = frozenset((special("<|assistant_end|>"), tokenizer.bos))
-    markers = (special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end"))
-    return ToolTokens(stops, *markers, tokenizer, evaluate)
+    call = special("<|python_start|>"), special("<|python_end|>")
+    return ToolTokens(stops, *call, special("<|output_start|>"), special("<|output_end|>"), tokenizer, evaluate)
 
 
 def step(
