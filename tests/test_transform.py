@@ -73,7 +73,7 @@ def test_equals_torch_func_on_the_models_loss(chunk_tokens: int | None):
     assert len({g.untyped_storage().data_ptr() for g in tree.leaves(grads)}) == len(tree.leaves(grads))
 
 
-def test_a_function_of_nothing_has_zero_gradients():
+def test_constant_function_has_zero_gradients():
     f = lambda params: torch.tensor(4.0)  # noqa: E731
     assert_same(transform.value_and_grad(f)({"a": numbers(3)}), torch.func.grad_and_value(f)({"a": numbers(3)}))
 
@@ -83,20 +83,20 @@ def test_aux_may_hold_more_than_tensors():
     assert aux == {"name": "x", "n": 3}
 
 
-def test_one_tensor_in_two_places_is_two_arguments():
+def test_a_repeated_tensor_counts_as_two_arguments():
     x = numbers(3)
     f = lambda p: (p["a"] * p["b"].square()).sum()  # noqa: E731
     got, _ = transform.value_and_grad(f)({"a": x, "b": x})
     torch.testing.assert_close(got, {"a": x.square(), "b": 2 * x * x})
 
 
-def test_further_arguments_and_keywords_pass_through():
+def test_other_arguments_pass_through():
     f = lambda p, x, *, power: (p * x).pow(power).sum()  # noqa: E731
     grads, value = transform.value_and_grad(f)(torch.tensor(3.0), torch.tensor(2.0), power=2)
     assert (grads.item(), value.item()) == (24.0, 36.0)
 
 
-def test_arguments_keep_everything_and_surrounding_modes_do_not_matter():
+def test_arguments_and_grad_mode_are_unchanged():
     params = {"free": numbers(3), "leaf": numbers(3, seed=1).requires_grad_(), "derived": None}
     params["derived"] = params["leaf"] * 2  # part of the caller's own graph
     params["leaf"].grad = torch.ones(3)
@@ -111,7 +111,7 @@ def test_arguments_keep_everything_and_surrounding_modes_do_not_matter():
     torch.testing.assert_close(first[0]["leaf"], params["free"] * params["derived"].detach())
 
 
-def test_a_value_that_is_no_scalar_is_refused():
+def test_non_scalar_value_is_refused():
     with pytest.raises(ValueError, match=r"the function returned shape \(1,\), expected a 0-d tensor"):
         transform.value_and_grad(lambda p: p.sum()[None])(numbers(3))
 
@@ -142,14 +142,14 @@ def doubled(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_custom_backward_is_used(compiled: bool):
+def test_custom_backward_is_used(compiled: bool):
     f = torch.compile(doubled, fullgraph=True, backend="aot_eager") if compiled else doubled
     grads, value = transform.value_and_grad(f)(torch.ones(3))
     assert value == 6 and grads.tolist() == [5, 5, 5]
 
 
 @pytest.mark.xfail(strict=False, reason="torch.compile of torch.func.grad drops a custom backward without a word")
-def test_the_trap_that_training_goes_round():
+def test_compiled_torch_func_grad_ignores_a_custom_backward():
     """Once it passes, `--set train.grad=torch_func` may use the chunked loss under torch.compile as well."""
     assert torch.func.grad(doubled)(torch.ones(3)).tolist() == [5, 5, 5]
     compiled = torch.compile(torch.func.grad(doubled), fullgraph=True, backend="eager")

@@ -25,7 +25,7 @@ def test_flatten_and_unflatten_are_inverse_and_keep_the_order():
     assert all(back[name] is flat[name] for name in flat)
 
 
-def test_flatten_takes_dicts_and_a_prefix():
+def test_flatten_accepts_dicts_and_a_prefix():
     x = torch.ones(1)
     assert list(tree.flatten({"a": {"b": x}, "c": TensorDict({"d": x}, [])}, "root.")) == ["root.a.b", "root.c.d"]
     assert tree.flatten({}) == {}
@@ -40,7 +40,7 @@ def test_map_keeps_the_structure_and_changes_nothing():
     assert nest["p"].x.tolist() == [1, 1]
 
 
-def test_map_refuses_trees_of_another_order_rather_than_mixing_leaves_up():
+def test_map_refuses_trees_with_another_order_of_leaves():
     a = tree.unflatten({"x": torch.tensor(1.0), "y": torch.tensor(10.0)})
     b = tree.unflatten({"y": torch.tensor(20.0), "x": torch.tensor(2.0)})
     with pytest.raises(ValueError, match="mismatch"):
@@ -52,7 +52,7 @@ def test_leaves_have_the_order_of_flatten():
     assert [int(x) for x in tree.leaves(nest)] == [int(x) for x in tree.flatten(nest).values()]
 
 
-def test_bytes_and_devices():
+def test_nbytes_and_to():
     nest = {"a": torch.zeros(3, dtype=torch.bfloat16), "b": tree.unflatten({"c": torch.zeros(2, dtype=torch.int64)})}
     assert tree.nbytes(nest) == 6 + 16
     assert all(x.is_meta for x in tree.leaves(tree.to(nest, "meta")))

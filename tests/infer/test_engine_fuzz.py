@@ -67,7 +67,7 @@ def random_requests(rng: random.Random, context: int) -> tuple[list[Request], li
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("async_depth", [0, 1])
 @torch.no_grad()
-def test_random_loads(monkeypatch: pytest.MonkeyPatch, seed: int, async_depth: int) -> None:
+def test_random_loads_equal_a_loop_without_cache(monkeypatch: pytest.MonkeyPatch, seed: int, async_depth: int) -> None:
     rng = random.Random(f"{seed} {async_depth}")
     context = rng.choice((20, 60, 150, 256, 300))  # within the shortest window, and over it
     requests, told = random_requests(rng, context)

@@ -26,14 +26,14 @@ def greedy(n: int) -> list[int]:
     return ids[len(PROMPT) :]
 
 
-def test_temperature_zero_is_greedy_also_beyond_the_context():
+def test_temperature_zero_is_greedy():
     got = sampling.sample(random_params(), PROMPT, logits_fn, max_tokens=20)
     assert got == greedy(20) and len(got) == 20 > CONFIG.sequence_len
     one = sampling.sample(random_params(), PROMPT, logits_fn, max_tokens=20, temperature=1.0, top_k=1)
     assert one == got, "top_k=1 leaves one choice"
 
 
-def test_it_ends_before_the_first_stop_token():
+def test_sample_ends_before_a_stop_token():
     want = greedy(12)
     stop = want[6]
     got = sampling.sample(random_params(), PROMPT, logits_fn, max_tokens=12, stop={stop, 10_000})
@@ -42,7 +42,7 @@ def test_it_ends_before_the_first_stop_token():
     assert sampling.sample(random_params(), PROMPT, logits_fn, max_tokens=0) == []
 
 
-def test_a_seed_gives_the_same_sample_whatever_the_global_generator():
+def test_sample_depends_on_the_seed_only():
     def run(seed: int) -> list[int]:
         return sampling.sample(random_params(), PROMPT, logits_fn, max_tokens=10, temperature=1.0, seed=seed)
 
@@ -53,7 +53,7 @@ def test_a_seed_gives_the_same_sample_whatever_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_prompt_is_not_changed_and_no_gradient_is_made():
+def test_sample_changes_no_argument_and_needs_no_gradient():
     def watched(params: TensorDict, tokens_BT: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
         return logits_fn(params, tokens_BT)
@@ -72,7 +72,7 @@ def draw(n: int, **how: float) -> Counter[int]:
     return Counter(rows.tolist())
 
 
-def test_choose_draws_by_the_probabilities():
+def test_choose_follows_the_softmax():
     n = 20_000
     for temperature in (1.0, 0.5, 2.0):
         seen = draw(n, temperature=temperature, top_k=0)
@@ -88,7 +88,7 @@ def test_top_k_keeps_the_most_likely():
     assert set(draw(n, temperature=3.0, top_k=100)) == {0, 1, 2, 3, 4}, "more than there are keeps all"
 
 
-def test_choose_works_row_by_row_and_changes_nothing():
+def test_choose_is_independent_per_row():
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
     assert sampling.choose(logits, temperature=0, top_k=0).tolist() == logits.argmax(-1).tolist()
@@ -123,7 +123,7 @@ def test_draws_follow_the_softmax(temperature: float):
     assert chi_squared < 25, "5 degrees of freedom: a fair generator exceeds this once in 7,000 times"
 
 
-def test_top_k_and_shortcuts_draw_the_same():
+def test_candidates_and_full_vocab_draw_the_same():
     logits = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 2
     whole = batch_draw(logits, 2000, top_k=10)
     assert set(whole.tolist()) == set(logits.topk(10).indices.tolist())
@@ -133,7 +133,7 @@ def test_top_k_and_shortcuts_draw_the_same():
     assert torch.equal(best, logits.argmax().expand(50))
 
 
-def test_equal_logits_count_by_their_ids_and_top_k_is_exact():
+def test_ties_rank_by_id_and_top_k_is_exact():
     """In bfloat16 many logits are equal, and which of them are sorted out first is the kernel's affair."""
     logits = torch.randn(500, generator=torch.Generator().manual_seed(0)).round()
     wanted = sorted(range(500), key=lambda i: (-logits[i].item(), i))[:10]

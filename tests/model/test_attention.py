@@ -58,7 +58,7 @@ def test_mask_shows_the_key_itself_and_window_keys_before_it():
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("window", [0, 2, 9])
-def test_math_is_the_definition_query_by_query(heads: tuple[int, int], window: int):
+def test_math_equals_a_loop_over_queries(heads: tuple[int, int], window: int):
     q, k, v = qkv(6, heads)
     out = attention.math(q, k, v, window)
     for b in range(2):
@@ -79,7 +79,7 @@ def test_sdpa_equals_math_with_gradients(n_time: int, window: int, heads: tuple[
 
 
 @pytest.mark.parametrize("attend", [attention.math, attention.sdpa])
-def test_gradient_reaches_the_window_and_nothing_else(attend: attention.Attend):
+def test_gradient_reaches_exactly_the_window(attend: attention.Attend):
     q, k, v = qkv(9, (2, 1))
 
     def at(values: Tensor) -> Tensor:  # (T,): one number a query
@@ -90,7 +90,7 @@ def test_gradient_reaches_the_window_and_nothing_else(attend: attention.Attend):
     assert torch.equal(reach[:, 0, :, 0].abs().amax(-1) > 0, attention.mask(9, 3))
 
 
-def test_a_short_window_never_costs_the_square_of_the_sequence():
+def test_short_window_needs_no_quadratic_memory():
     n_time, window, n_head = 1024, 32, 2
     inputs = qkv(n_time, (n_head, 1), dtype=torch.float32)
     sizes = {}
@@ -132,7 +132,7 @@ def test_flex_forward_equals_math(n_time: int, heads: tuple[int, int]):
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 @pytest.mark.parametrize("window", [3, 9])
 @pytest.mark.parametrize("attend", [attention.math, attention.sdpa])
-def test_compiled_gradients_are_eager_ones_and_finite_differences(
+def test_compiled_gradients_equal_eager_and_finite_differences(
     attend: attention.Attend, window: int, heads: tuple[int, int]
 ):
     inputs = qkv(10, heads)
@@ -145,7 +145,7 @@ def test_compiled_gradients_are_eager_ones_and_finite_differences(
 
 
 @pytest.mark.parametrize("window", [100, 256])
-def test_flash_traces_with_its_window_and_its_gradient(window: int):
+def test_flash_traces_forward_and_backward(window: int):
     """Its kernel is CUDA's; on the meta device the shapes, the tracing and the backward are seen."""
     q, k, v = (torch.empty(2, 256, n, 64, device="meta", dtype=torch.bfloat16).requires_grad_() for n in (4, 2, 2))
     torch._dynamo.reset()
@@ -175,7 +175,7 @@ def test_choose_on_cpu():
     assert choose("math", (16,)) == ({16: "math"}, "math")
 
 
-def test_build_makes_the_function_of_a_choice():
+def test_build_uses_the_chosen_kernel_per_window():
     assert attention.build({4: "sdpa", 16: "sdpa"}, 16, CPU) is attention.sdpa
     q, k, v = qkv(16, (4, 2))
     asked = []
@@ -197,13 +197,13 @@ def test_build_makes_the_function_of_a_choice():
         ("fa3", "fa3: ModuleNotFoundError.*; fa3_hub: ModuleNotFoundError.*; fa3_torch: ModuleNotFoundError"),
     ],
 )
-def test_choose_refuses_what_does_not_run_here_and_says_why(kernel: str, why: str):
+def test_choose_refuses_kernels_that_do_not_run_here(kernel: str, why: str):
     wanted = rf"attention={kernel} does not work on this cpu device \({why}.*\); set attention=sdpa"
     with pytest.raises(ValueError, match=wanted):
         choose(kernel, compile=True)
 
 
-def test_choose_refuses_what_does_not_exist_or_cannot_be():
+def test_choose_refuses_unknown_kernels_and_uncompiled_flex():
     with pytest.raises(ValueError, match="attention=paged: expected auto, math, sdpa, flex, cudnn, flash, fa2, fa3"):
         choose("paged")
     with pytest.raises(ValueError, match="attention=flex needs compile=true"):
@@ -226,7 +226,7 @@ def package(attend: Any, calls: Calls | None = None) -> types.ModuleType:
     return module
 
 
-def test_a_package_gets_the_window_as_it_counts_it(monkeypatch: pytest.MonkeyPatch):
+def test_external_flash_gets_its_own_window_convention(monkeypatch: pytest.MonkeyPatch):
     calls: Calls = []
     monkeypatch.setitem(sys.modules, "flash_attn_interface", package(attention.math, calls))
     choice = choose("fa3", compile=False)
@@ -239,7 +239,7 @@ def test_a_package_gets_the_window_as_it_counts_it(monkeypatch: pytest.MonkeyPat
             assert torch.equal(got, want)
 
 
-def test_a_package_compiles_and_may_return_more(monkeypatch: pytest.MonkeyPatch):
+def test_external_flash_compiles_and_may_return_a_tuple(monkeypatch: pytest.MonkeyPatch):
     early = package(lambda q, k, v, window: (attention.math(q, k, v, window), torch.zeros(())))
     monkeypatch.setitem(sys.modules, "flash_attn", early)
     attend, inputs = attention.build({3: "fa2"}, 10, CPU), qkv(10, (4, 2))
@@ -250,7 +250,7 @@ def test_a_package_compiles_and_may_return_more(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("insists", [True, False])
-def test_a_kernel_of_the_hub(monkeypatch: pytest.MonkeyPatch, insists: bool):
+def test_hub_kernel_with_and_without_version(monkeypatch: pytest.MonkeyPatch, insists: bool):
     asked = []
 
     def new(repo_id: str, *, version: int | None = None) -> types.ModuleType:
@@ -288,7 +288,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_kernel_with_something_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, name: str):
+def test_wrong_kernel_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str):
     attend, why = WRONG[name]
     monkeypatch.setitem(attention.KERNELS, "fa3", lambda *_: attend)
     with pytest.raises(ValueError, match=why):
@@ -297,7 +297,7 @@ def test_a_kernel_with_something_wrong_is_not_taken(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("by", [-1, 1])
-def test_one_key_more_or_less_is_seen_at_any_length(monkeypatch: pytest.MonkeyPatch, by: int):
+def test_window_off_by_one_is_detected_at_any_length(monkeypatch: pytest.MonkeyPatch, by: int):
     """In half precision, and where one key of 300 changes the numbers by less than they are rounded."""
     monkeypatch.setitem(attention.KERNELS, "fa3", lambda *_: lambda q, k, v, w: attention.sdpa(q, k, v, w + by))
     how = (320, 300, (1, 1, 16), CPU, torch.bfloat16, 1)
@@ -310,7 +310,7 @@ def test_one_key_more_or_less_is_seen_at_any_length(monkeypatch: pytest.MonkeyPa
         attention.benchmark_and_verify("fa3", sample, compile=False)
 
 
-def test_the_fastest_is_taken_for_each_window(monkeypatch: pytest.MonkeyPatch):
+def test_fastest_kernel_is_chosen_per_window(monkeypatch: pytest.MonkeyPatch):
     def slow_at(slow: int) -> Any:
         def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
             time.sleep(0.03 if window == slow else 0)
@@ -328,7 +328,7 @@ def test_the_fastest_is_taken_for_each_window(monkeypatch: pytest.MonkeyPatch):
     )
 
 
-def test_torchs_own_fa3_takes_the_place_of_flash_only_when_built(monkeypatch: pytest.MonkeyPatch):
+def test_torch_fa3_replaces_flash_only_when_built(monkeypatch: pytest.MonkeyPatch):
     active = []
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda **_: active.clear())
@@ -370,7 +370,7 @@ def test_kernels_on_cuda_in_bfloat16_with_gradients(kernel: str, heads: tuple[in
 
 
 @pytest.mark.gpu
-def test_auto_on_cuda_takes_a_kernel_that_skips_what_a_window_hides():
+def test_auto_on_cuda_chooses_a_kernel_that_skips_hidden_keys():
     device, heads = torch.device("cuda"), (6, 6, 128)
     start = time.perf_counter()
     choice = attention.choose("auto", 2048, (512, 2048), heads, device, torch.bfloat16, rows=16)

@@ -36,7 +36,7 @@ def by_parts(
 
 @pytest.mark.parametrize("depth", range(1, 7))
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_every_split_at_every_depth(depth: int, kv_heads: int):
+def test_decode_equals_apply_for_every_split_and_depth(depth: int, kv_heads: int):
     config = dataclasses.replace(CONFIG, n_layer=depth, n_kv_head=kv_heads)
     params, tokens = random_params(config), ids(2, 12)
     want = model.apply(params, tokens, config=config)
@@ -47,14 +47,14 @@ def test_every_split_at_every_depth(depth: int, kv_heads: int):
 # A short window has 128 tokens at least: its ring of 129 slots is filled, and passed, at several kinds of border.
 @pytest.mark.parametrize("pattern", ["SSSL", "S", "L", "LS"])
 @pytest.mark.parametrize("parts", [[128, 1, 1, 1, 1, 168], [300], [129, 171], [1, 130, 169], [290] + [1] * 10], ids=str)
-def test_windows_in_rings(pattern: str, parts: list[int]):
+def test_ring_cache_equals_apply_for_windows(pattern: str, parts: list[int]):
     config = dataclasses.replace(WINDOWED, window_pattern=pattern, n_layer=4)
     params, tokens = random_params(config), ids(1, 300)
     want = model.apply(params, tokens, config=config)
     assert (by_parts(config, params, tokens, parts) - want).abs().max() < TOLERANCE
 
 
-def test_a_ring_is_as_small_as_its_window():
+def test_ring_cache_has_window_plus_one_slots():
     cache = kv_cache.empty(WINDOWED, rows=2, context=200)
     assert [cache["layers", str(i), "k"].shape[1] for i in range(3)] == [129, 129, 200]
     row = kv_cache.empty(WINDOWED, 1, 200, dtype=torch.bfloat16)
@@ -66,7 +66,7 @@ def test_a_ring_is_as_small_as_its_window():
     lengths=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=2, max_size=4),
     seed=st.integers(0, 1000),
 )
-def test_ragged_rows(lengths: list[list[int]], seed: int):
+def test_rows_of_different_lengths_equal_each_row_alone(lengths: list[list[int]], seed: int):
     """Each row takes its own number of tokens in each of three calls: the logits are those of the row alone."""
     config = CONFIG
     params, rows = random_params(config), len(lengths)
@@ -87,7 +87,7 @@ def test_ragged_rows(lengths: list[list[int]], seed: int):
     assert cache["length"].tolist() == done
 
 
-def test_a_fresh_cache_takes_the_kernel_and_gives_the_same():
+def test_empty_cache_uses_the_attention_kernel():
     params, tokens = random_params(WINDOWED), ids(2, 140)
     cache, added = kv_cache.empty(WINDOWED, 2, 200), torch.tensor([140, 133])
     called = []
@@ -105,7 +105,7 @@ def test_a_fresh_cache_takes_the_kernel_and_gives_the_same():
         torch.testing.assert_close(tree.flatten(new)[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_views_and_copies_of_rows_are_caches():
+def test_first_rows_and_copied_rows_decode():
     params, tokens = random_params(WINDOWED), ids(3, 150)
     cache = kv_cache.empty(WINDOWED, 3, 200)
     one = kv_cache.empty(WINDOWED, 1, 150)
@@ -120,7 +120,7 @@ def test_views_and_copies_of_rows_are_caches():
         assert (logits[row, 0] - want).abs().max() < TOLERANCE
 
 
-def test_nothing_is_changed_in_place():
+def test_decode_changes_no_argument():
     params, tokens = random_params(), ids(2, 4)
     _, cache = model.decode(params, tokens, kv_cache.empty(CONFIG, 2, 16), config=CONFIG)
     assert isinstance(cache, TensorDict)
@@ -129,7 +129,7 @@ def test_nothing_is_changed_in_place():
             model.decode(params, tokens[:, :n_time], cache, config=CONFIG)
 
 
-def test_a_donated_cache_is_written_in_place():
+def test_inplace_decode_writes_into_the_cache():
     params, tokens = random_params(WINDOWED), ids(2, 141)
     _, cache = model.decode(params, tokens[:, :140], kv_cache.empty(WINDOWED, 2, 200), config=WINDOWED)
     want, want_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED)
@@ -141,7 +141,7 @@ def test_a_donated_cache_is_written_in_place():
     assert {name: tree.flatten(got_cache)[name].data_ptr() for name in before} == before
 
 
-def test_a_compiler_takes_tensordicts():
+def test_decode_compiles_with_tensordicts():
     params, tokens = random_params(WINDOWED), ids(2, 150)
     _, cache = model.decode(params, tokens[:, :140], kv_cache.empty(WINDOWED, 2, 200), config=WINDOWED)
 
@@ -158,7 +158,7 @@ def test_a_compiler_takes_tensordicts():
         torch.testing.assert_close(tree.flatten(got_cache)[name], value, msg=name)
 
 
-def test_half_precision_is_that_of_the_full_forward():
+def test_half_precision_decode_is_as_precise_as_apply():
     params, tokens = random_params(dtype=torch.bfloat16), ids(2, 12)
     cache = kv_cache.empty(CONFIG, 2, 12, dtype=torch.bfloat16)
     want = model.apply(params, tokens, config=CONFIG)
@@ -172,7 +172,7 @@ def test_half_precision_is_that_of_the_full_forward():
     assert cache["layers"]["0"]["k"].dtype == torch.bfloat16
 
 
-def test_fused_projections_are_the_same():
+def test_fused_qkv_gives_the_same_logits():
     params, tokens = random_params(), ids(2, 9)
     with Unchanged(params):
         fused = model.fuse_qkv(params)
@@ -181,7 +181,7 @@ def test_fused_projections_are_the_same():
     assert (got - model.apply(params, tokens, config=CONFIG)).abs().max() < TOLERANCE
 
 
-def test_a_compiled_step_is_eager_and_writes_one_slot():
+def test_compiled_step_equals_eager_and_copies_no_cache():
     """The trap: given slots that are a slice, or a stack of layers, the compiler copies the whole cache and back."""
     config = dataclasses.replace(WINDOWED, n_layer=2)  # a ring, and a layer that sees all
     rows, context, tokens = 2, 230, ids(2, 150)

@@ -48,7 +48,7 @@ def table_rows() -> dict[str, tuple[tuple[int, ...], tuple[object, ...], str]]:
     return rows
 
 
-def test_shapes_and_groups_are_the_tables():
+def test_shapes_and_groups_match_the_specification():
     got = {
         reference: (tuple(value.shape), model.spec(TABLE_CONFIG)[convert.to_ours(reference)].group)
         for reference, value in convert.to_reference(model.init(TABLE_CONFIG, 0), TABLE_CONFIG).items()
@@ -57,7 +57,7 @@ def test_shapes_and_groups_are_the_tables():
 
 
 @pytest.mark.parametrize("name", table_rows())
-def test_initial_values_have_the_tables_distribution(name: str):
+def test_initial_values_match_the_specified_distribution(name: str):
     _, (kind, *numbers), _ = table_rows()[name]
     values = tree.flatten(model.init(TABLE_CONFIG, 3))[convert.to_ours(name)]
     n = values.numel()
@@ -80,12 +80,12 @@ def test_initial_values_have_the_tables_distribution(name: str):
 
 
 @pytest.mark.parametrize("n_layer, layers", [(1, [0]), (2, [1]), (4, [1, 3]), (5, [0, 2, 4])])
-def test_value_embeddings_are_on_every_second_layer_with_the_last(n_layer: int, layers: list[int]):
+def test_value_embeddings_are_on_every_second_layer(n_layer: int, layers: list[int]):
     config = dataclasses.replace(CONFIG, n_layer=n_layer)
     assert [i for i in range(n_layer) if f"layers.{i}.attn.value_embed" in model.spec(config)] == layers
 
 
-def test_tables_are_stored_in_the_compute_dtype():
+def test_embeddings_are_stored_in_the_compute_dtype():
     tables = {"wte", *(f"layers.{i}.attn.value_embed" for i in (0, 2))}
     for dtype, stored in [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")]:
         for name, value in tree.flatten(model.init(CONFIG, 0, dtype=getattr(torch, dtype))).items():
@@ -95,7 +95,7 @@ def test_tables_are_stored_in_the_compute_dtype():
 # --- initial values depend on the seed and the name alone -----------------------------------------------------------
 
 
-def test_same_seed_same_values_whatever_the_global_generator():
+def test_init_does_not_use_the_global_generator():
     torch.manual_seed(1)
     first = tree.flatten(model.init(CONFIG, 7))
     state = torch.manual_seed(2).get_state()
@@ -104,7 +104,7 @@ def test_same_seed_same_values_whatever_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state), "init drew from the global generator"
 
 
-def test_another_seed_or_name_gives_other_values():
+def test_init_depends_on_seed_and_name():
     a, b = (tree.flatten(model.init(CONFIG, seed)) for seed in (0, 1))
     drawn = [name for name in a if a[name].unique().numel() > CONFIG.n_layer]
     assert "wte" in drawn and "layers.2.attn.value_gate" in drawn
@@ -114,7 +114,7 @@ def test_another_seed_or_name_gives_other_values():
     assert not torch.equal(a["layers.0.attn.q"], a["layers.1.attn.q"])
 
 
-def test_order_and_presence_of_other_parameters_do_not_matter(monkeypatch: pytest.MonkeyPatch):
+def test_init_does_not_depend_on_other_parameters(monkeypatch: pytest.MonkeyPatch):
     rows, whole = model.spec(CONFIG), tree.flatten(model.init(CONFIG, 0))
     for names in (list(rows)[::-1], list(rows)[::3], ["layers.1.mlp.fc"]):
         monkeypatch.setattr(parameters, "spec", lambda _, names=names: {name: rows[name] for name in names})
@@ -123,14 +123,14 @@ def test_order_and_presence_of_other_parameters_do_not_matter(monkeypatch: pytes
         assert all(torch.equal(part[name], whole[name]) for name in names)
 
 
-def test_a_deeper_model_starts_with_the_same_lower_layers():
+def test_deeper_model_has_the_same_lower_layers():
     shallow = tree.flatten(model.init(CONFIG, 0))
     deep = tree.flatten(model.init(dataclasses.replace(CONFIG, n_layer=5), 0))
     same = ["wte", "lm_head", *(f"layers.{i}.attn.{m}" for i in range(3) for m in "qkv")]
     assert all(torch.equal(shallow[name], deep[name]) for name in same)
 
 
-def test_meta_device_has_the_same_names_shapes_and_dtypes():
+def test_meta_params_have_the_same_names_shapes_and_dtypes():
     real = tree.flatten(model.init(CONFIG, 0, dtype=torch.bfloat16))
     meta = tree.flatten(model.init(CONFIG, 0, dtype=torch.bfloat16, device="meta"))
     assert all(x.is_meta for x in meta.values())
@@ -157,7 +157,7 @@ def test_causality_by_gradients():
 
 
 @pytest.mark.parametrize("n_time", [150, 300])  # over the short window of 128; over the context of 256 as well
-def test_windows_of_the_whole_model_against_an_explicit_mask(n_time: int):
+def test_windows_equal_an_explicit_mask(n_time: int):
     assert WINDOWED.windows == (128, 128, 256)
     params, batch = random_params(WINDOWED), random_batch(WINDOWED, n_time=n_time)
     grads = {}
@@ -190,7 +190,7 @@ def test_windows(sequence_len: int, n_layer: int, pattern: str, windows: tuple[i
     assert config.windows == windows
 
 
-def test_smear_by_a_loop():
+def test_smear_equals_a_loop():
     params = random_params()
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     got = gpt.smear(params, x[:, 1:], x[:, :-1], Compute())
@@ -200,7 +200,7 @@ def test_smear_by_a_loop():
             torch.testing.assert_close(got[b, t - 1], x[b, t] + params["smear_lambda"] * gate * x[b, t - 1])
 
 
-def test_rotation_depends_on_the_distance_alone():
+def test_rotary_scores_depend_on_the_distance_only():
     head_dim, n_time = 8, 12
     rotary = gpt.rotation(torch.arange(n_time), head_dim, torch.float32)
     q, k = torch.randn(2, head_dim, generator=torch.Generator().manual_seed(0))
@@ -215,7 +215,7 @@ def test_rotation_depends_on_the_distance_alone():
     assert math.isclose(queries[5, 7], q[7] * math.cos(angle) - q[3] * math.sin(angle), rel_tol=1e-4)
 
 
-def test_every_matrix_product_goes_through_the_linear_argument():
+def test_every_matrix_product_uses_compute_linear():
     seen = []
 
     def counting(x: Tensor, weight: Tensor) -> Tensor:
@@ -228,14 +228,7 @@ def test_every_matrix_product_goes_through_the_linear_argument():
     assert torch.equal(got, model.apply(random_params(), random_batch()["inputs"], config=CONFIG))
 
 
-def test_dense_computes_in_the_dtype_of_its_input():
-    x, weight = torch.randn(3, 5, dtype=torch.bfloat16), torch.randn(4, 5)
-    y = linear.dense(x, weight)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, x @ weight.to(torch.bfloat16).T)
-
-
-def test_half_precision_is_near_float32_and_gives_float32_logits():
+def test_half_precision_is_close_and_returns_float32_logits():
     tokens = random_batch()["inputs"]
     want = model.apply(random_params(), tokens, config=CONFIG)
     stored = model.apply(random_params(dtype=torch.bfloat16), tokens, config=CONFIG)
@@ -245,7 +238,7 @@ def test_half_precision_is_near_float32_and_gives_float32_logits():
         assert 0 < (got - want).abs().mean() < 0.02 * want.abs().max()
 
 
-def test_logits_are_capped_and_padding_of_the_vocabulary_is_cut():
+def test_logits_are_capped_and_cut_to_the_vocabulary():
     params = random_params()
     big = tree.flatten(params) | {"lm_head": 1000 * params["lm_head"]}
     logits = model.apply(tree.unflatten(big), random_batch()["inputs"], config=CONFIG)
@@ -255,7 +248,7 @@ def test_logits_are_capped_and_padding_of_the_vocabulary_is_cut():
     torch.testing.assert_close(capped, torch.full((1, 100), 15 * math.tanh(16 / 15)))
 
 
-def test_arguments_are_unchanged_by_apply_and_gradients():
+def test_apply_and_gradients_change_no_argument():
     params, batch = random_params(), random_batch()
     tree.map(lambda x: x.requires_grad_(), params)
     with Unchanged(params, batch):
@@ -347,7 +340,7 @@ def test_counts_and_flops_by_depth(depth: int):
     assert model.flops_per_token(config) == flops
 
 
-def test_counts_are_those_of_real_parameters():
+def test_counts_equal_those_of_real_parameters():
     params = tree.flatten(model.init(CONFIG, 0))
     counts = model.count(CONFIG)
     assert counts["total"] == sum(x.numel() for x in params.values())
@@ -362,7 +355,7 @@ def test_flops_at_another_length():
 
 
 @pytest.mark.parametrize("depth, n_head", [(1, 1), (3, 2), (13, 7)])
-def test_width_is_rounded_up_to_whole_heads(depth: int, n_head: int):
+def test_width_is_rounded_up_to_a_multiple_of_head_dim(depth: int, n_head: int):
     config = model.from_depth(depth)
     assert (config.n_head, config.n_embd, config.head_dim) == (n_head, n_head * 128, 128)
 
@@ -384,13 +377,13 @@ def test_width_is_rounded_up_to_whole_heads(depth: int, n_head: int):
         ({"window_pattern": ""}, "model window_pattern='': letters S and L only"),
     ],
 )
-def test_impossible_shapes_are_refused(change: dict[str, object], message: str):
+def test_invalid_configs_are_refused(change: dict[str, object], message: str):
     with pytest.raises(ValueError) as error:
         dataclasses.replace(CONFIG, **change)
     assert str(error.value) == message
 
 
-def test_impossible_depths_are_refused():
+def test_invalid_depths_are_refused():
     with pytest.raises(ValueError, match="n_layer=0"):
         model.from_depth(0)
     with pytest.raises(ValueError, match="head_dim=0"):
@@ -408,7 +401,7 @@ def test_impossible_depths_are_refused():
         ({"n_head": 8, "n_kv_head": 2}, "parameters have n_kv_head x head_dim 16, the config 8"),
     ],
 )
-def test_parameters_of_another_shape_are_refused(change: dict[str, int], message: str):
+def test_params_of_another_shape_are_refused(change: dict[str, int], message: str):
     config = dataclasses.replace(CONFIG, **change)
     for params in (model.with_config(random_params(), config), tree.nest(tree.flatten(random_params()))):
         with pytest.raises(ValueError) as error:
@@ -427,7 +420,7 @@ def test_missing_or_contradicting_config_is_refused():
             f(random_params(), tokens, config=other)
 
 
-def test_the_sequence_limit():
+def test_sequence_over_the_limit_is_refused():
     params, n_time = random_params(), 10 * CONFIG.sequence_len
     assert model.apply(params, torch.zeros(1, n_time, dtype=torch.long), config=CONFIG).isfinite().all()
     with pytest.raises(ValueError, match="sequence of 161 tokens: over the limit of 10 x sequence_len=16"):
@@ -435,7 +428,7 @@ def test_the_sequence_limit():
 
 
 @pytest.mark.parametrize("bad", [128, -1])
-def test_a_token_over_the_table_is_refused(bad: int):
+def test_token_id_out_of_range_is_refused(bad: int):
     tokens = random_batch()["inputs"].clone()
     tokens[1, 4] = bad
     params = random_params()
@@ -445,6 +438,6 @@ def test_a_token_over_the_table_is_refused(bad: int):
         torch.func.vmap(lambda t: model.apply(params, t[None], config=CONFIG))(tokens)
 
 
-def test_tokens_without_a_batch_are_refused():
+def test_tokens_without_batch_dimension_are_refused():
     with pytest.raises(ValueError, match=r"tokens of shape \(16,\): expected \(batch, time\)"):
         model.apply(random_params(), random_batch()["inputs"][0], config=CONFIG)

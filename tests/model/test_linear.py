@@ -76,7 +76,7 @@ def compiled(f: Linear, backend: str = "inductor") -> Any:
         for dtype in (torch.float32, torch.bfloat16)
     ],
 )
-def test_eager_and_compiled_are_the_formulas(f: Linear, dtype: torch.dtype, backend: str):
+def test_fp8_eager_and_compiled_equal_the_formulas(f: Linear, dtype: torch.dtype, backend: str):
     given = inputs(dtype=dtype)
     want = formulas(*given)
     for run in (f, compiled(f, backend)):
@@ -90,7 +90,7 @@ def test_eager_and_compiled_are_the_formulas(f: Linear, dtype: torch.dtype, back
 
 
 @pytest.mark.parametrize("f", BOTH)
-def test_gradients_are_finite_differences_of_the_quantized_product(f: Linear):
+def test_fp8_gradients_equal_finite_differences(f: Linear):
     """With the other operands held at their rounded values the product is linear: differences are its slope."""
     x, weight, grad = inputs(rows=16, c=128, o=128)
     _, grad_x, grad_weight = with_grads(f, x, weight, grad)
@@ -107,7 +107,7 @@ def test_gradients_are_finite_differences_of_the_quantized_product(f: Linear):
 
 
 @pytest.mark.parametrize("f", BOTH)
-def test_leading_dimensions_and_strides_do_not_matter(f: Linear):
+def test_fp8_accepts_any_leading_dimensions_and_strides(f: Linear):
     x, weight, grad = inputs()
     flat = with_grads(f, x, weight, grad)
     batched = with_grads(f, x.view(2, 24, 128), weight, grad.view(2, 24, 144))
@@ -131,7 +131,7 @@ def test_leading_dimensions_and_strides_do_not_matter(f: Linear):
         (0, 128, 128, False),
     ],
 )
-def test_other_sizes_are_dense(rows: int, c: int, o: int, fits: bool):
+def test_fp8_falls_back_to_dense_for_other_sizes(rows: int, c: int, o: int, fits: bool):
     x, weight, grad = inputs(rows, c, o)
     assert linear.fp8_fits(rows, weight) == fits
     assert linear.matmuls(fp8, rows, weight) is linear.MATMULS[fp8 if fits else dense]
@@ -140,7 +140,7 @@ def test_other_sizes_are_dense(rows: int, c: int, o: int, fits: bool):
 
 
 @pytest.mark.parametrize("f", BOTH)
-def test_zeros_stay_zero(f: Linear):
+def test_fp8_of_zeros_is_zero(f: Linear):
     x, weight, grad = inputs(dtype=COMPILED[f])
     for run in (f, compiled(f)):
         for given in ((0 * x, weight, grad), (x, 0 * weight, grad), (x, weight, 0 * grad), (0 * x, weight, 0 * grad)):
@@ -152,7 +152,7 @@ def test_zeros_stay_zero(f: Linear):
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("f", BOTH)
-def test_what_is_not_finite_is_not_hidden(f: Linear, bad: float, compile: bool):
+def test_fp8_propagates_nonfinite_values(f: Linear, bad: float, compile: bool):
     run = compiled(f) if compile else f
     for place in range(3):
         given = [t.clone() for t in inputs(dtype=COMPILED[f])]
@@ -164,7 +164,7 @@ def test_what_is_not_finite_is_not_hidden(f: Linear, bad: float, compile: bool):
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e6, 1e25])
-def test_the_scale_follows_the_tensor(scale: float):
+def test_fp8_scale_follows_the_tensor(scale: float):
     x, weight, grad = inputs()
     y, grad_x, grad_weight = with_grads(fp8_emulated, x * scale, weight / scale, grad)
     want = with_grads(fp8_emulated, x, weight, grad)
@@ -172,7 +172,7 @@ def test_the_scale_follows_the_tensor(scale: float):
 
 
 @pytest.mark.parametrize("f", BOTH)
-def test_the_backward_keeps_eight_bits(f: Linear):
+def test_fp8_saves_eight_bits_for_the_backward(f: Linear):
     x, weight, _ = inputs(dtype=torch.bfloat16)
     kept: list[Tensor] = []
 
@@ -185,7 +185,7 @@ def test_the_backward_keeps_eight_bits(f: Linear):
     assert sum(t.nbytes for t in kept) == x.numel() + weight.numel() + 2 * 4
 
 
-def test_the_products_of_every_linear_are_those_it_trains_with():
+def test_matmuls_equal_the_linear_and_its_gradients():
     given = inputs()
     for f in (dense, fp8, fp8_emulated):
         products = linear.matmuls(f, len(given[0]), given[1])
@@ -201,13 +201,13 @@ def test_the_products_of_every_linear_are_those_it_trains_with():
         linear.matmuls(lambda x, weight: x, 16, given[1])
 
 
-def test_torch_func_refuses_it():
+def test_torch_func_refuses_fp8():
     x, weight, _ = inputs()
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda x: fp8_emulated(x, weight).sum())(x)
 
 
-def test_choose_says_what_it_took(monkeypatch: pytest.MonkeyPatch):
+def test_choose_describes_the_linear(monkeypatch: pytest.MonkeyPatch):
     cpu = torch.device("cpu")
     assert linear.choose("dense", cpu) == (dense, "dense")
     assert linear.fp8_support(cpu) == "emulated"
@@ -219,7 +219,7 @@ def test_choose_says_what_it_took(monkeypatch: pytest.MonkeyPatch):
         linear.choose("int4", cpu)  # pyright: ignore[reportArgumentType]
 
 
-def test_the_probe_runs_a_product_and_compares(monkeypatch: pytest.MonkeyPatch):
+def test_fp8_support_runs_a_product_and_compares(monkeypatch: pytest.MonkeyPatch):
     class Device:  # looks like a GPU, is the CPU
         type = "cuda"
 
@@ -279,7 +279,7 @@ def losses(f: Linear, *, chunk_tokens: int | None, steps: int = 30) -> list[floa
     return values
 
 
-def test_a_short_run_in_fp8_ends_within_two_percent_of_bfloat16(monkeypatch: pytest.MonkeyPatch):
+def test_fp8_training_loss_is_within_two_percent_of_bfloat16(monkeypatch: pytest.MonkeyPatch):
     def end(f: Linear) -> float:
         values = losses(f, chunk_tokens=256)
         assert values[0] > 5, "it starts at the logarithm of the vocabulary"
@@ -304,7 +304,7 @@ def test_a_short_run_in_fp8_ends_within_two_percent_of_bfloat16(monkeypatch: pyt
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_fp8_on_cuda_is_the_formulas(dtype: torch.dtype):
+def test_native_fp8_on_cuda_equals_the_formulas(dtype: torch.dtype):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no float8 products before Ada and Hopper")
     assert linear.choose("fp8", CUDA) == (fp8, "fp8")
@@ -357,7 +357,7 @@ def test_fp8_on_cuda_is_faster_than_bfloat16_where_matrices_are_large():
     assert quantized < plain, f"fp8 {quantized:.2f} ms, bfloat16 {plain:.2f} ms"
 
 
-def test_dense_is_the_product_in_the_dtype_of_its_input():
+def test_dense_computes_in_the_dtype_of_its_input():
     x, weight, _ = inputs(dtype=torch.bfloat16)
     got = dense(x, weight)
     assert got.dtype == torch.bfloat16

@@ -38,7 +38,7 @@ def batch(i: int) -> dict[str, Tensor]:
 FIRST = {"inputs": golden("tokens")[0, :, :-1], "targets": golden("targets0")}
 
 
-def test_config_is_the_golden_one():
+def test_config_matches_the_golden_file():
     assert GOLDEN["config"].tolist() == [4, 2, 1, 32, 32, 100]
     assert str(GOLDEN["window_pattern"]) == CONFIG.window_pattern
     assert tuple(GOLDEN["window_sizes"]) == CONFIG.windows
@@ -82,7 +82,7 @@ def test_three_steps():
     assert_close(params, golden_params("after/"))
 
 
-def test_decode_logits_by_the_full_forward():
+def test_apply_equals_the_reference_decode_logits():
     params, ids = golden_params("after/"), golden("decode_ids")
     logits = model.apply(params, ids, config=CONFIG)[0]
     assert (logits[4:] - golden("decode_logits")).abs().max() < 1e-4

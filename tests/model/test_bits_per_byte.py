@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nanochat import model
 from nanochat.model import loss
-from nanochat.model import loss as evaluate
 
 
 def token_bytes() -> Tensor:
@@ -30,7 +29,7 @@ BATCHES = [random_batch(seed=s, rows=s + 1) for s in range(3)]  # of different s
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 7])
-def test_bits_per_byte_by_a_loop(chunk_tokens: int | None):
+def test_bits_per_byte_equals_a_loop(chunk_tokens: int | None):
     params, sizes = random_params(), token_bytes()
     nats, n_bytes, left_out = 0.0, 0, 0
     for batch in BATCHES:
@@ -43,40 +42,40 @@ def test_bits_per_byte_by_a_loop(chunk_tokens: int | None):
                 nats -= log_V[target].item()
                 n_bytes += int(sizes[target])
     assert left_out > 9, "both ignored and special targets are among them"
-    got = evaluate.bits_per_byte(params, BATCHES, sizes, loss_fn(chunk_tokens))
+    got = loss.bits_per_byte(params, BATCHES, sizes, loss_fn(chunk_tokens))
     assert math.isclose(got, nats / math.log(2) / n_bytes, rel_tol=1e-5)
 
 
-def test_special_targets_change_nothing():
+def test_special_tokens_are_skipped():
     params, sizes = random_params(), token_bytes()
     batch = random_batch()
     special = (sizes[batch["targets"].clamp_min(0)] == 0) | (batch["targets"] < 0)
     dropped = {**batch, "targets": torch.where(special, -1, batch["targets"])}
-    a, b = (evaluate.bits_per_byte(params, [x], sizes, loss_fn(None)) for x in (batch, dropped))
+    a, b = (loss.bits_per_byte(params, [x], sizes, loss_fn(None)) for x in (batch, dropped))
     assert a == b
 
 
-def test_a_uniform_model_of_one_byte_tokens_has_the_logarithm_of_the_vocabulary():
+def test_uniform_byte_model_has_eight_bits_per_byte():
     def uniform(_params: TensorDict, batch) -> tuple[Tensor, dict[str, Tensor]]:
         return torch.tensor(math.log(256)), {"targets": (batch["targets"] >= 0).sum()}
 
-    got = evaluate.bits_per_byte(random_params(), BATCHES, torch.ones(CONFIG.vocab_size, dtype=torch.long), uniform)
+    got = loss.bits_per_byte(random_params(), BATCHES, torch.ones(CONFIG.vocab_size, dtype=torch.long), uniform)
     assert math.isclose(got, 8.0, rel_tol=1e-6)
 
 
-def test_a_batch_without_text_counts_nothing():
+def test_batch_without_text_is_skipped():
     params, sizes = random_params(), token_bytes()
     empty = {**BATCHES[0], "targets": torch.full_like(BATCHES[0]["targets"], -1)}
-    with_empty = evaluate.bits_per_byte(params, [*BATCHES, empty], sizes, loss_fn(None))
-    assert with_empty == evaluate.bits_per_byte(params, BATCHES, sizes, loss_fn(None))
+    with_empty = loss.bits_per_byte(params, [*BATCHES, empty], sizes, loss_fn(None))
+    assert with_empty == loss.bits_per_byte(params, BATCHES, sizes, loss_fn(None))
     with pytest.raises(ValueError, match="no target is text"):
-        evaluate.bits_per_byte(params, [empty], sizes, loss_fn(None))
+        loss.bits_per_byte(params, [empty], sizes, loss_fn(None))
 
 
-def test_no_gradient_is_made():
+def test_bits_per_byte_computes_no_gradient():
     def watched(params: TensorDict, batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert not torch.is_grad_enabled()
         return loss_fn(None)(params, batch)
 
-    evaluate.bits_per_byte(random_params(), BATCHES[:1], token_bytes(), watched)
+    loss.bits_per_byte(random_params(), BATCHES[:1], token_bytes(), watched)
     assert torch.is_grad_enabled()
