@@ -99,7 +99,7 @@ def rows(page: str) -> dict[str, list[str]]:
     return found
 
 
-def test_a_chain_of_runs_stands_side_by_side(last: Path) -> None:
+def test_all_stages_are_side_by_side(last: Path) -> None:
     runs = run_folder.ancestors(last)
     assert [(one.name, one.stage, one.step) for one in runs] == [
         ("d1", "base", 40),
@@ -116,7 +116,7 @@ def test_a_chain_of_runs_stands_side_by_side(last: Path) -> None:
     assert found["Spelling"] == ["-", "0.9000", "-"]
     assert found["pass@8"] == ["-", "-", "0.7500"]
     assert found["copa"] == ["0.5500", "0.1000"]
-    assert "of conversations afterwards" in page
+    assert "later stages on conversations" in page
     assert list(found)[1:7] == ["CORE", "ARC-Easy", "GSM8K", "bits per byte", "Spelling", "pass@1"]
     assert "- Not measured: ARC-Challenge, MMLU, HumanEval, SpellingBee, ChatCORE." in page
 
@@ -246,7 +246,7 @@ def test_the_experiment_writes_samples_of_every_stage(last: Path, capsys: pytest
     assert re.search(r"```text\nthe cat[^`]+\n```", page)
     assert re.search(r"```text\nuser: the mat\?\nsft:  [^`]+\nrl:   [^`]+\n```", page)
     out = capsys.readouterr().out
-    assert f"report card of d1 → d1_sft → d1_rl: {last / 'report.md'}" in out and "| GSM8K" in out
+    assert f"report of d1 → d1_sft → d1_rl: {last / 'report.md'}" in out and "| GSM8K" in out
     experiment.run(dataclasses.replace(config, samples=False), distributed.init("cpu", "float32"))
     assert "## Samples" not in (last / "report.md").read_text("utf-8")
 
