@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-def test_python_examples_run_in_order():
+def test_python_examples_run():
     examples = blocks("python")
     assert len(examples) >= 2
     namespace: dict[str, object] = {}
@@ -28,7 +28,7 @@ def test_python_examples_run_in_order():
     assert float(str(namespace["noise"].item())) > 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_the_checkpoint_and_the_engine_examples_run_on_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_examples_run_on_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from nanochat import checkpoint, model, train
     from nanochat.data import tokenizer
 
@@ -42,12 +42,12 @@ def test_the_checkpoint_and_the_engine_examples_run_on_a_checkpoint(tmp_path: Pa
     checkpoint.close(manager)
     namespace: dict[str, Any] = {}
     exec(next(b for b in blocks("python notest") if "model.apply" in b), namespace)
-    assert namespace["logits"].shape[0] == 1 and namespace["bot"].config == config
-    exec(next(b for b in blocks("python notest") if "generate.run" in b), namespace)
+    assert namespace["logits"].shape[0] == 1 and namespace["loaded"].config == config
+    exec(next(b for b in blocks("python notest") if "infer.run" in b), namespace)
     assert namespace["event"].finish
 
 
-def test_the_experiment_example_is_an_experiment():
+def test_example_of_an_experiment_is_one():
     namespace: dict[str, object] = {}
     exec(next(b for b in blocks("python notest") if "def config" in b), namespace)
     made = namespace["config"]()  # pyright: ignore[reportCallIssue]
@@ -55,7 +55,7 @@ def test_the_experiment_example_is_an_experiment():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_name_experiments_and_settings(command: str):
+def test_commands_are_valid(command: str):
     words = shlex.split(command)[2:]
     named = [word.partition("=")[2] for word in words if word.startswith("--experiment=")]
     if named:
@@ -66,5 +66,5 @@ def test_commands_name_experiments_and_settings(command: str):
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", TEXT))
-def test_links_lead_somewhere(link: str):
+def test_links_exist(link: str):
     assert (ROOT / link).exists()
