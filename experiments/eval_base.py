@@ -156,7 +156,7 @@ def write_samples(context: Context) -> tuple[dict[str, float], dict[str, str]]:
         if context.runtime.is_main:
             rows = generate_samples(context.config, context.loaded)
             path = context.folder / f"samples_{context.loaded.step}.jsonl"
-            write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+            jsonl.write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
             for row in rows:
                 print(f"  {row['prompt']!r} → {row['completion']!r}")
     return {}, {}
@@ -289,7 +289,7 @@ def evaluate_core(context: Context) -> tuple[dict[str, float], dict[str, str]]:
     path = context.folder / f"core_{loaded.step}.csv"
     with distributed.raise_on_any_failure():
         if is_main:
-            write_text(path, eval.core.to_csv(results))
+            jsonl.write_atomic(path, eval.core.to_csv(results))
     print("\n".join(summary(config, results, path)))
     return as_metrics(results), {f"core/{label}": reason for label, reason in results.failed.items()}
 
@@ -337,14 +337,3 @@ def read_partial(path: Path, keys: Mapping[str, str], *, overwrite: bool) -> dic
         for row in rows
         if row["key"] == keys.get(row["label"])
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write or replace a file atomically."""
-    temporary = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None

@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import eval_base
 from nanochat import checkpoint, distributed, eval, jsonl, metrics, tasks
 from nanochat.config import Device, Dtype, UserError
 from nanochat.eval import CHAT_CORE, TITLES, ChatEvalConfig
@@ -80,7 +79,7 @@ def run(config: Config, runtime: Runtime) -> None:
     path = loaded.folder / "eval" / f"chat_{loaded.step}.csv"
     with distributed.raise_on_any_failure():
         if runtime.is_main:
-            eval_base.write_text(path, to_csv(scores))
+            jsonl.write_atomic(path, to_csv(scores))
             if not failed:
                 partial.unlink(missing_ok=True)
             reasons = {TITLES.get(name, name): reason for name, reason in failed.items()}

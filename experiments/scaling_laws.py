@@ -34,14 +34,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from experiments import pretrain
-from nanochat import distributed, metrics, model, train
+from nanochat import distributed, jsonl, metrics, model, train
 from nanochat.config import Device, Dtype, UserError, base_dir
 from nanochat.distributed import hardware
 from nanochat.metrics import plots
 from nanochat.text import format_count, format_duration, table
 
 if TYPE_CHECKING:
-    from nanochat.distributed import ControlGroup, Runtime
+    from nanochat.distributed import Runtime
     from nanochat.metrics import RunInfo
 
 FOLDERS = {"depths": "miniseries", "budgets": "scaling_laws"}
@@ -105,7 +105,7 @@ def run(config: Config, runtime: Runtime) -> None:
             raise UserError(f"{field}={','.join(f'{x:g}' for x in values)}: expected one or more above 0, each once")
     if config.series == "budgets" and config.base.num_iterations is not None:
         raise UserError("base.num_iterations: the budgets set the length of a run; set it to none")
-    folder, line = base_dir() / FOLDERS[config.series] / name, distributed.control_group()
+    folder = base_dir() / FOLDERS[config.series] / name
     shared = dataclasses.replace(config.base, device=config.device, dtype=config.dtype)
     cells = [(budget, depth) for budget in budgets for depth in depths]
     rows: list[dict[str, Any]] = []
@@ -116,8 +116,8 @@ def run(config: Config, runtime: Runtime) -> None:
             settings = dataclasses.replace(settings, target_flops=budget, name=f"{name}_{short(budget)}_d{depth}")
             label, key = f"{short(budget)} FLOPs, depth {depth}", {"flops_budget": budget}
         print(f"\n[{number}/{len(cells)}] {label}", flush=True)
-        rows.append({**key, "depth": depth, **trained(settings, folder, runtime, line)})
-        with distributed.raise_on_any_failure(line):
+        rows.append({**key, "depth": depth, **trained(settings, folder, runtime)})
+        with distributed.raise_on_any_failure():
             if runtime.is_main:
                 write(folder, (*key, *COLUMNS), rows)
                 draw_series(folder, name, rows) if budget is None else draw_budgets(folder, name, rows, optima(rows))
@@ -129,11 +129,11 @@ def run(config: Config, runtime: Runtime) -> None:
     print(f"\nresults and plots: {folder}")
 
 
-def trained(config: pretrain.Config, folder: Path, runtime: Runtime, line: ControlGroup) -> dict[str, Any]:
+def trained(config: pretrain.Config, folder: Path, runtime: Runtime) -> dict[str, Any]:
     """Train one run of the series unless it is done, and return its results by column."""
     name = str(config.name)
     path, settings = folder / "runs" / f"{name}.json", train.pipeline.settings(config)
-    status = train.pipeline.describe_status(path, settings, line)
+    status = train.pipeline.sync_status(path, settings)
     messages = {
         "new": f"{name}: to be trained",
         "in_progress": f"{name}: to be resumed",
@@ -148,9 +148,9 @@ def trained(config: pretrain.Config, folder: Path, runtime: Runtime, line: Contr
 
     run_folder = train.run_folder(name)
     train.pipeline.run_if_needed(
-        path, settings, line, pretrain_one, run=run_folder, intact=(run_folder / metrics.logger.FILE).exists
+        path, settings, pretrain_one, run=run_folder, has_output=(run_folder / metrics.logger.FILE).exists
     )
-    with distributed.raise_on_any_failure(line):
+    with distributed.raise_on_any_failure():
         return facts(metrics.run_folder.read_run(run_folder))
 
 
@@ -185,10 +185,7 @@ def write(folder: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) 
     writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    path = folder / "results.csv"
-    part = path.with_suffix(".part")
-    part.write_text(text.getvalue(), "utf-8")
-    part.replace(path)
+    jsonl.write_atomic(folder / "results.csv", text.getvalue())
 
 
 def summary(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""JSON Lines files: one reader, whose errors name the line, and one appender, which survives a crash."""
+"""JSON Lines files: a reader whose errors name the line, and a crash-safe appender; atomic writes of text files."""
 
 import json
 import os
@@ -71,6 +71,20 @@ def append(path: Path, *rows: Any) -> None:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Create or replace a text file, and its folder: a reader or a crash sees the old text or the new."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 

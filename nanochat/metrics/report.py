@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat import model
+from nanochat import jsonl, model
 from nanochat.distributed import hardware
 from nanochat.metrics import logger, plots, run_folder
 from nanochat.metrics.run_folder import RunInfo
@@ -74,9 +74,7 @@ def write(
         settings(runs),
     ]
     path = folder / "report.md"
-    part = path.with_suffix(".part")
-    part.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
-    part.replace(path)
+    jsonl.write_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
 
 

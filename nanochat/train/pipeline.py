@@ -1,28 +1,27 @@
-"""Stages of a longer pipeline: each has a status file with its settings, so that finished ones are skipped.
+"""Resumable pipelines: each stage has a status file with its settings. Rank 0 reads and writes it.
 
-A stage that is done with the same settings is skipped, one in progress is resumed, and one whose settings changed, or
-that follows a stage that ran again, runs again. Rank 0 reads the files and tells the other ranks.
+A finished stage is skipped and an interrupted one resumes. A stage whose settings changed, or that depends on a stage
+that ran again, runs again.
 """
 
 import hashlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat import checkpoint, distributed
+from nanochat import checkpoint, jsonl
 from nanochat.config import UserError, flatten
-from nanochat.distributed import ControlGroup, raise_on_any_failure
+from nanochat.distributed import broadcast_object, control_group, raise_on_any_failure
 
-# Settings that do not change the result (but for rounding).
+# Settings that change the result by rounding at most.
 IGNORED = (
     *("resume", "overwrite", "dry_run", "device", "compile", "device_batch_size", "sharding.", "metrics."),
     *("checkpoint.", "download.", "slots", "batch_tokens", "train.chunk_tokens", "train.memory_budget"),
     *("train.attention", "data.token_cache", "data.prefetch_batches", "data.tokenizer_threads"),
-    *("eval.every_steps", "eval.sample", "eval.prompts", "core.", "chat."),  # evaluated during the run
+    *("eval.every_steps", "eval.sample", "eval.prompts", "core.", "chat."),  # evaluations during the run
 )
 
 
@@ -30,9 +29,9 @@ class StageStatus(NamedTuple):
     """The status of a stage.
 
     Attributes:
-        state: new, in_progress, done, or changed: in progress or done with other settings.
-        changes: descriptions of the changed settings. completion_id: unique to each completion; "" before.
-        seconds: run time of all starts. before: id of the newest checkpoint that was there when it started.
+        state: new, in_progress, done, or changed (started with other settings).
+        changes: one text per changed setting. completion_id: unique to each completion; "" before the first.
+        seconds: run time, summed over restarts. before: id of the newest checkpoint when the stage started.
     """
 
     state: str
@@ -43,87 +42,90 @@ class StageStatus(NamedTuple):
 
 
 def settings(config: Any, after: str = "") -> dict[str, Any]:
-    """Return the settings that the result depends on, by dotted name, as JSON values.
+    """Return the settings that determine the result, by dotted name, as JSON values.
 
     Args:
-        after: completion_id of the stage that it builds on.
+        after: completion_id of the stage that this one depends on.
     """
-    kept = {name: value for name, value in flatten(config) if not name.startswith(IGNORED)}
-    return json.loads(json.dumps({**kept, "after": after}, default=str))
+    values = {name: value for name, value in flatten(config) if not name.startswith(IGNORED)}
+    return json.loads(json.dumps({**values, "after": after}, default=str))
 
 
-def read_status(path: Path, wanted: Mapping[str, Any]) -> StageStatus:
-    """Return the status in the file `path`, given the settings of now. Settings of another version are not compared."""
+def read_status(path: Path, current: Mapping[str, Any]) -> StageStatus:
+    """Return the status in a file, given the current settings; compare only settings that are in both."""
     try:
-        kept = json.loads(path.read_text("utf-8"))
-        had, completion_id, seconds, before = (kept[name] for name in ("settings", "stamp", "seconds", "before"))
+        saved = json.loads(path.read_text("utf-8"))
+        old, completion_id, seconds, before = (saved[key] for key in ("settings", "stamp", "seconds", "before"))
     except FileNotFoundError:
         return StageStatus("new")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} could not be read ({error}); delete it to run its stage again") from None
-    names = [name for name in wanted if name in had and wanted[name] != had[name]]
+    names = [name for name in current if name in old and current[name] != old[name]]
     changes = tuple(
-        "the stage before it ran again" if name == "after" else f"{name} {had[name]} → {wanted[name]}" for name in names
+        "an earlier stage ran again" if name == "after" else f"{name} {old[name]} → {current[name]}" for name in names
     )
     state = "changed" if names else "done" if completion_id else "in_progress"
     return StageStatus(state, changes, completion_id, 0.0 if names else seconds, before)
 
 
+def sync_status(
+    path: Path, current: Mapping[str, Any], *, has_output: Callable[[], bool] = lambda: True
+) -> StageStatus:
+    """Return the status that rank 0 reads, on all ranks; a done stage without its output counts as changed."""
+    with raise_on_any_failure():
+        status = StageStatus("new")
+        if control_group().rank == 0:
+            status = read_status(path, current)
+            if status.state == "done" and not has_output():
+                status = StageStatus("changed", ("its output is missing",))
+    state, changes, *rest = broadcast_object(list(status))
+    return StageStatus(state, tuple(changes), *rest)
+
+
 def run_if_needed(
     path: Path,
-    wanted: Mapping[str, Any],
-    line: ControlGroup,
+    current: Mapping[str, Any],
     run_stage: Callable[[dict[str, bool]], None],
     *,
     run: Path | None = None,
-    intact: Callable[[], bool] = lambda: True,
+    has_output: Callable[[], bool] = lambda: True,
 ) -> StageStatus:
-    """Run a stage unless it is done; return its status afterwards. A collective call.
+    """Run a stage unless it is done; return its new status. A collective call.
 
     Args:
-        path: its status file. wanted: its settings, from `settings`.
-        run_stage: gets the settings `resume` and `overwrite` for a training stage, nothing for another.
-        run: folder of the run that a training stage makes.
-        intact: whether its result still exists; rank 0's answer counts.
+        path: the status file. current: see `settings`.
+        run_stage: called with the settings `resume` and `overwrite` for a training stage, else with an empty dict.
+        run: run folder of a training stage.
+        has_output: whether the stage's output still exists; called on rank 0.
 
     Raises:
-        UserError: as `run_stage`; or a run of this name belongs to another command. The stage stays in progress.
+        UserError: from `run_stage`, or another command made the run. The stage stays in progress.
     """
-    status = describe_status(path, wanted, line, intact=intact)
+    status = sync_status(path, current, has_output=has_output)
     if status.state == "done":
         return status
-    with raise_on_any_failure(line):
-        flags = resume_flags(run, status) if run and line.rank == 0 else {}
-        if line.rank == 0 and status.state != "in_progress":
-            before = newest(run) if run else ""
-            _write(path, {"settings": dict(wanted), "stamp": "", "seconds": 0.0, "before": before})
-    flags = distributed.broadcast_object(flags, group=line)
-    started, completion_id = time.perf_counter(), ""
+    is_main, flags = control_group().rank == 0, {}
+    with raise_on_any_failure():
+        if is_main and run:
+            flags = resume_flags(run, status)
+        if is_main and status.state != "in_progress":
+            before = latest_checkpoint_id(run) if run else ""
+            _write(path, settings=dict(current), stamp="", seconds=0.0, before=before)
+    flags = broadcast_object(flags)
+    start, completion_id = time.perf_counter(), ""
     try:
         run_stage(flags)
         completion_id = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{uuid.uuid4().hex[:8]}"
     finally:
-        if line.rank == 0:
-            kept = json.loads(path.read_text("utf-8"))
-            seconds = kept["seconds"] + time.perf_counter() - started
-            _write(path, {**kept, "stamp": completion_id, "seconds": seconds})
-    return describe_status(path, wanted, line, intact=intact)
+        if is_main:
+            saved = json.loads(path.read_text("utf-8"))
+            seconds = saved["seconds"] + time.perf_counter() - start
+            _write(path, **{**saved, "stamp": completion_id, "seconds": seconds})
+    return sync_status(path, current, has_output=has_output)
 
 
-def describe_status(
-    path: Path, wanted: Mapping[str, Any], line: ControlGroup, *, intact: Callable[[], bool] = lambda: True
-) -> StageStatus:
-    """Return the status that rank 0 reads, on all ranks; a stage whose result is gone counts as changed."""
-    with raise_on_any_failure(line):
-        status = read_status(path, wanted) if line.rank == 0 else StageStatus("new")
-        if status.state == "done" and line.rank == 0 and not intact():
-            status = StageStatus("changed", ("its result is gone",))
-    state, changes, *rest = distributed.broadcast_object(list(status), group=line)
-    return StageStatus(state, tuple(changes), *rest)
-
-
-def newest(run: Path) -> str:
-    """Return an id of the newest checkpoint of a run; "" for none."""
+def latest_checkpoint_id(run: Path) -> str:
+    """Return an id of the newest checkpoint of a run; "" if there is none."""
     steps = checkpoint.steps(run / "checkpoints")
     if not steps:
         return ""
@@ -135,32 +137,20 @@ def newest(run: Path) -> str:
 def resume_flags(run: Path, status: StageStatus) -> dict[str, bool]:
     """Return the settings `resume` and `overwrite` for a training stage.
 
-    A stage in progress resumes, unless only the older run that it replaces has been saved.
-
-    Raises:
-        UserError: a run of this name belongs to another command.
+    A stage in progress resumes if it has saved a checkpoint; before that, it overwrites the older run.
     """
-    saved = newest(run)
-    if status.state == "new" and saved:
+    latest = latest_checkpoint_id(run)
+    if status.state == "new" and latest:
         raise UserError(f"run {run} was made by another command: choose another name (--set name=…), or move it")
-    again = status.state == "changed" or (status.state == "in_progress" and saved == status.before)
-    return {"resume": status.state == "in_progress" and not again, "overwrite": bool(saved) and again}
+    restart = status.state == "changed" or (status.state == "in_progress" and latest == status.before)
+    return {"resume": status.state == "in_progress" and not restart, "overwrite": bool(latest) and restart}
 
 
 def reasons(status: StageStatus, limit: int = 3) -> str:
-    """Return why a changed stage runs again, in a line."""
+    """Return why a changed stage runs again, on one line."""
     more = f" and {len(status.changes) - limit} more" if len(status.changes) > limit else ""
     return ", ".join(status.changes[:limit]) + more
 
 
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: could not be written: {error.strerror}") from None
+def _write(path: Path, **status: Any) -> None:
+    jsonl.write_atomic(path, json.dumps(status, indent=1) + "\n")

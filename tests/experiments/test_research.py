@@ -25,7 +25,6 @@ from nanochat.train import config as stage
 from nanochat.train import pipeline
 from nanochat.train import stage as runs
 
-ALONE = distributed.ControlGroup()
 TINY = (
     *("compile=false", "model.sequence_len=32", "model.aspect_ratio=32", "model.head_dim=32", "model.window_pattern=L"),
     *("device_batch_size=4", "total_batch_size=256", "checkpoint.every_steps=2", "eval.every_steps=4"),
@@ -94,7 +93,7 @@ def test_stage_runs_once_and_again_when_its_settings_change(tmp_path: Path) -> N
     path, done = tmp_path / "marks" / "a.json", []
 
     def work(config: Settings, after: str = "") -> pipeline.StageStatus:
-        return pipeline.run_if_needed(path, pipeline.settings(config, after), ALONE, lambda _: done.append(config))
+        return pipeline.run_if_needed(path, pipeline.settings(config, after), lambda _: done.append(config))
 
     first = work(Settings())
     assert first.state == "done" and first.completion_id and len(done) == 1
@@ -105,7 +104,7 @@ def test_stage_runs_once_and_again_when_its_settings_change(tmp_path: Path) -> N
     assert len(done) == 2 and second.completion_id != first.completion_id
     assert work(Settings(depth=4), after="x").state == "done" and len(done) == 3, "what it follows on counts"
     assert pipeline.run_if_needed(
-        path, pipeline.settings(Settings(depth=4), "x"), ALONE, lambda _: done.append(0), intact=bool
+        path, pipeline.settings(Settings(depth=4), "x"), lambda _: done.append(0), has_output=bool
     )
     assert done[-1] == 0, "what is gone is made again"
 
@@ -118,10 +117,10 @@ def test_failed_stage_stays_in_progress_and_its_time_adds_up(tmp_path: Path) -> 
 
     for _ in range(2):
         with pytest.raises(SystemExit):
-            pipeline.run_if_needed(path, wanted, ALONE, fails)
+            pipeline.run_if_needed(path, wanted, fails)
         assert pipeline.read_status(path, wanted).state == "in_progress"
     before = pipeline.read_status(path, wanted).seconds
-    after = pipeline.run_if_needed(path, wanted, ALONE, lambda _: None).seconds
+    after = pipeline.run_if_needed(path, wanted, lambda _: None).seconds
     assert 0 < before < after
     path.write_text("{")
     with pytest.raises(UserError, match="delete it"):

@@ -87,7 +87,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, bool]]:
 
         return call
 
-    for name, module in speedrun.MODULES.items():
+    for name, module in speedrun.EXPERIMENTS.items():
         monkeypatch.setattr(module, "run", watched(name, module.run))
     return seen
 
@@ -166,19 +166,19 @@ def test_changed_setting_runs_its_stage_and_the_later_ones_again(
     ]
     speedrun.run(tiny(base, *words), here)
     assert [name for name, *_ in called] == ["data", "tokenizer", "pretrain", "sft", "eval_chat"]
-    before = pipeline.newest(train.run_folder("again"))
+    before = pipeline.latest_checkpoint_id(train.run_folder("again"))
     del called[:]
     words[-1] = "sft.num_iterations=3"
     speedrun.run(tiny(base, *words, "sft.device_batch_size=4"), here)
     assert called == [("sft", False, True), ("eval_chat", False, False)]
     out = capsys.readouterr().out
-    assert "again: num_iterations 2 → 3" in out and "again: the stage before it ran again" in out
-    assert steps("again_sft") == [1, 2, 3] and pipeline.newest(train.run_folder("again")) == before
+    assert "rerun: num_iterations 2 → 3" in out and "rerun: an earlier stage ran again" in out
+    assert steps("again_sft") == [1, 2, 3] and pipeline.latest_checkpoint_id(train.run_folder("again")) == before
     del called[:]
     speedrun.run(tiny(base, *words, "pretrain.optim.matrix_lr=0.05"), here)
     assert called == [("pretrain", False, True), ("sft", False, True), ("eval_chat", False, False)]
     assert checkpoint.steps(train.run_folder("again") / "checkpoints.old") == [2], "what is replaced is kept once more"
-    assert "pretrain   again" in capsys.readouterr().out
+    assert "pretrain   rerun" in capsys.readouterr().out
 
 
 def test_an_evaluation_that_fails_does_not_stop_the_rest(
@@ -204,14 +204,14 @@ def test_what_is_asked_for_has_to_make_sense(base: Path) -> None:
 
 
 def test_the_parts_take_over_name_device_and_source(base: Path) -> None:
-    config = speedrun.filled(tiny(base, "name=x", "fp8=true"), distributed.init("cpu", "float32"))
+    config = speedrun.resolve(tiny(base, "name=x", "fp8=true"), distributed.init("cpu", "float32"))
     assert (config.pretrain.name, config.sft.run, config.sft.name, config.eval_chat.run) == ("x", "x", "x_sft", "x_sft")
     assert config.pretrain.tokenizer == config.tokenizer.out == str(base / "x_tokenizer")
     assert {config.data.data.source, config.tokenizer.data.source, config.pretrain.data.source} == {str(base / "text")}
     assert config.pretrain.train.linear == "fp8" and config.sft.device == config.pretrain.device == "cpu"
     plain = speedrun.config()
     assert plain.pretrain.depth == 24 and plain.data.num_shards == 170
-    assert speedrun.filled(plain, distributed.init("cpu", "float32")).pretrain.train.linear == "dense"
+    assert speedrun.resolve(plain, distributed.init("cpu", "float32")).pretrain.train.linear == "dense"
 
 
 def test_time_and_cost_are_told_before_on_a_gpu_that_is_known(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
