@@ -1,21 +1,19 @@
-"""Everything on a bare machine in minutes: corpus, tokenizer, pretraining, chat with tools, evaluation, RL, a report.
+"""Train a small chat model on a laptop in minutes: tokenizer, pretraining, fine-tuning, evaluation, RL, report.
 
     torchrun launch.py --experiment=quickstart
-    torchrun launch.py --experiment=quickstart --resume          # after a stop: what is finished is not done again
+    torchrun launch.py --experiment=quickstart --resume          # after an interruption: finished stages are skipped
 
-No network, no GPU: the text is that of the Python installation itself (docstrings, comments, help pages). Trains a
-tokenizer of 4096 tokens and a small model, teaches it to answer sums through the calculator, to spell and who it is,
-lets it practise, and writes a report card. 13 minutes on two CPU cores (AMD Zen 4): pretraining takes 7 of them and
-ends near 1.94 bits per byte, fine-tuning 4, practising 1. In the end nearly all sums of two numbers that it has not
-seen are right, and seven of ten words are spelled. Leaves runs/quickstart, quickstart_sft and quickstart_rl under the
-base folder, and says how to talk to the last.
+Needs no network and no GPU: the corpus is the text of the Python installation (docstrings, comments, help pages). The
+model learns to add with the calculator, to spell, and who it is. Takes 13 minutes on two CPU cores (AMD Zen 4):
+pretraining 7 (to about 1.94 bits per byte), fine-tuning 4, RL 1. The final model solves nearly all held-out sums of two
+numbers and spells seven of ten words. Writes runs/quickstart, quickstart_sft and quickstart_rl to the base folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments import eval_chat, pretrain, report, rl, sft
 from nanochat import distributed
@@ -32,17 +30,17 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 4096
 PROMPTS = ("Return the", "This module provides", "If the file does not exist,", "The list of", "A string that")
 QUESTIONS = ("What is 12*3?", "What is 548-79?", "Spell the word: tiger", "Who are you?", "How much is 25 plus 17?")
-LESSONS = ("arithmetic:size=8000", "simplespelling:size=15000", "8*identity")
-PRACTICE = "arithmetic"
-EXAMS, PROBLEMS = ("arithmetic", "simplespelling"), 128
+SFT_TASKS = ("arithmetic:size=8000", "simplespelling:size=15000", "8*identity")
+SHARED = ("seed", "device", "dtype", "compile", "resume", "overwrite", "sharding", "checkpoint")
+EVAL_TASKS, EVAL_PROBLEMS = ("arithmetic", "simplespelling"), 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(pretrain.Config):
-    """Pretraining settings, small enough for a laptop, and what follows it.
+    """Pretraining settings of a small model, and the length of the later stages.
 
     Attributes:
-        sft_steps: of fine-tuning; 0: the base model is all. rl_steps: of practising; 0: none.
+        sft_steps: fine-tuning steps; 0 skips fine-tuning and RL. rl_steps: RL steps; 0 skips RL.
     """
 
     sft_steps: int = 220
@@ -59,13 +57,13 @@ def config() -> Config:
         name="quickstart",
         depth=4,
         overwrite=True,
-        compile=False,  # compiling takes a C++ compiler and a minute, and would save less than that here
+        compile=False,  # needs a C++ compiler and takes a minute, more than it saves here
         tokenizer=str(base_dir() / "quickstart_tokenizer"),
         device_batch_size=16,
         total_batch_size=16 * 256,
         num_iterations=340,
         model=pretrain.ShapeConfig(sequence_len=256, aspect_ratio=48, head_dim=64, window_pattern="SL"),
-        # The rules scale rates and decay for runs a hundred times as long; in so few steps the matrices need more.
+        # The scaling rules are tuned for runs a hundred times as long; in so few steps the matrices need more.
         optim=OptimConfig(matrix_lr=0.15, weight_decay=0.1),
         data=DataConfig(source="embedded"),
         core=pretrain.CoreConfig(every_steps=None),
@@ -83,102 +81,98 @@ def config() -> Config:
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Go through all stages, and say what to do next."""
+    """Run all stages, and print the next commands."""
     start = time.perf_counter()
     if runtime.is_main:
-        build(config)
+        prepare_data(config)
     distributed.barrier()
     heading(3, f"pretraining: {config.num_iterations} steps")
     pretrain.run(config, runtime)
-    runs = [str(config.name)]
+    name = str(config.name)
     if config.sft_steps:
-        runs.append(f"{config.name}_sft")
-        heading(4, f"fine-tuning: {config.sft_steps} steps on sums, spelling and who it is")
-        sft.run(tuning(config, *runs[-2:]), runtime)
-        heading(5, "evaluation on problems it has not seen")
-        examine(config, runs[-1], runtime)
+        name = f"{config.name}_sft"
+        heading(4, f"fine-tuning: {config.sft_steps} steps on sums, spelling and identity")
+        sft.run(sft_config(config), runtime)
+        heading(5, "evaluation on held-out problems")
+        evaluate(config, name, runtime)
     if config.sft_steps and config.rl_steps:
-        runs.append(f"{config.name}_rl")
-        heading(6, f"reinforcement learning: {config.rl_steps} steps of sums")
-        rl.run(practising(config, *runs[-2:]), runtime)
-        examine(config, runs[-1], runtime)
-    heading(7, "report card")
-    card = dataclasses.replace(report.config(), run=runs[-1], prompts=PROMPTS, questions=QUESTIONS, answer_tokens=64)
-    report.run(dataclasses.replace(card, device=config.device, dtype=config.dtype), runtime)
+        name = f"{config.name}_rl"
+        heading(6, f"reinforcement learning: {config.rl_steps} steps on sums")
+        rl.run(rl_config(config), runtime)
+        evaluate(config, name, runtime)
+    heading(7, "report")
+    settings = {"run": name, "prompts": PROMPTS, "questions": QUESTIONS, "answer_tokens": 64}
+    report.run(dataclasses.replace(report.config(), **shared(config, "device", "dtype"), **settings), runtime)
     print(f"quickstart took {format_duration(time.perf_counter() - start)}. Next:")
-    name = f" --set run={runs[-1]}"
-    words = "" if config.sft_steps else " (a base model: it continues)"
-    print(f"  python launch.py --experiment=chat{name:<31}talk to it{words}: What is 37+85?")
-    print(f"  python launch.py --experiment=web{name:<32}the same in a browser")
-    print("  python launch.py --help                                         what else there is")
-    print("  python launch.py --experiment=quickstart --set name=larger --set depth=6 --set num_iterations=1000")
+    for arguments, purpose in (
+        (f"chat --set run={name}" + ("" if config.sft_steps else " --set complete=true"), "talk to the model"),
+        (f"web --set run={name}", "the same in a browser"),
+        ("quickstart --set name=larger --set depth=6 --set num_iterations=1000", "train a larger model"),
+    ):
+        print(f"  python launch.py --experiment={arguments:<36}  {purpose}")
 
 
 def heading(number: int, text: str) -> None:
-    """Print what comes now."""
     print(f"\n{number}. {text}", flush=True)
 
 
-def build(config: Config) -> None:
-    """Make the corpus and the tokenizer, unless they are there."""
-    folder = pretrain.tokenizer_folder(config)
+def prepare_data(config: Config) -> None:
+    """Make the corpus and the tokenizer, unless they exist."""
     print("1. corpus: text of this Python installation", flush=True)
     shards = sources.shards_of(config.data, "train")
     print(f"   {len(shards)} training shards and one for validation in {shards[0].path.parent}")
     print(f"2. tokenizer: {VOCAB_SIZE} tokens", flush=True)
+    folder = pretrain.tokenizer_folder(config)
     if (folder / tokenizer.TOKENS_FILE).exists():
         print(f"   already in {folder}")
     else:
-        tok = tokenizer.train(sources.texts(config.data, "train"), VOCAB_SIZE)
-        tokenizer.save(tok, folder)
+        tokenizer.save(tokenizer.train(sources.texts(config.data, "train"), VOCAB_SIZE), folder)
         print(f"   trained, saved in {folder}")
 
 
-def shared(config: Config) -> dict[str, object]:
-    """Return the settings that all stages take over."""
-    names = ("seed", "device", "dtype", "compile", "resume", "overwrite", "train", "sharding", "metrics")
+def shared(config: Config, *names: str) -> dict[str, Any]:
+    """Return the settings that a later stage shares with pretraining."""
     return {name: getattr(config, name) for name in names}
 
 
-def tuning(config: Config, base: str, name: str) -> sft.Config:
+def sft_config(config: Config) -> sft.Config:
     """Return the settings of fine-tuning."""
-    start = sft.config()
+    defaults = sft.config()
     return dataclasses.replace(
-        start,
-        **shared(config),  # pyright: ignore[reportArgumentType]
-        run=base,
-        name=name,
-        tasks=LESSONS,
+        defaults,
+        **shared(config, *SHARED, "train", "metrics"),
+        run=config.name,
+        name=f"{config.name}_sft",
+        tasks=SFT_TASKS,
         val_tasks=("arithmetic:test", "simplespelling:test"),
         num_iterations=config.sft_steps,
         eval=dataclasses.replace(
-            start.eval, every_steps=50, tokens=2**13, prompts=QUESTIONS[:4], sample_tokens=48, temperature=0.0
+            defaults.eval, every_steps=50, tokens=2**13, prompts=QUESTIONS[:4], sample_tokens=48, temperature=0.0
         ),
-        chat=dataclasses.replace(start.chat, tasks=()),
-        checkpoint=config.checkpoint,
+        chat=dataclasses.replace(defaults.chat, tasks=()),
     )
 
 
-def examine(config: Config, name: str, runtime: Runtime) -> None:
-    """Evaluate a run on problems that are in no training split."""
-    how = dataclasses.replace(eval_chat.config(), run=name, tasks=EXAMS, max_problems=PROBLEMS, max_tokens=64)
-    eval_chat.run(dataclasses.replace(how, device=config.device, dtype=config.dtype), runtime)
+def evaluate(config: Config, name: str, runtime: Runtime) -> None:
+    """Evaluate a run on held-out problems."""
+    settings = {"run": name, "tasks": EVAL_TASKS, "max_problems": EVAL_PROBLEMS, "max_tokens": 64}
+    eval_chat.run(dataclasses.replace(eval_chat.config(), **shared(config, "device", "dtype"), **settings), runtime)
 
 
-def practising(config: Config, tuned: str, name: str) -> rl.Config:
+def rl_config(config: Config) -> rl.Config:
     """Return the settings of reinforcement learning."""
-    start = rl.config()
+    defaults = rl.config()
     return dataclasses.replace(
-        start,
-        **{n: x for n, x in shared(config).items() if n not in ("train", "metrics")},  # pyright: ignore[reportArgumentType]
-        run=tuned,
-        name=name,
-        task=PRACTICE,
+        defaults,
+        **shared(config, *SHARED),
+        run=f"{config.name}_sft",
+        name=f"{config.name}_rl",
+        task="arithmetic",
         num_iterations=config.rl_steps,
         rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=8, max_tokens=64),
-        # So few answers are noise for tables and matrices; the unembedding learns from them which tokens to trust.
+        # So few answers are too noisy for the embeddings and matrices; they suffice for the unembedding.
         optim=dataclasses.replace(
-            start.optim,
+            defaults.optim,
             embedding_lr=0.0,
             unembedding_lr=0.01,
             matrix_lr=0.0,
@@ -188,6 +182,5 @@ def practising(config: Config, tuned: str, name: str) -> rl.Config:
         ),
         device_batch_size=16,
         eval=rl.PassAtKConfig(every_steps=None, problems=64, sample_every_steps=None),
-        checkpoint=config.checkpoint,
         metrics=dataclasses.replace(config.metrics, every_steps=1),
     )

@@ -199,7 +199,7 @@ def sft_stage(
         val = packing._replace(rows_per_step=rows * runtime.world_size, micro_rows=rows, epochs=1)
         validation = functools.partial(
             train.stage.evaluate_bpb,
-            batches=functools.partial(stream, val_task, how=val),
+            batches=functools.partial(stream, val_task, packing=val),
             steps=max(config.eval.tokens // (val.rows_per_step * length), 1),
         )
         evals = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
@@ -216,7 +216,7 @@ def sft_stage(
         step_tokens=config.total_batch_size,
         flops_per_token=model.flops_per_token(shape),
         hparams_at=hparams_at,
-        batches=lambda state, rows: stream(train_task, how=packing._replace(micro_rows=rows), state=state),
+        batches=lambda state, rows: stream(train_task, packing=packing._replace(micro_rows=rows), state=state),
         initial_state=lambda sharding_plan: train.init_from.init_state_from(
             base, runtime, sharding_plan, moments=config.optim.moments
         ),

@@ -263,7 +263,7 @@ def estimate(config: Config, runtime: Runtime) -> str:
     name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else runtime.device.type
     gpu = hardware.gpu_spec(name)
     if gpu is None:
-        return f"{size}; no estimate of time and cost: no data for {name} in nanochat/distributed/hardware.py"
+        return f"{size}; no estimate of time and cost: {name} is not in hardware.GPU_SPECS"
     sharding = distributed.sharding.resolve(config.pretrain.sharding)
     setup = train.planner.Setup(
         mode=sharding.mode if runtime.world_size > 1 else "replicate",

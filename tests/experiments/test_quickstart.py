@@ -21,7 +21,7 @@ def test_all_stages_follow_one_another_and_are_not_done_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(quickstart, "PROBLEMS", 3)
+    monkeypatch.setattr(quickstart, "EVAL_PROBLEMS", 3)
     text = " ".join(["What is the sum of 37 and 85? Who are you? A word, letter by letter."] * 40)
     (tmp_path / "text").mkdir()
     for name in ("a", "val"):

@@ -1,4 +1,4 @@
-"""Batches of conversations: masks, packing without loss, weights, ranks, and going on where a loader stopped."""
+"""Batches of conversations: loss masks, packing, weights, ranks, and resuming a loader."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from nanochat.tasks import Task, qa_conversation
 from nanochat.train import Packing, sft
 
 TEXT = "What is the sum of one and two? It is three. Who are you? I am a small model, and I count."
-HOW = Packing(rows_per_step=4, micro_rows=2, sequence_len=48, buffer_conversations=7)
+PACKING = Packing(rows_per_step=4, micro_rows=2, sequence_len=48, buffer_conversations=7)
 
 
 @pytest.fixture(scope="module")
@@ -37,33 +37,33 @@ def task(size: int = 50) -> Task:
     return Task("made", "chat", size, row)
 
 
-def collect(tok: Tokenizer, how: Packing = HOW, task: Task = task(), **where: Any) -> list[Any]:
-    return list(sft.batches(task, tok, how, **where))
+def collect(tok: Tokenizer, packing: Packing = PACKING, task: Task = task(), **options: Any) -> list[Any]:
+    return list(sft.batches(task, tok, packing, **options))
 
 
 def documents(tok: Tokenizer, inputs: Tensor, targets: Tensor) -> list[tuple[int, ...]]:
     """Return the conversations in packed rows, as ids."""
-    found = []
+    result = []
     last = targets[:, -1:]
     for ids in torch.cat([inputs, torch.where(last < 0, tok.bos, last)], dim=1).tolist():
         starts = [i for i, token in enumerate(ids) if token == tok.bos] + [len(ids)]
         pieces = [tuple(ids[a:b]) for a, b in itertools.pairwise(starts)]
-        found += [piece for piece in pieces if len(piece) > 1]
-    return found
+        result += [piece for piece in pieces if len(piece) > 1]
+    return result
 
 
-def test_the_mask_covers_what_the_assistant_says(tok: Tokenizer):
+def test_loss_mask_covers_assistant_tokens(tok: Tokenizer):
     parts = [
         {"type": "text", "text": "It is"},
         {"type": "python", "text": "1+2"},
         {"type": "python_output", "text": "3"},
         {"type": "text", "text": " three."},
     ]
-    one = Task("one", "chat", 1, lambda _: qa_conversation("What is it?", parts))
-    how = Packing(rows_per_step=1, micro_rows=1, sequence_len=40)
-    [(batch, _, stats)] = collect(tok, how, one)
+    task = Task("one", "chat", 1, lambda _: qa_conversation("What is it?", parts))
+    packing = Packing(rows_per_step=1, micro_rows=1, sequence_len=40)
+    [(batch, _, stats)] = collect(tok, packing, task)
     special, encode = tok.special, tok.encode
-    learned = [
+    expected = [
         *encode("It is"),
         special("<|python_start|>"),
         *encode("1+2"),
@@ -72,50 +72,50 @@ def test_the_mask_covers_what_the_assistant_says(tok: Tokenizer):
         special("<|assistant_end|>"),
     ]
     targets = batch["targets"][0]
-    assert targets[targets >= 0].tolist() == learned
-    asked = [tok.bos, special("<|user_start|>"), *encode("What is it?"), special("<|user_end|>")]
-    n = len(asked)
-    assert batch["inputs"][0][: n + 1].tolist() == [*asked, special("<|assistant_start|>")]
-    assert (targets[:n] == -1).all() and targets[n] == learned[0]  # from <|assistant_start|> on
+    assert targets[targets >= 0].tolist() == expected
+    prompt = [tok.bos, special("<|user_start|>"), *encode("What is it?"), special("<|user_end|>")]
+    n = len(prompt)
+    assert batch["inputs"][0][: n + 1].tolist() == [*prompt, special("<|assistant_start|>")]
+    assert (targets[:n] == -1).all() and targets[n] == expected[0]  # from <|assistant_start|> on
     output = [special("<|output_start|>"), *encode("3"), special("<|output_end|>")]
     at = n + len(encode("It is")) + 2 + len(encode("1+2"))
     assert batch["inputs"][0][at + 1 : at + 1 + len(output)].tolist() == output
     assert (targets[at : at + len(output)] == -1).all()
-    assert stats["last"] == 1 and stats["learned_tokens"] == len(learned)
+    assert stats["last"] == 1 and stats["learned_tokens"] == len(expected)
 
 
-def test_mid_training_learns_everything_but_the_padding(tok: Tokenizer):
+def test_mid_training_masks_only_padding(tok: Tokenizer):
     [(batch, _, _)] = collect(tok, Packing(1, 1, 47, assistant_only=False), task(1))
     ids, _ = chat_format.render(tok, row(0))
     targets = batch["targets"][0]
     assert targets[: len(ids) - 1].tolist() == ids[1:] and (targets[len(ids) - 1 :] == -1).all()
 
 
-def test_every_conversation_is_packed_once_and_whole(tok: Tokenizer):
-    wanted = Counter(tuple(chat_format.render(tok, row(i), HOW.sequence_len)[0]) for i in range(50))
-    how = HOW._replace(assistant_only=False)
-    found = Counter[tuple[int, ...]]()
-    for batch, _, _ in collect(tok, how):
-        found.update(documents(tok, batch["inputs"], batch["targets"]))
-    assert found == wanted
+def test_every_conversation_is_packed_once_without_cropping(tok: Tokenizer):
+    wanted = Counter(tuple(chat_format.render(tok, row(i), PACKING.sequence_len)[0]) for i in range(50))
+    packing = PACKING._replace(assistant_only=False)
+    packed = Counter[tuple[int, ...]]()
+    for batch, _, _ in collect(tok, packing):
+        packed.update(documents(tok, batch["inputs"], batch["targets"]))
+    assert packed == wanted
 
 
-def test_a_long_conversation_is_cut_and_one_with_nothing_to_learn_is_dropped(tok: Tokenizer):
+def test_long_conversation_is_truncated_and_one_without_targets_dropped(tok: Tokenizer):
     long = Task("long", "chat", 2, lambda i: qa_conversation(TEXT * (1 + 3 * i), "yes"))
-    how = Packing(1, 1, len(chat_format.render(tok, long.row(0))[0]))
-    got = collect(tok, how, long)  # which reads ahead: of the second, the question alone is longer than a row
+    packing = Packing(1, 1, len(chat_format.render(tok, long.row(0))[0]))
+    got = collect(tok, packing, long)  # which reads ahead: of the second, the question alone is longer than a row
     assert len(got) == 1 and got[0][2]["dropped"] == 1
     assert got[-1][1]["position"]["read"] == 2 and got[-1][1]["position"]["dropped"] == 1
 
 
-def test_weights_are_the_mean_over_the_tokens_of_the_whole_step(tok: Tokenizer):
+def test_weights_average_over_tokens_of_the_step(tok: Tokenizer):
     for batch, _, _ in collect(tok):
         counted = batch["targets"] >= 0
         # Two micro-batches, whose losses the step averages.
         torch.testing.assert_close(batch["weights"], counted * (2 / counted.sum()))
 
 
-def test_the_gradient_of_micro_batches_is_that_of_the_whole_batch(tok: Tokenizer):
+def test_micro_batch_gradients_average_to_batch_gradient(tok: Tokenizer):
     config = dataclasses.replace(CONFIG, vocab_size=tok.vocab_size, sequence_len=48)
     params = random_params(config)
     batch, _, _ = collect(tok)[0]
@@ -127,15 +127,15 @@ def test_the_gradient_of_micro_batches_is_that_of_the_whole_batch(tok: Tokenizer
         torch.testing.assert_close((a + b) / 2, x, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_a_batch_without_a_target_has_no_weight(tok: Tokenizer):
+def test_batch_without_targets_has_zero_weight(tok: Tokenizer):
     batch = sft._batch([[], []], 8, tok.bos, 1.0)
     assert (batch["targets"] == -1).all() and not batch["weights"].any()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_rows_of_one(tok: Tokenizer, world_size: int):
-    one = collect(tok, HOW._replace(micro_rows=1))
-    ranks = [collect(tok, HOW._replace(micro_rows=1), rank=r, world_size=world_size) for r in range(world_size)]
+def test_ranks_split_the_rows_of_a_single_process(tok: Tokenizer, world_size: int):
+    one = collect(tok, PACKING._replace(micro_rows=1))
+    ranks = [collect(tok, PACKING._replace(micro_rows=1), rank=r, world_size=world_size) for r in range(world_size)]
     for step, (batch, state, stats) in enumerate(one):
         for name, x in batch.items():
             shares = torch.stack([rank[step][0][name] for rank in ranks], dim=1).flatten(0, 1)
@@ -144,38 +144,38 @@ def test_ranks_share_the_rows_of_one(tok: Tokenizer, world_size: int):
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_a_loader_goes_on_as_if_it_had_not_stopped(tok: Tokenizer, epochs: int):
-    how = HOW._replace(epochs=epochs)
-    unbroken = collect(tok, how)
+def test_restored_loader_continues_bit_for_bit(tok: Tokenizer, epochs: int):
+    packing = PACKING._replace(epochs=epochs)
+    unbroken = collect(tok, packing)
     assert [stats.get("last") for *_, stats in unbroken] == [None] * (len(unbroken) - 1) + [1.0]
     shares = [stats["share"] for *_, stats in unbroken]
     assert shares[0] == 0 and shares == sorted(shares) and shares[-1] < 1
     for stop in range(1, len(unbroken)):
-        rest = collect(tok, how, state=unbroken[stop - 1][1])
+        rest = collect(tok, packing, state=unbroken[stop - 1][1])
         assert len(rest) == len(unbroken) - stop
         for (batch, state, stats), (want, state_there, stats_there) in zip(rest, unbroken[stop:]):
             assert all(torch.equal(batch[name], x) for name, x in want.items())
             assert state == state_there and stats == stats_there
-    assert collect(tok, how, state=unbroken[-1][1]) == []
+    assert collect(tok, packing, state=unbroken[-1][1]) == []
 
 
-def test_without_epochs_it_goes_round(tok: Tokenizer):
-    taken = list(itertools.islice(sft.batches(task(5), tok, HOW._replace(epochs=None)), 20))
+def test_no_epoch_limit_repeats_the_task(tok: Tokenizer):
+    taken = list(itertools.islice(sft.batches(task(5), tok, PACKING._replace(epochs=None)), 20))
     assert len(taken) == 20 and all("share" not in stats and "last" not in stats for *_, stats in taken)
     assert taken[-1][2]["epoch"] > 5
 
 
-def test_what_does_not_fit_is_said(tok: Tokenizer):
-    with pytest.raises(UserError, match="a step of 4 rows does not divide into micro-batches of 3 rows on 1 ranks"):
-        collect(tok, HOW._replace(micro_rows=3))
+def test_invalid_settings_and_state_raise(tok: Tokenizer):
+    with pytest.raises(UserError, match="4 rows per step are not divisible into micro-batches of 3 rows on 1 ranks"):
+        collect(tok, PACKING._replace(micro_rows=3))
     state = collect(tok)[0][1]
-    with pytest.raises(UserError, match=r"cannot go on with other data .conversations was 50, is 49"):
+    with pytest.raises(UserError, match=r"cannot resume with other data .conversations was 50, is 49"):
         collect(tok, task=task(49), state=state)
-    with pytest.raises(UserError, match="nothing to learn"):
+    with pytest.raises(UserError, match="no training targets"):
         collect(tok, task=task(0))
 
 
-def test_the_rows_hold_numbers_of_64_bits(tok: Tokenizer):
+def test_batch_dtypes(tok: Tokenizer):
     batch, _, _ = collect(tok)[0]
     kinds = {name: x.dtype for name, x in batch.items()}
     assert kinds == {"inputs": torch.int64, "targets": torch.int64, "weights": torch.float32}
