@@ -360,7 +360,7 @@ def write_completions(
     events: Iterable[infer.Event],
 ) -> None:
     """Write a JSON line per completion, in the order of the requests."""
-    with open_output(config.output) as file, progress.bar(len(requests), label="complete", unit="completion") as bar:
+    with open_output(config.output) as file, progress.Bar(len(requests), label="complete", unit="completion") as bar:
         for i, ids, finish in in_order(events):
             row = rows[i // config.samples] | {
                 "sample": i % config.samples,

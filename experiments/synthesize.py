@@ -150,7 +150,7 @@ def generate(config: Config, path: Path, key: str, facts: str, seeds: Sequence[i
     """
     failures: Counter[str] = Counter()
     in_a_row = 0
-    with progress.bar(len(seeds), label="synthesize", unit="conversation") as bar:
+    with progress.Bar(len(seeds), label="synthesize", unit="conversation") as bar:
         for result in request_all(config, key, facts, seeds):
             if result.fatal:
                 raise UserError(f"{config.base_url} refuses the request: {result.reason}")

@@ -278,7 +278,7 @@ def is_correct(task: Task, row: Conversation, text: str) -> bool:
 def _progress_bar(task: Task, total: int, show: bool, unit: str = "problem") -> progress.Bar:
     """Return a progress bar of this rank's share of a task; the other ranks' shares are similar."""
     label = TITLES.get(task.name, task.name)
-    return progress.bar(total, label=label, unit=unit, enabled=None if show else False)
+    return progress.Bar(total, label=label, unit=unit, enabled=None if show else False)
 
 
 def _gather(results: list[Any]) -> list[Any]:

@@ -207,7 +207,7 @@ def _run_stage(
             enabled=runtime.is_main,
         )
         stack.callback(logger.close, log)
-        bar = stack.enter_context(progress.bar(stage.num_steps, initial=at.step, label=str(config.name)))
+        bar = stack.enter_context(progress.Bar(stage.num_steps, initial=at.step, label=str(config.name)))
         ctx = RunContext(
             config, stage, shape, tok, runtime, sharding_plan, loss_fn, stage.evaluations(config.rows), limit, folder,
             manager, log, bar, stop,

@@ -1,4 +1,4 @@
-"""Progress: the line, how often a log gets one, the bar on a terminal."""
+"""Progress: format of the line, frequency of log lines, the bar on a terminal."""
 
 import fcntl
 import io
@@ -17,7 +17,7 @@ from nanochat.metrics import progress
 
 
 class Clock:
-    """Stands in for the clock, and moves only when told."""
+    """A fake clock that tests advance."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -31,15 +31,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def run(clock: Clock, steps: int, seconds: float, first: float = 0.0, total: int | None = None) -> None:
-    """Go through `steps` updates of `seconds` each, the first of which takes `first` longer."""
-    with progress.bar(total or steps, label="train") as shown:
+    """Update `steps` times, `seconds` apart; the first step takes `first` seconds longer."""
+    with progress.Bar(total or steps, label="train") as shown:
         for step in range(steps):
             clock.now += seconds + (first if step == 0 else 0)
             shown.update(loss=4.0 - step / steps)
 
 
-def test_the_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.bar(600, label="pretraining") as shown:
+def test_line_format(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Bar(600, label="pretraining") as shown:
         for _ in range(120):
             clock.now += 0.4
             shown.update(loss=4.12345, speed="8.2k tok/s", mfu="mfu 41%", val_bpb=2.31)
@@ -51,15 +51,15 @@ def test_the_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_values_stay_until_replaced_and_numbers_are_short(clock: Clock) -> None:
-    with progress.bar(10, label="train") as shown:
+    with progress.Bar(10, label="train") as shown:
         shown.update(loss=2.0, bpb=1.5)
         shown.update(loss=1.0, tokens=52_428_800, tiny=1.23456e-7, rows=7)
         assert "loss 1 | bpb 1.5 | tokens 52.4M | tiny 1.235e-07 | rows 7 | " in shown.line()
 
 
 @pytest.mark.parametrize("columns", [100, 60, 45])
-def test_a_line_never_grows_over_its_width_and_keeps_the_time_left(clock: Clock, columns: int) -> None:
-    with progress.bar(1000, label="train") as shown:
+def test_line_fits_columns_and_keeps_time_left(clock: Clock, columns: int) -> None:
+    with progress.Bar(1000, label="train") as shown:
         for step in range(10):
             clock.now += 1
             shown.update(1, **{f"value_{i}": step + i / 7 for i in range(20)})
@@ -68,8 +68,8 @@ def test_a_line_never_grows_over_its_width_and_keeps_the_time_left(clock: Clock,
     assert ("value 0" in line) == (columns > 45)
 
 
-def test_the_first_step_does_not_count_in_the_estimate(clock: Clock) -> None:
-    with progress.bar(101, label="train") as shown:
+def test_estimate_excludes_first_step(clock: Clock) -> None:
+    with progress.Bar(101, label="train") as shown:
         clock.now += 60  # compiles
         shown.update()
         assert shown.line().endswith("| 1h40m left")
@@ -78,15 +78,15 @@ def test_the_first_step_does_not_count_in_the_estimate(clock: Clock) -> None:
         assert shown.line().endswith("| 1m39s left")
 
 
-def test_what_an_earlier_process_did_does_not_count_in_the_estimate(clock: Clock) -> None:
-    with progress.bar(200, initial=100, label="train") as shown:
+def test_estimate_excludes_steps_of_an_earlier_process(clock: Clock) -> None:
+    with progress.Bar(200, initial=100, label="train") as shown:
         for _ in range(10):
             clock.now += 2
             shown.update()
         assert shown.line() == "train: step 110/200 (55.0%) | 3m00s left"
 
 
-def test_at_the_end_it_says_how_long_it_took(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_line_shows_elapsed_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     run(clock, steps=5, seconds=2)
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == "train: step 5/5 (100.0%) | loss 3.2 | 10s"
@@ -98,11 +98,11 @@ def test_at_the_end_it_says_how_long_it_took(clock: Clock, capsys: pytest.Captur
     [
         (600, 1.0, 20, 22),  # ten minutes: every 5%, which is 30 seconds
         (1000, 0.05, 5, 7),  # 50 seconds: every ten
-        (100, 600.0, 100, 100),  # a step takes ten minutes: each is told
+        (100, 600.0, 100, 100),  # a step takes ten minutes: a line for each
         (7200, 1.0, 120, 122),  # two hours: a line a minute
     ],
 )
-def test_a_log_gets_a_line_now_and_then(
+def test_log_line_frequency(
     clock: Clock, capsys: pytest.CaptureFixture[str], steps: int, seconds: float, least: int, most: int
 ) -> None:
     run(clock, steps, seconds)
@@ -114,8 +114,8 @@ def test_a_log_gets_a_line_now_and_then(
     assert "\r" not in err and "\x1b" not in err
 
 
-def test_an_error_leaves_the_last_state_in_the_log(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(KeyError), progress.bar(100, label="train") as shown:
+def test_last_state_is_logged_after_an_error(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyError), progress.Bar(100, label="train") as shown:
         for _ in range(7):
             clock.now += 1
             shown.update()
@@ -123,8 +123,8 @@ def test_an_error_leaves_the_last_state_in_the_log(clock: Clock, capsys: pytest.
     assert capsys.readouterr().err.splitlines()[-1].startswith("train: step 7/100 (7.0%)")
 
 
-def test_without_a_total(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.bar(None, label="tokenizer", unit="docs") as shown:
+def test_unknown_total_shows_count_and_elapsed_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Bar(None, label="tokenizer", unit="docs") as shown:
         for _ in range(30):
             clock.now += 1
             shown.update(50_000)
@@ -134,7 +134,7 @@ def test_without_a_total(clock: Clock, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_large_counts_are_short(clock: Clock) -> None:
-    with progress.bar(93_000_000, label="shard", unit="bytes") as shown:
+    with progress.Bar(93_000_000, label="shard", unit="bytes") as shown:
         clock.now += 1
         shown.update(31_000_000)
         assert shown.line() == "shard: bytes 31M/93M (33.3%) | 2s left"
@@ -150,7 +150,7 @@ def test_other_ranks_are_silent(
     speaks: bool,
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    with progress.bar(2, label="train", enabled=enabled) as shown:
+    with progress.Bar(2, label="train", enabled=enabled) as shown:
         shown.update()
         shown.write("a sample")
         shown.update()
@@ -162,7 +162,7 @@ def test_other_ranks_are_silent(
 ON_A_TERMINAL = """
 import sys, time
 from nanochat.metrics import progress
-with progress.bar(60, initial=20, label="pretraining") as shown:
+with progress.Bar(60, initial=20, label="pretraining") as shown:
     for step in range(40):
         time.sleep(0.01)
         shown.update(loss=4.0, speed="8.2k tok/s", mfu="mfu 41%")
@@ -172,7 +172,7 @@ with progress.bar(60, initial=20, label="pretraining") as shown:
 
 
 def on_a_terminal(columns: int) -> str:
-    """Return what a process with a progress bar sends to a terminal of so many columns."""
+    """Return the output of a process with a progress bar on a terminal of this width."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "RANK")} | {"TERM": "xterm"}
@@ -195,7 +195,7 @@ def on_a_terminal(columns: int) -> str:
 
 
 @pytest.mark.parametrize("columns", [80, 140])
-def test_a_terminal_gets_one_line_that_is_redrawn(columns: int) -> None:
+def test_terminal_redraws_a_single_line(columns: int) -> None:
     text = on_a_terminal(columns)
     drawn = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     assert max(map(len, drawn)) < columns
