@@ -1,4 +1,4 @@
-"""The pretraining experiment as a whole, tiny: plans, resume, interruption, and what it says of mistakes."""
+"""A tiny pretraining experiment end to end: plan, resume, interruption, error messages."""
 
 import base64
 import dataclasses
@@ -113,36 +113,36 @@ def final_state(base: Path, name: str, step: int | None = None) -> tuple[train.T
     return state, meta
 
 
-def assert_same_run(base: Path, one: str, other: str) -> None:
+def assert_same_run(base: Path, first: str, second: str) -> None:
     """Losses, parameters, optimizer state, loader and metrics of two runs are equal, bit for bit."""
-    (a, meta_a), (b, meta_b) = final_state(base, one), final_state(base, other)
+    (a, meta_a), (b, meta_b) = final_state(base, first), final_state(base, second)
     for name, value in tree.flatten(a._asdict()).items():
         assert torch.equal(value, tree.flatten(b._asdict())[name]), name
     assert meta_a["loader"] == meta_b["loader"] and meta_a["progress"]["ema"] == meta_b["progress"]["ema"]
-    rows = [logger.read(train.run_folder(name)) for name in (one, other)]
+    rows = [logger.read(train.run_folder(name)) for name in (first, second)]
     for row_a, row_b in zip(*rows, strict=True):
         same = {k for k in row_a if k.startswith(("train/", "val/")) or k == "step"}
         assert {k: row_a[k] for k in same} == {k: row_b[k] for k in same}
 
 
 @pytest.fixture(scope="module")
-def unbroken(base: Path) -> Path:
+def uninterrupted(base: Path) -> Path:
     """A run of six steps, never stopped."""
-    return train_tiny(base, "name=unbroken")
+    return train_tiny(base, "name=uninterrupted")
 
 
-def test_run_writes_checkpoints_metrics_and_curves(unbroken: Path):
-    rows = logger.read(unbroken)
-    assert len(losses(unbroken)) == 6
-    assert losses(unbroken)[-1] < losses(unbroken)[0]
+def test_run_writes_checkpoints_metrics_and_curves(uninterrupted: Path):
+    rows = logger.read(uninterrupted)
+    assert len(losses(uninterrupted)) == 6
+    assert losses(uninterrupted)[-1] < losses(uninterrupted)[0]
     steps, bpb = logger.curve(rows, "val/bpb")
     assert steps == [3, 6] and bpb[1] < bpb[0]
-    assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
-    assert checkpoint.step_metrics(unbroken / "checkpoints")[6]["val/bpb"] == bpb[1]
-    assert (unbroken / "loss.svg").read_text().rstrip().endswith("</svg>") and (unbroken / "bpb.svg").exists()
-    saved = json.loads((unbroken / "config.json").read_text())
+    assert checkpoint.steps(uninterrupted / "checkpoints") == [3, 6]
+    assert checkpoint.step_metrics(uninterrupted / "checkpoints")[6]["val/bpb"] == bpb[1]
+    assert (uninterrupted / "loss.svg").read_text().rstrip().endswith("</svg>") and (uninterrupted / "bpb.svg").exists()
+    saved = json.loads((uninterrupted / "config.json").read_text())
     assert saved["num_iterations"] == 6 and saved["model"]["vocab_size"] == 300
-    _, meta, files = checkpoint.load_params(unbroken / "checkpoints")
+    _, meta, files = checkpoint.load_params(uninterrupted / "checkpoints")
     assert model.ModelConfig(**meta["model"]).n_layer == 2
     assert tokenizer.load(files["tokenizer.txt"].parent).vocab_size == 300
 
@@ -164,13 +164,13 @@ def stop_tiny(base: Path, steps: int, *more: str) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
-def test_stopped_and_resumed_is_the_unbroken_run(base: Path, unbroken: Path, stop_after: int):
+def test_resumed_run_equals_uninterrupted_run(base: Path, uninterrupted: Path, stop_after: int):
     name = f"stopped{stop_after}"
     stop_tiny(base, stop_after, f"name={name}")
     assert checkpoint.latest_step(train.run_folder(name) / "checkpoints") == stop_after
     assert len(losses(train.run_folder(name))) == stop_after
     train_tiny(base, f"name={name}", "resume=true")
-    assert_same_run(base, "unbroken", name)
+    assert_same_run(base, "uninterrupted", name)
 
 
 def start_tiny(base: Path, *more: str) -> ranks.Job:
@@ -178,9 +178,9 @@ def start_tiny(base: Path, *more: str) -> ranks.Job:
     return ranks.start_launch(1, "--experiment=pretrain", *(f"--set={s}" for s in settings))
 
 
-def test_killed_while_saving_and_resumed_is_the_unbroken_run(base: Path):
+def test_run_killed_while_saving_resumes_to_the_same_state(base: Path):
     settings = ("num_iterations=12", "checkpoint.every_steps=1", "eval.every_steps=none")
-    train_tiny(base, "name=whole", *settings)
+    train_tiny(base, "name=uninterrupted", *settings)
     folder = train.run_folder("killed") / "checkpoints"
     with start_tiny(base, "name=killed", *settings) as job:
         # A temporary folder beside a finished step: a save is under way.
@@ -189,10 +189,12 @@ def test_killed_while_saving_and_resumed_is_the_unbroken_run(base: Path):
     kept = checkpoint.latest_step(folder)
     assert kept is not None and kept < 12
     train_tiny(base, "name=killed", "resume=true", *settings)
-    assert_same_run(base, "whole", "killed")
+    assert_same_run(base, "uninterrupted", "killed")
 
 
-def test_an_evaluation_that_a_kill_left_out_is_made_up_for(base: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch):
+def test_resume_runs_the_evaluation_that_a_kill_skipped(
+    base: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+):
     def killed(*_: object, **_how: object) -> float:
         raise KeyboardInterrupt
 
@@ -202,7 +204,7 @@ def test_an_evaluation_that_a_kill_left_out_is_made_up_for(base: Path, unbroken:
             train_tiny(base, "name=unevaluated")
     assert checkpoint.steps(train.run_folder("unevaluated") / "checkpoints") == [3]
     train_tiny(base, "name=unevaluated", "resume=true")
-    assert_same_run(base, "unbroken", "unevaluated")
+    assert_same_run(base, "uninterrupted", "unevaluated")
 
 
 def test_sigterm_saves_and_exits_cleanly(base: Path):
@@ -218,22 +220,22 @@ def test_sigterm_saves_and_exits_cleanly(base: Path):
     assert step and f"stopped by SIGTERM; step {step} is saved" in output
 
 
-def test_func_gradients_give_the_losses_of_the_default(base: Path):
+def test_torch_func_gradients_match_autograd_losses(base: Path):
     default = losses(train_tiny(base, "name=autograd", "num_iterations=20"))
     func = losses(train_tiny(base, "name=func", "num_iterations=20", "train.grad=torch_func"))
     torch.testing.assert_close(torch.tensor(func), torch.tensor(default), rtol=1e-5, atol=0)
 
 
-def test_func_gradients_refuse_a_custom_backward(base: Path):
+def test_torch_func_rejects_custom_backward(base: Path):
     config = tiny(base, "train.grad=torch_func", "train.attention=flex", "compile=true")
     shape, _ = pretrain.resolve(config, tokenizer.load(base / "tokenizer"))
     with pytest.raises(UserError, match=r"custom backward|does not work on this cpu"):
         train.build_step_functions(config, shape, runtime.init("cpu"))
 
 
-def test_micro_batches_do_not_change_the_losses(base: Path, unbroken: Path):
+def test_micro_batches_do_not_change_the_losses(base: Path, uninterrupted: Path):
     split = losses(train_tiny(base, "name=split", "device_batch_size=2"))
-    torch.testing.assert_close(torch.tensor(split), torch.tensor(losses(unbroken)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(split), torch.tensor(losses(uninterrupted)), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -267,27 +269,27 @@ def test_dry_run_prints_the_plan_without_allocating(
         (["train.attention=flex"], "needs compile=true"),
     ],
 )
-def test_wrong_settings_are_one_line_that_names_the_fix(base: Path, settings: list[str], message: str):
+def test_invalid_settings_raise_one_line_with_the_fix(base: Path, settings: list[str], message: str):
     with pytest.raises(UserError) as caught:
         train_tiny(base, "name=mistake", *settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_existing_run_is_not_overwritten(base: Path, unbroken: Path):
+def test_existing_run_is_not_overwritten(base: Path, uninterrupted: Path):
     with pytest.raises(UserError, match="--resume continues it"):
-        train_tiny(base, "name=unbroken")
-    assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
+        train_tiny(base, "name=uninterrupted")
+    assert checkpoint.steps(uninterrupted / "checkpoints") == [3, 6]
 
 
-def test_resuming_another_shape_is_refused(base: Path, unbroken: Path):
+def test_resume_with_another_model_shape_raises(base: Path, uninterrupted: Path):
     with pytest.raises(UserError) as caught:
-        train_tiny(base, "name=unbroken", "resume=true", "depth=3", "num_iterations=9")
+        train_tiny(base, "name=uninterrupted", "resume=true", "depth=3", "num_iterations=9")
     assert "this model expects" in str(caught.value)
-    assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
+    assert checkpoint.steps(uninterrupted / "checkpoints") == [3, 6]
 
 
-def test_nonfinite_loss_saves_the_state_of_before_it_and_stops(base: Path):
+def test_nonfinite_loss_saves_the_last_good_state_and_stops(base: Path):
     with pytest.raises(UserError, match="is not finite; the last good checkpoint is step") as caught:
         train_tiny(base, "name=diverged", "optim.embedding_lr=1e30", "optim.warmup_steps=1", "num_iterations=20")
     step = checkpoint.latest_step(train.run_folder("diverged") / "checkpoints")
@@ -297,7 +299,7 @@ def test_nonfinite_loss_saves_the_state_of_before_it_and_stops(base: Path):
     assert int(state.step) == step
 
 
-def test_the_advice_after_a_nonfinite_loss_works(base: Path):
+def test_suggested_fix_after_nonfinite_loss_works(base: Path):
     diverging = ("optim.embedding_lr=1e30", "optim.warmup_steps=1", "num_iterations=20")
     with pytest.raises(UserError):
         train_tiny(base, "name=advised", *diverging)
@@ -309,7 +311,7 @@ def test_the_advice_after_a_nonfinite_loss_works(base: Path):
     assert logger.curve(logger.read(train.run_folder("advised")), "train/skipped_steps")[1][-1] > 0
 
 
-def test_a_nonfinite_first_step_says_so(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nonfinite_first_step_raises_clear_error(base: Path, monkeypatch: pytest.MonkeyPatch):
     broken = model.init
 
     def with_nan(*args: Any, **kwargs: Any) -> model.Params:
@@ -321,7 +323,7 @@ def test_a_nonfinite_first_step_says_so(base: Path, monkeypatch: pytest.MonkeyPa
         train_tiny(base, "name=nan")
 
 
-def test_bad_data_on_the_way_saves_what_was_done(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_corrupt_data_during_training_saves_a_checkpoint(base: Path, monkeypatch: pytest.MonkeyPatch):
     real = loader.batches
 
     def breaking(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -337,14 +339,14 @@ def test_bad_data_on_the_way_saves_what_was_done(base: Path, monkeypatch: pytest
     assert checkpoint.steps(train.run_folder("bad_data") / "checkpoints") == [2]
 
 
-def test_progress_of_a_checkpoint_from_before_tokens_were_counted():
+def test_progress_from_checkpoint_without_token_count():
     now = train.Progress(step=7, tokens=700, timed_tokens=300, timed_seconds=1.5)
     assert train.progress_from({"progress": now._asdict(), "tokens": 700}) == now
     old = {"step": 7, "skipped_steps": 1, "timed_steps": 3, "timed_seconds": 1.5}
     assert train.progress_from({"progress": old, "tokens": 700}) == train.Progress(7, skipped_steps=1, tokens=700)
 
 
-def test_an_evaluation_reads_as_many_tokens_as_asked(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_evaluation_reads_eval_tokens(base: Path, monkeypatch: pytest.MonkeyPatch):
     read: list[int] = []
     real = evaluate.bits_per_byte
 
@@ -358,7 +360,7 @@ def test_an_evaluation_reads_as_many_tokens_as_asked(base: Path, monkeypatch: py
     assert read == [1024, 1024]
 
 
-def test_a_signal_during_an_evaluation_ends_it(base: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch):
+def test_signal_interrupts_evaluation(base: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch):
     real = evaluate.bits_per_byte
 
     def interrupted(*args: Any) -> float:
@@ -371,10 +373,10 @@ def test_a_signal_during_an_evaluation_ends_it(base: Path, unbroken: Path, monke
     folder = train.run_folder("stopped_in_evaluation")
     assert checkpoint.steps(folder / "checkpoints") == [3] and logger.curve(logger.read(folder), "val/bpb")[0] == []
     train_tiny(base, "name=stopped_in_evaluation", "resume=true")
-    assert_same_run(base, "unbroken", "stopped_in_evaluation")
+    assert_same_run(base, "uninterrupted", "stopped_in_evaluation")
 
 
-def test_a_resumed_run_keeps_its_own_tokenizer(base: Path, tmp_path: Path, capsys):
+def test_resumed_run_keeps_its_tokenizer(base: Path, tmp_path: Path, capsys):
     tokenizer.save(tokenizer.load(base / "tokenizer"), tmp_path)
     stop_tiny(base, 2, "name=own", f"tokenizer={tmp_path}")
     tokenizer.save(tokenizer.train(["something else altogether " * 50], 270), tmp_path)
@@ -383,7 +385,7 @@ def test_a_resumed_run_keeps_its_own_tokenizer(base: Path, tmp_path: Path, capsy
     assert "the run's own tokenizer" in capsys.readouterr().out
 
 
-def test_overwriting_keeps_the_old_checkpoints_aside(base: Path):
+def test_overwrite_keeps_old_checkpoints(base: Path):
     folder = train_tiny(base, "name=replaced")
     with pytest.raises(UserError, match="needs compile=true"):
         train_tiny(base, "name=replaced", "overwrite=true", "train.attention=flex")
@@ -392,33 +394,33 @@ def test_overwriting_keeps_the_old_checkpoints_aside(base: Path):
     assert checkpoint.steps(folder / "checkpoints") == [3] and checkpoint.steps(folder / "checkpoints.old") == [3, 6]
 
 
-def test_measuring_the_machine_leaves_the_random_state_alone():
+def test_measuring_peak_flops_keeps_rng_state():
     before = torch.get_rng_state()
     runtime.measure_matmul(8, torch.device("cpu"), torch.float32)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_compiling_without_a_compiler_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_compile_without_cpp_compiler_raises(base: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="install no-such-compiler, or set compile=false"):
         train_tiny(base, "name=uncompiled", "compile=true")
 
 
-def test_missing_data_is_said_before_an_old_run_is_deleted(base: Path, unbroken: Path):
+def test_missing_data_raises_before_old_run_is_deleted(base: Path, uninterrupted: Path):
     with pytest.raises(UserError, match="/nowhere"):
-        train_tiny(base, "name=unbroken", "overwrite=true", "data.source=/nowhere")
-    assert checkpoint.steps(unbroken / "checkpoints") == [3, 6]
+        train_tiny(base, "name=uninterrupted", "overwrite=true", "data.source=/nowhere")
+    assert checkpoint.steps(uninterrupted / "checkpoints") == [3, 6]
 
 
-def test_a_buffer_of_one_document_resumes(base: Path):
+def test_resume_with_buffer_of_one_document(base: Path):
     train_tiny(base, "name=one", "data.buffer_docs=1")
     stop_tiny(base, 2, "name=one_stopped", "data.buffer_docs=1")
     train_tiny(base, "name=one_stopped", "data.buffer_docs=1", "resume=true")
     assert losses(train.run_folder("one_stopped")) == losses(train.run_folder("one"))
 
 
-def test_compiled_gradients_are_the_same_bits_every_time():
-    """Trap: compiled, threads add up the gradient of an embedding in any order, unless torch is told otherwise."""
+def test_compiled_gradients_are_deterministic():
+    """Compiled code accumulates embedding gradients in any thread order unless torch is deterministic."""
     here, threads = runtime.init("cpu"), torch.get_num_threads()
     shape = model.ModelConfig(256, vocab_size=512, n_layer=1, n_head=2, n_kv_head=2, n_embd=128, window_pattern="L")
     params = model.init(shape, 0)
@@ -437,7 +439,7 @@ def test_compiled_gradients_are_the_same_bits_every_time():
         assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
 
-def test_bench_train_measures(capsys):
+def test_bench_train_reports_measurements(capsys):
     small = ["depth=1", "width=64", "head_dim=32", "vocab_size=128", "sequence_len=32", "rounds=1", "compile=false"]
     bench_train.run(override(bench_train.config(), small), runtime.init("cpu"))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -472,12 +474,12 @@ def test_convert_writes_a_checkpoint_that_loads(base: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("depth", [12, 20, 24, 26])
-def test_named_depths(depth: int):
+def test_pretrain_depth_experiments(depth: int):
     module = importlib.import_module(f"experiments.pretrain_d{depth}")
     assert module.config() == dataclasses.replace(pretrain.config(), depth=depth) and module.run is pretrain.run
 
 
-def test_quickstart_takes_steps(base: Path):
+def test_quickstart_without_sft(base: Path):
     config = override(
         quickstart.config(),
         [
@@ -493,7 +495,7 @@ def test_quickstart_takes_steps(base: Path):
     assert checkpoint.steps(train.run_folder("quick") / "checkpoints") == [2]
 
 
-def test_the_device_batch_is_what_fits_by_estimate_and_by_trial(base: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_auto_device_batch_size_fits_estimate_and_trial(base: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     config = tiny(base, "device_batch_size=auto", "num_iterations=1", "name=auto")
     pretrain.run(config, runtime.init("cpu"))
     assert re.search(r"step +256 tokens = 1 x 8 rows x 32 tokens", capsys.readouterr().out)
@@ -502,7 +504,7 @@ def test_the_device_batch_is_what_fits_by_estimate_and_by_trial(base: Path, monk
         pretrain.run(config, runtime.init("cpu"))
 
 
-def test_a_device_batch_that_runs_out_of_memory_is_not_taken(base: Path, capsys: pytest.CaptureFixture[str]):
+def test_auto_device_batch_size_skips_sizes_that_run_out_of_memory(base: Path, capsys: pytest.CaptureFixture[str]):
     config = dataclasses.replace(tiny(base), device_batch_size=8)
     shape, plan = pretrain.resolve(config, tokenizer.load(base / "tokenizer"))
     here = dataclasses.replace(runtime.init("cpu"), device=torch.device("meta"))
@@ -520,7 +522,7 @@ def test_a_device_batch_that_runs_out_of_memory_is_not_taken(base: Path, capsys:
         train.try_batch_size(*arguments)
 
 
-def test_out_of_memory_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_out_of_memory_is_one_line_error(base: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
 
@@ -529,7 +531,7 @@ def test_out_of_memory_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch):
         pretrain.run(tiny(base, "name=full"), runtime.init("cpu"))
 
 
-def test_core_is_measured_where_there_is_a_bundle(base: Path, capsys: pytest.CaptureFixture[str]):
+def test_core_is_evaluated_if_bundle_exists(base: Path, capsys: pytest.CaptureFixture[str]):
     bundle = Path(__file__).parents[1] / "data" / "core_bundle"
     folder = train_tiny(base, "name=cored", "num_iterations=2", f"core.bundle={bundle}")
     [score] = logger.curve(logger.read(folder), "core/CORE")[1]

@@ -1,4 +1,4 @@
-"""The quickstart, tiny: every stage hands over to the next, and a second call with --resume does nothing again."""
+"""A tiny quickstart: each stage starts from the one before; with --resume, a second call trains nothing."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ TINY = (
 )  # fmt: skip
 
 
-def test_all_stages_follow_one_another_and_are_not_done_twice(
+def test_quickstart_runs_all_stages_and_resume_skips_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
@@ -26,19 +26,19 @@ def test_all_stages_follow_one_another_and_are_not_done_twice(
     (tmp_path / "text").mkdir()
     for name in ("a", "val"):
         (tmp_path / "text" / f"{name}.jsonl").write_text(f'{{"text": "{text}"}}\n' * 40)
-    # `config` asks for the base folder, so it comes after it is set.
+    # `config` reads the base folder, so set it first.
     config = override(quickstart.config(), [*TINY, f"data.source={tmp_path / 'text'}"])
     monkeypatch.setattr(quickstart, "VOCAB_SIZE", 300)
     quickstart.run(config, distributed.init("cpu"))
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     stages = {"quickstart": "base", "quickstart_sft": "sft", "quickstart_rl": "rl"}
     for name, kind in stages.items():
-        bot = checkpoint.load(name)
-        assert bot.stage == kind and bot.config.sequence_len == 128
+        loaded = checkpoint.load(name)
+        assert loaded.stage == kind and loaded.config.sequence_len == 128
     for name in ("quickstart_sft", "quickstart_rl"):
         assert {"chat/Arithmetic", "chat/SimpleSpelling"} <= logger.latest_evaluation(train.run_folder(name)).keys()
-        assert f"--set run={list(stages)[-1]}" in said
-    assert (train.run_folder("quickstart_rl") / "report.md").exists() and "quickstart took" in said
+        assert f"--set run={list(stages)[-1]}" in out
+    assert (train.run_folder("quickstart_rl") / "report.md").exists() and "quickstart took" in out
     meta = checkpoint.load_params(train.run_folder("quickstart_rl") / "checkpoints")[1]
     assert meta["parent"] == {"run": "quickstart_sft", "step": 2, "stage": "sft"}
     before = {name: (train.run_folder(name) / logger.FILE).read_text() for name in stages}
@@ -46,7 +46,7 @@ def test_all_stages_follow_one_another_and_are_not_done_twice(
     assert {name: (train.run_folder(name) / logger.FILE).read_text() for name in stages} == before
 
 
-def test_no_number_of_steps_is_negative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_negative_steps_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     with pytest.raises(UserError, match="sft_steps=-1, rl_steps=24: must be 0 or more"):
         override(quickstart.config(), ["sft_steps=-1"])

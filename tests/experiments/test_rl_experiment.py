@@ -1,4 +1,4 @@
-"""Reinforcement learning as a whole, tiny: its record and curves, resumed bit for bit, and the same on two ranks."""
+"""Tiny RL end to end: recorded run and metrics, bit-exact resume, the same on two ranks."""
 
 import itertools
 import os
@@ -32,7 +32,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A base folder with a fine-tuned model of random weights, and rewards that such a model gets."""
+    """A base folder with a random fine-tuned model, and rewards that such a model can get."""
     folder = tmp_path_factory.mktemp("base")
     save_run(folder, "tuned", stage="sft")
     with pytest.MonkeyPatch.context() as patch:
@@ -49,11 +49,11 @@ def train_rl(*more: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unbroken(base: Path) -> Path:
-    return train_rl("name=unbroken")
+def uninterrupted(base: Path) -> Path:
+    return train_rl("name=uninterrupted")
 
 
-def test_the_record_the_curves_and_the_checkpoint(base: Path, capsys: pytest.CaptureFixture[str]):
+def test_run_writes_config_metrics_and_checkpoint(base: Path, capsys: pytest.CaptureFixture[str]):
     folder = train_rl("name=seen")
     rows = logger.read(folder)
     steps, rewards = logger.curve(rows, "rl/reward")
@@ -71,18 +71,20 @@ def test_the_record_the_curves_and_the_checkpoint(base: Path, capsys: pytest.Cap
         assert (folder / f"{name}.svg").read_text().rstrip().endswith("</svg>")
     out = capsys.readouterr().out
     assert f"done 5 of 5 steps, {text.format_count(sum(tokens))} tokens" in out and "bpb.svg" not in out
-    for words in ("step 3: pass @1 ", "mean reward, smoothed", "--experiment=eval_chat --set run=seen"):
-        assert words in out
+    for expected in ("step 3: pass @1 ", "mean reward, smoothed", "--experiment=eval_chat --set run=seen"):
+        assert expected in out
     looked = out[out.index("step 4: ") :].splitlines()
     assert looked[0].startswith("step 4: '") and looked[1].startswith(("  0", "  1"))
     meta = checkpoint.load_params(folder / "checkpoints")[1]
     assert meta["stage"] == "rl" and meta["parent"] == {"run": "tuned", "step": 1, "stage": "sft"}
     assert meta["loader"] == {"read": 20, "task": "arithmetic", "size": 64}
-    bot = checkpoint.load("seen", device="cpu")
-    assert bot.stage == "rl" and not torch.equal(bot.params["lm_head"], checkpoint.load("tuned").params["lm_head"])
+    loaded = checkpoint.load("seen", device="cpu")
+    assert loaded.stage == "rl" and not torch.equal(
+        loaded.params["lm_head"], checkpoint.load("tuned").params["lm_head"]
+    )
 
 
-def test_a_rate_of_zero_leaves_its_group_alone(base: Path):
+def test_zero_learning_rate_freezes_group(base: Path):
     folder = train_rl("name=held", "num_iterations=2", "optim.matrix_lr=0", "optim.embedding_lr=0")
     before = tree.flatten(checkpoint.load("tuned", device="cpu").params)
     after = tree.flatten(checkpoint.load("held", device="cpu").params)
@@ -92,8 +94,8 @@ def test_a_rate_of_zero_leaves_its_group_alone(base: Path):
 
 
 @pytest.mark.parametrize("stop_after", [1, 4])
-def test_stopped_and_resumed_is_the_unbroken_run(
-    base: Path, unbroken: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
+def test_resumed_run_equals_uninterrupted_run(
+    base: Path, uninterrupted: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ):
     after_step = events.log_step
 
@@ -108,28 +110,28 @@ def test_stopped_and_resumed_is_the_unbroken_run(
         patch.setattr(events, "log_step", and_stop)
         train_rl(name)
     folder = train_rl(name, "resume=true", "run=none" if stop_after == 1 else "run=gone")
-    for row, other in zip(logger.read(unbroken), logger.read(folder), strict=True):
+    for row, other in zip(logger.read(uninterrupted), logger.read(folder), strict=True):
         kept = [name for name in row if name.startswith(("train/", "rl/"))]
         assert {n: row[n] for n in kept} == {n: other[n] for n in kept}
-    (a, meta_a, _), (b, meta_b, _) = (checkpoint.load_params(one / "checkpoints") for one in (unbroken, folder))
+    (a, meta_a, _), (b, meta_b, _) = (checkpoint.load_params(run / "checkpoints") for run in (uninterrupted, folder))
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b)))
     assert meta_a["loader"] == meta_b["loader"] and meta_a["parent"] == meta_b["parent"]
 
 
 @pytest.mark.parametrize("mode", ["zero2", "fsdp"])
-def test_two_ranks_are_one(base: Path, unbroken: Path, mode: str):
-    words = [f"--set={value}" for value in (*SETTINGS, f"name={mode}", f"sharding.mode={mode}")]
-    ranks.call(2, rl_ranks.launch_rl, "--experiment=rl", *words)
-    rows = [logger.read(found) for found in (unbroken, base / "runs" / mode)]
+def test_two_ranks_match_single_process(base: Path, uninterrupted: Path, mode: str):
+    arguments = [f"--set={value}" for value in (*SETTINGS, f"name={mode}", f"sharding.mode={mode}")]
+    ranks.call(2, rl_ranks.launch_rl, "--experiment=rl", *arguments)
+    rows = [logger.read(run) for run in (uninterrupted, base / "runs" / mode)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     # Weights are not compared: AdamW makes a scalar's step of a gradient that is rounding. Answers follow from them.
     for name, rel in {"rl/reward": 1e-9, "rl/answer_tokens": 1e-9, "train/loss": 1e-3, "train/grad_norm": 1e-3}.items():
-        alone, shared = (logger.curve(found, name)[1] for found in rows)
-        assert shared == pytest.approx(alone, rel=rel) and len(alone) == 5, name
+        single, sharded = (logger.curve(run, name)[1] for run in rows)
+        assert sharded == pytest.approx(single, rel=rel) and len(single) == 5, name
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "message"),
     [
         ("run=nothing", "run=nothing: no such run"),
         ("num_iterations=none", None),
@@ -140,14 +142,14 @@ def test_two_ranks_are_one(base: Path, unbroken: Path, mode: str):
         ("eval_task=nothing", "'nothing': no such task"),
     ],
 )
-def test_wrong_settings_are_one_clear_line(base: Path, setting: str, words: str | None):
-    if words is None:  # an epoch is 64 rows in steps of 4
+def test_invalid_settings_raise_one_line_error(base: Path, setting: str, message: str | None):
+    if message is None:  # an epoch is 64 rows in steps of 4
         config = override(experiment.config(), [*SETTINGS, setting])
         task = experiment.tasks.from_text(config.task)
         assert experiment.resolve(config, task, distributed.init("cpu")).num_iterations == 16
         return
     more = ["num_iterations=none"] if "prompts_per_step" in setting else []
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         train_rl("name=wrong", setting, *more)
 
 

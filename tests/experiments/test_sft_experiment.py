@@ -1,4 +1,4 @@
-"""Fine-tuning as a whole, tiny: it learns, resumes bit for bit, and is the same on two ranks."""
+"""Tiny fine-tuning end to end: loss decreases, bit-exact resume, the same on two ranks."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def settings(base: Path, *more: str) -> list[str]:
     return [*TUNE, f"tasks=customjson:{lines}", f"val_tasks=customjson:{lines}", *more]
 
 
-def tune(base: Path, *more: str) -> Path:
+def fine_tune(base: Path, *more: str) -> Path:
     config = override(sft.config(), settings(base, *more))
     sft.run(config, distributed.init("cpu"))
     return train.run_folder(str(config.name))
@@ -71,19 +71,19 @@ def header(folder: Path, step: int | None = None) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(base: Path) -> Path:
-    return tune(base, "name=unbroken")
+def uninterrupted(base: Path) -> Path:
+    return fine_tune(base, "name=uninterrupted")
 
 
-def test_it_learns_and_says_what_it_came_from(base: Path, unbroken: Path):
-    rows = logger.read(unbroken)
+def test_loss_decreases_and_checkpoint_names_parent(base: Path, uninterrupted: Path):
+    rows = logger.read(uninterrupted)
     losses = logger.curve(rows, "train/loss")[1]
     assert len(losses) >= 5 and losses[-1] < 0.9 * losses[0]
     bpb = logger.curve(rows, "val/bpb")[1]
     assert bpb[-1] < bpb[0] and logger.curve(rows, "chat/Arithmetic")[0][-1] == len(losses)
-    bot = checkpoint.load(unbroken)
-    assert bot.stage == "sft" and bot.config == checkpoint.load("base").config
-    meta = header(unbroken)
+    loaded = checkpoint.load(uninterrupted)
+    assert loaded.stage == "sft" and loaded.config == checkpoint.load("base").config
+    meta = header(uninterrupted)
     assert meta["parent"] == {"run": "base", "step": 2, "stage": "base"}
     assert meta["config"]["total_batch_size"] == 512 and meta["config"]["optim.matrix_lr"] == 0.15, "the parent's"
     assert meta["progress"]["done"] and rows[-1]["step"] == len(losses)
@@ -91,7 +91,7 @@ def test_it_learns_and_says_what_it_came_from(base: Path, unbroken: Path):
     assert factors[0] == pytest.approx(0.8) and factors[-1] < 0.4
 
 
-def test_it_begins_with_the_parents_weights_and_moments(base: Path):
+def test_starts_from_parent_weights_and_moments(base: Path):
     origin = parents.load("base")
     state = parents.init_state_from(origin, distributed.init("cpu"), None)
     assert int(state.step) == 0 and int(state.opt_state["step"]) == 2
@@ -105,8 +105,8 @@ def test_it_begins_with_the_parents_weights_and_moments(base: Path):
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
-def test_stopped_and_resumed_is_the_unbroken_run(
-    base: Path, unbroken: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
+def test_resumed_run_equals_uninterrupted_run(
+    base: Path, uninterrupted: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ):
     after_step = events.log_step
 
@@ -119,50 +119,50 @@ def test_stopped_and_resumed_is_the_unbroken_run(
     name = f"stopped{stop_after}"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(events, "log_step", and_stop)
-        tune(base, f"name={name}")
-    folder = tune(base, f"name={name}", "run=none", "resume=true") if stop_after == 1 else tune(
+        fine_tune(base, f"name={name}")
+    folder = fine_tune(base, f"name={name}", "run=none", "resume=true") if stop_after == 1 else fine_tune(
         base, f"name={name}", "resume=true"
     )  # fmt: skip
-    rows = [logger.read(one) for one in (unbroken, folder)]
+    rows = [logger.read(run) for run in (uninterrupted, folder)]
     for row, other in zip(*rows, strict=True):
         kept = [name for name in row if name.startswith(("train/", "val/", "chat/"))]
         assert {n: row[n] for n in kept} == {n: other[n] for n in kept}
-    (a, meta_a, _), (b, meta_b, _) = (checkpoint.load_params(one / "checkpoints") for one in (unbroken, folder))
+    (a, meta_a, _), (b, meta_b, _) = (checkpoint.load_params(run / "checkpoints") for run in (uninterrupted, folder))
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b)))
     assert meta_a["loader"] == meta_b["loader"] and meta_a["parent"] == meta_b["parent"]
 
 
-def test_a_finished_run_is_not_trained_again(base: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]):
-    before = (unbroken / "metrics.jsonl").read_text()
-    tune(base, "name=unbroken", "resume=true")
-    assert (unbroken / "metrics.jsonl").read_text() == before
+def test_finished_run_is_not_trained_again(base: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]):
+    before = (uninterrupted / "metrics.jsonl").read_text()
+    fine_tune(base, "name=uninterrupted", "resume=true")
+    assert (uninterrupted / "metrics.jsonl").read_text() == before
     assert "done" in capsys.readouterr().out
 
 
-def test_two_ranks_are_one(base: Path):
-    one = tune(base, "name=one", "num_iterations=2")
-    words = settings(base, "name=two", "num_iterations=2", "device_batch_size=2")
-    ranks.launch(2, "--experiment=sft", *(f"--set={word}" for word in words), env={"NANOCHAT_BASE_DIR": str(base)})
-    rows = [logger.read(found) for found in (one, base / "runs" / "two")]
+def test_two_ranks_match_single_process(base: Path):
+    single = fine_tune(base, "name=one", "num_iterations=2")
+    values = settings(base, "name=two", "num_iterations=2", "device_batch_size=2")
+    ranks.launch(2, "--experiment=sft", *(f"--set={value}" for value in values), env={"NANOCHAT_BASE_DIR": str(base)})
+    rows = [logger.read(run) for run in (single, base / "runs" / "two")]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     # To within rounding, which Muon makes larger where a base model of two steps has weights of nearly zero.
     for name, exact in {"train/loss": 1e-4, "val/bpb": 1e-3, "chat/Arithmetic": 0.0}.items():
-        alone, shared = (logger.curve(found, name)[1] for found in rows)
-        assert alone == pytest.approx(shared, rel=exact) and alone
+        first, second = (logger.curve(run, name)[1] for run in rows)
+        assert first == pytest.approx(second, rel=exact) and first
 
 
-def test_mid_training_is_recorded_as_its_stage_and_can_be_tuned(base: Path):
+def test_mid_training_records_stage_and_can_be_fine_tuned(base: Path):
     config = override(midtrain.config(), settings(base, "name=mid", "num_iterations=2", "chat.tasks="))
     midtrain.run(config, distributed.init("cpu"))
     folder = train.run_folder("mid")
     assert header(folder)["stage"] == "mid" and not header(folder)["config"]["assistant_only"]
     assert logger.curve(logger.read(folder), "train/lr_factor")[1] == pytest.approx([1.0, 1.0])
-    tune(base, "run=mid", "name=none", "num_iterations=1", "chat.tasks=")
+    fine_tune(base, "run=mid", "name=none", "num_iterations=1", "chat.tasks=")
     assert header(train.run_folder("mid_sft"))["parent"] == {"run": "mid", "step": 2, "stage": "mid"}
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "message"),
     [
         ("run=nothing", "run=nothing: no such run"),
         ("step=7", "no checkpoint of step 7 in .*; there are steps 2"),
@@ -173,9 +173,9 @@ def test_mid_training_is_recorded_as_its_stage_and_can_be_tuned(base: Path):
         ("tasks=", "tasks: name at least one"),
     ],
 )
-def test_wrong_settings_are_one_clear_line(base: Path, setting: str, words: str):
-    with pytest.raises(UserError, match=words):
-        tune(base, "name=wrong", setting)
+def test_invalid_settings_raise_one_line_error(base: Path, setting: str, message: str):
+    with pytest.raises(UserError, match=message):
+        fine_tune(base, "name=wrong", setting)
 
 
 def test_missing_base_run_names_the_command_that_trains_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""Pretraining as a job of several ranks, started by torchrun: the same losses, and nothing lost when a rank is."""
+"""Pretraining on several ranks with torchrun: the same losses as one process, and recovery from lost ranks."""
 
 import json
 import os
@@ -58,21 +58,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(data: Path, *more: str) -> list[str]:
-    """Return the words of a command line: settings, and options with their dashes."""
+def arguments(data: Path, *more: str) -> list[str]:
+    """Return command-line arguments from settings, and options with their dashes."""
     given = (*SETTINGS, f"data.source={data / 'text'}", f"tokenizer={data / 'tokenizer'}", *more)
-    return ["--experiment=pretrain", *(word if word.startswith("--") else f"--set={word}" for word in given)]
+    return ["--experiment=pretrain", *(x if x.startswith("--") else f"--set={x}" for x in given)]
 
 
 def run(data: Path, base: Path, count: int, *more: str) -> str:
     """Run a job of so many ranks, and return what all of them printed."""
-    return "".join(ranks.launch(count, *words(data, *more), env={"NANOCHAT_BASE_DIR": str(base)}))
+    return "".join(ranks.launch(count, *arguments(data, *more), env={"NANOCHAT_BASE_DIR": str(base)}))
 
 
 def start(data: Path, base: Path, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """Start a job of two ranks by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
-    command += ["launch.py", *words(data, *more)]
+    command += ["launch.py", *arguments(data, *more)]
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -95,37 +95,37 @@ def bits(base: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Base folder of the run in one process."""
-    base = tmp_path_factory.mktemp("alone")
+def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base folder of a single-process run."""
+    base = tmp_path_factory.mktemp("single")
     run(data, base, 1)
     return base
 
 
-def test_two_ranks_train_evaluate_and_sample_as_one(data: Path, tmp_path: Path, alone: Path) -> None:
+def test_two_ranks_match_single_process(data: Path, tmp_path: Path, single: Path) -> None:
     output = run(data, tmp_path, 2, "sharding.mode=fsdp")
     assert re.search(r"sharding +fsdp on 1 x 2 ranks", output)
-    assert output.count("done 6 of 6 steps") == 1  # one rank speaks
-    assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-5)
-    assert bits(tmp_path) == pytest.approx(bits(alone), rel=1e-5)
+    assert output.count("done 6 of 6 steps") == 1  # printed by rank 0 only
+    assert curve(tmp_path) == pytest.approx(curve(single), rel=1e-5)
+    assert bits(tmp_path) == pytest.approx(bits(single), rel=1e-5)
 
 
-def test_resumed_by_other_ranks_in_another_mode(data: Path, tmp_path: Path, alone: Path) -> None:
+def test_resume_with_other_world_size_and_mode(data: Path, tmp_path: Path, single: Path) -> None:
     run(data, tmp_path, 2, "sharding.mode=zero2")
     folder = tmp_path / "runs" / "tiny" / "checkpoints"
     for step in checkpoint.steps(folder)[1:]:
         shutil.rmtree(folder / str(step))
     output = run(data, tmp_path, 4, "--resume", "sharding.mode=hsdp", "sharding.shard_ranks=2", "device_batch_size=1")
     assert "resumed from step 2" in output
-    assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-5)
-    assert bits(tmp_path) == pytest.approx(bits(alone), rel=1e-5)
+    assert curve(tmp_path) == pytest.approx(curve(single), rel=1e-5)
+    assert bits(tmp_path) == pytest.approx(bits(single), rel=1e-5)
 
 
-def test_preempted_job_resumes_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+def test_preempted_job_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
     settings = ("num_iterations=40", "sharding.mode=fsdp", "eval.every_steps=none")
     run(data, tmp_path / "unbroken", 2, *settings)
     folder = tmp_path / "broken" / "runs" / "tiny" / "checkpoints"
-    with ranks.start_launch(2, *words(data, *settings), env={"NANOCHAT_BASE_DIR": str(tmp_path / "broken")}) as job:
+    with ranks.start_launch(2, *arguments(data, *settings), env={"NANOCHAT_BASE_DIR": str(tmp_path / "broken")}) as job:
         job.until(lambda: checkpoint.steps(folder))
         job.send_signal(signal.SIGTERM)  # as a scheduler does
         output = job.wait()[0].out
@@ -137,7 +137,7 @@ def test_preempted_job_resumes_to_the_same_bits(data: Path, tmp_path: Path) -> N
     assert bits(tmp_path / "broken") == bits(tmp_path / "unbroken")
 
 
-def test_a_killed_rank_restarts_the_job_from_its_last_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_killed_rank_restarts_job_from_last_checkpoint(data: Path, tmp_path: Path) -> None:
     options = ("--max-restarts=1",)
     process = start(data, tmp_path, "num_iterations=60", "optim.warmup_steps=1000", options=options)
     folder = tmp_path / "runs" / "tiny" / "checkpoints"
@@ -152,8 +152,8 @@ def test_a_killed_rank_restarts_the_job_from_its_last_checkpoint(data: Path, tmp
     assert "done 60 of 60 steps" in output
 
 
-def test_a_restart_does_not_touch_the_run_of_another_job(data: Path, tmp_path: Path, alone: Path) -> None:
-    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+def test_restart_does_not_modify_run_of_another_job(data: Path, tmp_path: Path, single: Path) -> None:
+    shutil.copytree(single, tmp_path, dirs_exist_ok=True)
     before = curve(tmp_path)
     output = fail(data, tmp_path, "num_iterations=8", options=("--max-restarts=1",))
     assert len(re.findall("^error: run .* has checkpoints up to step 6: --resume", output, re.MULTILINE)) == 2
@@ -161,7 +161,9 @@ def test_a_restart_does_not_touch_the_run_of_another_job(data: Path, tmp_path: P
 
 
 def test_torch_func_needs_a_single_process(data: Path, tmp_path: Path) -> None:
-    with ranks.start_launch(2, *words(data, "train.grad=torch_func"), env={"NANOCHAT_BASE_DIR": str(tmp_path)}) as job:
+    with ranks.start_launch(
+        2, *arguments(data, "train.grad=torch_func"), env={"NANOCHAT_BASE_DIR": str(tmp_path)}
+    ) as job:
         finished = job.wait()
     assert [rank.code for rank in finished] == [1, 1]
     assert all(rank.err.startswith("error: train.grad=torch_func runs in one process") for rank in finished), finished

@@ -1,4 +1,4 @@
-"""The speedrun, tiny: broken in the middle, resumed, skipped, and done again where a setting has changed."""
+"""A tiny speedrun: interrupted, resumed, skipped, and rerun after a changed setting."""
 
 import os
 import re
@@ -31,7 +31,7 @@ MODEL = (
     *("eval.every_steps=none", "eval.tokens=512", "eval.sample_tokens=2", "eval.prompts=the cat"),
     *("metrics.every_steps=1", "core.every_steps=none", "train.chunk_tokens=100", "data.buffer_docs=20"),
 )
-TUNING = (
+SFT = (
     *(
         "compile=false",
         "tasks=arithmetic:size=40",
@@ -50,7 +50,7 @@ TUNING = (
 )
 TINY = (
     *("device=cpu", "tokenizer.vocab_size=300"),
-    *(f"pretrain.{word}" for word in MODEL),
+    *(f"pretrain.{setting}" for setting in MODEL),
     *(
         "eval_base.tasks=samples,bpb",
         "eval_base.free_samples=1",
@@ -58,7 +58,7 @@ TINY = (
         "eval_base.sample_tokens=2",
     ),
     *("eval_base.tokens=512", "eval_base.device_batch_size=2"),
-    *(f"sft.{word}" for word in TUNING),
+    *(f"sft.{setting}" for setting in SFT),
     *("eval_chat.tasks=arithmetic:size=4", "eval_chat.max_tokens=4", "eval_chat.compile=false"),
     *("report.sample_tokens=2", "report.answer_tokens=2", "report.questions=hi", "report.prompts=the cat"),
 )
@@ -76,14 +76,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, bool]]:
-    """The stages that are run: (experiment, resume, overwrite)."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, bool]]:
+    """Stages that ran: (experiment, resume, overwrite)."""
     seen: list[tuple[str, bool, bool]] = []
 
     def watched(name: str, original: Any) -> Any:
-        def call(config: Any, here: distributed.Runtime) -> None:
+        def call(config: Any, runtime: distributed.Runtime) -> None:
             seen.append((name, getattr(config, "resume", False), getattr(config, "overwrite", False)))
-            original(config, here)
+            original(config, runtime)
 
         return call
 
@@ -101,7 +101,7 @@ def steps(name: str) -> list[int]:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, run: str, at: int) -> None:
-    """Have SIGTERM sent after a step of a run, as a scheduler would."""
+    """Send SIGTERM after a step of a run, as a scheduler would."""
     original = logger.write
 
     def write(log: Any, step: int, values: Any) -> None:
@@ -112,25 +112,25 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, run: str, at: int) -> None:
     monkeypatch.setattr(logger, "write", write)
 
 
-def test_a_speedrun_broken_twice_comes_to_its_end_and_is_then_skipped(
+def test_interrupted_speedrun_resumes_and_then_skips_finished_stages(
     base: Path,
-    called: list[tuple[str, bool, bool]],
+    calls: list[tuple[str, bool, bool]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    here = distributed.init("cpu", "float32")
+    runtime = distributed.init("cpu", "float32")
     config = tiny(base, "name=fast")
     for run, at in (("fast", 3), ("fast_sft", 3)):
         with monkeypatch.context() as patch:
             stop_at(patch, run, at)
             with pytest.raises(SystemExit) as stop:
-                speedrun.run(config, here)
+                speedrun.run(config, runtime)
         assert stop.value.code == 128 + signal.SIGTERM
     out = capsys.readouterr().out
     assert "stopped during pretrain: run the same command again" in out and "stopped during sft" in out
     assert re.search(r"no estimate of time and cost: cpu", out) and "6 steps, 3.07k tokens" in out
-    speedrun.run(config, here)
-    assert called == [
+    speedrun.run(config, runtime)
+    assert calls == [
         ("data", False, False),
         ("tokenizer", False, False),
         ("pretrain", False, False),
@@ -144,66 +144,66 @@ def test_a_speedrun_broken_twice_comes_to_its_end_and_is_then_skipped(
     out = capsys.readouterr().out
     assert "resumed from step 3" in out and "--experiment=chat --set run=fast_sft" in out
     chain = run_folder.ancestors(train.run_folder("fast_sft"))
-    assert [(one.name, one.stage, one.done) for one in chain] == [("fast", "base", True), ("fast_sft", "sft", True)]
+    assert [(info.name, info.stage, info.done) for info in chain] == [("fast", "base", True), ("fast_sft", "sft", True)]
     page = (train.run_folder("fast_sft") / "report.md").read_text("utf-8")
     assert "| eval_chat" in page and "| tokenizer" in page and "rithmetic" in page and "user: hi" in page
     assert len(logger.read_evaluations(train.run_folder("fast"))) == 1
-    del called[:]
-    speedrun.run(config, here)
-    assert called == [], "what is finished is skipped"
+    del calls[:]
+    speedrun.run(config, runtime)
+    assert calls == [], "finished stages are skipped"
     assert capsys.readouterr().out.count("already done") == 6
 
 
-def test_changed_setting_runs_its_stage_and_the_later_ones_again(
-    base: Path, called: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
+def test_changed_setting_reruns_its_stage_and_the_later_ones(
+    base: Path, calls: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = distributed.init("cpu", "float32")
-    words = [
+    runtime = distributed.init("cpu", "float32")
+    settings = [
         "name=again",
         "stages=data,tokenizer,pretrain,sft,eval_chat",
         "pretrain.num_iterations=2",
         "sft.num_iterations=2",
     ]
-    speedrun.run(tiny(base, *words), here)
-    assert [name for name, *_ in called] == ["data", "tokenizer", "pretrain", "sft", "eval_chat"]
+    speedrun.run(tiny(base, *settings), runtime)
+    assert [name for name, *_ in calls] == ["data", "tokenizer", "pretrain", "sft", "eval_chat"]
     before = pipeline.latest_checkpoint_id(train.run_folder("again"))
-    del called[:]
-    words[-1] = "sft.num_iterations=3"
-    speedrun.run(tiny(base, *words, "sft.device_batch_size=4"), here)
-    assert called == [("sft", False, True), ("eval_chat", False, False)]
+    del calls[:]
+    settings[-1] = "sft.num_iterations=3"
+    speedrun.run(tiny(base, *settings, "sft.device_batch_size=4"), runtime)
+    assert calls == [("sft", False, True), ("eval_chat", False, False)]
     out = capsys.readouterr().out
     assert "rerun: num_iterations 2 → 3" in out and "rerun: an earlier stage ran again" in out
     assert steps("again_sft") == [1, 2, 3] and pipeline.latest_checkpoint_id(train.run_folder("again")) == before
-    del called[:]
-    speedrun.run(tiny(base, *words, "pretrain.optim.matrix_lr=0.05"), here)
-    assert called == [("pretrain", False, True), ("sft", False, True), ("eval_chat", False, False)]
-    assert checkpoint.steps(train.run_folder("again") / "checkpoints.old") == [2], "what is replaced is kept once more"
+    del calls[:]
+    speedrun.run(tiny(base, *settings, "pretrain.optim.matrix_lr=0.05"), runtime)
+    assert calls == [("pretrain", False, True), ("sft", False, True), ("eval_chat", False, False)]
+    assert checkpoint.steps(train.run_folder("again") / "checkpoints.old") == [2], "the replaced checkpoints are kept"
     assert "pretrain   rerun" in capsys.readouterr().out
 
 
-def test_an_evaluation_that_fails_does_not_stop_the_rest(
-    base: Path, called: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
+def test_failed_evaluation_does_not_stop_the_run(
+    base: Path, calls: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = distributed.init("cpu", "float32")
-    words = ["name=part", "pretrain.num_iterations=1", "sft.num_iterations=1", "report.samples=false"]
+    runtime = distributed.init("cpu", "float32")
+    settings = ["name=part", "pretrain.num_iterations=1", "sft.num_iterations=1", "report.samples=false"]
     with pytest.raises(UserError, match="eval_chat failed"):
-        speedrun.run(tiny(base, *words, "eval_chat.tasks=arithmetic:size=4,gsm8k:/nowhere"), here)
-    assert (train.run_folder("part_sft") / "report.md").exists(), "the report is written all the same"
+        speedrun.run(tiny(base, *settings, "eval_chat.tasks=arithmetic:size=4,gsm8k:/nowhere"), runtime)
+    assert (train.run_folder("part_sft") / "report.md").exists(), "the report is written anyway"
     assert "next" in capsys.readouterr().out.lower()
-    del called[:]
-    speedrun.run(tiny(base, *words), here)
-    assert [name for name, *_ in called] == ["eval_chat"]
+    del calls[:]
+    speedrun.run(tiny(base, *settings), runtime)
+    assert [name for name, *_ in calls] == ["eval_chat"]
 
 
-def test_what_is_asked_for_has_to_make_sense(base: Path) -> None:
-    here = distributed.init("cpu", "float32")
+def test_invalid_stages_raise(base: Path) -> None:
+    runtime = distributed.init("cpu", "float32")
     with pytest.raises(UserError, match="in this order"):
-        speedrun.run(tiny(base, "stages=pretrain,data"), here)
+        speedrun.run(tiny(base, "stages=pretrain,data"), runtime)
     with pytest.raises(UserError, match="expected one of data"):
         tiny(base, "stages=pretraining")
 
 
-def test_the_parts_take_over_name_device_and_source(base: Path) -> None:
+def test_stages_inherit_name_device_and_source(base: Path) -> None:
     config = speedrun.resolve(tiny(base, "name=x", "fp8=true"), distributed.init("cpu", "float32"))
     assert (config.pretrain.name, config.sft.run, config.sft.name, config.eval_chat.run) == ("x", "x", "x_sft", "x_sft")
     assert config.pretrain.tokenizer == config.tokenizer.out == str(base / "x_tokenizer")
@@ -214,23 +214,22 @@ def test_the_parts_take_over_name_device_and_source(base: Path) -> None:
     assert speedrun.resolve(plain, distributed.init("cpu", "float32")).pretrain.train.linear == "dense"
 
 
-def test_time_and_cost_are_told_before_on_a_gpu_that_is_known(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_shows_time_and_cost_on_a_known_gpu(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     eight = distributed.Runtime(0, 0, 8, 8, 0, torch.device("cuda", 0), torch.bfloat16)
     config = speedrun.config()
     text = speedrun.estimate(override(config, ["pretrain.depth=4"]), eight)
-    found = re.search(r"about (\S+) and \$([\d,]+) by the planner's estimate, at 50% MFU and \$3.00", text)
-    assert found, text
+    match = re.search(r"about (\S+) and \$([\d,]+) by the planner's estimate, at 50% MFU and \$3.00", text)
+    assert match, text
     assert "does not fit" in speedrun.estimate(
         override(config, ["pretrain.depth=4", "pretrain.device_batch_size=4096"]), eight
     )
 
 
-def test_two_ranks_come_to_the_end_of_one(base: Path) -> None:
-    words = ["name=two", "pretrain.num_iterations=2", "sft.num_iterations=2", "report.samples=false"]
-    outs = gloo.launch(2, "--experiment=speedrun", *(f"--set={w}" for w in (*TINY, f"source={base / 'text'}", *words)),
-        timeout=500,
-    )  # fmt: skip
+def test_speedrun_on_two_ranks(base: Path) -> None:
+    settings = ["name=two", "pretrain.num_iterations=2", "sft.num_iterations=2", "report.samples=false"]
+    arguments = [f"--set={setting}" for setting in (*TINY, f"source={base / 'text'}", *settings)]
+    outs = gloo.launch(2, "--experiment=speedrun", *arguments, timeout=500)
     assert "Next:" in outs[0] and not outs[1]
     chain = run_folder.ancestors(train.run_folder("two_sft"))
-    assert [one.done for one in chain] == [True, True]
+    assert [info.done for info in chain] == [True, True]

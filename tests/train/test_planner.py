@@ -1,4 +1,4 @@
-"""The planner: exact counts, memory against real states and a compiled step, traffic by hand, and its experiment."""
+"""The planner: memory against real states and a compiled step, traffic by hand, and the plan experiment."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ HERE = Runtime(
         (32, 64, 512, Setup(fp8=True), 4, 96584.8),
     ],
 )
-def test_memory_is_within_ten_percent_of_traced_steps(
+def test_memory_within_ten_percent_of_traced_step(
     depth: int, rows: int, context: int, setup: Setup, micro_batches: int, traced_mib: float
 ) -> None:
     shape = model.from_depth(depth, sequence_len=context)
@@ -55,7 +55,7 @@ def test_memory_is_within_ten_percent_of_traced_steps(
 
 
 @pytest.mark.slow
-def test_planned_peak_is_that_of_a_compiled_step() -> None:
+def test_planned_peak_matches_compiled_step() -> None:
     shape = ModelConfig(sequence_len=128, vocab_size=512, n_layer=1, n_head=2, n_kv_head=2, n_embd=128)
     rows, setup = 4, Setup(dtype=F32)
     params = tree.map(lambda p: p.detach().requires_grad_(), model.init(shape, 0))
@@ -80,17 +80,18 @@ def test_planned_peak_is_that_of_a_compiled_step() -> None:
     assert max(p.allocated - p.parameters - p.optimizer for p in planned) == pytest.approx(peak, rel=0.1)
 
 
-def test_every_sequence_adds_the_same_memory() -> None:
-    found = [planner.phases(D12, Setup(), rows=n, micro_batches=1)[0].activations for n in (5, 6, 7)]
-    assert found[0] < found[1] and found[1] - found[0] == pytest.approx(found[2] - found[1], abs=8)
+def test_memory_is_linear_in_batch_size() -> None:
+    activations = [planner.phases(D12, Setup(), rows=n, micro_batches=1)[0].activations for n in (5, 6, 7)]
+    assert activations[0] < activations[1]
+    assert activations[1] - activations[0] == pytest.approx(activations[2] - activations[1], abs=8)
 
 
-def test_parts_add_up() -> None:
-    found = planner.memory(D12, Setup(), rows=2, micro_batches=4)
-    assert found.total == sum(found.parts.values()) == found.allocated + found.overhead
-    assert found.phase in ("forward", "backward", "reduce", "update")
-    assert all(value >= 0 for value in found.parts.values())
-    assert found.gradients >= 4 * model.count(D12)["total"]  # the sums over micro-batches
+def test_memory_components_sum_to_total() -> None:
+    memory = planner.memory(D12, Setup(), rows=2, micro_batches=4)
+    assert memory.total == sum(memory.parts.values()) == memory.allocated + memory.overhead
+    assert memory.phase in ("forward", "backward", "reduce", "update")
+    assert all(value >= 0 for value in memory.parts.values())
+    assert memory.gradients >= 4 * model.count(D12)["total"]  # the sums over micro-batches
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def four_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
 
 @pytest.mark.parametrize("mode", planner.MODES)
 @pytest.mark.parametrize("kv_heads", [4, 1])
-def test_planned_state_is_as_large_as_a_real_one(mode: Any, kv_heads: int, four_ranks: Runtime) -> None:
+def test_planned_state_size_matches_real_state(mode: Any, kv_heads: int, four_ranks: Runtime) -> None:
     shape = ModelConfig(sequence_len=16, vocab_size=100, n_layer=3, n_head=4, n_kv_head=kv_heads, n_embd=32)
     spec = model.spec(shape)
     sharding_plan = sharding.make_plan(sharding.ShardingConfig(mode=mode, shard_ranks=2), four_ranks, spec)
@@ -118,14 +119,14 @@ def test_planned_state_is_as_large_as_a_real_one(mode: Any, kv_heads: int, four_
     assert planned.optimizer == tree.nbytes([real.step, real.opt_state, real.scaler])
 
 
-def test_planned_state_of_one_process_is_as_large_as_a_real_one() -> None:
+def test_planned_state_size_of_single_process_matches_real_state() -> None:
     real = train.init(model.init(TINY, 0), model.spec(TINY))
     planned = planner.state_bytes(TINY, Setup(dtype=F32))
     assert planned.parameters + planned.optimizer == tree.nbytes(tuple(real))
     assert planned.full_f32 == planned.shards_f32 == planned.full_made == tree.nbytes(real.params)
 
 
-def test_largest_batch_divides_and_fits_and_the_next_does_not() -> None:
+def test_largest_batch_fits_and_next_does_not() -> None:
     capacity, rows_per_rank = 9 * 2**30, 12
     rows = planner.largest_batch(D12, Setup(), rows_per_rank, capacity)
     assert rows is not None and rows_per_rank % rows == 0
@@ -140,11 +141,11 @@ def test_largest_batch_divides_and_fits_and_the_next_does_not() -> None:
 EMBEDDINGS, MATRICES, SMALL = 3 * 2048, 4 * 1024 + 2 * 4096, 52
 
 
-def test_traffic_by_hand() -> None:
+def test_traffic_matches_hand_calculation() -> None:
     small = 2 * 0.75 * 4 * SMALL
-    found = planner.traffic(TINY, Setup("replicate", 4, 4), micro_batches=2)
+    traffic = planner.traffic(TINY, Setup("replicate", 4, 4), micro_batches=2)
     everything = 2 * 0.75 * 4 * (EMBEDDINGS + MATRICES + SMALL)
-    assert found == {"all_gather": 0, "reduce_scatter": 0, "all_reduce": everything, "all_to_all": 0}
+    assert traffic == {"all_gather": 0, "reduce_scatter": 0, "all_reduce": everything, "all_to_all": 0}
 
     # Stacks are padded to 4, 4 and 4 matrices, of which a rank has a quarter; second moments are a row or a column.
     muon = 0.75 * ((2 + 4) * (1024 + 4096 + 4096) + (4 + 4) * (32 + 128 + 128))
@@ -174,7 +175,7 @@ def test_single_process_sends_nothing(mode: str) -> None:
 
 
 @pytest.mark.parametrize(("mode", "shard_ranks"), [("zero3", 1), ("hsdp", 3), ("hsdp", 0)])
-def test_impossible_modes_are_rejected(mode: str, shard_ranks: int) -> None:
+def test_invalid_modes_raise(mode: str, shard_ranks: int) -> None:
     with pytest.raises(ValueError, match=r"zero3: expected|must divide the 4 ranks"):
         Setup(mode, 4, shard_ranks)
 
@@ -185,12 +186,12 @@ def test_impossible_modes_are_rejected(mode: str, shard_ranks: int) -> None:
 def test_time_and_cost_follow_from_flops_and_bytes() -> None:
     shape, plan = pretrain.resolve(dataclasses.replace(pretrain.config(), depth=12), None)
     gpu = hardware.GPU_SPECS["h100"]
-    one = planner.estimate(shape, plan, gpu, Setup(), node_ranks=8, mfu=0.25, rows=4)
-    assert one is not None
-    assert one.exposed_seconds == 0
-    assert one.compute_seconds == pytest.approx(plan.flops_per_token * plan.total_batch_size / (0.25 * 989e12))
-    assert one.hours == pytest.approx(plan.num_steps * one.compute_seconds / 3600)
-    assert one.dollars == pytest.approx(one.hours * gpu.dollars_per_hour)
+    estimate = planner.estimate(shape, plan, gpu, Setup(), node_ranks=8, mfu=0.25, rows=4)
+    assert estimate is not None
+    assert estimate.exposed_seconds == 0
+    assert estimate.compute_seconds == pytest.approx(plan.flops_per_token * plan.total_batch_size / (0.25 * 989e12))
+    assert estimate.hours == pytest.approx(plan.num_steps * estimate.compute_seconds / 3600)
+    assert estimate.dollars == pytest.approx(estimate.hours * gpu.dollars_per_hour)
     setup = Setup("zero2", 16, 8)
     sent = planner.traffic(shape, setup, micro_batches=1)
     near, far = (planner.communication_seconds(sent, setup, gpu, node_ranks=n) for n in (16, 4))
@@ -203,7 +204,7 @@ def test_time_and_cost_follow_from_flops_and_bytes() -> None:
 
 def test_plan_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def no_cuda(*_: Any) -> None:
-        raise AssertionError("the plan asked for CUDA")
+        raise AssertionError("the plan used CUDA")
 
     monkeypatch.setattr(torch.cuda, "_lazy_init", no_cuda)
     monkeypatch.setattr(experiment, "DEPTHS", (12,))
@@ -218,7 +219,7 @@ def test_plan_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "1 x rtx3070 (8 GiB)" in text and "8 x h100" in text
     last = text.splitlines()[-1]
     assert last.startswith("next: torchrun --nproc_per_node=1 launch.py --experiment=pretrain --set depth=12")
-    given = [word for word in last.split() if "=" in word and not word.startswith("--")]
+    given = [x for x in last.split() if "=" in x and not x.startswith("--")]
     resolved = override(pretrain.config(), given)
     assert (resolved.total_batch_size, resolved.num_iterations, resolved.model.vocab_size) == (8192, 3, 4096)
 
@@ -233,12 +234,12 @@ def test_plan_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["world_size=8", "mode=hsdp", "shard_ranks=3"], "groups of 3 do not divide world_size=8"),
     ],
 )
-def test_invalid_settings_are_one_line_errors(settings: list[str], message: str) -> None:
+def test_invalid_settings_raise_one_line_error(settings: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         experiment.run(override(experiment.config(), settings), HERE)
 
 
-def test_hsdp_is_planned_for_several_nodes_only() -> None:
+def test_hsdp_is_planned_for_multiple_nodes_only() -> None:
     config = override(experiment.config(), ["world_size=16"])
     assert tuple(experiment.sharding_modes(config)) == planner.MODES
     assert tuple(experiment.sharding_modes(override(config, ["world_size=8"]))) == planner.MODES[:3]

@@ -1,4 +1,4 @@
-"""Reinforcement learning: its gradient is that of REINFORCE by hand, answers by their seeds, steps, pass@k."""
+"""Reinforcement learning: gradient against REINFORCE by hand, seeded rollouts, train steps, pass@k."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from nanochat.train import Rollout, RolloutConfig, TrainState, rl
 
 TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
 CONFIG = ModelConfig(sequence_len=32, vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
-HOW = RolloutConfig(prompts_per_step=4, samples_per_prompt=3, max_tokens=8, slots=5)
+ROLLOUTS = RolloutConfig(prompts_per_step=4, samples_per_prompt=3, max_tokens=8, slots=5)
 CPU = torch.device("cpu")
 END = TOK.special("<|assistant_end|>")
 
@@ -56,10 +56,10 @@ BY_HAND = [
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def test_weights_and_targets_of_a_step():
+def test_step_weights_and_targets():
     rows = [row for group in GROUPS for row in rl.weighted(group)]
     assert [row.ids for row in rows] == [ids for _, answers in BY_HAND for _, ids, _ in answers]
-    for row, (count, (advantage, _, drawn)) in zip(rows, [(n, one) for n, answers in BY_HAND for one in answers]):
+    for row, (count, (advantage, _, drawn)) in zip(rows, [(n, answer) for n, answers in BY_HAND for answer in answers]):
         want = [advantage / count if i in drawn else 0.0 for i in range(len(row.ids))]
         assert row.weights == pytest.approx(want)
     first, second = rl.micro_batches(rows, 2, 3, 10.0, None, CPU)
@@ -85,7 +85,7 @@ def plain_loss(params: Any) -> Tensor:
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 5, 8])
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
-def test_the_gradient_is_that_of_reinforce(batch_rows: int, chunk_tokens: int | None):
+def test_gradient_equals_reinforce(batch_rows: int, chunk_tokens: int | None):
     params = random_params(CONFIG)
     leaves = tree.map(lambda x: x.clone().requires_grad_(), params)
     want_loss = plain_loss(leaves)
@@ -107,7 +107,7 @@ def test_the_gradient_is_that_of_reinforce(batch_rows: int, chunk_tokens: int | 
     assert float(seen[0][1]) == pytest.approx(float(want_loss.detach()), rel=1e-5)
 
 
-def test_the_gradient_of_a_single_token_is_the_formula_of_the_softmax():
+def test_single_token_gradient_equals_softmax_formula():
     """The unembedding's gradient for one answer of one token: advantage · (one-hot − p)(1 − tanh²) ⊗ x, by hand."""
     params = random_params(CONFIG)
     group = [rollout([5, 6, 7], [9], 1.0), rollout([5, 6, 7], [10], 0.0)]
@@ -123,7 +123,7 @@ def test_the_gradient_of_a_single_token_is_the_formula_of_the_softmax():
     torch.testing.assert_close(grads["lm_head"][: CONFIG.vocab_size], want_V[:, None] * x_C, rtol=1e-4, atol=1e-7)
 
 
-def test_answers_of_one_reward_teach_nothing():
+def test_equal_rewards_give_zero_gradient():
     assert rl.advantages([1.0, 0.0, 0.0, 1.0]) == [0.5, -0.5, -0.5, 0.5]
     assert rl.advantages([0.1] * 3) == [0.0] * 3
     assert rl.weighted([rollout([1], [2, 3], 0.7)] * 3) == []
@@ -139,25 +139,32 @@ def task(size: int = 6, right: Any = lambda row, text: "7" in text) -> Task:
 
 
 def make_engine(**settings: Any) -> infer.Engine:
-    how: dict[str, Any] = {"slots": HOW.slots, "context": 60, "compile": False, "copy_params": True} | settings
-    return infer.start(random_params(CONFIG), CONFIG, TOK, **how)
+    options: dict[str, Any] = {"slots": ROLLOUTS.slots, "context": 60, "compile": False, "copy_params": True} | settings
+    return infer.start(random_params(CONFIG), CONFIG, TOK, **options)
 
 
-def sample(numbers: Sequence[int], how: RolloutConfig = HOW, seed: int = 1, **settings: Any) -> list[list[Rollout]]:
-    return rl.rollouts(make_engine(**settings), TOK, task(), rl.correct_reward(task()), numbers, config=how, seed=seed)
+def sample(
+    numbers: Sequence[int], config: RolloutConfig = ROLLOUTS, seed: int = 1, **settings: Any
+) -> list[list[Rollout]]:
+    return rl.rollouts(
+        make_engine(**settings), TOK, task(), rl.correct_reward(task()), numbers, config=config, seed=seed
+    )
 
 
-def test_answers_depend_only_on_row_number_and_seed():
+def test_answers_depend_only_on_row_index_and_seed():
     want = sample(range(8))
     assert [len(group) for group in want] == [3] * 8
-    assert len({tuple(one.tokens) for group in want for one in group}) == 24
+    assert len({tuple(rollout.tokens) for group in want for rollout in group}) == 24
     assert sample([5, 3]) == [want[5], want[3]] and sample(range(8), slots=2) == want
     assert sample(range(8), seed=2) != want
     assert want[0][0].prompt == want[6][0].prompt, "number 6 is row 0 again, with draws of its own"
     prompt = chat_format.prompt(TOK, task().row(2)["messages"][:1])
     assert list(want[2][0].prompt) == prompt[-CONFIG.sequence_len :]
-    for one in [one for group in want for one in group]:
-        assert one.finish == ("stop" if one.tokens[-1] in (END, TOK.bos) else "length") and len(one.tokens) <= 8
+    for rollout in [rollout for group in want for rollout in group]:
+        assert (
+            rollout.finish == ("stop" if rollout.tokens[-1] in (END, TOK.bos) else "length")
+            and len(rollout.tokens) <= 8
+        )
 
 
 def test_rollouts_mark_tool_tokens_and_carry_rewards(monkeypatch: pytest.MonkeyPatch):
@@ -173,9 +180,9 @@ def test_rollouts_mark_tool_tokens_and_carry_rewards(monkeypatch: pytest.MonkeyP
         return torch.tensor([order.get(s, [0])[p - n_prompt] if s in order and p >= n_prompt else 0 for s, p in pairs])
 
     monkeypatch.setattr(sampling, "draw", drawn)
-    one = Task("sum", "generative", 1, lambda i: row, lambda row, text: text == "#7")
-    how = dataclasses.replace(HOW, max_tokens=20)
-    (group,) = rl.rollouts(make_engine(), TOK, one, rl.correct_reward(one), [0], config=how, seed=1)
+    sum_task = Task("sum", "generative", 1, lambda i: row, lambda row, text: text == "#7")
+    config = dataclasses.replace(ROLLOUTS, max_tokens=20)
+    (group,) = rl.rollouts(make_engine(), TOK, sum_task, rl.correct_reward(sum_task), [0], config=config, seed=1)
     assert [answer.tokens for answer in group] == texts
     assert group[0].sampled == [True] * 5 + [False] * 3 + [True] * 3
     assert [answer.text for answer in group] == ["#7", "It is 5", "8"] and [a.reward for a in group] == [1.0, 0.0, 0.0]
@@ -188,33 +195,33 @@ def test_rollouts_mark_tool_tokens_and_carry_rewards(monkeypatch: pytest.MonkeyP
 
 def test_prompt_batches_wrap_around_and_resume():
     stream = rl.prompt_batches(task(), 4)
-    found = [next(stream) for _ in range(3)]
-    assert [batch["numbers"] for batch, _, _ in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert [stats["epoch"] for _, _, stats in found] == pytest.approx([4 / 6, 8 / 6, 2])
-    assert next(rl.prompt_batches(task(), 4, found[1][1]))[0] == found[2][0]
-    assert next(rl.prompt_batches(task(), 2, found[1][1]))[0]["numbers"] == [8, 9]
+    batches = [next(stream) for _ in range(3)]
+    assert [batch["numbers"] for batch, _, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [stats["epoch"] for _, _, stats in batches] == pytest.approx([4 / 6, 8 / 6, 2])
+    assert next(rl.prompt_batches(task(), 4, batches[1][1]))[0] == batches[2][0]
+    assert next(rl.prompt_batches(task(), 2, batches[1][1]))[0]["numbers"] == [8, 9]
     with pytest.raises(UserError, match="5 rows of sevens: the run has 6 of sevens"):
-        next(rl.prompt_batches(task(5), 4, found[0][1]))
+        next(rl.prompt_batches(task(5), 4, batches[0][1]))
 
 
 def test_pass_at_k_is_any_of_the_first_k(monkeypatch: pytest.MonkeyPatch):
     solved = [[False, False, True], [True, False, False], [False, False, False], [False, True, True]]
-    asked = []
+    requests = []
 
-    def samples(_decoder: Any, _tok: Any, _task: Any, indices: Any, how: Any) -> list[list[bool]]:
-        asked.append((list(indices), how.samples, how.temperature, how.top_k, how.max_tokens))
+    def samples(_decoder: Any, _tok: Any, _task: Any, indices: Any, config: Any) -> list[list[bool]]:
+        requests.append((list(indices), config.samples, config.temperature, config.top_k, config.max_tokens))
         return solved
 
     monkeypatch.setattr(rl.chat_eval, "sample_answers", samples)
-    assert rl.pass_at_k(make_engine(), TOK, task(), 4, HOW, max_k=3) == {
+    assert rl.pass_at_k(make_engine(), TOK, task(), 4, ROLLOUTS, max_k=3) == {
         "rl/pass_at_1": 0.25,
         "rl/pass_at_2": 0.5,
         "rl/pass_at_3": 0.75,
     }
-    assert asked == [([0, 1, 2, 3], 3, 1.0, 50, 8)]
+    assert requests == [([0, 1, 2, 3], 3, 1.0, 50, 8)]
 
 
-def test_unscorable_task_and_wrong_settings_are_refused():
+def test_task_without_reward_and_invalid_settings_raise():
     with pytest.raises(UserError, match="task chat: cannot score"):
         rl.correct_reward(Task("chat", "chat", 1, lambda i: {}))
     wrong = {"prompts_per_step": 0, "samples_per_prompt": 1, "temperature": 0, "top_k": -1, "max_tokens": 0, "slots": 0}
@@ -227,15 +234,15 @@ def test_unscorable_task_and_wrong_settings_are_refused():
 
 
 def rates(lr: float) -> Any:
-    found = optim.param_group_settings(optim.OptimConfig(0.3, 0.1, 0.05, 0.5), CONFIG.n_embd, weight_decay=0.0)
-    for group in found.values():
+    groups = optim.param_group_settings(optim.OptimConfig(0.3, 0.1, 0.05, 0.5), CONFIG.n_embd, weight_decay=0.0)
+    for group in groups.values():
         group["lr"] *= lr
-    return optim.as_hparams(found)
+    return optim.as_hparams(groups)
 
 
-def stepper(reward: rl.Reward, how: RolloutConfig = HOW, donate: bool = False, **more: Any) -> Any:
+def stepper(reward: rl.Reward, config: RolloutConfig = ROLLOUTS, donate: bool = False, **more: Any) -> Any:
     """Return (state, numbers, hparams) -> (state, metrics), with an engine of its own."""
-    engine = make_engine(slots=how.slots)
+    engine = make_engine(slots=config.slots)
     loss_fn = functools.partial(loss.next_token, config=CONFIG, chunk_tokens=64)
     train_step = functools.partial(
         train.train_step, value_and_grad=train.gradient(loss_fn), update=train.make_update(donate=donate)
@@ -243,7 +250,7 @@ def stepper(reward: rl.Reward, how: RolloutConfig = HOW, donate: bool = False, *
 
     def answers(params: Any, numbers: Sequence[int]) -> list[list[Rollout]]:
         infer.load_params_(engine, params)
-        return rl.rollouts(engine, TOK, task(), reward, numbers, config=how, seed=3)
+        return rl.rollouts(engine, TOK, task(), reward, numbers, config=config, seed=3)
 
     step = functools.partial(rl.rl_step, rollout_fn=answers, train_step=train_step, **{"batch_rows": 5, **more})
     return lambda state, numbers, hparams: step(state, [{"numbers": numbers}], hparams)
@@ -258,35 +265,35 @@ def test_step_is_pure_and_reports_rollout_metrics():
     state = train.init(random_params(CONFIG), model.spec(CONFIG))
     seen: list[Any] = []
     with Unchanged(state.params, state.opt_state):
-        new, found = stepper(ascii_share, on_rollouts=seen.append)(state, [0, 1, 2, 3], rates(0.1))
+        new, metrics = stepper(ascii_share, on_rollouts=seen.append)(state, [0, 1, 2, 3], rates(0.1))
     (groups,) = seen
-    answers = [one for group in groups for one in group]
-    assert float(found["rl/reward"]) == pytest.approx(sum(one.reward for one in answers) / 12)
-    assert float(found["rl/answer_tokens"]) == sum(len(one.tokens) for one in answers) / 12
-    assert float(found["tokens"]) == sum(len(one.tokens) for one in answers)
-    assert float(found["rl/finished"]) == sum(one.finish == "stop" for one in answers) / 12
-    assert float(found["rl/mixed"]) == 1.0 and found["finite"] and float(found["grad_norm"]) > 0
-    assert float(found["perf/rollout_tokens_per_second"]) > 0
+    answers = [answer for group in groups for answer in group]
+    assert float(metrics["rl/reward"]) == pytest.approx(sum(answer.reward for answer in answers) / 12)
+    assert float(metrics["rl/answer_tokens"]) == sum(len(answer.tokens) for answer in answers) / 12
+    assert float(metrics["tokens"]) == sum(len(answer.tokens) for answer in answers)
+    assert float(metrics["rl/finished"]) == sum(answer.finish == "stop" for answer in answers) / 12
+    assert float(metrics["rl/mixed"]) == 1.0 and metrics["finite"] and float(metrics["grad_norm"]) > 0
+    assert float(metrics["perf/rollout_tokens_per_second"]) > 0
     assert int(new.step) == 1 and not torch.equal(new.params["lm_head"], state.params["lm_head"])
 
 
 def test_step_with_equal_rewards_only_advances_the_step_count():
     state = train.init(random_params(CONFIG), model.spec(CONFIG))
     step = stepper(lambda row, text: 1.0)
-    new, found = step(state, [0, 1, 2, 3], rates(0.1))
-    assert int(new.step) == 1 and float(found["rl/reward"]) == 1.0 and float(found["rl/mixed"]) == 0.0
-    assert found["finite"] and float(found["loss"]) == 0.0
+    new, metrics = step(state, [0, 1, 2, 3], rates(0.1))
+    assert int(new.step) == 1 and float(metrics["rl/reward"]) == 1.0 and float(metrics["rl/mixed"]) == 0.0
+    assert metrics["finite"] and float(metrics["loss"]) == 0.0
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(new.params), tree.leaves(state.params)))
     assert int(new.opt_state["step"]) == 0
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_rewarded_answers_become_more_likely(sign: int):
-    how = RolloutConfig(prompts_per_step=3, samples_per_prompt=8, max_tokens=6, slots=24)
+    config = RolloutConfig(prompts_per_step=3, samples_per_prompt=8, max_tokens=6, slots=24)
     state = train.init(random_params(CONFIG), model.spec(CONFIG))
-    step, shares = stepper(lambda row, text: sign * ascii_share(row, text), how, donate=True, batch_rows=24), []
+    step, shares = stepper(lambda row, text: sign * ascii_share(row, text), config, donate=True, batch_rows=24), []
     for number in range(0, 45, 3):
-        state, found = step(state, range(number, number + 3), rates(0.04))
-        shares.append(sign * float(found["rl/reward"]))
+        state, metrics = step(state, range(number, number + 3), rates(0.04))
+        shares.append(sign * float(metrics["rl/reward"]))
     first, last = sum(shares[:3]) / 3, sum(shares[-3:]) / 3
     assert sign * (last - first) > 0.15, shares

@@ -1,4 +1,4 @@
-"""The training step: pure or donating, accumulated, compiled, safe against what is not finite; and its loop."""
+"""The training step: pure or in place, accumulated, compiled, non-finite steps; and the training loop."""
 
 import dataclasses
 import functools
@@ -69,7 +69,7 @@ def assert_equal(a: Any, b: Any) -> None:
 # --- one step -------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_pure_and_moves_everything():
+def test_step_is_pure_and_updates_all_parameters():
     state, batch = new_state(), batch_of()
     with Unchanged(state, batch, HPARAMS):
         new, metrics = make_step()(state, [batch], HPARAMS)
@@ -85,7 +85,7 @@ def test_a_step_is_pure_and_moves_everything():
     assert not any(x.requires_grad for x in tree.leaves((new, metrics)))
 
 
-def test_a_donated_state_is_written_over_with_the_same_numbers():
+def test_inplace_step_overwrites_state_with_the_same_values():
     state, batch = new_state(), batch_of()
     want, wanted_metrics = make_step()(copy_of(state), [batch], HPARAMS)
     addresses = [x.data_ptr() for x in tree.leaves(state[1:3])]
@@ -95,7 +95,7 @@ def test_a_donated_state_is_written_over_with_the_same_numbers():
     assert_equal(metrics, wanted_metrics)
 
 
-def test_micro_batches_equal_one_large_batch():
+def test_micro_batches_match_one_large_batch():
     batch = batch_of(rows=6)
     parts = train.split_batch(batch, 2)
     assert len(parts) == 3 and all(len(part["inputs"]) == 2 for part in parts)
@@ -107,7 +107,7 @@ def test_micro_batches_equal_one_large_batch():
     assert_trees_close(accumulated.opt_state, whole.opt_state, rtol=1e-4)
 
 
-def test_split_keeps_every_row_in_order():
+def test_split_batch_keeps_row_order():
     batch = batch_of(rows=6)
     for name in batch:
         assert torch.equal(torch.cat([part[name] for part in train.split_batch(batch, 3)]), batch[name])
@@ -115,7 +115,7 @@ def test_split_keeps_every_row_in_order():
 
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("poison", [1, 2])
-def test_what_is_not_finite_leaves_parameters_and_moments_untouched(poison: int, donate: bool):
+def test_nonfinite_step_keeps_parameters_and_moments(poison: int, donate: bool):
     state, _ = make_step()(new_state(), [batch_of()], HPARAMS)  # moments that are not zero
     before = copy_of(state)
     new, metrics = make_step(donate=donate)(state, [batch_of(), batch_of(poison=poison)], HPARAMS)
@@ -135,7 +135,7 @@ def test_training_lowers_the_loss():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_torch_func_gives_the_same_training():
+def test_torch_func_matches_autograd_training():
     states, losses = {}, {}
     for grad in GRADS:
         state, losses[grad] = new_state(), []
@@ -150,7 +150,7 @@ def test_torch_func_gives_the_same_training():
 CPU = Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
 
 
-def test_training_by_torch_func_never_meets_a_custom_backward(monkeypatch: pytest.MonkeyPatch):
+def test_torch_func_training_uses_no_custom_backward(monkeypatch: pytest.MonkeyPatch):
     """Compiled, torch.func would drop it without a word: see test_transform's trap."""
     settings = {grad: train.StageConfig(compile=False, train=train.TrainConfig(grad=grad)) for grad in GRADS}
     want, metrics = train.build_step_functions(settings["autograd"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
@@ -171,7 +171,7 @@ def test_training_by_torch_func_never_meets_a_custom_backward(monkeypatch: pytes
         train.build_step_functions(dataclasses.replace(settings["torch_func"], compile=True), CONFIG, CPU)
 
 
-def test_tables_stay_in_half_precision():
+def test_embeddings_stay_in_half_precision():
     state = train.init(random_params(dtype=torch.bfloat16), model.spec(CONFIG), torch.bfloat16)
     want, wanted_metrics = make_step()(new_state(), [batch_of()], HPARAMS)
     for donate in (False, True):
@@ -186,7 +186,7 @@ def test_tables_stay_in_half_precision():
 # --- float16's loss scale -------------------------------------------------------------------------------------------
 
 
-def test_the_loss_scale_is_taken_out_of_the_update_again():
+def test_update_is_unscaled():
     state, plain = new_state(torch.float16), new_state()
     assert state.scaler["scale"] == 2.0**16 and plain.scaler["scale"] == 1
     half, metrics = make_step(compute_dtype=torch.float16)(state, train.split_batch(batch_of(), 2), HPARAMS)
@@ -196,7 +196,7 @@ def test_the_loss_scale_is_taken_out_of_the_update_again():
     assert half.scaler["good_steps"] == 1
 
 
-def test_the_loss_scale_halves_and_doubles():
+def test_loss_scale_halves_and_doubles():
     step = make_step(compute_dtype=torch.float16, donate=True)
     state, _ = step(new_state(torch.float16), [batch_of(poison=1)], HPARAMS)
     assert (state.scaler["scale"], state.scaler["good_steps"]) == (2.0**15, 0)
@@ -210,13 +210,13 @@ def test_the_loss_scale_halves_and_doubles():
     assert (state.scaler["scale"], state.scaler["good_steps"]) == (2.0**15, 0)
 
 
-def test_other_precisions_have_no_loss_scale():
+def test_no_loss_scale_without_float16():
     for dtype in (torch.float32, torch.bfloat16):
         state, _ = make_step(compute_dtype=dtype)(new_state(dtype), [batch_of(poison=1)], HPARAMS)
         assert (state.scaler["scale"], state.scaler["good_steps"]) == (1.0, 0)
 
 
-def test_an_abstract_state_has_the_shapes_of_a_real_one():
+def test_abstract_state_has_real_shapes():
     meta = train.init(model.init(CONFIG, 0, device="meta"), model.spec(CONFIG), torch.float16)
     real = new_state(torch.float16)
     for name in TrainState._fields[1:]:
@@ -226,7 +226,7 @@ def test_an_abstract_state_has_the_shapes_of_a_real_one():
     assert meta.step.is_meta
 
 
-def test_an_impossible_chunk_is_refused():
+def test_invalid_chunk_tokens_raises():
     with pytest.raises(UserError, match=r"train\.chunk_tokens=0: must be at least 1"):
         train.TrainConfig(chunk_tokens=0)
 
@@ -235,7 +235,7 @@ def test_an_impossible_chunk_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-def test_compiled_gradients_equal_eager_ones_with_the_chunked_loss():
+def test_compiled_gradients_match_eager_with_chunked_loss():
     config = ModelConfig(sequence_len=16, vocab_size=100, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
     params, scale = random_params(config), torch.tensor(4.0)
 
@@ -314,7 +314,7 @@ class Run:
 START = Progress()
 
 
-def test_fit_runs_all_steps_and_hands_the_numbers_on():
+def test_fit_runs_all_steps_and_reports_metrics():
     run = Run()
     state, progress = run.fit(new_state(), START, 3)
     assert progress.step == 3 and int(state.step) == 3 and progress.loader == {"next": 3}
@@ -334,7 +334,7 @@ def test_fit_of_a_finished_run_does_nothing():
     assert run.steps == run.saved == []
 
 
-def test_a_stopped_run_saves_and_goes_on_to_the_same_end():
+def test_stopped_run_saves_and_resumes_to_the_same_state():
     whole, _ = Run().fit(new_state(), START, 5)
     first = Run(stop_after=2)
     state, progress = first.fit(new_state(), START, 5)
@@ -348,14 +348,14 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end():
     assert_equal(resumed, whole)
 
 
-def test_a_stop_at_the_last_step_saves_nothing_more():
+def test_stop_at_last_step_saves_once():
     run = Run(stop_after=3)
     _, progress = run.fit(new_state(), START, 3)
     assert progress.step == 3 and run.saved == []
 
 
 @pytest.mark.parametrize("poison, what", [(1, "loss"), (2, "gradient")])
-def test_a_step_that_is_not_finite_stops_the_run_with_the_state_of_before_it(poison: int, what: str):
+def test_nonfinite_step_stops_run_with_last_good_state(poison: int, what: str):
     before, progress_before = Run().fit(new_state(), START, 2)
     run = Run(poisons={2: poison})
     with pytest.raises(train.NonFiniteLossError) as error:
@@ -368,7 +368,7 @@ def test_a_step_that_is_not_finite_stops_the_run_with_the_state_of_before_it(poi
     assert int(saved.step) == progress.step == 2 and progress.loader == progress_before.loader == {"next": 2}
 
 
-def test_skipping_goes_on_without_the_step():
+def test_skip_nonfinite_continues_without_the_step():
     run = Run(poisons={1: 1, 2: 2})
     state, progress = run.fit(new_state(), START, 5, skip_nonfinite=True)
     assert progress.step == 5 and int(state.step) == 5 and int(state.opt_state["step"]) == 3
@@ -376,7 +376,7 @@ def test_skipping_goes_on_without_the_step():
     assert all(x.isfinite().all() for x in tree.leaves(state)) and run.saved == []
 
 
-def test_skipping_gives_up_after_too_many_in_a_row(monkeypatch: pytest.MonkeyPatch):
+def test_skip_nonfinite_raises_after_too_many_in_a_row(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(steps, "MAX_SKIPPED_STEPS", 2)
     run = Run(poisons={0: 1, 1: 1, 3: 1, 4: 1, 5: 1})  # two, one good step, three
     with pytest.raises(train.NonFiniteLossError, match="step 5: the loss is not finite"):
@@ -393,7 +393,7 @@ def handlers() -> list[Any]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_sets_the_flag_and_the_handlers_are_restored(number: signal.Signals):
+def test_signal_sets_flag_and_handlers_are_restored(number: signal.Signals):
     before = handlers()
     with train.stop_on_signals() as stop:
         assert not stop
@@ -411,7 +411,7 @@ def test_handlers_are_restored_after_an_error():
     assert handlers() == before
 
 
-def test_a_second_ctrl_c_interrupts_but_an_echo_of_the_first_does_not(monkeypatch: pytest.MonkeyPatch):
+def test_second_ctrl_c_interrupts_but_duplicate_signal_does_not(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr(steps.time, "monotonic", lambda: now)
     with pytest.raises(KeyboardInterrupt), train.stop_on_signals() as stop:
@@ -424,7 +424,7 @@ def test_a_second_ctrl_c_interrupts_but_an_echo_of_the_first_does_not(monkeypatc
         pytest.fail("the loop could not be interrupted")
 
 
-def test_fit_under_a_real_signal_finishes_its_step():
+def test_fit_finishes_its_step_after_a_signal():
     run = Run()
     with train.stop_on_signals() as run.stop:
         monitored = run.after_step
@@ -477,7 +477,7 @@ def test_compiled_steps_on_cuda_in_bfloat16(kernel: str):
 
 
 @pytest.mark.gpu
-def test_gradients_on_cuda_in_bfloat16_are_near_float32():
+def test_cuda_bfloat16_gradients_are_close_to_float32():
     params, batch = random_params(), random_batch()
     wanted, _ = transform.value_and_grad(lambda p: loss.next_token(p, batch, config=CONFIG)[0])(params)
     there = tree.to(random_params(dtype=torch.bfloat16), "cuda")
