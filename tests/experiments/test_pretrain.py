@@ -464,7 +464,7 @@ def test_convert_writes_a_checkpoint_that_loads(base: Path, tmp_path: Path, caps
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tok.tokens)]
     (tmp_path / "ranks").write_text("\n".join(lines))
     assert convert.read_ranks(tmp_path / "ranks") == tok
-    with pytest.raises(UserError, match="300 tokens with the specials, the model has 100"):
+    with pytest.raises(UserError, match="300 tokens with special tokens, the model has 100"):
         convert.run(dataclasses.replace(config, name="other", ranks=str(tmp_path / "ranks")), runtime.init("cpu"))
     with pytest.raises(UserError, match="has checkpoints already"):
         convert.run(config, runtime.init("cpu"))
