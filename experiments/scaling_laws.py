@@ -133,14 +133,6 @@ def trained(config: pretrain.Config, folder: Path, runtime: Runtime) -> dict[str
     """Train one run of the series unless it is done, and return its results by column."""
     name = str(config.name)
     path, settings = folder / "runs" / f"{name}.json", train.pipeline.settings(config)
-    status = train.pipeline.sync_status(path, settings)
-    messages = {
-        "new": f"{name}: to be trained",
-        "in_progress": f"{name}: to be resumed",
-        "changed": f"{name}: trained again because of {train.pipeline.reasons(status)}",
-        "done": f"{name}: already done, in {format_duration(status.seconds)}",
-    }
-    print(messages[status.state], flush=True)
 
     def pretrain_one(opening: dict[str, bool]) -> None:
         pretrain.run(dataclasses.replace(config, **opening), runtime)

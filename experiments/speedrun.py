@@ -205,13 +205,6 @@ def has_steps(run_dir: Path) -> bool:
 
 def run_stage(config: Config, stage: Stage, after: str, runtime: Runtime) -> StageStatus:
     """Run a stage unless it is done, and return its status."""
-    path, settings = status_file(config, stage.name), train.pipeline.settings(stage.config, after)
-    status = train.pipeline.sync_status(path, settings, has_output=stage.has_output)
-    if status.state == "done":
-        print(f"already done, in {format_duration(status.seconds)}")
-        return status
-    if status.state == "changed":
-        print(f"rerun: {train.pipeline.reasons(status)}")
 
     def run_experiment(flags: dict[str, bool]) -> None:
         try:
@@ -221,6 +214,7 @@ def run_stage(config: Config, stage: Stage, after: str, runtime: Runtime) -> Sta
             raise
         hardware.release_memory()
 
+    path, settings = status_file(config, stage.name), train.pipeline.settings(stage.config, after)
     return train.pipeline.run_if_needed(path, settings, run_experiment, run=stage.run_dir, has_output=stage.has_output)
 
 

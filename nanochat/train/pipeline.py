@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from nanochat import checkpoint, jsonl
 from nanochat.config import UserError, flatten
 from nanochat.distributed import broadcast_object, control_group, raise_on_any_failure
+from nanochat.text import format_duration
 
 # Settings that change the result by rounding at most.
 IGNORED = (
@@ -90,7 +91,7 @@ def run_if_needed(
     run: Path | None = None,
     has_output: Callable[[], bool] = lambda: True,
 ) -> StageStatus:
-    """Run a stage unless it is done; return its new status. A collective call.
+    """Run a stage unless it is done; print which, and return its new status. A collective call.
 
     Args:
         path: the status file. current: see `settings`.
@@ -103,7 +104,10 @@ def run_if_needed(
     """
     status = sync_status(path, current, has_output=has_output)
     if status.state == "done":
+        print(f"already done, in {format_duration(status.seconds)}", flush=True)
         return status
+    if status.state == "changed":
+        print(f"rerun: {reasons(status)}", flush=True)
     is_main, flags = control_group().rank == 0, {}
     with raise_on_any_failure():
         if is_main and run:

@@ -127,7 +127,7 @@ def assert_same_run(base: Path, first: str, second: str) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(base: Path) -> Path:
-    """A run of six steps, never stopped."""
+    """An uninterrupted run of six steps."""
     return train_tiny(base, "name=uninterrupted")
 
 
@@ -148,7 +148,7 @@ def test_run_writes_checkpoints_metrics_and_curves(uninterrupted: Path):
 
 
 def stop_tiny(base: Path, steps: int, *more: str) -> None:
-    """Train until SIGTERM comes after some steps."""
+    """Train until SIGTERM after `steps` steps."""
     after_step = events.log_step
 
     def and_stop(ctx: Any, state: Any, at: train.Progress, numbers: Any) -> train.Progress:

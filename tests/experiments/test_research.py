@@ -188,7 +188,7 @@ def test_changed_setting_retrains_after_failed_start(
         patch.setattr(runs, "open_checkpoints", lambda *_: (_ for _ in ()).throw(UserError("the disk is on fire")))
         with pytest.raises(UserError, match="on fire"):
             scaling_laws.run(other, runtime)
-    assert "trained again because of optim.matrix_lr 0.1 → 0.05" in capsys.readouterr().out
+    assert "rerun: optim.matrix_lr 0.1 → 0.05" in capsys.readouterr().out
     scaling_laws.run(other, runtime)
     # The second start must not take the old run's checkpoint for the new one's.
     assert trained == [("again_d1", False, False), ("again_d1", False, True), ("again_d1", False, True)]

@@ -65,12 +65,12 @@ def arguments(data: Path, *more: str) -> list[str]:
 
 
 def run(data: Path, base: Path, count: int, *more: str) -> str:
-    """Run a job of so many ranks, and return what all of them printed."""
+    """Run a job of `count` ranks, and return their output."""
     return "".join(ranks.launch(count, *arguments(data, *more), env={"NANOCHAT_BASE_DIR": str(base)}))
 
 
 def start(data: Path, base: Path, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start a job of two ranks by torchrun."""
+    """Start a job of two ranks with torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
     command += ["launch.py", *arguments(data, *more)]
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
@@ -78,7 +78,7 @@ def start(data: Path, base: Path, *more: str, options: tuple[str, ...] = ()) -> 
 
 
 def fail(*args: Any, **options: Any) -> str:
-    """Return what a job that torchrun starts prints before it fails."""
+    """Return the output of a failing torchrun job."""
     process = start(*args, **options)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output

@@ -241,7 +241,7 @@ def rates(lr: float) -> Any:
 
 
 def stepper(reward: rl.Reward, config: RolloutConfig = ROLLOUTS, donate: bool = False, **more: Any) -> Any:
-    """Return (state, numbers, hparams) -> (state, metrics), with an engine of its own."""
+    """Return (state, numbers, hparams) -> (state, metrics), with its own engine."""
     engine = make_engine(slots=config.slots)
     loss_fn = functools.partial(loss.next_token, config=CONFIG, chunk_tokens=64)
     train_step = functools.partial(
@@ -257,7 +257,7 @@ def stepper(reward: rl.Reward, config: RolloutConfig = ROLLOUTS, donate: bool = 
 
 
 def ascii_share(row: Any, text: str) -> float:
-    """Return the share of characters that are ASCII."""
+    """Return the fraction of ASCII characters."""
     return sum(ord(letter) < 128 for letter in text) / max(len(text), 1)
 
 

@@ -45,7 +45,7 @@ def poisoned_loss(params: TensorDict, batch: Any) -> tuple[Tensor, dict[str, Ten
 
 
 def batch_of(rows: int = 4, seed: int = 0, poison: int = 0) -> dict[str, Tensor]:
-    """Return a batch whose targets all count, so that micro-batches weigh alike."""
+    """Return a batch without masked targets, so that micro-batches have equal weights."""
     ids = random_batch(rows=rows, seed=seed)["inputs"]
     return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "poison": torch.full((rows,), poison)}
 
@@ -151,7 +151,7 @@ CPU = Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
 
 
 def test_torch_func_training_uses_no_custom_backward(monkeypatch: pytest.MonkeyPatch):
-    """Compiled, torch.func would drop it without a word: see test_transform's trap."""
+    """Under torch.compile, torch.func silently drops a custom backward: see test_transform."""
     settings = {grad: train.StageConfig(compile=False, train=train.TrainConfig(grad=grad)) for grad in GRADS}
     want, metrics = train.build_step_functions(settings["autograd"], CONFIG, CPU)[0](new_state(), [batch_of()], HPARAMS)
 
@@ -263,7 +263,7 @@ def test_compiled_gradients_match_eager_with_chunked_loss():
 
 
 class Run:
-    """A loop over seeded batches that keeps a record of what it was asked to do."""
+    """A loop over seeded batches that records its calls."""
 
     def __init__(self, poisons: dict[int, int] | None = None, stop_after: int | None = None) -> None:
         self.poisons, self.stop_after = poisons or {}, stop_after
