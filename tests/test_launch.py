@@ -303,6 +303,7 @@ def test_table_of_removed_names_points_to_existing_ones() -> None:
         assert " " in new or any(f".{name}".endswith(f".{new.partition('=')[0]}") for name in settings), (old, new)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line(project: Path) -> None:
     process = start(project, "--experiment=toy", "--set", "fail=wait")
     assert process.stdout and process.stdout.readline().startswith("depth=4")
@@ -312,6 +313,7 @@ def test_ctrl_c_is_one_line(project: Path) -> None:
     assert (process.returncode, err) == (130, "stopped by Ctrl-C\n")
 
 
+@pytest.mark.slow
 def test_torchrun_shows_a_mistake_once_and_in_its_summary(project: Path) -> None:
     process = start(project, "--experiment=tyo", processes=2)
     _, err = process.communicate(timeout=100)
@@ -322,6 +324,7 @@ def test_torchrun_shows_a_mistake_once_and_in_its_summary(project: Path) -> None
     assert f"traceback : {line}" in err
 
 
+@pytest.mark.slow
 def test_torchrun_shows_the_error_of_the_rank_that_has_it(project: Path) -> None:
     process = start(project, "--experiment=toy", "--set", "fail=rank1", processes=2)
     out, err = process.communicate(timeout=100)

@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import shutil
+import time
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -111,7 +112,11 @@ def remove_partial_steps(folder: Path) -> None:
     orbax's `cleanup_tmp_directories` does this in the background, but the disk space is needed now.
     """
     for path in [folder / DELETED, *folder.glob(f"*{orbax().utils.TMP_DIR_SUFFIX}*")]:
-        shutil.rmtree(path, ignore_errors=True)
+        for _ in range(20):  # writes that were under way when a save failed may still add files
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                break
+            time.sleep(0.05)
 
 
 # Writing: orbax calls the handler of an item, which calls `write` with the item's folder

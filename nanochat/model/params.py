@@ -224,7 +224,7 @@ def config_of(params: ParamsLike, config: ModelConfig | None = None, *, sharded:
     config = config or attached
     if not isinstance(config, ModelConfig):
         raise ValueError("these parameters have no config attached: pass config=, or use model.with_config")
-    if attached is not None and attached != config:
+    if attached is not None and config is not attached and config != attached:
         name = next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(attached, f.name))
         raise ValueError(
             f"config has {name}={getattr(config, name)!r}, the one attached to the parameters "

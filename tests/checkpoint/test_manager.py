@@ -137,6 +137,7 @@ def test_jax_and_orbax_alone_read_a_checkpoint(tmp_path: Path) -> None:
     """)
 
 
+@pytest.mark.slow
 def test_import_is_lazy_and_quiet_and_leaves_sigterm_to_the_program(tmp_path: Path) -> None:
     errors = run_python(
         """

@@ -19,6 +19,8 @@ from nanochat import checkpoint, tree
 from nanochat.checkpoint import CorruptCheckpointError, integrity, storage
 from nanochat.config import UserError
 
+pytestmark = pytest.mark.slow
+
 RUNS = [f"{size}-{mode}" for size, modes in MODES.items() for mode in modes]
 
 

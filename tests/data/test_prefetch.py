@@ -92,6 +92,7 @@ def test_thread_ends_with_the_generator(how: str) -> None:
     [("pass", 0), ("raise RuntimeError('boom')", 1), ("next(stuck)", -2)],
     ids=["end", "error", "^C"],
 )
+@pytest.mark.slow
 def test_process_exits_while_a_generator_is_open(ending: str, code: int) -> None:
     program = f"""
         import itertools, os, signal, threading, time

@@ -255,6 +255,7 @@ def build_slowly(folder: Path) -> None:
     assert (folder / "x").exists()
 
 
+@pytest.mark.slow
 def test_concurrent_processes_build_once(tmp_path: Path):
     folder = tmp_path / "built"
     with ranks.start(1, build_slowly, folder) as first, ranks.start(1, build_slowly, folder) as second:

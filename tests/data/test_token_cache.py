@@ -119,6 +119,7 @@ def fill_cache(source: str, world_size: int) -> list[tuple[int, int]]:
     return [(len(block.lengths), int(block.tokens[1])) for block in blocks]
 
 
+@pytest.mark.slow
 def test_processes_fill_one_cache_together(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     lines = [f'{{"text": "{chr(97 + i % 26)} document"}}\n' * 1000 for i in range(len(REFS))]

@@ -119,6 +119,7 @@ def test_ranks_compile_alike_or_all_anew() -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="torch.compiler.nested_compile_region: wrong gradients under Inductor")
+@pytest.mark.slow
 def test_regional_compilation_gives_the_right_gradients() -> None:
     """Once it passes, layers may be compiled once and called often: the graph of a step would compile much faster."""
     torch._dynamo.reset()

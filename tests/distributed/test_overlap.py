@@ -28,6 +28,8 @@ from nanochat import distributed, model, transform, tree
 from nanochat.distributed import ShardingConfig, compile, sharding
 from nanochat.model import Compute, ModelConfig, loss
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ModelConfig(sequence_len=32, vocab_size=128, n_layer=4, n_head=4, n_kv_head=2, n_embd=32)
 COLLECTIVE_MS, PRODUCT_MS = 0.3, 0.1
 

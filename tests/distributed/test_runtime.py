@@ -146,6 +146,7 @@ runtime.close()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_agree() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -237,6 +238,7 @@ print(before, distributed.peak_memory_bytes(torch.device("cpu")) - before)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_process_s_own_and_in_bytes(tmp_path: Path) -> None:
     (tmp_path / "memory.py").write_text(MEMORY)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

@@ -45,12 +45,14 @@ def test_every_mode_trains_on_two_ranks_as_a_process_alone(two_ranks: dict[str, 
     check_modes(found, 2)
 
 
+@pytest.mark.slow
 def test_every_mode_trains_on_four_ranks_as_a_process_alone() -> None:
     found = cases(4, "modes")["modes"]
     assert [row["mode"].split(",")[0] for row in found] == ["replicate", "zero2", "fsdp", "fsdp", "hsdp", "hsdp"]
     check_modes(found, 4)
 
 
+@pytest.mark.slow
 def test_where_nothing_divides_it_trains_all_the_same() -> None:
     found = cases(3, "few_steps")["modes"]  # no dimension is a multiple of 3
     assert len(found) == 4

@@ -204,6 +204,7 @@ def test_unavailable_check_fails_before_anything_is_generated(monkeypatch: pytes
         chat_eval.evaluate(subject(), [generative(is_correct=chat_eval_ranks.refuse)], SAMPLED)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_and_fail_together():
     want = json.loads(json.dumps(chat_eval_ranks.results()))
     # The error of one rank is raised on both; the next task runs.

@@ -197,6 +197,7 @@ def one_rank() -> str:
 
 
 @pytest.mark.parametrize("mode", ["replicate", "fsdp"])
+@pytest.mark.slow
 def test_two_ranks_equal_one_to_the_last_bit(mode: str):
     first, second = ranks.call(2, core_ranks.evaluate_on_ranks, mode)
     assert first == second and first.strip() == one_rank()

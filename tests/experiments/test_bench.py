@@ -172,6 +172,7 @@ def test_failed_job_has_a_one_line_error(code: str, error: str) -> None:
     assert _jobs.run_subprocess(python(code), seconds=20) == (None, error)
 
 
+@pytest.mark.slow
 def test_hanging_job_is_stopped_with_its_children(tmp_path: Path) -> None:
     alive = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(alive)!r}).touch()"

@@ -288,6 +288,7 @@ def test_colors_and_control_characters(monkeypatch: pytest.MonkeyPatch):
     assert chat.printable("\x1b[0m\r\n", io.StringIO()) == "\x1b[0m\r\n", "into a file goes what the model said"
 
 
+@pytest.mark.slow
 def test_answer_streams_and_a_closed_pipe_is_not_an_error(base: Path):
     command = [*COMMAND, "--experiment=chat", "--set", "run=sft", "--set", "prompt=long", "--set", "max_tokens=40"]
     with subprocess.Popen(
@@ -358,6 +359,7 @@ class Session:
         os.close(self.master)
 
 
+@pytest.mark.slow
 def test_conversation_at_a_terminal(base: Path):
     with Session(base, "run=sft", "max_tokens=1000") as session:
         session.expect("Ctrl-C stops an answer\x1b[0m")
@@ -384,6 +386,7 @@ def test_conversation_at_a_terminal(base: Path):
         assert session.end() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_the_chat_continues(base: Path):
     with Session(base, "run=sft", "max_tokens=1000", NO_COLOR="1") as session:
         session.expect("> ")

@@ -22,6 +22,8 @@ from nanochat.data import tokenizer
 from nanochat.metrics import logger, run_folder
 from nanochat.train import stage as runs
 
+pytestmark = pytest.mark.slow
+
 TINY = (
     *("compile=false", "device=cpu", "model.sequence_len=32", "model.aspect_ratio=32", "model.head_dim=32"),
     *("model.window_pattern=L", "depth=1", "device_batch_size=4", "total_batch_size=256", "num_iterations=8"),

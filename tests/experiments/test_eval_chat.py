@@ -179,6 +179,7 @@ def test_tasks_with_options_and_sources(source: Path):
         evaluate(source, run="other")
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_table_of_one(source: Path):
     tasks = ("arc_easy", "mmlu", "arithmetic")
     evaluate(source, tasks=tasks, slots=1, batch_tokens=300)

@@ -178,6 +178,7 @@ def start_tiny(base: Path, *more: str) -> ranks.Job:
     return ranks.start_launch(1, "--experiment=pretrain", *(f"--set={s}" for s in settings))
 
 
+@pytest.mark.slow
 def test_run_killed_while_saving_resumes_to_the_same_state(base: Path):
     settings = ("num_iterations=12", "checkpoint.every_steps=1", "eval.every_steps=none")
     train_tiny(base, "name=uninterrupted", *settings)
@@ -419,6 +420,7 @@ def test_resume_with_buffer_of_one_document(base: Path):
     assert losses(train.run_folder("one_stopped")) == losses(train.run_folder("one"))
 
 
+@pytest.mark.slow
 def test_compiled_gradients_are_deterministic():
     """Compiled code accumulates embedding gradients in any thread order unless torch is deterministic."""
     here, threads = runtime.init("cpu"), torch.get_num_threads()

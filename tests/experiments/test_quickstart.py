@@ -9,6 +9,8 @@ from nanochat import checkpoint, distributed, train
 from nanochat.config import UserError, override
 from nanochat.metrics import logger
 
+pytestmark = pytest.mark.slow
+
 TINY = (
     "depth=2", "compile=false", "device=cpu", "model.sequence_len=128", "model.aspect_ratio=32", "model.head_dim=32",
     "model.window_pattern=L", "device_batch_size=4", "total_batch_size=512", "num_iterations=2", "eval.every_steps=2",

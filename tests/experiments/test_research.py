@@ -25,6 +25,8 @@ from nanochat.train import config as stage
 from nanochat.train import pipeline
 from nanochat.train import stage as runs
 
+pytestmark = pytest.mark.slow
+
 TINY = (
     *("compile=false", "model.sequence_len=32", "model.aspect_ratio=32", "model.head_dim=32", "model.window_pattern=L"),
     *("device_batch_size=4", "total_batch_size=256", "checkpoint.every_steps=2", "eval.every_steps=4"),

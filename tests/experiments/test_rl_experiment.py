@@ -119,6 +119,7 @@ def test_resumed_run_equals_uninterrupted_run(
 
 
 @pytest.mark.parametrize("mode", ["zero2", "fsdp"])
+@pytest.mark.slow
 def test_two_ranks_match_single_process(base: Path, uninterrupted: Path, mode: str):
     arguments = [f"--set={value}" for value in (*SETTINGS, f"name={mode}", f"sharding.mode={mode}")]
     ranks.call(2, rl_ranks.launch_rl, "--experiment=rl", *arguments)

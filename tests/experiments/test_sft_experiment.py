@@ -139,6 +139,7 @@ def test_finished_run_is_not_trained_again(base: Path, uninterrupted: Path, caps
     assert "done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_ranks_match_single_process(base: Path):
     single = fine_tune(base, "name=one", "num_iterations=2")
     values = settings(base, "name=two", "num_iterations=2", "device_batch_size=2")

@@ -19,6 +19,8 @@ from nanochat import checkpoint
 from nanochat.data import tokenizer
 from nanochat.metrics import logger
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "depth=2",
@@ -146,7 +148,7 @@ def test_killed_rank_restarts_job_from_last_checkpoint(data: Path, tmp_path: Pat
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    assert "restart 1 by torchrun: going on from the last checkpoint" in output
+    assert "restart 1 by torchrun: resuming from the last checkpoint" in output
     assert int(re.findall(r"resumed from step (\d+)", output)[0]) >= 3
     assert sorted(curve(tmp_path)) == list(range(1, 61))  # every step once
     assert "done 60 of 60 steps" in output

@@ -19,6 +19,8 @@ from nanochat.metrics import logger, run_folder
 from nanochat.train import pipeline
 from nanochat.train import stage as runs
 
+pytestmark = pytest.mark.slow
+
 MODEL = (
     *(
         "compile=false",

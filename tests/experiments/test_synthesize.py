@@ -324,6 +324,7 @@ def test_wrong_settings_fail_before_any_request(
     assert len(endpoint.bodies) == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_conversations_and_does_not_wait(settings: synthesize.Config, endpoint: Endpoint) -> None:
     endpoint.answer = lambda seed, attempt: (200, good() if seed < 3 else 60.0, {})
     command = [sys.executable, "launch.py", "--experiment=synthesize", "--set", "model=m", "--set", "workers=3"]

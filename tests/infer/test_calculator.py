@@ -202,6 +202,7 @@ def timed(text: str) -> tuple[str | None, float]:
     return calculate(text), time.thread_time() - started
 
 
+@pytest.mark.slow
 def test_fuzzed_expressions_never_raise() -> None:
     """Never raises, never warns, never takes long; a value only for a text that is arithmetic or a count."""
     rng = random.Random(3)

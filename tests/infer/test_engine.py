@@ -254,6 +254,7 @@ def test_invalid_requests_are_refused():
         start(slots=0)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager_with_few_graphs():
     """One for a row alone and one for any number of them."""
     torch.compiler.reset()

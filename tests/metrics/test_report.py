@@ -99,6 +99,7 @@ def rows(page: str) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_all_stages_are_side_by_side(last: Path) -> None:
     runs = run_folder.ancestors(last)
     assert [(one.name, one.stage, one.step) for one in runs] == [
@@ -132,6 +133,7 @@ def test_times_and_costs_add_up(last: Path) -> None:
     assert free["BASE"][-1] == free["total"][-1] == "-" and "price" not in free
 
 
+@pytest.mark.slow
 def test_every_picture_is_drawn_and_named_on_the_page(last: Path) -> None:
     page = report.write(run_folder.ancestors(last), HERE).read_text("utf-8")
     files = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
@@ -232,6 +234,7 @@ def test_prices(names: list[str], price: float | None) -> None:
     assert hardware.dollars_per_hour(names) == (None if price is None else pytest.approx(price))
 
 
+@pytest.mark.slow
 def test_the_experiment_writes_samples_of_every_stage(last: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = dataclasses.replace(
         experiment.config(),
@@ -260,6 +263,7 @@ def test_the_experiment_without_a_run_says_what_to_do(base: Path, words: Path) -
         experiment.run(dataclasses.replace(experiment.config(), run="d11"), here)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_page_of_one(last: Path) -> None:
     settings = {"run": "d1_rl", "questions": ("the mat?",), "sample_tokens": 4, "answer_tokens": 4}
     experiment.run(dataclasses.replace(experiment.config(), **settings), distributed.init("cpu", "float32"))

@@ -181,6 +181,7 @@ def test_fused_qkv_gives_the_same_logits():
     assert (got - model.apply(params, tokens, config=CONFIG)).abs().max() < TOLERANCE
 
 
+@pytest.mark.slow
 def test_compiled_step_equals_eager_and_copies_no_cache():
     """The trap: given slots that are a slice, or a stack of layers, the compiler copies the whole cache and back."""
     config = dataclasses.replace(WINDOWED, n_layer=2)  # a ring, and a layer that sees all

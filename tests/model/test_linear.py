@@ -76,6 +76,7 @@ def compiled(f: Linear, backend: str = "inductor") -> Any:
         for dtype in (torch.float32, torch.bfloat16)
     ],
 )
+@pytest.mark.slow
 def test_fp8_eager_and_compiled_equal_the_formulas(f: Linear, dtype: torch.dtype, backend: str):
     given = inputs(dtype=dtype)
     want = formulas(*given)
@@ -279,6 +280,7 @@ def losses(f: Linear, *, chunk_tokens: int | None, steps: int = 30) -> list[floa
     return values
 
 
+@pytest.mark.slow
 def test_fp8_training_loss_is_within_two_percent_of_bfloat16(monkeypatch: pytest.MonkeyPatch):
     def end(f: Linear) -> float:
         values = losses(f, chunk_tokens=256)

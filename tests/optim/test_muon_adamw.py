@@ -321,6 +321,7 @@ def test_scaled_gradients_and_steps_left_out():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.slow
 def test_compiled_rules_equal_the_plain_ones_and_do_not_compile_again_for_other_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -503,6 +503,7 @@ def test_large_bodies_are_refused(server: scripted.Server) -> None:
     assert idle(server)
 
 
+@pytest.mark.slow
 def test_slow_clients_are_timed_out() -> None:
     with scripted.serve(REPLIES, header_seconds=0.3, body_seconds=0.3, idle_seconds=1) as server:
         for sent, expected in {
@@ -645,6 +646,7 @@ BROKEN = st.dictionaries(NAMES | st.text(max_size=5), JSON, max_size=2)
 @pytest.mark.parametrize("path", POSTS)
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
+@pytest.mark.slow
 def test_requests_generated_from_the_schema_never_return_500(
     server: scripted.Server, path: str, data: st.DataObject
 ) -> None:

@@ -33,6 +33,8 @@ from nanochat.data import Tokenizer, tokenizer
 from nanochat.model import ModelConfig
 from nanochat.serve import worker as worker_module
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
 SHAPE = ModelConfig(sequence_len=128, vocab_size=TOK.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)

@@ -8,6 +8,8 @@ from browser import Opener, Page, answer, expect, finished, say, stats, texts, u
 
 from nanochat.serve import schema
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["browser"]  # the fixtures
 REFUSED = re.compile(r"Failed to load resource: the server responded with a status of (400|401|503)")
 

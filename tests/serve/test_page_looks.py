@@ -6,6 +6,8 @@ import pytest
 import scripted
 from browser import Opener, answer, expect, finished, say, texts
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["browser"]  # the fixtures
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 
