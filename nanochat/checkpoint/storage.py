@@ -13,8 +13,8 @@ import functools
 import logging
 import os
 import shutil
-import time
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

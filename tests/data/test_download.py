@@ -172,6 +172,7 @@ def test_without_a_server_only_the_validation_shard_is_tried(tmp_path: Path):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.slow
 def test_broken_connection_is_resumed(server: Server, tmp_path: Path, ranges: bool):
     def breaking(request: Handler, name: str, count: int):
         request.serve(content(int(name[6:11])), ranges=ranges, send=150_000 if count == 1 else -1)

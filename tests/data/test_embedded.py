@@ -27,6 +27,7 @@ def shard_texts(folder: Path) -> list[list[str]]:
     return [pq.read_table(path)["text"].to_pylist() for path in sorted(folder.iterdir())]
 
 
+@pytest.mark.slow
 def test_corpus_is_megabytes_of_prose(built: tuple[Path, float]):
     folder, seconds = built
     assert seconds < 60
@@ -40,6 +41,7 @@ def test_corpus_is_megabytes_of_prose(built: tuple[Path, float]):
     assert not any(line.startswith(">>>") for text in texts for line in text.split("\n"))
 
 
+@pytest.mark.slow
 def test_shards_have_small_row_groups_and_a_validation_split(built: tuple[Path, float]):
     folder, _ = built
     paths = sorted(folder.iterdir())
@@ -53,6 +55,7 @@ def test_shards_have_small_row_groups_and_a_validation_split(built: tuple[Path, 
     assert 0.02 < share < 0.08
 
 
+@pytest.mark.slow
 def test_no_text_is_repeated_and_no_subject_is_in_both_splits(built: tuple[Path, float]):
     *train, val = shard_texts(built[0])
     texts = list(itertools.chain(*train))

@@ -39,6 +39,7 @@ def check_modes(found: list[dict[str, Any]], number: int) -> None:
         check_collectives(row)
 
 
+@pytest.mark.slow
 def test_every_mode_trains_on_two_ranks_as_a_process_alone(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
     found = two_ranks["modes"]
     assert [row["mode"].split(",")[0] for row in found] == ["replicate", "zero2", "fsdp", "fsdp"]
@@ -93,6 +94,7 @@ def check_collectives(row: dict[str, Any]) -> None:
     assert counts == wanted, row["mode"]
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_gathered_again_in_the_backward(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
     (found,) = two_ranks["graphs"]
     gathers = 4 + 1  # wte, lm_head, two layers; and a value embedding
@@ -103,12 +105,14 @@ def test_compiled_layers_are_gathered_again_in_the_backward(two_ranks: dict[str,
     assert found["error"] < 1e-7
 
 
+@pytest.mark.slow
 def test_gradients_through_a_gather(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
     (found,) = two_ranks["derivatives"]
     assert found["eager"] == pytest.approx(found["difference"], rel=1e-7)
     assert found["compiled"] == pytest.approx(found["eager"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_what_one_rank_cannot_use_no_rank_uses(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
     assert len(two_ranks["nonfinite"]) == 3
     for row in two_ranks["nonfinite"]:

@@ -56,6 +56,7 @@ def assert_as_alone(config: ModelConfig, groups: list[list[Prompt]], results: li
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=6),
     tokens_per_batch=st.sampled_from([1, 60, 200, None]),
 )
+@pytest.mark.slow
 def test_groups_are_scored_as_each_prompt_alone(seed: int, sizes: list[int], tokens_per_batch: int | None):
     """Includes prompts longer than the reach of all windows of SHORT (25 tokens)."""
     rng = random.Random(seed)

@@ -153,6 +153,7 @@ def test_wrong_bundle_or_setting(base: Path, capsys: pytest.CaptureFixture[str])
     assert "expected one of samples, bpb, core; did you mean core?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(base: Path):
     assert main("device_batch_size=3") == 0  # rows of a step that do not divide the rows that count
     one, scores = logger.latest_evaluation(base / "runs/bot"), table(base)

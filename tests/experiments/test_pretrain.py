@@ -208,6 +208,7 @@ def test_resume_runs_the_evaluation_that_a_kill_skipped(
     assert_same_run(base, "uninterrupted", "unevaluated")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(base: Path):
     record = train.run_folder("termed") / "metrics.jsonl"
     settings = ("num_iterations=2000", "checkpoint.every_steps=none", "eval.every_steps=none")

@@ -66,7 +66,8 @@ def visit(browser: Any) -> Iterator[Opener]:
 
     def open_page(server: scripted.Server, expected: re.Pattern[str] | None = None, **options: Any) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1000, "height": 800}} | options)
-        context.set_default_timeout(5000)
+        context.set_default_timeout(15_000)
+        expect.set_options(timeout=15_000)
         page, watch = context.new_page(), Watch(expected)
         page.on("console", watch.console)
         page.on("pageerror", lambda error: watch.wrong.append(f"exception: {error}"))

@@ -441,3 +441,12 @@ def test_token_id_out_of_range_is_refused(bad: int):
 def test_tokens_without_batch_dimension_are_refused():
     with pytest.raises(ValueError, match=r"tokens of shape \(16,\): expected \(batch, time\)"):
         model.apply(random_params(), random_batch()["inputs"][0], config=CONFIG)
+
+
+def test_one_compiled_apply_serves_models_of_different_shapes():
+    apply = torch.compile(model.apply, fullgraph=True, backend="eager")
+    for n_layer, pattern in ((2, "SL"), (3, "L")):
+        shape = dataclasses.replace(CONFIG, n_layer=n_layer, window_pattern=pattern)
+        params = random_params(shape)
+        tokens = torch.randint(shape.vocab_size, (2, 16))
+        assert torch.equal(apply(params, tokens), model.apply(params, tokens, config=shape))

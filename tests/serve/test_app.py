@@ -205,6 +205,7 @@ def test_requests_get_503_while_loading_and_wait_during_a_restart(monkeypatch: p
         assert events(post(server, "hello"))[-1]["done"], "it waited for the restart"
 
 
+@pytest.mark.slow
 def test_hung_worker_is_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "HANG_SECONDS", 0.4)
     monkeypatch.setattr(scheduler, "RESTART_SECONDS", (0.2, 1.0))
@@ -219,6 +220,7 @@ def test_hung_worker_is_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [worker.restarts for worker in server.scheduler.workers] == [1]
 
 
+@pytest.mark.slow
 def test_full_queue_returns_503_with_retry_after() -> None:
     with scripted.serve({"": ["a", 0.6, "b"]}, slots=1, queue_limit=1) as server, contextlib.ExitStack() as stack:
         for _ in range(2):

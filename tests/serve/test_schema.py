@@ -233,6 +233,7 @@ MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "
 
 @settings(max_examples=400, deadline=None)
 @given(st.dictionaries(NAMES | st.text(max_size=5), JSON, max_size=4), st.lists(MESSAGE, max_size=3) | JSON)
+@pytest.mark.slow
 def test_any_json_is_validated_or_refused(body: dict[str, Any], messages: Any) -> None:
     for model in (ChatRequest, CompletionRequest):
         try:

@@ -235,6 +235,7 @@ def test_invalid_chunk_tokens_raises():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.slow
 def test_compiled_gradients_match_eager_with_chunked_loss():
     config = ModelConfig(sequence_len=16, vocab_size=100, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
     params, scale = random_params(config), torch.tensor(4.0)
