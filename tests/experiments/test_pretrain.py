@@ -181,7 +181,7 @@ def start_tiny(base: Path, *more: str) -> ranks.Job:
 @pytest.mark.slow
 def test_run_killed_while_saving_resumes_to_the_same_state(base: Path):
     settings = ("num_iterations=12", "checkpoint.every_steps=1", "eval.every_steps=none")
-    train_tiny(base, "name=uninterrupted", *settings)
+    train_tiny(base, "name=never_killed", *settings)
     folder = train.run_folder("killed") / "checkpoints"
     with start_tiny(base, "name=killed", *settings) as job:
         # A temporary folder beside a finished step: a save is under way.
@@ -190,7 +190,7 @@ def test_run_killed_while_saving_resumes_to_the_same_state(base: Path):
     kept = checkpoint.latest_step(folder)
     assert kept is not None and kept < 12
     train_tiny(base, "name=killed", "resume=true", *settings)
-    assert_same_run(base, "uninterrupted", "killed")
+    assert_same_run(base, "never_killed", "killed")
 
 
 def test_resume_runs_the_evaluation_that_a_kill_skipped(
