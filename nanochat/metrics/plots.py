@@ -96,7 +96,7 @@ def ascii_chart(
     height: int = 12,
     encoding: str | None = None,
 ) -> str:
-    """Return a curve as text: `height` lines of at most `width` columns; values that are not finite are left out.
+    """Return a curve as text: `height` lines of at most `width` columns, without the non-finite values.
 
     Args:
         encoding: of the output; None: that of sys.stdout. Without Braille characters, plain ASCII is used.

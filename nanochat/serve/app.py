@@ -367,7 +367,7 @@ async def _without_exceptions(chunks: AsyncIterator[bytes]) -> AsyncIterator[byt
     try:
         async for chunk in chunks:
             yield chunk
-    except Exception:
+    except Exception:  # the status line is sent: the client can only be told in the stream, the operator in the log
         log.exception("a stream failed")
         yield _encode([], "internal server error in the middle of the answer")
 

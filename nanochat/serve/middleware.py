@@ -158,7 +158,7 @@ class SecurityMiddleware:
             await self._app(scope, receive, send_secured)
         except ApiError as error:
             await error_response(error)(scope, receive, send_secured)
-        except Exception:
+        except Exception:  # whatever a route raises ends here: logged with its traceback, answered in OpenAI's form
             if started:
                 raise
             log.exception("internal server error")
