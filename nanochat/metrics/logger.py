@@ -15,7 +15,6 @@ import datetime
 import importlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -72,7 +71,7 @@ def open_log(
             _set_aside(path)
         elif path.exists():
             kept = [_line(row) for row in read(folder) if row["step"] <= resume_step]
-            _replace(path, "".join(kept))
+            jsonl.write_atomic(path, "".join(kept))
         file = path.open("a", encoding="utf-8")
     writer = run = None
     if summary_writer:
@@ -152,7 +151,7 @@ def curve(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
 def write_config(folder: Path, config: Any) -> None:
     """Write a configuration (a dataclass) to config.json atomically; paths, dtypes and the like as strings."""
     text = json.dumps(_jsonable(dataclasses.asdict(config)), indent=2)
-    _replace(Path(folder) / "config.json", f"{text}\n")
+    jsonl.write_atomic(Path(folder) / "config.json", f"{text}\n")
 
 
 def ema(previous: Sequence[float] | None, value: float, beta: float = 0.9) -> tuple[tuple[float, float], float]:
@@ -191,16 +190,6 @@ def _set_aside(path: Path) -> None:
         path.rename(old)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Replace a file atomically: a reader, or a crash, sees the old text or the new."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn an error of the file system into a `UserError`."""
@@ -229,7 +218,7 @@ def _wandb_run(package: Any, folder: Path, project: str, config: Any, resume: bo
         config=None if config is None else {name: _jsonable(x) for name, x in flatten(config)},
     )
     run.define_metric("*", step_metric="step")
-    _replace(id_file, f"{run.id}\n")
+    jsonl.write_atomic(id_file, f"{run.id}\n")
     return run
 
 
