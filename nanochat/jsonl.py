@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.config import UserError
+from nanochat.text import reason
 
 
 class InvalidLineError(UserError):
@@ -32,7 +33,7 @@ def read(path: Path, *, missing_ok: bool = False, drop_partial: bool = False) ->
     except OSError as error:
         if missing_ok and isinstance(error, FileNotFoundError):
             return []
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     if drop_partial:
         data = data[: data.rfind(b"\n") + 1]
     return list(parse(data.split(b"\n"), path))
@@ -72,7 +73,7 @@ def append(path: Path, *rows: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}") from None
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -86,7 +87,7 @@ def write_atomic(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}") from None
 
 
 def _drop_partial_line_(file: Any) -> None:

@@ -1,4 +1,4 @@
-"""Numbers, durations and tables formatted for people."""
+"""Numbers, durations, tables and errors as text for people."""
 
 import math
 from collections.abc import Sequence
@@ -49,3 +49,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(["", row[0].ljust(widths[0]), *cells]).rstrip()
 
     return "\n".join(map(line, rows))
+
+
+def reason(error: BaseException) -> str:
+    """Return why an error happened in one line: an OSError's reason, else the first line of its message."""
+    message = str(getattr(error, "strerror", None) or error).strip()
+    return message.splitlines()[0].strip().rstrip(".") if message else type(error).__name__

@@ -1,8 +1,8 @@
-"""Numbers for people."""
+"""Numbers and errors for people."""
 
 import pytest
 
-from nanochat.text import format_count, format_duration
+from nanochat.text import format_count, format_duration, reason
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,16 @@ def test_format_count(number: float, text: str) -> None:
 )
 def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), "No such file or directory"),
+        (ValueError("bad magic.\nmore"), "bad magic"),
+        (OSError("no errno here"), "no errno here"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_reason(error: Exception, text: str) -> None:
+    assert reason(error) == text

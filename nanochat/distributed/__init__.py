@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         mark_restart,
         peak_flops,
         peak_memory_bytes,
+        require_single,
         synchronize,
         was_restarted,
     )

@@ -115,6 +115,12 @@ def _start_id(store: Any, rank: int, world_size: int) -> str:
     return start_id
 
 
+def require_single(runtime: Runtime, what: str) -> None:
+    """Raise a UserError if `what` was started as one of several processes."""
+    if runtime.world_size > 1:
+        raise UserError(f"{what} runs in one process: start it with python, not torchrun")
+
+
 def mark_restart(key: str) -> None:
     """Set a mark that later starts of this job by torchrun see; does nothing without torchrun."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
