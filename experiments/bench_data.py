@@ -101,8 +101,7 @@ class Config:
     core: CoreConfig = CoreConfig()
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

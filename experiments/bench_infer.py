@@ -110,8 +110,7 @@ class Config:
             raise UserError("batches, rounds and prompt_tokens have to be at least 1, new_tokens at least 2")
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

@@ -155,8 +155,7 @@ class Config:
             raise UserError(f"ranks={wrong[0]}: must be at least 1")
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

@@ -128,8 +128,7 @@ class Chat:
     n_answers: int = 0
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

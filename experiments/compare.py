@@ -89,8 +89,7 @@ class Comparison(NamedTuple):
     interval: Interval
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

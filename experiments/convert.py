@@ -59,8 +59,7 @@ class Weights(NamedTuple):
     params: TensorDict
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

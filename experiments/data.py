@@ -41,9 +41,7 @@ class Config:
     download: Options = Options()
 
 
-def config() -> Config:
-    """Return the defaults."""
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

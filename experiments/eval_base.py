@@ -106,8 +106,7 @@ class Context:
         return self.loaded.folder / "eval"
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

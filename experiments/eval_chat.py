@@ -58,8 +58,7 @@ class Config(ChatEvalConfig):
     dtype: Dtype = "auto"
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

@@ -83,8 +83,7 @@ class Config:
         return None if self.device_batch_size == "auto" else self.device_batch_size
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

@@ -94,9 +94,7 @@ class Config(StageConfig):
     core: CoreConfig = CoreConfig()
 
 
-def config() -> Config:
-    """Return the reference's settings at depth 20."""
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

@@ -5,14 +5,9 @@
 Settings and output are those of --experiment=pretrain.
 """
 
-import dataclasses
+import functools
 
 from experiments import pretrain
-from experiments.pretrain import Config
 
+config = functools.partial(pretrain.Config, depth=12)
 run = pretrain.run
-
-
-def config() -> Config:
-    """Return the reference's settings at depth 12."""
-    return dataclasses.replace(pretrain.config(), depth=12)

@@ -68,8 +68,7 @@ class Config:
             raise UserError(f"gpus={self.gpus}: must be 0 or more")
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

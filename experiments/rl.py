@@ -104,9 +104,7 @@ class Config(StageConfig):
             )
 
 
-def config() -> Config:
-    """Return the reference's settings."""
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

@@ -91,9 +91,7 @@ class Optimum(NamedTuple):
     curve: tuple[float, float, float]
 
 
-def config() -> Config:
-    """Return the reference's series."""
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

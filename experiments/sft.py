@@ -95,9 +95,7 @@ class Config(StageConfig):
     chat: ChatConfig = ChatConfig()
 
 
-def config() -> Config:
-    """Return the reference's settings."""
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

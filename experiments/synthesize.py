@@ -116,8 +116,7 @@ class RequestError(Exception):
         self.retry, self.wait_seconds, self.fatal = retry, wait_seconds, fatal
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

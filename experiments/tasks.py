@@ -59,8 +59,7 @@ class Config:
         chat.check_settings(self, start=0, count=1, **({} if self.max_tokens is None else {"max_tokens": 1}))
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

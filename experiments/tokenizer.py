@@ -62,8 +62,7 @@ class Config:
     download_seconds: float = 60.0
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:

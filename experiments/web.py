@@ -82,8 +82,7 @@ class Config:
                 raise UserError(f"{name}={value}: expected at least {least}")
 
 
-def config() -> Config:
-    return Config()
+config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:
