@@ -172,13 +172,10 @@ def generate_samples(config: Config, loaded: Pretrained) -> list[dict[str, Any]]
     ]
     slots = max(min(8, len(requests)), 1)
     engine = infer.start(loaded.params, loaded.config, tok, slots=slots, compile=False, exact=True)
-    tokens: dict[Any, list[int]] = {key: [] for key in range(len(requests))}
-    for event in infer.run(engine, requests):
-        if event.finish != "stop":
-            tokens[event.key].append(event.token)
+    completions = infer.complete(engine, requests)
     return [
-        {"prompt": text, "completion": tok.decode(tokens[seed]), "temperature": temperature, "seed": seed}
-        for seed, (text, _, temperature) in enumerate(prompts)
+        {"prompt": text, "completion": tok.decode(done.content), "temperature": temperature, "seed": seed}
+        for seed, ((text, _, temperature), done) in enumerate(zip(prompts, completions))
     ]
 
 

@@ -116,12 +116,8 @@ def completions(loaded: Pretrained, stage: str, texts: Sequence[str], max_tokens
         prompts = [[tok.bos, *tok.encode(text)][:room] for text in texts]
     else:
         prompts = [chat_format.prompt(tok, [{"role": "user", "content": text}])[-room:] for text in texts]
-    answers: list[list[int]] = [[] for _ in texts]
-    for event in infer.run(engine, [infer.Request(tuple(ids), max_tokens, 0.0, 0) for ids in prompts]):
-        answers[int(str(event.key))].append(event.token)
-        if event.finish == "stop" and stage == "base":
-            answers[int(str(event.key))].pop()
-    return [tok.decode(ids) if stage == "base" else answer(tok, ids) for ids in answers]
+    results = infer.complete(engine, [infer.Request(tuple(ids), max_tokens, 0.0, 0) for ids in prompts])
+    return [tok.decode(result.content) if stage == "base" else answer(tok, result.tokens) for result in results]
 
 
 def answer(tok: Tokenizer, ids: Sequence[int]) -> str:

@@ -245,8 +245,7 @@ def print_answers(ctx: RunContext, state: TrainState) -> train.Result:
     )
     prompts = [chat_format.prompt(ctx.tok, [{"role": "user", "content": text}]) for text in config.prompts]
     settings = {"max_tokens": config.sample_tokens, "temperature": config.temperature, "top_k": config.top_k}
-    answers: list[list[int]] = [[] for _ in prompts]
-    for event in infer.run(engine, [infer.Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]):
-        answers[int(str(event.key))].append(event.token)
-    lines = [f"  {text!r} → {chat_format.shown(ctx.tok, ids)!r}" for text, ids in zip(config.prompts, answers)]
+    requests = [infer.Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]
+    answers = [chat_format.shown(ctx.tok, completion.tokens) for completion in infer.complete(engine, requests)]
+    lines = [f"  {text!r} → {shown!r}" for text, shown in zip(config.prompts, answers)]
     return train.Result({}, lines)

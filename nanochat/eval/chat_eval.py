@@ -12,7 +12,7 @@ Shape suffixes: B batch, T time, C width, A distinct letters of a batch.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -251,12 +251,10 @@ def _generate(
         prompt = tuple(_prompt(tokenizer, row, engine.config))
         for seed in range(config.seed + index * config.samples, config.seed + (index + 1) * config.samples):
             requests.append(Request(prompt, config.max_tokens, config.temperature, config.top_k, seed))
-    tokens: list[list[int]] = [[] for _ in requests]
-    for event in infer.run(engine, requests):
-        tokens[cast(int, event.key)].append(event.token)
-        if event.finish:
-            bar.update(1)
-    texts = [answer_text(tokenizer, ids) for ids in tokens]
+    texts = []
+    for completion in infer.complete(engine, requests):
+        texts.append(answer_text(tokenizer, completion.tokens))
+        bar.update(1)
     return [texts[n : n + config.samples] for n in range(0, len(texts), config.samples)]
 
 

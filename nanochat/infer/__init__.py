@@ -7,11 +7,13 @@ from nanochat.lazy import lazy_exports
 if TYPE_CHECKING:
     from nanochat.infer import engine, sampling, tool_use
     from nanochat.infer.engine import (
+        Completion,
         Engine,
         Event,
         Request,
         admit,
         cancel,
+        complete,
         free_slots,
         load_params_,
         run,

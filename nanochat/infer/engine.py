@@ -18,7 +18,7 @@ Source: Orca (Yu et al., OSDI 2022).
 
 import dataclasses
 import functools
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,6 +71,19 @@ class Event(NamedTuple):
     token: int
     sampled: bool
     finish: str | None
+
+
+class Completion(NamedTuple):
+    """All new tokens of a request, which of them were sampled, and how it finished; see `Event`."""
+
+    tokens: list[int]
+    sampled: list[bool]
+    finish: str
+
+    @property
+    def content(self) -> list[int]:
+        """The tokens without the one that stopped it."""
+        return self.tokens[:-1] if self.finish == "stop" else self.tokens
 
 
 @dataclasses.dataclass(eq=False)
@@ -306,6 +319,21 @@ def run(engine: Engine, requests: Sequence[Request]) -> Generator[Event, None, N
     finally:
         for key in range(n_started):
             cancel(engine, key)
+
+
+def complete(engine: Engine, requests: Sequence[Request]) -> Generator[Completion, None, None]:
+    """Yield the completion of each request in their order, as soon as it and those before it are finished."""
+    events: defaultdict[Hashable, list[Event]] = defaultdict(list)
+    finished: dict[Hashable, Completion] = {}
+    following = 0
+    for event in run(engine, requests):
+        events[event.key].append(event)
+        if event.finish:
+            new = events.pop(event.key)
+            finished[event.key] = Completion([e.token for e in new], [e.sampled for e in new], event.finish)
+        while following in finished:
+            yield finished.pop(following)
+            following += 1
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ division by the deviation (arXiv 2503.20783).
 import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,21 +115,11 @@ def rollouts(
         for number, prompt in zip(numbers, prompts)
         for sample in range(config.samples_per_prompt)
     ]
-    tokens: list[list[int]] = [[] for _ in requests]
-    sampled: list[list[bool]] = [[] for _ in requests]
-    finish = [""] * len(requests)
-    for event in infer.run(engine, requests):
-        i = cast(int, event.key)
-        tokens[i].append(event.token)
-        sampled[i].append(event.sampled)
-        finish[i] = event.finish or ""
-
-    def rollout(i: int) -> Rollout:
-        text = chat_eval.answer_text(tok, tokens[i])
+    answers = []
+    for i, completion in enumerate(infer.complete(engine, requests)):
+        text = chat_eval.answer_text(tok, completion.tokens)
         row = rows[i // config.samples_per_prompt]
-        return Rollout(requests[i].prompt, tokens[i], sampled[i], finish[i], text, float(reward(row, text)))
-
-    answers = [rollout(i) for i in range(len(requests))]
+        answers.append(Rollout(requests[i].prompt, *completion, text, float(reward(row, text))))
     return [answers[i : i + config.samples_per_prompt] for i in range(0, len(answers), config.samples_per_prompt)]
 
 

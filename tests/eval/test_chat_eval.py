@@ -59,14 +59,14 @@ def test_long_prompt_keeps_its_last_tokens():
     )
     assert chat_eval.score_multiple_choice(subject(), long, [0]) == [plain_choice(long, 0)]
     requests: list[Request] = []
-    run = infer.run
+    complete = infer.complete
 
     def record(idle: Any, new: Any) -> Any:
         requests.extend(new)
-        return run(idle, new)
+        return complete(idle, new)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infer, "run", record)
+        patch.setattr(infer, "complete", record)
         task = dataclasses.replace(long, kind="generative", is_correct=lambda row, text: False)
         chat_eval.evaluate(subject(), [task], ChatEvalConfig(max_tokens=2, compile=False))
     full = chat_format.prompt(TOKENIZER, long.row(0)["messages"][:-1])
@@ -199,7 +199,7 @@ def test_scoring_errors_name_the_reason():
 
 
 def test_unavailable_check_fails_before_anything_is_generated(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(infer, "run", lambda *_: pytest.fail("an answer was generated"))
+    monkeypatch.setattr(infer, "complete", lambda *_: pytest.fail("an answer was generated"))
     with pytest.raises(UserError, match="the sandbox cannot run here"):
         chat_eval.evaluate(subject(), [generative(is_correct=chat_eval_ranks.refuse)], SAMPLED)
 
