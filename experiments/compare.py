@@ -184,8 +184,6 @@ def settings(info: RunInfo) -> dict[str, Any]:
 
 def measure(config: Config, runtime: Runtime, sides: Sequence[Side]) -> tuple[str, np.ndarray, list[Side]]:
     """Return ("rows" or "documents", the bytes of each piece of text, the sides with their nats)."""
-    import torch
-
     checkpoints = [(info, step) for side in sides for info, step in zip(side.runs, side.steps)]
     with distributed.raise_on_any_failure():
         tokenizers = [load_tokenizer(info, step) for info, step in checkpoints]
@@ -201,18 +199,13 @@ def measure(config: Config, runtime: Runtime, sides: Sequence[Side]) -> tuple[st
         batches = (
             packed_rows(info, tok, tokens, context, runtime) if same_rows else padded(texts, tok, context, runtime)
         )
-        token_bytes = torch.from_numpy(tokenizer.token_bytes(tok)).to(runtime.device)
-        measured: list[Any] = []
+        compute = model.Compute(dtype=runtime.compute_dtype)
         with contextlib.closing(batches):
             # Every rank reads all batches, so the rows do not depend on the number of ranks.
-            for number, batch in enumerate(batches):
-                if number % runtime.world_size == runtime.rank:
-                    pairs = eval.significance.nats_and_bytes(
-                        loaded.params, [batch], token_bytes, loaded.config, model.Compute(dtype=runtime.compute_dtype)
-                    )
-                    measured.append([number, pairs])
-        gathered = sorted(itertools.chain.from_iterable(distributed.all_gather_object(measured)))
-        run_nats, run_sizes = np.array([pair for _, pairs in gathered for pair in pairs], np.float64).T
+            own = itertools.islice(batches, runtime.rank, None, runtime.world_size)
+            by_batch = list(eval.bpb.nats_by_row(loaded.params, own, tok, loaded.config, compute))
+        turns = itertools.zip_longest(*distributed.all_gather_object(by_batch), fillvalue=[])
+        run_nats, run_sizes = np.array([row for turn in turns for rows in turn for row in rows], np.float64).T
         if len(sizes) and not np.array_equal(run_sizes, sizes):
             raise UserError(f"run {info.name} was measured on different text: did the validation data change?")
         sizes = run_sizes

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat import checkpoint, data, distributed, eval, infer, jsonl, metrics, model, train
 from nanochat.config import Device, Dtype, UserError
-from nanochat.data import DataConfig, sources, tokenizer
+from nanochat.data import DataConfig
 from nanochat.eval import core_bundle
 from nanochat.text import format_duration
 
@@ -205,42 +205,25 @@ def split_bits_per_byte(
     import torch
 
     loaded, runtime, rows = context.loaded, context.runtime, context.config.device_batch_size
-    with distributed.raise_on_any_failure():
-        sources.shards_of(source, split)
     stream = data.loader.batches(
         source, loaded.tokenizer, split=split, rows_per_step=rows * runtime.world_size,
         sequence_len=loaded.config.sequence_len, seed=seed,
         rank=runtime.rank, world_size=runtime.world_size, device=runtime.device,
     )  # fmt: skip
     total = max(tokens // loaded.config.sequence_len, 1)
-    errors: list[UserError] = []
 
     def first_rows() -> Iterator[dict[str, Any]]:
-        # An error is raised once all ranks are done, since the others wait for this one in a sum.
         numbers = torch.arange(rows, device=runtime.device) * runtime.world_size + runtime.rank
-        for first in range(0, total, rows * runtime.world_size):
-            try:
-                batch = next(stream)[0]
-            except UserError as error:
-                errors.append(error)
-                return
+        for first, (batch, *_) in zip(range(0, total, rows * runtime.world_size), stream):
             surplus = (first + numbers >= total)[:, None]
             yield {"inputs": batch["inputs"], "targets": batch["targets"].masked_fill(surplus, model.IGNORE)}
 
     chunk_tokens = 1024 if runtime.device.type == "cpu" else 8192
     options = {"config": loaded.config, "compute": model.Compute(runtime.compute_dtype), "chunk_tokens": chunk_tokens}
     loss = functools.partial(model.loss.next_token, **options)
-    token_bytes = torch.from_numpy(tokenizer.token_bytes(loaded.tokenizer)).to(runtime.device)
-    bpb = 0.0
-    with contextlib.closing(stream):
-        try:
-            bpb = model.loss.bits_per_byte(loaded.params, first_rows(), token_bytes, loss)
-        except ValueError as error:  # no target stands for a byte
-            errors.append(UserError(f"{split}: {error}"))
-    with distributed.raise_on_any_failure():
-        if errors:
-            raise errors[0]
-    return bpb
+    with contextlib.closing(stream), distributed.raise_on_any_failure():
+        sums = eval.bpb.sum_nats(loaded.params, first_rows(), loaded.tokenizer, loss)
+    return eval.bpb.over_ranks(*sums)
 
 
 # CORE

@@ -12,15 +12,11 @@ else. Runs with several seeds a side add the variance between seeds; degrees of 
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-import torch
-from torch import Tensor
-
-from nanochat.model import Compute, ModelConfig, Params, loss
 
 LEVEL = 0.95
 
@@ -96,28 +92,3 @@ def interpolate_log(xs: Sequence[float], ys: Sequence[float], x: float) -> float
     if not xs or not xs[0] * (1 - 1e-9) <= x <= xs[-1] * (1 + 1e-9):
         return None
     return float(np.interp(math.log(x), np.log(xs), ys))
-
-
-@torch.no_grad()
-def nats_and_bytes(
-    params: Params,
-    batches: Iterable[Mapping[str, Tensor]],
-    token_bytes_V: Tensor,
-    config: ModelConfig,
-    compute: Compute,
-    chunk_tokens: int = 8192,
-) -> list[list[Any]]:
-    """Return [nats, bytes] of every row of the batches, over the targets that stand for bytes of text.
-
-    Args:
-        batches: {"inputs", "targets"} of (B, T) ids; targets of -1 are ignored.
-        token_bytes_V: (V,) int64, the number of bytes of each token. chunk_tokens: whose logits exist at once.
-    """
-    rows = []
-    for batch in batches:
-        targets = batch["targets"]
-        sizes = token_bytes_V[targets.clamp_min(0)] * (targets != loss.IGNORE)
-        nats = loss.per_token(params, batch, config=config, compute=compute, chunk_tokens=chunk_tokens)
-        nats = torch.where(sizes > 0, nats.double(), 0.0)
-        rows += [list(pair) for pair in zip(nats.sum(1).tolist(), sizes.sum(1).tolist())]
-    return rows

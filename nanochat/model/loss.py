@@ -1,4 +1,4 @@
-"""Cross entropy of the next token: mean, per token, chunked; and bits per byte.
+"""Cross entropy of the next token: mean, per token, chunked.
 
 A batch is {"inputs": (B, T), "targets": (B, T)} of int64 ids; targets of -1 are ignored. With "weights" (B, T) float32
 the loss is the weighted sum Σ w·nll instead of the mean, as a policy gradient needs it.
@@ -6,15 +6,13 @@ Letters: B batch, T time, R rows = B·T or a chunk of them, C width, V vocabular
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tensordict import TensorDict
 from torch import Tensor
 
-from nanochat import distributed
 from nanochat.model import gpt
 from nanochat.model.attention import at_least_float32
 from nanochat.model.gpt import LOGIT_CAP, Compute
@@ -184,31 +182,3 @@ class _Chunked(torch.autograd.Function):
         factor = grad_loss * scale
         grad_x = (factor * at_least_float32(grad_x)).to(grad_x.dtype)
         return grad_x, factor * grad_weight, None, None, None, None, None
-
-
-LossFn = Callable[[TensorDict, Batch], tuple[Tensor, dict[str, Tensor]]]
-
-
-@torch.no_grad()
-def bits_per_byte(params: TensorDict, batches: Iterable[Batch], token_bytes_V: Tensor, loss_fn: LossFn) -> float:
-    """Return Σ nats / (ln 2 · Σ bytes) over all ranks' batches: a loss that does not depend on the tokenizer.
-
-    Args:
-        token_bytes_V: int64, bytes of each token; targets of 0 bytes (special tokens) are skipped.
-        loss_fn: (params, batch) -> (mean nats, {"targets": number of targets}).
-
-    Raises:
-        ValueError: no target has a byte.
-    """
-    nats = torch.zeros((), dtype=torch.float64)
-    total_bytes = 0
-    for batch in batches:
-        targets = batch["targets"]
-        sizes = token_bytes_V[targets.clamp_min(0)] * (targets != IGNORE)
-        mean, aux = loss_fn(params, {**batch, "targets": torch.where(sizes > 0, targets, IGNORE)})
-        nats += mean.cpu().double() * aux["targets"].cpu()
-        total_bytes += int(sizes.sum())
-    total_nats, total_bytes = distributed.all_reduce_sum([float(nats), total_bytes])
-    if total_bytes == 0:
-        raise ValueError("bits per byte: no target is text")
-    return total_nats / (math.log(2) * total_bytes)

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from nanochat import checkpoint, distributed, model
+from nanochat import checkpoint, distributed, eval, model
 from nanochat import config as configs
 from nanochat.config import UserError
 from nanochat.data import Tokenizer, tokenizer
 from nanochat.distributed import Runtime, ShardingPlan, hardware, mark_restart, peak_flops, sharding, was_restarted
 from nanochat.infer import sampling
 from nanochat.metrics import logger, plots, progress
-from nanochat.model import Compute, ModelConfig, loss
+from nanochat.model import Compute, ModelConfig
 from nanochat.optim import MATRIX, SMEAR_LR, Hparams
 from nanochat.text import format_count, format_duration
 from nanochat.train import build, init_from
@@ -425,13 +425,12 @@ def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[], Ge
     Args:
         batches: opens the data at its beginning: (batch, …) each. steps: batches to read at most.
     """
-    token_bytes = torch.from_numpy(tokenizer.token_bytes(ctx.tok)).to(ctx.runtime.device)
     with contextlib.closing(batches()) as stream:
         first = next(stream)
         rest = itertools.takewhile(lambda _: not ctx.stop.agreed(), itertools.islice(stream, steps - 1))
         params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
         inputs = (batch for batch, *_ in itertools.chain([first], rest))
-        bpb = loss.bits_per_byte(params, inputs, token_bytes, ctx.loss_fn)
+        bpb = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)
     if ctx.stop.agreed():
         return None
     return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte"])

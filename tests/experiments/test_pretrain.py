@@ -21,12 +21,12 @@ import torch
 
 from experiments import bench_train, convert, pretrain, quickstart
 from nanochat import checkpoint, distributed, model, optim, train, tree
+from nanochat import eval as evals
 from nanochat.config import UserError, override
 from nanochat.data import loader, tokenizer
 from nanochat.distributed import runtime
 from nanochat.metrics import logger
 from nanochat.model import loss
-from nanochat.model import loss as evaluate
 from nanochat.train import stage as events
 from nanochat.train import step as steps
 
@@ -350,27 +350,27 @@ def test_progress_from_checkpoint_without_token_count():
 
 def test_evaluation_reads_eval_tokens(base: Path, monkeypatch: pytest.MonkeyPatch):
     read: list[int] = []
-    real = evaluate.bits_per_byte
+    real = evals.bits_per_byte
 
     def counting(params: Any, batches: Any, *rest: Any) -> float:
         batches = list(batches)
         read.append(sum(batch["inputs"].numel() for batch in batches))
         return real(params, batches, *rest)
 
-    monkeypatch.setattr(evaluate, "bits_per_byte", counting)
+    monkeypatch.setattr(evals, "bits_per_byte", counting)
     train_tiny(base, "name=counted", "eval.tokens=1024", "data.buffer_docs=1000")
     assert read == [1024, 1024]
 
 
 def test_signal_interrupts_evaluation(base: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch):
-    real = evaluate.bits_per_byte
+    real = evals.bits_per_byte
 
     def interrupted(*args: Any) -> float:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(evaluate, "bits_per_byte", interrupted)
+        patch.setattr(evals, "bits_per_byte", interrupted)
         train_tiny(base, "name=stopped_in_evaluation")
     folder = train.run_folder("stopped_in_evaluation")
     assert checkpoint.steps(folder / "checkpoints") == [3] and logger.curve(logger.read(folder), "val/bpb")[0] == []
