@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_model import assert_trees_close, random_params
-from trained_run import CONFIG, TEXT, TOK, save_run, set_time
+from tiny_run import CONFIG, TEXT, TOK, save_run, set_time
 
 from experiments import convert, pretrain
 from nanochat import checkpoint, distributed, model, tree

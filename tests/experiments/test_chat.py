@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from trained_run import TOK, save_run
+from tiny_run import TOK, save_run
 
 import launch
 from experiments import chat

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import ranks as gloo
-import small_corpus
+import tiny_run
 import torch
 
 from experiments import compare as experiment
@@ -37,7 +37,7 @@ TINY = (
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base folder with two seeds of a run, another learning rate, another context, and twice the length."""
     folder = tmp_path_factory.mktemp("base")
-    texts = small_corpus.write(folder)
+    texts = tiny_run.write_corpus(folder)
     tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
     tokenizer.save(tokenizer.train(texts, 280), folder / "tokenizer280")
     made = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from trained_run import TOK, save_run
+from tiny_run import TOK, save_run
 
 import launch
 from experiments import eval_chat

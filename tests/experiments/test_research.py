@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ranks as gloo
-import small_corpus
+import tiny_run
 
 from experiments import pretrain, scaling_laws
 from nanochat import distributed
@@ -45,7 +45,7 @@ TINY = (
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base folder with a tokenizer and a folder of small documents."""
     folder = tmp_path_factory.mktemp("base")
-    texts = small_corpus.write(folder)
+    texts = tiny_run.write_corpus(folder)
     tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))

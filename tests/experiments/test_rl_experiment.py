@@ -11,7 +11,7 @@ import pytest
 import ranks
 import rl_ranks
 import torch
-from trained_run import save_run
+from tiny_run import save_run
 
 from experiments import rl as experiment
 from nanochat import checkpoint, distributed, text, train, tree

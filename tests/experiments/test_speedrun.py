@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import ranks as gloo
-import small_corpus
+import tiny_run
 import torch
 
 from experiments import speedrun
@@ -70,7 +70,7 @@ TINY = (
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base folder with a folder of small documents."""
     folder = tmp_path_factory.mktemp("base")
-    small_corpus.write(folder)
+    tiny_run.write_corpus(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         patch.setattr(runs, "peak_flops", lambda *_: (1e12, "made up"))  # measuring it takes longer than the runs
