@@ -312,11 +312,10 @@ class Session:
 
     def __init__(self, base: Path, *settings: str, **env: str) -> None:
         self.master, slave = pty.openpty()
-        command = [*COMMAND, "--experiment=chat", *(word for setting in settings for word in ("--set", setting))]
-        self.process = subprocess.Popen(
-            command, env=environment(base, **env), stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # else Ctrl-C has no process to interrupt
-        )  # fmt: skip
+        words = [word for setting in settings for word in ("--set", setting)]
+        command = ["setsid", "--ctty", *COMMAND, "--experiment=chat", *words]  # Ctrl-C interrupts who owns the terminal
+        env = environment(base, **env)
+        self.process = subprocess.Popen(command, env=env, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self.text, self.seen = "", 0
         self._raw = b""
