@@ -186,7 +186,7 @@ def measure(config: Config, runtime: Runtime, sides: Sequence[Side]) -> tuple[st
     """Return ("rows" or "documents", the bytes of each piece of text, the sides with their nats)."""
     checkpoints = [(info, step) for side in sides for info, step in zip(side.runs, side.steps)]
     with distributed.raise_on_any_failure():
-        tokenizers = [load_tokenizer(info, step) for info, step in checkpoints]
+        tokenizers = [checkpoint.load_tokenizer(checkpoint.inspect(info.folder, step)) for info, step in checkpoints]
         identities = [rows_identity(info, tok) for (info, _), tok in zip(checkpoints, tokenizers)]
         tokens = config.tokens or checkpoints[0][0].settings.get("eval", {}).get("tokens") or 2**20
         same_rows = config.source is None and all(identity == identities[0] for identity in identities)
@@ -214,13 +214,6 @@ def measure(config: Config, runtime: Runtime, sides: Sequence[Side]) -> tuple[st
     rest = iter(nats)
     measured_sides = [side._replace(nats=[next(rest) for _ in side.runs]) for side in sides]
     return "rows" if same_rows else "documents", sizes, measured_sides
-
-
-def load_tokenizer(info: RunInfo, step: int) -> Tokenizer:
-    """Return the tokenizer of a checkpoint."""
-    path = info.folder / "checkpoints" / str(step)
-    files = checkpoint.check_files(path, checkpoint.read_header(path)["files"])
-    return tokenizer.load(files[tokenizer.TOKENS_FILE].parent)
 
 
 def rows_identity(info: RunInfo, tok: Tokenizer) -> list[Any]:

@@ -32,7 +32,7 @@ from nanochat.eval import core_bundle
 from nanochat.text import format_duration
 
 if TYPE_CHECKING:
-    from nanochat.checkpoint import Pretrained
+    from nanochat.checkpoint import CheckpointInfo, Pretrained
     from nanochat.distributed import Runtime
     from nanochat.eval import Bundle, Results, TaskResult
 
@@ -93,12 +93,12 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What the parts share; `header` is the checkpoint's metadata."""
+    """What the parts share."""
 
     config: Config
     loaded: Pretrained
     runtime: Runtime
-    header: Mapping[str, Any]
+    info: CheckpointInfo
 
     @property
     def folder(self) -> Path:
@@ -116,9 +116,9 @@ def run(config: Config, runtime: Runtime) -> None:
             core_bundle.read(config.bundle)  # a wrong path fails before anything is evaluated
     with distributed.raise_on_any_failure():
         loaded = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
-        header = checkpoint.read_header(loaded.folder / "checkpoints" / str(loaded.step))
+        info = checkpoint.inspect(loaded.folder, loaded.step)
     print(checkpoint.describe_model(loaded))
-    context = Context(config, loaded, runtime, header)
+    context = Context(config, loaded, runtime, info)
     parts: dict[str, Callable[[Context], tuple[dict[str, float], dict[str, str]]]]
     parts = {"samples": write_samples, "bpb": bits_per_byte, "core": evaluate_core}
     results: dict[str, float] = {}
@@ -184,7 +184,7 @@ def generate_samples(config: Config, loaded: Pretrained) -> list[dict[str, Any]]
 
 def bits_per_byte(context: Context) -> tuple[dict[str, float], dict[str, str]]:
     """Return bits per byte of both splits."""
-    settings = context.header["meta"].get("config", {})
+    settings = context.info.meta.get("config", {})
     names = ("source", "text_column", "buffer_docs")
     values = {name: settings[f"data.{name}"] for name in names if f"data.{name}" in settings}
     overrides = {"source": context.config.source, "text_column": context.config.text_column}
@@ -294,7 +294,7 @@ def as_metrics(results: Results) -> dict[str, float]:
 
 def task_keys(context: Context, bundle: Bundle) -> dict[str, str]:
     """Return label -> a hash of everything that decides a task's result, for the tasks that can be read."""
-    state = context.header["state"]
+    state = context.info.state
     leaves = {name: leaf["fingerprint"] for name, leaf in state.items() if name.startswith("params.")}
     fingerprint = context.loaded.tokenizer.fingerprint
     model_key = [leaves, fingerprint, str(context.runtime.compute_dtype), context.config.max_tokens]

@@ -138,7 +138,7 @@ def result_name(text: str) -> str:
 
 def result_settings(config: Config, loaded: Pretrained, runtime: Runtime) -> dict[str, Any]:
     """Return everything that results depend on, as JSON values."""
-    state = checkpoint.read_header(loaded.folder / "checkpoints" / str(loaded.step))["state"]
+    state = checkpoint.inspect(loaded.folder, loaded.step).state
     fields = [field.name for field in dataclasses.fields(ChatEvalConfig) if field.name != "compile"]
     values = {name: getattr(config, name) for name in fields}
     values |= {"source": str(config.source), "dtype": str(runtime.compute_dtype)}

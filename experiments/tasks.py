@@ -95,8 +95,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     """Return the tokenizer that the settings name."""
     if config.run is None:
         return tokenizer.load(config.tokenizer or tokenizer.default_dir())
-    checkpoints = checkpoint.find_run(config.run) / "checkpoints"
-    return tokenizer.load(checkpoints / str(checkpoint.latest_step(checkpoints)) / "files")
+    return checkpoint.load_tokenizer(checkpoint.inspect(config.run))
 
 
 def format_tokens(tok: Tokenizer, ids: Sequence[int], mask: Sequence[int], separator: str, color: bool) -> str:

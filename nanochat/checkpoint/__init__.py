@@ -10,7 +10,7 @@ from nanochat.lazy import lazy_exports
 if TYPE_CHECKING:
     from nanochat.checkpoint import convert, manager, pretrained
     from nanochat.checkpoint.config import CheckpointConfig
-    from nanochat.checkpoint.integrity import CorruptCheckpointError, check_files, read_header
+    from nanochat.checkpoint.integrity import CorruptCheckpointError
     from nanochat.checkpoint.manager import (
         Manager,
         add_metrics,
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     )
     from nanochat.checkpoint.pretrained import (
         TRAIN_COMMAND,
+        CheckpointInfo,
         Pretrained,
         describe_model,
         find_run,
         infer_config,
+        inspect,
         list_runs,
         load,
         load_tokenizer,

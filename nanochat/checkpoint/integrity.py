@@ -276,7 +276,7 @@ def compare_specs(path: Path, saved: Specs, expected: Specs) -> None:
     """
 
     def show(leaf: Mapping[str, Any]) -> str:
-        return f"({', '.join(map(str, leaf['shape']))}) {leaf['dtype']}"
+        return f"({', '.join(map(str, leaf['shape']))}) {leaf.get('dtype', '')}".rstrip()
 
     differences = []
     for name in {**expected, **saved}:

@@ -233,7 +233,7 @@ def restore(
     if isinstance(source, Manager):
         wait(source)
     group = distributed.control_group()
-    path = _step_path(source, step, group)
+    path = step_path(source, step, group)
     header = _from_rank0(group, lambda: integrity.read_header(path))
     with raise_on_any_failure(group):
         like = _leaves(abstract_state)
@@ -250,13 +250,12 @@ def restore(
 
 
 def load_params(
-    folder: Path, *, step: int | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: Path, *, step: int | None = None, device: torch.device | str = "cpu"
 ) -> tuple[TensorDict, dict[str, Any], dict[str, Path]]:
     """Read the full parameters only, in this process, without knowing the model. Not a collective call.
 
     Args:
         step: None: the newest.
-        dtype: for floating-point leaves, which are cast after they are verified; None: as saved.
 
     Returns:
         (params, meta, {name: path of the file in the checkpoint}).
@@ -265,12 +264,10 @@ def load_params(
         UserError: no such step.
         CorruptCheckpointError: names the leaf or file.
     """
-    path = _step_path(folder, step, ControlGroup())
+    path = step_path(folder, step)
     header = integrity.read_header(path)
     saved = {name: spec for name, spec in header["state"].items() if name.startswith("params.")}
     leaves = integrity.read_leaves(path, saved, device)
-    if dtype is not None:
-        leaves = {name: x.to(dtype) if x.is_floating_point() else x for name, x in leaves.items()}
     params = tree.unflatten({name.removeprefix("params."): x for name, x in leaves.items()})
     params = _with_saved_config(params, header["meta"])
     return params, header["meta"], integrity.check_files(path, header["files"])
@@ -530,7 +527,7 @@ def _has_step(manager: Manager, step: int) -> bool:
     return step in manager.orbax.all_steps()
 
 
-def _step_path(source: Manager | Path, step: int | None, group: ControlGroup) -> Path:
+def step_path(source: Manager | Path, step: int | None, group: ControlGroup = ControlGroup()) -> Path:
     folder = _folder(source)
     complete = _from_rank0(group, lambda: storage.steps(folder))
     if not complete:

@@ -93,7 +93,7 @@ def read_run(folder: Path, step: int | None = None) -> RunInfo:
     """
     steps = checkpoint.steps(folder / "checkpoints")
     newest = step if step in steps else max(steps, default=None)
-    meta = checkpoint.read_header(folder / "checkpoints" / str(newest))["meta"] if newest is not None else {}
+    meta = checkpoint.inspect(folder, newest).meta if newest is not None else {}
     config = folder / "config.json"
     try:
         settings = json.loads(config.read_text("utf-8")) if config.exists() else {}

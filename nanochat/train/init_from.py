@@ -49,41 +49,24 @@ class InitCheckpoint:
 
 
 def load(run: str | Path | None, step: int | None = None) -> InitCheckpoint:
-    """Describe a checkpoint without reading its parameters.
-
-    Args:
-        run: name or folder; None: the run that was saved last. step: None: the newest.
-
-    Raises:
-        UserError: there is no such run or step, or it is damaged.
-    """
-    folder = checkpoint.find_run(run)
-    saved = checkpoint.steps(folder / "checkpoints")
-    if step is not None and step not in saved:
-        raise UserError(f"no checkpoint of step {step} in {folder}; there are steps {', '.join(map(str, saved))}")
-    step = saved[-1] if step is None else step
-    path = folder / "checkpoints" / str(step)
-    header = checkpoint.read_header(path)
-    meta, where = header["meta"], f"checkpoint {path}"
-    leaves = {name: torch.empty(leaf["shape"], device="meta") for name, leaf in header["state"].items()}
-    weights = {name.removeprefix("params."): leaf for name, leaf in leaves.items() if name.startswith("params.")}
+    """Describe a checkpoint, by default the newest one of the run that was saved last."""
+    info = checkpoint.inspect(run, step)
     return InitCheckpoint(
-        folder,
-        step,
-        str(meta.get("stage", "base")),
-        checkpoint.infer_config(where, meta, weights),
-        checkpoint.load_tokenizer(where, checkpoint.check_files(path, header["files"])),
-        meta.get("config", {}),
-        any(name.startswith("opt_state.") for name in leaves),
-        meta.get("parent"),
+        info.folder,
+        info.step,
+        info.stage,
+        checkpoint.infer_config(info),
+        checkpoint.load_tokenizer(info),
+        info.meta.get("config", {}),
+        any(name.startswith("opt_state.") for name in info.state),
+        info.meta.get("parent"),
     )
 
 
 def newest(stages: Collection[str]) -> Path:
     """Return the folder of the last saved run of one of these stages."""
     for folder in checkpoint.list_runs():
-        step = checkpoint.steps(folder / "checkpoints")[-1]
-        if checkpoint.read_header(folder / "checkpoints" / str(step))["meta"].get("stage", "base") in stages:
+        if checkpoint.inspect(folder).stage in stages:
             return folder
     raise UserError(
         f"no {' or '.join(stages)} model in {checkpoint.runs_folder()} to start from: "
@@ -100,8 +83,7 @@ def init_state_from(
     """
     checkpoints, spec, dtype = base.folder / "checkpoints", model.spec(base.shape), runtime.compute_dtype
     if moments and base.moments:
-        header = checkpoint.read_header(checkpoints / str(base.step))
-        stored = DTYPES[header["state"]["params.wte"]["dtype"]]
+        stored = DTYPES[checkpoint.inspect(base.folder, base.step).state["params.wte"]["dtype"]]
         params = model.init(base.shape, 0, device="meta", dtype=stored, sharding_plan=sharding_plan)
         abstract = train.init(params, spec, stored, sharding_plan)
         state, _, _ = checkpoint.restore(checkpoints, abstract, base.step, device=runtime.device)

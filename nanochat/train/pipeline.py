@@ -130,11 +130,10 @@ def run_if_needed(
 
 def latest_checkpoint_id(run: Path) -> str:
     """Return an id of the newest checkpoint of a run; "" if there is none."""
-    steps = checkpoint.steps(run / "checkpoints")
-    if not steps:
+    if not checkpoint.steps(run / "checkpoints"):
         return ""
-    header = checkpoint.read_header(run / "checkpoints" / str(steps[-1]))
-    text = json.dumps([header["step"], header["state"], header["meta"].get("progress")], sort_keys=True)
+    info = checkpoint.inspect(run)
+    text = json.dumps([info.step, info.state, info.meta.get("progress")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -107,7 +107,7 @@ def test_different_tokenizers_and_contexts_are_compared_by_documents(
     assert [name for name, _ in printed] == ["one", "other"]
     # By hand: each document alone, truncated to both contexts.
     records = [run_folder.read_run(base / "runs" / name) for name in ("one", "other")]
-    toks = [experiment.load_tokenizer(one, one.step) for one in records]
+    toks = [checkpoint.load_tokenizer(checkpoint.inspect(one.folder, one.step)) for one in records]
     texts = experiment.documents(experiment.config(), [(one, one.step) for one in records], toks, 400)
     for text in texts:
         assert len(toks[0].encode(text)) <= 32 and len(toks[1].encode(text)) <= 64
