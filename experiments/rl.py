@@ -20,14 +20,12 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat import config as configs
 from nanochat import distributed, infer, metrics, model, optim, tasks, train
 from nanochat.config import UserError, require_at_least
 from nanochat.data import chat_format
-from nanochat.metrics import plots
 from nanochat.optim import FinetunePlan, OptimConfig
 from nanochat.train import RolloutConfig, StageConfig, TrainConfig
 
@@ -108,7 +106,7 @@ config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Train from the checkpoint of another run, or resume; then draw the curves."""
+    """Train from the checkpoint of another run, or resume; then print the reward."""
     config, base, origin = train.load_base(config, "rl", runtime, run=config.run, step=config.step, stages=("sft",))
     task = tasks.from_text(config.task, "train", source=config.source)
     eval_task = tasks.from_text(config.eval_task or config.task.partition(":")[0], "test", source=config.source)
@@ -118,7 +116,11 @@ def run(config: Config, runtime: Runtime) -> None:
     stage = rl_stage(config, base, runtime, origin, task, eval_task, reward)
     train.run_stage(config, stage, base.shape, base.tokenizer, runtime)
     if runtime.is_main:
-        draw(train.run_folder(str(config.name)))
+        steps, rewards = metrics.logger.curve(metrics.logger.read(train.run_folder(str(config.name))), "rl/reward")
+        if len(steps) > 1:
+            smooth = metrics.logger.smoothed(rewards)
+            print(metrics.plots.ascii_chart(steps, smooth, title="mean reward, smoothed, by step"))
+        print(f"next: python launch.py --experiment=eval_chat --set run={config.name}")
 
 
 def resolve(config: Config, task: Task, runtime: Runtime) -> Config:
@@ -251,29 +253,3 @@ def one_line(tok: Tokenizer, ids: Sequence[int]) -> str:
     marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return repr("".join(marks[part["type"]].format(part["text"]) for part in parts))
-
-
-def draw(folder: Path) -> None:
-    """Draw reward, answer length and pass@k into the run's folder, and print the reward."""
-    logger = metrics.logger
-    rows = logger.read(folder)
-    steps, rewards = logger.curve(rows, "rl/reward")
-    smooth, state = [], None
-    for value in rewards:
-        state, mean = logger.ema(state, value)
-        smooth.append(mean)
-    charts = {
-        "reward": ("mean reward", {"each step": (steps, rewards), "smoothed": (steps, smooth)}),
-        "length": ("tokens", {"answers": logger.curve(rows, "rl/answer_tokens")}),
-        "pass": (
-            "fraction solved",
-            {f"pass@{k}": logger.curve(rows, f"rl/pass_at_{k}") for k in (1, 2, 4, train.rl.MAX_K)},
-        ),
-    }
-    for name, (label, curves) in charts.items():
-        title = f"{folder.name}: {'test' if name == 'pass' else name}"
-        plots.line_chart(folder / f"{name}.svg", curves, title=title, x_label="step", y_label=label)
-    if len(steps) > 1:
-        print(plots.ascii_chart(steps, smooth, title="mean reward, smoothed, by step"))
-    print(f"curves: {folder} (reward.svg, length.svg, pass.svg)")
-    print(f"next: python launch.py --experiment=eval_chat --set run={folder.name}")

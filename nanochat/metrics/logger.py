@@ -15,7 +15,7 @@ import datetime
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -166,6 +166,15 @@ def ema(previous: Sequence[float] | None, value: float, beta: float = 0.9) -> tu
     if math.isfinite(value):
         mean, weight = beta * mean + (1 - beta) * value, beta * weight + (1 - beta)
     return (mean, weight), mean / weight if weight else math.nan
+
+
+def smoothed(values: Iterable[float]) -> list[float]:
+    """Return the moving average after each value."""
+    state, means = None, []
+    for value in values:
+        state, mean = ema(state, value)
+        means.append(mean)
+    return means
 
 
 def _line(row: Row) -> str:

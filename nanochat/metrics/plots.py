@@ -7,12 +7,43 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.config import UserError
+from nanochat.metrics import logger
+from nanochat.text import reason
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+# What a run may have recorded: file -> (title, y label, {curve: metric}).
+RUN_CHARTS = {
+    "loss": ("training loss", "nats per token", {"each step": "train/loss", "smoothed": "train/loss_ema"}),
+    "bpb": ("validation", "bits per byte", {"validation": "val/bpb"}),
+    "reward": ("reward", "mean reward", {"each step": "rl/reward"}),
+    "length": ("length of answers", "tokens", {"answers": "rl/answer_tokens"}),
+    "pass": ("pass@k on test problems", "fraction solved", {f"pass@{k}": f"rl/pass_at_{k}" for k in (1, 2, 4, 8)}),
+}
 
 # Distinct for most color vision deficiencies.
 COLORS = ("#3b7dd8", "#e0752d", "#2a9d6f", "#c2478f", "#8b6fd0", "#b08a1e", "#17a2b8", "#d0483f")
 LINE_STYLES = ("-", "--", ":")
+
+
+def draw_run(rows: Sequence[logger.Row], folder: Path, *, title: str, prefix: str = "") -> dict[str, Path]:
+    """Draw the charts of metrics.jsonl that have data into `folder`; return {title: file}."""
+    tasks = dict.fromkeys(name for row in rows for name in row if name.startswith("chat/"))
+    scores = {name.removeprefix("chat/"): name for name in tasks if len(logger.curve(rows, name)[0]) > 1}
+    charts = {}
+    for file, (subject, y_label, names) in {
+        **RUN_CHARTS,
+        "chat": ("tasks during training", "accuracy", scores),
+    }.items():
+        curves = {label: logger.curve(rows, name) for label, name in names.items()}
+        curves = {label: curve for label, curve in curves.items() if curve[0]}
+        if file == "reward" and curves:
+            steps, rewards = curves["each step"]
+            curves["smoothed"] = steps, logger.smoothed(rewards)
+        if curves:
+            path = charts[f"{title}: {subject}"] = folder / f"{prefix}{file}.svg"
+            line_chart(path, curves, title=f"{title}: {subject}", x_label="step", y_label=y_label)
+    return charts
 
 
 def line_chart(
@@ -31,29 +62,23 @@ def line_chart(
     Args:
         series: name -> (x values, y values). A y that is not finite (or not positive, on a log axis) makes a gap.
         marks: name of a curve -> points drawn as dots in its color.
-
-    Raises:
-        UserError: another suffix than .svg or .png, or the file cannot be written.
-        ValueError: x and y values differ in number, or marks belong to no curve.
     """
     import matplotlib  # 0.3 s: not at import
     from matplotlib.figure import Figure
 
     if path.suffix not in (".svg", ".png"):
         raise UserError(f"{path}: charts are written as .svg or .png")
-    if unknown := set(marks or {}) - set(series):
-        raise ValueError(f"marks of {min(unknown)}, which is not a curve")
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")  # not pyplot: no global state, no window
     axes: Any = figure.add_subplot()
     for index, (name, (xs, ys)) in enumerate(series.items()):
-        points = _sorted_points(name, xs, ys)
+        points = _sorted_points(xs, ys)
         known = [y for _, y in points if math.isfinite(y)]
         style = {"color": COLORS[index % len(COLORS)], "markersize": 4}
         label = f"{name}  {known[-1]:.4g}" if known else name
         line = LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]
         axes.plot(*zip(*points), **style, linestyle=line, marker="o" if len(known) == 1 else None, label=label)
-        if name in (marks or {}):
-            axes.plot(*marks[name], **style, linestyle="", marker="o")  # pyright: ignore[reportOptionalSubscript]
+        if marks and name in marks:
+            axes.plot(*marks[name], **style, linestyle="", marker="o")
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -64,22 +89,20 @@ def line_chart(
     if series:
         axes.legend(frameon=False)
     part = path.with_name(f"{path.name}.part")
+    # Neither the date nor random ids: the same data give the same file.
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context({"svg.hashsalt": "nanochat", "svg.fonttype": "none"}):
-            # Neither the date nor random ids: the same data give the same file.
-            figure.savefig(
-                part, format=path.suffix[1:], dpi=160, metadata={"Date": None} if path.suffix == ".svg" else {}
-            )
+            figure.savefig(part, format=path.suffix[1:], dpi=160, metadata=metadata)
         part.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write the chart: {error.strerror}") from None
+        raise UserError(f"{path}: cannot write the chart: {reason(error)}") from None
 
 
-def _sorted_points(name: str, xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
-    if len(xs) != len(ys):
-        raise ValueError(f"{name}: {len(xs)} x values and {len(ys)} y values")
-    return sorted(((float(x), float(y)) for x, y in zip(xs, ys)), key=lambda point: point[0])
+def _sorted_points(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
+    points = [(float(x), float(y)) for x, y in zip(xs, ys, strict=True)]
+    return sorted(points, key=lambda point: point[0])
 
 
 # The dots of a Braille character, U+2800 and on: one bit each, by column and row.
@@ -91,7 +114,7 @@ def ascii_chart(
     steps: Sequence[float],
     values: Sequence[float],
     *,
-    title: str = "",
+    title: str,
     width: int = 64,
     height: int = 12,
     encoding: str | None = None,
@@ -101,9 +124,9 @@ def ascii_chart(
     Args:
         encoding: of the output; None: that of sys.stdout. Without Braille characters, plain ASCII is used.
     """
-    points = [(x, y) for x, y in _sorted_points("the curve", steps, values) if math.isfinite(y)]
+    points = [(x, y) for x, y in _sorted_points(steps, values) if math.isfinite(y)]
     if not points:
-        return f"{title}: no data yet" if title else "no data yet"
+        return f"{title}: no data yet"
     (low_x, high_x), (low, high) = ((min(axis), max(axis)) for axis in zip(*points))
     labels = {0: f"{high:.4g}", (height - 3) // 2: f"{(low + high) / 2:.4g}", height - 4: f"{low:.4g}"}
     gutter = max(map(len, labels.values())) + 1
@@ -122,7 +145,7 @@ def ascii_chart(
             x, y = x0 + (x1 - x0) * piece // pieces, y0 + (y1 - y0) * piece // pieces
             cells[y // 4][x // 2] |= DOTS[x % 2][y % 4]
     draw = _braille if _has_braille(encoding or sys.stdout.encoding) else _plain
-    lines = [title[:width]] if title else []
+    lines = [title[:width]]
     lines += [f"{labels.get(i, ''):>{gutter}}|{''.join(map(draw, row))}" for i, row in enumerate(cells)]
     lines.append(" " * gutter + "+" + "-" * columns)
     lines.append(" " * (gutter + 1) + f"{low_x:g}" + f"{high_x:g}".rjust(columns - len(f"{low_x:g}")))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from nanochat import jsonl, model
 from nanochat.distributed import hardware
-from nanochat.metrics import logger, plots, run_folder
+from nanochat.metrics import plots, run_folder
 from nanochat.metrics.run_folder import RunInfo
 from nanochat.text import format_count, format_duration
 
@@ -61,7 +61,9 @@ def write(
         seconds: what else took time -> seconds. root: the folder of the code.
     """
     folder = runs[-1].folder
-    charts = draw(runs, folder / "report")
+    charts: dict[str, Path] = {}
+    for one in runs:
+        charts |= plots.draw_run(one.rows, folder / "report", title=one.stage.upper(), prefix=f"{one.stage}_")
     sections = [
         title(runs),
         results(runs),
@@ -267,51 +269,6 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-# Charts
-
-
-def draw(runs: Sequence[RunInfo], folder: Path) -> dict[str, Path]:
-    """Draw all curves that have data; return {title: file}."""
-    charts: dict[str, Path] = {}
-
-    def chart(title: str, file: str, series: Mapping[str, run_folder.Curve], y_label: str) -> None:
-        kept = {name: points for name, points in series.items() if points[0]}
-        if kept:
-            charts[title] = folder / file
-            plots.line_chart(folder / file, kept, title=title, x_label="step", y_label=y_label)
-
-    for one in runs:
-        title = one.stage.upper()
-        loss = {"each step": curve(one, "train/loss"), "smoothed": curve(one, "train/loss_ema")}
-        chart(f"{title}: training loss", f"{one.stage}_loss.svg", loss, "nats per token")
-        bpb = {"validation": curve(one, "val/bpb")}
-        chart(f"{title}: validation", f"{one.stage}_bpb.svg", bpb, "bits per byte")
-        steps, reward = curve(one, "rl/reward")
-        rewards = {"each step": (steps, reward), "smoothed": (steps, smoothed(reward))}
-        chart(f"{title}: reward", f"{one.stage}_reward.svg", rewards, "mean reward")
-        lengths = {"answers": curve(one, "rl/answer_tokens")}
-        chart(f"{title}: length of answers", f"{one.stage}_length.svg", lengths, "tokens")
-        passes = {f"pass@{k}": curve(one, f"{PASS}{k}") for k in (1, 2, 4, 8)}
-        chart(f"{title}: pass@k on test problems", f"{one.stage}_pass.svg", passes, "share of problems")
-        names = dict.fromkeys(name for row in one.rows for name in row if name.startswith("chat/"))
-        scores = {name.removeprefix("chat/"): curve(one, name) for name in names}
-        scores = {name: points for name, points in scores.items() if len(points[0]) > 1}
-        chart(f"{title}: tasks during training", f"{one.stage}_chat.svg", scores, "accuracy")
-    return charts
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    state, means = None, []
-    for value in values:
-        state, mean = logger.ema(state, value)
-        means.append(mean)
-    return means
-
-
-def curve(one: RunInfo, name: str) -> run_folder.Curve:
-    return logger.curve(one.rows, name)
 
 
 # Markdown

@@ -484,7 +484,7 @@ def finalize(ctx: RunContext, at: Progress) -> None:
     if not ctx.runtime.is_main:
         return
     rows = logger.read(ctx.folder)
-    draw_curves(ctx.folder, rows)
+    charts = plots.draw_run(rows, ctx.folder, title=ctx.folder.name)
     steps, bpb = logger.curve(rows, "val/bpb")
     if len(steps) > 1:
         print(plots.ascii_chart(steps, bpb, title="validation bits per byte, by step"))
@@ -495,17 +495,5 @@ def finalize(ctx: RunContext, at: Progress) -> None:
         print(f"training: {format_count(speed)} tokens/s, {format_duration(at.tokens / speed)} without evaluations")
     if at.skipped_steps:
         print(f"{at.skipped_steps} steps skipped: non-finite loss or gradient")
-    pictures = "".join(f", {name}" for name in ("loss.svg", "bpb.svg") if (ctx.folder / name).exists())
-    print(f"run folder: {ctx.folder} (checkpoints/, metrics.jsonl, config.json{pictures})")
-
-
-def draw_curves(folder: Path, rows: list[Any]) -> None:
-    """Draw loss.svg and, once there is an evaluation, bpb.svg into the run's folder."""
-    losses = {"each step": logger.curve(rows, "train/loss"), "smoothed": logger.curve(rows, "train/loss_ema")}
-    bpb = {"val": logger.curve(rows, "val/bpb")}
-    if losses["each step"][0]:
-        title = f"{folder.name}: training loss"
-        plots.line_chart(folder / "loss.svg", losses, title=title, x_label="step", y_label="nats per token")
-    if bpb["val"][0]:
-        title = f"{folder.name}: validation"
-        plots.line_chart(folder / "bpb.svg", bpb, title=title, x_label="step", y_label="bits per byte")
+    files = ["checkpoints/", "metrics.jsonl", "config.json", *(path.name for path in charts.values())]
+    print(f"run folder: {ctx.folder} ({', '.join(files)})")

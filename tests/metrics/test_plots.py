@@ -24,10 +24,7 @@ def test_svg_is_well_formed_self_contained_and_deterministic(tmp_path: Path) -> 
     texts = ["".join(text.itertext()) for text in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert {"Loss <of> d4", "step", "nats", "a < b  0.1235"} <= set(texts)
     assert b"<script" not in svg and svg == draw(tmp_path / "b.svg", series)
-
-
-def test_png_is_written(tmp_path: Path) -> None:
-    assert draw(tmp_path / "a.png", {"a": ([1, 2], [1, 2])}).startswith(b"\x89PNG")
+    assert draw(tmp_path / "a.png", series).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("log_y", [False, True])
@@ -36,28 +33,19 @@ def test_missing_values_make_gaps(tmp_path: Path, log_y: bool) -> None:
     assert missing != draw(tmp_path / "b.svg", {"a": ([1, 2, 4, 5], [1, 2, 4, 5])}, log_y=log_y)
 
 
-def test_many_points_make_a_small_file(tmp_path: Path) -> None:
-    n = 100_000
-    svg = draw(tmp_path / "a.svg", {"a": (range(n), [math.sin(i / n) for i in range(n)])})
-    assert len(svg) < 200_000
-
-
-def test_mistakes_are_refused(tmp_path: Path) -> None:
+def test_unwritable_charts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.svg or \.png"):
         draw(tmp_path / "a.gif", {})
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the chart"):
         draw(tmp_path / "file" / "a.svg", {})
-    with pytest.raises(ValueError, match="2 x values and 1 y values"):
-        draw(tmp_path / "a.svg", {"a": ([1, 2], [1])})
-    with pytest.raises(ValueError, match="marks of b"):
-        plots.line_chart(tmp_path / "a.svg", {}, title="", x_label="", y_label="", marks={"b": ([1], [1])})
 
 
-@pytest.mark.parametrize(("encoding", "filled"), [("utf-8", "⠀⣿"), ("ascii", ".':")])
-def test_terminal_curve_falls_and_keeps_its_size(encoding: str, filled: str) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_terminal_curve_falls_and_keeps_its_size(encoding: str) -> None:
     xs = list(range(0, 101, 10))
-    lines = plots.ascii_chart(xs, [10 - x / 10 for x in xs], title="loss", encoding=encoding).splitlines()
+    ys = [math.nan if x == 50 else 10 - x / 10 for x in xs]
+    lines = plots.ascii_chart(xs, ys, title="loss", encoding=encoding).splitlines()
     assert len(lines) == 12 and max(map(len, lines)) <= 64
     assert lines[0] == "loss" and lines[1].lstrip().startswith("10|") and lines[9].lstrip().startswith("0|")
     assert lines[-1].split() == ["0", "100"]
@@ -65,7 +53,6 @@ def test_terminal_curve_falls_and_keeps_its_size(encoding: str, filled: str) -> 
     assert starts == sorted(starts) and all(line.isascii() for line in lines) == (encoding == "ascii")
 
 
-def test_terminal_curve_of_unusual_data() -> None:
+def test_terminal_curve_of_no_and_of_one_point() -> None:
     assert plots.ascii_chart([], [], title="bpb") == "bpb: no data yet"
-    assert "nan" not in plots.ascii_chart([1, 2, 3], [1, NAN, 3], encoding="ascii")
-    assert len(plots.ascii_chart([5], [2.0], encoding="ascii").splitlines()) == 11
+    assert len(plots.ascii_chart([5], [2.0], title="bpb").splitlines()) == 12
