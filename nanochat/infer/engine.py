@@ -1,23 +1,21 @@
 """Continuous batching: many requests, each a row of one KV cache, decoded together one token at a time.
 
     engine = infer.start(params, config, tokenizer, slots=8)
-    for event in infer.run(engine, [infer.Request(prompt), ...]):
-        print(event.key, event.token)
+    for completion in infer.complete(engine, [infer.Request(prompt), ...]):
+        print(tokenizer.decode(completion.tokens))
 
-Rows are independent: each starts when a slot is free, and leaves after its own number of tokens. The device keeps what
-a row's next step needs: its cache, its last drawn token and its sampling settings. Each step the host copies the drawn
-ids, advances each row's tool calls (`tool_use`), and sends one id per row: a forced token, or RESUME for a row that was
-waiting. On a GPU the next step starts before the host has read the last one; a row whose token may need an answer from
-the host then waits for one step.
-
-There are few shapes: the number of rows and their length are rounded up, and rows move into free slots. The step is
-compiled, and replayed as a CUDA graph per shape on a GPU.
+The device keeps what a row's next step needs: its cache, its last drawn token and its sampling settings. Each step the
+host reads the drawn ids, advances tool calls (`tool_use`), and sends one id per row: a forced token, or RESUME for a
+row that was waiting. On a GPU the next step starts before the host has read the last one; a row whose token may need an
+answer from the host then waits for one step. A CUDA graph is recorded per shape; shapes are few, since the number of
+rows and their length are rounded up, and rows move into free slots.
 
 Source: Orca (Yu et al., OSDI 2022).
 """
 
 import dataclasses
 import functools
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -35,42 +33,28 @@ from nanochat.model import Compute, ModelConfig, ParamsLike, kv_cache
 NO_TOKEN, RESUME = -1, -2  # what the host sends a row, besides a token to take
 # The ways of drawing tokens that are compiled; see `sampling.draw`.
 USUAL, GENERAL = {"candidates": 64, "full_vocab": False}, {"candidates": 256, "full_vocab": True}
-MIN_SPAN = {True: 256, False: 32}  # slots, compiled or not: each size is one more to compile
-MIN_PREFILL = 16  # tokens
+ROW_STATE = dict(token=torch.int64, live=torch.bool, temperature=torch.float32, top_k=torch.int64, seed=torch.int64)
+MIN_SPAN, MIN_COMPILED_SPAN, MIN_PREFILL = 32, 256, 16  # tokens; each further size is one more to compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to continue.
+    """A prompt to continue."""
 
-    Attributes:
-        prompt: at least one id.
-        max_tokens: limit on new tokens, tool results included.
-        temperature: 0 takes the most likely token. top_k: draw among the k most likely tokens; 0: among all.
-        seed: the same seed gives the same tokens, whatever else is decoded.
-    """
-
-    prompt: tuple[int, ...]
-    max_tokens: int = 512
-    temperature: float = 0.8
-    top_k: int = 50
-    seed: int = 0
+    prompt: tuple[int, ...]  # at least one id
+    max_tokens: int = 512  # limit on new tokens, tool results included
+    temperature: float = 0.8  # 0 takes the most likely token
+    top_k: int = 50  # draw among the k most likely tokens; 0: among all
+    seed: int = 0  # the same seed gives the same tokens, whatever else is decoded
 
 
 class Event(NamedTuple):
-    """One new token of a row.
-
-    Attributes:
-        key: of the request, as given to `admit`.
-        sampled: False for a token of a tool result.
-        finish: None before the last token; then "stop" (<|assistant_end|> or <|bos|>) or "length" (max_tokens or the
-            context is used up).
-    """
+    """One new token of the request `key`."""
 
     key: Hashable
     token: int
-    sampled: bool
-    finish: str | None
+    sampled: bool  # False for a token of a tool result
+    finish: str | None  # of the last token: "stop" (<|assistant_end|> or <|bos|>), or "length" (no more room)
 
 
 class Completion(NamedTuple):
@@ -88,56 +72,44 @@ class Completion(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Row:
-    """The host's side of a row."""
+    """The host's side of an active request."""
 
     key: Hashable
     request: Request
     slot: int
-    feed: deque[int]  # tokens to take before it draws again
-    resume: bool = False  # it waits with the token that it drew
+    length: int  # in tokens, with the prompt and what is still to feed
+    max_length: int
+    feed: deque[int]  # what to send it in the next steps; it draws after the last
     open_call: tuple[int, ...] | None = None
-    n_new: int = 0
-    done: bool = False
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt) + self.n_new
 
 
-class _PendingStep(NamedTuple):
-    """A dispatched step: its result, when it may be read, and the rows that take a token from it."""
-
-    drawn_B: Tensor
-    ready: torch.cuda.Event | None
-    rows: list[tuple[int, _Row]]
+# A dispatched step: the ids that it draws, when the host may read them, and (slot, row) of the rows that take one.
+_PendingStep = tuple[Tensor, torch.cuda.Event | None, list[tuple[int, _Row]]]
 
 
 @dataclasses.dataclass(eq=False)
 class Engine:
-    """State of the engine, made by `start` and changed by the functions of this file.
-
-    Attributes:
-        context: tokens per row, prompt included.
-        prefilled: the last prompt and its cache, which further samples of it reuse.
-    """
+    """State of the engine, made by `start` and changed by the functions of this file."""
 
     params: dict[str, Any]
     config: ModelConfig
     compute: Compute
     tools: tool_use.ToolTokens
-    context: int
+    context: int  # tokens per row, prompt included
     slots: int
-    exact: bool
+    row_sizes: list[int]  # the numbers of rows, and of tokens that they attend to, which a step is computed for
+    span_sizes: list[int]
     async_depth: int
     owns_params: bool
-    min_span: int
     cache: dict[str, Any]
     row_state: dict[str, Tensor]
     step_fn: Callable[..., Tensor]
     graphs: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] | None
     active: dict[Hashable, _Row] = dataclasses.field(default_factory=dict)
     pending: deque[_PendingStep] = dataclasses.field(default_factory=deque)
-    prefilled: tuple[tuple[int, ...], dict[str, Any]] | None = None
+    prefilled: tuple[tuple[int, ...], kv_cache.CacheLike] | None = (
+        None  # the last prompt, which further samples of it reuse
+    )
 
 
 def start(
@@ -151,7 +123,6 @@ def start(
     dtype: torch.dtype | None = None,
     compile: bool = True,
     exact: bool = False,
-    evaluate: tool_use.Evaluate = tool_use.calculate,
     async_depth: int | None = None,
     copy_params: bool = False,
 ) -> Engine:
@@ -165,12 +136,8 @@ def start(
         compile: compile the decode step, and record CUDA graphs on a GPU.
         exact: always compute all slots at the full context. Otherwise shapes follow the load, and with them the
             rounding of matrix products, so that a seed may give another token where two are almost equally likely.
-        evaluate: expression of a tool call -> result, or None.
         async_depth: steps dispatched before the last one is read, 0 or 1; None: 1 on a GPU.
         copy_params: own all parameters, so that `load_params_` may overwrite them.
-
-    Raises:
-        UserError: slots or context out of range.
     """
     device = torch.device(device or params["wte"].device)
     dtype = dtype or params["wte"].dtype
@@ -185,35 +152,30 @@ def start(
         name: x.detach().to(device, dtype if x.dim() > 1 else x.dtype, copy=copy_params)
         for name, x in tree.flatten(params).items()
     }
+    tools, compute = tool_use.tool_tokens(tokenizer), Compute(dtype)
     cache = kv_cache.empty(config, slots, context, dtype=dtype, device=device)
-    dtypes = {"token": torch.int64, "live": torch.bool, "temperature": torch.float32}
-    dtypes |= {"top_k": torch.int64, "seed": torch.int64}
+    step_fn = compiling.compile_fn(_step_, device=device, dynamic=None) if compile else _step_
     return Engine(
         params=model.fuse_qkv(tree.nest(stored)),
         config=config,
-        compute=Compute(dtype),
-        tools=tool_use.tool_tokens(tokenizer, evaluate),
+        compute=compute,
+        tools=tools,
         context=context,
         slots=slots,
-        exact=exact,
+        row_sizes=[slots] if exact else _sizes(1, slots),
+        span_sizes=[context] if exact else _sizes(MIN_COMPILED_SPAN if compile else MIN_SPAN, context),
         async_depth=async_depth if async_depth is not None else int(device.type == "cuda"),
         owns_params=copy_params,
-        min_span=MIN_SPAN[compile],
         cache=tree.nest(tree.flatten(cache)),
-        row_state={name: torch.zeros(slots, dtype=dtype, device=device) for name, dtype in dtypes.items()},
-        step_fn=compiling.compile_fn(_step_, device=device, dynamic=None) if compile else _step_,
+        row_state={name: torch.zeros(slots, dtype=dtype, device=device) for name, dtype in ROW_STATE.items()},
+        step_fn=functools.partial(step_fn, config=config, compute=compute, blocking=tools.blocking),
         graphs={} if compile and device.type == "cuda" else None,
     )
 
 
 @torch.no_grad()
 def load_params_(engine: Engine, params: ParamsLike) -> None:
-    """Overwrite the engine's parameters; compiled code and CUDA graphs stay valid.
-
-    Raises:
-        ValueError: the parameters are of another config, the engine does not own its parameters, or requests are
-            active.
-    """
+    """Overwrite the parameters of an idle engine; compiled code and CUDA graphs stay valid."""
     if not engine.owns_params:
         raise ValueError("the engine shares its parameters with the caller: start it with copy_params=True")
     if engine.active:
@@ -232,17 +194,10 @@ def free_slots(engine: Engine) -> int:
 
 @torch.no_grad()
 def admit(engine: Engine, key: Hashable, request: Request) -> None:
-    """Give a request a free slot and prefill its prompt; the same prompt twice in a row is computed once.
-
-    Raises:
-        UserError: the prompt is empty, too long, or has an unknown id; another field is out of range; no slot is free;
-            or the key is in use.
-    """
-    prompt = request.prompt
-    if not prompt or not all(0 <= token < engine.config.vocab_size for token in prompt):
-        raise UserError(
-            f"prompt of {len(prompt)} tokens: expected at least one, within 0 … {engine.config.vocab_size - 1}"
-        )
+    """Give a request a free slot and prefill its prompt; the same prompt twice in a row is computed once."""
+    prompt, largest = request.prompt, engine.config.vocab_size - 1
+    if not prompt or not all(0 <= token <= largest for token in prompt):
+        raise UserError(f"prompt of {len(prompt)} tokens: expected at least one, within 0 … {largest}")
     if len(prompt) >= engine.context:
         raise UserError(f"prompt of {len(prompt)} tokens: the context of {engine.context} leaves no room for an answer")
     if key in engine.active or not free_slots(engine):
@@ -250,29 +205,27 @@ def admit(engine: Engine, key: Hashable, request: Request) -> None:
     if request.max_tokens < 1:
         raise UserError(f"max_tokens={request.max_tokens}: expected at least 1")
     if not (request.temperature >= 0 and request.top_k >= 0 and -(2**63) <= request.seed < 2**63):
-        raise UserError(
-            f"temperature={request.temperature}, top_k={request.top_k}, seed={request.seed}: expected 0 or more for "
-            "the first two, and a seed of 64 bits"
-        )
+        settings = f"temperature={request.temperature}, top_k={request.top_k}, seed={request.seed}"
+        raise UserError(f"{settings}: expected 0 or more for the first two, and a seed of 64 bits")
     if engine.prefilled is None or engine.prefilled[0] != prompt:
         engine.prefilled = (prompt, _prefill(engine, prompt[:-1]))
-    taken = {row.slot for row in engine.active.values()}
-    slot = next(i for i in range(engine.slots) if i not in taken)
+    slot = min(set(range(engine.slots)) - {row.slot for row in engine.active.values()})
     kv_cache.copy_row_(engine.cache, slot, engine.prefilled[1])
     top_k = request.top_k if request.temperature > 0 else 1
-    values = {"temperature": request.temperature, "top_k": top_k, "seed": request.seed, "live": False}
-    for name, value in values.items():
+    state = {"live": False, "temperature": request.temperature, "top_k": top_k, "seed": request.seed}
+    for name, value in state.items():
         engine.row_state[name][slot] = value
-    engine.active[key] = _Row(key, request, slot, deque([prompt[-1]]))
+    max_length = min(len(prompt) + request.max_tokens, engine.context)
+    engine.active[key] = _Row(key, request, slot, len(prompt), max_length, deque([prompt[-1]]))
 
 
-def _prefill(engine: Engine, tokens: tuple[int, ...]) -> dict[str, Any]:
+def _prefill(engine: Engine, tokens: tuple[int, ...]) -> kv_cache.CacheLike:
     """Return a cache with one row that holds these tokens."""
-    width = _round_up(max(len(tokens), 1), MIN_PREFILL, engine.context)
+    width = _round_up(len(tokens), _sizes(MIN_PREFILL, engine.context))
     config, compute, device = engine.config, engine.compute, engine.row_state["token"].device
     cache = kv_cache.empty(config, 1, width, dtype=compute.dtype or torch.float32, device=device)
     if not tokens:
-        return tree.nest(tree.flatten(cache))
+        return cache
     padded_BT = torch.tensor([[*tokens, *[0] * (width - len(tokens))]], device=device)
     added_B = torch.tensor([len(tokens)], device=device)
     return model.decode_features(
@@ -282,42 +235,30 @@ def _prefill(engine: Engine, tokens: tuple[int, ...]) -> dict[str, Any]:
 
 def cancel(engine: Engine, key: Hashable) -> None:
     """Remove a row and free its slot; unknown keys are ignored, since the row may just have finished."""
-    row = engine.active.pop(key, None)
-    if row is not None:
-        row.done = True
+    if row := engine.active.pop(key, None):
         engine.row_state["live"][row.slot] = False
 
 
 @torch.no_grad()
 def step(engine: Engine) -> list[Event]:
-    """Decode one token of every row, and return the events of the step dispatched `async_depth` steps before.
-
-    A row that takes forced tokens has no event in that step; it had all of them when its tool call ended.
-    """
+    """Start to decode one token of every row; returns the events of the step started `async_depth` steps before."""
     if engine.active:
         engine.pending.append(_dispatch_step(engine))
-    if len(engine.pending) > engine.async_depth or not engine.active:
-        return _collect_step(engine, engine.pending.popleft()) if engine.pending else []
+    if engine.pending and (len(engine.pending) > engine.async_depth or not engine.active):
+        return _collect_step(engine, *engine.pending.popleft())
     return []
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> Generator[Event, None, None]:
-    """Yield the events of any number of requests as they come; keys are their indices.
-
-    If the caller stops early, active requests are cancelled.
-
-    Raises:
-        UserError: see `admit`.
-    """
-    waiting, n_started = deque(enumerate(requests)), 0
+    """Yield the events of requests, keyed by their index, as they come; if the caller stops early, cancel them."""
+    waiting = deque(enumerate(requests))
     try:
         while waiting or engine.active:
             while waiting and free_slots(engine):
                 admit(engine, *waiting.popleft())
-                n_started += 1
             yield from step(engine)
     finally:
-        for key in range(n_started):
+        for key in tuple(engine.active):
             cancel(engine, key)
 
 
@@ -338,47 +279,39 @@ def complete(engine: Engine, requests: Sequence[Request]) -> Generator[Completio
 
 @torch.no_grad()
 def warm_up(engine: Engine) -> None:
-    """Compile, and on a GPU record, the step for every shape, instead of at the first request that needs it.
-
-    Takes minutes if the compiler's cache is cold. The engine must have no requests.
-    """
+    """Compile (and record) the step of an idle engine for every shape: minutes, if the compiler's cache is cold."""
     assert not engine.active
-    for n_rows in [engine.slots] if engine.exact else _round_up_values(1, engine.slots):
-        for span in [engine.context] if engine.exact else _round_up_values(engine.min_span, engine.context):
-            for draw_settings in (USUAL, GENERAL):
-                _run_step(engine, torch.full((n_rows,), NO_TOKEN), n_rows, span=span, **draw_settings)
+    for n_rows, span, draw_settings in itertools.product(engine.row_sizes, engine.span_sizes, (USUAL, GENERAL)):
+        _run_step(engine, torch.full((n_rows,), NO_TOKEN), n_rows, span=span, **draw_settings)
 
 
-def _round_up(n: int, least: int, most: int) -> int:
-    """Return the smallest least·2ⁱ that is at least `n`, or `most`."""
-    while least < n:
+def _sizes(least: int, most: int) -> list[int]:
+    """Return every least·2ⁱ below `most`, and `most`."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
         least *= 2
-    return min(least, most)
+    return [*sizes, most]
 
 
-def _round_up_values(least: int, most: int) -> list[int]:
-    values = [min(least, most)]
-    while values[-1] < most:
-        values.append(_round_up(values[-1] + 1, least, most))
-    return values
+def _round_up(n: int, sizes: Sequence[int]) -> int:
+    return next(size for size in sizes if size >= n)
 
 
 def _dispatch_step(engine: Engine) -> _PendingStep:
     """Start a step of all rows without waiting for it."""
-    n_used, longest = _compact_slots(engine), max(row.length for row in engine.active.values()) + engine.async_depth
-    n_rows = engine.slots if engine.exact else _round_up(n_used, 1, engine.slots)
-    span = engine.context if engine.exact else _round_up(longest, engine.min_span, engine.context)
+    n_rows = _round_up(_compact_slots(engine), engine.row_sizes)
+    longest = max(row.length for row in engine.active.values()) + engine.async_depth
+    span = _round_up(longest, engine.span_sizes)
     control, rows = [NO_TOKEN] * n_rows, []
     for row in engine.active.values():
         if row.feed:
             control[row.slot] = row.feed.popleft()
-        elif row.resume:
-            control[row.slot], row.resume = RESUME, False
         if not row.feed:
             rows.append((row.slot, row))
     draw_settings = _draw_settings([row.request for row in engine.active.values()], engine.config.vocab_size)
     drawn_B, ready = _run_step(engine, torch.tensor(control), n_rows, span=span, **draw_settings)
-    return _PendingStep(drawn_B, ready, rows)
+    return drawn_B, ready, rows
 
 
 def _draw_settings(requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
@@ -392,15 +325,12 @@ def _draw_settings(requests: Sequence[Request], vocab_size: int) -> dict[str, An
 def _compact_slots(engine: Engine) -> int:
     """Move the last rows into free slots where that halves the batch; returns the number of slots in use."""
     rows = sorted(engine.active.values(), key=lambda row: row.slot)
-    fewest = _round_up(len(rows), 1, engine.slots)
-    free = iter(sorted(set(range(fewest)) - {row.slot for row in rows}))
-    for row in rows:
-        if row.slot < fewest or engine.exact:
-            continue
-        slot, source = next(free), row.slot
-        kv_cache.copy_row_(engine.cache, slot, engine.cache, source)
+    fewest = _round_up(len(rows), engine.row_sizes)
+    free = sorted(set(range(fewest)) - {row.slot for row in rows})
+    for row, slot in zip((row for row in rows if row.slot >= fewest), free):
+        kv_cache.copy_row_(engine.cache, slot, engine.cache, row.slot)
         for x in engine.row_state.values():
-            x[slot] = x[source]
+            x[slot] = x[row.slot]
         # A pending step may still draw for the old slot: it runs before this copy, and is read by its old slot.
         row.slot = slot
     return max(row.slot for row in rows) + 1
@@ -412,13 +342,12 @@ def _run_step(
     """Run the step for the first rows; returns the drawn ids on the host, and the event after which they are valid."""
     cache = kv_cache.first_rows(engine.cache, n_rows)
     row_state = {name: x[:n_rows] for name, x in engine.row_state.items()}
-    settings = {"config": engine.config, "compute": engine.compute, "blocking": engine.tools.blocking, **shape_settings}
+    step_fn = functools.partial(engine.step_fn, engine.params, cache, row_state, **shape_settings)
     if engine.graphs is None:
-        drawn_B = engine.step_fn(engine.params, cache, row_state, control_B.to(row_state["token"].device), **settings)
-        return drawn_B.cpu(), None
+        return step_fn(control_B.to(row_state["token"].device)).cpu(), None
     shape = (n_rows, *shape_settings.values())
     if shape not in engine.graphs:
-        engine.graphs[shape] = _capture_graph(engine, cache, row_state, settings)
+        engine.graphs[shape] = _capture_graph(step_fn, cache, row_state)
     graph, input_B, output_B = engine.graphs[shape]
     input_B.copy_(control_B.pin_memory(), non_blocking=True)
     graph.replay()
@@ -430,7 +359,7 @@ def _run_step(
 
 
 def _capture_graph(
-    engine: Engine, cache: dict[str, Any], row_state: dict[str, Tensor], settings: dict[str, Any]
+    step_fn: Callable[[Tensor], Tensor], cache: dict[str, Any], row_state: dict[str, Tensor]
 ) -> tuple[Any, Tensor, Tensor]:
     """Return (CUDA graph, its input, its output) of the step at this shape.
 
@@ -440,40 +369,39 @@ def _capture_graph(
     input_B = torch.full_like(row_state["token"], NO_TOKEN)
     changed = [cache["length"], cache["before"], row_state["token"], row_state["live"]]
     saved = [x.clone() for x in changed]
-
-    def call() -> Tensor:
-        return engine.step_fn(engine.params, cache, row_state, input_B, **settings)
-
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            call()
+            step_fn(input_B)
     torch.cuda.current_stream().wait_stream(side)
     for x, old in zip(changed, saved):
         x.copy_(old)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output_B = call()
+        output_B = step_fn(input_B)
     return graph, input_B, output_B
 
 
-def _collect_step(engine: Engine, pending: _PendingStep) -> list[Event]:
+def _collect_step(
+    engine: Engine, drawn_B: Tensor, ready: torch.cuda.Event | None, rows: Sequence[tuple[int, _Row]]
+) -> list[Event]:
     """Read a step's result and advance its rows."""
-    if pending.ready is not None:
-        pending.ready.synchronize()
-    drawn, events = pending.drawn_B.tolist(), []
-    for slot, row in pending.rows:
-        if row.done or drawn[slot] == NO_TOKEN:
-            continue
+    if ready is not None:
+        ready.synchronize()
+    drawn, events = drawn_B.tolist(), []
+    for slot, row in rows:
         token = drawn[slot]
+        if token == NO_TOKEN or engine.active.get(row.key) is not row:  # it waits, or has ended meanwhile
+            continue
         row.open_call, forced = tool_use.step(engine.tools, row.open_call, token)
-        row.feed.extend((token, *forced) if forced else ())
-        row.resume = token == engine.tools.call_end and not forced
+        if forced:
+            row.feed.extend((token, *forced))
+        elif token == engine.tools.call_end:
+            row.feed.append(RESUME)
         for i, new in enumerate((token, *forced)):
-            row.n_new += 1
-            full = row.n_new >= row.request.max_tokens or row.length >= engine.context
-            finish = "stop" if new in engine.tools.stops else "length" if full else None
+            row.length += 1
+            finish = "stop" if new in engine.tools.stops else "length" if row.length == row.max_length else None
             events.append(Event(row.key, new, i == 0, finish))
             if finish:
                 cancel(engine, row.key)

@@ -98,23 +98,15 @@ def _count(expression: str) -> int:
     raise _NoResult
 
 
-Evaluate = Callable[[str], str | None]
-
-
 class ToolTokens(NamedTuple):
-    """Special tokens of tool calls, and the function that evaluates an expression.
+    """Special tokens that matter to a row."""
 
-    Attributes:
-        stops: tokens that end a row.
-    """
-
-    stops: frozenset[int]
+    stops: frozenset[int]  # they end it
     call_start: int
     call_end: int
     output_start: int
     output_end: int
     tokenizer: Tokenizer
-    evaluate: Evaluate = calculate
 
     @property
     def blocking(self) -> tuple[int, ...]:
@@ -122,11 +114,11 @@ class ToolTokens(NamedTuple):
         return (*sorted(self.stops), self.call_end)
 
 
-def tool_tokens(tokenizer: Tokenizer, evaluate: Evaluate = calculate) -> ToolTokens:
+def tool_tokens(tokenizer: Tokenizer) -> ToolTokens:
     special = tokenizer.special
     stops = frozenset((special("<|assistant_end|>"), tokenizer.bos))
     call = special("<|python_start|>"), special("<|python_end|>")
-    return ToolTokens(stops, *call, special("<|output_start|>"), special("<|output_end|>"), tokenizer, evaluate)
+    return ToolTokens(stops, *call, special("<|output_start|>"), special("<|output_end|>"), tokenizer)
 
 
 def step(
@@ -139,7 +131,7 @@ def step(
         return None, ()
     if token != tools.call_end:
         return (*open_call, token), ()
-    result = tools.evaluate(tools.tokenizer.decode(open_call))
+    result = calculate(tools.tokenizer.decode(open_call))
     if result is None:
         return None, ()
     return None, (tools.output_start, *tools.tokenizer.encode(result), tools.output_end)

@@ -1,7 +1,8 @@
-"""The engine: equal to the plain sampler, independent rows, continuous batching, tool calls, ends, shapes."""
+"""The engine: equal to loops without a cache under random loads; independent rows, tool calls, ends, shapes."""
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,28 +15,28 @@ from nanochat import model, tree
 from nanochat.config import UserError
 from nanochat.data import SPECIALS, Tokenizer
 from nanochat.infer import Engine, Event, Request, engine, sampling, tool_use
-from nanochat.model import ModelConfig, kv_cache
 
 TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
 CONFIG = dataclasses.replace(WINDOWED, vocab_size=TOKENIZER.vocab_size, n_layer=3)
-BOS, STOP = TOKENIZER.bos, TOKENIZER.special("<|assistant_end|>")
+PARAMS = random_params(CONFIG)
+TOOLS = tool_use.tool_tokens(TOKENIZER)
+Made = list[tuple[int, bool, str | None]]  # token, sampled, finish
 
 
 def start(slots: int = 4, **settings: Any) -> Engine:
-    how: dict[str, Any] = {"compile": False} | settings
-    return engine.start(random_params(CONFIG), CONFIG, TOKENIZER, slots=slots, **how)
+    return engine.start(PARAMS, CONFIG, TOKENIZER, slots=slots, **{"compile": False} | settings)
 
 
 def prompt(n: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
-def rows(events: Iterable[Event]) -> dict[int, list[int]]:
+def rows(events: Iterable[Event]) -> dict[Any, list[int]]:
     """Return {key: its tokens}, and check that each row ends once."""
-    tokens: dict[int, list[int]] = {}
-    ended: set[int] = set()
+    tokens: dict[Any, list[int]] = {}
+    ended = set()
     for event in events:
-        assert isinstance(event.key, int) and event.key not in ended
+        assert event.key not in ended
         tokens.setdefault(event.key, []).append(event.token)
         if event.finish:
             ended.add(event.key)
@@ -43,178 +44,158 @@ def rows(events: Iterable[Event]) -> dict[int, list[int]]:
     return tokens
 
 
-def plain(request: Request, params=None, config: ModelConfig = CONFIG) -> list[int]:
-    """Return what the plain sampler makes of a greedy request, ended by the same tokens."""
-    tokens = sampling.sample(
-        params if params is not None else random_params(config),
-        request.prompt,
-        lambda params, tokens_BT: model.apply(params, tokens_BT, config=config),
-        max_tokens=request.max_tokens,
-    )
-    ends = [i for i, token in enumerate(tokens) if token in (BOS, STOP)]
-    return tokens[: ends[0] + 1] if ends else tokens
+def ids(text: str) -> list[int]:
+    """Return the ids of a text in which the names of special tokens stand for them."""
+    tokens: list[int] = []
+    while text:
+        name = next((name for name in SPECIALS if text.startswith(name)), None)
+        tokens += [TOKENIZER.special(name)] if name else TOKENIZER.encode(text[0])
+        text = text[len(name or text[0]) :]
+    return tokens
+
+
+Script = dict[int, int]  # position -> the token that a row has to draw there
+
+
+def follow_scripts(monkeypatch: pytest.MonkeyPatch, scripts: dict[int, Script]) -> None:
+    """Replace what the row of seed `s` draws by the tokens of scripts[s]."""
+    draw = sampling.draw
+
+    def drawn(logits_BV: Tensor, *, seed_B: Tensor, position_B: Tensor, **settings: Any) -> Tensor:
+        token_B = draw(logits_BV, seed_B=seed_B, position_B=position_B, **settings)
+        for row, (seed, position) in enumerate(zip(seed_B.tolist(), position_B.tolist())):
+            token_B[row] = scripts[seed].get(position, int(token_B[row]))
+        return token_B
+
+    monkeypatch.setattr(sampling, "draw", drawn)
+
+
+@torch.no_grad()
+def plain(request: Request, script: Script | None = None, context: int = 256) -> Made:
+    """Return what the most likely tokens, a script and the tools make of a request, by whole forwards."""
+    row, made, call = list(request.prompt), [], None
+    while True:
+        logits_BTV = model.apply(PARAMS, torch.tensor([row]), config=CONFIG)
+        token = (script or {}).get(len(row), int(logits_BTV[0, -1].argmax()))
+        call, forced = tool_use.step(TOOLS, call, token)
+        for i, new in enumerate((token, *forced)):
+            row.append(new)
+            full = len(made) + 1 >= request.max_tokens or len(row) >= context
+            finish = "stop" if new in TOOLS.stops else "length" if full else None
+            made.append((new, i == 0, finish))
+            if finish:
+                return made
+
+
+# Calls that end, fail, begin anew, or never end, and stops
+CALLS = [
+    "<|python_start|>12*3<|python_end|>",
+    "<|python_start|>1/0<|python_end|>",
+    "<|python_start|>7<|python_start|>2+2<|python_end|>",
+    "<|python_start|>100,000*3<|python_end|><|python_start|>2-5<|python_end|>",
+    "<|python_start|>'aaaa'.count('a')<|python_end|>",
+    "<|python_start|>1+",
+    "<|python_end|>",
+    "<|output_start|>x",
+    "<|assistant_end|>",
+]
+
+
+def random_requests(rng: random.Random, context: int) -> tuple[list[Request], dict[int, Script]]:
+    """Return requests, some with the same prompt or up to the context, and the scripts of their seeds."""
+    lengths = [rng.choice((1, 2, 5, context - 1, rng.randint(1, context - 1))) for _ in range(6)]
+    prompts = [prompt(length, rng.randrange(100)) for length in lengths]
+    requests, scripts = [], {}
+    for seed in range(rng.randint(4, 10)):
+        chosen, script = rng.choice(prompts), {}
+        position = len(chosen) + rng.randrange(6)
+        for _ in range(rng.randrange(3)):
+            tokens = ids(rng.choice(CALLS))
+            script |= dict(enumerate(tokens, start=position))
+            position += len(tokens) + rng.randrange(5)
+        settings = {"max_tokens": rng.choice((1, 2, 3, 8, 30)), "top_k": rng.choice((0, 1, 50, 100))}
+        requests.append(Request(chosen, temperature=0, seed=seed, **settings))
+        scripts[seed] = script
+    return requests, scripts
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("async_depth", [0, 1])
+def test_random_loads_equal_a_loop_without_cache(monkeypatch: pytest.MonkeyPatch, seed: int, async_depth: int):
+    rng = random.Random(f"{seed} {async_depth}")
+    context = rng.choice((20, 60, 150, 256, 300))  # within the shortest window, and over it
+    requests, scripts = random_requests(rng, context)
+    expected = [plain(request, scripts[request.seed], context) for request in requests]
+    follow_scripts(monkeypatch, scripts)
+    llm = start(slots=rng.randint(1, 5), context=context, exact=rng.random() < 0.2, async_depth=async_depth)
+    made: dict[Any, Made] = {key: [] for key in range(len(requests))}
+    n_admitted, cancelled = 0, set()
+    while n_admitted < len(requests) or llm.active:
+        chance = rng.random()
+        if n_admitted < len(requests) and engine.free_slots(llm) and chance < 0.5:
+            engine.admit(llm, n_admitted, requests[n_admitted])
+            n_admitted += 1
+        elif llm.active and chance > 0.97:
+            cancelled.add(key := rng.choice(list(llm.active)))
+            engine.cancel(llm, key)
+            engine.cancel(llm, key)  # a second time: ignored
+        else:
+            for event in engine.step(llm):
+                assert event.key not in cancelled
+                made[event.key].append((event.token, event.sampled, event.finish))
+    for key, (got, want) in enumerate(zip(made.values(), expected)):
+        assert got == (want[: len(got)] if key in cancelled else want), f"request {key} of {requests}, {scripts[key]}"
+    assert engine.free_slots(llm) == llm.slots
+    assert int(llm.cache["length"].max()) <= context
 
 
 @pytest.mark.parametrize("async_depth", [0, 1])
-def test_greedy_matches_plain_sampler_for_any_load(async_depth: int):
-    requests = [Request(prompt(n, n), max_tokens=m, temperature=0) for n, m in ((1, 9), (5, 30), (40, 3), (129, 20))]
-    requests += [Request(prompt(n, n), max_tokens=12, temperature=0) for n in (2, 130, 7, 16, 17)]
-    got = rows(engine.run(start(slots=3, async_depth=async_depth), requests))
-    assert got == {i: plain(request) for i, request in enumerate(requests)}
+def test_tool_calls_force_their_result_into_the_row(monkeypatch: pytest.MonkeyPatch, async_depth: int):
+    texts = [
+        "I say <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|> so 36.<|assistant_end|>",
+        "<|python_start|>1/0<|python_end|> nothing<|assistant_end|>",  # no result: it continues by itself
+        "<|python_end|>x<|output_start|>y<|assistant_end|>",  # markers out of place are tokens like others
+        "<|python_start|>7<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|><|bos|>",
+    ]
+    follow_scripts(monkeypatch, {i: dict(enumerate(ids(text), start=5)) for i, text in enumerate(texts)})
+    llm = start(async_depth=async_depth)
+    completions = list(engine.complete(llm, [Request(prompt(5, i), seed=i) for i in range(len(texts))]))
+    assert [completion.tokens for completion in completions] == [ids(text) for text in texts]
+    forced = [token for token, sampled in zip(completions[0].tokens, completions[0].sampled) if not sampled]
+    assert forced == ids("<|output_start|>36<|output_end|>") and all(completions[1].sampled)
+    assert {completion.finish for completion in completions} == {"stop"}
+    assert completions[0].content == completions[0].tokens[:-1]
+    (cut,) = engine.complete(llm, [Request(prompt(5), max_tokens=3)])
+    assert cut.finish == "length" and cut.content == cut.tokens == ids(texts[0])[:3]
 
 
 def test_seeded_row_does_not_depend_on_other_rows():
-    mine = Request(prompt(20), max_tokens=25, temperature=1.0, top_k=50, seed=7)
-    alone = rows(engine.run(start(slots=1), [mine]))[0]
+    request = Request(prompt(20), max_tokens=25, temperature=1.0, top_k=50, seed=7)
+    alone = rows(engine.run(start(slots=1), [request]))[0]
     assert len(alone) > 5
     others = [
         Request(prompt(n, n), max_tokens=n, temperature=t, top_k=k, seed=n)
         for n, t, k in ((30, 1.0, 0), (3, 0.0, 50), (11, 2.0, 200), (25, 0.5, 1), (18, 1.0, 50))
     ]
-    for where, async_depth in itertools.product((0, 2, 5), (0, 1)):
-        batch = [*others[:where], mine, *others[where:]]
-        assert rows(engine.run(start(slots=3, async_depth=async_depth), batch))[where] == alone
-    assert rows(engine.run(start(slots=2, exact=True), [mine, *others]))[0] == alone
-    other = dataclasses.replace(mine, seed=8)
-    assert rows(engine.run(start(), [other]))[0] != alone
+    for index, async_depth in itertools.product((0, 2, 5), (0, 1)):
+        batch = [*others[:index], request, *others[index:]]
+        assert rows(engine.run(start(slots=3, async_depth=async_depth), batch))[index] == alone
+    assert rows(engine.run(start(slots=2, exact=True), [request, *others]))[0] == alone
+    assert rows(engine.run(start(), [dataclasses.replace(request, seed=8)]))[0] != alone
 
 
 def test_samples_of_one_prompt_share_the_prefill(monkeypatch: pytest.MonkeyPatch):
     calls = []
     features = engine.model.decode_features
 
-    def counted(*args, empty_cache: bool = False, **kwargs):
+    def counted(*args: Any, empty_cache: bool = False, **settings: Any) -> Any:
         calls.append(empty_cache)
-        return features(*args, empty_cache=empty_cache, **kwargs)
+        return features(*args, empty_cache=empty_cache, **settings)
 
     monkeypatch.setattr(engine.model, "decode_features", counted)
     requests = [Request(prompt(30), max_tokens=8, temperature=1.0, seed=i) for i in range(4)]
     got = rows(engine.run(start(), requests))
     assert calls.count(True) == 1 and len({tuple(x) for x in got.values()}) == 4
-
-
-# --- a model that says what it is told: draws come from a script by seed and position -------------------------------
-
-
-def script(monkeypatch: pytest.MonkeyPatch, texts: dict[int, list[int]], n_prompt: int) -> None:
-    """Let row `seed` draw texts[seed], one after the other from position n_prompt on, forced positions included."""
-
-    def drawn(logits_BV: Tensor, *, seed_B: Tensor, position_B: Tensor, **_) -> Tensor:
-        out = []
-        for seed, position in zip(seed_B.tolist(), position_B.tolist()):
-            text = texts[seed]
-            out.append(text[min(position - n_prompt, len(text) - 1)] if position >= n_prompt else 0)
-        return torch.tensor(out)
-
-    monkeypatch.setattr(sampling, "draw", drawn)
-
-
-def ids(text: str) -> list[int]:
-    """Return the ids of a text in which the names of special tokens stand for them."""
-    found: list[int] = []
-    while text:
-        name = next((name for name in SPECIALS if text.startswith(name)), None)
-        found += [TOKENIZER.special(name)] if name else TOKENIZER.encode(text[0])
-        text = text[len(name or text[0]) :]
-    return found
-
-
-CALL = "I say <|python_start|>12*3<|python_end|>"
-OUTPUT = "<|output_start|>36<|output_end|>"
-
-
-@pytest.mark.parametrize("async_depth", [0, 1])
-def test_tool_calls_force_their_result_into_the_row(monkeypatch: pytest.MonkeyPatch, async_depth: int):
-    whole = [
-        CALL + OUTPUT + " so 36.<|assistant_end|>",
-        "<|python_start|>1/0<|python_end|> nothing<|assistant_end|>",  # no result: it goes on by itself
-        "plain<|assistant_end|>",
-        "<|python_end|>x<|output_start|>y<|assistant_end|>",  # markers out of place are tokens like others
-        "<|python_start|>7<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|><|bos|>",
-        "<|python_start|>'strawberry'.count('r')<|python_end|><|output_start|>3<|output_end|>!<|assistant_end|>",
-    ]
-    n_prompt = 5
-    script(monkeypatch, {i: ids(text) for i, text in enumerate(whole)}, n_prompt)
-    llm = start(slots=4, async_depth=async_depth)
-    requests = [Request(prompt(n_prompt, i), seed=i) for i in range(len(whole))]
-    events = list(engine.run(llm, requests))
-    assert rows(events) == {i: ids(text) for i, text in enumerate(whole)}
-    forced = [event.token for event in events if event.key == 0 and not event.sampled]
-    assert forced == ids(OUTPUT)
-    assert [e.sampled for e in events if e.key in (1, 2, 3)] == [True] * sum(len(ids(t)) for t in whole[1:4])
-    assert {e.finish for e in events} == {None, "stop"}
-    assert engine.free_slots(llm) == 4
-
-
-@pytest.mark.parametrize("async_depth", [0, 1])
-def test_cache_matches_events_after_waiting_forcing_and_moving(monkeypatch: pytest.MonkeyPatch, async_depth: int):
-    """Waiting, forcing and moving leave no trace: the cache is that of the whole row in one piece."""
-    text = ids(CALL + OUTPUT + " and on and on and on")
-    fillers = {i: ids("x" * (3 * i) + "<|assistant_end|>") for i in range(1, 4)}
-    script(monkeypatch, {0: text, **fillers}, 5)
-    llm = start(slots=4, async_depth=async_depth)
-    for i in (1, 2, 3):
-        engine.admit(llm, i, Request(prompt(5, i), seed=i))
-    engine.admit(llm, 0, Request(prompt(5), seed=0))  # in the last slot, until the others have gone
-    made: list[int] = []
-    while len(made) < len(text):
-        made += [event.token for event in engine.step(llm) if event.key == 0]
-    row = llm.active[0]
-    assert row.slot == 0, "it has moved"
-    sequence = [*prompt(5), *made]
-    length = int(llm.cache["length"][0])
-    assert len(sequence) - 1 <= length <= len(sequence) + async_depth
-    _, want = model.decode(
-        random_params(CONFIG),
-        torch.tensor([sequence[: len(sequence) - 1]]),
-        kv_cache.empty(CONFIG, 1, len(sequence) - 1),
-        config=CONFIG,
-    )
-    for i in range(CONFIG.n_layer):
-        for name in ("k", "v"):
-            got = llm.cache["layers"][str(i)][name][0, : len(sequence) - 1]
-            torch.testing.assert_close(got, want["layers"][str(i)][name][0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("async_depth", [0, 1])
-@pytest.mark.parametrize("max_tokens", range(1, 22))
-def test_max_tokens_counts_forced_tokens_and_ends_anywhere(
-    monkeypatch: pytest.MonkeyPatch, max_tokens: int, async_depth: int
-):
-    text = ids(CALL + OUTPUT + "<|assistant_end|>")
-    script(monkeypatch, {0: text}, 5)
-    events = list(engine.run(start(slots=1, async_depth=async_depth), [Request(prompt(5), max_tokens=max_tokens)]))
-    assert [event.token for event in events] == text[:max_tokens]
-    assert events[-1].finish == ("stop" if max_tokens >= len(text) else "length")
-
-
-@pytest.mark.parametrize("async_depth", [0, 1])
-def test_row_ends_at_the_context_while_others_continue(async_depth: int):
-    tries = (Request(prompt(30, seed), max_tokens=12, temperature=0) for seed in range(100))
-    long = next(request for request in tries if len(plain(request)) == 12)  # one that does not stop by itself
-    long, other = dataclasses.replace(long, max_tokens=500), Request(prompt(4), max_tokens=35, temperature=0)
-    llm = start(slots=2, context=40, async_depth=async_depth)
-    got = rows(engine.run(llm, [long, other]))
-    assert len(got[0]) == 10 and got[0] == plain(dataclasses.replace(long, max_tokens=10))
-    assert got[1] == plain(other)
-
-
-def test_cancelled_row_frees_its_slot_at_once():
-    llm = start(slots=2)
-    for key in ("a", "b"):
-        engine.admit(llm, key, Request(prompt(5), max_tokens=50, temperature=0))
-    engine.step(llm)
-    engine.cancel(llm, "a")
-    engine.cancel(llm, "never there")
-    assert engine.free_slots(llm) == 1
-    assert {event.key for event in engine.step(llm)} == {"b"}
-    engine.admit(llm, "c", Request(prompt(9, 9), max_tokens=5, temperature=0))
-    seen: dict[object, list[int]] = {}
-    while engine.free_slots(llm) < 2:
-        for event in engine.step(llm):
-            seen.setdefault(event.key, []).append(event.token)
-    assert seen["c"] == plain(Request(prompt(9, 9), max_tokens=5))
-    assert engine.step(llm) == []
 
 
 @pytest.mark.parametrize("async_depth", [0, 1])
@@ -227,12 +208,12 @@ def test_closing_the_iterator_cancels_active_rows(async_depth: int):
     assert engine.free_slots(llm) == 2
     with pytest.raises(UserError, match="at least one"):
         list(engine.run(llm, [requests[0], Request(())]))
-    assert rows(engine.run(llm, requests)) == {i: plain(request) for i, request in enumerate(requests)}
+    assert rows(engine.run(llm, requests)) == {i: [x for x, *_ in plain(r)] for i, r in enumerate(requests)}
 
 
 def test_invalid_requests_are_refused():
     llm = start(slots=1, context=20)
-    for request, why in (
+    for request, reason in (
         (Request(()), "at least one"),
         (Request(prompt(20)), "leaves no room"),
         (Request((1, CONFIG.vocab_size)), "within 0"),
@@ -242,16 +223,18 @@ def test_invalid_requests_are_refused():
         (Request((1,), top_k=-1), "top_k=-1"),
         (Request((1,), seed=2**63), "seed of 64 bits"),
     ):
-        with pytest.raises(UserError, match=why):
+        with pytest.raises(UserError, match=reason):
             engine.admit(llm, 0, request)
     assert engine.free_slots(llm) == 1
     engine.admit(llm, 0, Request((1,)))
-    with pytest.raises(UserError, match="in use"):
-        engine.admit(llm, 0, Request((1,)))
-    with pytest.raises(UserError, match="no slot is free"):
-        engine.admit(llm, 1, Request((1,)))
+    for key, reason in ((0, "in use"), (1, "no slot is free")):
+        with pytest.raises(UserError, match=reason):
+            engine.admit(llm, key, Request((1,)))
     with pytest.raises(UserError, match="slots=0"):
         start(slots=0)
+
+
+VARIED = [Request(prompt(n, n), max_tokens=15, temperature=1.0, seed=n) for n in (3, 20, 7, 30, 5)]
 
 
 @pytest.mark.slow
@@ -261,58 +244,61 @@ def test_compiled_equals_eager_with_few_graphs():
     torch._dynamo.utils.counters.clear()
     config = dataclasses.replace(CONFIG, n_layer=2)  # a ring, and a layer that sees all
     params = random_params(config)
-    requests = [Request(prompt(n, n), max_tokens=15, temperature=1.0, seed=n) for n in (3, 20, 7, 30, 5)]
-    eager, compiled = (engine.start(params, config, TOKENIZER, slots=4, compile=how) for how in (False, True))
-    assert rows(engine.run(compiled, requests[:1])) == rows(engine.run(eager, requests[:1]))
-    assert rows(engine.run(compiled, requests)) == rows(engine.run(eager, requests))
+    eager, compiled = (engine.start(params, config, TOKENIZER, slots=4, compile=on) for on in (False, True))
+    for requests in (VARIED[:1], VARIED):
+        assert rows(engine.run(compiled, requests)) == rows(engine.run(eager, requests))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_warm_up_covers_every_shape_and_changes_nothing():
-    requests = [Request(prompt(n, n), max_tokens=15, temperature=1.0, seed=n) for n in (3, 20, 7, 30, 5)]
     llm = start(slots=6)
-    shapes, run = [], llm.step_fn
-    llm.step_fn = lambda *args, **how: (shapes.append((len(args[3]), how["span"])), run(*args, **how))[1]
+    shapes, step_fn = [], llm.step_fn
+
+    def recorded(*args: Any, **settings: Any) -> Tensor:
+        shapes.append((len(args[3]), settings["span"]))
+        return step_fn(*args, **settings)
+
+    llm.step_fn = recorded
     engine.warm_up(llm)
     warm = set(shapes)
     assert warm == {(rows, span) for rows in (1, 2, 4, 6) for span in (32, 64, 128, 256)}
-    assert rows(engine.run(llm, requests)) == rows(engine.run(start(slots=6), requests))
+    assert rows(engine.run(llm, VARIED)) == rows(engine.run(start(slots=6), VARIED))
     assert set(shapes) == warm and {span for _, span in set(shapes[len(warm) * 2 :])} == {32, 64}
 
 
 def test_draw_settings_fit_the_largest_top_k():
-    usual, general = engine.USUAL, engine.GENERAL
-    for top_ks, want in (
-        ([50, 1, 64], usual),
-        ([65], general),
-        ([0, 50], general),
-        ([257, 0], general | {"candidates": 300}),
+    all_tokens = engine.GENERAL | {"candidates": 300}
+    for top_ks, expected in (
+        ([50, 64], engine.USUAL),
+        ([65], engine.GENERAL),
+        ([0], engine.GENERAL),
+        ([257, 0], all_tokens),
     ):
         requests = [Request((1,), top_k=top_k) for top_k in top_ks]
-        assert engine._draw_settings(requests, vocab_size=300) == want
-    assert engine._draw_settings([Request((1,), top_k=0, temperature=0)], vocab_size=300) == usual
+        assert engine._draw_settings(requests, vocab_size=300) == expected
+    assert engine._draw_settings([Request((1,), top_k=0, temperature=0)], vocab_size=300) == engine.USUAL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_load_params_replaces_parameters_and_keeps_compiled_code(dtype: torch.dtype):
-    """What it compiled stays, what it has computed of a prompt does not, and the caller's tensors are not touched."""
+def test_load_params_replaces_parameters_in_place(dtype: torch.dtype):
+    """What is compiled stays, the cache of the last prompt does not, and the caller's tensors are not touched."""
     requests = [Request(prompt(n, n), max_tokens=9, temperature=1.0, seed=n) for n in (5, 12, 12)]
     first, second = random_params(CONFIG), random_params(CONFIG, seed=1)
 
     def fresh(params: Any) -> Engine:
         return engine.start(params, CONFIG, TOKENIZER, slots=2, compile=False, dtype=dtype, copy_params=True)
 
-    want = [rows(engine.run(fresh(params), requests)) for params in (first, second)]
-    assert want[0] != want[1]
-    kept = {name: x.clone() for name, x in tree.flatten(first).items()}
+    expected = [rows(engine.run(fresh(params), requests)) for params in (first, second)]
+    assert expected[0] != expected[1]
+    before = {name: x.clone() for name, x in tree.flatten(first).items()}
     llm = fresh(first)
     addresses = [x.data_ptr() for x in tree.leaves(llm.params)]
-    assert rows(engine.run(llm, requests)) == want[0]
-    for params, found in ((second, want[1]), (first, want[0])):
+    assert rows(engine.run(llm, requests)) == expected[0]
+    for params, want in ((second, expected[1]), (first, expected[0])):
         engine.load_params_(llm, params)
-        assert rows(engine.run(llm, requests)) == found
+        assert rows(engine.run(llm, requests)) == want
     assert [x.data_ptr() for x in tree.leaves(llm.params)] == addresses
-    assert all(torch.equal(x, kept[name]) for name, x in tree.flatten(first).items())
+    assert all(torch.equal(x, before[name]) for name, x in tree.flatten(first).items())
     engine.admit(llm, 0, requests[0])
     with pytest.raises(ValueError, match="1 requests are active"):
         engine.load_params_(llm, second)
@@ -321,17 +307,3 @@ def test_load_params_replaces_parameters_and_keeps_compiled_code(dtype: torch.dt
         engine.load_params_(llm, random_params(dataclasses.replace(CONFIG, n_embd=64)))
     with pytest.raises(ValueError, match="copy_params=True"):
         engine.load_params_(start(), second)
-
-
-def test_tool_call_state_machine():
-    tools = tool_use.tool_tokens(TOKENIZER, evaluate=lambda text: text.upper() if text == "ok" else None)
-    name = TOKENIZER.special
-    state, forced = tool_use.step(tools, None, name("<|python_start|>"))
-    for token in TOKENIZER.encode("ok"):
-        state, forced = tool_use.step(tools, state, token)
-        assert forced == ()
-    state, forced = tool_use.step(tools, state, name("<|python_end|>"))
-    assert state is None
-    assert forced == (name("<|output_start|>"), *TOKENIZER.encode("OK"), name("<|output_end|>"))
-    assert tool_use.step(tools, (65,), name("<|python_end|>")) == (None, ())
-    assert set(tools.blocking) == {BOS, STOP, name("<|python_end|>")}
