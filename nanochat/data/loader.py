@@ -2,9 +2,6 @@
 
 Order: every epoch permutes the shards, each shard's blocks and each block's documents, by seed and epoch alone. All
 ranks plan all rows, and each copies the tokens of its own: global row r of a step goes to rank r % world_size.
-
-State: every batch comes with the loader's state after it, a plain value to keep in a checkpoint. A loader started from
-it yields the same batches as the uninterrupted one, bit for bit, with any number of ranks.
 """
 
 import contextlib
@@ -14,14 +11,13 @@ import hashlib
 import itertools
 import json
 import os
-import queue
 import sys
 import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
@@ -32,7 +28,8 @@ from torch import Tensor
 from nanochat.config import UserError, base_dir
 from nanochat.data import packing
 from nanochat.data.sources import CorruptShardError, DataConfig, Shard, num_blocks, read_block, shards_of
-from nanochat.data.tokenizer import RUN_CHARS, Tokenizer
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.distributed import cpu_cores
 
 T = TypeVar("T")
 
@@ -48,20 +45,16 @@ OTHER_RANK_POLL_SECONDS = 0.01
 
 
 class LoaderState(TypedDict):
-    """What a loader needs to resume bit for bit.
+    """What a loader needs to resume bit for bit, with any number of ranks."""
 
-    position: JSON-able; the place in the stream, totals, and a fingerprint of the stream ("made_of").
-    tokens: uint16 or uint32, (n,); the documents in the buffer one after another, each cropped to a row.
-    lengths: int32, (documents,); their full lengths.
-    """
-
-    position: dict[str, Any]
-    tokens: np.ndarray
-    lengths: np.ndarray
+    position: dict[str, Any]  # JSON-able: the place in the stream, totals, and the stream's fingerprint ("made_of")
+    tokens: np.ndarray  # uint16 or uint32, (n,): the documents in the buffer one after another, each cropped to a row
+    lengths: np.ndarray  # int32, (documents,): their full lengths
 
 
 Stats = dict[str, float]
 Batch = tuple[dict[str, Tensor], LoaderState, Stats]
+PackedBatch = tuple[Tensor, LoaderState, Stats]
 
 
 def batches(
@@ -79,49 +72,39 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """Yield (this rank's batch, the state after it, statistics) forever, epoch after epoch.
 
-    The validation split is never shuffled and, without `state`, starts from its beginning with every call.
+    A batch is {"inputs", "targets"}: int64 (rows_per_step / world_size, T); targets are the inputs shifted by one.
+    The state is equal on all ranks. Statistics are "epoch" and, since the first batch, "docs", "tokens_packed",
+    "tokens_cut" (cropped by packing) and "tokens_cut_fraction" (of all tokens). The validation split is never shuffled
+    and, without `state`, starts from its beginning with every call.
 
     Args:
         rows_per_step: rows of a batch, all ranks together.
         sequence_len: tokens T of a row of inputs; packed rows hold T + 1.
         state: resume after the batch that came with it.
         device: where batches go; to CUDA they are copied from pinned memory, without blocking.
-
-    Yields:
-        {"inputs", "targets"}: int64 (rows_per_step / world_size, T), the targets being the inputs shifted by one.
-        The state, equal on all ranks.
-        {"epoch"; and since the first batch "docs", "tokens_packed", "tokens_cut": cropped by packing,
-        "tokens_cut_fraction": of all tokens}.
-
-    Raises:
-        UserError: a setting does not fit, `state` is of another stream, or there are no documents.
-        CorruptShardError: a shard is unreadable (raised when its turn comes), unless config.skip_bad_shards.
     """
     if rows_per_step < 1 or rows_per_step % world_size:
         raise UserError(f"a batch of {rows_per_step} rows does not divide among {world_size} ranks: change it")
-    for name, value in {
-        "sequence_len": sequence_len,
-        "data.buffer_docs": config.buffer_docs,
-        "data.prefetch_batches": config.prefetch_batches,
-        "data.tokenizer_threads": config.tokenizer_threads,
-    }.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value}: must be 1 or more")
+    if sequence_len < 1:
+        raise UserError(f"sequence_len={sequence_len}: must be at least 1")
     if split == "val":
         config = dataclasses.replace(config, shuffle=False)
     stream = StreamConfig(config, tok, split, tuple(shards_of(config, split)), seed, sequence_len + 1, rank, world_size)
     start, buffer = _restore(stream, state)
-    return _prefetched(stream, start, buffer, rows_per_step, torch.device(device))
+    reader, device = BlockReader(stream), torch.device(device)
+    unread = _documents(stream, start.doc, _token_blocks(stream, start, reader))
+    documents = itertools.chain([(document.length, document) for document in buffer], unread)
+    rows = packing.plan(documents, stream.row_tokens, config.buffer_docs)
+    packed = _packed_batches(stream, start, rows, rows_per_step, device)
+    return _to_device(prefetch(packed, config.prefetch_batches), reader, device)
 
 
-def _prefetched(
-    stream: "StreamConfig", start: "Position", buffer: "list[Document]", rows_per_step: int, device: torch.device
+def _to_device(
+    packed: Generator[PackedBatch, None, None], reader: "BlockReader", device: torch.device
 ) -> Generator[Batch, None, None]:
-    reader = BlockReader(stream)
-    packed = _packed_batches(stream, start, buffer, reader, rows_per_step, device)
     # The reader is closed first, as the prefetch thread may be waiting for it.
-    with contextlib.closing(prefetch(packed, stream.config.prefetch_batches)) as ready, contextlib.closing(reader):
-        for tokens, state, stats in ready:
+    with contextlib.closing(packed), contextlib.closing(reader):
+        for tokens, state, stats in packed:
             tokens = tokens.to(device, non_blocking=True)  # here and not in the thread: on the consumer's CUDA stream
             yield {"inputs": tokens[0], "targets": tokens[1]}, state, stats
 
@@ -183,45 +166,31 @@ class Position(NamedTuple):
 
 
 class BlockRef(NamedTuple):
-    """A block: where it comes in the order of its epoch, and which block of which shard it is.
-
-    An epoch ends with a reference behind its last shard. error: why the shard is unreadable.
-    """
+    """A block: where it comes in the order of its epoch, and which block of which shard it is."""
 
     epoch: int
     shard: int
     block: int
     shard_index: int
     block_index: int
-    error: CorruptShardError | None = None
+    error: CorruptShardError | None = None  # why the shard is unreadable
 
 
 class Document(NamedTuple):
-    """A tokenized document.
-
-    Attributes:
-        tokens: its ids as raw bytes, cropped to a row; joining bytes is three times as fast as np.concatenate.
-        length: tokens of the whole document.
-        ref, next_doc: its block, and the number of the document after it.
-    """
-
-    tokens: bytes
-    length: int
+    tokens: bytes  # its ids, cropped to a row; joining bytes is three times as fast as np.concatenate
+    length: int  # tokens of the whole document
     ref: BlockRef
-    next_doc: int
+    next_doc: int  # the number of the document after it in its block
 
 
 def _restore(stream: StreamConfig, state: LoaderState | None) -> tuple[Position, list[Document]]:
-    """Return a saved state's position and buffer, or raise a UserError that names what does not match."""
     if state is None:
         return Position(), []
     position = state["position"]
     if position.get("version") != STATE_VERSION:
         raise UserError(f"the data state has version {position.get('version')}, this program reads {STATE_VERSION}")
-    saved, current = position["made_of"], stream.fingerprint
-    changes = [
-        f"{name} was {saved.get(name)}, is {value}" for name, value in current.items() if saved.get(name) != value
-    ]
+    saved = position["made_of"]
+    changes = [f"{k} was {saved.get(k)}, is {v}" for k, v in stream.fingerprint.items() if saved.get(k) != v]
     if changes:
         raise UserError(f"cannot resume with different data ({'; '.join(changes)}): change it back, or start a new run")
     lengths = np.asarray(state["lengths"]).astype(np.int64)
@@ -235,33 +204,20 @@ def _restore(stream: StreamConfig, state: LoaderState | None) -> tuple[Position,
     return start, [Document(part.tobytes(), length, ref, start.doc) for part, length in zip(parts, lengths.tolist())]
 
 
-def _state(stream: StreamConfig, position: Position, buffer: Iterable[Document]) -> LoaderState:
-    documents = list(buffer)
-    return LoaderState(
-        position={"version": STATE_VERSION, **position._asdict(), "made_of": dict(stream.fingerprint)},
-        tokens=np.frombuffer(b"".join([document.tokens for document in documents]), stream.token_type),
-        lengths=np.array([document.length for document in documents], np.int32),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Blocks of text, in order
-
-
-def _block_refs(stream: StreamConfig, start: Position) -> Iterator[BlockRef]:
-    """Yield all blocks from `start` on, forever."""
-    shards, first_shard, first_block = stream.shards, start.shard, start.block
+def _block_refs(stream: StreamConfig, start: Position) -> Iterator[BlockRef | None]:
+    """Yield all blocks from `start` on, forever, and None after each epoch."""
+    first_shard, first_block = start.shard, start.block
     for epoch in itertools.count(start.epoch):
-        for shard, shard_index in list(enumerate(stream.order(len(shards), epoch)))[first_shard:]:
+        for shard, shard_index in list(enumerate(stream.order(len(stream.shards), epoch)))[first_shard:]:
+            count = 0
             try:
-                count = num_blocks(shards[shard_index])
+                count = num_blocks(stream.shards[shard_index])
             except CorruptShardError as error:
                 yield BlockRef(epoch, shard, 0, shard_index, 0, error)
-                count = 0
             for block, block_index in list(enumerate(stream.order(count, epoch, shard_index)))[first_block:]:
                 yield BlockRef(epoch, shard, block, shard_index, block_index)
             first_block = 0
-        yield BlockRef(epoch, len(shards), 0, 0, 0)
+        yield None
         first_shard = 0
 
 
@@ -270,43 +226,28 @@ def _block_refs(stream: StreamConfig, start: Position) -> Iterator[BlockRef]:
 
 
 class TokenBlock(NamedTuple):
-    """Tokenized documents.
-
-    Attributes:
-        tokens: the documents' tokens one after another, uint16 or uint32, (sum of lengths,).
-        lengths: tokens of each document, uint32, (documents,).
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
+    tokens: np.ndarray  # uint16 or uint32: those of all documents one after another
+    lengths: np.ndarray  # uint32: tokens of each document
 
 
 def write_block(path: Path, block: TokenBlock) -> None:
-    """Write a block atomically: a line of JSON padded to 128 bytes, the lengths, the tokens, all little-endian.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    size = block.tokens.itemsize
-    data = block.lengths.astype("<u4").tobytes() + block.tokens.astype(f"<u{size}").tobytes()
+    """Write a block atomically: a line of JSON padded to 128 bytes, the lengths, the tokens, all little-endian."""
+    lengths = block.lengths.astype("<u4").tobytes()
+    tokens = block.tokens.astype(block.tokens.dtype.newbyteorder("<")).tobytes()
     header = {
         "format": CACHE_FORMAT,
         "docs": len(block.lengths),
         "tokens": len(block.tokens),
-        "token_bytes": size,
-        "crc32": zlib.crc32(data),
+        "token_bytes": block.tokens.itemsize,
+        "crc32": zlib.crc32(tokens, zlib.crc32(lengths)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with temporary.open("wb") as file:
-            file.write(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n")
-            file.write(data)
+        temporary.write_bytes(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n" + lengths + tokens)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_cached(path: Path) -> TokenBlock | None:
@@ -314,20 +255,17 @@ def read_cached(path: Path) -> TokenBlock | None:
     try:
         data = path.read_bytes()
         header = json.loads(data[:HEADER_BYTES])
-        docs, size, token_bytes = header["docs"], header["tokens"], header["token_bytes"]
+        lengths = np.frombuffer(data, "<u4", header["docs"], HEADER_BYTES)
+        tokens = np.frombuffer(data, f"<u{header['token_bytes']}", offset=HEADER_BYTES + lengths.nbytes)
         valid = (
             header["format"] == CACHE_FORMAT
-            and token_bytes in (2, 4)
-            and len(data) == HEADER_BYTES + 4 * docs + token_bytes * size
             and header["crc32"] == zlib.crc32(memoryview(data)[HEADER_BYTES:])
+            and header["docs"] == len(lengths)
+            and header["tokens"] == len(tokens) == lengths.sum(dtype=np.int64)
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not valid:
-        return None
-    lengths = np.frombuffer(data, "<u4", docs, HEADER_BYTES)
-    tokens = np.frombuffer(data, f"<u{token_bytes}", size, HEADER_BYTES + 4 * docs)
-    return TokenBlock(tokens, lengths) if int(lengths.sum(dtype=np.int64)) == size else None
+    return TokenBlock(tokens, lengths) if valid else None
 
 
 class BlockReader:
@@ -343,32 +281,14 @@ class BlockReader:
         self._cache_failed = threading.Lock()  # acquired once
         self._closed, self._main = threading.Event(), threading.main_thread()
         self._block_threads = ThreadPoolExecutor(CONCURRENT_BLOCKS, "read-block")
-        self._encode_threads = ThreadPoolExecutor(stream.config.tokenizer_threads or _cores(), "tokenize")
+        self._encode_threads = ThreadPoolExecutor(stream.config.tokenizer_threads or cpu_cores(), "tokenize")
 
-    def start(self, ref: BlockRef) -> Future[TokenBlock] | None:
-        """Start to tokenize a block if that is this rank's job. Pass the result to `result`."""
-        path = self._path(ref)
+    def request(self, ref: BlockRef) -> Callable[[], TokenBlock]:
+        """Start to tokenize a block if that is this rank's job. The result waits for it, and raises what failed."""
+        path = self.cache_path(ref)
         if path is None or (self._owner(ref) == self._stream.rank and not path.exists()):
-            return self._block_threads.submit(self._tokenize, ref, path)
-        return None
-
-    def result(self, ref: BlockRef, started: Future[TokenBlock] | None) -> TokenBlock:
-        """Wait for a block and return it; raises what reading its text raises."""
-        path = self._path(ref)
-        if started or path is None:
-            return started.result() if started else self._tokenize(ref, None)
-        owner = self._owner(ref)
-        deadline = time.monotonic() + OTHER_RANK_SECONDS
-        # Reading is quick, and quicker here than in a thread that has to acquire the interpreter lock first.
-        while not (block := read_cached(path)):
-            if owner == self._stream.rank or time.monotonic() > deadline:
-                block = self._tokenize(ref, path)
-                # The block is readable, so that rank is late or dead: do not wait for it again.
-                self._ranks = [rank for rank in self._ranks if rank != owner or rank == self._stream.rank]
-                break
-            self._raise_if_closed()
-            time.sleep(OTHER_RANK_POLL_SECONDS)
-        return block
+            return self._block_threads.submit(self._tokenize, ref, path).result
+        return functools.partial(self._wait, ref, path)
 
     def close(self) -> None:
         """Stop the threads after the chunks that they are working on; does not wait for them."""
@@ -376,10 +296,7 @@ class BlockReader:
         for pool in (self._block_threads, self._encode_threads):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _owner(self, ref: BlockRef) -> int:
-        return self._ranks[(ref.shard + ref.block) % len(self._ranks)]
-
-    def _path(self, ref: BlockRef) -> Path | None:
+    def cache_path(self, ref: BlockRef) -> Path | None:
         config, shard = self._stream.config, self._stream.shards[ref.shard_index]
         if not config.token_cache:
             return None
@@ -387,14 +304,30 @@ class BlockReader:
         folder = f"{shard.path.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         return base_dir() / "tokens" / self._stream.tok.fingerprint[:16] / folder / f"{ref.block_index:06d}.tokens"
 
-    def _raise_if_closed(self) -> None:
-        if self._closed.is_set() or not self._main.is_alive():
-            raise CancelledError
+    def _owner(self, ref: BlockRef) -> int:
+        return self._ranks[(ref.shard + ref.block) % len(self._ranks)]
+
+    def _wait(self, ref: BlockRef, path: Path) -> TokenBlock:
+        rank, owner = self._stream.rank, self._owner(ref)
+        deadline = time.monotonic() + OTHER_RANK_SECONDS
+        # Reading is quick, and quicker here than in a thread that has to acquire the interpreter lock first.
+        while not (block := read_cached(path)):
+            if owner == rank or time.monotonic() > deadline:
+                block = self._tokenize(ref, path)
+                # The block is readable, so that rank is late or dead: do not wait for it again.
+                self._ranks = [r for r in self._ranks if r != owner or r == rank]
+                break
+            self._raise_if_closed()
+            time.sleep(OTHER_RANK_POLL_SECONDS)
+        return block
 
     def _tokenize(self, ref: BlockRef, path: Path | None) -> TokenBlock:
         self._raise_if_closed()
         texts = read_block(self._stream.shards[ref.shard_index], ref.block_index, self._stream.config.text_column)
-        block = TokenBlock(*map(np.concatenate, zip(*self._encode_threads.map(self._encode_chunk, _chunks(texts)))))
+        ends = np.cumsum([len(text) for text in texts], dtype=np.int64) // CHUNK_CHARS
+        edges = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(texts)]
+        chunks = [texts[start:stop] for start, stop in itertools.pairwise(edges)]  # no texts are one chunk
+        block = TokenBlock(*map(np.concatenate, zip(*self._encode_threads.map(self._encode_chunk, chunks))))
         if path and not self._cache_failed.locked():
             try:
                 write_block(path, block)
@@ -406,72 +339,38 @@ class BlockReader:
 
     def _encode_chunk(self, texts: Sequence[str]) -> TokenBlock:
         self._raise_if_closed()
-        docs, dtype = _encode(self._stream.tok, texts), self._stream.token_type
+        docs, dtype = self._stream.tok.encode_documents(texts), self._stream.token_type
         tokens = np.concatenate([np.empty(0, dtype), *docs], dtype=dtype, casting="unsafe")
         return TokenBlock(tokens, np.array([len(doc) for doc in docs], np.uint32))
 
-
-def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
-    """Split into chunks of about CHUNK_CHARS characters; no texts are one chunk."""
-    ends = np.cumsum([len(text) for text in texts], dtype=np.int64) // CHUNK_CHARS
-    edges = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(texts)]
-    return [texts[start:stop] for start, stop in itertools.pairwise(edges)]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _encode(tok: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Return the tokens of each text that is not empty, after <|bos|>.
-
-    Most texts go to tiktoken as one, joined by <|bos|>: it encodes the text between special tokens separately, and
-    releases the interpreter lock while it works, so longer is better.
-    """
-
-    def encode_one(text: str) -> np.ndarray:
-        return np.array([tok.bos, *tok.encode(text)], np.uint32)
-
-    def has_no_long_run(text: str) -> bool:  # of spaces or anything else, which `tok.encode` would split
-        chunks = (text[end - RUN_CHARS : end] for end in range(RUN_CHARS, len(text) + 1, RUN_CHARS))
-        return all(" " in chunk and not chunk.isspace() for chunk in chunks)
-
-    bos = "<|bos|>"
-    texts = [text for text in texts if text]
-    plain = [bos not in text and has_no_long_run(text) for text in texts]
-    joined = "".join(bos + text for text, is_plain in zip(texts, plain) if is_plain)
-    try:
-        ids = tok.encoding.encode_to_numpy(joined, allowed_special={bos}, disallowed_special=())
-    except UnicodeEncodeError:  # half a surrogate pair somewhere, which `tok.encode` replaces
-        return [encode_one(text) for text in texts]
-    docs = iter(np.split(ids, np.flatnonzero(ids == tok.bos)[1:]))
-    return [next(docs) if is_plain else encode_one(text) for text, is_plain in zip(texts, plain)]
+    def _raise_if_closed(self) -> None:
+        if self._closed.is_set() or not self._main.is_alive():
+            raise CancelledError
 
 
 def _token_blocks(stream: StreamConfig, start: Position, reader: BlockReader) -> Iterator[tuple[BlockRef, TokenBlock]]:
-    """Yield the blocks from `start` on, forever; each is started some blocks ahead of its use."""
+    """Yield the blocks from `start` on, forever; each is requested some blocks ahead of its use."""
     blocks_ahead = min(max(BLOCKS_AHEAD, 2 * stream.world_size), SHARED_BLOCKS_AHEAD)
-    refs = _block_refs(stream, start)
-    pending: deque[tuple[BlockRef, Future[TokenBlock] | None]] = deque()
-    docs, is_full_epoch = 0, start.shard == start.block == 0
+    pending: deque[tuple[BlockRef | None, Callable[[], TokenBlock] | None]] = deque()
+    epoch_docs = start.shard + start.block  # not 0: an epoch that is resumed had documents before
     corrupt: dict[int, int] = {}  # shard index: the last epoch in which it was found corrupt
-    while True:
-        while len(pending) <= blocks_ahead:
-            ref = next(refs)
-            is_readable = ref.shard < len(stream.shards) and not ref.error and corrupt.get(ref.shard_index) != ref.epoch
-            pending.append((ref, reader.start(ref) if is_readable else None))
-        ref, started = pending.popleft()
-        if ref.shard == len(stream.shards):
-            if is_full_epoch and not docs:
+    for ahead in _block_refs(stream, start):
+        is_readable = ahead and not ahead.error and corrupt.get(ahead.shard_index) != ahead.epoch
+        pending.append((ahead, reader.request(ahead) if is_readable else None))
+        if len(pending) <= blocks_ahead:
+            continue
+        ref, get_block = pending.popleft()
+        if ref is None:
+            if not epoch_docs:
                 raise UserError(f"data.source={stream.config.source}: no documents to read for split {stream.split}")
-            docs, is_full_epoch = 0, True
+            epoch_docs = 0
             continue
         if corrupt.get(ref.shard_index) == ref.epoch:
             continue
         try:
             if ref.error:
                 raise ref.error
-            block = reader.result(ref, started)
+            block = get_block()
         except CorruptShardError as error:
             if not stream.config.skip_bad_shards:
                 raise
@@ -481,12 +380,8 @@ def _token_blocks(stream: StreamConfig, start: Position, reader: BlockReader) ->
                 print(f"warning: skipping a shard: {error}", file=sys.stderr, flush=True)
             corrupt[ref.shard_index] = ref.epoch
             continue
-        docs += len(block.lengths)
+        epoch_docs += len(block.lengths)
         yield ref, block
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Documents, packed rows, batches
 
 
 def _documents(
@@ -514,19 +409,15 @@ def _documents(
 def _packed_batches(
     stream: StreamConfig,
     start: Position,
-    buffer: list[Document],
-    reader: BlockReader,
+    rows: Iterator[packing.Row[Document]],
     rows_per_step: int,
     device: torch.device,
-) -> Generator[tuple[Tensor, LoaderState, Stats], None, None]:
+) -> Generator[PackedBatch, None, None]:
     """Yield (int64 (2, this rank's rows, T): inputs and targets; state; statistics) of each step."""
     pin = device.type == "cuda"
     if pin and device.index is not None:
         torch.cuda.set_device(device)  # of this thread, else pinning would allocate memory on the first GPU
     size = np.dtype(stream.token_type).itemsize
-    fresh = _documents(stream, start.doc, _token_blocks(stream, start, reader))
-    documents = itertools.chain([(document.length, document) for document in buffer], fresh)
-    rows = packing.plan(documents, stream.row_tokens, stream.config.buffer_docs)
     num_rows, docs, cropped = start.rows, start.docs, start.tokens_cut
     while True:
         step = []
@@ -543,17 +434,15 @@ def _packed_batches(
         batch.numpy()[1] = packed[:, 1:]
         epoch, shard, block, *_ = row.latest.ref
         position = Position(epoch, shard, block, row.latest.next_doc, num_rows, docs, cropped)
+        waiting = list(row.waiting)
+        state = LoaderState(
+            position={"version": STATE_VERSION, **position._asdict(), "made_of": dict(stream.fingerprint)},
+            tokens=np.frombuffer(b"".join([document.tokens for document in waiting]), stream.token_type),
+            lengths=np.array([document.length for document in waiting], np.int32),
+        )
         tokens = num_rows * stream.row_tokens
         stats = {"epoch": epoch, "docs": docs, "tokens_packed": tokens, "tokens_cut": cropped}
-        yield (
-            batch,
-            _state(stream, position, row.waiting),
-            stats | {"tokens_cut_fraction": cropped / (tokens + cropped)},
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Prefetching
+        yield batch, state, stats | {"tokens_cut_fraction": cropped / (tokens + cropped)}
 
 
 def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
@@ -562,41 +451,23 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
     The thread starts with the first next(). When this generator is closed or collected, or the main thread ends, it
     finishes the item that it is working on and closes `items`. What `items` raises is raised here, in its turn.
     """
-    stop = threading.Event()
-    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)
-    main, current_thread = threading.main_thread(), threading.current_thread
+    end: Any = object()
+    main = threading.main_thread()
 
-    def put(item: tuple[T] | BaseException | None) -> bool:
-        while not stop.is_set() and main.is_alive():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
+    def next_item() -> T:
+        if not main.is_alive():
+            raise CancelledError
+        return next(items, end)
 
-    def work() -> None:
-        try:
-            with contextlib.closing(items):
-                if all(put((item,)) for item in items):
-                    put(None)
-        except BaseException as error:
-            put(error)
-
-    # Not a daemon, which the end of the interpreter could kill inside of native code.
-    thread = threading.Thread(target=work, name="prefetch", daemon=False)
-    thread.start()
+    thread = ThreadPoolExecutor(1, "prefetch")
+    pending = deque(thread.submit(next_item) for _ in range(depth))
     try:
-        while True:
-            match ready.get():
-                case (item,):
-                    yield item
-                case None:
-                    return
-                case error:
-                    raise error
+        while (item := pending.popleft().result()) is not end:
+            pending.append(thread.submit(next_item))
+            yield item
     finally:
-        # No global names from here on: modules may be gone when an open generator is collected at exit.
-        stop.set()
-        while ready.qsize():  # make room for a put() that waits
-            ready.get_nowait()
-        if thread is not current_thread():  # garbage is collected in any thread
-            thread.join(timeout=5)
+        if main.is_alive():  # else the interpreter has ended the thread
+            for future in pending:
+                future.cancel()
+            thread.submit(items.close)
+            thread.shutdown(wait=False)

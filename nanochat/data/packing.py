@@ -11,26 +11,15 @@ from typing import Generic, NamedTuple, TypeVar
 
 D = TypeVar("D")
 
-# A document in the buffer is one integer, length << NUMBER_BITS | (LAST - its number): sorted, these are in order of
-# length, and within a length from the latest to the earliest document.
 NUMBER_BITS = 44
 LAST = (1 << NUMBER_BITS) - 1
 
 
 class Row(NamedTuple, Generic[D]):
-    """A packed row.
-
-    Attributes:
-        pieces: (document, start, stop): its first `stop - start` tokens are the row's tokens `start` to `stop`.
-        cropped_tokens: tokens that the last piece's document loses.
-        waiting: the documents left in the buffer, oldest first; a view, valid until the next row is requested.
-        latest: the last document that was read from the stream.
-    """
-
-    pieces: list[tuple[D, int, int]]
-    cropped_tokens: int
-    waiting: ValuesView[D]
-    latest: D
+    pieces: list[tuple[D, int, int]]  # (document, start, stop): its first tokens are the row's from start to stop
+    cropped_tokens: int  # that the last piece's document loses
+    waiting: ValuesView[D]  # the buffer, oldest document first; a view, valid until the next row is requested
+    latest: D  # the last document that was read from the stream
 
 
 def plan(
@@ -44,12 +33,11 @@ def plan(
 
     Args:
         documents: (length in tokens, document); lengths are at least 1 and, with padding, at most `row_tokens`.
-        buffer_docs: number of documents to choose from, at least 1.
         pad: leave the end of a row empty where no document fits, instead of cropping one.
     """
     stream = enumerate(documents)
     waiting: dict[int, D] = {}  # by number, in order of arrival
-    sizes: list[int] = []  # sorted
+    sizes: list[int] = []  # sorted length << NUMBER_BITS | (LAST - number): within a length the earliest is the last
     latest: D = None  # type: ignore[assignment]
     while True:
         pieces: list[tuple[D, int, int]] = []

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import jsonl
-from nanochat.config import UserError, base_dir, nearest
+from nanochat.config import UserError, base_dir, nearest, require_at_least
 from nanochat.data import embedded
 
 JSONL_BLOCK_LINES = 1000
@@ -54,6 +54,9 @@ class DataConfig:
     shuffle: bool = True
     prefetch_batches: int = 4
     tokenizer_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least(self, "data", buffer_docs=1, prefetch_batches=1, tokenizer_threads=1)
 
 
 class CorruptShardError(UserError):

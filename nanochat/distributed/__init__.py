@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         raise_on_any_failure,
     )
     from nanochat.distributed.config import ShardingConfig
-    from nanochat.distributed.hardware import GIB, GPU_SPECS, GpuSpec
+    from nanochat.distributed.hardware import GIB, GPU_SPECS, GpuSpec, cpu_cores
     from nanochat.distributed.runtime import (
         DTYPES,
         Runtime,

@@ -160,11 +160,15 @@ def system_info() -> dict[str, str]:
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
         memory = torch.cuda.get_device_properties(0).total_memory
         facts["GPU"] = f"{kinds}, {memory / 2**30:.0f} GiB each"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts["CPU"] = f"{_cpu()}, {cores} cores"
+    facts["CPU"] = f"{_cpu()}, {cpu_cores()} cores"
     if hasattr(os, "sysconf"):  # not on Windows
         facts["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
     return facts | {"system": platform.platform(terse=True)}
+
+
+def cpu_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu() -> str:

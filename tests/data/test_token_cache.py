@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from nanochat.data import DataConfig, Tokenizer, loader, sources
 
 TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
-TEXTS = ["hello", "", "a longer text", "x" * 500]
-TOKENS = [[256, *text.encode()] for text in TEXTS if text]
+TEXTS = ["hello", "a longer text", "x" * 500]
+TOKENS = [[256, *text.encode()] for text in TEXTS]
 REFS = [loader.BlockRef(0, 0, i, 0, i) for i in range(40)]
 
 
@@ -96,15 +96,14 @@ def readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Readers
 
 
 def read(reader: loader.BlockReader, ref: loader.BlockRef) -> list[list[int]]:
-    return docs_of(reader.result(ref, reader.start(ref)))
+    return docs_of(reader.request(ref)())
 
 
 def test_documents_keep_their_order_across_chunks(readers: Readers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "CHUNK_CHARS", 100)
-    assert [len(chunk) for chunk in loader._chunks(["x" * 30] * 10)] == [3, 3, 3, 1]
-    texts = [f"document {i}" * (i % 7) for i in range(500)]
+    texts = [f"document {i}" * (1 + i % 7) for i in range(500)]
     monkeypatch.setattr(loader, "read_block", lambda *_: texts)
-    assert read(readers(token_cache=False), REFS[0]) == [[256, *text.encode()] for text in texts if text]
+    assert read(readers(token_cache=False), REFS[0]) == [[256, *text.encode()] for text in texts]
 
 
 def fill_cache(source: str, world_size: int) -> list[tuple[int, int]]:
@@ -113,8 +112,7 @@ def fill_cache(source: str, world_size: int) -> list[tuple[int, int]]:
     shards = tuple(sources.shards_of(data, "train"))
     rank = int(os.environ["RANK"]) % world_size
     reader = loader.BlockReader(loader.StreamConfig(data, TOK, "train", shards, 0, 25, rank, world_size))
-    started = [reader.start(ref) for ref in REFS]
-    blocks = [reader.result(*pair) for pair in zip(REFS, started)]
+    blocks = [wait() for wait in [reader.request(ref) for ref in REFS]]
     reader.close()
     return [(len(block.lengths), int(block.tokens[1])) for block in blocks]
 
@@ -158,7 +156,7 @@ def test_unreadable_block_does_not_mark_rank_dead(readers: Readers, monkeypatch:
     with pytest.raises(ValueError, match="unreadable"):
         read(reader, REFS[1])
     monkeypatch.setattr(loader, "OTHER_RANK_SECONDS", 10)
-    late = threading.Timer(0.3, loader.write_block, (reader._path(REFS[3]), block_of(TOKENS)))
+    late = threading.Timer(0.3, loader.write_block, (reader.cache_path(REFS[3]), block_of(TOKENS)))
     late.start()
     assert read(reader, REFS[3]) == TOKENS, "it should have waited for the other rank"
 
@@ -174,8 +172,8 @@ def test_full_disk_stops_caching_with_one_warning(
 
     monkeypatch.setattr(loader.os, "replace", full)
     reader = readers()
-    started = [reader.start(ref) for ref in REFS[:2]]
-    assert [docs_of(reader.result(*pair)) for pair in zip(REFS, started)] == [TOKENS] * 2
+    started = [reader.request(ref) for ref in REFS[:2]]
+    assert [docs_of(wait()) for wait in started] == [TOKENS] * 2
     assert [read(reader, ref) for ref in REFS[2:6]] == [TOKENS] * 4
     assert [path for path in (tmp_path / "base").rglob("*") if path.is_file()] == [], "a partial block fills the disk"
     warnings = capfd.readouterr().err.splitlines()
