@@ -17,19 +17,17 @@ takes half a minute on one CPU core with max_problems=40; the test splits have 1
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanochat import checkpoint, distributed, eval, jsonl, metrics, tasks
 from nanochat.config import Device, Dtype, UserError
 from nanochat.eval import CHAT_CORE, TITLES, ChatEvalConfig
-from nanochat.text import format_duration
+from nanochat.text import format_duration, table_row
 
 if TYPE_CHECKING:
     from nanochat.checkpoint import Pretrained
@@ -63,18 +61,20 @@ config = Config
 
 def run(config: Config, runtime: Runtime) -> None:
     """Evaluate each unfinished task, write the results, and report what failed."""
-    names = [result_name(text) for text in config.tasks]
-    if not names or len(set(names)) < len(names):
+    names = {text: result_name(text) for text in config.tasks}
+    if not names or len(set(names.values())) < len(config.tasks):
         raise UserError(f"tasks={','.join(config.tasks)}: expected at least one task, each once")
     with distributed.raise_on_any_failure():
         loaded = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
+        info = checkpoint.inspect(loaded.folder, loaded.step)
     print(checkpoint.describe_model(loaded))
     if warning := checkpoint.warning(loaded):
         print(warning)
     partial = loaded.folder / "eval" / f"chat_{loaded.step}.partial.jsonl"
-    done = read_partial(partial, result_settings(config, loaded, runtime))
-    print(f"\n{'task':<18}{'accuracy':>10}{'centered':>10}")
-    scores, failed = evaluate(config, loaded, runtime, done, partial)
+    model_key = eval.results.model_key(info, loaded.tokenizer, runtime.compute_dtype)
+    values = [getattr(config, field.name) for field in dataclasses.fields(ChatEvalConfig) if field.name != "compile"]
+    keys = {text: eval.results.key(model_key, values, str(config.source), text) for text in names}
+    scores, failed = evaluate(config, loaded, runtime, keys, partial)
     path = loaded.folder / "eval" / f"chat_{loaded.step}.csv"
     with distributed.raise_on_any_failure():
         if runtime.is_main:
@@ -86,7 +86,7 @@ def run(config: Config, runtime: Runtime) -> None:
             metrics.logger.append_evaluation(loaded.folder, loaded.step, loaded.stage, values, reasons)
     core = eval.chat_eval.chat_core(scores)
     if core is not None:
-        print(f"{'ChatCORE':<18}{core:>10.4f}")
+        print(table_row(["ChatCORE", "", f"{core:.4f}"], eval.results.WIDTHS))
     limits = {"max_problems": config.max_problems, "max_generative": config.max_generative}
     limited = " and ".join(f"{name}={limit}" for name, limit in limits.items() if limit)
     print(f"\nwritten: {path}" + (f" ({limited}: not of all problems)" if limited else ""))
@@ -99,18 +99,21 @@ def run(config: Config, runtime: Runtime) -> None:
 
 
 def evaluate(
-    config: Config, loaded: Pretrained, runtime: Runtime, done: Mapping[str, Score], partial: Path
+    config: Config, loaded: Pretrained, runtime: Runtime, keys: Mapping[str, str], partial: Path
 ) -> tuple[dict[str, Score], dict[str, str]]:
     """Return (scores by name, reasons of failed tasks); each task is printed and saved to `partial`."""
+    finished = eval.results.read_finished(partial, keys)
     model = eval.ModelUnderTest(loaded.params, loaded.config, loaded.tokenizer, runtime.compute_dtype)
     engine = functools.cache(lambda: eval.chat_eval.start_engine(model, config))
     scores: dict[str, Score] = {}
     failed: dict[str, str] = {}
+    print("\n" + table_row(["task", "accuracy", "centered"], eval.results.WIDTHS))
     for text in config.tasks:
         name, start, status = result_name(text), time.perf_counter(), "done before"
+        title = TITLES.get(name, name)
         try:
-            if name in done:
-                score = done[name]
+            if text in finished:
+                score = eval.Score(*(finished[text][field] for field in eval.Score._fields))
             else:
                 with distributed.raise_on_any_failure():
                     task = tasks.from_text(text, "test", source=config.source)
@@ -118,16 +121,16 @@ def evaluate(
                 status = format_duration(time.perf_counter() - start)
                 with distributed.raise_on_any_failure():
                     if runtime.is_main:
-                        jsonl.append(partial, {"task": name} | score._asdict())
+                        jsonl.append(partial, {"key": keys[text], "task": name, **score._asdict()})
         except distributed.LostRankError:
             raise
         except UserError as error:
             failed[name] = str(error)
-            print(f"{TITLES.get(name, name):<18}    failed: {error}", flush=True)
+            print(f"  {title} failed: {error}", flush=True)
             continue
         scores[name] = score
-        result = f"{score.right} of {score.total}, {status}"
-        print(f"{TITLES.get(name, name):<18}{score.accuracy:>10.2%}{score.centered:>10.4f}    {result}", flush=True)
+        status = f"{score.right} of {score.total}, {status}"
+        print(eval.results.line(title, score.accuracy, score.centered, status), flush=True)
     return scores, failed
 
 
@@ -136,39 +139,9 @@ def result_name(text: str) -> str:
     return ":".join(word for word in text.split(":") if "/" not in word and not word.endswith((".parquet", ".jsonl")))
 
 
-def result_settings(config: Config, loaded: Pretrained, runtime: Runtime) -> dict[str, Any]:
-    """Return everything that results depend on, as JSON values."""
-    state = checkpoint.inspect(loaded.folder, loaded.step).state
-    fields = [field.name for field in dataclasses.fields(ChatEvalConfig) if field.name != "compile"]
-    values = {name: getattr(config, name) for name in fields}
-    values |= {"source": str(config.source), "dtype": str(runtime.compute_dtype)}
-    return values | {"checkpoint": state["params.lm_head"]["fingerprint"]}
-
-
-def read_partial(path: Path, settings: Mapping[str, Any]) -> dict[str, Score]:
-    """Return the scores of an earlier process with the same settings; without any, start the file with `settings`."""
-    scores = []
-    with distributed.raise_on_any_failure():
-        if distributed.control_group().rank == 0:
-            rows = [row for _, row in jsonl.read(path, missing_ok=True, drop_partial=True)]
-            if rows[:1] == [settings]:
-                scores = [[row["task"], row["right"], row["total"], row["baseline"]] for row in rows[1:]]
-            else:
-                if rows:
-                    print(f"{path} is of another checkpoint or other settings: its results are ignored")
-                path.unlink(missing_ok=True)
-                jsonl.append(path, settings)
-    return {name: eval.Score(*values) for name, *values in distributed.broadcast_object(scores)}
-
-
 def to_csv(scores: Mapping[str, Score]) -> str:
     """Return the scores as CSV, with a last line ChatCORE if all of its tasks are there."""
-    rows: list[Sequence[Any]] = [("Task", "Accuracy", "Centered", "Right", "Total")]
-    for name, s in scores.items():
-        rows.append((TITLES.get(name, name), f"{s.accuracy:.6f}", f"{s.centered:.6f}", s.right, s.total))
+    rows = [(TITLES.get(name, name), s.accuracy, s.centered, s.right, s.total) for name, s in scores.items()]
     core = eval.chat_eval.chat_core(scores)
-    if core is not None:
-        rows.append(("ChatCORE", "", f"{core:.6f}", "", ""))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    mean = [] if core is None else [("ChatCORE", "", core, "", "")]
+    return eval.results.csv_text([("Task", "Accuracy", "Centered", "Right", "Total"), *rows, *mean])

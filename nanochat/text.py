@@ -43,12 +43,13 @@ def format_duration(seconds: float) -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as aligned text: the first column to the left, the others to the right, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(table_row(row, widths) for row in rows)
 
-    def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        return "  ".join(["", row[0].ljust(widths[0]), *cells]).rstrip()
 
-    return "\n".join(map(line, rows))
+def table_row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Return a row of a table whose other rows are not known yet."""
+    others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:])]
+    return "  ".join(["", cells[0].ljust(widths[0]), *others]).rstrip()
 
 
 def reason(error: BaseException) -> str:

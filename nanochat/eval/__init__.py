@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.eval import bpb, chat_eval, core, core_bundle, likelihood, significance
+    from nanochat.eval import bpb, chat_eval, core, core_bundle, likelihood, results, significance
     from nanochat.eval.bpb import bits_per_byte
     from nanochat.eval.chat_eval import ModelUnderTest, Score
     from nanochat.eval.config import CHAT_CORE, TITLES, ChatEvalConfig

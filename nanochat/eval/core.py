@@ -5,9 +5,7 @@ single prompt with the continuation. `likelihood` scores the prompts.
 Source: DCLM (arXiv 2406.11794); nanochat's core_eval.
 """
 
-import csv
 import dataclasses
-import io
 import math
 import random
 import time
@@ -20,6 +18,7 @@ from nanochat.data import PATTERN, Tokenizer
 from nanochat.eval import core_bundle, likelihood
 from nanochat.eval.core_bundle import OPTION_FIELDS, Bundle, CoreTask, Row
 from nanochat.eval.likelihood import Prompt, Scored, common_prefix_length
+from nanochat.eval.results import csv_text
 from nanochat.model import CONTEXT_LIMIT, Compute, ModelConfig, ParamsLike
 
 FEW_SHOT_SEED = 1234  # of row 0; row i has FEW_SHOT_SEED + i
@@ -238,11 +237,6 @@ def task_result(task: CoreTask, answers: Sequence[Answer], seconds: float) -> Ta
 
 def to_csv(results: Results) -> str:
     """Return the scores as CSV: Task, Accuracy, Centered, and a last line CORE unless a task failed."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["Task", "Accuracy", "Centered"])
-    for task in results.tasks.values():
-        writer.writerow([task.label, f"{task.accuracy:.6f}", f"{task.centered:.6f}"])
-    if results.core is not None:
-        writer.writerow(["CORE", "", f"{results.core:.6f}"])
-    return text.getvalue()
+    rows = [(task.label, task.accuracy, task.centered) for task in results.tasks.values()]
+    mean = [] if results.core is None else [("CORE", "", results.core)]
+    return csv_text([("Task", "Accuracy", "Centered"), *rows, *mean])

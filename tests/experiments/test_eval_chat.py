@@ -3,47 +3,40 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
-import torch
 from tiny_run import TOK, save_run
 
 import launch
 from experiments import eval_chat
-from nanochat import checkpoint, distributed, jsonl
+from nanochat import distributed
 from nanochat.config import UserError
-from nanochat.eval import Score, chat_eval
+from nanochat.eval import chat_eval
 from nanochat.metrics import logger
 from nanochat.model import ModelConfig
 
 CONFIG = ModelConfig(sequence_len=160, vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+ARC = [
+    {"question": f"Which is {i}?", "choices": {"label": ["A", "B"], "text": [str(i), "x"]}, "answerKey": "AB"[i % 2]}
+    for i in range(9)
+]
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "arc_easy_test": [
-        {
-            "question": f"Which is {i}?",
-            "choices": {"label": ["A", "B"], "text": [str(i), "x"]},
-            "answerKey": "AB"[i % 2],
-        }
-        for i in range(9)
-    ],
+    "arc_easy_test": ARC,
+    "arc_challenge_test": ARC,
     "mmlu_test": [
         {"question": f"Which is {i}?", "choices": list("wxyz"), "answer": i % 4, "subject": "letters"} for i in range(9)
     ],
     "gsm8k_test": [{"question": f"What is {i}?", "answer": f"<<{i}+0={i}>>{i}\n#### {i}"} for i in range(5)],
     "humaneval_test": [
-        {
-            "prompt": "def one():\n",
-            "canonical_solution": "    return 1",
-            "entry_point": "one",
-            "test": "def check(f): f()",
-        }
+        {"prompt": "def f():\n", "canonical_solution": "    return 1", "entry_point": "f", "test": "def check(f): f()"}
     ],
 }
-ROWS["arc_challenge_test"] = ROWS["arc_easy_test"]
-LIMITS = ["--set", "max_problems=4", "--set", "max_tokens=6", "--set", "device=cpu"]
+NAMES = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
+SETTINGS: dict[str, Any] = {"run": "bot", "max_problems": 4, "max_tokens": 6, "device": "cpu"}
 
 
 @pytest.fixture
@@ -53,139 +46,135 @@ def source(base: Path) -> Path:
     folder = base / "tasks"
     folder.mkdir()
     for name in ROWS:
-        put(folder, name)
+        write_rows(folder, name)
     return folder
 
 
-def put(folder: Path, name: str) -> None:
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the tasks that are evaluated: a list that grows."""
+    names, score = [], chat_eval.score
+
+    def recorded(model: Any, task: Any, *args: Any, **kwargs: Any) -> chat_eval.Score:
+        names.append(task.name)
+        return score(model, task, *args, **kwargs)
+
+    monkeypatch.setattr(chat_eval, "score", recorded)
+    return names
+
+
+def write_rows(folder: Path, name: str) -> None:
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
 
 
 def evaluate(source: Path, **settings: Any) -> None:
-    known: dict[str, Any] = {"run": "bot", "source": source, "max_problems": 4, "max_tokens": 6, "device": "cpu"}
-    with distributed.distributed_context("cpu") as here:
-        eval_chat.run(dataclasses.replace(eval_chat.config(), **(known | settings)), here)
+    with distributed.distributed_context("cpu") as runtime:
+        eval_chat.run(eval_chat.Config(**{**SETTINGS, "source": source, **settings}), runtime)
+
+
+def run_folder(source: Path) -> Path:
+    return source.parent / "runs" / "bot"
 
 
 def table(source: Path) -> list[dict[str, str]]:
-    with (source.parent / "runs" / "bot" / "eval" / "chat_1.csv").open(newline="") as file:
+    with (run_folder(source) / "eval" / "chat_1.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def partial(source: Path) -> Path:
-    return source.parent / "runs" / "bot" / "eval" / "chat_1.partial.jsonl"
+    return run_folder(source) / "eval" / "chat_1.partial.jsonl"
+
+
+def arguments(source: Path, **more: Any) -> list[str]:
+    settings = {**SETTINGS, "source": source, **more}
+    return ["--experiment=eval_chat", *(f"--set={name}={value}" for name, value in settings.items())]
 
 
 def test_all_tasks_are_in_the_table_and_the_record(source: Path, capsys: pytest.CaptureFixture[str]):
-    command = ["launch.py", "--experiment=eval_chat", "--set", "run=bot", "--set", f"source={source}", *LIMITS]
-    assert launch.main(command) == 0
+    assert launch.main(["launch.py", *arguments(source)]) == 0
     out = capsys.readouterr().out
-    rows = table(source)
-    names = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
-    assert [row["Task"] for row in rows] == [*names, "ChatCORE"]
-    assert [int(row["Total"]) for row in rows[:-1]] == [4, 4, 4, 4, 1, 4]
-    for row in rows[:-1]:
+    *rows, last = table(source)
+    assert [row["Task"] for row in rows] == NAMES and last["Task"] == "ChatCORE"
+    assert [int(row["Total"]) for row in rows] == [4, 4, 4, 4, 1, 4]
+    for row in rows:
         accuracy = int(row["Right"]) / int(row["Total"])
         assert float(row["Accuracy"]) == pytest.approx(accuracy, abs=1e-6)
-        baseline = 0.25 if row["Task"] in names[:3] else 0
+        baseline = 0.25 if row["Task"] in NAMES[:3] else 0
         assert float(row["Centered"]) == pytest.approx((accuracy - baseline) / (1 - baseline), abs=1e-6)
         assert f"{row['Right']} of {row['Total']}" in out
     core = sum(float(row["Centered"]) for row in rows[:5]) / 5
-    assert float(rows[-1]["Centered"]) == pytest.approx(core, abs=1e-5)
-    (record,) = logger.read_evaluations(source.parent / "runs" / "bot")
+    assert float(last["Centered"]) == pytest.approx(core, abs=1e-5)
+    (record,) = logger.read_evaluations(run_folder(source))
     assert (record["step"], record["stage"], record["failed"]) == (1, "sft", {})
     assert record["metrics"]["chat/ChatCORE"] == pytest.approx(core, abs=1e-5)
-    assert set(record["metrics"]) == {f"chat/{name}" for name in [*names, "ChatCORE"]}
+    assert set(record["metrics"]) == {f"chat/{name}" for name in [*NAMES, "ChatCORE"]}
     assert not partial(source).exists()
     assert "max_problems=4: not of all" in out and "--experiment=chat --set run=bot" in out
 
 
-def test_failed_tasks_are_named_and_retried(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_failed_tasks_are_named_and_retried(source: Path, scored: list[str], capsys: pytest.CaptureFixture[str]):
     (source / "humaneval_test.jsonl").unlink()
     (source / "gsm8k_test.jsonl").write_text('{"question": "What?", "solution": "#### 1"}\n')
     with pytest.raises(UserError, match="2 of 6 tasks failed: gsm8k, humaneval"):
         evaluate(source)
-    out = capsys.readouterr().out
-    lines = {line.split()[0]: line for line in out.splitlines() if "failed:" in line}
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if " failed: " in line}
     assert "has no column answer" in lines["GSM8K"] and "has no file of humaneval" in lines["HumanEval"]
     assert [row["Task"] for row in table(source)] == ["ARC-Easy", "ARC-Challenge", "MMLU", "SpellingBee"]
-    (record,) = logger.read_evaluations(source.parent / "runs" / "bot")
+    (record,) = logger.read_evaluations(run_folder(source))
     assert set(record["failed"]) == {"GSM8K", "HumanEval"} and "chat/ChatCORE" not in record["metrics"]
     with partial(source).open("a") as file:
         file.write('{"task": "gsm8k", "ri')  # from a killed process
 
-    put(source, "humaneval_test")
+    write_rows(source, "humaneval_test")
     (source / "gsm8k_test.jsonl").unlink()  # under the old name, `datasets` might give the old rows
-    put(source, "gsm8k_test")
-    asked = []
-    score = chat_eval.score
-    monkeypatch.setattr(
-        chat_eval, "score", lambda bot, task, *args, **how: (asked.append(task.name), score(bot, task, *args, **how))[1]
-    )
+    write_rows(source, "gsm8k_test")
+    scored.clear()
     evaluate(source)
-    assert asked == ["gsm8k", "humaneval"]
+    assert scored == ["gsm8k", "humaneval"]
     assert capsys.readouterr().out.count("done before") == 4
     assert len(table(source)) == 7 and not partial(source).exists()
-    last = logger.latest_evaluation(source.parent / "runs" / "bot")
-    first = {name: value for name, value in record["metrics"].items()}
-    assert "chat/ChatCORE" in last and {name: last[name] for name in first} == first
+    latest = logger.latest_evaluation(run_folder(source))
+    assert "chat/ChatCORE" in latest and record["metrics"].items() <= latest.items()
 
 
-def test_partial_results_need_the_same_settings_and_checkpoint(
-    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_results_of_other_settings_or_another_checkpoint_are_not_reused(
+    source: Path, scored: list[str], capsys: pytest.CaptureFixture[str]
 ):
-    assert eval_chat.read_partial(partial(source), {"seed": 1}) == {}
-    jsonl.append(partial(source), {"task": "mmlu", "right": 3, "total": 4, "baseline": 0.25})
-    assert eval_chat.read_partial(partial(source), {"seed": 1}) == {"mmlu": Score(3, 4, 0.25)}
-    assert eval_chat.read_partial(partial(source), {"seed": 2}) == {}
-    assert "other settings" in capsys.readouterr().out
-    assert eval_chat.read_partial(partial(source), {"seed": 1}) == {}
+    def evaluates_mmlu(**settings: Any) -> bool:
+        scored.clear()
+        with pytest.raises(UserError, match="1 of 2 tasks failed"):  # so the results of the other are kept
+            evaluate(source, **{"tasks": ("mmlu", "gsm8k:/nowhere"), **settings})
+        return "mmlu" in scored
 
-    def settings(**changed: Any) -> dict[str, Any]:
-        with distributed.distributed_context("cpu") as here:
-            config = dataclasses.replace(eval_chat.config(), run="bot", **changed)
-            bot = checkpoint.load("bot", device="cpu", dtype=torch.float32)
-            return json.loads(json.dumps(eval_chat.result_settings(config, bot, here)))
-
-    same = settings()
-    assert settings(tasks=("gsm8k",), compile=True) == same
-    assert settings(max_tokens=9) != same and settings(source=source) != same
-    save_run(source.parent / "elsewhere", steps=(1,), config=CONFIG, params=None)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(source.parent / "elsewhere"))
-    assert settings() == same  # the same weights
-    save_run(source.parent / "third", steps=(2,), config=CONFIG)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(source.parent / "third"))
-    assert settings() != same
+    assert evaluates_mmlu() and not evaluates_mmlu() and not evaluates_mmlu(compile=True)
+    assert evaluates_mmlu(tasks=(f"mmlu:{source}/mmlu_test.jsonl", "gsm8k:/nowhere")), "rows of another file"
+    assert evaluates_mmlu(max_tokens=9) and "or other settings: its results are ignored" in capsys.readouterr().out
+    assert not evaluates_mmlu()
+    shutil.rmtree(run_folder(source) / "checkpoints")
+    save_run(source.parent, config=dataclasses.replace(CONFIG, n_layer=1), stage="sft")
+    assert evaluates_mmlu()
     partial(source).write_text("no json\n")
     with pytest.raises(UserError, match="not valid JSON"):
-        eval_chat.read_partial(partial(source), {})
+        evaluate(source)
 
 
 def test_tasks_with_options_and_sources(source: Path):
     evaluate(Path("/nowhere"), tasks=(f"mmlu:{source}/mmlu_test.jsonl", "arithmetic:train:size=3", "arithmetic"))
-    assert [(row["Task"], row["Total"]) for row in table(source)] == [
-        ("MMLU", "4"),
-        ("arithmetic:train:size=3", "3"),
-        ("Arithmetic", "4"),
-    ]
+    totals = {"MMLU": "4", "arithmetic:train:size=3": "3", "Arithmetic": "4"}
+    assert {row["Task"]: row["Total"] for row in table(source)} == totals
     for tasks in ((), ("mmlu", "gsm8k", "mmlu")):
         with pytest.raises(UserError, match="at least one task, each once"):
             evaluate(source, tasks=tasks)
     with pytest.raises(UserError, match="1 of 1 tasks failed: mmmlu"):
         evaluate(source, tasks=("mmmlu",))
-    with pytest.raises(UserError, match="no such run"):
-        evaluate(source, run="other")
 
 
 @pytest.mark.slow
 def test_two_ranks_write_the_table_of_one(source: Path):
-    tasks = ("arc_easy", "mmlu", "arithmetic")
-    evaluate(source, tasks=tasks, slots=1, batch_tokens=300)
+    settings = {"slots": 1, "batch_tokens": 300}
+    evaluate(source, tasks=("arc_easy", "mmlu", "arithmetic"), **settings)
     want = table(source)
-    (source.parent / "runs" / "bot" / "eval" / "chat_1.csv").unlink()
-    settings = ["run=bot", f"source={source}", f"tasks={','.join(tasks)}", "slots=1", "batch_tokens=300"]
-    outs = ranks.launch(2, "--experiment=eval_chat", *LIMITS, *(f"--set={value}" for value in settings))
+    (run_folder(source) / "eval" / "chat_1.csv").unlink()
+    outs = ranks.launch(2, *arguments(source, tasks="arc_easy,mmlu,arithmetic", **settings))
     assert table(source) == want and outs[1] == ""
-    assert len(logger.read_evaluations(source.parent / "runs" / "bot")) == 2
+    assert len(logger.read_evaluations(run_folder(source))) == 2
