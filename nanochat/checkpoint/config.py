@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nanochat.config import UserError
+from nanochat.config import require_at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,4 @@ class CheckpointConfig:
     asynchronous: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep_last", "keep_every_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"checkpoint.{name}={value}: expected a number above 0, or none")
+        require_at_least(self, "checkpoint", every_steps=1, keep_last=1, keep_every_steps=1)

@@ -1,9 +1,7 @@
 """What a checkpoint says about itself (the item `meta`), and whether its bytes agree.
 
-orbax and the disk do not notice a flipped byte, swapped leaves, a missing leaf or a wrong shape or dtype. So the header
-records shape, dtype and checksum of everything saved, and everything read is compared with it. A leaf's checksum is
-computed on its device and adds up over its shards, so a checkpoint may be read with another sharding than it was
-written with.
+orbax and the disk do not notice a flipped byte, swapped leaves, a missing leaf or a wrong shape or dtype, so the header
+has shape, dtype and checksum of everything. Checksums add up over shards: any sharding can be read and verified.
 """
 
 import hashlib
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from nanochat import distributed
+from nanochat import distributed, text
 from nanochat.checkpoint import storage
 from nanochat.config import UserError
 from nanochat.distributed import ControlGroup, raise_on_any_failure
@@ -41,15 +39,14 @@ def checksum(shard: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
         Σ bits(x[i, j, …]) · w₀[i] · w₁[j] · …   modulo 2**64,  with odd pseudo-random weights per dimension.
 
     The checksums of the shards of a tensor add up to its checksum. A change of one element is always detected (an odd
-    multiple of less than 2**32 is not 0 modulo 2**64); swapped elements, rows or leaves are missed with a probability
-    of about 2**-32. Runs on the tensor's device in bounded memory, without synchronization.
+    multiple of less than 2**32 is not 0 modulo 2**64); swapped elements, rows or leaves are missed with probability
+    2**-32. Runs on the tensor's device in bounded memory, without synchronization.
 
     Args:
         shard: the tensor or a block of it, any dtype of 1, 2, 4 or 8 bytes.
         offsets: where the block starts in the full tensor, per dimension; None: at 0.
 
-    Returns:
-        A 0-d int64 tensor, to be read modulo 2**64.
+    Returns: a 0-d int64 tensor, to be read modulo 2**64.
     """
     bits = shard.detach()
     starts = list(offsets) if offsets is not None else [0] * bits.ndim
@@ -105,11 +102,7 @@ class LocalShard(NamedTuple):
 
 
 def local_shard(leaf: Tensor, name: str = "tensor") -> LocalShard:
-    """Return which block of `leaf` this process holds.
-
-    Raises:
-        UserError: the shards are uneven, or a placement is neither Shard nor Replicate.
-    """
+    """Return which block of `leaf` this process holds; UserError if the shards are uneven or partial sums."""
     sizes, offsets, index = list(leaf.shape), [0] * leaf.ndim, 0
     if isinstance(leaf, DTensor):
         coordinate = leaf.device_mesh.get_coordinate()
@@ -128,20 +121,6 @@ def local_shard(leaf: Tensor, name: str = "tensor") -> LocalShard:
     return LocalShard(tuple(offsets), tuple(sizes), index)
 
 
-def local_tensor(leaf: Tensor) -> Tensor:
-    """Return this process's shard of `leaf` as a plain tensor over the same memory."""
-    return (leaf.to_local() if isinstance(leaf, DTensor) else leaf).detach()
-
-
-def from_local(shard: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor that is sharded like `like` and has this local shard."""
-    if not isinstance(like, DTensor):
-        return shard
-    return DTensor.from_local(
-        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-
-
 def gather_shard_checksums(
     group: ControlGroup, shards: Mapping[str, LocalShard], tensors: Mapping[str, Tensor]
 ) -> Tensor:
@@ -153,11 +132,7 @@ def gather_shard_checksums(
 
 
 def full_fingerprints(shard_checksums: Tensor, names: list[str]) -> dict[str, str]:
-    """Return the hexadecimal checksum of each full leaf; replicated shards count once.
-
-    Raises:
-        UserError: two ranks hold different copies of a shard.
-    """
+    """Return the hexadecimal checksum of each full leaf; copies of a shard count once and must be equal."""
     fingerprints = {}
     for i, name in enumerate(names):
         distinct: dict[int, tuple[int, int]] = {}
@@ -180,10 +155,7 @@ def shards_to_write(shard_checksums: Tensor, rank: int) -> list[bool]:
 
 
 def chunk_shape(sizes: tuple[int, ...], itemsize: int, limit_bytes: int = 2**24) -> list[int]:
-    """Return the shape of even chunks of a block, split along its first dimensions until they are small enough.
-
-    A rank that reads a part of a block reads full chunks.
-    """
+    """Return the shape of even, small chunks of a block: who reads a part of a block reads whole chunks."""
     chunk = list(sizes)
     for dim in range(len(chunk)):
         while math.prod(chunk) * itemsize > limit_bytes and chunk[dim] % 2 == 0:
@@ -197,15 +169,7 @@ def chunk_shape(sizes: tuple[int, ...], itemsize: int, limit_bytes: int = 2**24)
 def build_header(
     step: int, meta: Mapping[str, Any], leaves: Specs, arrays: Specs, files: Mapping[str, bytes]
 ) -> dict[str, Any]:
-    """Return the item `meta`, as JSON will return it.
-
-    Args:
-        leaves: of the state, with the fingerprints of the full leaves.
-        arrays: from `array_specs`.
-
-    Raises:
-        UserError: a file name has folders in it.
-    """
+    """Return the item `meta`, as JSON will return it; `leaves` with fingerprints, `arrays` from `array_specs`."""
     for name in files:
         if Path(name).name != name:
             raise UserError(f"file {name}: expected a name without folders")
@@ -227,11 +191,7 @@ def tensor_spec(value: Tensor | np.ndarray) -> dict[str, Any]:
 
 
 def array_specs(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Return shape, dtype and checksum of each array.
-
-    Raises:
-        UserError: an array is not numeric.
-    """
+    """Return shape, dtype and checksum of each array."""
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf" and array.dtype != storage.BFLOAT16:
             raise UserError(f"array {name} is {array.dtype}: checkpoints hold numbers")
@@ -239,12 +199,7 @@ def array_specs(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read what `build_header` returned for the step at `path`.
-
-    Raises:
-        CorruptCheckpointError: it has changed.
-        UserError: it was written by a newer nanochat.
-    """
+    """Read what `build_header` returned for the step at `path`."""
     file = path / "meta" / "metadata"
     try:
         header = json.loads(file.read_text())
@@ -259,7 +214,6 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _with_checksum(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the header as JSON will return it, with a checksum over the rest of it."""
     values = json.loads(json.dumps({name: value for name, value in header.items() if name != "sha256"}))
     return {**values, "sha256": _sha256(json.dumps(values, sort_keys=True).encode())}
 
@@ -269,11 +223,7 @@ def _sha256(data: bytes) -> str:
 
 
 def compare_specs(path: Path, saved: Specs, expected: Specs) -> None:
-    """Check names, shapes and dtypes of the leaves saved at `path`.
-
-    Raises:
-        UserError: names the first three differences.
-    """
+    """Check names, shapes and dtypes of the leaves saved at `path`; the error names the first three differences."""
 
     def show(leaf: Mapping[str, Any]) -> str:
         return f"({', '.join(map(str, leaf['shape']))}) {leaf.get('dtype', '')}".rstrip()
@@ -307,11 +257,7 @@ def read_leaves(
         like: tensors of these shapes whose placements say which shard of each leaf to read; None: full leaves.
         group: the ranks that read together and between them read every shard. Collective call.
 
-    Returns:
-        {name: this process's shard}.
-
-    Raises:
-        CorruptCheckpointError: names the leaf; on all ranks.
+    Returns: {name: this process's shard}.
     """
     with raise_on_any_failure(group):
         full = {name: torch.empty(leaf["shape"], device="meta") for name, leaf in saved.items()}
@@ -332,11 +278,7 @@ def read_leaves(
 
 
 def read_arrays(path: Path, saved: Specs) -> dict[str, np.ndarray]:
-    """Read and verify arrays.
-
-    Raises:
-        CorruptCheckpointError: names the array.
-    """
+    """Read and verify arrays."""
     full = {name: LocalShard((0,) * len(array["shape"]), tuple(array["shape"])) for name, array in saved.items()}
     arrays = _read_item(path / "arrays", saved, full)
     for name, array in saved.items():
@@ -366,11 +308,7 @@ def _read_item(item: Path, saved: Specs, shards: Mapping[str, LocalShard]) -> di
 
 
 def check_files(path: Path, saved: Specs) -> dict[str, Path]:
-    """Verify files and return {name: path}.
-
-    Raises:
-        CorruptCheckpointError: names the file.
-    """
+    """Verify files and return {name: path}."""
     files = {name: path / "files" / name for name in saved}
     for name, file in files.items():
         if not file.is_file() or _sha256(file.read_bytes()) != saved[name]["sha256"]:
@@ -379,36 +317,26 @@ def check_files(path: Path, saved: Specs) -> dict[str, Path]:
 
 
 def matches_saved(path: Path, header: Mapping[str, Any], state: Mapping[str, Tensor], group: ControlGroup) -> bool:
-    """Return True if the step at `path` is what `header` describes, byte for byte, and False if it is corrupt.
+    """Return whether the step at `path` is intact; UserError if it was saved with other values than rank 0's `header`.
 
-    Args:
-        header: rank 0's is used.
-        state: the leaves; every rank reads the shards that it holds.
-
-    Raises:
-        UserError: the step was saved with other values.
+    Collective call: every rank reads the shards of `state` that it holds.
     """
     try:
         with raise_on_any_failure(group):
-            saved = _read_same_header(path, header) if group.rank == 0 else {}
-        saved = distributed.broadcast_object(saved, group=group)
-        read_leaves(path, saved["state"], "cpu", state, group)
-        with raise_on_any_failure(group):
             if group.rank == 0:
+                saved = read_header(path)
+                for item in ("state", "arrays", "files"):
+                    for name in {**saved[item], **header[item]}:
+                        if saved[item].get(name) != header[item].get(name):
+                            raise UserError(
+                                f"checkpoint {path} exists with another {name}: delete it, or save to another folder"
+                            )
                 read_arrays(path, saved["arrays"])
                 check_files(path, saved["files"])
+        read_leaves(path, header["state"], "cpu", state, group)
     except CorruptCheckpointError:
         return False
     return True
-
-
-def _read_same_header(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    saved = read_header(path)
-    for item in ("state", "arrays", "files"):
-        for name in {**saved[item], **header[item]}:
-            if saved[item].get(name) != header[item].get(name):
-                raise UserError(f"checkpoint {path} exists with another {name}: delete it, or save to another folder")
-    return saved
 
 
 # Error messages
@@ -423,11 +351,9 @@ def corruption_error(path: Path, problem: str) -> CorruptCheckpointError:
 
 
 def reason(error: BaseException) -> str:
-    """Return the part of an error's message that says why; tensorstore nests `CODE: what: what: why [details]`."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).split(" [")[0].strip().splitlines()
-    why = lines[0].rsplit(": ", 1)[-1][:200] if lines else ""
-    return why if isinstance(error, ValueError) else f"{type(error).__name__} {why}".rstrip()
+    """Return why an error happened; tensorstore's messages read `CODE: what: what: why [details]`."""
+    why = text.reason(error)
+    if isinstance(error, UserError | OSError):
+        return why
+    why = why.split(" [")[0].rsplit(": ", 1)[-1][:200]
+    return why if isinstance(error, ValueError) else f"{type(error).__name__} {why}"

@@ -21,19 +21,19 @@ import types
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from nanochat import distributed, model, tree
+from nanochat import distributed, jsonl, model, tree
 from nanochat.checkpoint import integrity, storage
 from nanochat.checkpoint.config import CheckpointConfig
 from nanochat.checkpoint.storage import Block
 from nanochat.config import UserError
-from nanochat.distributed import ControlGroup, LostRankError, raise_on_any_failure
+from nanochat.distributed import ControlGroup, LostRankError, raise_on_any_failure, sharding
 
 BEST_METRIC = "val/bpb"  # lower is better
 LEAF_DTYPES = ("float32", "bfloat16", "float16", "int32", "int64", "uint8", "bool")
@@ -43,18 +43,13 @@ State = TypeVar("State", bound=Any)  # a NamedTuple
 
 @dataclasses.dataclass
 class Manager:
-    """An open checkpoint folder.
-
-    Attributes:
-        group: for the thread that trains. writer_group: for the background thread that writes.
-        orbax: rank 0's CheckpointManager. saving: the save in the background, if any.
-    """
+    """An open checkpoint folder; `group` is for the thread that trains, `writer_group` for the one that writes."""
 
     folder: Path
     config: CheckpointConfig
     group: ControlGroup
     writer_group: ControlGroup
-    orbax: Any = None
+    orbax: Any = None  # rank 0's CheckpointManager
     saving: Future[None] | None = None
 
 
@@ -62,9 +57,6 @@ def open_manager(folder: Path, config: CheckpointConfig = CheckpointConfig()) ->
     """Open a folder for saving: create it if needed, and remove what a killed save left there.
 
     Only one job may have a folder open; others may read it (`restore`, `load_params`, …) meanwhile.
-
-    Raises:
-        UserError: the folder cannot be created or read.
     """
     folder = Path(folder).absolute()
     manager = Manager(folder, config, distributed.control_group(), distributed.control_group(background=True))
@@ -92,9 +84,8 @@ def save(
     Every rank copies what it will write before this returns, so buffers may be changed in place right away. An error
     in the background is raised by the next `save`, `wait` or `close`.
 
-    If the step exists, it is kept when it is intact and equal (and gets `metrics` if it has none), and replaced when
-    it is corrupt. If the disk is too full, steps that this save would delete afterwards are deleted first, provided
-    that this frees enough space and leaves one step.
+    An existing step is kept if it is intact and equal, replaced if it is corrupt, and otherwise an error. If the disk
+    is too full, steps that this save would delete afterwards are deleted first, if that frees enough and leaves one.
 
     Args:
         state: NamedTuple of tensors and nested TensorDicts with a 0-d integer tensor `step`. A leaf is a plain tensor,
@@ -103,10 +94,6 @@ def save(
         arrays: numeric arrays, equal on every rank; a dot in a name nests it.
         files: name in the checkpoint → file to copy, rank 0's.
         metrics: the step with the lowest `val/bpb` is the best one.
-
-    Raises:
-        UserError: the disk is full or not writable, the step exists with other values, values that should be equal
-            differ between ranks, or an earlier save failed.
     """
     wait(manager)
     group, folder = manager.group, manager.folder
@@ -117,7 +104,7 @@ def save(
         copies = {n: storage.to_numpy(a) if isinstance(a, Tensor) else np.array(a) for n, a in (arrays or {}).items()}
         array_specs = integrity.array_specs(copies)
     _require_equal(group, {**specs, **array_specs})
-    local = {name: integrity.local_tensor(leaf) for name, leaf in leaves.items()}
+    local = sharding.local_shards(leaves)
     shard_checksums = integrity.gather_shard_checksums(group, shards, local)
     with raise_on_any_failure(group):
         fingerprints = integrity.full_fingerprints(shard_checksums, list(leaves))
@@ -149,8 +136,7 @@ def save(
             for name, leaf in leaves.items()
             if writes[name] and leaf.numel()
         }
-    names = [name for name, leaf in leaves.items() if leaf.numel()]
-    pending = PendingSave(step, names, blocks, copies, contents, header, metrics, needed_bytes)
+    pending = PendingSave(step, blocks, copies, contents, header, metrics, needed_bytes)
     background = ThreadPoolExecutor(1, "checkpoint")
     manager.saving = background.submit(_write, manager, pending)
     background.shutdown(wait=False)
@@ -159,30 +145,16 @@ def save(
 
 
 def add_metrics(manager: Manager, step: int, metrics: Mapping[str, float]) -> None:
-    """Add the metrics of a step that was saved before it was evaluated; existing metrics are kept.
-
-    Raises:
-        UserError: they cannot be written.
-    """
+    """Add the metrics of a step that was saved before it was evaluated; existing metrics are kept."""
     wait(manager)
     path = metrics_path(manager.folder, step)
     with raise_on_any_failure(manager.group):
-        if manager.group.rank == 0 and not path.exists():
-            try:
-                path.parent.mkdir(exist_ok=True)
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(dict(metrics)))
-                partial.replace(path)
-            except OSError as error:
-                raise UserError(f"metrics of step {step}: {path}: {integrity.reason(error)}") from error
+        if manager.group.rank == 0 and step in storage.steps(manager.folder) and not path.exists():
+            jsonl.write_atomic(path, json.dumps(dict(metrics)))
 
 
 def wait(manager: Manager) -> None:
-    """Wait for the save in the background.
-
-    Raises:
-        UserError: it failed; says why, and which step is the newest intact one.
-    """
+    """Wait for the save in the background; its error says which step is the newest intact one."""
     if manager.saving is not None:
         try:
             manager.saving.result()
@@ -192,11 +164,7 @@ def wait(manager: Manager) -> None:
 
 
 def close(manager: Manager) -> None:
-    """Wait for the save in the background and close the folder; a rank that failed alone may call this too.
-
-    Raises:
-        UserError: as `wait`.
-    """
+    """Wait for the save in the background and close the folder; a rank that failed alone may call this too."""
     try:
         wait(manager)
     finally:
@@ -223,17 +191,13 @@ def restore(
         abstract_state: names, shapes, dtypes and placements of the state: meta tensors, or DTensors over them, will do.
         step: None: the newest.
 
-    Returns:
-        (state, meta, arrays) as they were given to `save`; DTensors where `abstract_state` has them.
-
-    Raises:
-        UserError: no such step, or a checkpoint of another model.
-        CorruptCheckpointError: names the leaf, the step, and the fix.
+    Returns: (state, meta, arrays) as they were given to `save`; DTensors where `abstract_state` has them.
     """
     if isinstance(source, Manager):
         wait(source)
+    folder = source.folder if isinstance(source, Manager) else source
     group = distributed.control_group()
-    path = step_path(source, step, group)
+    path = step_path(folder, step, group)
     header = _from_rank0(group, lambda: integrity.read_header(path))
     with raise_on_any_failure(group):
         like = _leaves(abstract_state)
@@ -242,7 +206,7 @@ def restore(
     shards = integrity.read_leaves(path, header["state"], device, like, group)
     with raise_on_any_failure(group):
         arrays = integrity.read_arrays(path, header["arrays"])
-    leaves = {name: integrity.from_local(shard, like[name]) for name, shard in shards.items()}
+    leaves = sharding.as_dtensors(shards, like)
     fields = {name: _rebuild(value, leaves, name) for name, value in abstract_state._asdict().items()}
     if isinstance(fields.get("params"), TensorDict):
         fields["params"] = _with_saved_config(fields["params"], header["meta"])
@@ -254,15 +218,7 @@ def load_params(
 ) -> tuple[TensorDict, dict[str, Any], dict[str, Path]]:
     """Read the full parameters only, in this process, without knowing the model. Not a collective call.
 
-    Args:
-        step: None: the newest.
-
-    Returns:
-        (params, meta, {name: path of the file in the checkpoint}).
-
-    Raises:
-        UserError: no such step.
-        CorruptCheckpointError: names the leaf or file.
+    Returns: (params, meta, {name: path of the file in the checkpoint}).
     """
     path = step_path(folder, step)
     header = integrity.read_header(path)
@@ -285,7 +241,9 @@ def _with_saved_config(params: TensorDict, meta: Mapping[str, Any]) -> TensorDic
 
 def steps(source: Manager | Path) -> list[int]:
     """Return the complete steps in ascending order; a collective call on a manager, a local one on a folder."""
-    return _from_rank0(_group_of(source), lambda: storage.steps(_folder(source)))
+    if isinstance(source, Manager):
+        return _from_rank0(source.group, lambda: storage.steps(source.folder))
+    return storage.steps(Path(source))
 
 
 def latest_step(source: Manager | Path) -> int | None:
@@ -293,9 +251,28 @@ def latest_step(source: Manager | Path) -> int | None:
     return max(steps(source), default=None)
 
 
-def step_metrics(source: Manager | Path) -> dict[int, dict[str, float]]:
-    """Return {step: metrics} of the complete steps, {} for a step without metrics; collective like `steps`."""
-    return dict(_from_rank0(_group_of(source), lambda: list(_read_metrics(_folder(source)).items())))
+def step_metrics(folder: Path) -> dict[int, dict[str, float]]:
+    """Return {step: metrics} of the complete steps, {} for a step without metrics."""
+    metrics = {}
+    for step in storage.steps(folder):
+        path = metrics_path(folder, step)
+        try:
+            metrics[step] = dict(json.loads(path.read_text())) if path.exists() else {}
+        except (OSError, ValueError, TypeError) as error:
+            problem = f"{path} cannot be read ({integrity.reason(error)})"
+            raise integrity.corruption_error(folder / str(step), problem) from error
+    return metrics
+
+
+def step_path(folder: Path, step: int | None, group: ControlGroup = ControlGroup()) -> Path:
+    """Return the folder of a step, by default the newest, as rank 0 sees it."""
+    folder = Path(folder).absolute()
+    complete = _from_rank0(group, lambda: storage.steps(folder))
+    if not complete:
+        raise UserError(f"no checkpoint in {folder}")
+    if step is not None and step not in complete:
+        raise UserError(f"no checkpoint of step {step} in {folder}; there are steps {', '.join(map(str, complete))}")
+    return folder / str(complete[-1] if step is None else step)
 
 
 # Writing a step in the background
@@ -304,24 +281,16 @@ def step_metrics(source: Manager | Path) -> dict[int, dict[str, float]]:
 # rank that left the training loop with an exception still writes its shards, and no rank waits for it there.
 
 
-@dataclasses.dataclass(frozen=True)
-class PendingSave:
-    """A copy of everything that a rank writes of a step.
-
-    Attributes:
-        names: of the leaves of the state that have elements. blocks: the shards that this rank writes.
-        arrays, files, header, metrics: written by rank 0.
-        needed_bytes: on disk, for all ranks together.
-    """
+class PendingSave(NamedTuple):
+    """A copy of everything that a rank writes of a step; rank 0 alone writes what comes after `blocks`."""
 
     step: int
-    names: list[str]
-    blocks: Mapping[str, Block]
+    blocks: Mapping[str, Block]  # the shards of leaves that this rank writes
     arrays: Mapping[str, np.ndarray]
     files: Mapping[str, bytes]
     header: Mapping[str, Any]
     metrics: Mapping[str, float] | None
-    needed_bytes: int
+    needed_bytes: int  # on disk, for all ranks together
 
 
 def _write(manager: Manager, pending: PendingSave) -> None:
@@ -355,10 +324,11 @@ def _save_on_rank0(manager: Manager, pending: PendingSave) -> None:
         distributed.broadcast_object(str(folder), group=group)
         _write_blocks(group, folder, pending.blocks)
 
+    names = [name for name, leaf in pending.header["state"].items() if math.prod(leaf["shape"])]
     arrays = {name: storage.full_block(array) for name, array in pending.arrays.items() if array.size}
     try:
         items = {
-            "state": storage.arrays_item(pending.names, write_state),
+            "state": storage.arrays_item(names, write_state),
             "meta": storage.orbax().args.JsonSave(dict(pending.header)),
         }
         if arrays:
@@ -405,7 +375,7 @@ def _clean_up_failed_save(manager: Manager, pending: PendingSave, error: Excepti
 
 
 def _open_orbax(manager: Manager) -> None:
-    _read_metrics(manager.folder)  # names a corrupt metrics file; orbax would only raise JSONDecodeError
+    step_metrics(manager.folder)  # names a corrupt metrics file; orbax would only raise JSONDecodeError
     manager.orbax = storage.open_orbax_manager(manager.folder, _preservation_policy(manager.config), _score)
 
 
@@ -429,25 +399,13 @@ def metrics_path(folder: Path, step: int) -> Path:
     return folder / str(step) / "metrics" / "metrics"
 
 
-def _read_metrics(folder: Path) -> dict[int, dict[str, float]]:
-    metrics = {}
-    for step in storage.steps(folder):
-        path = metrics_path(folder, step)
-        try:
-            metrics[step] = dict(json.loads(path.read_text())) if path.exists() else {}
-        except (OSError, ValueError, TypeError) as error:
-            problem = f"{path} cannot be read ({integrity.reason(error)})"
-            raise integrity.corruption_error(folder / str(step), problem) from error
-    return metrics
-
-
 def _make_room(manager: Manager, step: int, needed_bytes: int, metrics: Mapping[str, float] | None) -> None:
     """Raise UserError if the disk is too full, unless deleting the steps that this save will delete frees enough."""
     folder = manager.folder
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes >= needed_bytes:
         return
-    after_save = {**_read_metrics(folder), step: metrics}
+    after_save = {**step_metrics(folder), step: metrics}
     infos = [types.SimpleNamespace(step=s, metrics=m or None) for s, m in after_save.items()]
     kept = _preservation_policy(manager.config).should_preserve(infos, context=None)
     latest = max(storage.steps(folder), default=None)
@@ -493,18 +451,10 @@ def _read_files(files: Mapping[str, Path]) -> dict[str, bytes]:
     try:
         return {name: Path(path).read_bytes() for name, path in files.items()}
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be copied to the checkpoint ({error.strerror})") from error
+        raise UserError(f"{error.filename} cannot be copied to the checkpoint ({integrity.reason(error)})") from error
 
 
-# Folders and ranks
-
-
-def _folder(source: Manager | Path) -> Path:
-    return source.folder if isinstance(source, Manager) else Path(source).absolute()
-
-
-def _group_of(source: Manager | Path) -> ControlGroup:
-    return source.group if isinstance(source, Manager) else ControlGroup()
+# Ranks
 
 
 def _from_rank0(group: ControlGroup, function: Callable[[], Any]) -> Any:
@@ -525,13 +475,3 @@ def _require_equal(group: ControlGroup, specs: Mapping[str, Any]) -> None:
 def _has_step(manager: Manager, step: int) -> bool:
     manager.orbax.reload()  # a step may have been deleted by hand, or given metrics
     return step in manager.orbax.all_steps()
-
-
-def step_path(source: Manager | Path, step: int | None, group: ControlGroup = ControlGroup()) -> Path:
-    folder = _folder(source)
-    complete = _from_rank0(group, lambda: storage.steps(folder))
-    if not complete:
-        raise UserError(f"no checkpoint in {folder}")
-    if step is not None and step not in complete:
-        raise UserError(f"no checkpoint of step {step} in {folder}; there are steps {', '.join(map(str, complete))}")
-    return folder / str(complete[-1] if step is None else step)

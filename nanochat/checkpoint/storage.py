@@ -1,11 +1,8 @@
 """Arrays on disk in orbax's layout, as NumPy arrays: what `checkpoint` needs of jax, orbax and tensorstore.
 
-orbax's CheckpointManager, on rank 0, creates the folders, publishes a complete step by renaming it and deletes old
-steps. Every process writes its own blocks of the arrays with tensorstore, orbax's storage engine.
-
-orbax's PyTreeSave alone cannot do this. Across processes it saves jax.Arrays only, which takes `jax.distributed`,
-whose service terminates the surviving ranks when one is lost; and int64 jax.Arrays take `jax_enable_x64`, a
-process-wide switch that would change the results of a program that uses JAX itself.
+orbax creates, publishes and deletes steps on rank 0; every process writes its own blocks with tensorstore, orbax's
+storage engine. Across processes orbax itself saves jax.Arrays only: that takes `jax.distributed`, whose service
+terminates all ranks when one is lost, and for int64 `jax_enable_x64`, which changes the results of a program's own JAX.
 """
 
 import dataclasses
@@ -17,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -35,7 +32,7 @@ def orbax() -> Any:
     """Import jax and orbax on first use (it takes seconds), silence them, and return `orbax.checkpoint`.
 
     Keeps JAX off the accelerator, whose memory it would reserve, unless the program imported JAX before or set
-    JAX_PLATFORMS. Also keeps JAX from intercepting SIGTERM.
+    JAX_PLATFORMS; and keeps JAX from intercepting SIGTERM.
     """
     configure_platform = "jax" not in sys.modules and "JAX_PLATFORMS" not in os.environ
     import jax
@@ -107,10 +104,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def remove_partial_steps(folder: Path) -> None:
-    """Remove deleted steps and the temporary folders of killed or failed saves.
-
-    orbax's `cleanup_tmp_directories` does this in the background, but the disk space is needed now.
-    """
+    """Remove deleted steps and the temporary folders of killed or failed saves, now rather than in the background."""
     for path in [folder / DELETED, *folder.glob(f"*{orbax().utils.TMP_DIR_SUFFIX}*")]:
         for _ in range(20):  # writes that were under way when a save failed may still add files
             shutil.rmtree(path, ignore_errors=True)
@@ -154,32 +148,21 @@ def _arrays_handler() -> Any:
 # Blocks of arrays
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Block:
-    """A part of an array to write. All blocks of an array have one size, which is a multiple of `chunk_shape`.
-
-    Attributes:
-        shape: of the full array. offsets: where the block starts in it.
-        chunk_shape: of the pieces in which the block is stored and read.
-    """
+class Block(NamedTuple):
+    """A part of an array to write. All blocks of an array have one size, which is a multiple of `chunk_shape`."""
 
     values: np.ndarray
-    shape: Sequence[int]
-    offsets: Sequence[int]
-    chunk_shape: Sequence[int]
+    shape: Sequence[int]  # of the full array
+    offsets: Sequence[int]  # of the block in it
+    chunk_shape: Sequence[int]  # of the pieces in which the block is stored and read
 
 
 def full_block(values: np.ndarray) -> Block:
-    """Return the block that covers a full array."""
     return Block(values, values.shape, (0,) * values.ndim, values.shape)
 
 
 def write_blocks(folder: Path, process: int, blocks: Mapping[str, Block]) -> None:
-    """Write the named blocks of one process into an arrays item.
-
-    Raises:
-        Exception: of any type, after all writes have ended.
-    """
+    """Write the named blocks of one process into an arrays item; raises any type of error, after all writes ended."""
     import tensorstore
 
     context = _context()
@@ -197,9 +180,9 @@ def write_blocks(folder: Path, process: int, blocks: Mapping[str, Block]) -> Non
     for name, block in blocks.items():
         index = tuple(slice(start, start + size) for start, size in zip(block.offsets, block.values.shape))
         writes.append(arrays[name].result()[index].write(block.values, can_reference_source_data_indefinitely=True))
-    errors = [error for error in [write.exception() for write in writes] if error is not None]
-    if errors:
-        raise errors[0]
+    for error in [write.exception() for write in writes]:  # waits for all
+        if error is not None:
+            raise error
 
 
 def read_blocks(folder: Path, blocks: Mapping[str, tuple[Sequence[int], tuple[slice, ...]]]) -> dict[str, np.ndarray]:
@@ -207,9 +190,6 @@ def read_blocks(folder: Path, blocks: Mapping[str, tuple[Sequence[int], tuple[sl
 
     Args:
         blocks: name → (shape of the full array, index of the block).
-
-    Raises:
-        ValueError: the item is corrupt.
     """
     import tensorstore
 

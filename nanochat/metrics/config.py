@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nanochat.config import UserError
+from nanochat.config import require_at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,5 +20,4 @@ class MetricsConfig:
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise UserError(f"metrics.every_steps={self.every_steps}: must be at least 1")
+        require_at_least(self, "metrics", every_steps=1)

@@ -1,4 +1,4 @@
-"""What the ranks of test_sharded_checkpoint.py run: save and restore a small state in every sharding mode."""
+"""A small state in every sharding mode, and what the ranks of test_sharded_checkpoint.py do with it."""
 
 import contextlib
 import os
@@ -20,6 +20,7 @@ from nanochat import distributed, tree
 from nanochat.checkpoint import CheckpointConfig, storage
 from nanochat.checkpoint import manager as checkpoint
 from nanochat.config import UserError
+from nanochat.distributed import sharding
 
 MODES = {1: ["plain"], 2: ["replicate", "fsdp"], 4: ["replicate", "zero2", "fsdp", "hsdp"]}  # by number of ranks
 KILL_WIDTH = 20_000  # 10 MB of state
@@ -66,37 +67,43 @@ def place(state: State, mode: str, mesh: DeviceMesh | None) -> State:
         return state
     count = mesh.shape[1]
 
-    def place_leaf(leaf: torch.Tensor, sharded: bool) -> DTensor:
-        even = [d for d, n in enumerate(leaf.shape) if n and n % count == 0] if sharded and count > 1 else []
+    def place_leaf(leaf: torch.Tensor) -> DTensor:
+        even = [d for d, n in enumerate(leaf.shape) if n and n % count == 0] if count > 1 else []
         placements = (Replicate(), Shard(even[0]) if even else Replicate())
         return distribute_tensor(leaf, mesh, placements, src_data_rank=None)
 
-    params = tree.unflatten({n: place_leaf(x, mode != "zero2") for n, x in tree.flatten(state.params).items()})
-    opt_state = tree.unflatten({n: place_leaf(x, True) for n, x in tree.flatten(state.opt_state).items()})
-    return state._replace(params=params, opt_state=opt_state)
+    def replicate(leaf: torch.Tensor) -> DTensor:
+        return distribute_tensor(leaf, mesh, (Replicate(), Replicate()), src_data_rank=None)
+
+    params = tree.map(replicate if mode == "zero2" else place_leaf, state.params)
+    return state._replace(params=params, opt_state=tree.map(place_leaf, state.opt_state))
 
 
 def abstract(state: State) -> State:
     """The same placements over meta tensors."""
-
-    def empty(leaf: torch.Tensor) -> torch.Tensor:
-        if not isinstance(leaf, DTensor):
-            return leaf.to("meta")
-        local = leaf.to_local().to("meta")
-        return DTensor.from_local(
-            local, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
-        )
-
-    fields = {n: tree.unflatten({m: empty(x) for m, x in tree.flatten(f).items()}) for n, f in subtrees(state).items()}
-    return state._replace(step=state.step.to("meta"), **fields)
+    return sharding.as_dtensors(tree.to(sharding.local_shards(state), "meta"), state)
 
 
-def subtrees(state: State) -> dict[str, Any]:
-    return {name: field for name, field in state._asdict().items() if name != "step"}
+def save_steps(folder: Path, *steps: int, **options: Any) -> checkpoint.Manager:
+    """Save steps, all of which are kept by default; return the open manager."""
+    manager = checkpoint.open_manager(folder, CheckpointConfig(**{"keep_last": None, **options}))
+    for step in steps:
+        checkpoint.save(manager, full_state(step), {"seed": 1})
+    checkpoint.wait(manager)
+    return manager
 
 
 def raw(leaf: torch.Tensor) -> bytes:
     return leaf.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def flip_bit(step: Path, leaf: torch.Tensor) -> None:
+    """Flip a bit in the stored bytes of a leaf, or of rows of it, over a kilobyte; smaller ones lie under a CRC."""
+    stored = raw(leaf)
+    (path,) = [p for p in (step / "state").rglob("*") if p.is_file() and stored in p.read_bytes()]
+    content = bytearray(path.read_bytes())
+    content[content.index(stored) + len(stored) // 2] ^= 4
+    path.write_bytes(content)
 
 
 def assert_same(got: State, want: State) -> None:
@@ -122,11 +129,11 @@ def save_in_every_mode(folder: Path) -> None:
         arrays = {"loader.tokens": np.arange(1000, dtype=np.uint16), "scalar": torch.tensor(2**62 + 1)}
         meta = {"seed": 1, "rank": here.rank}
         checkpoint.save(manager, state, meta, arrays=arrays, files={"me.py": Path(__file__)})
-        for leaf in tree.leaves(tuple(tree.flatten(field) for field in subtrees(state).values())):
-            (leaf.to_local() if isinstance(leaf, DTensor) else leaf).zero_()
+        for leaf in tree.leaves(sharding.local_shards(state[1:])):
+            leaf.zero_()
         checkpoint.add_metrics(manager, 3, {"val/bpb": 1.5})
-        assert checkpoint.step_metrics(manager) == {3: {"val/bpb": 1.5}}
         checkpoint.close(manager)
+        assert checkpoint.step_metrics(manager.folder) == {3: {"val/bpb": 1.5}}
     distributed.close()
 
 
@@ -220,7 +227,7 @@ def fail_on_one_rank(folder: Path) -> dict[str, str]:
     # A flipped bit in the shard that rank 1 or 3 wrote.
     want = make(2)
     if here.rank == 0:
-        flip(folder / "2", full_state(2, 4096).params["wte"][40:42])
+        flip_bit(folder / "2", full_state(2, 4096).params["wte"][40:42])
     torch.distributed.barrier()
     with expect_error("flipped bit"):
         checkpoint.restore(manager, abstract(want))
@@ -237,15 +244,6 @@ def fail_on_one_rank(folder: Path) -> dict[str, str]:
     checkpoint.close(manager)
     distributed.close()
     return errors
-
-
-def flip(step: Path, rows: torch.Tensor) -> None:
-    """Flip a bit in the stored bytes of some rows."""
-    stored = raw(rows)
-    (path,) = [p for p in (step / "state").rglob("*") if p.is_file() and stored in p.read_bytes()]
-    content = bytearray(path.read_bytes())
-    content[content.index(stored) + len(stored) // 2] ^= 4
-    path.write_bytes(content)
 
 
 def exit_on_one_rank(folder: Path) -> None:

@@ -49,17 +49,16 @@ def table_rows() -> dict[str, tuple[tuple[int, ...], tuple[object, ...], str]]:
 
 
 def test_shapes_and_groups_match_the_specification():
-    got = {
-        reference: (tuple(value.shape), model.spec(TABLE_CONFIG)[convert.to_ours(reference)].group)
-        for reference, value in convert.to_reference(model.init(TABLE_CONFIG, 0), TABLE_CONFIG).items()
-    }
+    rows = model.spec(TABLE_CONFIG)
+    params = tree.flatten(model.init(TABLE_CONFIG, 0))
+    got = {convert.reference_name(name): (tuple(x.shape), rows[name].group) for name, x in params.items()}
     assert got == {name: (shape, group) for name, (shape, _, group) in table_rows().items()}
 
 
 @pytest.mark.parametrize("name", table_rows())
 def test_initial_values_match_the_specified_distribution(name: str):
     _, (kind, *numbers), _ = table_rows()[name]
-    values = tree.flatten(model.init(TABLE_CONFIG, 3))[convert.to_ours(name)]
+    values = convert.to_reference(model.init(TABLE_CONFIG, 3))[name]
     n = values.numel()
     if kind == "values":
         torch.testing.assert_close(values, torch.tensor(numbers))
