@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import requests
 
-from experiments import chat
 from nanochat import jsonl
-from nanochat.config import UserError, base_dir
+from nanochat.config import UserError, base_dir, require_at_least
 from nanochat.data import chat_format
 from nanochat.metrics import progress
 from nanochat.text import format_duration
@@ -94,7 +93,7 @@ class Config:
     backoff_seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        chat.check_settings(self, count=1, temperature=0, workers=1, attempts=1, backoff_seconds=0)
+        require_at_least(self, count=1, temperature=0, workers=1, attempts=1, backoff_seconds=0)
         if self.timeout_seconds <= 0:
             raise UserError(f"timeout_seconds={self.timeout_seconds}: must be above 0")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from experiments import chat
 from nanochat import checkpoint, tasks
-from nanochat.config import UserError
+from nanochat.config import UserError, require_at_least
 from nanochat.data import chat_format, tokenizer
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Config:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        chat.check_settings(self, start=0, count=1, **({} if self.max_tokens is None else {"max_tokens": 1}))
+        require_at_least(self, start=0, count=1, max_tokens=1)
 
 
 config = Config

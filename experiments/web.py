@@ -23,15 +23,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nanochat import checkpoint, serve
-from nanochat.config import Device, Dtype, UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from nanochat.distributed import Runtime
+from nanochat import checkpoint, distributed, serve
+from nanochat.config import Device, Dtype, UserError, require_at_least
+from nanochat.text import reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +71,17 @@ class Config:
     dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in {"slots": 1, "queue": 0, "connections": 1, "context": 2, "gpus": 1, "port": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value}: expected at least {least}")
+        require_at_least(self, slots=1, queue=0, connections=1, context=2, gpus=1, port=0)
+        if self.token is not None and self.token_file is not None:
+            raise UserError("token and token_file are both set: use one of them")
 
 
 config = Config
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, runtime: distributed.Runtime) -> None:
     """Load the model in a process for each device, and serve it until a signal comes."""
-    if runtime.world_size > 1:
-        raise UserError("web starts a process for each GPU by itself: start it with python, not torchrun")
+    distributed.require_single(runtime, "web, which starts a process for each GPU by itself,")
     folder = checkpoint.find_run(config.run)  # a wrong name is an error now, not when a process has started
     limits = serve.Limits(config.host, config.port, read_token(config), config.hosts, config.connections)
     is_cuda = runtime.device.type == "cuda"
@@ -97,7 +90,7 @@ def run(config: Config, runtime: Runtime) -> None:
     dtype = str(runtime.compute_dtype).removeprefix("torch.")
     workers = [
         serve.WorkerConfig(str(folder), config.step, device, dtype, slots, config.context, compile, config.exact)
-        for device in worker_devices(config.gpus, runtime.device)
+        for device in worker_devices(config.gpus, runtime.device.type)
     ]
     print(f"loading {folder.name} on {', '.join(worker.device for worker in workers)}", flush=True)
     connects = [functools.partial(serve.worker.start, worker) for worker in workers]
@@ -116,18 +109,14 @@ def run(config: Config, runtime: Runtime) -> None:
     serve.middleware.run(serve.app.create_app(scheduler, limits), scheduler, limits, announce)
 
 
-def worker_devices(gpus: int | None, device: torch.device) -> list[str]:
-    """Return a device name for each worker.
-
-    Raises:
-        UserError: there are not so many GPUs.
-    """
+def worker_devices(gpus: int | None, device_type: str) -> list[str]:
+    """Return a device name for each worker."""
     import torch
 
-    if device.type != "cuda":
+    if device_type != "cuda":
         if gpus is not None and gpus > 1:
-            raise UserError(f"gpus={gpus}: the model runs on the {device.type} here, in one process")
-        return [device.type]
+            raise UserError(f"gpus={gpus}: the model runs on the {device_type} here, in one process")
+        return [device_type]
     available = torch.cuda.device_count()
     if gpus is not None and gpus > available:
         raise UserError(f"gpus={gpus}: this machine has {available}")
@@ -135,19 +124,13 @@ def worker_devices(gpus: int | None, device: torch.device) -> list[str]:
 
 
 def read_token(config: Config) -> str | None:
-    """Return the token that clients must send, or None.
-
-    Raises:
-        UserError: it could not be read, or cannot be sent in a header.
-    """
+    """Return the token that clients must send, or None."""
     token = config.token
     if config.token_file is not None:
-        if token is not None:
-            raise UserError("token and token_file are both set: use one of them")
         try:
             token = config.token_file.read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"token_file={config.token_file}: could not be read ({error})") from None
+            raise UserError(f"token_file={config.token_file}: could not be read ({reason(error)})") from None
     if token is not None and not (token.isascii() and token.isprintable() and token.split() == [token]):
         raise UserError("the token is empty or has characters that a header cannot hold: use letters and digits")
     return token
