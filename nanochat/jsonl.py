@@ -55,6 +55,14 @@ def parse(lines: Iterable[bytes], path: Path, first_number: int = 1) -> Iterator
         yield number, value
 
 
+def read_text(path: Path, name: str | None = None) -> str:
+    """Return a UTF-8 file's text; an error calls it `name`, by default its path."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name or path}: cannot be read ({reason(error)})") from None
+
+
 def append(path: Path, *rows: Any) -> None:
     """Add each row as a line and sync the file; creates it and its folder, and removes a partial last line first.
 

@@ -56,15 +56,9 @@ class Score(NamedTuple):
 
 
 def evaluate(
-    model: ModelUnderTest,
-    tasks: Sequence[Task],
-    config: ChatEvalConfig = ChatEvalConfig(),
+    model: ModelUnderTest, tasks: Sequence[Task], config: ChatEvalConfig = ChatEvalConfig()
 ) -> dict[str, Score]:
-    """Return the score of each task by its name. Collective: the ranks share the work, and all get the scores.
-
-    Raises:
-        UserError: a task has no correct answers, a row is malformed, or an answer cannot be checked here.
-    """
+    """Return the score of each task by its name. Collective: the ranks share the work, and all get the scores."""
     engine = functools.cache(lambda: start_engine(model, config))
     return {task.name: score(model, task, config, engine) for task in tasks}
 
@@ -91,11 +85,10 @@ def score(
     *,
     show_progress: bool = False,
 ) -> Score:
-    """Return the score of one task, see `evaluate`.
+    """Return the score of one task; `engine` returns that of `start_engine`, and is called for generative tasks only.
 
-    Args:
-        engine: returns the engine of `start_engine`; not called for multiple choice.
-        show_progress: of rank 0.
+    Raises:
+        UserError: the task has no correct answers, a row is malformed, or an answer cannot be checked here.
     """
     if task.kind == "chat":
         raise UserError(f"{task.name}: is of kind chat and has no correct answers")
@@ -106,8 +99,8 @@ def score(
     if task.kind == "multiple_choice":
         solved = score_multiple_choice(model, task, indices, config.batch_tokens, show_progress=show_progress)
     else:
-        options = {"show_progress": show_progress}
-        solved = [any(s) for s in sample_answers(engine(), model.tokenizer, task, indices, config, **options)]
+        samples = sample_answers(engine(), model.tokenizer, task, indices, config, show_progress=show_progress)
+        solved = [any(correct) for correct in samples]
     return Score(sum(solved), len(solved), task.baseline)
 
 
@@ -129,11 +122,9 @@ def as_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
 
 
 class _Question(NamedTuple):
-    """A multiple-choice row: its prompt, the token ids of its letters, and the index of the correct one."""
-
     prompt: list[int]
-    letters: list[int]
-    answer: int
+    letters: list[int]  # token ids
+    answer: int  # index of the correct letter
 
 
 @torch.no_grad()
@@ -145,11 +136,7 @@ def score_multiple_choice(
     *,
     show_progress: bool = False,
 ) -> list[bool]:
-    """Return for each problem whether the correct letter is the most likely of its letters.
-
-    Raises:
-        UserError: a row has no letters, or a letter is not a single token.
-    """
+    """Return for each problem whether the correct letter is the most likely of its letters."""
     results, group = [], distributed.control_group()
     with distributed.raise_on_any_failure():
         ids = functools.cache(lambda letters: letter_ids(model.tokenizer, letters))
@@ -198,11 +185,11 @@ def _choose_letters(model: ModelUnderTest, questions: Sequence[_Question]) -> li
     # Only the logits of the letters at the last position of each prompt are needed.
     x_BC = x_BTC[torch.arange(len(questions), device=device), last_B]
     logits_BA = unembed(x_BC, params["lm_head"][torch.tensor(letters, device=device)], config, compute)
-    logits = [dict(zip(letters, row)) for row in logits_BA.tolist()]
-    return [
-        max(range(len(question.letters)), key=lambda n, q=question, row=row: row[q.letters[n]])
-        for question, row in zip(questions, logits)
-    ]
+    chosen, column = [], {token: n for n, token in enumerate(letters)}
+    for question, logits in zip(questions, logits_BA.tolist()):
+        own_logits = [logits[column[token]] for token in question.letters]
+        chosen.append(own_logits.index(max(own_logits)))
+    return chosen
 
 
 # Generated answers
@@ -219,43 +206,30 @@ def sample_answers(
 ) -> list[list[bool]]:
     """Return for each problem whether each of its `config.samples` answers is correct; the engine must be idle.
 
-    Raises:
-        UserError: a row is malformed, or an answer cannot be checked here.
+    The seed of an answer depends on the index of the problem alone.
     """
-    group = distributed.control_group()
-    batch_size = max(1, ANSWERS_PER_SLOT * engine.slots // config.samples)
-    batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
-    own_batches, results = list(enumerate(batches))[group.rank :: group.size], []
-    total = config.samples * sum(len(batch) for _, batch in own_batches)
+    group, results, samples = distributed.control_group(), [], config.samples
+    size = max(1, ANSWERS_PER_SLOT * engine.slots // samples)
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    own_batches = batches[group.rank :: group.size]
+    total = samples * sum(map(len, own_batches))
     with distributed.raise_on_any_failure(), _progress_bar(task, total, show_progress, "answer") as bar:
         is_correct(task, task.row(indices[0]), "")  # raises now, before anything is generated
-        for number, batch in own_batches:
+        for batch in own_batches:
             rows = [task.row(index) for index in batch]
-            texts = _generate(engine, tokenizer, batch, rows, config, bar)
-            for n, row in enumerate(rows):
-                results.append([number * batch_size + n, [is_correct(task, row, text) for text in texts[n]]])
+            requests = []
+            for index, row in zip(batch, rows):
+                prompt = tuple(_prompt(tokenizer, row, engine.config))
+                for seed in range(config.seed + index * samples, config.seed + (index + 1) * samples):
+                    requests.append(Request(prompt, config.max_tokens, config.temperature, config.top_k, seed))
+            texts = []
+            for completion in infer.complete(engine, requests):
+                texts.append(answer_text(tokenizer, completion.tokens))
+                bar.update(1)
+            for n, (index, row) in enumerate(zip(batch, rows)):
+                answers = texts[n * samples : (n + 1) * samples]
+                results.append([index, [is_correct(task, row, text) for text in answers]])
     return _gather(results)
-
-
-def _generate(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    indices: Sequence[int],
-    rows: Sequence[Conversation],
-    config: ChatEvalConfig,
-    bar: progress.Bar,
-) -> list[list[str]]:
-    """Return the texts of `config.samples` answers to each row; an answer's seed depends on the row's index alone."""
-    requests = []
-    for index, row in zip(indices, rows):
-        prompt = tuple(_prompt(tokenizer, row, engine.config))
-        for seed in range(config.seed + index * config.samples, config.seed + (index + 1) * config.samples):
-            requests.append(Request(prompt, config.max_tokens, config.temperature, config.top_k, seed))
-    texts = []
-    for completion in infer.complete(engine, requests):
-        texts.append(answer_text(tokenizer, completion.tokens))
-        bar.update(1)
-    return [texts[n : n + config.samples] for n in range(0, len(texts), config.samples)]
 
 
 def answer_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nanochat.config import UserError
+from nanochat.config import UserError, require_at_least
 
 CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 TITLES = {
@@ -46,10 +46,7 @@ class ChatEvalConfig:
     compile: bool | None = None
 
     def __post_init__(self) -> None:
-        minimum = dict.fromkeys(("max_problems", "max_generative", "samples", "max_tokens", "slots", "batch_tokens"), 1)
-        for name, least in {**minimum, "temperature": 0, "top_k": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value}: must be at least {least}")
+        require_at_least(self, max_problems=1, max_generative=1, samples=1, max_tokens=1, slots=1, batch_tokens=1)
+        require_at_least(self, temperature=0, top_k=0)
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"samples={self.samples}: are all the same at temperature 0; set temperature=1")

@@ -16,7 +16,7 @@ from nanochat import distributed
 from nanochat.config import UserError
 from nanochat.data import PATTERN, Tokenizer
 from nanochat.eval import core_bundle, likelihood
-from nanochat.eval.core_bundle import OPTION_FIELDS, Bundle, CoreTask, Row
+from nanochat.eval.core_bundle import Bundle, CoreTask, Row
 from nanochat.eval.likelihood import Prompt, Scored, common_prefix_length
 from nanochat.eval.results import csv_text
 from nanochat.model import CONTEXT_LIMIT, Compute, ModelConfig, ParamsLike
@@ -32,49 +32,33 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A model's answer to a row.
-
-    Attributes:
-        choice: index of the prompt with the lowest loss.
-        losses: mean loss of each prompt's answer in nats a token; nan for an answer without tokens.
-    """
+    """A model's answer to a row."""
 
     is_correct: bool
-    choice: int
-    losses: tuple[float, ...]
+    choice: int  # index of the prompt with the lowest loss
+    losses: tuple[float, ...]  # of each prompt's answer, nats a token; nan for an answer without tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """A task's score.
-
-    Attributes:
-        rows, right: number of rows, and of correct answers. accuracy: their ratio.
-        centered: accuracy above random guessing: 0 at the baseline, 1 if all are correct.
-        answers: in the order of the rows; empty if the result was read from a file.
-    """
+    """A task's score; `answers` is empty if the result was read from a file."""
 
     label: str
     rows: int
     right: int
     accuracy: float
-    centered: float
+    centered: float  # accuracy above random guessing: 0 at the baseline, 1 if all are correct
     seconds: float
     answers: tuple[Answer, ...] = dataclasses.field(default=(), repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The scores of a bundle.
-
-    Attributes:
-        tasks: label -> result, in the order of the bundle. failed: label -> reason.
-        core: mean of the centered accuracies; None if a task failed.
-    """
+    """The scores of a bundle's tasks by label, in its order, and the reasons of those that failed."""
 
     tasks: Mapping[str, TaskResult]
     failed: Mapping[str, str]
-    core: float | None
+    core: float | None  # mean of the centered accuracies; None if a task failed
 
 
 def evaluate(
@@ -93,22 +77,18 @@ def evaluate(
     """Return a model's scores on the tasks of a bundle. Collective: all ranks get the same scores.
 
     Args:
-        params: as from `model.init`, whole or (with `compute.all_gather`) this rank's shards.
+        params: as from `model.init`, full or (with `compute.all_gather`) this rank's shards.
         max_per_task: rows of each task, after the shuffle; None: all.
         max_tokens: longer prompts keep their last tokens; None: what the model supports.
         tokens_per_batch: as for `likelihood.score`.
         done: results of an earlier, unfinished call; these tasks are skipped.
         on_task: called after each task with its label and its result, or the reason why it failed.
-
-    Raises:
-        UserError: a setting is out of range. Errors of a single task are in the results.
     """
     limit = CONTEXT_LIMIT * config.sequence_len
     max_tokens = max_tokens or limit
     if not 2 <= max_tokens <= limit:
         raise UserError(f"max_tokens={max_tokens}: expected 2 … {limit}, the limit of the model")
     tasks, failed = dict(done or {}), {}
-    group = distributed.control_group()
     for label in [label for label in bundle.entries if label not in tasks]:
         start = time.perf_counter()
         try:
@@ -123,7 +103,7 @@ def evaluate(
             continue
         scored = likelihood.score(
             params, config, [question.prompts for question in rows], padding=tokenizer.bos,
-            tokens_per_batch=tokens_per_batch, compute=compute, rank=group.rank, world_size=group.size,
+            tokens_per_batch=tokens_per_batch, compute=compute,
         )  # fmt: skip
         answers = [answer(question, scores) for question, scores in zip(rows, scored)]
         tasks[label] = task_result(task, answers, time.perf_counter() - start)
@@ -137,13 +117,9 @@ def evaluate(
 
 
 def questions(task: CoreTask, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Question]:
-    """Yield the rows of a task as prompts, each truncated to its last `max_tokens` tokens.
-
-    Raises:
-        UserError: a continuation changes the tokens of the text before it, or adds none (names file and line).
-    """
+    """Yield the rows of a task as prompts, each truncated to its last `max_tokens` tokens."""
     texts = [_option_texts(task, row) for row in task.rows]
-    cloze = OPTION_FIELDS[task.kind] is None
+    cloze = task.kind == "language_modeling"
     examples = [f"{options[1 if cloze else row.fields['gold']]}\n\n" for options, row in zip(texts, task.rows)]
     encode = _encoder(tokenizer, texts, examples)
     for index, (row, options) in enumerate(zip(task.rows, texts)):

@@ -33,11 +33,11 @@ URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
 NUM_TASKS = 22  # of the published bundle
 SHUFFLE_SEED = 1337
-OPTION_FIELDS = {"multiple_choice": "choices", "schema": "context_options", "language_modeling": None}
-TEXT_FIELDS = {
-    "multiple_choice": ("query",),
-    "schema": ("continuation",),
-    "language_modeling": ("context", "continuation"),
+# kind of task -> (fields of a row that are strings, the field that is a list of strings, to which gold is an index)
+FIELDS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "multiple_choice": (("query",), "choices"),
+    "schema": (("continuation",), "context_options"),
+    "language_modeling": (("context", "continuation"), None),
 }
 
 
@@ -53,7 +53,7 @@ class Bundle:
     """A bundle whose rows are not read yet.
 
     Attributes:
-        folder: the folder of core.yaml. entries: label -> the task's entry in core.yaml.
+        entries: label -> the task's entry in core.yaml.
         baselines: label -> (line of the CSV, percent as text).
     """
 
@@ -67,9 +67,11 @@ class CoreTask:
     """A task, ready to be evaluated.
 
     Attributes:
-        kind: multiple_choice, schema or language_modeling. path: the file of the rows.
-        num_fewshot: few-shot examples before each row. delimiter: between query and answer.
-        baseline: accuracy of random guessing, in [0, 1). rows: shuffled, then truncated.
+        kind: one of FIELDS.
+        path: the file of the rows.
+        delimiter: between query and answer.
+        baseline: accuracy of random guessing, in [0, 1).
+        rows: shuffled, then truncated.
     """
 
     label: str
@@ -87,11 +89,7 @@ def default_dir() -> Path:
 
 
 def fetch(folder: Path | None = None, *, url: str = URL, options: download.Options = download.Options()) -> Path:
-    """Download and unpack the published bundle if it is not there yet; return its folder.
-
-    Raises:
-        UserError: the download failed or the disk is full.
-    """
+    """Download and unpack the published bundle if it is not there yet; return its folder."""
     folder = folder or default_dir()
     if (folder / TASKS_FILE).exists():
         return folder
@@ -124,17 +122,13 @@ def _bundle_folder(folder: Path) -> Path:
 
 
 def read(folder: Path) -> Bundle:
-    """Read a bundle's task list and baselines, but no rows.
-
-    Raises:
-        UserError: a file or column is missing, or core.yaml lists no tasks.
-    """
+    """Read a bundle's task list and baselines, but no rows."""
     folder = _bundle_folder(Path(folder).expanduser())
     path = folder / TASKS_FILE
     if not path.exists():
         raise UserError(f"bundle={folder}: has no {TASKS_FILE}; set the folder of the unpacked eval_bundle.zip")
     try:
-        content = yaml.safe_load(_read_text(path))
+        content = yaml.safe_load(jsonl.read_text(path))
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -149,27 +143,21 @@ def read(folder: Path) -> Bundle:
             problem = f"repeats the label {label}" if label else "has no label"
             raise UserError(f"{path}: task {number} of icl_tasks {problem}")
         entries[label] = entry
-    return Bundle(folder, entries, _read_baselines(folder / BASELINES_FILE))
-
-
-def _read_baselines(path: Path) -> dict[str, tuple[int, str]]:
-    rows = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    path = folder / BASELINES_FILE
+    rows = csv.DictReader(io.StringIO(jsonl.read_text(path), newline=""))
     for column in ("Eval Task", "Random baseline"):
         if column not in (rows.fieldnames or []):
             raise UserError(f"{path}:1: has no column {column!r}")
-    return {row["Eval Task"]: (rows.line_num, row["Random baseline"] or "") for row in rows}
+    baselines = {row["Eval Task"]: (rows.line_num, row["Random baseline"] or "") for row in rows}
+    return Bundle(folder, entries, baselines)
 
 
 def load(bundle: Bundle, label: str, max_rows: int | None = None) -> CoreTask:
-    """Read a task: shuffle its rows with the seed of all tasks, then keep `max_rows`, also for few-shot examples.
-
-    Raises:
-        UserError: the task's entry is wrong, its file cannot be read, or a row is malformed (names file and line).
-    """
+    """Read a task: shuffle its rows with the seed of all tasks, then keep `max_rows`, also for few-shot examples."""
     entry, prefix = bundle.entries[label], f"{bundle.folder / TASKS_FILE}: task {label}"
     kind = entry.get("icl_task_type")
-    if kind not in OPTION_FIELDS:
-        raise UserError(f"{prefix} has icl_task_type {kind!r}{nearest(str(kind), OPTION_FIELDS)}")
+    if kind not in FIELDS:
+        raise UserError(f"{prefix} has icl_task_type {kind!r}{nearest(str(kind), FIELDS)}")
     shots, delimiter, uri = entry.get("num_fewshot"), entry.get("continuation_delimiter", " "), entry.get("dataset_uri")
     shots = shots[0] if isinstance(shots, list) and len(shots) == 1 else shots
     if not _is_count(shots):
@@ -177,7 +165,10 @@ def load(bundle: Bundle, label: str, max_rows: int | None = None) -> CoreTask:
     if not isinstance(delimiter, str) or not isinstance(uri, str):
         raise UserError(f"{prefix}: continuation_delimiter and dataset_uri must be strings")
     path = bundle.folder / DATA_FOLDER / uri
-    rows = _read_rows(path, kind)
+    rows = [Row(number, fields) for number, fields in jsonl.read(path)]
+    for row in rows:
+        if problem := _row_problem(row.fields, kind):
+            raise UserError(f"{path}:{row.line}: {problem}")
     random.Random(SHUFFLE_SEED).shuffle(rows)
     rows = rows[:max_rows]
     if len(rows) <= shots:
@@ -207,22 +198,14 @@ def _baseline(bundle: Bundle, label: str) -> float:
     return 0.01 * percent
 
 
-def _read_rows(path: Path, kind: str) -> list[Row]:
-    rows = [Row(number, fields) for number, fields in jsonl.read(path)]
-    for row in rows:
-        if problem := _row_problem(row.fields, kind):
-            raise UserError(f"{path}:{row.line}: {problem}")
-    return rows
-
-
 def _row_problem(fields: Any, kind: str) -> str:
     """Return what is wrong with a row, or an empty string."""
     if not isinstance(fields, dict):
         return "expected an object"
-    for name in TEXT_FIELDS[kind]:
-        if not isinstance(fields.get(name), str):
-            return f"expected a string {name!r}"
-    name = OPTION_FIELDS[kind]
+    strings, name = FIELDS[kind]
+    for string in strings:
+        if not isinstance(fields.get(string), str):
+            return f"expected a string {string!r}"
     if name is None:
         return ""
     options, gold = fields.get(name), fields.get("gold")
@@ -235,10 +218,3 @@ def _row_problem(fields: Any, kind: str) -> str:
 
 def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None

@@ -44,37 +44,25 @@ class Scored(NamedTuple):
 
 
 class PackedRow(NamedTuple):
-    """A row of a batch.
+    """A row of a batch: the prefix that prompts share, or all of a single prompt, and the rest of each prompt."""
 
-    Attributes:
-        skipped: how many tokens at the start are out of reach and skipped.
-        prefix: the shared prefix, or all of a single prompt. continuations: the rest of each prompt.
-        targets: tokens of answers: (index in the row of the token before, token id, number of the prompt).
-    """
-
-    skipped: int
+    skipped: int  # tokens at the start that are out of reach
     prefix: list[int]
     continuations: list[list[int]]
-    targets: list[tuple[int, int, int]]
+    targets: list[tuple[int, int, int]]  # of answers: (index in the row of the token before, token id, prompt number)
 
 
 class Batch(NamedTuple):
-    """Rows as tensors: the prefixes padded to one width, then the continuations padded.
-
-    Attributes:
-        order: positions; None if every row is a single prompt from its first token on.
-        segment_ids_BT: index of the continuation that a token belongs to, or PREFIX, PADDING, PREFIX_PADDING.
-        row_R, column_R: position of the token before each target. target_R: its id. prompt_R: number of its prompt.
-    """
+    """Rows as tensors: the prefixes padded to one width, then the continuations padded."""
 
     tokens_BT: Tensor
-    order: PackedPositions | None
+    order: PackedPositions | None  # None if every row is a single prompt from its first token on
     prefix_width: int
-    segment_ids_BT: Tensor
-    row_R: Tensor
+    segment_ids_BT: Tensor  # index of the continuation that a token belongs to, or PREFIX, PADDING, PREFIX_PADDING
+    row_R: Tensor  # position of the token before each target
     column_R: Tensor
-    target_R: Tensor
-    prompt_R: Tensor
+    target_R: Tensor  # token ids
+    prompt_R: Tensor  # numbers of prompts
 
 
 @torch.no_grad()
@@ -86,28 +74,26 @@ def score(
     padding: int,
     tokens_per_batch: int | None = None,
     compute: Compute = Compute(),
-    rank: int = 0,
-    world_size: int = 1,
 ) -> list[list[Scored]]:
     """Return the score of each prompt of each group. Collective: all ranks pass the same and get the same.
 
     Args:
-        params: as from `model.init`, whole or (with `compute.all_gather`) this rank's shards.
+        params: as from `model.init`, full or (with `compute.all_gather`) this rank's shards.
         groups: prompts that may share a prefix. Equal prompts of a group get equal scores, to the last bit.
-        padding: token id of the padding.
+        padding: a token id.
         tokens_per_batch: computed at once, padding included; a longer row is a batch of its own. None: by device.
     """
     rows, numbers = pack_rows(groups, receptive_tokens(config))
     nested, device = tree.nest(tree.flatten(params)), params["wte"].device
     batches = make_batches(rows, tokens_per_batch or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS))
-    results = []
-    for first in range(0, len(batches), world_size):
-        mine = first + rank < len(batches)
+    results, group = [], distributed.control_group()
+    for first in range(group.rank, len(batches) + group.rank, group.size):
+        surplus = first >= len(batches)
         # Ranks that hold shards of the parameters gather them in every batch, so all need the same number of batches.
-        if mine or compute.all_gather is not None:
-            batch = assemble(batches[first + rank if mine else 0], padding)
+        if not surplus or compute.all_gather is not None:
+            batch = assemble(batches[0 if surplus else first], padding)
             losses = _target_losses(nested, config, batch, compute, device)
-            results += [(batch.prompt_R, *losses)] * mine
+            results += [] if surplus else [(batch.prompt_R, *losses)]
     sums = torch.zeros(2, sum(map(len, groups)), dtype=torch.float64)
     for prompt_R, nats_R, correct_R in results:  # copied at the end, so that a GPU does not wait for Python
         sums.index_add_(1, prompt_R, torch.stack([nats_R.cpu().double(), correct_R.cpu().double()]))
@@ -127,8 +113,7 @@ def receptive_tokens(config: ModelConfig) -> int:
 def pack_rows(groups: Sequence[Sequence[Prompt]], reach: int) -> tuple[list[PackedRow], list[list[int]]]:
     """Return (rows that hold every prompt, the number of each prompt by group); equal prompts of a group share one.
 
-    Args:
-        reach: how many tokens before an answer are kept.
+    `reach` tokens before an answer are kept.
     """
     rows, numbers, count = [], [], 0
     for group in groups:
@@ -214,17 +199,16 @@ def _target_losses(
     params: dict[str, Any], config: ModelConfig, batch: Batch, compute: Compute, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each target in nats, and whether it is the argmax; (R,) each, on the device."""
-    order = None
-    inside = compute
+    order, packed = None, compute
     if batch.order is not None:
         order = PackedPositions(*(x.to(device) for x in batch.order))
-        attend = _packed_attention(
-            batch.segment_ids_BT.to(device), order.position_ids_BT, batch.prefix_width, compute.attend
-        )
-        inside = dataclasses.replace(compute, attend=attend)
+        segment_ids_BT = batch.segment_ids_BT.to(device)
+        attend = _packed_attention(segment_ids_BT, order.position_ids_BT, batch.prefix_width, compute.attend)
+        packed = dataclasses.replace(compute, attend=attend)
     since = int(batch.column_R.min()) if len(batch.column_R) else 0
-    options: dict[str, Any] = {"positions": order, "logits_from": since, "config": config, "compute": inside}
-    x_BTC = model.features(params, batch.tokens_BT.to(device), **options)
+    x_BTC = model.features(
+        params, batch.tokens_BT.to(device), positions=order, logits_from=since, config=config, compute=packed
+    )
     x_RC, target_R = x_BTC[batch.row_R.to(device), batch.column_R.to(device) - since], batch.target_R.to(device)
     lm_head_VC = model.get_param(params, "lm_head", compute)
     nats, correct = [], []
