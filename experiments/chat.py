@@ -326,8 +326,7 @@ class Screen:
 
     def __init__(self, out: TextIO, err: TextIO) -> None:
         self.out, self.err = out, err
-        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not err.isatty()
-        self._dim, self._plain = ("", "") if plain else ("\x1b[2m", "\x1b[0m")
+        self._dim, self._plain = ("\x1b[2m", "\x1b[0m") if has_colors(err) else ("", "")
         self._open = ""  # the kind of text in the open bracket
 
     def show(self, pieces: Iterable[data.Piece]) -> None:
@@ -360,6 +359,10 @@ class Screen:
     def _write(self, to: TextIO, text: str) -> None:
         to.write(text)
         to.flush()
+
+
+def has_colors(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def printable(text: str, stream: TextIO) -> str:

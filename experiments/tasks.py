@@ -72,7 +72,7 @@ def run(config: Config, runtime: Runtime) -> None:
     task = tasks.from_text(config.task, config.split, source=config.source)
     if config.start >= task.size:
         raise UserError(f"start={config.start}: {task.name} has {task.size} rows")
-    color = bool(chat.dim_code(sys.stdout))
+    color = chat.has_colors(sys.stdout)
     with chat.quiet_pipe():
         print(f"{task.name}: {task.size:,} rows, {task.kind}")
         for index in range(config.start, min(task.size, config.start + config.count)):
