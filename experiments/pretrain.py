@@ -14,23 +14,13 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nanochat import config as configs
 from nanochat import data, distributed, eval, model, optim, train
 from nanochat.config import UserError
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.eval import core_bundle
 from nanochat.optim import OptimConfig, scaling
 from nanochat.train import StageConfig
-
-if TYPE_CHECKING:
-    from nanochat.data import Tokenizer
-    from nanochat.distributed import Runtime
-    from nanochat.eval import Bundle
-    from nanochat.model import ModelConfig
-    from nanochat.optim import Plan
-    from nanochat.train import RunContext, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +87,7 @@ class Config(StageConfig):
 config = Config
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, runtime: distributed.Runtime) -> None:
     """Resolve the configuration, print the plan, and pretrain."""
     name = config.name or f"d{config.depth}"
     config = train.resume_after_restart(config, name, runtime)
@@ -122,11 +112,10 @@ def run(config: Config, runtime: Runtime) -> None:
 
 
 def tokenizer_folder(config: Config) -> Path:
-    """Return the folder of the tokenizer for a new run."""
     return Path(config.tokenizer) if config.tokenizer else tokenizer.default_dir()
 
 
-def load_tokenizer(config: Config, name: str, *, required: bool = True) -> Tokenizer | None:
+def load_tokenizer(config: Config, name: str, *, required: bool = True) -> data.Tokenizer | None:
     """Return the tokenizer: of a resumed run its own copy; None if there is none and it is not required."""
     own, folder = train.run_folder(name) / "tokenizer", tokenizer_folder(config)
     if config.resume and own.exists():
@@ -137,7 +126,9 @@ def load_tokenizer(config: Config, name: str, *, required: bool = True) -> Token
     return tokenizer.load(folder) if required or folder.exists() else None
 
 
-def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, runtime: Runtime) -> train.Stage:
+def base_stage(
+    config: Config, shape: model.ModelConfig, plan: optim.Plan, tok: data.Tokenizer, runtime: distributed.Runtime
+) -> train.Stage:
     """Return the stage: packed documents, the plan's hyperparameters, bits per byte, CORE and samples."""
     rows_per_step = plan.total_batch_size // shape.sequence_len
     bundle = find_bundle(config.core)
@@ -163,20 +154,23 @@ def base_stage(config: Config, shape: ModelConfig, plan: Plan, tok: Tokenizer, r
         if bundle:
             score = functools.partial(core_score, bundle, config.core.max_per_task)
             evals.append(train.Evaluation("core/CORE", config.core.every_steps, score))
-        return [*evals, train.Evaluation(None, config.eval.sample_every_steps, train.stage.print_samples)]
+        samples = functools.partial(
+            train.stage.print_samples, encode=lambda prompt: [tok.bos, *tok.encode(prompt)], decode=tok.decode
+        )
+        return [*evals, train.Evaluation(None, config.eval.sample_every_steps, samples)]
 
     return train.Stage(
         name="base",
         num_steps=plan.num_steps,
         step_tokens=plan.total_batch_size,
         flops_per_token=plan.flops_per_token,
-        hparams_at=lambda step, _: optim.hparams(config.optim, plan, step),
+        make_step=functools.partial(train.scheduled, schedule=lambda step, _: optim.hparams(config.optim, plan, step)),
         batches=lambda state, _: batches(split="train", rows_per_step=rows_per_step, state=state),
         evaluations=evaluations,
     )
 
 
-def find_bundle(config: CoreConfig) -> Bundle | None:
+def find_bundle(config: CoreConfig) -> eval.Bundle | None:
     """Return the evaluation bundle; None if CORE is switched off or no bundle is downloaded."""
     folder = core_bundle.default_dir()
     if config.every_steps is None:
@@ -187,26 +181,21 @@ def find_bundle(config: CoreConfig) -> Bundle | None:
     return core_bundle.read(Path(config.bundle or folder))
 
 
-def core_score(bundle: Bundle, max_per_task: int, ctx: RunContext, state: TrainState) -> train.Result | None:
+def core_score(bundle: eval.Bundle, max_per_task: int, ctx: train.RunContext, state: train.TrainState) -> train.Result:
     """Return CORE and the centered accuracy of each task."""
     params = distributed.sharding.full_params(state.params)
     compute = model.Compute(dtype=ctx.runtime.compute_dtype)
     results = eval.core.evaluate(params, ctx.shape, ctx.tok, bundle, max_per_task=max_per_task, compute=compute)
-    if ctx.stop.agreed():
-        return None
     scores = {f"core/{label}": task.centered for label, task in results.tasks.items()}
     lines = [f"step {int(state.step)}: {label}: {reason}" for label, reason in results.failed.items()]
     if results.core is not None:
         lines.append(f"step {int(state.step)}: CORE {results.core:.4f}")
-    return train.Result({**scores, "core/CORE": math.nan if results.core is None else results.core}, lines)
+    scores["core/CORE"] = math.nan if results.core is None else results.core
+    return train.Result(scores, lines)
 
 
-def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
-    """Return the model's shape and the plan of the scaling rules.
-
-    Raises:
-        UserError: the tokenizer has more tokens than the model, or the shape is impossible.
-    """
+def resolve(config: Config, tok: data.Tokenizer | None) -> tuple[model.ModelConfig, optim.Plan]:
+    """Return the model's shape and the plan of the scaling rules."""
     vocab_size = config.model.vocab_size or (tok.vocab_size if tok else 32768)
     if tok and tok.vocab_size > vocab_size:
         raise UserError(
@@ -238,7 +227,7 @@ def resolve(config: Config, tok: Tokenizer | None) -> tuple[ModelConfig, Plan]:
     return shape, plan
 
 
-def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -> str:
+def describe(config: Config, shape: model.ModelConfig, plan: optim.Plan, runtime: distributed.Runtime) -> str:
     """Return the resolved configuration and what follows from it, as text."""
     rows = config.rows
     micro_batches = scaling.accumulation_steps(plan.total_batch_size, rows, shape.sequence_len, runtime.world_size)
@@ -259,5 +248,4 @@ def describe(config: Config, shape: ModelConfig, plan: Plan, runtime: Runtime) -
         "sharding": distributed.sharding.describe(config.sharding, runtime),
         "device": f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}",
     }
-    lines = [f"  {name:<16}{text}" for name, text in facts.items()]
-    return "\n".join(["configuration", configs.describe(config), "plan", *lines])
+    return train.describe(config, facts)

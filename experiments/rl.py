@@ -19,23 +19,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from nanochat import config as configs
 from nanochat import distributed, infer, metrics, model, optim, tasks, train
 from nanochat.config import UserError, require_at_least
 from nanochat.data import chat_format
 from nanochat.optim import FinetunePlan, OptimConfig
 from nanochat.train import RolloutConfig, StageConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from nanochat.data import Tokenizer
-    from nanochat.distributed import Runtime
-    from nanochat.infer import Engine
-    from nanochat.model import ModelConfig, Params
-    from nanochat.tasks import Task
-    from nanochat.train import InitCheckpoint, Reward, Rollout, RunContext, TrainState
 
 OPTIM = OptimConfig(
     embedding_lr=0.2,
@@ -105,15 +96,21 @@ class Config(StageConfig):
 config = Config
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, runtime: distributed.Runtime) -> None:
     """Train from the checkpoint of another run, or resume; then print the reward."""
-    config, base, origin = train.load_base(config, "rl", runtime, run=config.run, step=config.step, stages=("sft",))
+    config, base = train.load_base(config, "rl", runtime, run=config.run, step=config.step, stages=("sft",))
     task = tasks.from_text(config.task, "train", source=config.source)
     eval_task = tasks.from_text(config.eval_task or config.task.partition(":")[0], "test", source=config.source)
     reward = train.rl.correct_reward(task)
     config = resolve(config, task, runtime)
-    print(describe(config, base, origin, task), flush=True)
-    stage = rl_stage(config, base, runtime, origin, task, eval_task, reward)
+    facts = {
+        "starts from": " ".join(str(x) for x in (base.origin or {}).values()),
+        "parameters": f"{model.count(base.shape)['total']:,}",
+        "task": f"{task.name}, {task.size:,} rows",
+        "step": f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} answers",
+    }
+    print(train.describe(config, facts), flush=True)
+    stage = rl_stage(config, base, runtime, task, eval_task, reward)
     train.run_stage(config, stage, base.shape, base.tokenizer, runtime)
     if runtime.is_main:
         steps, rewards = metrics.logger.curve(metrics.logger.read(train.run_folder(str(config.name))), "rl/reward")
@@ -123,12 +120,8 @@ def run(config: Config, runtime: Runtime) -> None:
         print(f"next: python launch.py --experiment=eval_chat --set run={config.name}")
 
 
-def resolve(config: Config, task: Task, runtime: Runtime) -> Config:
-    """Return the settings with the number of steps filled in.
-
-    Raises:
-        UserError: the prompts do not divide among the ranks, or the task is too small for one step.
-    """
+def resolve(config: Config, task: tasks.Task, runtime: distributed.Runtime) -> Config:
+    """Return the settings with the number of steps filled in."""
     prompts = config.rollout.prompts_per_step
     if prompts % runtime.world_size:
         raise UserError(f"rollout.prompts_per_step={prompts}: must be a multiple of the {runtime.world_size} ranks")
@@ -138,118 +131,83 @@ def resolve(config: Config, task: Task, runtime: Runtime) -> Config:
     return dataclasses.replace(config, num_iterations=steps)
 
 
-def describe(config: Config, base: InitCheckpoint, origin: Mapping | None, task: Task) -> str:
-    """Return the resolved configuration and what the run starts from, as text."""
-    facts = {
-        "starts from": " ".join(str(x) for x in (origin or {}).values()),
-        "parameters": f"{model.count(base.shape)['total']:,}",
-        "task": f"{task.name}, {task.size:,} rows",
-        "step": f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} answers",
-    }
-    lines = [f"  {name:<16}{text}" for name, text in facts.items()]
-    return "\n".join(["configuration", configs.describe(config), "plan", *lines])
-
-
 def rl_stage(
     config: Config,
-    base: InitCheckpoint,
-    runtime: Runtime,
-    origin: Mapping | None,
-    task: Task,
-    eval_task: Task,
-    reward: Reward,
+    base: train.InitCheckpoint,
+    runtime: distributed.Runtime,
+    task: tasks.Task,
+    eval_task: tasks.Task,
+    reward: train.Reward,
 ) -> train.Stage:
     """Return the stage: batches of row numbers, a step that samples answers to them, pass@k and printed answers."""
-    rollout, num_steps = config.rollout, config.num_iterations
+    shape, tok, rollout, num_steps = base.shape, base.tokenizer, config.rollout, config.num_iterations
     assert num_steps
-    plan = FinetunePlan(base.shape.n_embd, weight_decay=config.optim.weight_decay)
-    engine = make_engine(base.shape, base.tokenizer, config, runtime)
-    latest: deque[list[Rollout]] = deque(maxlen=1)  # answers with different rewards to a prompt of the last step
+    plan = FinetunePlan(shape.n_embd, weight_decay=config.optim.weight_decay)
+    engines: list[infer.Engine] = []  # one, made and compiled at its first use
+    latest: deque[list[train.Rollout]] = deque(maxlen=1)  # answers to a prompt of the last step, with unequal rewards
 
-    def rollout_fn(params: Params, numbers: Sequence[int]) -> list[list[Rollout]]:
-        return train.rl.rollouts(
-            engine(params), base.tokenizer, task, reward, numbers, config=rollout, seed=config.seed
-        )
+    def engine(params: model.Params) -> infer.Engine:
+        if engines:
+            infer.load_params_(engines[0], params)
+        else:
+            context = min(model.CONTEXT_LIMIT * shape.sequence_len, shape.sequence_len + rollout.max_tokens)
+            options = {"dtype": runtime.compute_dtype, "compile": config.compile, "copy_params": True}
+            engines.append(infer.start(params, shape, tok, slots=rollout.slots, context=context, **options))
+        return engines[0]
 
-    def keep_latest(groups: list[list[Rollout]]) -> None:
-        latest.append(max(groups, key=lambda group: len({answer.reward for answer in group})))
+    def rollout_fn(params: model.Params, numbers: Sequence[int]) -> list[list[train.Rollout]]:
+        answers = train.rl.rollouts(engine(params), tok, task, reward, numbers, config=rollout, seed=config.seed)
+        latest.append(max(answers, key=lambda group: len({answer.reward for answer in group})))
+        return answers
 
-    def make_step(train_step: Callable[..., Any], _: Any) -> Callable[..., Any]:
-        return functools.partial(
+    def make_step(train_step: Callable[..., Any], rows: int) -> train.StepFn:
+        rl_step = functools.partial(
             train.rl.rl_step,
             rollout_fn=rollout_fn,
             train_step=train_step,
-            batch_rows=config.device_batch_size,
+            batch_rows=rows,
             pad_tokens=PAD_TOKENS if config.compile else None,
-            line=distributed.control_group(),
-            on_rollouts=keep_latest,
+        )
+        return train.scheduled(
+            rl_step, schedule=lambda step, _: optim.hparams(config.optim, plan, step, done=step / num_steps)
         )
 
     return train.Stage(
         name="rl",
-        origin=origin,
+        origin=base.origin,
         num_steps=num_steps,
         step_tokens=rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_tokens,  # at most
-        flops_per_token=model.flops_per_token(base.shape),
-        hparams_at=lambda step, _: optim.hparams(config.optim, plan, step, done=step / num_steps),
+        flops_per_token=model.flops_per_token(shape),
+        make_step=make_step,
         batches=lambda state, rows: train.rl.prompt_batches(task, rollout.prompts_per_step, state),
-        initial_state=lambda sharding_plan: train.init_from.init_state_from(
-            base, runtime, sharding_plan, moments=config.optim.moments
-        ),
+        initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
         evaluations=lambda rows: [
             train.Evaluation("rl/pass_at_1", config.eval.every_steps, functools.partial(pass_at_k, engine, eval_task)),
             train.Evaluation(None, config.eval.sample_every_steps, functools.partial(print_answers, latest)),
         ],
-        make_step=make_step,
     )
 
 
-def make_engine(shape: ModelConfig, tok: Tokenizer, config: Config, runtime: Runtime) -> Callable[[Params], Engine]:
-    """Return a function that loads parameters into the run's one engine, made and compiled at the first call."""
-    engines: list[Engine] = []
-    options: dict[str, Any] = {
-        "dtype": runtime.compute_dtype, "compile": config.compile, "slots": config.rollout.slots, "copy_params": True,
-        "context": min(model.CONTEXT_LIMIT * shape.sequence_len, shape.sequence_len + config.rollout.max_tokens),
-    }  # fmt: skip
-
-    def engine_with(params: Params) -> Engine:
-        if engines:
-            infer.load_params_(engines[0], params)
-        else:
-            engines.append(infer.start(params, shape, tok, **options))
-        return engines[0]
-
-    return engine_with
-
-
 def pass_at_k(
-    engine: Callable[[Params], Engine], task: Task, ctx: RunContext, state: TrainState
-) -> train.Result | None:
+    engine: Callable[[model.Params], infer.Engine], task: tasks.Task, ctx: train.RunContext, state: train.TrainState
+) -> train.Result:
     """Return pass@k on the test split."""
     config: Any = ctx.config
     params = distributed.sharding.full_params(state.params)
     with distributed.raise_on_any_failure():
         values = train.rl.pass_at_k(engine(params), ctx.tok, task, config.eval.problems, config.rollout)
-    if ctx.stop.agreed():
-        return None
     text = ", ".join(f"@{name.rpartition('_')[2]} {value:.1%}" for name, value in values.items())
     return train.Result(values, [f"step {int(state.step)}: pass {text}"])
 
 
-def print_answers(latest: Sequence[Sequence[Rollout]], ctx: RunContext, state: TrainState) -> train.Result:
+def print_answers(
+    latest: Sequence[Sequence[train.Rollout]], ctx: train.RunContext, state: train.TrainState
+) -> train.Result:
     """Return a prompt of the last step with its two best answers and its worst, a line each."""
     if not latest:
-        return train.Result({}, [])
-    answers = {one_line(ctx.tok, answer.tokens): answer.reward for answer in latest[0]}
+        return train.Result()
+    answers = {repr(chat_format.shown(ctx.tok, answer.tokens)): answer.reward for answer in latest[0]}
     ranked = sorted(answers.items(), key=lambda item: -item[1])
     prompt = ctx.tok.decode(latest[0][0].prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
-    lines = [f"step {int(state.step)}: {prompt!r}", *(f"  {r:g}  {text}" for text, r in ranked[:2] + ranked[2:][-1:])]
-    return train.Result({}, lines)
-
-
-def one_line(tok: Tokenizer, ids: Sequence[int]) -> str:
-    """Return an answer in one line, with [call → result] where a tool was used."""
-    content = chat_format.content(tok, ids)
-    marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return repr("".join(marks[part["type"]].format(part["text"]) for part in parts))
+    shown = [f"  {reward:g}  {text}" for text, reward in ranked[:2] + ranked[2:][-1:]]
+    return train.Result(lines=[f"step {int(state.step)}: {prompt!r}", *shown])

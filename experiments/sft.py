@@ -16,21 +16,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from nanochat import config as configs
-from nanochat import distributed, eval, infer, model, optim, tasks, train
+from nanochat import distributed, eval, model, optim, tasks, train
 from nanochat.config import UserError
 from nanochat.data import chat_format
 from nanochat.eval import CHAT_CORE, ChatEvalConfig
 from nanochat.optim import FinetunePlan, OptimConfig, scaling
-from nanochat.tasks import Task, mixture
 from nanochat.train import EvalConfig, StageConfig
-
-if TYPE_CHECKING:
-    from nanochat.distributed import Runtime
-    from nanochat.optim import Hparams
-    from nanochat.train import InitCheckpoint, RunContext, TrainState
 
 OPTIM = OptimConfig(
     embedding_lr=None,
@@ -98,28 +91,30 @@ class Config(StageConfig):
 config = Config
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, runtime: distributed.Runtime) -> None:
     """Fine-tune a base or mid-trained run."""
     train_stage(config, runtime, "sft", ("base", "mid"))
 
 
-def train_stage(config: Config, runtime: Runtime, name: str, stages: tuple[str, ...]) -> None:
+def train_stage(config: Config, runtime: distributed.Runtime, name: str, stages: tuple[str, ...]) -> None:
     """Run the stage called `name` from a checkpoint of one of `stages`."""
-    config, base, origin = train.load_base(config, name, runtime, run=config.run, step=config.step, stages=stages)
+    config, base = train.load_base(config, name, runtime, run=config.run, step=config.step, stages=stages)
     config, auto = resolve(config, base, runtime)
     train_task, val_task = mix(config.tasks, config.source), mix(config.val_tasks, config.source)
     chat_tasks = [tasks.from_text(text, "test", source=config.source) for text in config.chat.tasks]
-    print(describe(config, base, origin, train_task), flush=True)
-    stage = sft_stage(config, base, runtime, name, origin, train_task, val_task, chat_tasks)
+    facts = {
+        "starts from": " ".join(str(x) for x in (base.origin or {}).values()),
+        "parameters": f"{model.count(base.shape)['total']:,}",
+        "conversations": f"{train_task.size:,}",
+        "moments": "the base run's" if config.optim.moments and base.moments else "zero",
+    }
+    print(train.describe(config, facts), flush=True)
+    stage = sft_stage(config, base, runtime, name, train_task, val_task, chat_tasks)
     train.run_stage(config, stage, base.shape, base.tokenizer, runtime, try_rows=auto)
 
 
-def resolve(config: Config, base: InitCheckpoint, runtime: Runtime) -> tuple[Config, bool]:
-    """Return the settings with what they inherit from the base run, and whether the micro-batch is an estimate.
-
-    Raises:
-        UserError: the batch does not divide.
-    """
+def resolve(config: Config, base: train.InitCheckpoint, runtime: distributed.Runtime) -> tuple[Config, bool]:
+    """Return the settings with what they inherit from the base run, and whether the micro-batch is an estimate."""
     length = base.shape.sequence_len
     total = base.setting(config.total_batch_size, "total_batch_size", scaling.REFERENCE_BATCH_TOKENS)
     rates = optim.learning_rates(config.optim, base.settings)
@@ -138,13 +133,9 @@ def resolve(config: Config, base: InitCheckpoint, runtime: Runtime) -> tuple[Con
     return dataclasses.replace(config, device_batch_size=micro_rows), auto
 
 
-def mix(texts: tuple[str, ...], source: str | None) -> Task:
-    """Return a mixture of tasks, each with how often its rows are repeated before it (`3*gsm8k`).
-
-    Raises:
-        UserError: no task is named, or one could not be loaded.
-    """
-    chosen: list[Task] = []
+def mix(texts: tuple[str, ...], source: str | None) -> tasks.Task:
+    """Return a mixture of tasks, each with how often its rows are repeated before it (`3*gsm8k`)."""
+    chosen: list[tasks.Task] = []
     for text in texts:
         times, star, name = text.rpartition("*")
         if star and not times.isdigit():
@@ -152,45 +143,38 @@ def mix(texts: tuple[str, ...], source: str | None) -> Task:
         chosen += [tasks.from_text(name, source=source)] * int(times or 1)
     if not chosen:
         raise UserError("tasks: name at least one")
-    return mixture(chosen, name=",".join(texts))
-
-
-def describe(config: Config, base: InitCheckpoint, origin: Mapping | None, task: Task) -> str:
-    """Return the resolved configuration and what the run starts from, as text."""
-    facts = {
-        "starts from": " ".join(str(x) for x in (origin or {}).values()),
-        "parameters": f"{model.count(base.shape)['total']:,}",
-        "conversations": f"{task.size:,}",
-        "moments": "the base run's" if config.optim.moments and base.moments else "zero",
-    }
-    lines = [f"  {name:<16}{text}" for name, text in facts.items()]
-    return "\n".join(["configuration", configs.describe(config), "plan", *lines])
+    return tasks.mixture(chosen, name=",".join(texts))
 
 
 def sft_stage(
-    config: Config, base: InitCheckpoint, runtime: Runtime, name: str, origin: Mapping | None, train_task: Task,
-    val_task: Task, chat_tasks: list[Task],
-) -> train.Stage:  # fmt: skip
+    config: Config,
+    base: train.InitCheckpoint,
+    runtime: distributed.Runtime,
+    name: str,
+    train_task: tasks.Task,
+    val_task: tasks.Task,
+    chat_tasks: list[tasks.Task],
+) -> train.Stage:
     """Return the stage: packed conversations, bits per byte, chat tasks and sample answers."""
-    shape, length = base.shape, base.shape.sequence_len
+    shape, tok, length = base.shape, base.tokenizer, base.shape.sequence_len
     assert config.total_batch_size
     batch_scale = scaling.batch_scale(config.total_batch_size)
     plan = FinetunePlan(shape.n_embd, batch_scale, config.optim.weight_decay, momentum_warmup_steps=300)
 
-    def hparams_at(step: int, stats: Mapping[str, float]) -> Hparams:
+    def schedule(step: int, stats: Mapping[str, float]) -> optim.Hparams:
         done = step / config.num_iterations if config.num_iterations else stats.get("share", 0.0)
         return optim.hparams(config.optim, plan, step, done)
 
     stream = functools.partial(
-        train.sft.batches, tok=base.tokenizer, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device
+        train.sft.batches, tok=tok, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device
     )
     packing = train.Packing(
-        config.total_batch_size // length,
-        0,
-        length,
-        config.assistant_only,
-        None if config.num_iterations else 1,
-        config.buffer_conversations,
+        rows_per_step=config.total_batch_size // length,
+        micro_rows=0,
+        sequence_len=length,
+        assistant_only=config.assistant_only,
+        epochs=None if config.num_iterations else 1,
+        buffer_conversations=config.buffer_conversations,
     )
 
     def evaluations(rows: int) -> list[train.Evaluation]:
@@ -202,50 +186,38 @@ def sft_stage(
         )
         evals = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
         if chat_tasks:
-            key = next(iter(eval.chat_eval.as_metrics({chat_tasks[0].name: eval.chat_eval.Score(0, 1, 0.0)})))
+            first = chat_tasks[0].name
+            key = f"chat/{eval.chat_eval.TITLES.get(first, first)}"
             score = functools.partial(chat_score, chat_tasks, config.chat)
             evals.append(train.Evaluation(key, config.chat.every_steps, score))
-        return [*evals, train.Evaluation(None, config.eval.sample_every_steps, print_answers)]
+        samples = functools.partial(
+            train.stage.print_samples,
+            encode=lambda prompt: chat_format.prompt(tok, [{"role": "user", "content": prompt}]),
+            decode=functools.partial(chat_format.shown, tok),
+        )
+        return [*evals, train.Evaluation(None, config.eval.sample_every_steps, samples)]
 
     return train.Stage(
         name=name,
-        origin=origin,
+        origin=base.origin,
         num_steps=config.num_iterations,
         step_tokens=config.total_batch_size,
         flops_per_token=model.flops_per_token(shape),
-        hparams_at=hparams_at,
+        make_step=functools.partial(train.scheduled, schedule=schedule),
         batches=lambda state, rows: stream(train_task, packing=packing._replace(micro_rows=rows), state=state),
-        initial_state=lambda sharding_plan: train.init_from.init_state_from(
-            base, runtime, sharding_plan, moments=config.optim.moments
-        ),
+        initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
         evaluations=evaluations,
     )
 
 
-def chat_score(chat_tasks: list[Task], config: ChatConfig, ctx: RunContext, state: TrainState) -> train.Result | None:
+def chat_score(
+    chat_tasks: list[tasks.Task], config: ChatConfig, ctx: train.RunContext, state: train.TrainState
+) -> train.Result:
     """Return the accuracy of each task, and ChatCORE if its five tasks are among them."""
     subject = eval.chat_eval.ModelUnderTest(
         distributed.sharding.full_params(state.params), ctx.shape, ctx.tok, ctx.runtime.compute_dtype
     )
     with distributed.raise_on_any_failure():
         scores = eval.chat_eval.evaluate(subject, chat_tasks, config)
-    if ctx.stop.agreed():
-        return None
     values = eval.chat_eval.as_metrics(scores)
     return train.Result(values, [f"step {int(state.step)}: " + ", ".join(f"{n} {x:.4f}" for n, x in values.items())])
-
-
-def print_answers(ctx: RunContext, state: TrainState) -> train.Result:
-    """Return the model's answer to each of `eval.prompts`, a line each, with tool calls in brackets."""
-    config, params = ctx.config.eval, distributed.sharding.full_params(state.params)
-    if not ctx.runtime.is_main:
-        return train.Result({}, [])
-    engine = infer.start(
-        params, ctx.shape, ctx.tok, slots=len(config.prompts), dtype=ctx.runtime.compute_dtype, compile=False
-    )
-    prompts = [chat_format.prompt(ctx.tok, [{"role": "user", "content": text}]) for text in config.prompts]
-    settings = {"max_tokens": config.sample_tokens, "temperature": config.temperature, "top_k": config.top_k}
-    requests = [infer.Request(tuple(ids), seed=i, **settings) for i, ids in enumerate(prompts)]
-    answers = [chat_format.shown(ctx.tok, completion.tokens) for completion in infer.complete(engine, requests)]
-    lines = [f"  {text!r} → {shown!r}" for text, shown in zip(config.prompts, answers)]
-    return train.Result({}, lines)

@@ -13,32 +13,26 @@ if TYPE_CHECKING:
         RolloutConfig,
         StageConfig,
         TrainConfig,
+        describe,
         run_folder,
     )
-    from nanochat.train.init_from import InitCheckpoint
+    from nanochat.train.init_from import InitCheckpoint, init_state_from, load_base, resume_after_restart
     from nanochat.train.pipeline import StageStatus
     from nanochat.train.planner import Estimate
     from nanochat.train.rl import Reward, Rollout
     from nanochat.train.sft import Packing
-    from nanochat.train.stage import (
-        Evaluation,
-        Result,
-        RunContext,
-        Stage,
-        load_base,
-        progress_from,
-        resume_after_restart,
-        run_stage,
-    )
+    from nanochat.train.stage import Evaluation, Result, RunContext, Stage, progress_from, run_stage
     from nanochat.train.step import (
         NonFiniteLossError,
         Progress,
+        StepFn,
         StopFlag,
         TrainState,
         fit,
         gradient,
         init,
         make_update,
+        scheduled,
         split_batch,
         stop_on_signals,
         train_step,

@@ -15,10 +15,9 @@ from nanochat.distributed import Runtime, ShardingPlan, sharding
 from nanochat.distributed import compile as compiling
 from nanochat.model import Compute, ModelConfig, attention, loss
 from nanochat.model import linear as linears
-from nanochat.optim import Hparams
 from nanochat.train import planner, step
 from nanochat.train.config import StageConfig
-from nanochat.train.step import TrainState
+from nanochat.train.step import StepFn, TrainState
 
 CPU_ROWS = 32  # on the CPU, larger micro-batches take memory and save nothing
 
@@ -26,11 +25,7 @@ CPU_ROWS = 32  # on the CPU, larger micro-batches take memory and save nothing
 def build_step_functions(
     config: StageConfig, shape: ModelConfig, runtime: Runtime, sharding_plan: ShardingPlan | None = None
 ) -> tuple[Callable, Callable, str]:
-    """Return (the train step, the loss for evaluation, their kernels in words), compiled where asked for.
-
-    Raises:
-        UserError: the attention kernel does not run here, or train.grad=torch_func would meet a custom backward.
-    """
+    """Return (the train step, the loss for evaluation, their kernels as text), compiled if the settings say so."""
     if config.compile and runtime.device.type == "cpu":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         if not shutil.which(compiler):
@@ -55,37 +50,32 @@ def build_step_functions(
             )
         chunk = None  # the chunked loss has a custom backward too; the plain one has the same value
     gather = sharding.gather_layer(sharding_plan, dtype)
-    compile = None
-    if config.compile:
-        settings = {"device": runtime.device, "collectives": gather is not None, "overlap": config.sharding.overlap}
-        compile = functools.partial(compiling.compile_fn, **settings, memory_budget=config.train.memory_budget)
-    dense = Compute(dtype=dtype, attend=attend, all_gather=gather)
-    eval_fn = functools.partial(loss.next_token, config=shape, compute=dense, chunk_tokens=chunk)
-    compute = dataclasses.replace(dense, linear=linear)
-    loss_fn = functools.partial(loss.next_token, config=shape, compute=compute, chunk_tokens=chunk)
-    step_fn = functools.partial(
+    settings = {"device": runtime.device, "collectives": gather is not None, "overlap": config.sharding.overlap}
+    compile_fn = functools.partial(compiling.compile_fn, **settings, memory_budget=config.train.memory_budget)
+    compile = compile_fn if config.compile else lambda f: f
+    compute = Compute(dtype=dtype, attend=attend, all_gather=gather)
+    next_token = functools.partial(loss.next_token, config=shape, chunk_tokens=chunk)
+    loss_fn = functools.partial(next_token, compute=dataclasses.replace(compute, linear=linear))
+    train_step = functools.partial(
         step.train_step,
         value_and_grad=step.gradient(loss_fn, grad=config.train.grad, compile=compile),
         update=step.make_update(compute_dtype=dtype, donate=True, compile=config.compile, sharding_plan=sharding_plan),
         gather=functools.partial(sharding.gather, sharding_plan, dtype=dtype),
     )
-    return step_fn, (compile(eval_fn) if compile else eval_fn), f"attention {chosen.text}; linear layers {precision}"
+    eval_fn = compile(functools.partial(next_token, compute=compute))
+    return train_step, eval_fn, f"attention {chosen.text}; linear layers {precision}"
 
 
 def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> attention.KernelChoice:
-    """Return the attention kernel of each window, the same on all ranks.
-
-    Raises:
-        UserError: the kernel that was asked for does not run here.
-    """
-    asked = config.train.attention
-    if asked == "auto" and (config.train.grad == "torch_func" or not config.compile):
-        asked = "sdpa"
+    """Return the attention kernel of each window, the same on all ranks."""
+    kernel = config.train.attention
+    if kernel == "auto" and (config.train.grad == "torch_func" or not config.compile):
+        kernel = "sdpa"
     heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
     try:
         with distributed.raise_on_any_failure():
             choice = attention.choose(
-                asked, shape.sequence_len, shape.windows, heads, runtime.device, runtime.compute_dtype,
+                kernel, shape.sequence_len, shape.windows, heads, runtime.device, runtime.compute_dtype,
                 rows=config.rows, compile=config.compile,
             )  # fmt: skip
     except ValueError as error:
@@ -110,14 +100,7 @@ def init_state(
 
 
 def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime) -> int:
-    """Return the largest micro-batch that fits by the planner's estimate, the same on all ranks.
-
-    Args:
-        rows: of a step, on this rank; the micro-batch divides it. On the CPU it is at most CPU_ROWS.
-
-    Raises:
-        UserError: not even one row fits.
-    """
+    """Return the largest micro-batch that divides a rank's `rows` of a step and fits by the planner's estimate."""
     capacity = distributed.free_bytes(runtime.device, runtime.node_ranks)
     _, shards = sharding.mesh_shape(config.sharding, runtime.world_size, runtime.node_ranks)
     setup = planner.Setup(
@@ -128,8 +111,7 @@ def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runt
         fp8=config.train.linear == "fp8",
         chunk_tokens=chunk_tokens(config, runtime),
     )
-    found = planner.largest_batch(shape, setup, rows, capacity)
-    least = -distributed.all_reduce_max(-(found or 0))
+    least = -distributed.all_reduce_max(-(planner.largest_batch(shape, setup, rows, capacity) or 0))
     if not least:
         raise UserError(
             f"device_batch_size=auto: not even one row of {shape.sequence_len} tokens fits into the "
@@ -142,7 +124,7 @@ def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runt
 
 def try_batch_size(
     config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime, sharding_plan: ShardingPlan | None,
-    step_fn: Callable, hparams: Hparams,
+    make_step: Callable[[int], StepFn],
 ) -> int:  # fmt: skip
     """Return the first micro-batch from `config.rows` downwards that fits, seen by a step on a state thrown away.
 
@@ -150,18 +132,16 @@ def try_batch_size(
     trial: a rank that fails alone cannot be helped.
 
     Args:
-        rows: of a step, on this rank. step_fn: `train_step` with its functions bound. hparams: of any step.
-
-    Raises:
-        UserError: not even one row fits.
+        rows: of a step, on this rank. make_step: rows of a micro-batch -> the loop's step.
     """
     if runtime.device.type == "cpu":
         return config.rows
     for tried in [n for n in range(config.rows, 0, -1) if rows % n == 0]:
-        ids = torch.zeros((tried, shape.sequence_len), dtype=torch.int64, device=runtime.device)
-        batches = [{"inputs": ids, "targets": ids}] * min(rows // tried, 2)  # two need an accumulator
+        # Two micro-batches, if there are as many, need an accumulator.
+        ids = torch.zeros((min(rows, 2 * tried), shape.sequence_len), dtype=torch.int64, device=runtime.device)
         try:
-            step_fn(init_state(config, shape, runtime, sharding_plan), batches, hparams)
+            step_fn = make_step(tried)
+            step_fn(init_state(config, shape, runtime, sharding_plan), {"inputs": ids, "targets": ids}, 0, {})
             distributed.synchronize(runtime.device)
             return tried
         except torch.OutOfMemoryError:

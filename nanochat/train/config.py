@@ -1,9 +1,11 @@
 """Settings that the training stages share."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from nanochat import config as configs
 from nanochat.checkpoint import CheckpointConfig
 from nanochat.config import Device, Dtype, UserError, base_dir, require_at_least
 from nanochat.distributed import ShardingConfig
@@ -131,11 +133,16 @@ class StageConfig:
 
     @property
     def rows(self) -> int:
-        """`device_batch_size`, once auto is resolved."""
+        """`device_batch_size` once auto is resolved."""
         assert self.device_batch_size != "auto"
         return self.device_batch_size
 
 
 def run_folder(name: str) -> Path:
-    """Return the folder of the run called `name`."""
     return base_dir() / "runs" / name
+
+
+def describe(config: StageConfig, facts: Mapping[str, str]) -> str:
+    """Return the resolved settings, and what follows from them, as text to print before a run."""
+    lines = [f"  {name:<16}{text}" for name, text in facts.items()]
+    return "\n".join(["configuration", configs.describe(config), "plan", *lines])

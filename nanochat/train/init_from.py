@@ -1,46 +1,36 @@
-"""What a stage takes from its base run: parameters, model config, tokenizer, optimizer moments and settings."""
+"""What a run starts from: its own last checkpoint, or that of a base run with what the stage inherits from it."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nanochat import checkpoint, distributed, model, tree
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
-from nanochat.distributed import Runtime, ShardingPlan, sharding
+from nanochat.distributed import Runtime, ShardingPlan, sharding, was_restarted
 from nanochat.model import ModelConfig
 from nanochat.train import step as train
+from nanochat.train.config import StageConfig, run_folder
 from nanochat.train.step import TrainState
 
+Config = TypeVar("Config", bound=StageConfig)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class InitCheckpoint:
-    """A checkpoint to start from.
+    """A checkpoint to start from."""
 
-    Attributes:
-        folder: of its run. stage: base, mid, sft or rl.
-        shape, tokenizer: of its model. settings: of its run, by dotted name; {} for a converted model.
-        moments: whether it has the optimizer's state. origin: run, step and stage of its own base run, or None.
-    """
-
-    folder: Path
+    folder: Path  # of its run
     step: int
-    stage: str
     shape: ModelConfig
     tokenizer: Tokenizer
-    settings: Mapping[str, Any]
-    moments: bool
-    origin: Mapping[str, Any] | None
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The `origin` of a run that starts from it."""
-        return {"run": self.folder.name, "step": self.step, "stage": self.stage}
+    settings: Mapping[str, Any]  # of its run, by dotted name; {} for a converted model
+    moments: bool  # whether it has the optimizer's state
+    origin: Mapping[str, Any] | None  # run, step and stage that the run starting from it records as its base
 
     def setting(self, value: Any, name: str, default: Any) -> Any:
         """Return `value`, or if it is None the setting `name` of its run, or if that has none `default`."""
@@ -48,18 +38,21 @@ class InitCheckpoint:
         return default if value is None else value
 
 
-def load(run: str | Path | None, step: int | None = None) -> InitCheckpoint:
-    """Describe a checkpoint, by default the newest one of the run that was saved last."""
+def load(run: str | Path | None, step: int | None = None, *, resume: bool = False) -> InitCheckpoint:
+    """Describe a checkpoint, by default the newest one of the run that was saved last.
+
+    Args:
+        resume: whether the run itself resumes from it: then its origin is the one that it recorded.
+    """
     info = checkpoint.inspect(run, step)
     return InitCheckpoint(
         info.folder,
         info.step,
-        info.stage,
         checkpoint.infer_config(info),
         checkpoint.load_tokenizer(info),
         info.meta.get("config", {}),
         any(name.startswith("opt_state.") for name in info.state),
-        info.meta.get("parent"),
+        info.meta.get("parent") if resume else {"run": info.folder.name, "step": info.step, "stage": info.stage},
     )
 
 
@@ -72,6 +65,36 @@ def newest(stages: Collection[str]) -> Path:
         f"no {' or '.join(stages)} model in {checkpoint.runs_folder()} to start from: "
         f"train one with `{checkpoint.TRAIN_COMMAND}`, or name one with --set run=…"
     )
+
+
+def load_base(
+    config: Config, stage: str, runtime: Runtime, *, run: str | None, step: int | None, stages: Collection[str]
+) -> tuple[Config, InitCheckpoint]:
+    """Return the settings with the run's name, and the checkpoint to start from.
+
+    A resumed run starts from its own checkpoint; its base run may be gone by then.
+
+    Args:
+        run, step: the base run; None: the newest run of one of `stages`.
+    """
+    start: str | Path | None = run
+    if config.name is None:
+        start = start or newest(stages)
+        config = dataclasses.replace(config, name=f"{Path(start).expanduser().absolute().name}_{stage}")
+    config = resume_after_restart(config, str(config.name), runtime)
+    own = run_folder(str(config.name))
+    # A network disk may differ between ranks: all of them resume, or none.
+    if config.resume and distributed.all_reduce_max(bool(checkpoint.steps(own / "checkpoints"))):
+        return config, load(own, resume=True)
+    return config, load(start or newest(stages), step)
+
+
+def resume_after_restart(config: Config, name: str, runtime: Runtime) -> Config:
+    """Return the settings, with `resume` set if torchrun has restarted a job that had opened the run `name`."""
+    if runtime.restarts and not config.resume and was_restarted(f"opened {name}"):
+        print(f"restart {runtime.restarts} by torchrun: resuming from the last checkpoint")
+        return dataclasses.replace(config, resume=True)
+    return config
 
 
 def init_state_from(
@@ -97,8 +120,3 @@ def init_state_from(
         for n, x in tree.flatten(params).items()
     }
     return train.init(tree.unflatten(flat, params), spec, dtype, sharding_plan)
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Return whether a run's folder has a checkpoint; rank 0's answer on all ranks."""
-    return bool(distributed.all_reduce_max(bool(checkpoint.steps(folder / "checkpoints"))))

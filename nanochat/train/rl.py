@@ -23,41 +23,32 @@ from torch import Tensor
 from nanochat import distributed, infer
 from nanochat.config import UserError
 from nanochat.data import Conversation, Tokenizer, chat_format
-from nanochat.distributed import ControlGroup, sharding
+from nanochat.distributed import sharding
 from nanochat.eval import ChatEvalConfig, chat_eval
 from nanochat.infer import Engine, Request
 from nanochat.model import IGNORE, Params
 from nanochat.optim import Hparams
 from nanochat.tasks import Task
 from nanochat.train.config import RolloutConfig
-from nanochat.train.step import TrainState
+from nanochat.train.step import Metrics, TrainState
 
 Reward = Callable[[Conversation, str], float]  # (row of the task, answer as plain text) -> reward
 MAX_K = 8  # of pass@k
 
 
 class Rollout(NamedTuple):
-    """An answer and its reward.
-
-    Attributes:
-        prompt, tokens: ids of the prompt and of the answer. sampled: which tokens the model drew, not a tool.
-        finish: "stop" or "length". text: of the answer, as the reward sees it.
-    """
+    """An answer and its reward."""
 
     prompt: tuple[int, ...]
     tokens: list[int]
-    sampled: list[bool]
-    finish: str
-    text: str
+    sampled: list[bool]  # which tokens the model drew, not a tool
+    finish: str  # "stop" or "length"
+    text: str  # of the answer, as the reward sees it
     reward: float
 
 
 def correct_reward(task: Task) -> Reward:
-    """Return the reward that is 1 for a correct answer, else 0.
-
-    Raises:
-        UserError: the task cannot score answers.
-    """
+    """Return the reward that is 1 for a correct answer, else 0."""
     if task.kind != "generative" or task.is_correct is None:
         raise UserError(f"task {task.name}: cannot score answers; use a generative task such as gsm8k or arithmetic")
     return lambda row, text: float(chat_eval.is_correct(task, row, text))
@@ -69,9 +60,6 @@ def prompt_batches(
     """Yield ({"numbers": of a step's prompts}, the state after it, statistics) without end, as `train.fit` reads.
 
     Number n stands for row n mod size of the task.
-
-    Raises:
-        UserError: `state` is of another task.
     """
     position = state["position"] if state else {"read": 0, "task": task.name, "size": task.size}
     if (position["task"], position["size"]) != (task.name, task.size):
@@ -86,7 +74,6 @@ def prompt_batches(
 
 
 def seed_of(seed: int, number: int, sample: int) -> int:
-    """Return the sampling seed of one answer."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {number} {sample}".encode(), digest_size=7).digest(), "big")
 
 
@@ -100,12 +87,9 @@ def rollouts(
     config: RolloutConfig,
     seed: int,
 ) -> list[list[Rollout]]:
-    """Return the answers to each of the prompts; they depend on the numbers and the seed alone.
+    """Return the answers to each of the prompts; they depend on their numbers and the seed alone.
 
     (Up to rounding: the shapes of the engine's matmuls follow its load.)
-
-    Args:
-        engine: with the parameters of the policy, and no request. numbers: of the prompts, see `prompt_batches`.
     """
     rows = [task.row(number % task.size) for number in numbers]
     limit = engine.config.sequence_len
@@ -129,9 +113,6 @@ def advantages(rewards: Sequence[float]) -> list[float]:
         return [0.0] * len(rewards)
     mean = sum(rewards) / len(rewards)
     return [reward - mean for reward in rewards]
-
-
-RolloutFn = Callable[[Params, Sequence[int]], list[list[Rollout]]]
 
 
 class Row(NamedTuple):
@@ -189,54 +170,40 @@ def rl_step(
     batches: Sequence[Mapping[str, Any]],
     hparams: Hparams,
     *,
-    rollout_fn: RolloutFn,
-    train_step: Callable[..., tuple[TrainState, dict[str, Tensor]]],
+    rollout_fn: Callable[[Params, Sequence[int]], list[list[Rollout]]],
+    train_step: Callable[..., tuple[TrainState, Metrics]],
     batch_rows: int,
     pad_tokens: int | None = None,
-    line: ControlGroup = ControlGroup(),
-    on_rollouts: Callable[[list[list[Rollout]]], None] = lambda groups: None,
-) -> tuple[TrainState, dict[str, Tensor]]:
+) -> tuple[TrainState, Metrics]:
     """Return the state after one step on one batch of `batches`, and its metrics, as `train.train_step` does.
 
     If all answers to each prompt have the same reward there is no gradient, and only the step count changes.
 
     Args:
-        rollout_fn: (full parameters, numbers of prompts) -> answers to each. train_step: with its functions bound.
+        rollout_fn: (full parameters, numbers of prompts) -> answers to each.
         batch_rows: of a micro-batch, on one rank. pad_tokens: see `micro_batches`.
-        on_rollouts: called with this rank's answers.
-
-    Raises:
-        UserError: an answer could not be scored, on any rank.
     """
-    numbers, started = batches[0]["numbers"], time.perf_counter()
+    group, numbers, started = distributed.control_group(), batches[0]["numbers"], time.perf_counter()
     params = sharding.full_params(state.params)
-    with distributed.raise_on_any_failure(line):
-        groups = rollout_fn(params, numbers[line.rank :: line.size])
+    with distributed.raise_on_any_failure():
+        groups = rollout_fn(params, numbers[group.rank :: group.size])
     seconds = time.perf_counter() - started
     del params
-    on_rollouts(groups)
     rows = [row for group in groups for row in weighted(group)]
     rollout_metrics = summary(groups, seconds)
     n_batches = distributed.all_reduce_max(-(-len(rows) // batch_rows))
     if not n_batches:
-        zero = torch.zeros(())
-        nothing = {"loss": zero, "grad_norm": zero, "finite": torch.tensor(True)}
+        nothing = {"loss": 0.0, "grad_norm": 0.0, "finite": True}
         return state._replace(step=state.step + 1), nothing | rollout_metrics
     # The step averages over micro-batches and ranks what is a sum here.
-    scale = n_batches * line.size / len(numbers)
+    scale = n_batches * group.size / len(numbers)
     micro = micro_batches(rows, n_batches, batch_rows, scale, pad_tokens, state.step.device)
     state, metrics = train_step(state, micro, hparams)
     return state, metrics | rollout_metrics
 
 
-def summary(groups: Sequence[Sequence[Rollout]], seconds: float) -> dict[str, Tensor]:
-    """Return the metrics of all ranks' answers, given this rank's and the seconds that they took.
-
-    Returns:
-        {"rl/reward": mean reward; "rl/answer_tokens": mean length; "rl/finished": fraction that ended before the length
-        limit; "rl/mixed": fraction of prompts with different rewards, those with a gradient; "tokens": of all answers;
-        "perf/rollout_seconds", "perf/rollout_tokens_per_second": of the slowest rank}.
-    """
+def summary(groups: Sequence[Sequence[Rollout]], seconds: float) -> Metrics:
+    """Return the metrics of all ranks' answers, given this rank's and the seconds that they took."""
     answers = [answer for group in groups for answer in group]
     sums = [
         len(answers),
@@ -247,27 +214,20 @@ def summary(groups: Sequence[Sequence[Rollout]], seconds: float) -> dict[str, Te
         sum(len({answer.reward for answer in group}) > 1 for group in groups),
     ]
     n_answers, n_prompts, reward, tokens, finished, mixed = distributed.all_reduce_sum(sums)
-    seconds = distributed.all_reduce_max(round(seconds * 1e6)) / 1e6
-    values = {
+    seconds = distributed.all_reduce_max(round(seconds * 1e6)) / 1e6  # of the slowest rank
+    return {
         "rl/reward": reward / n_answers,
         "rl/answer_tokens": tokens / n_answers,
-        "rl/finished": finished / n_answers,
-        "rl/mixed": mixed / n_prompts,
+        "rl/finished": finished / n_answers,  # before the length limit
+        "rl/mixed": mixed / n_prompts,  # with different rewards, so that there is a gradient
         "tokens": tokens,
         "perf/rollout_seconds": seconds,
         "perf/rollout_tokens_per_second": tokens / seconds,
     }
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 def pass_at_k(
-    engine: Engine,
-    tok: Tokenizer,
-    task: Task,
-    problems: int,
-    config: RolloutConfig,
-    *,
-    max_k: int = MAX_K,
+    engine: Engine, tok: Tokenizer, task: Task, problems: int, config: RolloutConfig, *, max_k: int = MAX_K
 ) -> dict[str, float]:
     """Return {"rl/pass_at_1": …, "rl/pass_at_8": …}: the fraction of problems that one of the first k answers solves.
 

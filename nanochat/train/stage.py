@@ -10,29 +10,24 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
-from nanochat import checkpoint, distributed, eval, model
+from nanochat import checkpoint, distributed, eval, infer, model
 from nanochat import config as configs
 from nanochat.config import UserError
 from nanochat.data import Tokenizer, tokenizer
-from nanochat.distributed import Runtime, ShardingPlan, hardware, mark_restart, peak_flops, sharding, was_restarted
-from nanochat.infer import sampling
+from nanochat.distributed import Runtime, ShardingPlan, hardware, mark_restart, peak_flops, sharding
 from nanochat.metrics import logger, plots, progress
-from nanochat.model import Compute, ModelConfig
-from nanochat.optim import MATRIX, SMEAR_LR, Hparams
+from nanochat.model import ModelConfig
 from nanochat.text import format_count, format_duration
-from nanochat.train import build, init_from
+from nanochat.train import build
 from nanochat.train import step as train
 from nanochat.train.config import StageConfig, run_folder
-from nanochat.train.init_from import InitCheckpoint
-from nanochat.train.step import NonFiniteLossError, Progress, StopFlag, TrainState
-
-Config = TypeVar("Config", bound=StageConfig)
+from nanochat.train.step import NonFiniteLossError, Progress, StepFn, StopFlag, TrainState
 
 NOT_COMPARED = ("resume", "overwrite", "dry_run")
 UNTIMED_STEPS = 10  # of every start: they compile and warm up
@@ -41,26 +36,16 @@ UNTIMED_STEPS = 10  # of every start: they compile and warm up
 class Result(NamedTuple):
     """What an evaluation returns: metrics to log, and lines to print."""
 
-    metrics: Mapping[str, float]
-    lines: Sequence[str]
+    metrics: Mapping[str, float] = {}
+    lines: Sequence[str] = ()
 
 
 class Evaluation(NamedTuple):
-    """An evaluation that runs every so many steps and after the last one.
+    """An evaluation that runs every so many steps (None: never) and after the last one."""
 
-    Attributes:
-        key: a metric that it logs, by which a resumed run sees whether it is done; None: it only prints.
-        every_steps: None: only after the last step.
-        run: (context, state) -> result, or None if a signal stopped it; a collective call.
-    """
-
-    key: str | None
+    key: str | None  # a metric that it logs, by which a resumed run sees whether it is done; None: it only prints
     every_steps: int | None
-    run: Callable[["RunContext", TrainState], Result | None]
-
-
-Batches = Generator[tuple[dict[str, Any], Any, dict[str, float]], None, None]
-StepFn = Callable[..., tuple[TrainState, dict[str, torch.Tensor]]]
+    run: Callable[["RunContext", TrainState], Result]  # a collective call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,126 +56,69 @@ class Stage:
         name: base, mid, sft or rl.
         num_steps: length of the run; None: until the batches end.
         step_tokens: tokens of a step, over all ranks. flops_per_token: forward and backward.
-        hparams_at: (step, statistics of its batch) -> hyperparameters.
+        make_step: (train step, rows of a micro-batch) -> the loop's step, see `train.scheduled`.
         batches: (loader state or None, rows of a micro-batch) -> the batches for `train.fit`.
         evaluations: (rows of a micro-batch) -> evaluations, in the order in which they run.
         origin: run, step and stage of the checkpoint that this stage starts from, or None.
         initial_state: (sharding_plan) -> the state before the first step; None: random parameters.
-        make_step: (train step, sharding_plan) -> the step function to use; None: the train step, on micro-batches.
     """
 
     name: str
     num_steps: int | None
     step_tokens: int
     flops_per_token: int
-    hparams_at: Callable[[int, Mapping[str, float]], Hparams]
-    batches: Callable[[Any, int], Batches]
+    make_step: Callable[[Callable[..., Any], int], StepFn]
+    batches: Callable[[Any, int], Generator[tuple[dict[str, Any], Any, dict[str, float]], None, None]]
     evaluations: Callable[[int], Sequence[Evaluation]]
     origin: Mapping[str, Any] | None = None
     initial_state: Callable[[ShardingPlan | None], TrainState] | None = None
-    make_step: Callable[[StepFn, ShardingPlan | None], StepFn] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """What the phases of a run share.
-
-    Attributes:
-        sharding_plan: where the state lives on several ranks, or None. loss_fn: the loss for evaluation.
-        peak_flops: matmul limit of a device, for the MFU.
-        folder, manager, log, bar: the run's folder, open checkpoints, open metrics and progress bar.
-        step_seconds: of the steps that this process has run: a list that grows.
-    """
+    """What the phases of a run share."""
 
     config: StageConfig
     stage: Stage
     shape: ModelConfig
     tok: Tokenizer
     runtime: Runtime
-    sharding_plan: ShardingPlan | None
-    loss_fn: Callable
+    sharding_plan: ShardingPlan | None  # None for a single process
+    loss_fn: Callable  # for evaluation
     evaluations: Sequence[Evaluation]
-    peak_flops: float
+    peak_flops: float  # of a device
     folder: Path
     manager: checkpoint.Manager
     log: logger.Log
     bar: progress.Bar
     stop: StopFlag
-    step_seconds: list[float] = dataclasses.field(default_factory=list)
-
-
-def resume_after_restart(config: Config, name: str, runtime: Runtime) -> Config:
-    """Return the settings, with `resume` set if torchrun has restarted a job that had opened the run `name`."""
-    if runtime.restarts and not config.resume and was_restarted(f"opened {name}"):
-        print(f"restart {runtime.restarts} by torchrun: resuming from the last checkpoint")
-        return dataclasses.replace(config, resume=True)
-    return config
-
-
-def load_base(
-    config: Config, stage: str, runtime: Runtime, *, run: str | None, step: int | None, stages: Collection[str]
-) -> tuple[Config, InitCheckpoint, Mapping[str, Any] | None]:
-    """Return the settings with the run's name, the checkpoint to start from, and its run, step and stage.
-
-    A resumed run starts from its own checkpoint; its base run may be gone by then.
-
-    Args:
-        run, step: the base run; None: the newest run of one of `stages`.
-
-    Raises:
-        UserError: there is no such run or step.
-    """
-    start: str | Path | None = run
-    if config.name is None:
-        start = start or init_from.newest(stages)
-        config = dataclasses.replace(config, name=f"{Path(start).expanduser().absolute().name}_{stage}")
-    config = resume_after_restart(config, str(config.name), runtime)
-    own = run_folder(str(config.name))
-    if config.resume and init_from.has_checkpoint(own):
-        base = init_from.load(own)
-        return config, base, base.origin
-    base = init_from.load(start or init_from.newest(stages), step)
-    return config, base, base.record
+    first_step: int  # steps done before this process started
 
 
 def run_stage(
     config: StageConfig, stage: Stage, shape: ModelConfig, tok: Tokenizer, runtime: Runtime, *, try_rows: bool = False
 ) -> None:
-    """Train to the end of the stage, or to the first signal.
+    """Train to the end of the stage, or to the first signal, which exits with its code after saving.
 
     Args:
         config: resolved: with a name and a device_batch_size.
         try_rows: device_batch_size is an estimate: try a step before anything is written.
-
-    Raises:
-        UserError: a setting does not fit, memory is too small, or the run's folder cannot be used.
-        SystemExit: stopped by a signal, after saving.
     """
-    try:
-        _run_stage(config, stage, shape, tok, runtime, try_rows)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"device_batch_size={config.device_batch_size} runs out of memory ({str(error).split('. ')[0]}); "
-            "set a smaller one, or auto; --experiment=plan shows what fits"
-        ) from None
-
-
-def _run_stage(
-    config: StageConfig, stage: Stage, shape: ModelConfig, tok: Tokenizer, runtime: Runtime, try_rows: bool
-) -> None:
-    # Everything that can be refused comes before the run's folder is touched.
     folder = run_folder(str(config.name))
-    sharding_plan = sharding.make_plan(config.sharding, runtime, model.spec(shape))
-    step_fn, loss_fn, kernels = build.build_step_functions(config, shape, runtime, sharding_plan)
-    if try_rows:
-        rows = stage.step_tokens // (shape.sequence_len * runtime.world_size)
-        rows = build.try_batch_size(config, shape, rows, runtime, sharding_plan, step_fn, stage.hparams_at(0, {}))
-        config = dataclasses.replace(config, device_batch_size=rows)
-    limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
-    print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
-
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(train.stop_on_signals())  # first in, last out: the last save is protected too
+        stack.enter_context(out_of_memory_as_user_error(config))
+        # Everything that can be refused comes before the run's folder is touched.
+        sharding_plan = sharding.make_plan(config.sharding, runtime, model.spec(shape))
+        train_step, loss_fn, kernels = build.build_step_functions(config, shape, runtime, sharding_plan)
+        if try_rows:
+            rows = stage.step_tokens // (shape.sequence_len * runtime.world_size)
+            make_step = functools.partial(stage.make_step, train_step)
+            rows = build.try_batch_size(config, shape, rows, runtime, sharding_plan, make_step)
+            config = dataclasses.replace(config, device_batch_size=rows)
+        limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
+        print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
+
+        stop = stack.enter_context(train.stop_on_signals())  # entered first, left last: the last save is protected too
         manager = open_checkpoints(folder, config, runtime)
         stack.callback(checkpoint.close, manager)  # waits for the last save, after an error as well
         mark_restart(f"opened {config.name}")  # a restart of the job by torchrun resumes this run
@@ -210,9 +138,9 @@ def _run_stage(
         bar = stack.enter_context(progress.Bar(stage.num_steps, initial=at.step, label=str(config.name)))
         ctx = RunContext(
             config, stage, shape, tok, runtime, sharding_plan, loss_fn, stage.evaluations(config.rows), limit, folder,
-            manager, log, bar, stop,
+            manager, log, bar, stop, at.step,
         )  # fmt: skip
-        if not evals_done(ctx, at):
+        if not evals_done(ctx, at):  # a stop prevented them
             run_evals(ctx, state, at)
         try:
             state, at = train.fit(
@@ -220,9 +148,7 @@ def _run_stage(
                 at,
                 batches,
                 num_steps=stage.num_steps,
-                rows=None if stage.make_step else config.rows,
-                step_fn=stage.make_step(step_fn, sharding_plan) if stage.make_step else step_fn,
-                hparams_at=stage.hparams_at,
+                step_fn=stage.make_step(train_step, config.rows),
                 after_step=functools.partial(log_step, ctx),
                 save=functools.partial(save_checkpoint, ctx),
                 stop=stop,
@@ -239,12 +165,19 @@ def _run_stage(
         raise SystemExit(128 + stop.signal)  # the shell's exit code of a signal, so that `&&` does not continue
 
 
-def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> checkpoint.Manager:
-    """Open the checkpoints of a new run, a resumed one, or with `overwrite` one that replaces an old run.
+@contextlib.contextmanager
+def out_of_memory_as_user_error(config: StageConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"device_batch_size={config.device_batch_size} runs out of memory ({str(error).split('. ')[0]}); "
+            "set a smaller one, or auto; --experiment=plan shows what fits"
+        ) from None
 
-    Raises:
-        UserError: the folder holds a run, and neither `resume` nor `overwrite` is set.
-    """
+
+def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> checkpoint.Manager:
+    """Open the checkpoints of a new run, a resumed one, or with `overwrite` one that replaces an old run."""
     checkpoints = folder / "checkpoints"
     saved = checkpoint.steps(checkpoints) if runtime.is_main else []
     last = distributed.all_reduce_max(saved[-1] if saved else -1)  # a network disk may differ between ranks
@@ -315,12 +248,8 @@ def log_step(ctx: RunContext, state: TrainState, at: Progress, numbers: dict[str
     config, stage, step = ctx.config, ctx.stage, at.step
     last = bool(numbers.pop("last", 0)) or step == stage.num_steps
     ema, smooth = logger.ema(at.ema, numbers["loss"])
-    seconds = numbers.pop("step_seconds")
-    ctx.step_seconds.append(seconds)
-    if len(ctx.step_seconds) == 1:
-        hardware.freeze_garbage()
-        ctx.bar.write(f"first step: {format_duration(seconds)}" + ", most of it to compile" * config.compile)
-    tokens, timed = int(numbers.pop("tokens", stage.step_tokens)), len(ctx.step_seconds) > UNTIMED_STEPS
+    seconds, tokens = numbers["perf/step_seconds"], int(numbers.pop("tokens", stage.step_tokens))
+    timed = step - ctx.first_step > UNTIMED_STEPS
     at = at._replace(
         ema=ema,
         tokens=at.tokens + tokens,
@@ -328,6 +257,9 @@ def log_step(ctx: RunContext, state: TrainState, at: Progress, numbers: dict[str
         timed_tokens=at.timed_tokens + timed * tokens,
         timed_seconds=at.timed_seconds + timed * seconds,
     )
+    if step == ctx.first_step + 1:
+        hardware.freeze_garbage()
+        ctx.bar.write(f"first step: {format_duration(seconds)}" + ", most of it to compile" * config.compile)
     if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
         ctx.bar.write(f"step {step}: non-finite loss or gradient, step skipped ({at.skipped_steps} so far)")
     speed = tokens / seconds
@@ -337,24 +269,17 @@ def log_step(ctx: RunContext, state: TrainState, at: Progress, numbers: dict[str
         shown["share"] = f"{numbers['share']:.0%} of the data"
     ctx.bar.update(1, **shown)
     if step % config.metrics.every_steps == 0 or step == 1 or last:
-        h = stage.hparams_at(step - 1, numbers)
-        row = {
-            "train/loss": numbers.pop("loss"),
+        row = {name if "/" in name else f"train/{name}": x for name, x in numbers.items()} | {
             "train/loss_ema": smooth,
-            "train/grad_norm": numbers.pop("grad_norm"),
             "train/tokens": at.tokens,
-            "train/lr_factor": float(h["smear"]["lr"]) / SMEAR_LR,  # the one learning rate that no setting changes
-            "train/muon_momentum": float(h[MATRIX]["momentum"]),
             "train/skipped_steps": at.skipped_steps,
             "train/loss_scale": float(state.scaler["scale"]),
-            "perf/step_seconds": seconds,
             "perf/wall_seconds": at.wall_seconds,
             "perf/tokens_per_second": speed,
             "perf/mfu": mfu,
-            "perf/data_wait_seconds": numbers.pop("data_wait_seconds"),
             "perf/peak_memory_bytes": distributed.peak_memory_bytes(ctx.runtime.device),
         }
-        logger.write(ctx.log, step, row | {n if "/" in n else f"train/{n}": x for n, x in numbers.items()})
+        logger.write(ctx.log, step, row)
     evaluated = any(is_due(step, evaluation.every_steps) for evaluation in ctx.evaluations if evaluation.key)
     if last or is_due(step, config.checkpoint.every_steps) or evaluated:
         save_checkpoint(ctx, state, at)  # before an evaluation too, which may take long, or fail
@@ -369,6 +294,8 @@ def is_due(step: int, every_steps: int | None) -> bool:
 
 def save_checkpoint(ctx: RunContext, state: TrainState, at: Progress) -> None:
     """Save the state, and what resuming or using the model needs beside it."""
+    if at.loader is None:  # before the first step, the seed gives the same state again
+        return
     meta = {
         "stage": ctx.stage.name,
         "parent": ctx.stage.origin,
@@ -386,96 +313,84 @@ def save_checkpoint(ctx: RunContext, state: TrainState, at: Progress) -> None:
     checkpoint.save(ctx.manager, state, meta, arrays=arrays, files=files)
 
 
-def run_evals(ctx: RunContext, state: TrainState, at: Progress) -> None:
-    """Run the evaluations that are due and not logged yet; a resumed run does those that a stop prevented."""
-    pending = [evaluation for evaluation in ctx.evaluations if at.done or is_due(at.step, evaluation.every_steps)]
-    logged = _logged_evals(ctx, at.step) if pending else set()
-    for key, _, run in pending:
-        if key in logged:
-            continue
-        result = run(ctx, state)
-        if result is None:
-            return
-        if result.metrics:
-            if "val/bpb" in result.metrics:
-                checkpoint.add_metrics(ctx.manager, at.step, {"val/bpb": result.metrics["val/bpb"]})
-            logger.write(ctx.log, at.step, result.metrics)
-        if result.lines:
-            ctx.bar.write("\n".join(result.lines))
+def pending_evals(ctx: RunContext, at: Progress) -> list[Evaluation]:
+    """Return the evaluations that are due after a step and not in metrics.jsonl yet, as rank 0 sees it."""
+    due = [evaluation for evaluation in ctx.evaluations if at.done or is_due(at.step, evaluation.every_steps)]
+    if not due:
+        return []
+    rows = logger.read(ctx.folder) if ctx.runtime.is_main else []
+    logged = {name for row in rows if row["step"] == at.step for name in row}
+    missing = distributed.broadcast_object([evaluation.key not in logged for evaluation in due])
+    return list(itertools.compress(due, missing))
 
 
 def evals_done(ctx: RunContext, at: Progress) -> bool:
     """Return whether all evaluations that are due after a step are logged."""
-    due = {key for key, every_steps, _ in ctx.evaluations if key and (at.done or is_due(at.step, every_steps))}
-    return at.step == 0 or due <= _logged_evals(ctx, at.step)
+    return not any(evaluation.key for evaluation in pending_evals(ctx, at))
 
 
-def _logged_evals(ctx: RunContext, step: int) -> set[str]:
-    """Return the keys of the evaluations that metrics.jsonl has of a step, as rank 0 sees it."""
-    keys = [evaluation.key for evaluation in ctx.evaluations if evaluation.key]
-    rows = logger.read(ctx.folder) if ctx.runtime.is_main else []
-    names = {name for row in rows if row["step"] == step for name in row}
-    bits = distributed.all_reduce_max(sum(1 << i for i, key in enumerate(keys) if key in names))
-    return {key for i, key in enumerate(keys) if bits >> i & 1}
+def run_evals(ctx: RunContext, state: TrainState, at: Progress) -> None:
+    """Run the evaluations that are due and not logged yet; a signal ends them, and a resumed run makes up for it."""
+    for evaluation in pending_evals(ctx, at):
+        metrics, lines = evaluation.run(ctx, state)
+        if metrics:
+            if ctx.stop.agreed():  # it may have been cut short
+                return
+            if "val/bpb" in metrics:
+                checkpoint.add_metrics(ctx.manager, at.step, {"val/bpb": metrics["val/bpb"]})
+            logger.write(ctx.log, at.step, metrics)
+        if lines:
+            ctx.bar.write("\n".join(lines))
 
 
-def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[], Generator], steps: int) -> Result | None:
-    """Return bits per byte on the validation data; None: stopped by a signal.
-
-    Args:
-        batches: opens the data at its beginning: (batch, …) each. steps: batches to read at most.
-    """
+def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[], Generator], steps: int) -> Result:
+    """Return bits per byte on the validation data, at most `steps` batches of it."""
     with contextlib.closing(batches()) as stream:
         first = next(stream)
         rest = itertools.takewhile(lambda _: not ctx.stop.agreed(), itertools.islice(stream, steps - 1))
         params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
         inputs = (batch for batch, *_ in itertools.chain([first], rest))
         bpb = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)
-    if ctx.stop.agreed():
-        return None
     return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte"])
 
 
-def print_samples(ctx: RunContext, state: TrainState) -> Result:
-    """Return each prompt of the settings with the model's continuation, a line each."""
-    config, dtype = ctx.config.eval, ctx.runtime.compute_dtype
-    compute = Compute(dtype=dtype, all_gather=sharding.gather_layer(ctx.sharding_plan, dtype))
-    params = sharding.gather(ctx.sharding_plan, state.params, dtype)
-    logits_fn = functools.partial(model.apply, config=ctx.shape, compute=compute)
-    lines = []
-    for i, prompt in enumerate(config.prompts):
-        tokens = sampling.sample(
-            params,
-            [ctx.tok.bos, *ctx.tok.encode(prompt)],
-            logits_fn,
-            max_tokens=config.sample_tokens,
-            stop=(),  # every rank takes the same number of steps, whatever it samples
-            temperature=config.temperature,
-            top_k=config.top_k,
-            seed=i,
-        )
-        ids = list(itertools.takewhile(lambda token: token != ctx.tok.bos, tokens))
-        lines.append(f"  {prompt!r} → {ctx.tok.decode(ids)!r}")
-    return Result({}, lines)
+def print_samples(
+    ctx: RunContext, state: TrainState, *, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]
+) -> Result:
+    """Return each of `eval.prompts` with the model's continuation of `encode(prompt)`, a line each."""
+    config, params = ctx.config.eval, sharding.full_params(state.params)
+    if not config.prompts or not ctx.runtime.is_main:
+        return Result()
+    requests = [
+        infer.Request(tuple(encode(prompt)), config.sample_tokens, config.temperature, config.top_k, seed)
+        for seed, prompt in enumerate(config.prompts)
+    ]
+    needed = max(len(request.prompt) for request in requests) + config.sample_tokens
+    engine = infer.start(
+        params,
+        ctx.shape,
+        ctx.tok,
+        slots=len(requests),
+        context=min(needed, model.CONTEXT_LIMIT * ctx.shape.sequence_len),
+        dtype=ctx.runtime.compute_dtype,
+        compile=False,
+    )
+    texts = (decode(completion.content) for completion in infer.complete(engine, requests))
+    return Result(lines=[f"  {prompt!r} → {text!r}" for prompt, text in zip(config.prompts, texts)])
 
 
 def with_advice(error: NonFiniteLossError, manager: checkpoint.Manager) -> NonFiniteLossError:
     """Return the error with the last good checkpoint and what to try."""
     checkpoint.wait(manager)
-    saved = checkpoint.steps(manager)
+    saved, lower = checkpoint.steps(manager), "a lower learning rate (--set optim.matrix_lr=…)"
     if not saved:
-        return NonFiniteLossError(
-            f"{error}, and no checkpoint is saved yet; try a lower learning rate (--set optim.matrix_lr=…)"
-        )
+        return NonFiniteLossError(f"{error}, and no checkpoint is saved yet; try {lower}")
     text = (
         f"{error}; the last good checkpoint is step {saved[-1]}, right before it. --resume with "
         "--set train.skip_nonfinite=true skips this batch"
     )
     if len(saved) > 1:
-        text += (
-            f"; or delete {manager.folder / str(saved[-1])} and --resume from step {saved[-2]} with a lower learning "
-            "rate (--set optim.matrix_lr=…)"
-        )
+        text += f"; or delete {manager.folder / str(saved[-1])} and --resume from step {saved[-2]} with {lower}"
     return NonFiniteLossError(text)
 
 

@@ -17,24 +17,26 @@ from nanochat.config import UserError
 from nanochat.distributed import ShardingPlan, sharding
 from nanochat.optim import Hparams, OptState
 
-Batch = Mapping[str, Tensor]
-LossFn = Callable[[TensorDict, Batch], tuple[Tensor, dict[str, Tensor]]]
 PROBLEM = 1000  # above all signals
 MAX_SKIPPED_STEPS = 50  # consecutive steps without a finite loss before skipping gives up
 
+Batch = Mapping[str, Tensor]
+Stats = Mapping[str, float]  # of a batch
+Metrics = dict[str, Any]  # 0-d tensors and numbers
+
 
 class TrainState(NamedTuple):
-    """Everything that a step reads and changes, and that a checkpoint holds.
+    """Everything that a step reads and changes, and that a checkpoint holds."""
 
-    Attributes:
-        step: 0-d int64, steps done. params: nested TensorDict. opt_state: optim's TensorDict.
-        scaler: {"scale": 0-d float32 factor on the loss, "good_steps": 0-d int64}; 1 unless computing in float16.
-    """
-
-    step: Tensor
+    step: Tensor  # 0-d int64, steps done
     params: TensorDict
     opt_state: OptState
-    scaler: TensorDict
+    scaler: TensorDict  # {"scale": 0-d float32 factor on the loss, 1 unless in float16; "good_steps": 0-d int64}
+
+
+ValueAndGrad = Callable[[TensorDict, Batch, Tensor], tuple[TensorDict, tuple[Tensor, Tensor]]]
+Update = Callable[[TrainState, TensorDict, Tensor, Tensor, Hparams], tuple[TrainState, Metrics]]
+StepFn = Callable[[TrainState, Any, int, Stats], tuple[TrainState, Metrics]]
 
 
 def init(
@@ -43,31 +45,18 @@ def init(
     compute_dtype: torch.dtype = torch.float32,
     sharding_plan: ShardingPlan | None = None,
 ) -> TrainState:
-    """Return the state before the first step; on the device of `params`, the meta device included.
-
-    Args:
-        params: as they are kept between steps. spec: the model's table. sharding_plan: of several ranks.
-    """
+    """Return the state before the first step, on the device of `params` (the meta device included)."""
     device = tree.leaves(params)[0].device
     step = torch.zeros((), dtype=torch.int64, device=device)
-    zeros = None
-    if sharding_plan is not None:
-        zeros = functools.partial(sharding.zeros, sharding_plan, device=device)
+    zeros = None if sharding_plan is None else functools.partial(sharding.zeros, sharding_plan, device=device)
     return TrainState(step, params, optim.init(params, spec, zeros), init_scaler(compute_dtype, device))
 
 
 def init_scaler(compute_dtype: torch.dtype, device: torch.device) -> TensorDict:
     """Return the loss scale before the first step: 2**16 for float16, else 1."""
-    scale = 2.0**16 if compute_dtype == torch.float16 else 1.0
-    leaves = {
-        "scale": torch.full((), scale, device=device),
-        "good_steps": torch.zeros((), dtype=torch.int64, device=device),
-    }
-    return TensorDict(leaves, batch_size=[])
-
-
-ValueAndGrad = Callable[[TensorDict, Batch, Tensor], tuple[TensorDict, tuple[Tensor, dict[str, Tensor]]]]
-Update = Callable[[TrainState, TensorDict, Tensor, Tensor, Hparams], tuple[TrainState, dict[str, Tensor]]]
+    scale = torch.full((), 2.0**16 if compute_dtype == torch.float16 else 1.0, device=device)
+    good_steps = torch.zeros((), dtype=torch.int64, device=device)
+    return TensorDict({"scale": scale, "good_steps": good_steps}, batch_size=[])
 
 
 def train_step(
@@ -78,25 +67,23 @@ def train_step(
     value_and_grad: ValueAndGrad,
     update: Update,
     gather: Callable[[TensorDict], TensorDict] = lambda params: params,
-) -> tuple[TrainState, dict[str, Tensor]]:
-    """Return the state after one optimizer step, and its metrics; `update` decides what changes in place.
+) -> tuple[TrainState, Metrics]:
+    """Return the state after one optimizer step, and {"loss", "grad_norm": 0-d float32, "finite": 0-d bool}.
+
+    Where loss or gradient are not finite, only `step` and `scaler` change.
 
     Args:
         batches: this rank's micro-batches of equal size, whose gradients are averaged.
         hparams: 0-d tensors by group, see `optim.update`.
-        value_and_grad, update: from `gradient` and `make_update`.
+        value_and_grad: from `gradient`. update: from `make_update`; decides what changes in place.
         gather: parameters between steps -> parameters to compute with, see `sharding.gather`.
-
-    Returns:
-        The new state, unchanged but for `step` and `scaler` where loss or gradient are not finite; and
-        {"loss", "grad_norm": 0-d float32, "finite": 0-d bool}.
     """
     scale, params = state.scaler["scale"], gather(state.params)
-    grads, (loss, _) = value_and_grad(params, batches[0], scale)
+    grads, (_, loss) = value_and_grad(params, batches[0], scale)
     if len(batches) > 1:
         grads = tree.map(lambda g: g.float(), grads)  # a sum of many in bfloat16 would lose the late ones
     for batch in batches[1:]:
-        more, (value, _) = value_and_grad(params, batch, scale)
+        more, (_, value) = value_and_grad(params, batch, scale)
         tree.map(lambda total, g: total.add_(g), grads, more)  # nobody else has the sum: in place
         loss = loss + value
     del params  # gathered ones take memory that the update can use
@@ -104,8 +91,10 @@ def train_step(
     return update(state, grads, 1 / (n * scale), loss / n, hparams)
 
 
-def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: Callable[[Any], Any] | None = None) -> ValueAndGrad:
-    """Return (params, batch, scale) -> (gradients of scale·loss, (loss, aux)).
+def gradient(
+    loss_fn: Callable[..., tuple[Tensor, Any]], *, grad: str = "autograd", compile: Callable[[Any], Any] | None = None
+) -> ValueAndGrad:
+    """Return (params, batch, scale) -> (gradients of scale·loss, (scale·loss, loss)).
 
     Args:
         loss_fn: (params, batch) -> (0-d loss, aux). grad: see `config.TrainConfig`.
@@ -113,21 +102,14 @@ def gradient(loss_fn: LossFn, *, grad: str = "autograd", compile: Callable[[Any]
     """
     compile = compile or (lambda f: f)
 
-    def scaled(params: TensorDict, batch: Batch, scale: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        loss, aux = loss_fn(params, batch)
-        return loss * scale, (loss, aux)
+    def scaled(params: TensorDict, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor]:
+        loss, _ = loss_fn(params, batch)
+        return loss * scale, loss
 
     if grad == "torch_func":
-        whole = compile(torch.func.grad_and_value(scaled, has_aux=True))
-    else:
-        # Only the loss is compiled: AOTAutograd keeps its partitioner, and custom backwards work.
-        whole = transform.value_and_grad(compile(scaled), has_aux=True)
-
-    def value_and_grad(params: TensorDict, batch: Batch, scale: Tensor) -> Any:
-        grads, (_, aux) = whole(params, batch, scale)
-        return grads, aux
-
-    return value_and_grad
+        return compile(torch.func.grad_and_value(scaled, has_aux=True))
+    # Only the loss is compiled: AOTAutograd keeps its partitioner, and custom backwards work.
+    return transform.value_and_grad(compile(scaled), has_aux=True)
 
 
 def make_update(
@@ -147,7 +129,6 @@ def make_update(
         compile: whether the donating update is compiled.
         donate: write the new state into the memory of the old one, which the caller gives up, instead of allocating
             a second one (as jax.jit's donate_argnums); Muon still needs a few copies of its largest stack for a moment.
-        sharding_plan: of several ranks.
     """
     muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
     rules = optim.compiled() if compile and donate else None
@@ -156,7 +137,7 @@ def make_update(
     @torch.no_grad()
     def update(
         state: TrainState, grads: TensorDict, grad_scale: Tensor, loss: Tensor, hparams: Hparams
-    ) -> tuple[TrainState, dict[str, Tensor]]:
+    ) -> tuple[TrainState, Metrics]:
         sharding.reduce_(sharding_plan, grads)
         grad_scale = grad_scale / ranks
         loss, norm = sharding.mean_loss_and_grad_norm(sharding_plan, loss, grads)
@@ -184,6 +165,34 @@ def _rescale(scaler: TensorDict, finite: Tensor, patience: int = 2000) -> Tensor
     return TensorDict({"scale": scale, "good_steps": torch.where(grown, 0, good)}, batch_size=[])
 
 
+def scheduled(
+    train_step: Callable[..., tuple[TrainState, Metrics]],
+    rows: int | None = None,
+    *,
+    schedule: Callable[[int, Stats], Hparams],
+) -> StepFn:
+    """Return the loop's step: (state, batch, number of the step, statistics of the batch) -> (state, metrics).
+
+    Args:
+        rows: of a micro-batch; None: the batch is not split.
+        schedule: (number of the step, statistics of its batch) -> hyperparameters.
+    """
+
+    def step_fn(state: TrainState, batch: Any, number: int, stats: Stats) -> tuple[TrainState, Metrics]:
+        hparams = schedule(number, stats)
+        state, metrics = train_step(state, [batch] if rows is None else split_batch(batch, rows), hparams)
+        lr_factor = float(hparams["smear"]["lr"]) / optim.SMEAR_LR  # the one learning rate that no setting changes
+        return state, metrics | {"lr_factor": lr_factor, "muon_momentum": float(hparams[optim.MATRIX]["momentum"])}
+
+    return step_fn
+
+
+def split_batch(batch: Batch, rows: int) -> list[Batch]:
+    """Return a batch as micro-batches of `rows` rows each."""
+    parts = {name: x.split(rows) for name, x in batch.items()}
+    return [dict(zip(parts, values)) for values in zip(*parts.values())]
+
+
 class NonFiniteLossError(UserError):
     """The loss or the gradient is not finite; the state is still that of before the step."""
 
@@ -194,9 +203,6 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.since = 0.0
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
 
     def agreed(self, problem: bool = False) -> bool:
         """Return whether any rank has a signal or a problem, and share the signal. A collective call."""
@@ -215,9 +221,9 @@ def stop_on_signals() -> Iterator[StopFlag]:
     flag = StopFlag()
 
     def handle(number: int, _frame: Any) -> None:
-        if flag and number == signal.SIGINT and time.monotonic() - flag.since > 2:
+        if flag.signal and number == signal.SIGINT and time.monotonic() - flag.since > 2:
             raise KeyboardInterrupt
-        if not flag:
+        if not flag.signal:
             flag.signal, flag.since = signal.Signals(number), time.monotonic()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -229,45 +235,26 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
 
 class Progress(NamedTuple):
-    """What the loop keeps beside the state; saved with it, so that a resumed run equals an uninterrupted one.
+    """What the loop keeps beside the state; saved with it, so that a resumed run equals an uninterrupted one."""
 
-    Attributes:
-        step: steps done. loader: the data loader's state, None before the first step. ema: running loss (metrics.ema).
-        skipped_steps: because loss or gradient were not finite.
-        tokens: of these steps, all ranks together.
-        timed_tokens, timed_seconds: of the steps but the first ten of each start.
-        wall_seconds: since the first step began, with evaluations, without the time between a stop and a resume.
-        done: whether the last step was the run's last.
-    """
-
-    step: int = 0
-    loader: Any = None
-    ema: Any = None
-    skipped_steps: int = 0
-    tokens: int = 0
-    timed_tokens: int = 0
+    step: int = 0  # steps done
+    loader: Any = None  # the data loader's state; None before the first step
+    ema: Any = None  # running loss, see logger.ema
+    skipped_steps: int = 0  # because loss or gradient were not finite
+    tokens: int = 0  # of these steps, all ranks together
+    timed_tokens: int = 0  # of the steps but the first ten of each start; so timed_seconds
     timed_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    done: bool = False
-
-
-def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
-    """Return a batch as micro-batches of `rows` rows each; None: unsplit."""
-    if rows is None:
-        return [batch]
-    parts = {name: x.split(rows) for name, x in batch.items()}
-    return [dict(zip(parts, values)) for values in zip(*parts.values())]
+    wall_seconds: float = 0.0  # with evaluations, without the time between a stop and a resume
+    done: bool = False  # whether the last step was the run's last
 
 
 def fit(
     state: TrainState,
     progress: Progress,
-    batches: Iterator[tuple[Batch, Any, dict[str, float]]],
+    batches: Iterator[tuple[Any, Any, Stats]],
     *,
     num_steps: int | None,
-    rows: int | None,
-    step_fn: Callable[[TrainState, Sequence[Batch], Hparams], tuple[TrainState, dict[str, Tensor]]],
-    hparams_at: Callable[[int, Mapping[str, float]], Hparams],
+    step_fn: StepFn,
     after_step: Callable[[TrainState, Progress, dict[str, float]], Progress],
     save: Callable[[TrainState, Progress], None],
     stop: StopFlag,
@@ -276,33 +263,23 @@ def fit(
     """Run steps `progress.step` … num_steps - 1, or to the last batch; return the last state and progress.
 
     Args:
-        state, progress: where to start; `step_fn` may change `state` in place.
+        state: where to start, with `progress`; `step_fn` may change it in place.
         batches: (batch of a whole step, loader state after it, statistics); all ranks come to its end together.
-        num_steps: None: as many as there are batches.
-        rows: of a micro-batch; None: a batch is not split. step_fn: `train_step` with its functions bound.
-        hparams_at: (step, statistics of its batch) -> hyperparameters.
+        step_fn: from `scheduled`.
         after_step: logs, saves and evaluates as is due, given the step's numbers; returns the progress, updated.
-        save: called before a stop, by a signal, by the data or by a non-finite loss. stop: set by a signal.
-
-    Raises:
-        NonFiniteLossError: after saving the state of before the step, unless `skip_nonfinite`.
-        UserError: of the data, after saving.
+        save: called before a stop: by a signal, by a UserError of the data, or by a loss or gradient that is not
+            finite, unless `skip_nonfinite`.
     """
-
-    def keep(state: TrainState, progress: Progress) -> None:
-        if progress.loader is not None:  # before the first step, the seed gives the same state again
-            save(state, progress)
-
     skipped, last = 0, time.perf_counter()
     while num_steps is None or progress.step < num_steps:
         started = time.perf_counter()
         item, problem = None, None
         try:
-            item = None if stop else next(batches, None)
+            item = None if stop.signal else next(batches, None)
         except UserError as error:
             problem = error
         if stop.agreed(problem is not None):  # on any rank: all ranks stop here together
-            keep(state, progress)
+            save(state, progress)
             with distributed.raise_on_any_failure():  # the same message on all
                 if problem:
                     raise problem
@@ -311,13 +288,13 @@ def fit(
             break
         batch, loader, stats = item
         waited = time.perf_counter() - started
-        before = state
-        state, tensors = step_fn(state, split_batch(batch, rows), hparams_at(progress.step, stats))
-        numbers = {name: float(value) for name, value in tensors.items()}  # waits for the device, once per step
+        before = state.scaler
+        state, metrics = step_fn(state, batch, progress.step, stats)
+        numbers = {name: float(value) for name, value in metrics.items()}  # waits for the device, once per step
         seconds = time.perf_counter() - started
         skipped = 0 if numbers.pop("finite") else skipped + 1
         if skipped and (not skip_nonfinite or skipped > MAX_SKIPPED_STEPS):
-            keep(state._replace(step=torch.full_like(state.step, progress.step), scaler=before.scaler), progress)
+            save(state._replace(step=torch.full_like(state.step, progress.step), scaler=before), progress)
             name = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
             raise NonFiniteLossError(f"step {progress.step}: the {name} is not finite")
         now = time.perf_counter()
@@ -328,6 +305,6 @@ def fit(
             wall_seconds=progress.wall_seconds + now - last,
         )
         last = now
-        timing = {"step_seconds": seconds, "data_wait_seconds": waited}
-        progress = after_step(state, progress, numbers | stats | timing)
+        timing = {"perf/step_seconds": seconds, "perf/data_wait_seconds": waited}
+        progress = after_step(state, progress, numbers | dict(stats) | timing)
     return state, progress

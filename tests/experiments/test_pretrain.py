@@ -21,7 +21,7 @@ import torch
 from tiny_run import assert_same_run, losses, pretrain_config, pretrain_run, saved_steps, stop_after
 
 from experiments import convert, pretrain
-from nanochat import checkpoint, distributed, model, optim, train, tree
+from nanochat import checkpoint, distributed, model, train, tree
 from nanochat import eval as evals
 from nanochat.config import UserError, override
 from nanochat.data import loader, tokenizer
@@ -277,15 +277,19 @@ def test_auto_device_batch_size_fits_estimate_and_trial(base: Path, monkeypatch:
 
 def test_auto_device_batch_size_skips_sizes_that_run_out_of_memory(base: Path, capsys: pytest.CaptureFixture[str]):
     config = pretrain_config("device_batch_size=8")
-    shape, plan = pretrain.resolve(config, tokenizer.load(base / "tokenizer"))
+    shape, _ = pretrain.resolve(config, tokenizer.load(base / "tokenizer"))
     here = dataclasses.replace(runtime.init("cpu"), device=torch.device("meta"))
 
-    def step_fn(state: Any, batches: Any, hparams: Any) -> None:
-        assert batches[0]["inputs"].device.type == "meta" and state.params["wte"].device.type == "meta"
-        if len(batches[0]["inputs"]) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    def make_step(rows: int) -> Any:
+        def step_fn(state: Any, batch: Any, number: int, stats: Any) -> None:
+            assert batch["inputs"].device.type == "meta" and state.params["wte"].device.type == "meta"
+            assert len(batch["inputs"]) == min(8, 2 * rows)
+            if rows > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    limit, arguments = 3, (config, shape, 8, here, None, step_fn, optim.hparams(config.optim, plan, 0))
+        return step_fn
+
+    limit, arguments = 3, (config, shape, 8, here, None, make_step)
     assert train.try_batch_size(*arguments) == 2
     assert capsys.readouterr().out.count("runs out of memory; trying less") == 2
     limit = 0

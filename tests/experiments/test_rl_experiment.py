@@ -19,7 +19,6 @@ from nanochat.config import UserError, override
 from nanochat.metrics import logger
 from nanochat.train import rl
 from nanochat.train import stage as events
-from nanochat.train import stage as runs
 
 SETTINGS = (
     "run=tuned", "task=arithmetic:size=64", "eval_task=arithmetic:size=6", "num_iterations=5", "device_batch_size=3",
@@ -38,7 +37,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         patch.setattr(rl, "correct_reward", rl_ranks.reward)
-        patch.setattr(runs, "peak_flops", lambda *_: (1e12, "made up"))
         yield folder
 
 

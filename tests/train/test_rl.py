@@ -112,7 +112,8 @@ def test_single_token_gradient_equals_softmax_formula():
     params = random_params(CONFIG)
     group = [rollout([5, 6, 7], [9], 1.0), rollout([5, 6, 7], [10], 0.0)]
     batches = rl.micro_batches(rl.weighted(group), 1, 2, 1.0, None, CPU)
-    grads, _ = train.gradient(functools.partial(loss.next_token, config=CONFIG))(params, batches[0], torch.tensor(1.0))
+    value_and_grad = train.gradient(functools.partial(loss.next_token, config=CONFIG))
+    grads, _ = value_and_grad(params, batches[0], torch.tensor(1.0))
     x_C = model.features(params, torch.tensor([[5, 6, 7]]), config=CONFIG)[0, -1]
     tanh_V = torch.tanh((params["lm_head"] @ x_C)[: CONFIG.vocab_size] / 15)
     p_V = (15 * tanh_V).softmax(0)
@@ -240,8 +241,10 @@ def rates(lr: float) -> Any:
     return optim.as_hparams(groups)
 
 
-def stepper(reward: rl.Reward, config: RolloutConfig = ROLLOUTS, donate: bool = False, **more: Any) -> Any:
-    """Return (state, numbers, hparams) -> (state, metrics), with its own engine."""
+def stepper(
+    reward: rl.Reward, config: RolloutConfig = ROLLOUTS, donate: bool = False, rows: int = 5, seen: Any = None
+) -> Any:
+    """Return (state, numbers, hparams) -> (state, metrics), with its own engine; `seen` collects the answers."""
     engine = make_engine(slots=config.slots)
     loss_fn = functools.partial(loss.next_token, config=CONFIG, chunk_tokens=64)
     train_step = functools.partial(
@@ -250,9 +253,12 @@ def stepper(reward: rl.Reward, config: RolloutConfig = ROLLOUTS, donate: bool = 
 
     def answers(params: Any, numbers: Sequence[int]) -> list[list[Rollout]]:
         infer.load_params_(engine, params)
-        return rl.rollouts(engine, TOK, task(), reward, numbers, config=config, seed=3)
+        groups = rl.rollouts(engine, TOK, task(), reward, numbers, config=config, seed=3)
+        if seen is not None:
+            seen.append(groups)
+        return groups
 
-    step = functools.partial(rl.rl_step, rollout_fn=answers, train_step=train_step, **{"batch_rows": 5, **more})
+    step = functools.partial(rl.rl_step, rollout_fn=answers, train_step=train_step, batch_rows=rows)
     return lambda state, numbers, hparams: step(state, [{"numbers": numbers}], hparams)
 
 
@@ -265,7 +271,7 @@ def test_step_is_pure_and_reports_rollout_metrics():
     state = train.init(random_params(CONFIG), model.spec(CONFIG))
     seen: list[Any] = []
     with Unchanged(state.params, state.opt_state):
-        new, metrics = stepper(ascii_share, on_rollouts=seen.append)(state, [0, 1, 2, 3], rates(0.1))
+        new, metrics = stepper(ascii_share, seen=seen)(state, [0, 1, 2, 3], rates(0.1))
     (groups,) = seen
     answers = [answer for group in groups for answer in group]
     assert float(metrics["rl/reward"]) == pytest.approx(sum(answer.reward for answer in answers) / 12)
@@ -291,7 +297,7 @@ def test_step_with_equal_rewards_only_advances_the_step_count():
 def test_rewarded_answers_become_more_likely(sign: int):
     config = RolloutConfig(prompts_per_step=3, samples_per_prompt=8, max_tokens=6, slots=24)
     state = train.init(random_params(CONFIG), model.spec(CONFIG))
-    step, shares = stepper(lambda row, text: sign * ascii_share(row, text), config, donate=True, batch_rows=24), []
+    step, shares = stepper(lambda row, text: sign * ascii_share(row, text), config, donate=True, rows=24), []
     for number in range(0, 45, 3):
         state, metrics = step(state, range(number, number + 3), rates(0.04))
         shares.append(sign * float(metrics["rl/reward"]))
