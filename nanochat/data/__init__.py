@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from nanochat.data.chat_format import Conversation, ConversationError, Message, Piece, Reader
     from nanochat.data.download import Options
     from nanochat.data.loader import prefetch
-    from nanochat.data.sources import CorruptShardError, DataConfig, first_line
+    from nanochat.data.sources import CorruptShardError, DataConfig
     from nanochat.data.tokenizer import PATTERN, SPECIALS, Tokenizer
 
 __getattr__ = lazy_exports(__name__, __file__)

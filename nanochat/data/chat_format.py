@@ -18,11 +18,11 @@ from nanochat.data.tokenizer import Tokenizer
 
 MARKERS = {"python": ("<|python_start|>", "<|python_end|>"), "python_output": ("<|output_start|>", "<|output_end|>")}
 PART_TYPES = ("text", *MARKERS)
-# The kind of an answer's tokens after a marker.
-KINDS = {
+# The type of the part that follows a marker in an answer; streamed, a "python_output" is a Piece of kind "output".
+PART_AFTER = {
     "<|python_start|>": "python",
     "<|python_end|>": "text",
-    "<|output_start|>": "output",
+    "<|output_start|>": "python_output",
     "<|output_end|>": "text",
 }
 
@@ -55,20 +55,38 @@ def check(conversation: Conversation) -> None:
             raise ConversationError(f'{where}: expected an object {{"role": …, "content": …}}, got {_short(message)}')
         expected = "system" if system and number == 1 else ("assistant", "user")[(number - system) % 2]
         if message["role"] != expected:
-            raise ConversationError(f"{where}: role {_short(message['role'])}, {_expectation(expected, number)}")
+            rule = f"{expected}: user and assistant take turns, and a system message may only come first"
+            if number == 1:
+                rule = "user (or system): a conversation starts with one of them"
+            raise ConversationError(f"{where}: role {_short(message['role'])}, expected {rule}")
         _check_content(where, message["role"], message["content"])
+
+
+def _check_content(where: str, role: str, content: Any) -> None:
+    if isinstance(content, str):
+        return
+    if role != "assistant":
+        raise ConversationError(f"{where}: content of the {role} must be a string, got {_short(content)}")
+    if not isinstance(content, list | tuple):
+        raise ConversationError(f"{where}: content must be a string or a list of parts, got {_short(content)}")
+    for number, part in enumerate(content, start=1):
+        if not isinstance(part, Mapping) or part.get("type") not in PART_TYPES or not isinstance(part.get("text"), str):
+            form = f'{{"type": {" | ".join(PART_TYPES)}, "text": string}}'
+            raise ConversationError(f"{where}, part {number}: expected {form}, got {_short(part)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def render(
     tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Return a conversation's (ids, loss mask), of equal length, truncated to `max_tokens`.
+    """Return a valid conversation's (ids, loss mask), of equal length, truncated to `max_tokens`.
 
     The mask is 1 on the assistant's text, its tool calls with both markers, and <|assistant_end|>. It is 0 on all
     else, tool outputs with their markers included.
-
-    Raises:
-        ConversationError: the conversation is invalid.
     """
     check(conversation)
     ids, mask = [tokenizer.bos], [0]
@@ -80,7 +98,11 @@ def render(
             mask.extend([supervised] * len(tokens))
 
     special = tokenizer.special
-    for message in _merged(conversation["messages"]):
+    messages = conversation["messages"]
+    if messages[0]["role"] == "system":
+        system, user, *rest = messages
+        messages = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+    for message in messages:
         if message["role"] == "user":
             add(0, special("<|user_start|>"), message["content"], special("<|user_end|>"))
             continue
@@ -96,11 +118,7 @@ def render(
 
 
 def prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Return the tokens that precede an answer to the last message, up to <|assistant_start|>.
-
-    Raises:
-        ConversationError: the messages are invalid, or the last one is not the user's.
-    """
+    """Return the tokens that precede an answer to the last message, the user's, up to <|assistant_start|>."""
     ids, _ = render(tokenizer, {"messages": messages})
     if messages[-1]["role"] != "user":
         raise ConversationError(f"message {len(messages)}: the last message must be the user's")
@@ -108,21 +126,18 @@ def prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 
 
 def content(tokenizer: Tokenizer, ids: Sequence[int]) -> str | list[dict[str, str]]:
-    """Return an answer's tokens as the content of an assistant message, the inverse of `render`.
+    """Return the tokens after <|assistant_start|> as the content of an assistant message, the inverse of `render`.
 
-    Args:
-        ids: the tokens after <|assistant_start|>; special tokens other than the tools' markers are ignored.
-
-    Returns:
-        The text, or a list of parts if there are tool calls; an unclosed block ends with the tokens.
+    It is the text, or a list of parts if there are tool calls; an unclosed one ends with the tokens. Special tokens
+    other than the tools' markers are ignored.
     """
-    first = tokenizer.special(tokenizer.specials[0])
+    first = len(tokenizer.tokens)
     spans: list[tuple[str, list[int]]] = [("text", [])]
     for token in ids:
         if token < first:
             spans[-1][1].append(token)
-        elif (name := tokenizer.specials[token - first]) in KINDS:
-            spans.append(("python_output" if KINDS[name] == "output" else KINDS[name], []))
+        elif (name := tokenizer.specials[token - first]) in PART_AFTER:
+            spans.append((PART_AFTER[name], []))
     parts = [{"type": kind, "text": tokenizer.decode(span)} for kind, span in spans if span or kind != "text"]
     return parts if any(part["type"] != "text" for part in parts) else "".join(part["text"] for part in parts)
 
@@ -141,71 +156,34 @@ class Reader:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokens, self._names = tokenizer.tokens, tokenizer.specials
+        self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._kind = "text"
 
     def feed(self, token: int) -> list[Piece]:
         """Return the piece that this token completes, if any. Raises ValueError for an id out of range."""
-        index = token - len(self._tokens)
-        if not 0 <= token < len(self._tokens) + len(self._names):
-            raise ValueError(f"token id {token} is outside 0..{len(self._tokens) + len(self._names) - 1}")
-        if index < 0:
-            return self._piece(self._decoder.decode(self._tokens[token]))
-        pieces = self._flush()  # no character continues after a special token
-        self._kind = KINDS.get(self._names[index], self._kind)
+        tokens, specials = self._tokenizer.tokens, self._tokenizer.specials
+        if not 0 <= token < len(tokens) + len(specials):
+            raise ValueError(f"token id {token} is outside 0..{len(tokens) + len(specials) - 1}")
+        if token < len(tokens):
+            return self._decode(tokens[token])
+        pieces = self._decode(b"", final=True)  # no character continues after a special token
+        part = PART_AFTER.get(specials[token - len(tokens)])
+        self._kind = "output" if part == "python_output" else part or self._kind
         return pieces
 
     def close(self) -> list[Piece]:
         """Return an incomplete last character, as U+FFFD, and reset the reader."""
-        pieces = self._flush()
+        pieces = self._decode(b"", final=True)
         self._kind = "text"
         return pieces
 
-    def _flush(self) -> list[Piece]:
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return self._piece(text)
-
-    def _piece(self, text: str) -> list[Piece]:
+    def _decode(self, data: bytes, *, final: bool = False) -> list[Piece]:
+        text = self._decoder.decode(data, final)
         return [Piece(self._kind, text)] if text else []
-
-
-def _merged(messages: Sequence[Message]) -> Sequence[Message]:
-    """Return the messages with the system message merged into the first user message."""
-    if messages[0]["role"] != "system":
-        return messages
-    system, user, *rest = messages
-    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def _parts(content: str | Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     if isinstance(content, str):
         return [("text", content)]
     return [(part["type"], part["text"]) for part in content]
-
-
-def _check_content(where: str, role: str, content: Any) -> None:
-    if isinstance(content, str):
-        return
-    if role != "assistant":
-        raise ConversationError(f"{where}: content of the {role} must be a string, got {_short(content)}")
-    if not isinstance(content, list | tuple):
-        raise ConversationError(f"{where}: content must be a string or a list of parts, got {_short(content)}")
-    for number, part in enumerate(content, start=1):
-        if not isinstance(part, Mapping) or part.get("type") not in PART_TYPES or not isinstance(part.get("text"), str):
-            raise ConversationError(
-                f'{where}, part {number}: expected {{"type": {" | ".join(PART_TYPES)}, "text": string}}, '
-                f"got {_short(part)}"
-            )
-
-
-def _expectation(expected: str, number: int) -> str:
-    if number == 1:
-        return "expected user (or system): a conversation starts with one of them"
-    return f"expected {expected}: user and assistant take turns, and a system message may only come first"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -14,19 +14,17 @@ import time
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
-from tqdm.utils import CallbackIOWrapper
 
 from nanochat.config import UserError
+from nanochat.text import reason
 
 CLIMBMIX_URL = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main"
 CLIMBMIX_SHARDS = 6543
 SHARD_BYTES = 100_000_000  # about; on disk
 DISK_FULL = "the disk is full"
-Check = Callable[[Path], str]
-"""Returns "" for a valid file, or what is wrong with it."""
+Check = Callable[[Path], str]  # returns "" for a valid file, or what is wrong with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +43,17 @@ class Options:
 
 
 def fetch(url: str, path: Path, options: Options = Options(), *, check: Check = lambda _: "") -> None:
-    """Download one file to `path`, with a progress bar.
-
-    Raises:
-        UserError: the download failed or was interrupted; the next call resumes it.
-    """
+    """Download one file to `path`, with a progress bar; the next call resumes what failed or was interrupted."""
     try:
         with tqdm(unit="B", unit_scale=True, desc=path.name) as bar:
-            reason = _fetch(url, path, options, check, bar)
+            problem = _fetch(url, path, options, check, bar)
     except KeyboardInterrupt:
         raise UserError(f"interrupted; run the command again to resume, {path.parent} keeps what has arrived") from None
-    if reason:
-        raise UserError(f"{url}: {reason}; run the command again to resume")
+    if problem:
+        raise UserError(f"{url}: {problem}; run the command again to resume")
 
 
 def shard_name(index: int) -> str:
-    """Return the file name of a shard."""
     return f"shard_{index:05d}.parquet"
 
 
@@ -74,11 +67,7 @@ def climbmix(
 ) -> int:
     """Download what is missing of the first `num_shards` shards (-1: all) and the last one, the validation split.
 
-    Returns:
-        The number of files downloaded.
-
-    Raises:
-        UserError: not enough disk space, failed downloads, or Ctrl-C; the next call resumes.
+    Returns the number of files downloaded. The next call resumes what failed or was interrupted.
     """
     if not (num_shards == -1 or 1 <= num_shards < total_shards):
         raise UserError(f"num_shards={num_shards}: expected 1 to {total_shards - 1}, or -1 for all")
@@ -100,9 +89,9 @@ def climbmix(
             # The validation shard comes first and alone: without a network one file fails, not thousands.
             first = 1 if missing[:1] == names[:1] else 0
             for part in (missing[:first], missing[first:]):
-                for name, reason in pool.imap_unordered(fetch_shard, part):
-                    failed |= {name: reason} if reason else {}
-                    if reason == DISK_FULL:
+                for name, problem in pool.imap_unordered(fetch_shard, part):
+                    failed |= {name: problem} if problem else {}
+                    if problem == DISK_FULL:
                         break
                 if failed:
                     break
@@ -110,9 +99,9 @@ def climbmix(
         raise UserError(f"interrupted; {resume}, {folder} keeps what has arrived") from None
     if failed:
         count = sum((folder / name).exists() for name in names)
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())[:5])
+        problems = "; ".join(f"{name}: {problem}" for name, problem in sorted(failed.items())[:5])
         more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
-        raise UserError(f"{count} of {len(names)} shards are in {folder}; failed: {reasons}{more}; {resume}")
+        raise UserError(f"{count} of {len(names)} shards are in {folder}; failed: {problems}{more}; {resume}")
     return len(missing)
 
 
@@ -133,28 +122,27 @@ def _fetch(url: str, path: Path, options: Options, check: Check, bar: tqdm) -> s
     """Download a file in several attempts; returns "" or why it failed."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    reason = ""
+    problem = ""
     for attempt in range(options.attempts):
         if attempt:
             time.sleep(min(60.0, options.backoff_seconds * 2 ** (attempt - 1)))
         try:
-            reason = _attempt(url, path, check, bar)
-            if not reason:
+            problem = _attempt(url, path, check, bar)
+            if not problem:
                 return ""
         except HfHubHTTPError as error:
-            reason = f"HTTP {error.response.status_code} {error.response.reason_phrase}"
-            if error.response.status_code < 500 and error.response.status_code not in (408, 425, 429):
-                return reason
+            status = error.response.status_code
+            problem = f"HTTP {status} {error.response.reason_phrase}"
+            if status < 500 and status not in (408, 425, 429):
+                return problem
         except Exception as error:  # a worker has to report whatever goes wrong, and the library's errors vary
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return DISK_FULL
             if isinstance(error, OSError) and error.filename:
                 return f"{error.filename} cannot be written: {error.strerror}"
-            kind, reason = type(error).__name__, str(error).partition("\n")[0]
-            reason = {"ConnectError": "cannot connect; is there a network?", "ReadTimeout": "timed out"}.get(
-                kind, reason
-            )
-    return f"{reason} ({options.attempts} attempts)"
+            problems = {"ConnectError": "cannot connect; is there a network?", "ReadTimeout": "timed out"}
+            problem = problems.get(type(error).__name__) or reason(error)
+    return f"{problem} ({options.attempts} attempts)"
 
 
 def _attempt(url: str, path: Path, check: Check, bar: tqdm) -> str:
@@ -176,10 +164,9 @@ def _attempt(url: str, path: Path, check: Check, bar: tqdm) -> str:
     with part.open("ab") as file:
         if size is not None and file.tell() > size:  # of another version
             file.seek(file.truncate(0))
-        output: Any = CallbackIOWrapper(bar.update, file, "write")
         headers = {"Accept-Encoding": "identity"}
         try:
-            http_get(url, output, resume_size=file.tell(), headers=headers, expected_size=size, tqdm_class=_NoBar)
+            http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size, _tqdm_bar=bar)
         except HfHubHTTPError:
             if not file.tell():
                 part.unlink()
@@ -194,11 +181,6 @@ def _attempt(url: str, path: Path, check: Check, bar: tqdm) -> str:
     else:
         os.replace(part, path)
     return wrong
-
-
-class _NoBar(tqdm):
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **{**options, "disable": True})
 
 
 def _check_parquet(path: Path) -> str:

@@ -1,8 +1,7 @@
 """The embedded corpus: English prose that every Python installation contains, as parquet shards; no network needed.
 
-Sources, in this order: docstrings and comments of the standard library (and of ensurepip's wheels, if present),
-docstrings of the modules written in C, the topics of `help()`, licence and other text files. Wrapped lines are joined,
-code and tables skipped, repeated paragraphs kept once. Deterministic for a Python version, which `key()` names.
+It is the standard library's docstrings, comments and text files, and the topics of `help()`; without code, tables and
+repeated paragraphs. Deterministic for a Python version, which `key()` names.
 """
 
 import ast
@@ -19,7 +18,7 @@ import sys
 import sysconfig
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,20 +31,21 @@ SHARD_CHARS = 1_000_000
 ROW_GROUP_DOCS = 200
 VAL_FRACTION = 0.04
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
-TEXT_SUFFIXES = {".txt", ".rst", ".html"}
+SUFFIXES = {".py", ".txt", ".rst", ".html"}
 # English prose has enough of these words, and enough letters.
-COMMON_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "a an the of to in is are be been was it its this that these those and or not no for on with as by from at if "
-        "then when which who what how but so than can may must should will would do does has have had you your we they "
-        "their there here all any each only also use used using same other return returns given into such one",
-    )
-)
+COMMON_TEXT = """
+    a an the of to in is are be been was it its this that these those and or not no for on with as by from at if then
+    when which who what how but so than can may must should will would do does has have had you your we they their
+    there here all any each only also use used using same other return returns given into such one
+"""
+COMMON_WORDS = frozenset(COMMON_TEXT.split())
 # Strings are matched as well, as a "#" inside one does not start a comment.
 STRING_OR_COMMENT = re.compile(
     r'''(?s:"""(?:\\.|[^\\])*?"""|\'{3}(?:\\.|[^\\])*?\'{3})|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*'''
 )
+
+
+Entry = tuple[str, str, str]  # subject, name within the subject or "", text
 
 
 class Document(NamedTuple):
@@ -75,8 +75,15 @@ def build(folder: Path) -> None:
     for document in sorted(corpus, key=lambda document: _hash(document.text)):
         is_val = int(_hash(document.subject)[:8], 16) < VAL_FRACTION * 2**32
         (val if is_val else train).append(document.text)
-    for number, texts in enumerate([*_by_size(train), val]):
-        write_shard(folder / f"shard_{number:05d}.parquet", texts, row_group_docs=ROW_GROUP_DOCS)
+    write_shards(folder, train, val, SHARD_CHARS, row_group_docs=ROW_GROUP_DOCS)
+
+
+def write_shards(
+    folder: Path, train: Iterable[str], val: list[str], shard_chars: int, *, column: str = "text", row_group_docs: int
+) -> None:
+    """Write documents as shards of about `shard_chars` characters, and then `val` as the last shard."""
+    for number, texts in enumerate(itertools.chain(_by_size(train, shard_chars), [val])):
+        write_shard(folder / f"shard_{number:05d}.parquet", texts, column=column, row_group_docs=row_group_docs)
 
 
 def write_shard(path: Path, texts: list[str], *, column: str = "text", row_group_docs: int = 1000) -> None:
@@ -107,13 +114,13 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _by_size(texts: list[str]) -> Iterator[list[str]]:
+def _by_size(texts: Iterable[str], max_chars: int) -> Iterator[list[str]]:
     shard: list[str] = []
     chars = 0
     for text in texts:
         shard.append(text)
         chars += len(text)
-        if chars >= SHARD_CHARS:
+        if chars >= max_chars:
             yield shard
             shard, chars = [], 0
     if shard:
@@ -171,73 +178,71 @@ def is_prose(text: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Sources: each yields (subject, name within the subject or "", text)
+# Sources
 
 
-def _sources() -> Iterator[tuple[str, str, str]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*")):
-        inner = path.relative_to(root)
-        if SKIPPED_FOLDERS.isdisjoint(inner.parts) and path.is_file():
-            if path.suffix == ".whl":
-                yield from _wheel(path)
-            elif path.suffix == ".py" or path.suffix in TEXT_SUFFIXES:
-                yield from _file(inner, path.read_bytes())
+def _sources() -> Iterator[Entry]:
+    for path, content in _library_files():
+        if path.suffix == ".py":
+            name = ".".join(part for part in path.with_suffix("").parts if part != "__init__")
+            yield from _docstrings(name, content)
+            yield from _comments(name, content)
+            continue
+        text = content.decode("utf-8", errors="ignore")
+        if path.suffix == ".html":
+            text = html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"(?s)<(style|script|head).*?</\1>", "", text)))
+        yield str(path), "", text
     yield from _compiled_modules()
     yield from _help_topics()
 
 
-def _wheel(path: Path) -> Iterator[tuple[str, str, str]]:
-    with zipfile.ZipFile(path) as wheel:
-        for name in sorted(wheel.namelist()):
-            inner = Path(name)
-            if SKIPPED_FOLDERS.isdisjoint(inner.parts) and inner.suffix in {".py", *TEXT_SUFFIXES}:
-                yield from _file(inner, wheel.read(name))
+def _library_files() -> Iterator[tuple[Path, bytes]]:
+    """Yield (relative path, content) of the standard library's files and of those in its wheels."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*")):
+        inner = path.relative_to(root)
+        if path.suffix not in {".whl", *SUFFIXES} or not SKIPPED_FOLDERS.isdisjoint(inner.parts) or path.is_dir():
+            continue
+        if path.suffix != ".whl":
+            yield inner, path.read_bytes()
+            continue
+        with zipfile.ZipFile(path) as wheel:
+            for name in map(Path, sorted(wheel.namelist())):
+                if name.suffix in SUFFIXES and SKIPPED_FOLDERS.isdisjoint(name.parts):
+                    yield name, wheel.read(str(name))
 
 
-def _file(path: Path, content: bytes) -> Iterator[tuple[str, str, str]]:
-    if path.suffix == ".py":
-        name = ".".join(part for part in path.with_suffix("").parts if part != "__init__")
-        yield from _docstrings(name, content)
-        yield from _comments(name, content)
-        return
-    text = content.decode("utf-8", errors="ignore")
-    if path.suffix == ".html":
-        text = html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"(?s)<(style|script|head).*?</\1>", "", text)))
-    yield str(path), "", text
-
-
-def _docstrings(module: str, source: bytes) -> Iterator[tuple[str, str, str]]:
+def _docstrings(module: str, source: bytes) -> Iterator[Entry]:
+    """Yield the docstrings of a module and its functions, then those of its classes, so that subjects stay together."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in string literals
             tree = ast.parse(source)
     except (SyntaxError, ValueError):  # some files are templates, or written for Python 2
         return
-    yield module, "", ast.get_docstring(tree) or ""
-    classes: list[tuple[str, ast.ClassDef]] = []
-    yield from _functions(tree.body, module, classes)
-    for subject, node in classes:  # grows while it is read: classes within classes
-        yield subject, "", ast.get_docstring(node) or ""
-        yield from _functions(node.body, subject, classes)
+    scopes: list[tuple[str, ast.Module | ast.ClassDef]] = [(module, tree)]
+    for subject, scope in scopes:  # grows while it is read: classes within classes
+        yield subject, "", ast.get_docstring(scope) or ""
+        for node in _definitions(scope.body):
+            if isinstance(node, ast.ClassDef):
+                scopes.append((f"{subject}.{node.name}", node))
+            else:
+                yield subject, node.name, ast.get_docstring(node) or ""
 
 
-def _functions(
-    body: Sequence[ast.stmt], subject: str, classes: list[tuple[str, ast.ClassDef]]
-) -> Iterator[tuple[str, str, str]]:
-    """Yield the docstrings of functions; classes are collected for later, so that a subject stays together."""
+def _definitions(body: Sequence[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in body:
         if isinstance(node, ast.ClassDef):
-            classes.append((f"{subject}.{node.name}", node))
+            yield node
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield subject, node.name, ast.get_docstring(node) or ""
-            yield from _functions(node.body, subject, classes)
+            yield node
+            yield from _definitions(node.body)
         elif isinstance(node, ast.If | ast.Try | ast.With):
-            yield from _functions(node.body, subject, classes)
-            yield from _functions(getattr(node, "orelse", []), subject, classes)
+            yield from _definitions(node.body)
+            yield from _definitions(getattr(node, "orelse", []))
 
 
-def _comments(module: str, source: bytes) -> Iterator[tuple[str, str, str]]:
+def _comments(module: str, source: bytes) -> Iterator[Entry]:
     """Yield the comments of a module as one text: those on adjacent lines form a paragraph."""
     text = source.decode("utf-8", errors="ignore").replace("\r\n", "\n")
     lines: list[str] = []
@@ -253,7 +258,7 @@ def _comments(module: str, source: bytes) -> Iterator[tuple[str, str, str]]:
     yield f"Notes on {module}", "", "\n".join(lines)
 
 
-def _compiled_modules() -> Iterator[tuple[str, str, str]]:
+def _compiled_modules() -> Iterator[Entry]:
     """Yield the docstrings of the standard library's modules that are written in C."""
     for name in sorted(sys.stdlib_module_names):
         if name.startswith(("_test", "_xx", "xx")):
@@ -277,7 +282,7 @@ def _compiled_modules() -> Iterator[tuple[str, str, str]]:
                 yield name, label, inspect.getdoc(value) or ""
 
 
-def _help_topics() -> Iterator[tuple[str, str, str]]:
+def _help_topics() -> Iterator[Entry]:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions package it separately

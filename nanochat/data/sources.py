@@ -24,10 +24,15 @@ import pyarrow.parquet as pq
 from nanochat import jsonl
 from nanochat.config import UserError, base_dir, nearest, require_at_least
 from nanochat.data import embedded
+from nanochat.text import reason
 
 JSONL_BLOCK_LINES = 1000
 CLIMBMIX_VAL = "shard_06542.parquet"
+SUFFIXES = (".parquet", ".jsonl")
+SHARD_CHARS = 250_000_000  # of shards that are written here, about
+VAL_CHARS = 10_000_000
 DATA_COMMAND = "torchrun launch.py --experiment=data"
+Rows = Iterable[Any]  # mappings from column to value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +65,6 @@ class DataConfig:
 
 
 class CorruptShardError(UserError):
-    """A shard that cannot be read: `path`."""
-
     def __init__(self, path: Path, problem: str):
         super().__init__(f"{path}: {problem}; replace or delete it, or skip it with --set data.skip_bad_shards=true")
         self.path = path
@@ -69,7 +72,7 @@ class CorruptShardError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of documents, or the training or validation part of a single file.
+    """A file of documents, or the training or validation part of a source that is a single file.
 
     Attributes:
         fingerprint: name, size in bytes and time of change (ns): cheap, and different once the file changes.
@@ -82,11 +85,7 @@ class Shard:
 
 
 def shards_of(config: DataConfig, split: Literal["train", "val"]) -> list[Shard]:
-    """Return the shards of a split, in order.
-
-    Raises:
-        UserError: the source does not exist or holds no shards.
-    """
+    """Return the shards of a split, in order."""
     folder = folder_of(config)
     paths = [folder] if folder.is_file() else _shard_paths(folder)
     if not paths:
@@ -102,16 +101,12 @@ def _shard(path: Path, part: Literal["all", "train", "val"]) -> Shard:
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("[!.]*") if path.suffix in (".parquet", ".jsonl") and path.is_file())
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix in SUFFIXES and path.is_file())
 
 
 def folder_of(config: DataConfig) -> Path:
-    """Return the folder (or the single file) that holds the source's shards, written first if necessary.
-
-    Raises:
-        UserError: there is no such source, or it cannot be written.
-    """
-    source = config.source
+    """Return the folder (or the single file) that holds the source's shards, written first if necessary."""
+    source, path = config.source, Path(config.source).expanduser()
     if source == "embedded":
         folder = base_dir() / "embedded" / embedded.key()
         build_once(folder, "the embedded corpus", embedded.build)
@@ -119,17 +114,15 @@ def folder_of(config: DataConfig) -> Path:
     if source == "climbmix":
         return _climbmix()
     if source.startswith(("hub:", "hf:")):
-        return from_hub(source, config.text_column)
-    path = Path(source).expanduser()
+        return _from_hub(source, config.text_column)
     if not path.exists():
         near = nearest(source, ["embedded", "climbmix"])
         raise UserError(
             f"data.source={source}: no such file or folder{near if 'mean' in near else ''}"
             " (embedded, climbmix, hub:<dataset> or a path)"
         )
-    if path.is_file():
-        return path if path.suffix in (".parquet", ".jsonl") else from_disk(path, config.text_column)
-    return path if _shard_paths(path) else from_disk(path, config.text_column)
+    has_shards = path.suffix in SUFFIXES if path.is_file() else _shard_paths(path)
+    return path if has_shards else _from_disk(path, config.text_column)
 
 
 def _climbmix() -> Path:
@@ -144,30 +137,25 @@ def _climbmix() -> Path:
     return folder
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks of a shard
+
+
 def num_blocks(shard: Shard) -> int:
-    """Return the number of blocks in a shard. Raises: CorruptShardError."""
-    start, stop, _ = _extent(shard)
-    return stop - start
+    """Return the number of blocks in a shard."""
+    return len(_blocks(shard))
 
 
 def read_block(shard: Shard, index: int, text_column: str) -> list[str]:
-    """Return the documents of block `index` that have text.
-
-    Raises:
-        CorruptShardError: the file cannot be read.
-        UserError: it has no such column.
-    """
-    start, stop, inside = _extent(shard)
-    if not 0 <= index < stop - start:
-        raise IndexError(f"block {index} of {stop - start} in {shard.path}")
+    """Return the documents of block `index` that have text."""
     read = _read_parquet if shard.path.suffix == ".parquet" else _read_jsonl
-    texts = read(shard, start + index, text_column)
-    if inside:  # the only block of the only file: training and validation share it
-        if len(texts) < 2:
-            raise UserError(f"{shard.path}: a single file needs two documents, one for each split")
-        cut = len(texts) - _held_out(len(texts))
-        texts = texts[:cut] if shard.part == "train" else texts[cut:]
-    return texts
+    texts = read(shard, _blocks(shard)[index], text_column)
+    if shard.part == "all" or _blocks_in_file(shard.path, shard.fingerprint) > 1:
+        return texts
+    if len(texts) < 2:
+        raise UserError(f"{shard.path}: a single file needs two documents, one for each split")
+    cut = len(texts) - _held_out(len(texts))
+    return texts[:cut] if shard.part == "train" else texts[cut:]
 
 
 def texts(config: DataConfig, split: Literal["train", "val"]) -> Iterator[str]:
@@ -182,15 +170,13 @@ def texts(config: DataConfig, split: Literal["train", "val"]) -> Iterator[str]:
             print(f"warning: skipping the rest of a shard: {error}", flush=True)
 
 
-def _extent(shard: Shard) -> tuple[int, int, bool]:
-    """Return the shard's first block, the one after its last, and whether the split runs inside one block."""
-    blocks = _blocks_in_file(shard.path, shard.fingerprint)
-    if shard.part == "all" or blocks == 0:
-        return 0, blocks, False
-    if blocks == 1:
-        return 0, 1, True
-    cut = blocks - _held_out(blocks)
-    return (0, cut, False) if shard.part == "train" else (cut, blocks, False)
+def _blocks(shard: Shard) -> range:
+    """Return which blocks of its file are the shard's; if there is only one, both splits have a part of it."""
+    count = _blocks_in_file(shard.path, shard.fingerprint)
+    if shard.part == "all" or count < 2:
+        return range(count)
+    cut = count - _held_out(count)
+    return range(cut) if shard.part == "train" else range(cut, count)
 
 
 def _held_out(count: int) -> int:
@@ -211,7 +197,7 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise CorruptShardError(path, f"unreadable parquet ({first_line(error)})") from None
+        raise CorruptShardError(path, f"unreadable parquet ({reason(error)})") from None
 
 
 def _read_parquet(shard: Shard, index: int, text_column: str) -> list[str]:
@@ -246,7 +232,7 @@ def _jsonl_offsets(path: Path, fingerprint: str) -> tuple[int, ...]:
                     offsets.append(position)
                 position += len(line)
     except OSError as error:
-        raise CorruptShardError(path, first_line(error)) from None
+        raise CorruptShardError(path, reason(error)) from None
     return tuple(offsets)
 
 
@@ -266,7 +252,7 @@ def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
             if text:
                 texts.append(text)
     except OSError as error:
-        raise CorruptShardError(path, first_line(error)) from None
+        raise CorruptShardError(path, reason(error)) from None
     except jsonl.InvalidLineError as error:
         raise CorruptShardError(path, f"line {error.number} is {error.reason}") from None
     return texts
@@ -275,17 +261,8 @@ def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------
 # Sources that are written as shards first
 
-SHARD_CHARS = 250_000_000
-VAL_CHARS = 10_000_000
-Rows = Iterable[Any]  # mappings from column to value
 
-
-def from_hub(source: str, text_column: str) -> Path:
-    """Return the folder of shards for `hub:<dataset>[:<config>[:<split>]]`, downloaded the first time.
-
-    Raises:
-        UserError: the dataset could not be loaded, or has no such column.
-    """
+def _from_hub(source: str, text_column: str) -> Path:
     name, *rest = source.split(":")[1:]
     if not name or len(rest) > 2:
         raise UserError(f"data.source={source}: expected hub:<dataset>[:<config>[:<split>]]")
@@ -294,24 +271,14 @@ def from_hub(source: str, text_column: str) -> Path:
     return _written(_slug(f"{name}:{subset}:{split or 'train'}:{text_column}"), load, source, text_column)
 
 
-def from_disk(path: Path, text_column: str) -> Path:
-    """Return the folder of shards for a local file or folder that `datasets` loads; written anew when it changes.
-
-    Raises:
-        UserError: it could not be loaded, or has no such column.
-    """
+def _from_disk(path: Path, text_column: str) -> Path:
+    """Return the shards of a file or folder that `datasets` loads; written anew when it changes."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise UserError(f"data.source={path}: the folder is empty")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(json.dumps([str(path.resolve()), text_column, stats]).encode()).hexdigest()[:16]
     return _written(f"{_slug(path.stem)}-{digest}", functools.partial(_load_local, path), str(path), text_column)
-
-
-def _written(name: str, load: Callable[[], Rows], source: str, text_column: str) -> Path:
-    folder = base_dir() / "hub" / name
-    build_once(folder, source, lambda target: _write_rows(load, target, source, text_column))
-    return folder
 
 
 def _load_dataset(*args: Any, **options: Any) -> Rows:
@@ -328,9 +295,8 @@ def _load_local(path: Path) -> Rows:
         if isinstance(saved, datasets.Dataset):
             return saved
         if "train" not in saved:
-            raise UserError(
-                f"data.source={path}: no split train; name one of {', '.join(map(str, saved))}: {path}/<split>"
-            )
+            names = ", ".join(map(str, saved))
+            raise UserError(f"data.source={path}: no split train; name one of {names}: {path}/<split>")
         return saved["train"]
     if path.is_dir():
         return _load_dataset(str(path), split="train")
@@ -340,41 +306,34 @@ def _load_local(path: Path) -> Rows:
     return _load_dataset(kinds[path.suffix], data_files=str(path), split="train")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's name if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
-
-
 def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "__", text).strip("_") or "data"
 
 
-def _write_rows(load: Callable[[], Rows], folder: Path, source: str, text_column: str) -> None:
-    """Write documents as shards. Every hundredth, up to 10 million characters in all, goes to the validation shard."""
-    train: list[str] = []
+def _written(name: str, load: Callable[[], Rows], source: str, text_column: str) -> Path:
+    """Write the loaded documents as shards. Every hundredth, up to VAL_CHARS in all, goes to the validation shard."""
     val: list[str] = []
-    shards, train_chars, val_chars = 0, 0, 0
-    for number, text in enumerate(_loaded(load, source, text_column)):
-        if number % 100 == 1 and val_chars < VAL_CHARS:
-            val.append(text)
-            val_chars += len(text)
-            continue
-        train.append(text)
-        train_chars += len(text)
-        if train_chars >= SHARD_CHARS:
-            embedded.write_shard(folder / f"shard_{shards:05d}.parquet", train, column=text_column)
-            shards, train_chars = shards + 1, 0
-            train.clear()
-    if not val:
-        raise UserError(f"data.source={source}: needs at least two documents, one for each split")
-    for texts in [train, val]:
-        if texts:
-            embedded.write_shard(folder / f"shard_{shards:05d}.parquet", texts, column=text_column)
-            shards += 1
+
+    def train() -> Iterator[str]:
+        val_chars = 0
+        for number, text in enumerate(_texts_of(load, source, text_column)):
+            if number % 100 == 1 and val_chars < VAL_CHARS:
+                val.append(text)
+                val_chars += len(text)
+            else:
+                yield text
+        if not val:
+            raise UserError(f"data.source={source}: needs at least two documents, one for each split")
+
+    def build(target: Path) -> None:
+        embedded.write_shards(target, train(), val, SHARD_CHARS, column=text_column, row_group_docs=1000)
+
+    folder = base_dir() / "hub" / name
+    build_once(folder, source, build)
+    return folder
 
 
-def _loaded(load: Callable[[], Rows], source: str, text_column: str) -> Iterator[str]:
+def _texts_of(load: Callable[[], Rows], source: str, text_column: str) -> Iterator[str]:
     try:
         for row in load():
             if text_column not in row:
@@ -388,17 +347,13 @@ def _loaded(load: Callable[[], Rows], source: str, text_column: str) -> Iterator
         raise
     except Exception as error:  # the hub, its caches and its readers fail in dozens of ways: one line for all
         raise UserError(
-            f"data.source={source} could not be loaded ({type(error).__name__}: {first_line(error)}); check the name "
+            f"data.source={source} could not be loaded ({type(error).__name__}: {reason(error)}); check the name "
             "and the network, or use --set data.source=embedded"
         ) from error
 
 
 def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a temporary folder that becomes `folder` when complete; one process builds, the others wait.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Let `build` fill a temporary folder that becomes `folder` when complete; one process builds, the others wait."""
     if folder.is_dir():
         return
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -414,9 +369,8 @@ def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> None:
             os.replace(temporary, folder)
     except OSError as error:
         if not folder.is_dir():  # else a process without the lock was faster
-            raise UserError(
-                f"{folder} cannot be written ({first_line(error)}): free disk space, or set NANOCHAT_BASE_DIR"
-            ) from error
+            problem = f"{folder} cannot be written ({reason(error)})"
+            raise UserError(f"{problem}: free disk space, or set NANOCHAT_BASE_DIR") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

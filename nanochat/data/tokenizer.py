@@ -1,12 +1,10 @@
 """Byte-level BPE, GPT-4 style: `tokenizers` trains the merges, tiktoken encodes.
 
 On disk a tokenizer is plain text: `tokenizer.txt` holds a JSON header line and then a line `base64 rank` per token;
-`token_bytes.txt` holds the length of every token in bytes (0 for special tokens), for bits per byte.
+`token_bytes.txt` holds the length of every token in bytes.
 """
 
 import base64
-import binascii
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -16,14 +14,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from nanochat import jsonl
 from nanochat.config import UserError, base_dir
+from nanochat.text import reason
 
 # GPT-4's pattern, but numbers are split into at most two digits, which suits small vocabularies.
 PATTERN = (
@@ -172,21 +171,33 @@ def train(
         vocab_size: number of ids, the nine special tokens included.
         max_chars: characters to read in total.
         max_chars_per_doc: characters to read per document, so that a few long ones do not dominate.
-
-    Raises:
-        UserError: `vocab_size` is below 256 bytes plus special tokens, or the text is too small to reach it.
     """
     least = 256 + len(SPECIALS)
     if vocab_size < least:
         raise UserError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone take {least}")
     bpe = _train_bpe(_limit(texts, max_chars, max_chars_per_doc), vocab_size - len(SPECIALS))
-    tokenizer = Tokenizer(_trained_tokens(bpe))
+    # The 256 bytes, then the results of the merges in order of training; two merges may give one token.
+    byte_of = {char: byte for byte, char in _byte_chars().items()}
+    tokens = {bytes([i]): None for i in range(256)}
+    for merge in json.loads(bpe.to_str())["model"]["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        tokens[bytes(byte_of[char] for char in left + right)] = None
+    tokenizer = Tokenizer(tuple(tokens))
     if tokenizer.vocab_size < vocab_size:
         raise UserError(
             f"the text has only enough distinct words for vocab_size={tokenizer.vocab_size}, not {vocab_size}: "
             "give more text or a smaller vocab_size"
         )
     return tokenizer
+
+
+def _limit(texts: Iterable[str], max_chars: int, max_chars_per_doc: int) -> Iterator[str]:
+    for text in texts:
+        if max_chars <= 0:
+            return
+        text = text[: min(max_chars_per_doc, max_chars)]
+        max_chars -= len(text)
+        yield text
 
 
 def _train_bpe(texts: Iterable[str], num_tokens: int) -> tokenizers.Tokenizer:
@@ -205,25 +216,6 @@ def _train_bpe(texts: Iterable[str], num_tokens: int) -> tokenizers.Tokenizer:
     return bpe
 
 
-def _limit(texts: Iterable[str], max_chars: int, max_chars_per_doc: int) -> Iterator[str]:
-    for text in texts:
-        if max_chars <= 0:
-            return
-        text = text[: min(max_chars_per_doc, max_chars)]
-        max_chars -= len(text)
-        yield text
-
-
-def _trained_tokens(bpe: tokenizers.Tokenizer) -> tuple[bytes, ...]:
-    """Return the 256 bytes, then the results of the merges in order of training."""
-    byte_of = {char: byte for byte, char in _byte_chars().items()}
-    tokens = {bytes([i]): None for i in range(256)}
-    for merge in json.loads(bpe.to_str())["model"]["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        tokens[bytes(byte_of[char] for char in left + right)] = None  # two merges may give one token
-    return tuple(tokens)
-
-
 def _byte_chars() -> dict[int, str]:
     """Return byte-level BPE's character for each byte: itself if printable Latin-1, else U+0100 and upwards."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -232,22 +224,17 @@ def _byte_chars() -> dict[int, str]:
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Return the length of every token in bytes, int64 (vocab_size,); 0 for special tokens."""
+    """Return the length of every token in bytes, int64 (vocab_size,), for bits per byte; 0 for special tokens."""
     lengths = [len(token) for token in tokenizer.tokens] + [0] * len(tokenizer.specials)
     return np.array(lengths, dtype=np.int64)
 
 
 def default_dir() -> Path:
-    """Return the default folder of the tokenizer."""
     return base_dir() / "tokenizer"
 
 
 def save(tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Write tokenizer.txt and token_bytes.txt into `folder`, atomically.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
+    """Write tokenizer.txt and token_bytes.txt into `folder`, each atomically."""
     header = {
         "format": FORMAT,
         "vocab_size": tokenizer.vocab_size,
@@ -257,77 +244,39 @@ def save(tokenizer: Tokenizer, folder: Path | str) -> None:
     }
     lines = [json.dumps(header)]
     lines += [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokenizer.tokens)]
-    _write(Path(folder) / BYTES_FILE, "".join(f"{n}\n" for n in token_bytes(tokenizer)))
-    _write(Path(folder) / TOKENS_FILE, "".join(f"{line}\n" for line in lines))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    jsonl.write_atomic(Path(folder) / BYTES_FILE, "".join(f"{n}\n" for n in token_bytes(tokenizer)))
+    jsonl.write_atomic(Path(folder) / TOKENS_FILE, "".join(f"{line}\n" for line in lines))
 
 
 def load(folder: Path | str) -> Tokenizer:
-    """Load and verify the tokenizer that `save` wrote into `folder`.
-
-    Raises:
-        UserError: it does not exist, or is corrupt (names file and line).
-    """
+    """Load and verify the tokenizer that `save` wrote into `folder`; an error names file and line."""
     path = Path(folder) / TOKENS_FILE
-    first, *lines = _read_lines(path)
-    header = _header(path, first)
-    tokens: list[bytes] = []
-    for number, line in enumerate(lines, start=2):
-        try:
-            encoded, rank = line.split(" ")
-            token = base64.b64decode(encoded, validate=True)
-            if int(rank) != len(tokens) or not token:
-                raise ValueError
-        except (ValueError, binascii.Error):
-            raise _corrupt(path, number, f"expected a token in base64 and the rank {len(tokens)}") from None
-        tokens.append(token)
-    tokenizer = Tokenizer(tuple(tokens), header["pattern"], tuple(header["specials"]))
-    if tokenizer.vocab_size != header["vocab_size"]:
-        expected = header["vocab_size"] - len(tokenizer.specials)
-        raise _corrupt(path, len(lines) + 1, f"ends after {len(tokens)} of {expected} tokens")
-    if tokenizer.fingerprint != header["fingerprint"]:
-        raise _corrupt(path, 1, "the tokens do not match the header's fingerprint")
     try:
-        tokenizer.encoding.encode_ordinary("")
-    except Exception as error:  # tiktoken reports a bad pattern or token table as a bare ValueError or AssertionError
-        raise _corrupt(path, 1, f"tiktoken refuses it ({str(error).splitlines()[0]})") from None
-    return tokenizer
-
-
-def _header(path: Path, line: str) -> dict[str, Any]:
-    header = None
-    with contextlib.suppress(ValueError):
-        header = json.loads(line)
-    kinds = {"format": str, "vocab_size": int, "pattern": str, "specials": list, "fingerprint": str}
-    if not isinstance(header, dict) or any(not isinstance(header.get(key), kind) for key, kind in kinds.items()):
-        raise _corrupt(path, 1, f"expected a JSON header with {', '.join(kinds)}")
-    if header["format"] != FORMAT:
-        raise UserError(f"{path}: format {header['format']!r} is not supported, expected {FORMAT!r}")
-    return header
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: train a tokenizer with `{TRAIN_COMMAND}`") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); train again with `{TRAIN_COMMAND}`") from None
-    if not text.endswith("\n"):
-        raise _corrupt(path, text.count("\n") + 1, "the file is truncated")
-    return text.split("\n")[:-1]
-
-
-def _corrupt(path: Path, line: int, what: str) -> UserError:
-    return UserError(f"{path} line {line}: {what}; the file is corrupt, train again with `{TRAIN_COMMAND}`")
+        raise UserError(f"{path} cannot be read ({reason(error)}); train again with `{TRAIN_COMMAND}`") from None
+    number, tokens = 1, []
+    try:
+        header = json.loads(lines[0])
+        if header["format"] != FORMAT:
+            raise UserError(f"{path}: format {header['format']!r} is not supported, expected {FORMAT!r}")
+        for number, line in enumerate(lines[1:-1], start=2):
+            token, rank = line.split(" ")
+            tokens.append(base64.b64decode(token, validate=True))
+            if int(rank) != number - 2:
+                raise ValueError(f"expected the rank {number - 2}")
+        tokenizer = Tokenizer(tuple(tokens), header["pattern"], tuple(header["specials"]))
+        if tokenizer.vocab_size != header["vocab_size"] or lines[-1]:
+            raise ValueError(f"the file is truncated: it has {tokenizer.vocab_size} of {header['vocab_size']} tokens")
+        number = 1
+        if tokenizer.fingerprint != header["fingerprint"]:
+            raise ValueError("the tokens do not match the header's fingerprint")
+        tokenizer.encoding.encode_ordinary("")
+    except UserError:
+        raise
+    except Exception as error:  # tiktoken reports a bad pattern or token table as a bare ValueError or AssertionError
+        problem = f"{path} line {number}: {type(error).__name__}: {reason(error)}"
+        raise UserError(f"{problem}; the file is corrupt, train again with `{TRAIN_COMMAND}`") from None
+    return tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import requests
 
 from nanochat.config import UserError, base_dir
-from nanochat.data import first_line
+from nanochat.text import reason
 
 SHUFFLE_SEED = 42
 HUB_TIMEOUT_SECONDS = 5.0
@@ -135,7 +135,7 @@ def _load_from_hub(source: Source) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    return first_line(error.__cause__ or error)
+    return reason(error.__cause__ or error)
 
 
 @contextlib.contextmanager
