@@ -8,58 +8,40 @@ import math
 import platform
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils import benchmark
 
 from experiments import _trace
 from nanochat import checkpoint, distributed, model, optim, train
+from nanochat.checkpoint import Pretrained
 from nanochat.data import Tokenizer
-from nanochat.distributed import Runtime, ShardingPlan, sharding
+from nanochat.distributed import GIB, Runtime, ShardingPlan, sharding
 from nanochat.model import ModelConfig, linear
-from nanochat.train import StageConfig, TrainState, planner
+from nanochat.train import StageConfig, planner
 
 if TYPE_CHECKING:
     from experiments.bench_train import Config
 
-Step = Callable[[TrainState], TrainState]
+Step = Callable[[], None]
 MATMUL_ROWS = 32768  # of the model's own products on a GPU: more rows are no faster, and need memory
 
 
-class TrainStepBench(NamedTuple):
-    """A training step on fixed batches of random tokens, at a learning rate of zero.
-
-    Attributes:
-        step: state -> state; it updates the memory of its argument. repeat: n -> the step with n times its
-            micro-batches, without recompiling. state: initial state.
-        kernels: description. sharding_plan: of several ranks.
-    """
-
-    step: Step
-    repeat: Callable[[int], Step]
-    state: TrainState
-    kernels: str
-    sharding_plan: ShardingPlan | None
-
-
-def make_train_step(
-    settings: StageConfig, shape: ModelConfig, runtime: Runtime, micro_batches: int = 1
-) -> TrainStepBench:
-    """Return the step that a stage with these settings would run, and a state for it.
-
-    Raises:
-        UserError: a requested kernel does not run here.
-    """
+def make_train_step(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Step, ShardingPlan | None, str]:
+    """Return a stage's training step on random tokens at a learning rate of zero, its sharding plan, its kernels."""
+    settings = StageConfig(
+        compile=config.compile, train=config.train, sharding=config.sharding, device_batch_size=config.batch_size or 1
+    )
     sharding_plan = sharding.make_plan(settings.sharding, runtime, model.spec(shape))
     step_fn, _, kernels = train.build_step_functions(settings, shape, runtime, sharding_plan)
     params = model.init(shape, 0, device=runtime.device, dtype=runtime.compute_dtype, sharding_plan=sharding_plan)
     state = train.init(params, model.spec(shape), runtime.compute_dtype, sharding_plan)
     generator = torch.Generator().manual_seed(runtime.rank)
     batches = []
-    for _ in range(micro_batches):
+    for _ in range(config.micro_batches):
         size = (settings.rows, shape.sequence_len + 1)
         rows = torch.randint(shape.vocab_size, size, generator=generator).to(runtime.device)
         batches.append({"inputs": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()})
@@ -68,10 +50,11 @@ def make_train_step(
         group["lr"] = 0.0  # the same work, and the parameters stay what they are
     hparams = optim.as_hparams(rates)
 
-    def repeat(n: int) -> Step:
-        return lambda state: step_fn(state, batches * n, hparams)[0]
+    def step() -> None:
+        nonlocal state
+        state, _ = step_fn(state, batches, hparams)
 
-    return TrainStepBench(repeat(1), repeat, state, kernels, sharding_plan)
+    return step, sharding_plan, kernels
 
 
 def precision(config: "Config", runtime: Runtime) -> str:
@@ -80,27 +63,21 @@ def precision(config: "Config", runtime: Runtime) -> str:
     return "fp8" if config.train.linear == "fp8" else names[runtime.compute_dtype]
 
 
-def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[TrainStepBench, dict[str, Any]]:
+def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Step, dict[str, Any]]:
     """Measure a resolved configuration; print what it is, and return the step and the numbers."""
     tokens = (config.batch_size or 1) * shape.sequence_len * config.micro_batches * runtime.world_size
     flops = model.flops_per_token(shape)
-    settings = StageConfig(
-        compile=config.compile,
-        train=config.train,
-        sharding=config.sharding,
-        device_batch_size=config.batch_size or 1,
-    )
-    bench = make_train_step(settings, shape, runtime, config.micro_batches)
-    sharding_plan = bench.sharding_plan
+    step, sharding_plan, kernels = make_train_step(config, shape, runtime)
     print(f"depth {shape.n_layer}, width {shape.n_embd}, {model.count(shape)['total']:,} parameters")
     micro = f" x {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
     print(f"{flops / 1e6:.4g} MFLOP per token, batch {config.batch_size} x {shape.sequence_len} tokens{micro}")
-    print(f"{device_name(runtime)}, {runtime.compute_dtype}, {bench.kernels}, compile={config.compile}", flush=True)
+    print(f"{device_name(runtime)}, {runtime.compute_dtype}, {kernels}, compile={config.compile}", flush=True)
     if sharding_plan:
         mesh = f"{sharding_plan.replicas} x {sharding_plan.shards}"
         print(f"{runtime.world_size} ranks, {sharding_plan.mode}: mesh of {mesh}")
     start = time.perf_counter()
-    bench = bench._replace(state=bench.step(bench.step(bench.state)))
+    step()
+    step()
     distributed.synchronize(runtime.device)
     compile_seconds = time.perf_counter() - start
     print(f"first two steps, with compilation: {compile_seconds:.1f} s", flush=True)
@@ -108,14 +85,14 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Tra
         "ranks": runtime.world_size,
         "mode": sharding_plan.mode if sharding_plan else "single",
         "precision": precision(config, runtime),
-        "attention": bench.kernels,
+        "attention": kernels,
         "compile_seconds": compile_seconds,
     }
     if not config.rounds:
-        return bench, result
+        return step, result
     # Before the operands of the matmuls.
     peak_memory_bytes = distributed.all_reduce_max(distributed.peak_memory_bytes(runtime.device))
-    seconds, squares, products = alternate(config, shape, bench, runtime)
+    seconds, squares, products = alternate(config, shape, step, runtime)
     limit, limit_from = distributed.peak_flops(runtime.device, runtime.compute_dtype)
     speed = flops * tokens / seconds / runtime.world_size
     numbers: dict[str, Any] = {
@@ -133,9 +110,10 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Tra
         "mfu_limit": limit_from,
         "peak_memory_bytes": peak_memory_bytes,
     }
-    if sharding_plan and config.profile:
-        numbers |= communication(config, shape, bench, runtime)
-    return bench, numbers | result
+    if config.profile:
+        numbers |= communication(config, shape, step, sharding_plan, runtime) if sharding_plan else {}
+        numbers |= predictions(config, shape, runtime) if runtime.world_size == 1 else {}
+    return step, numbers | result
 
 
 def device_name(runtime: Runtime) -> str:
@@ -148,27 +126,19 @@ def describe_machine(runtime: Runtime) -> str:
     return f"{name}, torch {torch.__version__}, {str(runtime.compute_dtype).removeprefix('torch.')}"
 
 
-def set_threads(threads: int | None) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-
-
-class Model(NamedTuple):
-    """A model to measure inference with."""
-
-    params: Any
-    config: ModelConfig
-    tokenizer: Tokenizer
-
-
-def load_model(run: str, runtime: Runtime) -> Model:
+def load_model(run: str, runtime: Runtime) -> Pretrained:
     loaded = checkpoint.load(run, device=runtime.device, dtype=runtime.compute_dtype)
     print(checkpoint.describe_model(loaded))
-    return Model(loaded.params, loaded.config, loaded.tokenizer)
+    return loaded
+
+
+def random_model(shape: ModelConfig, tokenizer: Tokenizer, runtime: Runtime) -> Pretrained:
+    params = model.init(shape, 0, device=runtime.device, dtype=runtime.compute_dtype)
+    return Pretrained(params, shape, tokenizer, name="random weights", step=0, stage="base", folder=Path())
 
 
 def alternate(
-    config: "Config", shape: ModelConfig, bench: TrainStepBench, runtime: Runtime
+    config: "Config", shape: ModelConfig, step: Step, runtime: Runtime
 ) -> tuple[float, dict[int, float], float]:
     """Return median seconds of a step, of square matmuls by size, and of the model's own matmuls, timed in turns."""
     cuda = runtime.device.type == "cuda"
@@ -183,24 +153,24 @@ def alternate(
     for _ in range(config.rounds):
         for n, (a, b) in pairs.items():
             squares[n] += [timed(functools.partial(torch.matmul, a, b), runtime) for _ in range(5)]
-        steps += [timed(lambda: bench.step(bench.state), runtime) for _ in range(config.steps_per_round)]
+        steps += [timed(step, runtime) for _ in range(config.steps_per_round)]
         products.append(timed(own, runtime) * tokens / rows)
     medians = {n: statistics.median(values) for n, values in squares.items()}
     return statistics.median(steps), medians, statistics.median(products[1:] or products)
 
 
-def communication(config: "Config", shape: ModelConfig, bench: TrainStepBench, runtime: Runtime) -> dict[str, Any]:
+def communication(
+    config: "Config", shape: ModelConfig, step: Step, sharding_plan: ShardingPlan, runtime: Runtime
+) -> dict[str, Any]:
     """Return the time of a profiled step in collectives, and the bytes that this rank sent beside the expected."""
-    sharding_plan = bench.sharding_plan
-    assert sharding_plan is not None
-    trace = _trace.trace(lambda: bench.step(bench.state), runtime, shapes=True)
-    collectives = _trace.communication(trace)
+    trace = _trace.trace(step, runtime, shapes=True)
+    seconds, exposed_seconds = _trace.communication(trace)
     numbers: dict[str, Any] = {
         "profiled_step_seconds": trace.seconds,
-        "communication_seconds": collectives.seconds,
-        "communication_exposed_seconds": collectives.exposed_seconds,
-        "communication_share": collectives.seconds / trace.seconds,
-        "communication_exposed_share": collectives.exposed_seconds / trace.seconds,
+        "communication_seconds": seconds,
+        "communication_exposed_seconds": exposed_seconds,
+        "communication_share": seconds / trace.seconds,
+        "communication_exposed_share": exposed_seconds / trace.seconds,
     }
     try:
         numbers["sent_bytes"] = sum(_trace.sent_bytes(trace, sharding_plan).values())
@@ -211,6 +181,18 @@ def communication(config: "Config", shape: ModelConfig, bench: TrainStepBench, r
         expected = planner.traffic(shape, setup, micro_batches=config.micro_batches)
         numbers["sent_bytes_expected"] = sum(expected.values())
     return numbers
+
+
+def predictions(config: "Config", shape: ModelConfig, runtime: Runtime) -> dict[str, float]:
+    """Print and return the least time of a step by the roofline, and the memory by the planner."""
+    rows, fp8 = config.batch_size or 1, config.train.linear == "fp8"
+    reached = limits(runtime.device, runtime.compute_dtype)
+    parts = roofline(shape, rows, reached, runtime.compute_dtype, fp8, config.micro_batches)
+    setup = planner.Setup(dtype=runtime.compute_dtype, fp8=fp8, chunk_tokens=config.train.chunk_tokens or 8192)
+    planned = planner.memory(shape, setup, rows=rows, micro_batches=config.micro_batches).allocated
+    texts = [f"{name} {1e3 * seconds:.1f} ms" for name, seconds in parts.items() if seconds]
+    print(f"at least, by the limits of the machine: {', '.join(texts)}; planned memory: {planned / GIB:.2f} GiB")
+    return {"predicted_seconds": sum(parts.values()), "planned_bytes": planned}
 
 
 # Time
@@ -227,35 +209,11 @@ def timed(f: Callable[[], Any], runtime: Runtime) -> float:
     return time.perf_counter() - start
 
 
-def seconds_of(fs: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = 5) -> dict[str, float]:
-    """Return the median seconds of each function: warmed up, then called in turns, several calls in a row."""
-    calls = {}
-    for name, f in fs.items():
-        f()
-        once = _seconds_per_call(f, 1, device)
-        calls[name] = max(1, min(20, int(0.02 / max(once, 1e-6))))  # enough to hide the launch overhead
-    times: dict[str, list[float]] = {name: [] for name in fs}
-    for _ in range(rounds):
-        for name, f in fs.items():
-            times[name].append(_seconds_per_call(f, calls[name], device))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _seconds_per_call(f: Callable[[], Any], calls: int, device: torch.device) -> float:
-    distributed.synchronize(device)
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(calls):
-            f()
-        distributed.synchronize(device)
-        return (time.perf_counter() - start) / calls
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    for _ in range(calls):
-        f()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / 1000 / calls
+def median_seconds(f: Callable[[], Any], rounds: int = 5) -> float:
+    """Return the median seconds of a call: warmed up, several calls in a row."""
+    timer = benchmark.Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+    calls = int(0.02 / max(timer.timeit(1).mean, 1e-6))  # enough to hide the launch overhead
+    return statistics.median(timer.timeit(max(1, min(20, calls))).mean for _ in range(rounds))
 
 
 def matmuls(shape: ModelConfig, tokens: int, runtime: Runtime) -> Callable[[], None]:
@@ -288,25 +246,27 @@ class Limits(NamedTuple):
     copy: float
 
 
-def limits(device: torch.device, dtype: torch.dtype, size: int = 8192, copy_bytes: int = 2**32) -> Limits:
-    """Measure products of (size, size), and a copy; bytes read and written both count."""
+def limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Measure large square products, and a copy; bytes read and written both count."""
+    size, copy_bytes = (1024, 2**29) if device.type == "cpu" else (8192, 2**32)
     tensors = [torch.randn(size, size, device=device) for _ in range(2)]
     a, b = (x.to(dtype) for x in tensors)
     source = torch.empty(copy_bytes // 2, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    fs: dict[str, Callable[[], Any]] = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    if device.type == "cuda" and linear.fp8_support(device) == "native":
+    fp8 = None
+    if linear.fp8_support(device) == "native":
         x, y = (linear.quantize(t, torch.float8_e4m3fn) for t in tensors)
         scaled: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
         options = {"scale_a": x.scale, "scale_b": y.scale, "out_dtype": dtype, "use_fast_accum": True}
-        fs["fp8"] = lambda: scaled(x.values, y.values.t(), **options)
-    seconds = seconds_of(fs, device)
-    fp8 = 2 * size**3 / seconds["fp8"] if "fp8" in seconds else None
-    return Limits(2 * size**3 / seconds["matmul"], fp8, 2 * source.numel() / seconds["copy"])
+        fp8 = 2 * size**3 / median_seconds(lambda: scaled(x.values, y.values.t(), **options))
+    matmul = 2 * size**3 / median_seconds(lambda: a @ b)
+    return Limits(matmul, fp8, 2 * source.numel() / median_seconds(lambda: target.copy_(source)))
 
 
-def roofline(shape: ModelConfig, rows: int, limits: Limits, dtype: torch.dtype, fp8: bool) -> dict[str, float]:
-    """Return the least seconds of each part of a step with one micro-batch in one process, at the measured limits.
+def roofline(
+    shape: ModelConfig, rows: int, limits: Limits, dtype: torch.dtype, fp8: bool, micro_batches: int = 1
+) -> dict[str, float]:
+    """Return the least seconds of each part of a step in one process, at the measured limits.
 
     Products and attention are counted in FLOPs; quantization, elementwise work and the optimizer in bytes that fused
     kernels have to move: 132·C a token and layer for norms, rotation, relu² and residuals, forward and backward; 8 a
@@ -314,36 +274,27 @@ def roofline(shape: ModelConfig, rows: int, limits: Limits, dtype: torch.dtype, 
     """
     length, width = shape.sequence_len, shape.n_embd
     tokens = rows * length
-    parts: dict[str, float] = dict.fromkeys(("products", "quantize", "attention", "muon", "optimizer"), 0.0)
+    products = quantize = muon = optimizer = 0.0
     for row in model.spec(shape).values():
         numel = math.prod(row.shape)
         if row.matmul:
             in_fp8 = fp8 and linear.fp8_fits(tokens, torch.empty(row.shape, device="meta"))
-            parts["products"] += 6 * numel * tokens / (limits.fp8 if in_fp8 and limits.fp8 else limits.matmul)
+            products += 6 * numel * tokens / (limits.fp8 if in_fp8 and limits.fp8 else limits.matmul)
             # Read twice, written once, and once more transposed: activations, gradients, weights.
-            parts["quantize"] += (7 * tokens * sum(row.shape) + 11 * numel) / limits.copy if in_fp8 else 0
+            quantize += (7 * tokens * sum(row.shape) + 11 * numel) / limits.copy if in_fp8 else 0
         if row.group == optim.MATRIX:
             long, short = max(row.shape), min(row.shape)
-            parts["muon"] += len(optim.POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3) / limits.matmul
-            parts["optimizer"] += 60 * numel / limits.copy  # stacks, momenta, five passes in 16 bits
+            muon += len(optim.POLAR_EXPRESS) * (4 * short**2 * long + 2 * short**3) / limits.matmul
+            optimizer += 60 * numel / limits.copy  # stacks, momenta, five passes in 16 bits
         else:
-            parts["optimizer"] += (3 * model.storage_dtype(row, dtype).itemsize + 16) * numel / limits.copy
+            optimizer += (3 * model.storage_dtype(row, dtype).itemsize + 16) * numel / limits.copy
     keys = sum(min(w, length) - min(w, length) ** 2 / (2 * length) for w in shape.windows)  # mean over positions
-    parts["attention"] = 14 * width * keys * tokens / limits.matmul
     elementwise = tokens * (132 * width * shape.n_layer * dtype.itemsize / 2 + 8 * shape.vocab_size)
-    parts["elementwise"] = elementwise / limits.copy
-    return parts
-
-
-def host_syncs(f: Callable[[], Any]) -> list[str]:
-    """Return where a call makes the host wait for the GPU: file, line and CUDA's message, one entry each time."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            f()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    warned = [w for w in caught if "called a synchronizing" in str(w.message)]
-    return [f"{Path(w.filename).name}:{w.lineno}: {str(w.message).splitlines()[0][:120]}" for w in warned]
+    return {
+        "products": micro_batches * products,
+        "quantize": micro_batches * quantize,
+        "attention": micro_batches * 14 * width * keys * tokens / limits.matmul,
+        "muon": muon,
+        "optimizer": optimizer,
+        "elementwise": micro_batches * elementwise / limits.copy,
+    }

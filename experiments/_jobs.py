@@ -1,4 +1,4 @@
-"""Benchmarks in processes of their own: each with a time limit, its result as JSON, its failure as one line."""
+"""Benchmarks in subprocesses: each with a time limit, its result as JSON, its failure as one line."""
 
 import contextlib
 import json
@@ -13,25 +13,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = re.compile(r"(RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|TORCHRUN_)")
 
 
 class RunResult(NamedTuple):
-    """The JSON of the last line that has a result, or None and one line with the error."""
+    """The JSON of the last `{"bench": ...}` line, if it exited with 0; one line with the error, or ""; all lines."""
 
     result: dict[str, Any] | None
     error: str
+    lines: list[str]
 
 
-def run_subprocess(command: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None) -> RunResult:
-    """Run a benchmark in a process of its own, without this process's torchrun variables.
+def run_subprocess(
+    command: Sequence[str], *, seconds: float, env: Mapping[str, str] | None = None, log: Path | None = None
+) -> RunResult:
+    """Run a command without this process's torchrun variables; after `seconds` it and its children are stopped.
 
     Args:
-        seconds: time limit. env: additional environment variables.
+        env: additional environment variables. log: file for its output, to keep.
     """
-    torchrun = re.compile(r"(RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|TORCHRUN_)")
-    clean = {name: value for name, value in os.environ.items() if not torchrun.match(name)} | dict(env or {})
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=clean, start_new_session=True)
+    inherited = {name: value for name, value in os.environ.items() if not TORCHRUN.match(name)}
+    env = inherited | {"PYTHONUNBUFFERED": "1"} | dict(env or {})  # a stopped process has printed all it had
+    encoding: Any = {"encoding": "utf-8", "errors": "replace"}
+    with log.open("w+", **encoding) if log else tempfile.TemporaryFile("w+", **encoding) as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -41,15 +46,11 @@ def run_subprocess(command: Sequence[str], *, seconds: float, env: Mapping[str, 
         file.seek(0)
         lines = file.read().splitlines()
     if code is None:
-        return RunResult(None, f"stopped after {seconds:.0f} s")
+        return RunResult(None, f"stopped after {seconds:.0f} s", lines)
     if code:
-        return RunResult(None, _error_line(lines) or describe_exit(code))
-    result = next((json.loads(line) for line in reversed(lines) if line.startswith('{"bench"')), None)
-    return RunResult(result, "" if result else "it printed no result")
-
-
-def describe_exit(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        status = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        return RunResult(None, _error_line(lines) or status, lines)
+    return RunResult(next((json.loads(line) for line in lines[::-1] if line.startswith('{"bench"')), None), "", lines)
 
 
 def stop_process(process: subprocess.Popen) -> None:
@@ -76,12 +77,8 @@ def _error_line(lines: Sequence[str]) -> str:
 def launch_command(experiment: str, settings: Mapping[str, Any], ranks: int = 1) -> list[str]:
     """Return the command that starts an experiment on `ranks` ranks of this machine; settings by dotted name."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *torchrun, str(ROOT / "launch.py"), f"--experiment={experiment}", *set_flags(settings)]
-
-
-def set_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Return `--set name=value` flags as separate words."""
-    return [word for name, value in settings.items() for word in ("--set", f"{name}={_cli_value(value)}")]
+    flags = [word for name, value in settings.items() for word in ("--set", f"{name}={_cli_value(value)}")]
+    return [sys.executable, *torchrun, str(ROOT / "launch.py"), f"--experiment={experiment}", *flags]
 
 
 def _cli_value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Profiler traces of a step: kernels and the gaps between them, collectives and the bytes they send."""
+"""Profiles of a step: kernels and the gaps between them, host synchronizations, collectives and the bytes they send."""
 
 import collections
 import gzip
@@ -6,32 +6,35 @@ import json
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from nanochat import distributed
 from nanochat.distributed import Runtime, ShardingPlan
+from nanochat.text import table
 
 MARK = "measured step"
+Event = Mapping[str, Any]  # of Chrome's trace format; times in microseconds
 Span = tuple[float, float]
 
 
 class Trace(NamedTuple):
-    """One profiled call, on the host's clock: start in microseconds, wall seconds, events in Chrome's trace format."""
+    """One profiled call: start in microseconds, wall seconds, and the events within it."""
 
     start: float
     seconds: float
-    events: list[dict[str, Any]]
+    events: list[Event]
 
 
 def trace(f: Callable[[], Any], runtime: Runtime, *, path: Path | None = None, shapes: bool = False) -> Trace:
     """Profile the second of two calls; `path` (.json or .json.gz) keeps both for chrome://tracing or perfetto."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (runtime.device.type == "cuda")
-    with torch_profile(activities=activities, record_shapes=shapes) as profiler:
+    with _profiler(runtime, record_shapes=shapes) as profiler:
         f()
         distributed.synchronize(runtime.device)
         if runtime.world_size > 1:
@@ -45,54 +48,51 @@ def trace(f: Callable[[], Any], runtime: Runtime, *, path: Path | None = None, s
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     mark = next(event for event in events if event["name"] == MARK and event.get("cat") != "gpu_user_annotation")
-    inside = [event for event in events if event is not mark and _within(event, mark)]
-    return Trace(mark["ts"], mark["dur"] / 1e6, inside)
+    start, end = mark["ts"], mark["ts"] + mark["dur"]
+    inside = [e for e in events if e is not mark and start <= e["ts"] and e["ts"] + e.get("dur", 0) <= end]
+    return Trace(start, mark["dur"] / 1e6, inside)
 
 
-def _within(event: Mapping[str, Any], mark: Mapping[str, Any]) -> bool:
-    return mark["ts"] <= event["ts"] and event["ts"] + event.get("dur", 0) <= mark["ts"] + mark["dur"]
+def _profiler(runtime: Runtime, **options: Any) -> torch_profile:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (runtime.device.type == "cuda")
+    return torch_profile(activities=activities, **options)
 
 
 def total_seconds(spans: Iterable[Span]) -> float:
-    """Return the length of the union of spans."""
+    """Return the length of the union of spans in microseconds."""
     total, end = 0.0, -math.inf
     for first, last in sorted(spans):
         total += max(last - max(first, end), 0.0)
         end = max(end, last)
-    return total
+    return total / 1e6
 
 
-def _spans(events: Iterable[Mapping[str, Any]]) -> list[Span]:
+def _spans(events: Iterable[Event]) -> list[Span]:
     return [(event["ts"], event["ts"] + event["dur"]) for event in events]
 
 
-def gpu_events(trace: Trace) -> list[dict[str, Any]]:
+def gpu_events(trace: Trace) -> list[Event]:
     """Return the kernels, copies and fills of a trace by start time."""
-    found = [e for e in trace.events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    return sorted(found, key=lambda event: event["ts"])
+    events = [e for e in trace.events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return sorted(events, key=lambda event: event["ts"])
 
 
-class Communication(NamedTuple):
-    """Seconds of a step in which collectives ran, and in which only they ran."""
-
-    seconds: float
-    exposed_seconds: float
+# Collectives
 
 
-def communication(trace: Trace) -> Communication:
-    """Return the time in collectives: NCCL kernels on a GPU; gloo's work and the waits for it on the CPU.
+def communication(trace: Trace) -> tuple[float, float]:
+    """Return the seconds in which collectives ran, and in which only they ran: NCCL kernels; on the CPU gloo's work.
 
     The time includes waiting for slower ranks. On the CPU the exposed part is what the computing thread spends in
     starting collectives and waiting for them.
     """
-    kernels = gpu_events(trace)
-    if kernels:
+    if kernels := gpu_events(trace):
         nccl = _spans(e for e in kernels if "nccl" in e["name"].lower())
         others = _spans(e for e in kernels if "nccl" not in e["name"].lower())
-        return Communication(total_seconds(nccl) / 1e6, (total_seconds(nccl + others) - total_seconds(others)) / 1e6)
+        return total_seconds(nccl), total_seconds(nccl + others) - total_seconds(others)
     waits = _spans(e for e in trace.events if e["name"].startswith("_c10d_functional::"))
     work = _spans(e for e in trace.events if e["name"].startswith("gloo:"))
-    return Communication(total_seconds(waits + work) / 1e6, total_seconds(waits) / 1e6)
+    return total_seconds(waits + work), total_seconds(waits)
 
 
 ITEM_BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int": 8, "int": 4, "unsigned char": 1}
@@ -100,55 +100,52 @@ KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
 def sent_bytes(trace: Trace, sharding_plan: ShardingPlan) -> dict[str, float]:
-    """Return the bytes that this rank sent in a traced step (with `shapes`), by kind: those of a ring.
-
-    Of n bytes, an all-gather or a reduce-scatter over W ranks sends n·(W-1)/W from each, an all-reduce twice that, as
-    in `planner.traffic`.
+    """Return the bytes that this rank sent in a traced step (with `shapes`), by kind, counted as in `planner.traffic`.
 
     Raises:
         LookupError: the trace does not say what was sent.
     """
-    found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    sent: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     calls = sorted((e for e in trace.events if e["name"].startswith("_c10d_functional::")), key=lambda e: e["ts"])
     waits = [call for call in calls if call["name"].endswith("::wait_tensor")]
+    shards = sharding_plan.shards
     for call in calls:
         kind = next((kind for kind in KINDS if call["name"].split("::")[1].startswith(kind)), None)
         if kind is None:
             continue
-        shards = sharding_plan.shards
         sizes, dtype = call["args"]["Input Dims"][0], call["args"]["Input type"][0]
         if dtype == "TensorList":  # the waits for the results have the dtypes
-            grown = {"all_gather": shards, "reduce_scatter": 1 / shards}.get(kind, 1)
-            items = [_item_bytes(_pop_wait(waits, call, math.prod(size) * grown)) for size in sizes]
+            growth = {"all_gather": shards, "reduce_scatter": 1 / shards}.get(kind, 1)
+            items = [_item_bytes(_pop_wait(waits, call, math.prod(size) * growth)) for size in sizes]
         else:
             sizes, items = [sizes], [_item_bytes(call)]
         nbytes = sum(math.prod(size) * item for size, item in zip(sizes, items))
         if kind == "all_reduce":  # sharded parameters over the replicas, others over all ranks
-            ranks = (
-                sharding_plan.replicas
-                if sharding_plan.replicas > 1 and len(sizes) == len(sharding_plan.sharded)
-                else sharding_plan.ranks
-            )
-            found[kind] += 2 * nbytes * (ranks - 1) / ranks
+            of_sharded = sharding_plan.replicas > 1 and len(sizes) == len(sharding_plan.sharded)
+            ranks = sharding_plan.replicas if of_sharded else sharding_plan.ranks
+            sent[kind] += 2 * nbytes * (ranks - 1) / ranks
         else:
-            found[kind] += nbytes * (shards - 1) * (1 if kind == "all_gather" else 1 / shards)
-    return found
+            sent[kind] += nbytes * (shards - 1) * (1 if kind == "all_gather" else 1 / shards)
+    return sent
 
 
-def _item_bytes(event: Mapping[str, Any]) -> int:
+def _item_bytes(event: Event) -> int:
     dtype = event["args"]["Input type"][0]
     if dtype not in ITEM_BYTES:
         raise LookupError(f"{event['name']} of {dtype}: unknown size")
     return ITEM_BYTES[dtype]
 
 
-def _pop_wait(waits: list[dict[str, Any]], call: Mapping[str, Any], numel: float) -> dict[str, Any]:
+def _pop_wait(waits: list[Event], call: Event, numel: float) -> Event:
     """Remove and return the first wait after a call for a result of that many elements."""
     for i, wait in enumerate(waits):
         same = wait["ts"] > call["ts"] and wait["tid"] == call["tid"]
         if same and math.prod(wait["args"]["Input Dims"][0]) == round(numel):
             return waits.pop(i)
     raise LookupError(f"{call['name']}: no wait for a result of {round(numel)} elements")
+
+
+# Where the time of a step goes
 
 
 KERNELS = {
@@ -160,17 +157,12 @@ KERNELS = {
 }
 
 
-def kind_of(kernel: str) -> str:
-    """Return the kind of work of a kernel, by its name."""
-    return next((kind for kind, pattern in KERNELS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
-
-
 class Profile(NamedTuple):
     """The GPU's part of a traced step.
 
     Attributes:
         busy_seconds: with at least one kernel running. idle_seconds: the rest of the step.
-        kinds: kind -> seconds. top: (kernel, seconds, calls), the longest first.
+        kinds: kind of work -> seconds. top: (kernel, seconds, calls), the longest first.
         gaps: (seconds, kernel before, kernel after), the longest first.
     """
 
@@ -187,28 +179,63 @@ def profile(trace: Trace) -> Profile:
     kinds: dict[str, float] = collections.defaultdict(float)
     seconds: dict[str, float] = collections.defaultdict(float)
     calls = collections.Counter(event["name"] for event in kernels)
-    for event in kernels:
-        kinds[kind_of(event["name"])] += event["dur"] / 1e6
-        seconds[event["name"]] += event["dur"] / 1e6
     gaps, end, last = [], trace.start, "start of the step"
     for event in kernels:
+        name = event["name"]
+        kind = next((kind for kind, pattern in KERNELS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+        kinds[kind] += event["dur"] / 1e6
+        seconds[name] += event["dur"] / 1e6
         if event["ts"] > end:
-            gaps.append(((event["ts"] - end) / 1e6, last, event["name"]))
+            gaps.append(((event["ts"] - end) / 1e6, last, name))
         if event["ts"] + event["dur"] > end:
-            end, last = event["ts"] + event["dur"], event["name"]
-    busy = total_seconds(_spans(kernels)) / 1e6
-    top = sorted(((name, value, calls[name]) for name, value in seconds.items()), key=lambda row: -row[1])
+            end, last = event["ts"] + event["dur"], name
+    busy = total_seconds(_spans(kernels))
     kinds = dict(sorted(kinds.items(), key=lambda row: -row[1]))
+    top = sorted(((name, value, calls[name]) for name, value in seconds.items()), key=lambda row: -row[1])
     return Profile(busy, trace.seconds - busy, kinds, top, sorted(gaps, reverse=True))
 
 
+def print_profile(step: Callable[[], Any], runtime: Runtime, seconds: float, path: Path | None) -> dict[str, Any]:
+    """Print where the time of a step of `seconds` goes; on a GPU by kernel, with idle gaps and waits of the host."""
+    cuda, path = runtime.device.type == "cuda", path if runtime.is_main else None
+    traced = trace(step, runtime, path=path) if cuda or path else None
+    if not cuda or not traced:
+        print("time of a step by operation:")
+        print(table(top_ops(step, runtime)))
+        return {}
+    gpu = profile(traced)
+    idle = max(1 - gpu.busy_seconds / seconds, 0.0)
+    print(f"time of a step by kernel: GPU busy {1e3 * gpu.busy_seconds:.1f} of {1e3 * seconds:.1f} ms: idle {idle:.1%} "
+          f"(expected under 3%); while profiled idle {1e3 * gpu.idle_seconds:.1f} ms")  # fmt: skip
+    rows = [(kind, value, "") for kind, value in gpu.kinds.items()]
+    rows += [(name[:90], value, f"{calls} calls") for name, value, calls in gpu.top[:20]]
+    print(table([[name, f"{t / gpu.busy_seconds:.1%}", f"{1e3 * t:.2f} ms", calls] for name, t, calls in rows]))
+    for gap, before, after in gpu.gaps[:5]:
+        print(f"  gap of {1e6 * gap:.0f} us between {before[:50]} and {after[:50]}")
+    syncs = host_syncs(step)
+    print(f"  host synchronizations within a step: {len(syncs)} (expected: 0)", *sorted(set(syncs))[:8], sep="\n    ")
+    return {"idle_share": idle, "seconds_by_kind": gpu.kinds, "host_syncs": len(syncs)}
+
+
 def top_ops(f: Callable[[], Any], runtime: Runtime, count: int = 14) -> list[list[str]]:
-    """Return table rows of the operations that take the largest share of a call's time."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (runtime.device.type == "cuda")
-    with torch_profile(activities=activities) as profiler:
+    """Return table rows of the operations that take the largest share of a call's time on the host."""
+    with _profiler(runtime) as profiler:
         f()
         distributed.synchronize(runtime.device)
-    kind = "self_device_time_total" if runtime.device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, kind), reverse=True)
-    total = sum(getattr(event, kind) for event in events) or 1
-    return [[event.key[:100], f"{getattr(event, kind) / total:.1%}"] for event in events[:count]]
+    events = sorted(profiler.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
+    total = sum(event.self_cpu_time_total for event in events) or 1
+    return [[event.key[:100], f"{event.self_cpu_time_total / total:.1%}"] for event in events[:count]]
+
+
+def host_syncs(f: Callable[[], Any]) -> list[str]:
+    """Return where a call makes the host wait for the GPU: file, line and CUDA's message, one entry each time."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            f()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    syncs = [w for w in caught if "called a synchronizing" in str(w.message)]
+    return [f"{Path(w.filename).name}:{w.lineno}: {str(w.message).splitlines()[0][:120]}" for w in syncs]

@@ -28,19 +28,12 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from nanochat import data, distributed, eval, model
-from nanochat.config import UserError, base_dir
+from nanochat import checkpoint, data, distributed, eval, model
+from nanochat.config import UserError, base_dir, require_at_least
 from nanochat.data import DataConfig
 from nanochat.text import table
-
-if TYPE_CHECKING:
-    from experiments._bench import Model
-    from nanochat.data import Tokenizer
-    from nanochat.distributed import Runtime
-    from nanochat.eval import Answer, Question
-    from nanochat.eval.core_bundle import CoreTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +63,7 @@ class CoreConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if any(x is not None and x < 1 for x in (self.rounds, self.rows, self.max_tokens, self.tokens_per_batch)):
-            raise UserError("core.rounds, rows, max_tokens and tokens_per_batch have to be at least 1")
+        require_at_least(self, "core", rows=1, rounds=1, max_tokens=1, tokens_per_batch=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +96,7 @@ class Config:
 config = Config
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, runtime: distributed.Runtime) -> None:
     if runtime.world_size > 1:
         raise UserError("bench_data runs in one process: start it with python, not torchrun")
     if config.what == "core":
@@ -157,7 +149,7 @@ def measure_loader(config: Config) -> None:
     print(json.dumps({"bench": "data", "config": settings, **result}))
 
 
-def load_or_train_tokenizer(config: Config, stack: contextlib.ExitStack) -> Tokenizer:
+def load_or_train_tokenizer(config: Config, stack: contextlib.ExitStack) -> data.Tokenizer:
     """Return the trained tokenizer, or train one whose cached tokens are deleted at the end."""
     folder = data.tokenizer.default_dir()
     if (folder / "tokenizer.txt").exists():
@@ -176,7 +168,7 @@ def blocks(config: Config) -> Iterator[list[str]]:
             yield data.sources.read_block(shard, index, config.data.text_column)
 
 
-def encoding_speed(config: Config, tokenizer: Tokenizer) -> float:
+def encoding_speed(config: Config, tokenizer: data.Tokenizer) -> float:
     """Return the tokens per second of `encode_batch`, without reading the texts."""
     tokens, seconds = 0, 0.0
     while tokens < config.tokens:
@@ -190,7 +182,7 @@ def encoding_speed(config: Config, tokenizer: Tokenizer) -> float:
     return tokens / seconds
 
 
-def packing_speed(config: Config, tokenizer: Tokenizer, tokens: int, *, cached: bool) -> Speed:
+def packing_speed(config: Config, tokenizer: data.Tokenizer, tokens: int, *, cached: bool) -> Speed:
     """Measure the loader until that many tokens are packed.
 
     The first batch does not count: it also fills the buffer and the queues, which are as full at the end.
@@ -225,10 +217,13 @@ class Times(NamedTuple):
     cpu_batched: float
 
 
-def measure_core(config: CoreConfig, runtime: Runtime) -> None:
+def measure_core(config: CoreConfig, runtime: distributed.Runtime) -> None:
+    import torch
+
     from experiments import _bench
 
-    _bench.set_threads(config.threads)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     bundle = eval.core_bundle.read(config.bundle or eval.core_bundle.fetch())
     loaded = load_core_model(config, runtime)
     shape, machine = loaded.config, _bench.describe_machine(runtime)
@@ -243,24 +238,21 @@ def measure_core(config: CoreConfig, runtime: Runtime) -> None:
         print(f"{label}: {rows[label].single / rows[label].batched:.2f}x", flush=True)
     sums = {kind: Times(*map(sum, zip(*times))) for kind, times in kinds.items()}
     sums["all"] = Times(*map(sum, zip(*rows.values())))
-    header = ["task", "prompts", "tokens", "one at a time", "batched", "ratio", "CPU ratio"]
-    print(table([header, *(table_row(label, times) for label, times in [*rows.items(), *sums.items()])]))
-    results = {
-        kind: t._asdict() | {"ratio": t.single / t.batched, "cpu_ratio": t.cpu_single / t.cpu_batched}
-        for kind, t in sums.items()
-    }
+    lines = [["task", "prompts", "tokens", "one at a time", "batched", "ratio", "CPU ratio"]]
+    results = {}
+    for label, t in [*rows.items(), *sums.items()]:
+        ratio, cpu_ratio = t.single / t.batched, t.cpu_single / t.cpu_batched
+        rates = [f"{t.prompts / seconds:.1f}/s" for seconds in (t.single, t.batched)]
+        lines.append([label, str(t.prompts), str(t.tokens), *rates, f"{ratio:.2f}x", f"{cpu_ratio:.2f}x"])
+        if label in sums:
+            results[label] = t._asdict() | {"ratio": ratio, "cpu_ratio": cpu_ratio}
+    print(table(lines))
     settings = dataclasses.asdict(config) | {"bundle": str(config.bundle), "machine": machine}
     print(json.dumps({"bench": "core", "settings": settings} | results))
 
 
-def table_row(label: str, t: Times) -> list[str]:
-    rates = [f"{t.prompts / seconds:.1f}/s" for seconds in (t.single, t.batched)]
-    ratios = [f"{ratio:.2f}x" for ratio in (t.single / t.batched, t.cpu_single / t.cpu_batched)]
-    return [label, str(t.prompts), str(t.tokens), *rates, *ratios]
-
-
-def load_core_model(config: CoreConfig, runtime: Runtime) -> Model:
-    """Return the trained model, or one of random weights. Raises: UserError."""
+def load_core_model(config: CoreConfig, runtime: distributed.Runtime) -> checkpoint.Pretrained:
+    """Return the trained model, or one of random weights."""
     import torch
 
     from experiments import _bench
@@ -275,25 +267,23 @@ def load_core_model(config: CoreConfig, runtime: Runtime) -> Model:
         data.tokenizer.save(data.tokenizer.train(texts, config.vocab_size), folder)
     tokenizer = data.tokenizer.load(folder)
     shape = model.from_depth(config.depth, vocab_size=tokenizer.vocab_size, sequence_len=config.sequence_len)
-    params = model.init(shape, 0, device=runtime.device, dtype=runtime.compute_dtype)
+    loaded = _bench.random_model(shape, tokenizer, runtime)
     # The zeros of an untrained model would make all of its answers ties.
     generator = torch.Generator().manual_seed(0)
-    params = tree.map(lambda x: x + 0.05 * torch.randn(x.shape, generator=generator).to(x), params)
-    return _bench.Model(params, shape, tokenizer)
+    params = tree.map(lambda x: x + 0.05 * torch.randn(x.shape, generator=generator).to(x), loaded.params)
+    return dataclasses.replace(loaded, params=params)
 
 
-def time_task(config: CoreConfig, loaded: Model, task: CoreTask, runtime: Runtime) -> Times:
-    """Return the times of a task, both ways.
-
-    Raises:
-        RuntimeError: the two ways give different answers in float32.
-    """
+def time_task(
+    config: CoreConfig, loaded: checkpoint.Pretrained, task: eval.core_bundle.CoreTask, runtime: distributed.Runtime
+) -> Times:
+    """Return the times of a task, both ways, which have to give the same answers in float32."""
     import torch
 
     limit = config.max_tokens or model.CONTEXT_LIMIT * loaded.config.sequence_len
     best, best_cpu = [math.inf, math.inf], [math.inf, math.inf]
-    answers: list[list[Answer]] = [[], []]
-    questions: list[Question] = []
+    answers: list[list[eval.Answer]] = [[], []]
+    questions: list[eval.Question] = []
     for _, way in itertools.product(range(config.rounds), range(2)):
         distributed.synchronize(runtime.device)
         start, start_cpu = time.perf_counter(), time.process_time()
@@ -309,7 +299,9 @@ def time_task(config: CoreConfig, loaded: Model, task: CoreTask, runtime: Runtim
     return Times(len(prompts), sum(len(prompt.ids) for prompt in prompts), *best, *best_cpu)
 
 
-def answer_batched(config: CoreConfig, loaded: Model, questions: Sequence[Question]) -> list[Answer]:
+def answer_batched(
+    config: CoreConfig, loaded: checkpoint.Pretrained, questions: Sequence[eval.Question]
+) -> list[eval.Answer]:
     """Return the answers as the evaluation computes them."""
     scored = eval.likelihood.score(
         loaded.params,
@@ -322,7 +314,7 @@ def answer_batched(config: CoreConfig, loaded: Model, questions: Sequence[Questi
     return [eval.core.answer(question, scores) for question, scores in zip(questions, scored)]
 
 
-def answer_singly(loaded: Model, questions: Sequence[Question]) -> list[Answer]:
+def answer_singly(loaded: checkpoint.Pretrained, questions: Sequence[eval.Question]) -> list[eval.Answer]:
     """Return the answers from one forward pass for each prompt, with the logits of all its tokens."""
     import torch
     import torch.nn.functional as F

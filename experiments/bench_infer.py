@@ -21,24 +21,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import http.client
 import itertools
 import json
 import statistics
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from nanochat import data, distributed, infer, model
+import requests
+
+from nanochat import checkpoint, data, distributed, infer, model
 from nanochat.config import UserError
 from nanochat.text import table
-
-if TYPE_CHECKING:
-    from experiments._bench import Limits, Model
-    from nanochat.distributed import Runtime
-    from nanochat.infer import Engine, Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +57,7 @@ class ServerConfig:
     top_k: int = 50
 
     def __post_init__(self) -> None:
-        if not self.clients or min(self.clients) < 1 or self.seconds <= 0:
+        if min(self.clients, default=0) < 1 or self.seconds <= 0:
             raise UserError("server.clients: expected numbers of at least 1; server.seconds: a number above 0")
 
 
@@ -113,7 +107,7 @@ class Config:
 config = Config
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, runtime: distributed.Runtime) -> None:
     if runtime.world_size > 1:
         raise UserError("bench_infer runs in one process: start it with python, not torchrun")
     if config.what == "server":
@@ -125,22 +119,25 @@ def run(config: Config, runtime: Runtime) -> None:
 # Prefill and decoding
 
 
-def measure_decoding(config: Config, runtime: Runtime) -> None:
+def measure_decoding(config: Config, runtime: distributed.Runtime) -> None:
+    import torch
+
     from experiments import _bench
 
-    _bench.set_threads(config.threads)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     loaded = load_model(config, runtime)
     if config.prompt_tokens + config.new_tokens > loaded.config.sequence_len:
         raise UserError(
             f"prompt_tokens={config.prompt_tokens} and new_tokens={config.new_tokens} exceed the context of "
             f"{loaded.config.sequence_len}"
         )
-    sizes = (1024, 2**29) if runtime.device.type == "cpu" else ()
-    limits = _bench.limits(runtime.device, runtime.compute_dtype, *sizes)
+    measured = _bench.limits(runtime.device, runtime.compute_dtype)
+    limits = {"matmul_flops": measured.matmul, "copy_bytes_per_second": measured.copy}
     machine = _bench.describe_machine(runtime)
     print(f"{machine}, depth {loaded.config.n_layer}, width {loaded.config.n_embd}")
-    print(f"limits: {limits.matmul / 1e12:.3g} TFLOP/s of products, {limits.copy / 1e9:.3g} GB/s of a copy")
-    results: dict[str, Any] = {"prefill": prefill(config, loaded, runtime, limits)}
+    print(f"limits: {measured.matmul / 1e12:.3g} TFLOP/s of products, {measured.copy / 1e9:.3g} GB/s of a copy")
+    results: dict[str, Any] = {"prefill": prefill(config, loaded, runtime, measured.matmul)}
     rows = [["batch", "first token", "a step", "floor", "tokens/s", "bandwidth", "MFU", "peak memory"]]
     for batch in config.batches:
         row = results[f"batch_{batch}"] = decode(config, loaded, runtime, limits, batch)
@@ -154,17 +151,16 @@ def measure_decoding(config: Config, runtime: Runtime) -> None:
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['bandwidth_use']:.0%}",
                 f"{row['mfu']:.1%}",
-                f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
+                f"{row['peak_memory_bytes'] / distributed.GIB:.2f} GiB",
             ]
         )
     print(table(rows))
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "server"} | {"machine": machine}
-    limit = {"matmul_flops": limits.matmul, "copy_bytes_per_second": limits.copy}
-    print(json.dumps({"bench": "infer", "settings": settings, "limits": limit} | results))
+    print(json.dumps({"bench": "infer", "settings": settings, "limits": limits} | results))
 
 
-def load_model(config: Config, runtime: Runtime) -> Model:
-    """Return the trained model, or one of random weights with a tokenizer of as many tokens. Raises: UserError."""
+def load_model(config: Config, runtime: distributed.Runtime) -> checkpoint.Pretrained:
+    """Return the trained model, or one of random weights with a tokenizer of as many tokens."""
     from experiments import _bench
 
     if config.run is not None:
@@ -173,11 +169,12 @@ def load_model(config: Config, runtime: Runtime) -> Model:
     if tokens < 256:
         raise UserError(f"vocab_size={config.vocab_size}: expected at least {config.vocab_size - tokens + 256}")
     shape = model.from_depth(config.depth, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
-    params = model.init(shape, 0, device=runtime.device, dtype=runtime.compute_dtype)
-    return _bench.Model(params, shape, data.Tokenizer(tuple(i.to_bytes(4, "big") for i in range(tokens))))
+    return _bench.random_model(shape, data.Tokenizer(tuple(i.to_bytes(4, "big") for i in range(tokens))), runtime)
 
 
-def start_engine(config: Config, loaded: Model, runtime: Runtime, slots: int, compile: bool) -> Engine:
+def start_engine(
+    config: Config, loaded: checkpoint.Pretrained, runtime: distributed.Runtime, slots: int, compile: bool
+) -> infer.Engine:
     """Return an engine without stop tokens, so that all sequences have the same length."""
     engine = infer.start(
         loaded.params,
@@ -193,7 +190,9 @@ def start_engine(config: Config, loaded: Model, runtime: Runtime, slots: int, co
     return engine
 
 
-def prefill(config: Config, loaded: Model, runtime: Runtime, limits: Limits) -> dict[str, float]:
+def prefill(
+    config: Config, loaded: checkpoint.Pretrained, runtime: distributed.Runtime, matmul_flops: float
+) -> dict[str, float]:
     """Return tokens per second and MFU of computing one long prompt."""
     from experiments import _bench
 
@@ -211,12 +210,12 @@ def prefill(config: Config, loaded: Model, runtime: Runtime, limits: Limits) -> 
     # Prefill does not compute logits.
     unembedding = 2 * loaded.config.padded_vocab * loaded.config.n_embd
     flops = sum(model.decode_flops(loaded.config, i + 1) - unembedding for i in range(count - 1))
-    mfu = flops / seconds / limits.matmul
+    mfu = flops / seconds / matmul_flops
     print(f"prefill: {count} tokens in {1e3 * seconds:.1f} ms, {count / seconds:,.0f} tokens/s, MFU {mfu:.1%}")
     return {"tokens": count, "seconds": seconds, "tokens_per_second": count / seconds, "mfu": mfu}
 
 
-def random_prompt(loaded: Model, count: int, seed: int) -> tuple[int, ...]:
+def random_prompt(loaded: checkpoint.Pretrained, count: int, seed: int) -> tuple[int, ...]:
     """Return random ids of plain tokens."""
     import torch
 
@@ -224,7 +223,9 @@ def random_prompt(loaded: Model, count: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(0, loaded.config.vocab_size - 9, (count,), generator=generator).tolist())
 
 
-def decode(config: Config, loaded: Model, runtime: Runtime, limits: Limits, batch: int) -> dict[str, float]:
+def decode(
+    config: Config, loaded: checkpoint.Pretrained, runtime: distributed.Runtime, limits: dict[str, float], batch: int
+) -> dict[str, float]:
     """Return the times of decoding `batch` sequences, and the least that they could be."""
     import torch
 
@@ -233,17 +234,21 @@ def decode(config: Config, loaded: Model, runtime: Runtime, limits: Limits, batc
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runtime.device)
     engine = start_engine(config, loaded, runtime, batch, config.compile)
-    requests = [
-        infer.Request(
-            random_prompt(loaded, config.prompt_tokens, i), config.new_tokens, config.temperature, config.top_k, seed=i
-        )
-        for i in range(batch)
+    prompts = [random_prompt(loaded, config.prompt_tokens, i) for i in range(batch)]
+    batch_requests = [
+        infer.Request(prompt, config.new_tokens, config.temperature, config.top_k, seed=i)
+        for i, prompt in enumerate(prompts)
     ]
-    for _ in infer.run(engine, requests):
+    for _ in infer.run(engine, batch_requests):
         pass  # compiles, and records graphs
     first, steps = [], []
     for _ in range(config.rounds):
-        first.append(first_token_seconds(engine, requests))
+        begin, waiting = time.perf_counter(), set(range(batch))
+        for i, request in enumerate(batch_requests):
+            infer.admit(engine, i, request)
+        while waiting:
+            waiting -= {event.key for event in infer.step(engine)}
+        first.append(time.perf_counter() - begin)
         while len(engine.active) == batch:
             begin = time.perf_counter()
             infer.step(engine)
@@ -252,28 +257,20 @@ def decode(config: Config, loaded: Model, runtime: Runtime, limits: Limits, batc
             infer.step(engine)
     seconds = statistics.median(steps)
     context = config.prompt_tokens + config.new_tokens // 2
-    floor = model.decode_bytes(loaded.config, batch, context, runtime.compute_dtype.itemsize) / limits.copy
+    floor = (
+        model.decode_bytes(loaded.config, batch, context, runtime.compute_dtype.itemsize)
+        / limits["copy_bytes_per_second"]
+    )
     return {
         "first_token_seconds": statistics.median(first),
         "step_seconds": seconds,
         "floor_seconds": floor,
         "tokens_per_second": batch / seconds,
         "bandwidth_use": floor / seconds,
-        "mfu": batch * model.decode_flops(loaded.config, context) / seconds / limits.matmul,
+        "mfu": batch * model.decode_flops(loaded.config, context) / seconds / limits["matmul_flops"],
         "peak_memory_bytes": distributed.peak_memory_bytes(runtime.device),
         "cache_bytes": tree.nbytes(engine.cache),
     }
-
-
-def first_token_seconds(engine: Engine, requests: list[Request]) -> float:
-    """Admit all requests; return the seconds until each has its first token."""
-    begin = time.perf_counter()
-    for i, request in enumerate(requests):
-        infer.admit(engine, i, request)
-    seen: set[Any] = set()
-    while len(seen) < len(requests):
-        seen |= {event.key for event in infer.step(engine)}
-    return time.perf_counter() - begin
 
 
 # A running server
@@ -288,7 +285,8 @@ class Answer(NamedTuple):
 
 
 def measure_server(config: ServerConfig) -> None:
-    stats = json.loads(fetch(config, "/stats"))
+    with request(config, "GET", "/stats") as response:
+        stats = response.json()
     if not stats["model"]:
         raise UserError(f"{config.url}: its model is still being loaded")
     devices = ", ".join(f"{w['slots']} slots on {w['device']}" for w in stats["workers"])
@@ -303,8 +301,8 @@ def measure_server(config: ServerConfig) -> None:
         base = base or rate
         first = sorted(1000 * answer.first_seconds for answer in answers)
         gaps = [1000 * gap for answer in answers for gap in answer.gap_seconds] or [0.0]
-        numbers = (statistics.median(first), first[min(len(first) - 1, int(0.95 * len(first)))])
-        numbers += (statistics.median(gaps), 1000 * health)
+        last = first[min(len(first) - 1, int(0.95 * len(first)))]
+        numbers = (statistics.median(first), last, statistics.median(gaps), 1000 * health)
         rows.append([str(clients), str(len(answers)), f"{rate:.1f}", f"{rate / base:.2f}"])
         rows[-1] += [f"{number:.1f}" for number in numbers]
         print(f"{clients} clients: {rate:.1f} tokens/s", flush=True)
@@ -330,7 +328,7 @@ def load_test(config: ServerConfig, clients: int, seeds: Iterator[int]) -> tuple
         slowest = 0.0
         while not all(future.done() for future in futures):
             begin = time.perf_counter()
-            fetch(config, "/health")
+            request(config, "GET", "/health").close()
             slowest = max(slowest, time.perf_counter() - begin)
             time.sleep(0.1)
         return slowest
@@ -339,30 +337,25 @@ def load_test(config: ServerConfig, clients: int, seeds: Iterator[int]) -> tuple
         futures = [threads.submit(client) for _ in range(clients)]
         health = threads.submit(poll_health)
         answers = [answer for future in futures for answer in future.result()]
-        seconds = time.perf_counter() - start
-        return answers, seconds, health.result()
+        return answers, time.perf_counter() - start, health.result()
 
 
 def ask(config: ServerConfig, seed: int) -> Answer:
-    """Send one request and read the stream.
-
-    Raises:
-        UserError: the server refuses, or the stream breaks off.
-    """
+    """Send one request and read the stream."""
     body = {"messages": [{"role": "user", "content": config.prompt}], "stream": True, "seed": seed}
     body |= {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_k": config.top_k}
     body |= {"stream_options": {"include_usage": True}}
     start, times, tokens = time.perf_counter(), [], 0
     try:
-        with request(config, "/v1/chat/completions", json.dumps(body)) as response:
-            for line in response:
+        with request(config, "POST", "/v1/chat/completions", json=body) as response:
+            for line in response.iter_lines():
                 if line.startswith(b'data: {"error"'):
                     raise UserError(f"{config.url}: {json.loads(line[6:])['error']['message']}")
                 if b'"completion_tokens"' in line:
                     tokens = json.loads(line[6:])["usage"]["completion_tokens"]
                 elif line.startswith(b"data: {"):
                     times.append(time.perf_counter())
-    except (OSError, http.client.HTTPException) as error:
+    except requests.RequestException as error:
         raise UserError(f"{config.url}: the stream broke off ({error})") from None
     chunks = times[1:-1] or times[-1:]  # without the role at the start and the finish reason at the end
     if not chunks:
@@ -370,27 +363,17 @@ def ask(config: ServerConfig, seed: int) -> Answer:
     return Answer(chunks[0] - start, [b - a for a, b in itertools.pairwise(chunks)], tokens)
 
 
-def fetch(config: ServerConfig, path: str) -> bytes:
-    with request(config, path) as response:
-        return response.read()
-
-
-def request(config: ServerConfig, path: str, body: str | None = None) -> http.client.HTTPResponse:
-    """Send a GET request, or with a body a POST request.
-
-    Raises:
-        UserError: no server answers, or not with status 200.
-    """
-    headers = {"content-type": "application/json"}
+def request(config: ServerConfig, method: str, path: str, **options: Any) -> requests.Response:
+    """Return the response to a request, its body unread."""
+    session = requests.Session()
+    session.trust_env = False  # no proxy in between
     if config.token:
-        headers["authorization"] = f"Bearer {config.token}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        session.headers["authorization"] = f"Bearer {config.token}"
     try:
-        message = urllib.request.Request(config.url.rstrip("/") + path, body.encode() if body else None, headers)
-        return opener.open(message, timeout=120)
-    except urllib.error.HTTPError as error:
-        reason = error.read(500).decode("utf-8", "replace")
-        raise UserError(f"{config.url}{path}: status {error.code}, {reason}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        response = session.request(method, config.url.rstrip("/") + path, timeout=120, stream=True, **options)
+    except (OSError, ValueError) as error:  # requests' own are both
         hint = "`python launch.py --experiment=web` starts one"
         raise UserError(f"server.url={config.url}: no server answers ({error}); {hint}") from None
+    if response.status_code != 200:
+        raise UserError(f"{config.url}{path}: status {response.status_code}, {response.text[:500]}")
+    return response

@@ -20,8 +20,11 @@ what=scaling: jobs of 1, 2, 4, ... ranks. Weak scaling: every rank has one micro
 many tokens as in the largest job, and fewer ranks accumulate over more micro-batches. On the CPU all jobs have the same
 number of threads a rank. One to three minutes for every mode and number of ranks.
 
-what=gpu: everything that needs one GPU, in gpu.minutes: tests, steps at several depths, a profile, kernels; _gpu.py
-says more.
+what=kernels: limits of the machine beside its data sheet, linear layers in both precisions, attention by window.
+
+what=gpu: everything that needs one GPU, in units that run one after the other, the most important first: pytest -m gpu,
+the training step of each depth in both precisions with a profile, what=kernels, bench_infer. What fails or takes too
+long does not stop the rest; what did not fit into gpu.minutes is listed with the command that runs it.
 """
 
 from __future__ import annotations
@@ -32,20 +35,16 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from experiments import _jobs, pretrain
 from nanochat import config as configs
 from nanochat import distributed, model
-from nanochat.config import UserError
+from nanochat.config import UserError, require_at_least
 from nanochat.distributed import ShardingConfig
 from nanochat.text import format_count, table
 from nanochat.train import StageConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from experiments._jobs import RunResult
-    from nanochat.distributed import Runtime
-    from nanochat.model import ModelConfig
 
 LAPTOP = {
     "depth": 4,
@@ -62,37 +61,29 @@ NOTE = "record what is worth keeping, with date, machine and commit, in experime
 
 @dataclasses.dataclass(frozen=True)
 class GpuConfig:
-    """Checks and measurements of one GPU; the defaults are for an H100 or H200.
+    """Units of what=gpu; the defaults are for an H100 or H200.
 
     Attributes:
-        sections: what to run, of limits, check, train, attention and linear; always in this order.
-        out: folder of the results; default: $OUT, else runs/bench_gpu.
+        units: names or beginnings of the units to run (tests, train, train:20, train:20:fp8, kernels, decode);
+            default: all.
+        out: folder of the results: bench_gpu.jsonl, the output of each unit, traces; default: $OUT, else
+            runs/bench_gpu.
         minutes: time limit for everything.
+        unit_seconds: time limit of each unit.
         depths: of the models whose training step is timed, the most important first.
-        linears: linear layers to time each depth with, dense (in the compute dtype) or fp8.
         batches: micro-batch sizes to try, the largest that fits is timed.
-        step_tokens: tokens of a step with gradient accumulation.
-        profile_depth: depth whose step is profiled.
-        matmul_size: side of the square matmuls that measure the machine.
-        copy_bytes: bytes read and written by the copy that measures the machine.
-        tests: what pytest collects.
-        units: work of a child process; set by the parent.
-        deadline: Unix time limit of a child process; set by the parent.
+        step_tokens: tokens of a step, reached by gradient accumulation.
+        tests: file or folder of the tests.
     """
 
-    sections: tuple[str, ...] = ("limits", "check", "train", "attention", "linear")
+    units: tuple[str, ...] = ()
     out: str | None = None
     minutes: float = 8.5
+    unit_seconds: float = 300.0
     depths: tuple[int, ...] = (20, 24, 12)
-    linears: tuple[Literal["dense", "fp8"], ...] = ("dense", "fp8")
     batches: tuple[int, ...] = (64, 32, 16, 8)
     step_tokens: int = 2**19
-    profile_depth: int = 20
-    matmul_size: int = 8192
-    copy_bytes: int = 2**32
     tests: str = "tests"
-    units: tuple[str, ...] = ()
-    deadline: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +91,7 @@ class Config:
     """What to measure.
 
     Attributes:
-        what: one step, a sweep over configurations, scaling over ranks, or everything that needs one GPU.
+        what: one step, a sweep over configurations, scaling over ranks, kernels, or everything that needs one GPU.
         depth: of the model, with pretrain's shape at that depth; default: a small shape for a laptop.
         width, head_dim, kv_heads, vocab_size, sequence_len, window_pattern: of the model; default: by depth.
         batch_size: sequences of a micro-batch on a rank; default: pretrain's.
@@ -108,7 +99,9 @@ class Config:
         rounds: of timing; 0: compile and stop.
         steps_per_round: steps timed in a round.
         compile: whether to use torch.compile.
-        profile: whether to print the time by operation, and with several ranks the share of communication.
+        profile: whether to print the time by operation and the least possible, or with several ranks the share of
+            communication.
+        trace: file for the profile, .json or .json.gz, to open in perfetto; default: none.
         device, dtype: auto uses a GPU if there is one, and bfloat16 where it is fast.
         modes: of sharding, for a sweep or scaling; default: all, or sharding.mode if the sweep has other values.
         kernels, precisions, compiles: values of a sweep; default: all, or the configuration's if it has other values.
@@ -118,7 +111,7 @@ class Config:
         job_seconds: time limit of each job of a sweep or of scaling.
     """
 
-    what: Literal["step", "sweep", "scaling", "gpu"] = "step"
+    what: Literal["step", "sweep", "scaling", "kernels", "gpu"] = "step"
     depth: int | None = None
     width: int | None = None
     head_dim: int | None = None
@@ -132,6 +125,7 @@ class Config:
     steps_per_round: int = 4
     compile: bool = True
     profile: bool = True
+    trace: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     train: TrainConfig = TrainConfig()
@@ -147,10 +141,7 @@ class Config:
     gpu: GpuConfig = GpuConfig()
 
     def __post_init__(self) -> None:
-        for name, least in {"micro_batches": 1, "rounds": 0, "steps_per_round": 1, "batch_size": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value}: must be at least {least}")
+        require_at_least(self, micro_batches=1, rounds=0, steps_per_round=1, batch_size=1)
         if wrong := [n for n in self.ranks if n < 1]:
             raise UserError(f"ranks={wrong[0]}: must be at least 1")
 
@@ -158,37 +149,29 @@ class Config:
 config = Config
 
 
-def run(config: Config, runtime: Runtime) -> None:
-    if config.what == "gpu":
-        from experiments import _gpu
+def run(config: Config, runtime: distributed.Runtime) -> None:
+    from experiments import _gpu
 
-        _gpu.run(config, runtime)
-    elif config.what == "step":
-        measure_step(config, runtime)
-    else:
-        resolve(config)  # rejects an impossible shape before any job starts
-        (sweep if config.what == "sweep" else scaling)(config, runtime)
+    runs = {"step": measure_step, "sweep": sweep, "scaling": scaling, "kernels": _gpu.measure_kernels, "gpu": _gpu.run}
+    resolve(config)  # rejects an impossible shape before any job starts
+    runs[config.what](config, runtime)
 
 
-def measure_step(config: Config, runtime: Runtime) -> None:
+def measure_step(config: Config, runtime: distributed.Runtime) -> None:
     from experiments import _bench, _trace
 
     config, shape = resolve(config)
-    bench, result = _bench.measure(config, shape, runtime)
+    step, result = _bench.measure(config, shape, runtime)
     for key, value in result.items():
         print(f"  {key:32}{value:.4g}" if isinstance(value, float) else f"  {key:32}{value}")
     if config.profile and config.rounds:
-        print("time of a step by operation:")
-        print(table(_trace.top_ops(lambda: bench.step(bench.state), runtime)))
+        path = Path(config.trace) if config.trace else None
+        result |= _trace.print_profile(step, runtime, result["step_seconds"], path)
     print(json.dumps({"bench": "train", **dataclasses.asdict(config), **result}))
 
 
-def resolve(config: Config) -> tuple[Config, ModelConfig]:
-    """Return the config with all numbers of the shape filled in, and the shape.
-
-    Raises:
-        UserError: the shape is impossible.
-    """
+def resolve(config: Config) -> tuple[Config, model.ModelConfig]:
+    """Return the config with all numbers of the shape filled in, and the shape."""
     full: dict[str, Any] = dict(LAPTOP)
     try:
         if config.depth is not None:
@@ -230,70 +213,79 @@ COLUMNS = {
     "expected B": ("sent_bytes_expected", ".3g"),
     "cold s": ("compile_cold_seconds", ".0f"),
     "warm s": ("compile_warm_seconds", ".0f"),
-    "accumulated": ("accumulated_mfu", ".1%"),
     "x predicted": ("step_over_prediction", ".2f"),
     "planned GiB": ("planned_gib", ".2f"),
     "compile s": ("compile_seconds", ".0f"),
 }
 SWEEP_COLUMNS = ("tokens/s", "MFU", "of matmul", "peak GiB", "communication", "exposed", "cold s", "warm s")
-GPU_COLUMNS = ("tokens/s", "MFU", "accumulated", "x predicted", "peak GiB", "planned GiB", "compile s")
 SCALING_COLUMNS = ("tokens/s", "efficiency", "sent B", "expected B", "communication", "exposed", "peak GiB")
 
 
-def run_job(config: Config, changes: Mapping[str, Any], ranks: int, env: Mapping[str, str] | None = None) -> RunResult:
+def changed_settings(config: Config, group: str = "") -> dict[str, Any]:
+    """Return the settings that differ from the defaults, by dotted name: of a step, or of a group."""
+    defaults = dict(configs.flatten(Config()))
+    settings = {name: value for name, value in configs.flatten(config) if value != defaults[name]}
+    groups = {name: name.split(".")[0] for name in settings}
+    return {n: v for n, v in settings.items() if (groups[n] == group if group else groups[n] not in JOBS_ONLY)}
+
+
+def run_job(
+    config: Config, changes: Mapping[str, Any], ranks: int, env: Mapping[str, str] | None = None
+) -> _jobs.RunResult:
     """Run one configuration in a job of `ranks` ranks: this one with `changes` by dotted name."""
-    usual = dict(configs.flatten(Config()))
-    own = {n: v for n, v in configs.flatten(config) if v != usual[n] and n.split(".")[0] not in JOBS_ONLY}
-    return _jobs.run_subprocess(
-        _jobs.launch_command("bench_train", own | dict(changes), ranks), seconds=config.job_seconds, env=env
-    )
+    command = _jobs.launch_command("bench_train", changed_settings(config) | dict(changes), ranks)
+    return _jobs.run_subprocess(command, seconds=config.job_seconds, env=env)
 
 
-def results_table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], columns: Sequence[str]) -> str:
-    """Return the rows as text; dashes for numbers that were not measured."""
-
-    def cell(row: Mapping[str, Any], key: str, form: str) -> str:
-        return "-" if row.get(key) is None else format(row[key], form)
-
-    texts = [[*(str(row[label]) for label in labels), *(cell(row, *COLUMNS[name]) for name in columns)] for row in rows]
-    return table([[*labels, *columns], *texts])
+def results_table(results: Sequence[Mapping[str, Any]], labels: Sequence[str], columns: Sequence[str]) -> str:
+    """Return the results of jobs as text; dashes for numbers that were not measured."""
+    rows = [[*labels, *columns]]
+    for result in map(derived, results):
+        cells = [(result.get(key), form) for key, form in map(COLUMNS.__getitem__, columns)]
+        rows.append([*(str(result[label]) for label in labels)])
+        rows[-1] += ["-" if value is None else format(value, form) for value, form in cells]
+    return table(rows)
 
 
 def derived(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job's result with the numbers that only tables need."""
-    shares = {int(key[16:]): value for key, value in result.items() if key.startswith("share_of_matmul_")}
-    return {
-        **result,
-        "share_of_matmul": shares[max(shares)] if shares else None,
-        "peak_memory_gib": result["peak_memory_bytes"] / 2**30 if "peak_memory_bytes" in result else None,
-        "compile_warm_seconds": result.get("compile_seconds") if result.get("compile") else None,
-    }
+    numbers = dict(result)
+    if shares := [name for name in result if name.startswith("share_of_matmul_")]:
+        numbers["share_of_matmul"] = result[max(shares, key=lambda name: int(name.rsplit("_")[-1]))]
+    for name in ("peak_memory", "planned"):
+        if f"{name}_bytes" in result:
+            numbers[f"{name}_gib"] = result[f"{name}_bytes"] / distributed.GIB
+    if "predicted_seconds" in result:
+        numbers["step_over_prediction"] = result["step_seconds"] / result["predicted_seconds"]
+    if result.get("compile"):
+        numbers["compile_warm_seconds"] = result.get("compile_seconds")
+    return numbers
 
 
-def sweep(config: Config, runtime: Runtime) -> None:
+def sweep(config: Config, runtime: distributed.Runtime) -> None:
     """Measure every combination in jobs of as many ranks as this one, and print a table."""
     if runtime.world_size > runtime.node_ranks:
         raise UserError("a sweep runs on one node: start it with --nnodes=1, or measure one configuration")
     if not runtime.is_main:
         return  # the jobs start their own ranks
-    todo, rows = combinations(config, runtime), []
-    print(f"{len(todo)} configurations on {runtime.world_size} ranks, each in a job of its own", flush=True)
-    for case in todo:
+    cases, rows = combinations(config, runtime), []
+    print(f"{len(cases)} configurations on {runtime.world_size} ranks, each in a job of its own", flush=True)
+    for case in cases:
         outcome, cold_seconds = run_combination(config, case, runtime.world_size)
         row = {"ranks": runtime.world_size, **case, **(outcome.result or {}), "bench": "train_sweep"}
         row |= {"compile_cold_seconds": cold_seconds, "error": outcome.error or None}
         print(json.dumps(row), flush=True)
-        rows.append(derived(row) | case)
+        rows.append(row | case)
     peak_from = distributed.peak_flops(runtime.device, runtime.compute_dtype)[1]
     print(f"\nMFU: of {peak_from}; of matmul: of the largest one measured")
-    print(results_table(rows, list(todo[0]), SWEEP_COLUMNS))
-    for row, case in zip(rows, todo):
+    print(results_table(rows, list(cases[0]), SWEEP_COLUMNS))
+    for row, case in zip(rows, cases):
         if row["error"]:
             print(f"  failed: {', '.join(map(str, case.values()))}: {row['error']}")
     print(NOTE)
 
 
-def combinations(config: Config, runtime: Runtime) -> list[dict[str, Any]]:
+def combinations(config: Config, runtime: distributed.Runtime) -> list[dict[str, Any]]:
     """Return the settings of every combination of a sweep, by the names of its columns."""
     from experiments import _bench
 
@@ -314,7 +306,7 @@ def combinations(config: Config, runtime: Runtime) -> list[dict[str, Any]]:
     return [dict(zip(columns, values)) for values in itertools.product(*columns.values())]
 
 
-def run_combination(config: Config, case: Mapping[str, Any], ranks: int) -> tuple[RunResult, float | None]:
+def run_combination(config: Config, case: Mapping[str, Any], ranks: int) -> tuple[_jobs.RunResult, float | None]:
     """Return the result of a combination, and the seconds of its first two steps with an empty compiler cache."""
     changes: dict[str, Any] = {"compile": case["compile"], "train.attention": case["kernel"]}
     if case["mode"] != "single":
@@ -333,7 +325,7 @@ def run_combination(config: Config, case: Mapping[str, Any], ranks: int) -> tupl
         return run_job(config, changes, ranks, env), float(cold.result["compile_seconds"])
 
 
-def scaling(config: Config, runtime: Runtime) -> None:
+def scaling(config: Config, runtime: distributed.Runtime) -> None:
     """Run the same work on more ranks (strong) and more work on more ranks (weak), and print how they compare."""
     if runtime.world_size > 1:
         raise UserError("what=scaling starts its own jobs: start it without --nproc_per_node")
@@ -362,8 +354,7 @@ def scaling(config: Config, runtime: Runtime) -> None:
             rows.append(row)
             text = row["error"] or f"{format_count(row['tokens_per_second'])} tokens/s"
             print(f"  {kind}, {mode}, {n} ranks: {text}", flush=True)
-    labels = ("kind", "mode", "ranks", "micro_batches")
-    print(results_table([derived(row) for row in rows], labels, SCALING_COLUMNS))
+    print(results_table(rows, ("kind", "mode", "ranks", "micro_batches"), SCALING_COLUMNS))
     print(f"efficiency: tokens/s of a rank against a job of {sizes[0]}; sent: by one rank in a step")
     print(NOTE)
     print(json.dumps({"bench": "scaling", **dataclasses.asdict(config), "ranks": sizes, "results": rows}))
@@ -373,12 +364,8 @@ SCALING_RESULTS = ("error", "tokens_per_second", "step_seconds", "mfu", "peak_me
 SCALING_RESULTS += ("sent_bytes_expected", "communication_share", "communication_exposed_share")
 
 
-def scaling_ranks(config: Config, runtime: Runtime) -> list[int]:
-    """Return the numbers of ranks to measure, ascending.
-
-    Raises:
-        UserError: this machine has fewer GPUs, or for strong scaling one does not divide the largest.
-    """
+def scaling_ranks(config: Config, runtime: distributed.Runtime) -> list[int]:
+    """Return the numbers of ranks to measure, ascending."""
     import torch
 
     most = torch.cuda.device_count() if runtime.device.type == "cuda" else os.cpu_count() or 1

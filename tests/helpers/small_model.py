@@ -17,12 +17,14 @@ CONFIG = ModelConfig(sequence_len=16, vocab_size=100, n_layer=3, n_head=4, n_kv_
 WINDOWED = ModelConfig(sequence_len=256, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
 
 
-def random_params(config: ModelConfig = CONFIG, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
+def random_params(
+    config: ModelConfig = CONFIG, seed: int = 0, dtype: torch.dtype = torch.float32, noise: float = 0.15
+) -> Params:
     """Return parameters without a zero or a constant among them; the tables in `dtype`, as for `model.init`."""
     generator = torch.Generator().manual_seed(seed)
     initial = tree.flatten(model.init(config, seed))
     stored = {name: model.storage_dtype(row, dtype) for name, row in model.spec(config).items()}
-    flat = {n: (x + 0.15 * torch.randn(x.shape, generator=generator)).to(stored[n]) for n, x in initial.items()}
+    flat = {n: (x + noise * torch.randn(x.shape, generator=generator)).to(stored[n]) for n, x in initial.items()}
     return model.with_config(tree.unflatten(flat), config)
 
 

@@ -254,9 +254,9 @@ def text(rows: int, generator: torch.Generator) -> Tensor:
     return ids
 
 
-def losses(f: Linear, *, chunk_tokens: int | None, steps: int = 30) -> list[float]:
+def losses(f: Linear, *, chunk_tokens: int | None, steps: int = 30, device: str = "cpu") -> list[float]:
     """Train with Adam and a falling rate, so that runs that differ by rounding stay close; return every loss."""
-    params = model.init(SMALL, 0, dtype=torch.bfloat16)
+    params = model.init(SMALL, 0, dtype=torch.bfloat16, device=torch.device(device))
     compute = Compute(dtype=torch.bfloat16, linear=f)
     run = transform.value_and_grad(
         functools.partial(loss.next_token, config=SMALL, compute=compute, chunk_tokens=chunk_tokens), has_aux=True
@@ -265,7 +265,7 @@ def losses(f: Linear, *, chunk_tokens: int | None, steps: int = 30) -> list[floa
     first = second = tree.map(lambda p: torch.zeros_like(p, dtype=torch.float32), params)
     values = []
     for step in range(1, steps + 1):
-        ids = text(8, generator)
+        ids = text(8, generator).to(device)
         grads, (value, _) = run(params, {"inputs": ids[:, :-1], "targets": ids[:, 1:]})
         first = tree.map(lambda m, g: 0.8 * m + 0.2 * g, first, grads)
         second = tree.map(lambda v, g: 0.95 * v + 0.05 * g.float().square(), second, grads)
@@ -319,6 +319,13 @@ def test_native_fp8_on_cuda_equals_the_formulas(dtype: torch.dtype):
         # Fast accumulation rounds partial sums of the forward to about 14 bits.
         assert_close(got[:1], want[:1], 3e-3)
         assert_close(got[1:], want[1:], 3e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.gpu
+def test_fp8_training_loss_on_cuda_is_within_two_percent_of_bfloat16():
+    f, _ = linear.choose("fp8", CUDA)
+    plain, quantized = (sum(losses(kind, chunk_tokens=256, device="cuda")[-5:]) for kind in (dense, f))
+    assert plain != quantized and abs(quantized / plain - 1) < 0.02
 
 
 @pytest.mark.gpu

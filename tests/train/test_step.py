@@ -441,3 +441,26 @@ def test_cuda_bfloat16_gradients_are_close_to_float32():
     for name, grad in tree.flatten(f(there)[0]).items():
         want = tree.flatten(wanted)[name]
         assert (grad.float().cpu() - want).norm() < 0.1 * want.norm(), name
+
+
+WIDE = ModelConfig(
+    sequence_len=512, vocab_size=4096, n_layer=4, n_head=2, n_kv_head=2, n_embd=256, window_pattern="SSSL"
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("linear", "tolerance"), [("dense", 0.02), ("fp8", 0.1)])
+def test_compiled_gradients_on_cuda_are_close_to_plain_float32(linear: Any, tolerance: float):
+    batch = {name: x.cuda() for name, x in random_batch(WIDE).items()}
+    plain = Compute(torch.float32, attend=attention.math)
+    params = tree.to(random_params(WIDE, noise=0.02), "cuda")
+    plain_loss = functools.partial(loss.next_token, config=WIDE, compute=plain)
+    wanted, _ = transform.value_and_grad(plain_loss, has_aux=True)(params, batch)
+    params = tree.to(random_params(WIDE, dtype=torch.bfloat16, noise=0.02), "cuda")
+    runtime = Runtime(0, 0, 1, 1, 0, torch.device("cuda"), torch.bfloat16)
+    stage = train.StageConfig(train=train.TrainConfig(linear=linear), device_batch_size=2)
+    value_and_grad = train.build_step_functions(stage, WIDE, runtime)[0].keywords["value_and_grad"]
+    grads, _ = value_and_grad(params, batch, torch.ones((), device="cuda"))
+    want = torch.cat([g.flatten().double() for g in tree.leaves(wanted)])
+    got = torch.cat([g.flatten().double() for g in tree.leaves(grads)])
+    assert (got - want).norm() < tolerance * want.norm()
