@@ -162,7 +162,8 @@ def test_failed_job_has_a_one_line_error(code: str, error: str) -> None:
 def test_hanging_job_is_stopped_with_its_children(tmp_path: Path) -> None:
     alive = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(alive)!r}).touch()"
-    code = f"import subprocess, sys, time; print('working'); subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    code = f"import subprocess, sys, time; print('working'); subprocess.Popen([sys.executable, '-c', {child!r}])"
+    code += "; time.sleep(60)"
     begin = time.monotonic()
     assert _jobs.run_subprocess(python(code), seconds=1) == (None, "stopped after 1 s", ["working"])
     assert time.monotonic() - begin < 20
@@ -250,7 +251,6 @@ def test_gpu_suite_needs_a_gpu_or_a_dry_run() -> None:
         bench_train.run(config, HERE)
     with pytest.raises(
     with pytest.raises(UserError, match="units=trian: expected some of tests, train:20:dense, train:20:fp8, kernels"):
-    ):
         bench_train.run(override(config, ["device=cpu", "gpu.units=trian"]), HERE)
 
 
