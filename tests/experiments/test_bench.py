@@ -249,7 +249,6 @@ def test_gpu_suite_needs_a_gpu_or_a_dry_run() -> None:
     config = override(bench_train.config(), ["what=gpu"])
     with pytest.raises(UserError, match="needs a CUDA device"):
         bench_train.run(config, HERE)
-    with pytest.raises(
     with pytest.raises(UserError, match="units=trian: expected some of tests, train:20:dense, train:20:fp8, kernels"):
         bench_train.run(override(config, ["device=cpu", "gpu.units=trian"]), HERE)
 
