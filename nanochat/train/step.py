@@ -36,7 +36,9 @@ class TrainState(NamedTuple):
 
 ValueAndGrad = Callable[[TensorDict, Batch, Tensor], tuple[TensorDict, tuple[Tensor, Tensor]]]
 Update = Callable[[TrainState, TensorDict, Tensor, Tensor, Hparams], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Sequence[Any], Hparams], tuple[TrainState, Metrics]]
 StepFn = Callable[[TrainState, Any, int, Stats], tuple[TrainState, Metrics]]
+Schedule = Callable[[int, Stats], Hparams]
 
 
 def init(
@@ -73,8 +75,7 @@ def train_step(
     Where loss or gradient are not finite, only `step` and `scaler` change.
 
     Args:
-        batches: this rank's micro-batches of equal size, whose gradients are averaged.
-        hparams: 0-d tensors by group, see `optim.update`.
+        batches: this rank's micro-batches of equal size, whose gradients are averaged. hparams: see `optim.update`.
         value_and_grad: from `gradient`. update: from `make_update`; decides what changes in place.
         gather: parameters between steps -> parameters to compute with, see `sharding.gather`.
     """
@@ -87,8 +88,7 @@ def train_step(
         tree.map(lambda total, g: total.add_(g), grads, more)  # nobody else has the sum: in place
         loss = loss + value
     del params  # gathered ones take memory that the update can use
-    n = len(batches)
-    return update(state, grads, 1 / (n * scale), loss / n, hparams)
+    return update(state, grads, 1 / (len(batches) * scale), loss / len(batches), hparams)
 
 
 def gradient(
@@ -121,14 +121,13 @@ def make_update(
 ) -> Update:
     """Return (state, grads, grad_scale, loss, hparams) -> (state, metrics), which skips a non-finite step.
 
-    Loss and gradients are a rank's own, and the gradients are given up. Their mean over the ranks decides, so that all
-    ranks take or skip a step alike.
+    Loss and gradients, which are given up, are a rank's own; all ranks take or skip a step alike, by their means.
 
     Args:
         compute_dtype: Muon orthogonalizes in bfloat16 if this is bfloat16; float16 has a dynamic loss scale.
         compile: whether the donating update is compiled.
         donate: write the new state into the memory of the old one, which the caller gives up, instead of allocating
-            a second one (as jax.jit's donate_argnums); Muon still needs a few copies of its largest stack for a moment.
+            a second one (as jax.jit's donate_argnums).
     """
     muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
     rules = optim.compiled() if compile and donate else None
@@ -143,14 +142,13 @@ def make_update(
         loss, norm = sharding.mean_loss_and_grad_norm(sharding_plan, loss, grads)
         grad_norm = norm * grad_scale
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        params, opt_state = state.params, state.opt_state
+        _, params, opt_state, scaler = state
         options: Any = {"grad_scale": grad_scale, "skip": ~finite, "muon_dtype": muon_dtype}
-        options["sharding_plan"] = sharding_plan
         if donate:
-            optim.update_(grads, opt_state, params, hparams, rules=rules, **options)
+            optim.update_(grads, opt_state, params, hparams, rules=rules, sharding_plan=sharding_plan, **options)
         else:
-            params, opt_state = optim.update(grads, opt_state, params, hparams, **options)
-        scaler = _rescale(state.scaler, finite) if compute_dtype == torch.float16 else state.scaler
+            params, opt_state = optim.update(grads, opt_state, params, hparams, sharding_plan=sharding_plan, **options)
+        scaler = _rescale(scaler, finite) if compute_dtype == torch.float16 else scaler
         new = TrainState(state.step + 1, params, opt_state, scaler)
         return new, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
 
@@ -165,12 +163,7 @@ def _rescale(scaler: TensorDict, finite: Tensor, patience: int = 2000) -> Tensor
     return TensorDict({"scale": scale, "good_steps": torch.where(grown, 0, good)}, batch_size=[])
 
 
-def scheduled(
-    train_step: Callable[..., tuple[TrainState, Metrics]],
-    rows: int | None = None,
-    *,
-    schedule: Callable[[int, Stats], Hparams],
-) -> StepFn:
+def scheduled(train_step: TrainStep, rows: int | None = None, *, schedule: Schedule) -> StepFn:
     """Return the loop's step: (state, batch, number of the step, statistics of the batch) -> (state, metrics).
 
     Args:
@@ -214,13 +207,11 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Let the first SIGTERM or SIGINT only set the flag; a SIGINT more than two seconds later interrupts at once.
-
-    torchrun forwards a Ctrl-C that the terminal has already sent, hence the two seconds.
-    """
+    """Let the first SIGTERM or SIGINT only set the flag; a SIGINT more than two seconds later interrupts at once."""
     flag = StopFlag()
 
     def handle(number: int, _frame: Any) -> None:
+        # torchrun forwards a Ctrl-C that the terminal has already sent, hence the two seconds.
         if flag.signal and number == signal.SIGINT and time.monotonic() - flag.since > 2:
             raise KeyboardInterrupt
         if not flag.signal:
@@ -263,21 +254,18 @@ def fit(
     """Run steps `progress.step` … num_steps - 1, or to the last batch; return the last state and progress.
 
     Args:
-        state: where to start, with `progress`; `step_fn` may change it in place.
         batches: (batch of a whole step, loader state after it, statistics); all ranks come to its end together.
-        step_fn: from `scheduled`.
+        step_fn: from `scheduled`; may change `state` in place.
         after_step: logs, saves and evaluates as is due, given the step's numbers; returns the progress, updated.
-        save: called before a stop: by a signal, by a UserError of the data, or by a loss or gradient that is not
-            finite, unless `skip_nonfinite`.
+        save: called before the loop ends by a signal, a UserError of the data or (unless skipped) a non-finite step.
     """
-    skipped, last = 0, time.perf_counter()
+    skipped, began = 0, time.perf_counter() - progress.wall_seconds
     while num_steps is None or progress.step < num_steps:
         started = time.perf_counter()
-        item, problem = None, None
         try:
-            item = None if stop.signal else next(batches, None)
+            item, problem = None if stop.signal else next(batches, None), None
         except UserError as error:
-            problem = error
+            item, problem = None, error
         if stop.agreed(problem is not None):  # on any rank: all ranks stop here together
             save(state, progress)
             with distributed.raise_on_any_failure():  # the same message on all
@@ -287,24 +275,21 @@ def fit(
         if item is None:
             break
         batch, loader, stats = item
-        waited = time.perf_counter() - started
-        before = state.scaler
+        scaler, waited = state.scaler, time.perf_counter() - started
         state, metrics = step_fn(state, batch, progress.step, stats)
         numbers = {name: float(value) for name, value in metrics.items()}  # waits for the device, once per step
         seconds = time.perf_counter() - started
         skipped = 0 if numbers.pop("finite") else skipped + 1
         if skipped and (not skip_nonfinite or skipped > MAX_SKIPPED_STEPS):
-            save(state._replace(step=torch.full_like(state.step, progress.step), scaler=before), progress)
+            save(state._replace(step=torch.full_like(state.step, progress.step), scaler=scaler), progress)
             name = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
             raise NonFiniteLossError(f"step {progress.step}: the {name} is not finite")
-        now = time.perf_counter()
         progress = progress._replace(
             step=progress.step + 1,
             loader=loader,
             skipped_steps=progress.skipped_steps + bool(skipped),
-            wall_seconds=progress.wall_seconds + now - last,
+            wall_seconds=time.perf_counter() - began,
         )
-        last = now
-        timing = {"perf/step_seconds": seconds, "perf/data_wait_seconds": waited}
-        progress = after_step(state, progress, numbers | dict(stats) | timing)
+        numbers |= {**stats, "perf/step_seconds": seconds, "perf/data_wait_seconds": waited}
+        progress = after_step(state, progress, numbers)
     return state, progress
