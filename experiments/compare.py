@@ -30,7 +30,7 @@ import numpy as np
 from nanochat import checkpoint, data, distributed, eval, metrics, model
 from nanochat.config import Device, Dtype, UsageError, UserError, base_dir
 from nanochat.data import DataConfig, sources, tokenizer
-from nanochat.metrics import plots
+from nanochat.metrics import plots, run_folder
 from nanochat.text import format_duration, table
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from nanochat.data import Tokenizer
     from nanochat.distributed import Runtime
     from nanochat.eval import Interval
-    from nanochat.metrics import Curve, RunInfo
+    from nanochat.metrics import RunInfo
 
     Batches = Generator[dict[str, Tensor], None, None]
 
@@ -67,29 +67,50 @@ class Config:
     dtype: Dtype = "auto"
 
 
-class Side(NamedTuple):
-    """One side of the comparison.
+config = Config
 
-    Attributes:
-        runs: one for each seed. steps: the checkpoint of each run that is measured.
-        nats: (pieces,) summed loss of each run on each piece of text, once measured.
-    """
+
+class Run(NamedTuple):
+    """One run of a side: its validation curve, and the checkpoint to measure."""
+
+    info: RunInfo
+    steps: list[float]
+    bpb: list[float]
+    per_step: dict[str, float]  # axis -> FLOPs or minutes
+    step: int  # of the checkpoint
+    nats: np.ndarray  # (pieces,) summed loss of each piece of text, once measured
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings by dotted name."""
+        return self.info.meta.get("config", {})
+
+    @property
+    def data(self) -> DataConfig:
+        known = {field.name for field in dataclasses.fields(DataConfig)}
+        return DataConfig(**{name: x for name, x in self.info.settings.get("data", {}).items() if name in known})
+
+    def curve(self, axis: str) -> tuple[list[float], list[float]]:
+        return [self.per_step[axis] * step for step in self.steps], self.bpb
+
+    def bpb_at(self, axis: str, x: float) -> float | None:
+        """Return the curve's value where `x` FLOPs or minutes are spent; None outside of the curve."""
+        return eval.significance.interpolate_log(*self.curve(axis), x)
+
+
+class Side(NamedTuple):
+    """One side of the comparison: a run for each seed."""
 
     name: str
-    runs: list[RunInfo]
-    steps: list[int]
-    nats: list[np.ndarray]
+    runs: list[Run]
 
 
 class Comparison(NamedTuple):
     """The comparison at `limit` of an axis: bits per byte of each run of both sides, and their difference."""
 
     limit: float
-    values: tuple[list[float], list[float]]
+    values: list[list[float]]
     interval: Interval
-
-
-config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:
@@ -97,9 +118,9 @@ def run(config: Config, runtime: Runtime) -> None:
     if len(config.args) != 2:
         raise UsageError("compare takes two arguments, the runs: python launch.py --experiment=compare <a> <b>")
     with distributed.raise_on_any_failure():
-        sides = [find_side(text) for text in config.args]
-        limits = {axis: min(curve(info, axis)[0][-1] for side in sides for info in side.runs) for axis in AXES}
-        sides = [s._replace(steps=[nearest_checkpoint(info, limits["FLOPs"]) for info in s.runs]) for s in sides]
+        sides = [Side(text, find_runs(text)) for text in config.args]
+        limits = {axis: min(run.curve(axis)[0][-1] for side in sides for run in side.runs) for axis in AXES}
+        sides = [Side(name, [choose_checkpoint(run, limits["FLOPs"]) for run in runs]) for name, runs in sides]
     print("\n".join(describe(sides)), flush=True)
     unit, sizes, sides = measure(config, runtime, sides)
     results = {axis: compare(sides, sizes, axis, limit) for axis, limit in limits.items()}
@@ -115,12 +136,8 @@ def run(config: Config, runtime: Runtime) -> None:
 # Runs
 
 
-def find_side(text: str) -> Side:
-    """Return the runs of one side.
-
-    Raises:
-        UserError: there are none, or one is not a pretraining run with evaluations and a checkpoint.
-    """
+def find_runs(text: str) -> list[Run]:
+    """Return the runs of one side, of which each is a pretraining run with evaluations and a checkpoint."""
     folders = []
     for name in text.split(","):
         if "*" in name:
@@ -129,54 +146,41 @@ def find_side(text: str) -> Side:
                 raise UserError(f"{name}: matches no run in {checkpoint.runs_folder()}")
             folders += matching
         elif name:
-            folders.append(metrics.run_folder.find_run(name))
-    runs = [metrics.run_folder.read_run(folder) for folder in folders]
-    if not runs:
+            folders.append(run_folder.find_run(name))
+    if not folders:
         raise UsageError(f"{text!r}: names no run")
-    for info in runs:
+    runs = []
+    for info in map(run_folder.read_run, folders):
         if info.stage != "base":
             raise UserError(f"run {info.name} is of stage {info.stage}: compare is for pretraining runs")
         if not info.steps:
             raise UserError(f"run {info.name} has no checkpoint yet")
-        if not metrics.logger.curve(info.rows, "val/bpb")[0]:
+        steps, bpb = metrics.logger.curve(info.rows, "val/bpb")
+        if not steps:
             raise UserError(f"run {info.name} has no evaluation in its metrics.jsonl, so there is no curve to compare")
-    return Side(text, runs, [], [])
+        flops, seconds = run_folder.step_flops(info), run_folder.step_seconds(info)
+        if not flops or not seconds:
+            raise UserError(f"run {info.name}: its metrics.jsonl lacks the {'time' if flops else 'FLOPs'} of a step")
+        runs.append(Run(info, steps, bpb, {"FLOPs": flops, "time": seconds / 60}, 0, np.zeros(0)))
+    return runs
 
 
-def curve(info: RunInfo, axis: str) -> Curve:
-    """Return (FLOPs or minutes, bits per byte) of a run's evaluations."""
-    steps, values = metrics.logger.curve(info.rows, "val/bpb")
-    flops, seconds = metrics.run_folder.step_flops(info), metrics.run_folder.step_seconds(info)
-    per_step = flops if axis == "FLOPs" else (seconds or 0.0) / 60
-    if not per_step:
-        raise UserError(f"run {info.name}: its metrics.jsonl lacks the {axis} of a step")
-    return [per_step * step for step in steps], values
-
-
-def nearest_checkpoint(info: RunInfo, flops: float) -> int:
-    """Return the step of the checkpoint nearest to `flops`, of those that lie on the run's curve."""
-    xs, _ = curve(info, "FLOPs")
-    per_step = metrics.run_folder.step_flops(info) or 1.0
-    steps = [step for step in info.steps if xs[0] <= per_step * step <= xs[-1]]
+def choose_checkpoint(run: Run, flops: float) -> Run:
+    """Return the run with the checkpoint nearest to `flops`, of those that lie on the run's curve."""
+    steps = [step for step in run.info.steps if run.steps[0] <= step <= run.steps[-1]]
     if not steps:
-        raise UserError(f"run {info.name} has no checkpoint after its first evaluation")
-    return min(steps, key=lambda step: abs(per_step * step - flops))
+        raise UserError(f"run {run.info.name} has no checkpoint after its first evaluation")
+    return run._replace(step=min(steps, key=lambda step: abs(run.per_step["FLOPs"] * step - flops)))
 
 
 def describe(sides: Sequence[Side]) -> Iterator[str]:
     """Yield lines with the checkpoints that are compared and the settings that differ."""
-    for side in sides:
-        for info, step in zip(side.runs, side.steps):
-            flops = metrics.run_folder.step_flops(info) or math.nan
-            yield f"{info.name}: checkpoint of step {step:,} of {info.last_step:,}, {flops:.3g} FLOPs a step"
-    a, b = (settings(side.runs[0]) for side in sides)
+    for info, *_, step, _ in [run for side in sides for run in side.runs]:
+        flops = run_folder.step_flops(info)
+        yield f"{info.name}: checkpoint of step {step:,} of {info.last_step:,}, {flops:.3g} FLOPs a step"
+    a, b = (side.runs[0].settings for side in sides)
     changed = [name for name in a if name in b and a[name] != b[name] and name not in ("name", "seed", "resume")]
     yield "settings that differ: " + (", ".join(f"{n} {a[n]} → {b[n]}" for n in changed) or "none but name and seed")
-
-
-def settings(info: RunInfo) -> dict[str, Any]:
-    """Return a run's settings by dotted name."""
-    return dict(info.meta.get("config", {}))
 
 
 # Measurement
@@ -184,77 +188,68 @@ def settings(info: RunInfo) -> dict[str, Any]:
 
 def measure(config: Config, runtime: Runtime, sides: Sequence[Side]) -> tuple[str, np.ndarray, list[Side]]:
     """Return ("rows" or "documents", the bytes of each piece of text, the sides with their nats)."""
-    checkpoints = [(info, step) for side in sides for info, step in zip(side.runs, side.steps)]
+    runs = [run for side in sides for run in side.runs]
     with distributed.raise_on_any_failure():
-        tokenizers = [checkpoint.load_tokenizer(checkpoint.inspect(info.folder, step)) for info, step in checkpoints]
-        identities = [rows_identity(info, tok) for (info, _), tok in zip(checkpoints, tokenizers)]
-        tokens = config.tokens or checkpoints[0][0].settings.get("eval", {}).get("tokens") or 2**20
+        toks = [checkpoint.load_tokenizer(checkpoint.inspect(run.info.folder, run.step)) for run in runs]
+        tokens = config.tokens or runs[0].info.settings.get("eval", {}).get("tokens") or 2**20
+        identities = [rows_identity(run, tok) for run, tok in zip(runs, toks)]
         same_rows = config.source is None and all(identity == identities[0] for identity in identities)
-        texts = [] if same_rows else documents(config, checkpoints, tokenizers, tokens)
-    sizes, nats = np.zeros(0), []
-    for (info, step), tok in zip(checkpoints, tokenizers):
+        texts = [] if same_rows else documents(config, runs, toks, tokens)
+    sizes, measured = np.zeros(0), []
+    for run, tok in zip(runs, toks):
+        name = run.info.name
         with distributed.raise_on_any_failure():
-            loaded = checkpoint.load(info.folder, step=step, device=runtime.device, dtype=runtime.compute_dtype)
-        context = loaded.config.sequence_len
-        batches = (
-            packed_rows(info, tok, tokens, context, runtime) if same_rows else padded(texts, tok, context, runtime)
-        )
-        compute = model.Compute(dtype=runtime.compute_dtype)
+            loaded = checkpoint.load(run.info.folder, step=run.step, device=runtime.device, dtype=runtime.compute_dtype)
+        context, compute = loaded.config.sequence_len, model.Compute(dtype=runtime.compute_dtype)
+        batches = packed_rows(run, tok, tokens, runtime) if same_rows else padded(texts, tok, context, runtime)
         with contextlib.closing(batches):
             # Every rank reads all batches, so the rows do not depend on the number of ranks.
             own = itertools.islice(batches, runtime.rank, None, runtime.world_size)
             by_batch = list(eval.bpb.nats_by_row(loaded.params, own, tok, loaded.config, compute))
         turns = itertools.zip_longest(*distributed.all_gather_object(by_batch), fillvalue=[])
-        run_nats, run_sizes = np.array([row for turn in turns for rows in turn for row in rows], np.float64).T
+        nats, run_sizes = np.array([row for turn in turns for rows in turn for row in rows], np.float64).T
         if len(sizes) and not np.array_equal(run_sizes, sizes):
-            raise UserError(f"run {info.name} was measured on different text: did the validation data change?")
+            raise UserError(f"run {name} was measured on different text: did the validation data change?")
         sizes = run_sizes
-        nats.append(run_nats)
-        print(f"{info.name}: {run_nats.sum() / math.log(2) / sizes.sum():.4f} bits per byte", flush=True)
-    rest = iter(nats)
-    measured_sides = [side._replace(nats=[next(rest) for _ in side.runs]) for side in sides]
-    return "rows" if same_rows else "documents", sizes, measured_sides
+        measured.append(run._replace(nats=nats))
+        print(f"{name}: {nats.sum() / math.log(2) / sizes.sum():.4f} bits per byte", flush=True)
+    n = len(sides[0].runs)
+    sides = [Side(sides[0].name, measured[:n]), Side(sides[1].name, measured[n:])]
+    return "rows" if same_rows else "documents", sizes, sides
 
 
-def rows_identity(info: RunInfo, tok: Tokenizer) -> list[Any]:
+def rows_identity(run: Run, tok: Tokenizer) -> list[Any]:
     """Return everything that a run's packed validation rows depend on."""
-    config = data_config(info)
-    assert info.shape is not None
-    return [tok.fingerprint, info.shape.sequence_len, config.source, config.text_column, config.buffer_docs]
+    return [tok.fingerprint, context_of(run), run.data.source, run.data.text_column, run.data.buffer_docs]
 
 
-def data_config(info: RunInfo) -> DataConfig:
-    """Return the data settings of a run."""
-    known = {field.name for field in dataclasses.fields(DataConfig)}
-    return DataConfig(**{name: x for name, x in info.settings.get("data", {}).items() if name in known})
+def context_of(run: Run) -> int:
+    return run.info.meta["model"]["sequence_len"]
 
 
-def packed_rows(info: RunInfo, tok: Tokenizer, tokens: int, context: int, runtime: Runtime) -> Batches:
+def packed_rows(run: Run, tok: Tokenizer, tokens: int, runtime: Runtime) -> Batches:
     """Yield the packed rows of the validation data, as in the run's own evaluations."""
+    context = context_of(run)
     total = max(tokens // context, 2)
     size = next(n for n in range(max(min(BATCH_TOKENS // context, total), 1), 0, -1) if total % n == 0)
     stream = data.loader.batches(
-        data_config(info), tok, split="val", rows_per_step=size, sequence_len=context, seed=0, device=runtime.device
+        run.data, tok, split="val", rows_per_step=size, sequence_len=context, seed=0, device=runtime.device
     )
     with contextlib.closing(stream):
         yield from (batch for batch, *_ in itertools.islice(stream, total // size))
 
 
-def documents(
-    config: Config, checkpoints: Sequence[tuple[RunInfo, int]], tokenizers: Sequence[Tokenizer], tokens: int
-) -> list[str]:
+def documents(config: Config, runs: Sequence[Run], toks: Sequence[Tokenizer], tokens: int) -> list[str]:
     """Return documents of the validation data, each truncated to fit into every run's context."""
-    source = data_config(checkpoints[0][0])
-    source = dataclasses.replace(source, source=config.source) if config.source else source
-    contexts = [info.shape.sequence_len for info, _ in checkpoints if info.shape]
-    sizes = [tokenizer.token_bytes(tok) for tok in tokenizers]
+    source = dataclasses.replace(runs[0].data, source=config.source or runs[0].data.source)
+    contexts, sizes = [context_of(run) for run in runs], [tokenizer.token_bytes(tok) for tok in toks]
     texts, read = [], 0
     for text in sources.texts(source, "val"):
         encoded = text.encode()
-        ids = [tok.encode(text)[:context] for tok, context in zip(tokenizers, contexts)]
+        ids = [tok.encode(text)[:context] for tok, context in zip(toks, contexts)]
         end = min(int(size[i].sum()) for size, i in zip(sizes, ids))
         while (prefix := encoded[:end].decode(errors="ignore")) and any(
-            len(tok.encode(prefix)) > context for tok, context in zip(tokenizers, contexts)
+            len(tok.encode(prefix)) > context for tok, context in zip(toks, contexts)
         ):
             end -= 8  # the last bytes may take more tokens at the end of a text than within it
         if prefix:
@@ -274,7 +269,7 @@ def padded(texts: Sequence[str], tok: Tokenizer, context: int, runtime: Runtime)
     size = max(BATCH_TOKENS // context, 1)
     for start in range(0, len(texts), size):
         rows = [[tok.bos, *tok.encode(text)] for text in texts[start : start + size]]
-        inputs, targets = torch.full((len(rows), context), tok.bos), torch.full((len(rows), context), -1)
+        inputs, targets = torch.full((len(rows), context), tok.bos), torch.full((len(rows), context), model.IGNORE)
         for i, row in enumerate(rows):
             inputs[i, : len(row) - 1], targets[i, : len(row) - 1] = torch.tensor(row[:-1]), torch.tensor(row[1:])
         yield {"inputs": inputs.to(runtime.device), "targets": targets.to(runtime.device)}
@@ -288,23 +283,19 @@ def compare(sides: Sequence[Side], sizes: np.ndarray, axis: str, limit: float) -
 
     A run's value is the one measured at its checkpoint, shifted along the run's own curve from there to the limit.
     """
-    values: tuple[list[float], list[float]] = ([], [])
+    values: list[list[float]] = [[], []]
     for side, side_values in zip(sides, values):
-        for info, step, nats in zip(side.runs, side.steps, side.nats):
-            xs, ys = curve(info, axis)
-            steps = metrics.logger.curve(info.rows, "val/bpb")[0]
-            at_limit = eval.significance.interpolate_log(xs, ys, limit)
-            at_step = eval.significance.interpolate_log(steps, ys, step)
+        for run in side.runs:
+            at_limit, at_step = run.bpb_at(axis, limit), run.bpb_at(axis, run.per_step[axis] * run.step)
             if at_limit is None or at_step is None:
                 return None
-            side_values.append(float(nats.sum() / math.log(2) / sizes.sum()) + at_limit - at_step)
-    means = [np.mean(side.nats, axis=0) for side in sides]
-    _, error = eval.significance.paired_difference(means[0], means[1], sizes)
+            side_values.append(float(run.nats.sum() / math.log(2) / sizes.sum()) + at_limit - at_step)
+    a, b = (np.mean([run.nats for run in side.runs], axis=0) for side in sides)
+    _, error = eval.significance.paired_difference(a, b, sizes)
     return Comparison(limit, values, eval.significance.interval(*values, error, len(sizes)))
 
 
 def format_table(sides: Sequence[Side], results: dict[str, Comparison | None]) -> str:
-    """Return the comparisons as a table."""
     rows = [["at equal", *(side.name for side in sides), "difference", "95% interval"]]
     for axis, result in results.items():
         if result is None:
@@ -317,21 +308,20 @@ def format_table(sides: Sequence[Side], results: dict[str, Comparison | None]) -
 
 
 def notes(sides: Sequence[Side], limit: float) -> Iterator[str]:
-    """Yield caveats about these runs."""
-    for side in sides:
-        all_settings = [{n: x for n, x in settings(info).items() if n not in ("name", "seed")} for info in side.runs]
-        first = all_settings[0]
-        names = sorted({n for other in all_settings for n in other if other[n] != first.get(n)})
+    """Yield caveats about these runs; `limit` is in FLOPs."""
+    for name, runs in sides:
+        first, *others = ({n: x for n, x in run.settings.items() if n not in ("name", "seed")} for run in runs)
+        names = sorted({n for other in others for n in other if other[n] != first.get(n)})
         if names:
-            yield f"the runs of {side.name} differ in more than their seed ({', '.join(names)})"
-        for info in side.runs:
-            fraction = limit / ((metrics.run_folder.step_flops(info) or 1.0) * info.last_step)
-            if not info.done:
-                yield f"{info.name} is not finished: its learning rate has not decayed yet"
+            yield f"the runs of {name} differ in more than their seed ({', '.join(names)})"
+        for run in runs:
+            fraction = limit / (run.per_step["FLOPs"] * run.info.last_step)
+            if not run.info.done:
+                yield f"{run.info.name} is not finished: its learning rate has not decayed yet"
             elif fraction < SCHEDULE_END:
                 yield (
-                    f"at equal FLOPs {info.name} is read at {fraction:.0%} of its run, before its learning rate has "
-                    "decayed, which makes it look worse than a run of that length"
+                    f"at equal FLOPs {run.info.name} is read at {fraction:.0%} of its run, before its learning rate "
+                    "has decayed, which makes it look worse than a run of that length"
                 )
 
 
@@ -365,30 +355,22 @@ def coverage(sides: Sequence[Side], unit: str, count: int) -> str:
 
 
 def plot(folder: Path, sides: Sequence[Side], results: dict[str, Comparison | None]) -> None:
-    """Plot the curves over FLOPs and over time, and their difference."""
-    names = [side.name for side in sides]
-    differences: dict[str, Curve] = {}
+    """Plot the curves over FLOPs and over time, and the difference between the sides' mean curves."""
+    a, b = (side.name for side in sides)
+    differences: dict[str, tuple[list[float], list[float]]] = {}
     for axis, result in results.items():
-        curves = {info.name: curve(info, axis) for side in sides for info in side.runs}
-        title = f"{names[0]} and {names[1]}: validation over {axis}"
-        file = folder / f"bpb_{axis.lower()}.svg"
+        curves = {run.info.name: run.curve(axis) for side in sides for run in side.runs}
+        title, file = f"{a} and {b}: validation over {axis}", folder / f"bpb_{axis.lower()}.svg"
         plots.line_chart(file, curves, title=title, x_label=AXES[axis], y_label="bits per byte", log_x=axis == "FLOPs")
         if result is not None:
-            xs, ys = difference_curve(sides, axis, result.limit)
-            differences[f"at equal {axis}"] = ([100 * x / result.limit for x in xs], ys)
+            start = max(xs[0] for xs, _ in curves.values())
+            xs = np.geomspace(start, result.limit, 60).tolist() if start < result.limit else []
+            means = [[np.mean([run.bpb_at(axis, x) or math.nan for run in side.runs]) for x in xs] for side in sides]
+            change = [float(second - first) for first, second in zip(*means)]
+            differences[f"at equal {axis}"] = ([100 * x / result.limit for x in xs], change)
     if differences:
         start = min([100.0, *(x for xs, _ in differences.values() for x in xs)])
         differences["none"] = ([start, 100.0], [0.0, 0.0])
-        title = f"{names[1]} minus {names[0]}, below zero where {names[1]} is better"
+        title = f"{b} minus {a}, below zero where {b} is better"
         x_label = "percent of the FLOPs, or the time, of the shorter run"
         plots.line_chart(folder / "difference.svg", differences, title=title, x_label=x_label, y_label="bits per byte")
-
-
-def difference_curve(sides: Sequence[Side], axis: str, limit: float) -> Curve:
-    """Return the difference between the sides' mean curves from where both start up to the limit."""
-    curves = [[curve(info, axis) for info in side.runs] for side in sides]
-    start = max(xs[0] for side_curves in curves for xs, _ in side_curves)
-    points = np.geomspace(start, limit, 60).tolist() if start < limit else []
-    interpolate = eval.significance.interpolate_log
-    values = [[[interpolate(xs, ys, x) or math.nan for xs, ys in group] for x in points] for group in curves]
-    return points, [float(np.mean(b) - np.mean(a)) for a, b in zip(*values)]
