@@ -9,29 +9,28 @@ evaluations.jsonl holds what later processes measured of a checkpoint:
 Both files are valid at any moment: a partial last line, left by a killed process, is ignored and later removed.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from nanochat import jsonl
 from nanochat.config import UserError, flatten
+from nanochat.text import reason
 
 FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 Row = dict[str, Any]
-EvaluationRow = dict[str, Any]
 
 
 class Log(NamedTuple):
-    """Open metrics files; all fields are None on ranks other than 0, which record nothing."""
+    """Where metrics go; all None on ranks other than 0, which record nothing."""
 
-    file: IO[str] | None
+    path: Path | None
     tensorboard: Any = None
     wandb: Any = None
 
@@ -52,9 +51,6 @@ def open_log(
             that never stopped. None starts a new file; an existing one is kept as metrics.1.jsonl (or .2, ...).
         tensorboard, wandb: see `MetricsConfig`.
         enabled: False records nothing.
-
-    Raises:
-        UserError: the folder cannot be written, a line of the file is corrupt, or a package is missing.
     """
     if not enabled:
         return Log(None)
@@ -63,39 +59,33 @@ def open_log(
     # Packages first: if one is missing, the files stay as they are.
     summary_writer = _need("torch.utils.tensorboard").SummaryWriter if tensorboard else None
     wandb_package = _need("wandb") if wandb else None
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if config is not None:
-            write_config(folder, config)
-        if resume_step is None:
-            _set_aside(path)
-        elif path.exists():
-            kept = [_line(row) for row in read(folder) if row["step"] <= resume_step]
-            jsonl.write_atomic(path, "".join(kept))
-        file = path.open("a", encoding="utf-8")
+    kept = [] if resume_step is None else [row for row in read(folder) if row["step"] <= resume_step]
+    if config is not None:
+        write_config(folder, config)
+    if resume_step is None and path.exists() and path.stat().st_size:
+        number = 1
+        while (old := path.with_name(f"metrics.{number}.jsonl")).exists():
+            number += 1
+        try:
+            path.rename(old)
+        except OSError as error:
+            raise UserError(f"{path} cannot be renamed to {old.name}: {reason(error)}") from None
+    jsonl.write_atomic(path, "".join(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in kept))
     writer = run = None
     if summary_writer:
         purge = None if resume_step is None else resume_step + 1
         writer = summary_writer(str(folder / "tensorboard"), purge_step=purge)
     if wandb_package:
         run = _wandb_run(wandb_package, folder, str(wandb), config, resume_step is not None)
-    return Log(file, writer, run)
+    return Log(path, writer, run)
 
 
 def write(log: Log, step: int, values: Mapping[str, float]) -> None:
-    """Record numbers (0-d tensors included) after `step` optimizer steps.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    if log.file is None:
+    """Record numbers (0-d tensors included) after `step` optimizer steps."""
+    if log.path is None:
         return
-    if "step" in values:
-        raise ValueError("a metric cannot be called step")
     numbers = {name: int(x) if isinstance(x, int) else float(x) for name, x in values.items()}
-    with _explained(Path(log.file.name)):
-        log.file.write(_line({"step": step, **numbers}))
-        log.file.flush()
+    jsonl.append(log.path, _jsonable({"step": step, **numbers}))
     if log.tensorboard is not None:
         for name, number in numbers.items():
             log.tensorboard.add_scalar(name, number, step)
@@ -104,10 +94,7 @@ def write(log: Log, step: int, values: Mapping[str, float]) -> None:
 
 
 def close(log: Log) -> None:
-    """Close all files; closing twice is fine."""
-    if log.file is not None:
-        with _explained(Path(log.file.name)):
-            log.file.close()
+    """Let the trackers finish; closing twice is fine."""
     if log.tensorboard is not None:
         log.tensorboard.close()
     if log.wandb is not None:
@@ -115,30 +102,24 @@ def close(log: Log) -> None:
 
 
 def read(folder: Path) -> list[Row]:
-    """Return the lines of metrics.jsonl as {"step": n, name: number}, in order; [] if there is no such file.
+    """Return the lines of metrics.jsonl as {"step": n, name: number}, in order; [] if there is no such file."""
 
-    Raises:
-        UserError: a line is not an object with a step.
-    """
-    return _read(Path(folder) / FILE, _metrics_row, "metrics")
+    def parse(row: Row) -> Row:
+        return {name: float(x) if isinstance(x, str) else x for name, x in row.items()} | {"step": int(row["step"])}
 
-
-def _metrics_row(row: Any) -> Row:
-    row["step"] = int(row["step"])
-    return {name: float(x) if isinstance(x, str) else x for name, x in row.items()}
+    return _read(Path(folder) / FILE, parse, "metrics")
 
 
-def _read(path: Path, check: Callable[[Any], Row], what: str) -> list[Row]:
+def _read(path: Path, parse: Callable[[Row], Row], what: str) -> list[Row]:
     rows = []
     try:
-        lines = jsonl.read(path, missing_ok=True, drop_partial=True)
+        for number, row in jsonl.read(path, missing_ok=True, drop_partial=True):
+            try:
+                rows.append(parse(row))
+            except (AttributeError, KeyError, TypeError, ValueError):
+                raise jsonl.InvalidLineError(path, number, f"not a line of {what}") from None
     except jsonl.InvalidLineError as error:
         raise UserError(f"{path}:{error.number}: not a line of {what}; delete that line") from None
-    for number, row in lines:
-        try:
-            rows.append(check(row))
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}:{number}: not a line of {what}; delete that line") from None
     return rows
 
 
@@ -177,10 +158,6 @@ def smoothed(values: Iterable[float]) -> list[float]:
     return means
 
 
-def _line(row: Row) -> str:
-    return json.dumps(_jsonable(row), allow_nan=False) + "\n"
-
-
 def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(name): _jsonable(x) for name, x in value.items()}
@@ -189,23 +166,6 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if isinstance(value, str | int | None) else str(value)
-
-
-def _set_aside(path: Path) -> None:
-    if path.exists() and path.stat().st_size:
-        number = 1
-        while (old := path.with_name(f"metrics.{number}.jsonl")).exists():
-            number += 1
-        path.rename(old)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn an error of the file system into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot write the metrics: {error.strerror}") from None
 
 
 def _need(module: str) -> Any:
@@ -237,41 +197,21 @@ def append_evaluation(
     """Add one evaluation of a checkpoint to a run's evaluations.jsonl.
 
     Args:
-        stage: base, mid, sft or rl. failed: what could not be evaluated -> the reason.
-
-    Raises:
-        UserError: the file cannot be written.
-        ValueError: a number is not finite; what has no value belongs in `failed`.
+        stage: base, mid, sft or rl.
+        metrics: finite numbers.
+        failed: what could not be evaluated -> the reason.
     """
     numbers = {name: int(x) if isinstance(x, int) else float(x) for name, x in metrics.items()}
-    wrong = [name for name, x in numbers.items() if not math.isfinite(x)]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is {numbers[wrong[0]]}: not a number to record")
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     row = {"time": time, "step": int(step), "stage": stage, "metrics": numbers, "failed": dict(failed or {})}
     jsonl.append(Path(folder) / EVALUATIONS_FILE, row)
 
 
-def read_evaluations(folder: Path) -> list[EvaluationRow]:
-    """Return a run's evaluations in the order in which they were made; [] if there are none.
+def read_evaluations(folder: Path) -> list[Row]:
+    """Return a run's evaluations in the order in which they were made; [] if there are none."""
 
-    Raises:
-        UserError: a line is not an evaluation.
-    """
-    return _read(Path(folder) / EVALUATIONS_FILE, _evaluation_row, "evaluations")
+    def parse(row: Row) -> Row:
+        head = {"time": str(row["time"]), "step": int(row["step"]), "stage": str(row["stage"])}
+        return head | {"metrics": dict(row["metrics"]), "failed": dict(row["failed"])}
 
-
-def _evaluation_row(row: Any) -> EvaluationRow:
-    if not isinstance(row["metrics"], dict):
-        raise TypeError
-    head = {"time": str(row["time"]), "step": int(row["step"]), "stage": str(row["stage"])}
-    return head | {"metrics": row["metrics"], "failed": dict(row["failed"])}
-
-
-def latest_evaluation(folder: Path, stage: str | None = None) -> dict[str, float]:
-    """Return the last recorded value of each metric, of one stage or of all; raises as `read_evaluations`."""
-    latest: dict[str, float] = {}
-    for row in read_evaluations(folder):
-        if stage is None or row["stage"] == stage:
-            latest |= row["metrics"]
-    return latest
+    return _read(Path(folder) / EVALUATIONS_FILE, parse, "evaluations")

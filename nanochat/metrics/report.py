@@ -4,30 +4,29 @@ Everything is read from the run folders. What is missing is a dash or a missing 
 a run that is still training, was never evaluated, or has lost a file.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from nanochat import jsonl, model
+from nanochat import jsonl, model, tree
 from nanochat.distributed import hardware
 from nanochat.metrics import plots, run_folder
 from nanochat.metrics.run_folder import RunInfo
 from nanochat.text import format_count, format_duration
 
-STAGES = ("base", "mid", "sft", "rl")
 # The first rows of the results table; other metrics follow.
-NAMED = (
-    ("CORE", "core/CORE"),
-    ("ARC-Easy", "chat/ARC-Easy"),
-    ("ARC-Challenge", "chat/ARC-Challenge"),
-    ("MMLU", "chat/MMLU"),
-    ("GSM8K", "chat/GSM8K"),
-    ("HumanEval", "chat/HumanEval"),
-    ("SpellingBee", "chat/SpellingBee"),
-    ("ChatCORE", "chat/ChatCORE"),
-    ("bits per byte", "val/bpb"),
-)
-PASS = "rl/pass_at_"
+NAMED = {
+    "core/CORE": "CORE",
+    "chat/ARC-Easy": "ARC-Easy",
+    "chat/ARC-Challenge": "ARC-Challenge",
+    "chat/MMLU": "MMLU",
+    "chat/GSM8K": "GSM8K",
+    "chat/HumanEval": "HumanEval",
+    "chat/SpellingBee": "SpellingBee",
+    "chat/ChatCORE": "ChatCORE",
+    "val/bpb": "bits per byte",
+}
 
 
 class Sample(NamedTuple):
@@ -58,18 +57,20 @@ def write(
 
     Args:
         runs: the oldest first, as from `run_folder.ancestors`.
-        seconds: what else took time -> seconds. root: the folder of the code.
+        seconds: what else took time -> seconds.
+        root: the folder of the code.
     """
     folder = runs[-1].folder
     charts: dict[str, Path] = {}
-    for one in runs:
-        charts |= plots.draw_run(one.rows, folder / "report", title=one.stage.upper(), prefix=f"{one.stage}_")
+    for run in runs:
+        charts |= plots.draw_run(run.rows, folder / "report", title=run.stage.upper(), prefix=f"{run.stage}_")
+    images = [f"![{title}](report/{path.name})" for title, path in charts.items()]
     sections = [
         title(runs),
         results(runs),
         core_tasks(runs),
         times(runs, here.dollars_per_hour, seconds or {}),
-        curves_section(charts),
+        "\n\n".join(["## Curves", *images]) if images else "",
         samples_section(samples),
         model_section(runs),
         environment(runs, here, root),
@@ -85,20 +86,19 @@ def write(
 
 def title(runs: Sequence[RunInfo]) -> str:
     lines = [f"# Report: {runs[-1].name}", ""]
-    for one in runs:
-        total = one.meta.get("num_steps") or one.settings.get("num_iterations")
-        of = f" of {total:,}" if total and total > one.last_step else ""
-        if not one.step:
-            state = f"no checkpoint yet, step {one.last_step:,}{of}"
-        elif one.last_step > one.step and one is runs[-1]:
-            state = f"checkpoint of step {one.step:,}, now at step {one.last_step:,}{of}"
-        elif one is runs[-1] and not one.done:
-            state = f"step {one.step:,}{of}, not finished"
+    for run in runs:
+        total = run.meta.get("num_steps") or run.settings.get("num_iterations")
+        of = f" of {total:,}" if total and total > run.last_step else ""
+        if not run.step:
+            state = f"no checkpoint yet, step {run.last_step:,}{of}"
+        elif run.last_step > run.step and run is runs[-1]:
+            state = f"checkpoint of step {run.step:,}, now at step {run.last_step:,}{of}"
+        elif run is runs[-1] and not run.done:
+            state = f"step {run.step:,}{of}, not finished"
         else:
-            state = f"step {one.step:,}"
-        lines.append(f"- **{one.stage.upper()}** `{one.name}`, {state}")
-    first = runs[0].parent
-    if first:
+            state = f"step {run.step:,}"
+        lines.append(f"- **{run.stage.upper()}** `{run.name}`, {state}")
+    if first := runs[0].parent:
         lines.append(
             f"- started from `{first['run']}`, step {first['step']:,} ({first['stage']}), whose folder is gone"
         )
@@ -107,35 +107,30 @@ def title(runs: Sequence[RunInfo]) -> str:
 
 def results(runs: Sequence[RunInfo]) -> str:
     """Return the table of metrics by stage, with the missing ones named below it."""
-    by_stage = {one.stage: run_folder.scores(one) for one in runs}
-    present = {key for scores in by_stage.values() for key in scores}
-    named = [key for _, key in NAMED]
-    others = sorted(key for key in present - set(named) if key.startswith("chat/"))
-    rows = [*NAMED, *((key.removeprefix("chat/"), key) for key in others)]
-    rows += [(f"pass@{k}", f"{PASS}{k}") for k in (1, 8) if f"{PASS}{k}" in present]
-    steps = {one.stage: one.step for one in runs}
-    stages = [stage for stage in STAGES if stage in by_stage]
-    lines = [["", *(stage.upper() for stage in stages)]]
-    notes = ["CORE and ChatCORE are centered: 0 is random guessing, 1 is perfect. Tasks: accuracy."]
-    if "base" in by_stage and len(by_stage) > 1:
-        notes.append("Bits per byte: BASE on documents, later stages on conversations; not comparable.")
-    partial = "\\* measured during training, possibly on a subset of the problems."
-    missing = [title for title, key in rows if key not in present]
-    for title, key in rows:
-        if key not in present:
-            continue
+    scores = [run_folder.scores(run) for run in runs]
+    present = {name for of_run in scores for name in of_run}
+    others = sorted(name for name in present - NAMED.keys() if name.startswith("chat/"))
+    names = NAMED | {name: name.removeprefix("chat/") for name in others}
+    names |= {f"rl/pass_at_{k}": f"pass@{k}" for k in (1, 8) if f"rl/pass_at_{k}" in present}
+    lines = [["", *(run.stage.upper() for run in runs)]]
+    partial = False
+    for name in [name for name in names if name in present]:
         cells = []
-        for stage in stages:
-            score = by_stage[stage].get(key)
+        for run, of_run in zip(runs, scores):
+            score = of_run.get(name)
             cell = "-" if score is None else f"{score.value:.4f}"
-            if score and not score.complete and key.startswith(("chat/", "core/")):
-                cell += "\\*"
-                notes += [partial] * (partial not in notes)
-            if score and steps[stage] and score.step != steps[stage]:
+            if score and not score.complete and name.startswith(("chat/", "core/")):
+                cell, partial = f"{cell}\\*", True
+            if score and run.step and score.step != run.step:
                 cell += f" (step {score.step:,})"
             cells.append(cell)
-        lines.append([title, *cells])
-    if missing:
+        lines.append([names[name], *cells])
+    notes = ["CORE and ChatCORE are centered: 0 is random guessing, 1 is perfect. Tasks: accuracy."]
+    if runs[0].stage == "base" and len(runs) > 1:
+        notes.append("Bits per byte: BASE on documents, later stages on conversations; not comparable.")
+    if partial:
+        notes.append("\\* measured during training, possibly on a subset of the problems.")
+    if missing := [title for name, title in names.items() if name not in present]:
         notes.append(f"Not measured: {', '.join(missing)}. Run `--experiment=eval_base` and `--experiment=eval_chat`.")
     shown = [table(lines)] if len(lines) > 1 else []
     return "\n\n".join(["## Results", *shown, "\n".join(f"- {note}" for note in notes)])
@@ -143,78 +138,65 @@ def results(runs: Sequence[RunInfo]) -> str:
 
 def core_tasks(runs: Sequence[RunInfo]) -> str:
     """Return the CORE tasks by stage, collapsed; empty if there are none."""
-    by_stage = {one.stage: run_folder.scores(one) for one in runs}
-    prefix, suffix = "core/", "/accuracy"
-    keys = {key for scores in by_stage.values() for key in scores}
-    names = sorted(k.removeprefix(prefix) for k in keys if k.startswith(prefix) and not k.endswith(suffix))
-    names = [name for name in names if name != "CORE"]
-    stages = [stage for stage in STAGES if any(f"{prefix}{name}" in by_stage.get(stage, {}) for name in names)]
-    if not names:
-        return ""
-    lines = [["task", *(f"{stage.upper()} {what}" for stage in stages for what in ("accuracy", "centered"))]]
-    for name in names:
-        cells = []
-        for stage in stages:
-            for key in (f"{prefix}{name}{suffix}", f"{prefix}{name}"):
-                score = by_stage[stage].get(key)
-                cells.append("-" if score is None else f"{score.value:.4f}")
-        lines.append([name, *cells])
-    return collapsed("CORE by task", table(lines))
+    suffix = "/accuracy"
+    scores = {run.stage.upper(): run_folder.scores(run) for run in runs}
+    names = {name for of_run in scores.values() for name in of_run if name.startswith("core/")}
+    tasks = sorted(name for name in names - {"core/CORE"} if not name.endswith(suffix))
+    stages = [stage for stage, of_run in scores.items() if of_run.keys() & tasks]
+    lines = [["task", *(f"{stage} {what}" for stage in stages for what in ("accuracy", "centered"))]]
+    for task in tasks:
+        values = [scores[stage].get(name) for stage in stages for name in (f"{task}{suffix}", task)]
+        lines.append([task.removeprefix("core/"), *("-" if x is None else f"{x.value:.4f}" for x in values)])
+    return collapsed("CORE by task", table(lines)) if tasks else ""
 
 
 def times(runs: Sequence[RunInfo], dollars_per_hour: float | None, seconds: Mapping[str, float]) -> str:
+    def dollars(time: float | None) -> str:
+        return "-" if not time or dollars_per_hour is None else f"${time / 3600 * dollars_per_hour:,.2f}"
+
     lines = [["", "steps", "tokens", "training time", "wall time", "tokens/s", "cost"]]
-    totals = [0.0, 0.0]
-    for one in runs:
-        tokens, alone, wall = run_folder.step_tokens(one), run_folder.train_seconds(one), run_folder.wall_seconds(one)
+    total_alone = total_wall = 0.0
+    for run in runs:
+        tokens, alone, wall = run_folder.step_tokens(run), run_folder.train_seconds(run), run_folder.wall_seconds(run)
         spent = wall or alone  # old runs recorded the steps alone
-        totals = [total + (x or 0.0) for total, x in zip(totals, (alone, spent))]
-        speed = tokens * one.last_step / alone if tokens and alone else None
+        total_alone += alone or 0.0
+        total_wall += spent or 0.0
         cells = [
-            f"{one.last_step:,}",
-            format_count(tokens * one.last_step) if tokens else "-",
+            f"{run.last_step:,}",
+            format_count(tokens * run.last_step) if tokens else "-",
             format_duration(alone) if alone else "-",
             format_duration(wall) if wall else "-",
-            format_count(speed) if speed else "-",
-            dollars(spent, dollars_per_hour),
+            format_count(tokens * run.last_step / alone) if tokens and alone else "-",
+            dollars(spent),
         ]
-        lines.append([one.stage.upper(), *cells])
+        lines.append([run.stage.upper(), *cells])
     for name, wall in seconds.items():
-        totals[1] += wall
-        lines.append([name, "", "", "", format_duration(wall), "", dollars(wall, dollars_per_hour)])
-    sums = (format_duration(total) for total in totals)
-    lines.append(["total", "", "", *sums, "", dollars(totals[1], dollars_per_hour)])
+        total_wall += wall
+        lines.append([name, "", "", "", format_duration(wall), "", dollars(wall)])
+    totals = [format_duration(total_alone), format_duration(total_wall)]
+    lines.append(["total", "", "", *totals, "", dollars(total_wall)])
     text = "Wall time includes the evaluations during training, not later ones, nor the time between stop and resume."
     if dollars_per_hour is not None:
         text += f" Cost: estimated at ${dollars_per_hour:.2f} per hour."
     return "\n\n".join(["## Time", table(lines), text])
 
 
-def dollars(seconds: float | None, dollars_per_hour: float | None) -> str:
-    return "-" if not seconds or dollars_per_hour is None else f"${seconds / 3600 * dollars_per_hour:,.2f}"
-
-
-def curves_section(charts: Mapping[str, Path]) -> str:
-    images = [f"![{title}](report/{path.name})" for title, path in charts.items()]
-    return "\n\n".join(["## Curves", *images]) if images else ""
-
-
 def samples_section(samples: Sequence[Sample]) -> str:
     """Return the samples, those of one prompt next to each other."""
     parts = []
-    for chat, title in ((False, "Completions of the base model:"), (True, "Answers:")):
-        chosen = [sample for sample in samples if sample.chat == chat]
-        blocks = []
-        for prompt in dict.fromkeys(sample.prompt for sample in chosen):
-            same = [sample for sample in chosen if sample.prompt == prompt]
-            lines = [f"{one.title + ':':<6}{one.text}" if chat else f"{prompt}{one.text}" for one in same]
-            blocks.append("\n".join([f"user: {prompt}", *lines] if chat else lines))
-        parts += [title, fenced("\n\n".join(blocks))] if blocks else []
+    for chat, heading in ((False, "Completions of the base model:"), (True, "Answers:")):
+        blocks: dict[str, list[str]] = {}
+        for sample in samples:
+            if sample.chat == chat:
+                lines = blocks.setdefault(sample.prompt, [f"user: {sample.prompt}"] if chat else [])
+                lines.append(f"{sample.title + ':':<6}{sample.text}" if chat else f"{sample.prompt}{sample.text}")
+        if blocks:
+            parts += [heading, fenced("\n\n".join(map("\n".join, blocks.values())))]
     return "\n\n".join(["## Samples", *parts]) if parts else ""
 
 
 def model_section(runs: Sequence[RunInfo]) -> str:
-    shape = next((one.shape for one in runs if one.shape), None)
+    shape = next((run.shape for run in runs if run.shape), None)
     if shape is None:
         return ""
     counts = model.count(shape)
@@ -247,28 +229,19 @@ def environment(runs: Sequence[RunInfo], here: Machine, root: Path) -> str:
     if here.dollars_per_hour is not None:
         facts["price"] = f"about ${here.dollars_per_hour:.2f} per hour"
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in hardware.versions().items())
-    trained = dict.fromkeys(str(one.meta["torch"]) for one in runs if one.meta.get("torch"))
-    if trained:
+    if trained := dict.fromkeys(str(run.meta["torch"]) for run in runs if run.meta.get("torch")):
         facts["trained with"] = ", ".join(f"torch {version}" for version in trained)
     return "\n\n".join(["## Code and machine", facts_table(facts), "At the time of this report."])
 
 
 def settings(runs: Sequence[RunInfo]) -> str:
     parts = []
-    for one in runs:
-        if flat := dotted(one.settings):
+    for run in runs:
+        if flat := tree.flatten(run.settings):
             width = max(map(len, flat))
             text = "\n".join(f"{name:<{width}}  {value}" for name, value in flat.items())
-            parts.append(collapsed(f"{one.stage.upper()}: settings of {one.name}", fenced(text)))
+            parts.append(collapsed(f"{run.stage.upper()}: settings of {run.name}", fenced(text)))
     return "\n\n".join(["## Settings", *parts]) if parts else ""
-
-
-def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 # Markdown
@@ -276,14 +249,14 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Return a markdown table, aligned as plain text too; the first row is the header."""
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    widths = [max(3, *map(len, column)) for column in zip(*rows)]
 
     def line(row: Sequence[str]) -> str:
         cells = [f"{row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))]
         return f"| {' | '.join(cells)} |"
 
     rule = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
-    return "\n".join([line(rows[0]), f"| {' | '.join(rule)} |", *map(line, rows[1:])])
+    return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])
 
 
 def facts_table(facts: Mapping[str, str]) -> str:
@@ -294,8 +267,7 @@ def facts_table(facts: Mapping[str, str]) -> str:
 def fenced(text: str) -> str:
     """Return text as a code block that nothing in it can close; unprintable characters are replaced."""
     text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
 
@@ -305,6 +277,4 @@ def collapsed(title: str, text: str) -> str:
 
 def escaped(text: str) -> str:
     """Escape markdown, for a table cell too."""
-    for mark in "\\`*_<>|[]":
-        text = text.replace(mark, f"\\{mark}")
-    return text
+    return re.sub(r"([\\`*_<>|[\]])", r"\\\1", text)

@@ -21,26 +21,17 @@ Curve = tuple[list[float], list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What is on disk of one run.
-
-    Attributes:
-        stage: base, mid, sft or rl.
-        step: of the newest checkpoint, or the one that a child run started from; 0 if there is none.
-        steps: of all checkpoints.
-        meta: the checkpoint's metadata; {} without a checkpoint.
-        settings: config.json, nested; {} if it is missing.
-        rows: metrics.jsonl. evaluations: evaluations.jsonl, of this stage.
-    """
+    """What is on disk of one run."""
 
     name: str
     folder: Path
-    stage: str
-    step: int
-    steps: tuple[int, ...]
-    meta: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    rows: Sequence[logger.Row]
-    evaluations: Sequence[logger.EvaluationRow]
+    stage: str  # base, mid, sft or rl
+    step: int  # of the newest checkpoint, or the one that a child run started from; 0 if there is none
+    steps: tuple[int, ...]  # of all checkpoints
+    meta: Mapping[str, Any]  # of the checkpoint; {} without one
+    settings: Mapping[str, Any]  # config.json, nested; {} if it is missing
+    rows: Sequence[logger.Row]  # metrics.jsonl
+    evaluations: Sequence[logger.Row]  # evaluations.jsonl, of this stage
 
     @property
     def shape(self) -> ModelConfig | None:
@@ -64,19 +55,12 @@ class RunInfo:
 
 
 def find_run(run: str | Path | None) -> Path:
-    """Return the folder of a run, with or without a checkpoint.
-
-    Args:
-        run: a name, or the path of a folder; None: the run with the newest checkpoint.
-
-    Raises:
-        UserError: there is no such run.
-    """
+    """Return the folder of a run by name or path, with or without a checkpoint; None: that of the newest checkpoint."""
     if run is None:
         return checkpoint.find_run()
     runs = checkpoint.runs_folder()
     for folder in (runs / run, Path(run).expanduser().absolute()):
-        if (folder / logger.FILE).exists() or (folder / "config.json").exists() or (folder / "checkpoints").is_dir():
+        if any((folder / file).exists() for file in (logger.FILE, "config.json", "checkpoints")):
             return folder
     names = sorted(path.name for path in runs.glob("*") if path.is_dir())
     raise UserError(f"run={run}: no such run in {runs}{nearest(str(run), names)}")
@@ -87,9 +71,6 @@ def read_run(folder: Path, step: int | None = None) -> RunInfo:
 
     Args:
         step: of the checkpoint to describe; None: the newest. If it is gone, `meta` is the newest one's.
-
-    Raises:
-        UserError: a file is corrupt.
     """
     steps = checkpoint.steps(folder / "checkpoints")
     newest = step if step in steps else max(steps, default=None)
@@ -106,11 +87,7 @@ def read_run(folder: Path, step: int | None = None) -> RunInfo:
 
 
 def ancestors(folder: Path) -> list[RunInfo]:
-    """Return the run in `folder` and the runs it was made from, the oldest first, as far as they still exist.
-
-    Raises:
-        UserError: a file is corrupt, or the runs are each other's ancestors.
-    """
+    """Return the run in `folder` and the runs it was made from, the oldest first, as far as they still exist."""
     runs = [read_run(folder)]
     while parent := runs[0].parent:
         name = Path(parent["run"]).name
@@ -147,7 +124,7 @@ def scores(run: RunInfo) -> dict[str, Score]:
 
 def step_seconds(run: RunInfo) -> float | None:
     """Return the median time of a step, without evaluations and saving, or None if none was recorded."""
-    seconds = [row["perf/step_seconds"] for row in run.rows if "perf/step_seconds" in row]
+    _, seconds = logger.curve(run.rows, "perf/step_seconds")
     return statistics.median(seconds[1:] or seconds) if seconds else None  # the first step compiles
 
 
@@ -159,13 +136,14 @@ def train_seconds(run: RunInfo) -> float | None:
 
 def wall_seconds(run: RunInfo) -> float | None:
     """Return the time since the first step, evaluations included, or None if it was not recorded."""
-    return next((row["perf/wall_seconds"] for row in reversed(run.rows) if "perf/wall_seconds" in row), None)
+    _, seconds = logger.curve(run.rows, "perf/wall_seconds")
+    return seconds[-1] if seconds else None
 
 
 def step_tokens(run: RunInfo) -> float | None:
     """Return the tokens of a step on all ranks, or None if they were not recorded."""
-    tokens = [row["train/tokens"] / row["step"] for row in run.rows if row.get("train/tokens") and row["step"]]
-    return tokens[-1] if tokens else None
+    steps, tokens = logger.curve(run.rows, "train/tokens")
+    return tokens[-1] / steps[-1] if steps else None
 
 
 def step_flops(run: RunInfo) -> float | None:

@@ -140,7 +140,7 @@ def test_missing_data_does_not_stop_core(base: Path, capsys: pytest.CaptureFixtu
     assert main("tasks=bpb,core", f"source={base / 'nothing'}") == 1
     out, err = capsys.readouterr()
     assert "bpb failed: data.source=" in out and err.startswith("error: 1 failed: bpb; the reasons are above")
-    assert "core/CORE" in logger.latest_evaluation(base / "runs/bot")
+    assert "core/CORE" in logger.read_evaluations(base / "runs/bot")[-1]["metrics"]
 
 
 def test_wrong_bundle_or_setting(base: Path, capsys: pytest.CaptureFixture[str]):
@@ -156,7 +156,7 @@ def test_wrong_bundle_or_setting(base: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.slow
 def test_two_ranks_equal_one(base: Path):
     assert main("device_batch_size=3") == 0  # rows of a step that do not divide the rows that count
-    one, scores = logger.latest_evaluation(base / "runs/bot"), table(base)
+    one, scores = logger.read_evaluations(base / "runs/bot")[-1]["metrics"], table(base)
     samples = (base / "runs/bot/eval/samples_7.jsonl").read_text()
     shutil.rmtree(base / "runs/bot/eval")
     words = [f"--set={setting}" for setting in SETTINGS]

@@ -133,7 +133,7 @@ def test_failed_tasks_are_named_and_retried(source: Path, scored: list[str], cap
     assert scored == ["gsm8k", "humaneval"]
     assert capsys.readouterr().out.count("done before") == 4
     assert len(table(source)) == 7 and not partial(source).exists()
-    latest = logger.latest_evaluation(run_folder(source))
+    latest = logger.read_evaluations(run_folder(source))[-1]["metrics"]
     assert "chat/ChatCORE" in latest and record["metrics"].items() <= latest.items()
 
 

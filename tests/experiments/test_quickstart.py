@@ -38,7 +38,8 @@ def test_quickstart_runs_all_stages_and_resume_skips_them(
         loaded = checkpoint.load(name)
         assert loaded.stage == kind and loaded.config.sequence_len == 128
     for name in ("quickstart_sft", "quickstart_rl"):
-        assert {"chat/Arithmetic", "chat/SimpleSpelling"} <= logger.latest_evaluation(train.run_folder(name)).keys()
+        evaluation = logger.read_evaluations(train.run_folder(name))[-1]
+        assert {"chat/Arithmetic", "chat/SimpleSpelling"} <= evaluation["metrics"].keys()
         assert f"--set run={list(stages)[-1]}" in out
     assert (train.run_folder("quickstart_rl") / "report.md").exists() and "quickstart took" in out
     meta = checkpoint.load_params(train.run_folder("quickstart_rl") / "checkpoints")[1]

@@ -6,14 +6,11 @@ import math
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nanochat.config import UserError
 from nanochat.metrics import logger
@@ -25,7 +22,7 @@ def write_metrics(folder: Path, steps: range, resume_step: int | None = None) ->
     """Write a line of loss a step, and one of an evaluation every other step; return the file."""
     log = logger.open_log(folder, resume_step=resume_step)
     for step in steps:
-        logger.write(log, step, {"loss": 1 / step, "tokens": step * 100})
+        logger.write(log, step, {"loss": 1 / step if step != 3 else math.nan, "tokens": step * 100})
         if step % 2 == 0:
             logger.write(log, step, {"bits_per_byte": 2 / step})
     logger.close(log)
@@ -33,42 +30,30 @@ def write_metrics(folder: Path, steps: range, resume_step: int | None = None) ->
 
 
 def test_written_lines_are_read_back(tmp_path: Path) -> None:
-    content = write_metrics(tmp_path / "new" / "run", range(1, 4))
-    assert content.decode().splitlines()[:2] == [
+    content = write_metrics(tmp_path / "new" / "run", range(1, 3))
+    assert content.decode().splitlines() == [
         '{"step": 1, "loss": 1.0, "tokens": 100}',
         '{"step": 2, "loss": 0.5, "tokens": 200}',
+        '{"step": 2, "bits_per_byte": 1.0}',
     ]
     rows = logger.read(tmp_path / "new" / "run")
     assert rows[2] == {"step": 2, "bits_per_byte": 1.0}
-    assert logger.curve(rows, "loss") == ([1, 2, 3], [1.0, 0.5, 1 / 3])
+    assert logger.curve(rows, "loss") == ([1, 2], [1.0, 0.5])
     assert logger.curve(rows, "bits_per_byte") == ([2], [1.0])
     assert logger.curve(rows, "nothing") == ([], [])
     assert logger.read(tmp_path / "elsewhere") == []
 
 
-def test_nonfinite_numbers_are_written_as_strings(tmp_path: Path) -> None:
-    log = logger.open_log(tmp_path)
-    logger.write(log, 1, dict(zip("abc", NOT_FINITE)))
-    logger.close(log)
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    text = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(text, parse_constant=refuse) == {"step": 1, "a": "nan", "b": "inf", "c": "-inf"}
-    (row,) = logger.read(tmp_path)
-    assert math.isnan(row["a"]) and (row["b"], row["c"]) == (float("inf"), -float("inf"))
-
-
-def test_tensors_are_recorded_as_numbers(tmp_path: Path) -> None:
+def test_nonfinite_numbers_are_strings_and_tensors_are_numbers(tmp_path: Path) -> None:
     log = logger.open_log(tmp_path)
     values: dict[str, Any] = {"t": torch.tensor(0.25), "b": torch.tensor(2.0, dtype=torch.bfloat16), "done": True}
-    logger.write(log, 1, values)
-    assert logger.read(tmp_path) == [{"step": 1, "t": 0.25, "b": 2.0, "done": 1}]
-    with pytest.raises(ValueError, match="cannot be called step"):
-        logger.write(log, 1, {"step": 3})
+    logger.write(log, 1, values | dict(zip("xyz", NOT_FINITE)))
     logger.close(log)
     logger.close(log)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert line == '{"step": 1, "t": 0.25, "b": 2.0, "done": 1, "x": "nan", "y": "inf", "z": "-inf"}'
+    (row,) = logger.read(tmp_path)
+    assert math.isnan(row["x"]) and (row["y"], row["z"], row["t"]) == (math.inf, -math.inf, 0.25)
 
 
 @pytest.mark.parametrize("stopped", [1, 2, 3, 6])
@@ -80,24 +65,20 @@ def test_resumed_file_equals_an_unbroken_one(tmp_path: Path, stopped: int, torn:
         file.write(torn)
     assert len(logger.read(tmp_path / "b")) == 9
     assert write_metrics(tmp_path / "b", range(stopped + 1, 7), resume_step=stopped) == unbroken
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["metrics.jsonl"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["metrics.jsonl"]
 
 
-def test_corrupt_line_is_named_and_the_file_left_alone(tmp_path: Path) -> None:
-    good = write_metrics(tmp_path, range(1, 4))
-    for damage in (b"x", b'{"loss": 1}', b"[1]", b'{"step": "x"}', b"\x00\x00"):
-        bad = damage + b"\n" + good
-        (tmp_path / "metrics.jsonl").write_bytes(bad)
-        with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a line of metrics; delete that line"):
-            logger.open_log(tmp_path, resume_step=2)
-        assert (tmp_path / "metrics.jsonl").read_bytes() == bad
+@pytest.mark.parametrize("damage", [b"x", b'{"loss": 1}', b"[1]", b'{"step": "x"}', b"\x00\x00"])
+def test_corrupt_line_is_named_and_the_file_left_alone(tmp_path: Path, damage: bytes) -> None:
+    bad = damage + b"\n" + write_metrics(tmp_path, range(1, 4))
+    (tmp_path / "metrics.jsonl").write_bytes(bad)
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a line of metrics; delete that line"):
+        logger.open_log(tmp_path, resume_step=2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == bad
 
 
 def test_new_run_keeps_the_old_file_under_another_name(tmp_path: Path) -> None:
-    first = write_metrics(tmp_path, range(1, 3))
-    second = write_metrics(tmp_path, range(1, 5))
-    third = write_metrics(tmp_path, range(1, 4))
-    assert third != second != first
+    first, second, _ = (write_metrics(tmp_path, range(1, end)) for end in (3, 5, 4))
     assert (tmp_path / "metrics.1.jsonl").read_bytes() == first
     assert (tmp_path / "metrics.2.jsonl").read_bytes() == second
 
@@ -112,12 +93,12 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from nanochat.metrics import logger as metrics
-log = metrics.open_log(Path(sys.argv[1]))
+from nanochat.metrics import logger
+log = logger.open_log(Path(sys.argv[1]))
 step = 0
 while True:
     step += 1
-    metrics.write(log, step, {"loss": 1 / step, "a_name_that_makes_the_line_longer": float(step)})
+    logger.write(log, step, {"loss": 1 / step, "a_name_that_makes_the_line_longer": float(step)})
     if step == 200:
         print("ready", flush=True)
 """
@@ -132,26 +113,17 @@ def test_killed_process_loses_no_line(tmp_path: Path) -> None:
     rows = logger.read(tmp_path)
     assert len(rows) >= 200
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    log = logger.open_log(tmp_path, resume_step=150)
-    logger.write(log, 151, {"loss": 0.0})
-    logger.close(log)
-    assert [row["step"] for row in logger.read(tmp_path)] == list(range(1, 152))
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    log = logger.open_log(tmp_path)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write the metrics: No space left on device"):
-        logger.write(log, 1, {"loss": 1.0})
-    with pytest.raises(UserError, match="No space left on device"):
-        logger.close(log)  # what could not be written is tried once more
-
-
-def test_folder_that_cannot_be_created_is_one_clear_error(tmp_path: Path) -> None:
+def test_disk_errors_are_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file.*: cannot write the metrics: "):
+    with pytest.raises(UserError, match=r"file.* cannot be written: "):
         logger.open_log(tmp_path / "file" / "run")
+    log = logger.open_log(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: No space left on device"):
+        logger.write(log, 1, {"loss": 1.0})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,27 +150,6 @@ def test_config_is_written(tmp_path: Path) -> None:
         "folder": "a/b",
         "inner": {"betas": [0.9, "inf"], "dtype": "torch.bfloat16"},
     }
-    logger.write_config(tmp_path, Config(depth=20))
-    assert json.loads((tmp_path / "config.json").read_text())["depth"] == 20
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_config_is_replaced_atomically(tmp_path: Path) -> None:
-    logger.write_config(tmp_path, Config())
-    done = threading.Event()
-
-    def rewrite() -> None:
-        for depth in range(30):
-            logger.write_config(tmp_path, Config(depth=depth))
-        done.set()
-
-    thread = threading.Thread(target=rewrite)
-    thread.start()
-    reads = 0
-    while not done.is_set() or not reads:
-        json.loads((tmp_path / "config.json").read_text())
-        reads += 1
-    thread.join()
 
 
 @pytest.mark.parametrize(("option", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "p"}, "wandb")])
@@ -233,78 +184,47 @@ def test_wandb_gets_the_same_numbers_and_a_resumed_run_its_old_id(
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    log = logger.open_log(tmp_path, wandb="nanochat-test", config=Config())
-    logger.write(log, 1, {"train/loss": 0.5})
-    assert log.wandb.config["inner.dtype"] == "torch.bfloat16"
-    assert dict(log.wandb.summary)["train/loss"] == 0.5
-    logger.close(log)
-    again = logger.open_log(tmp_path, wandb="nanochat-test", config=Config(), resume_step=1)
-    assert again.wandb.id == log.wandb.id
-    logger.close(again)
-    fresh = logger.open_log(tmp_path, wandb="nanochat-test", config=Config())
-    assert fresh.wandb.id != log.wandb.id
-    logger.close(fresh)
+    ids = []
+    for resume_step in (None, 1, None):
+        log = logger.open_log(tmp_path, wandb="nanochat-test", config=Config(), resume_step=resume_step)
+        logger.write(log, 1, {"train/loss": 0.5})
+        assert log.wandb.config["inner.dtype"] == "torch.bfloat16"
+        assert dict(log.wandb.summary)["train/loss"] == 0.5
+        ids.append(log.wandb.id)
+        logger.close(log)
+    assert ids[0] == ids[1] != ids[2]
 
 
-def test_ema_is_debiased() -> None:
+def test_ema_is_debiased_and_ignores_nonfinite_values() -> None:
     state, means = None, []
     for value in (4.0, 2.0, 3.0):
         state, mean = logger.ema(state, value)
         means.append(mean)
-    assert means[0] == pytest.approx(4.0)
-    assert means[1] == pytest.approx((0.9 * 4 + 2) / 1.9)
-    assert means[2] == pytest.approx((0.81 * 4 + 0.9 * 2 + 3) / 2.71)
+        assert all(logger.ema(state, x) == (state, mean) for x in NOT_FINITE)
+    assert means == pytest.approx([4.0, (0.9 * 4 + 2) / 1.9, (0.81 * 4 + 0.9 * 2 + 3) / 2.71])
+    assert means == logger.smoothed((4.0, 2.0, 3.0))
     restored = json.loads(json.dumps(state))
     assert logger.ema(restored, 1.5) == logger.ema(state, 1.5)
-
-
-def test_ema_ignores_nonfinite_values() -> None:
-    state, mean = logger.ema(None, 4.0)
-    for value in NOT_FINITE:
-        assert logger.ema(state, value) == (state, mean)
-    assert math.isnan(logger.ema(None, float("nan"))[1])
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0.0, 0.99))
-def test_ema_lies_between_the_extremes(values: list[float], beta: float) -> None:
-    state = None
-    for value in values:
-        state, mean = logger.ema(state, value, beta)
-        room = 1e-6 + 1e-9 * max(map(abs, values))
-        assert min(values) - room <= mean <= max(values) + room
+    assert math.isnan(logger.ema(None, math.nan)[1])
 
 
 # Evaluations
 
 
-def test_appended_evaluations_are_read(tmp_path: Path) -> None:
+def test_appended_evaluations_are_read_without_a_partial_last_line(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "new"
     assert logger.read_evaluations(folder) == []
-    logger.append_evaluation(
-        folder, 600, "base", {"core/CORE": 0.25, "val/bpb": 1.5}, {"core/copa": "line 3: no JSON — é"}
-    )
+    logger.append_evaluation(folder, 600, "base", {"core/CORE": 0.25}, {"core/copa": "line 3: no JSON — é"})
+    with (folder / logger.EVALUATIONS_FILE).open("ab") as file:
+        file.write(b'{"time": "2026')
     logger.append_evaluation(folder, 700, "sft", {"val/bpb": 1, "chat/GSM8K": 0.5})
     first, second = logger.read_evaluations(folder)
     assert first.pop("time") <= second.pop("time")
-    assert first == {
-        "step": 600,
-        "stage": "base",
-        "metrics": {"core/CORE": 0.25, "val/bpb": 1.5},
-        "failed": {"core/copa": "line 3: no JSON — é"},
-    }
+    failed = {"core/copa": "line 3: no JSON — é"}
+    assert first == {"step": 600, "stage": "base", "metrics": {"core/CORE": 0.25}, "failed": failed}
     assert second["failed"] == {} and second["metrics"] == {"val/bpb": 1, "chat/GSM8K": 0.5}
-    assert logger.latest_evaluation(folder) == {"core/CORE": 0.25, "val/bpb": 1, "chat/GSM8K": 0.5}
-    assert logger.latest_evaluation(folder, "base") == {"core/CORE": 0.25, "val/bpb": 1.5}
-    assert logger.latest_evaluation(folder, "rl") == {}
-
-
-def test_partial_last_evaluation_is_ignored_and_then_removed(tmp_path: Path) -> None:
-    logger.append_evaluation(tmp_path, 1, "base", {"a": 1.0})
-    with (tmp_path / logger.EVALUATIONS_FILE).open("ab") as file:
-        file.write(b'{"time": "2026')
-    assert [row["step"] for row in logger.read_evaluations(tmp_path)] == [1]
-    logger.append_evaluation(tmp_path, 2, "base", {"a": 2.0})
-    assert [row["step"] for row in logger.read_evaluations(tmp_path)] == [1, 2]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        logger.append_evaluation(folder, 1, "base", {"a": math.nan})
 
 
 DAMAGED = ["nonsense", "[]", '{"step": 1}', '{"time": "", "step": 1, "stage": "", "metrics": 1, "failed": {}}']
@@ -317,11 +237,3 @@ def test_corrupt_evaluation_is_named(tmp_path: Path, line: str) -> None:
         file.write(line + "\n")
     with pytest.raises(UserError, match=r"evaluations\.jsonl:2: not a line of evaluations"):
         logger.read_evaluations(tmp_path)
-
-
-def test_evaluations_that_cannot_be_recorded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a is nan"):
-        logger.append_evaluation(tmp_path, 1, "base", {"a": float("nan")})
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        logger.append_evaluation(tmp_path / "file", 1, "base", {"a": 1.0})
