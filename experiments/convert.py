@@ -19,9 +19,9 @@ import base64
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from nanochat import checkpoint, data, model
+from nanochat import checkpoint, data, distributed, jsonl, model
 from nanochat.config import UserError
 from nanochat.data import tokenizer
 from nanochat.train import config as stage
@@ -65,14 +65,14 @@ config = Config
 def run(config: Config, runtime: Runtime) -> None:
     import torch
 
-    if runtime.world_size > 1:
-        raise UserError("convert runs in a single process: start it with python, not torchrun")
+    distributed.require_single(runtime, "convert")
     if not config.model or not config.meta:
         raise UserError("set the two files of the reference: --set model=model_….pt --set meta=meta_….json")
-    meta = read_json(Path(config.meta))
-    if not isinstance(meta.get("model_config"), dict):
-        raise UserError(f"{config.meta}: has no model_config; use the meta_*.json next to the model")
-    shape = checkpoint.convert.config_from_reference(meta["model_config"])
+    try:
+        meta = json.loads(jsonl.read_text(Path(config.meta)))
+        shape = checkpoint.convert.config_from_reference(dict(meta["model_config"]))
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{config.meta}: no JSON object with a model_config; use the meta_*.json next to the model") from None
     params = checkpoint.convert.load_reference(Path(config.model), shape)
     folder = stage.run_folder(config.name)
     if checkpoint.steps(folder / "checkpoints"):
@@ -97,25 +97,10 @@ def run(config: Config, runtime: Runtime) -> None:
     print(f"next: python launch.py --experiment=chat --set run={config.name}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises: UserError."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
-
-
 def read_ranks(path: Path) -> data.Tokenizer:
-    """Return the tokenizer whose tokens are the `base64 rank` lines of a file. Raises: UserError."""
-    try:
-        lines = path.read_text("ascii").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
+    """Return the tokenizer whose tokens are the `base64 rank` lines of a file."""
     ranks: dict[int, bytes] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(jsonl.read_text(path).splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[int(rank)] = base64.b64decode(token, validate=True)

@@ -13,14 +13,17 @@ but this command shows what is in it. Prints the folder, its shards and the next
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nanochat.config import base_dir
 from nanochat.data import DataConfig, Options, download, sources, tokenizer
 from nanochat.eval import core_bundle
+from nanochat.text import table
 
 if TYPE_CHECKING:
     from nanochat.distributed import Runtime
+
+SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,6 @@ config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Fetch what is missing and describe what is there."""
     if not runtime.is_main:
         return
     source = config.data.source
@@ -56,12 +58,14 @@ def run(config: Config, runtime: Runtime) -> None:
         print(f"{fetched} files fetched now" if fetched else "all of them were there already")
         if config.bundle_url:
             print(f"evaluation bundle: {core_bundle.fetch(url=config.bundle_url, options=config.download)}")
-    for split in ("train", "val"):
-        shards = sources.shards_of(config.data, split)
-        size = sum(shard.path.stat().st_size for shard in shards)
-        of_it = " (part of it)" if shards[0].part != "all" else ""
-        print(f"{split:<6}{len(shards):>6} shards  {size / 1e6:>10,.1f} MB{of_it}")
-    first = sources.read_block(sources.shards_of(config.data, "train")[0], 0, config.data.text_column)
+    shards = {split: sources.shards_of(config.data, split) for split in SPLITS}
+    rows = []
+    for split, files in shards.items():
+        megabytes = sum(shard.path.stat().st_size for shard in files) / 1e6
+        part = " (part of it)" if files[0].part != "all" else ""
+        rows.append([split, f"{len(files)} shards", f"{megabytes:,.1f} MB{part}"])
+    print(table(rows))
+    first = sources.read_block(shards["train"][0], 0, config.data.text_column)
     print(f"in {sources.folder_of(config.data)}; the first document begins: {first[0][:60]!r}")
     setting = "" if source == DataConfig().source else f" --set data.source={source}"
     trained = (tokenizer.default_dir() / tokenizer.TOKENS_FILE).exists()

@@ -13,19 +13,16 @@ Takes seconds, plus loading the models if there are samples.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nanochat import checkpoint, distributed, infer, metrics
-from nanochat.config import Device, Dtype, UserError
+from nanochat.config import Device, Dtype, require_at_least
 from nanochat.data import chat_format
 from nanochat.distributed import hardware
 from nanochat.train import PROMPTS
 
 if TYPE_CHECKING:
-    from nanochat.checkpoint import Pretrained
-    from nanochat.data import Tokenizer
     from nanochat.distributed import Runtime
     from nanochat.metrics import RunInfo
 
@@ -61,11 +58,7 @@ class Config:
     dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("sample_tokens", "answer_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.gpus is not None and self.gpus < 0:
-            raise UserError(f"gpus={self.gpus}: must be 0 or more")
+        require_at_least(self, sample_tokens=1, answer_tokens=1, gpus=0)
 
 
 config = Config
@@ -93,37 +86,24 @@ def machine(config: Config, runtime: Runtime) -> metrics.Machine:
 
 
 def sampled(config: Config, runtime: Runtime, runs: Sequence[RunInfo]) -> list[metrics.Sample]:
-    """Return completions by each stage's model, without the stages whose checkpoint is gone."""
+    """Return greedy completions by each stage's model, without the stages whose checkpoint is gone."""
     samples = []
     for info in runs:
-        if info.step not in info.steps:
+        texts, limit = config.questions, config.answer_tokens
+        if info.stage == "base":
+            texts, limit = config.prompts, config.sample_tokens
+        if info.step not in info.steps or not texts:
             continue
         loaded = checkpoint.load(info.folder, step=info.step, device=runtime.device, dtype=runtime.compute_dtype)
-        texts = config.prompts if info.stage == "base" else config.questions
-        limit = config.sample_tokens if info.stage == "base" else config.answer_tokens
-        sample = functools.partial(metrics.Sample, info.stage, chat=info.stage != "base")
-        samples += map(sample, texts, completions(loaded, info.stage, texts, limit))
+        tok, room = loaded.tokenizer, loaded.config.sequence_len - 2
+        if info.stage == "base":
+            prompts = [[tok.bos, *tok.encode(text)][:room] for text in texts]
+        else:
+            prompts = [chat_format.prompt(tok, [{"role": "user", "content": text}])[-room:] for text in texts]
+        engine = infer.start(loaded.params, loaded.config, tok, slots=len(texts), compile=False, exact=True)
+        requests = [infer.Request(tuple(ids), limit, temperature=0.0, top_k=0) for ids in prompts]
+        for text, result in zip(texts, infer.complete(engine, requests)):
+            is_chat = info.stage != "base"
+            answer = chat_format.shown(tok, result.tokens) if is_chat else tok.decode(result.content)
+            samples.append(metrics.Sample(info.stage, text, answer, chat=is_chat))
     return samples
-
-
-def completions(loaded: Pretrained, stage: str, texts: Sequence[str], max_tokens: int) -> list[str]:
-    """Return the greedy completion of each text, or the answer to it; texts are truncated to the context."""
-    if not texts:
-        return []
-    tok, room = loaded.tokenizer, loaded.config.sequence_len - 2
-    engine = infer.start(loaded.params, loaded.config, tok, slots=len(texts), compile=False, exact=True)
-    if stage == "base":
-        prompts = [[tok.bos, *tok.encode(text)][:room] for text in texts]
-    else:
-        prompts = [chat_format.prompt(tok, [{"role": "user", "content": text}])[-room:] for text in texts]
-    results = infer.complete(engine, [infer.Request(tuple(ids), max_tokens, 0.0, 0) for ids in prompts])
-    return [tok.decode(result.content) if stage == "base" else answer(tok, result.tokens) for result in results]
-
-
-def answer(tok: Tokenizer, ids: Sequence[int]) -> str:
-    """Return an answer as text, with [call → result] for tool calls."""
-    content = chat_format.content(tok, ids)
-    if isinstance(content, str):
-        return content
-    marks = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
-    return "".join(marks[part["type"]].format(part["text"]) for part in content)

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from experiments import chat
 from nanochat import checkpoint, tasks
@@ -65,51 +65,50 @@ config = Config
 def run(config: Config, runtime: Runtime) -> None:
     if not runtime.is_main:
         return
-    if config.task is None:
-        print("\n".join(list_tasks()))
-        return
-    tok = load_tokenizer(config)
-    task = tasks.from_text(config.task, config.split, source=config.source)
+    with chat.quiet_pipe():
+        if config.task is None:
+            for name in tasks.names():
+                options = ", ".join(tasks.options_of(name))
+                print(f"  {name:<16}{tasks.about(name)}{f' ({options})' if options else ''}")
+        else:
+            show_rows(config, config.task)
+
+
+def show_rows(config: Config, task_text: str) -> None:
+    if config.run is None:
+        tok = tokenizer.load(config.tokenizer or tokenizer.default_dir())
+    else:
+        tok = checkpoint.load_tokenizer(checkpoint.inspect(config.run))
+    task = tasks.from_text(task_text, config.split, source=config.source)
     if config.start >= task.size:
         raise UserError(f"start={config.start}: {task.name} has {task.size} rows")
-    color = chat.has_colors(sys.stdout)
-    with chat.quiet_pipe():
-        print(f"{task.name}: {task.size:,} rows, {task.kind}")
-        for index in range(config.start, min(task.size, config.start + config.count)):
-            row = task.row(index)
-            ids, mask = chat_format.render(tok, row, config.max_tokens)
-            print(f"\n--- row {index}: {len(ids)} tokens, {sum(mask)} supervised")
-            for key in [key for key in row if key != "messages"]:
-                print(f"{key}: {row[key]!r}")
-            print(format_tokens(tok, ids, mask, "|" if config.tokens else "", color))
+    print(f"{task.name}: {task.size:,} rows, {task.kind}")
+    for index in range(config.start, min(task.size, config.start + config.count)):
+        row = task.row(index)
+        ids, mask = chat_format.render(tok, row, config.max_tokens)
+        print(f"\n--- row {index}: {len(ids)} tokens, {sum(mask)} supervised")
+        for key in [key for key in row if key != "messages"]:
+            print(f"{key}: {row[key]!r}")
+        separator = "|" if config.tokens else ""
+        print(separator.join(mark(*piece, sys.stdout) for piece in pieces(tok, ids, mask, separator)))
 
 
-def list_tasks() -> Iterator[str]:
-    """Yield a line for each task: its name, description and options."""
-    for name in tasks.names():
-        options = ", ".join(tasks.options_of(name))
-        yield f"  {name:<16}{tasks.about(name)}{f' ({options})' if options else ''}"
+def pieces(tok: Tokenizer, ids: Sequence[int], mask: Sequence[int], separator: str) -> Iterator[tuple[str, str]]:
+    """Yield (kind, text) of each span of tokens; the kind is supervised, special or text."""
 
+    def kind(token_and_mask: tuple[int, int]) -> str:
+        token, supervised = token_and_mask
+        return "supervised" if supervised else "special" if token >= len(tok.tokens) else "text"
 
-def load_tokenizer(config: Config) -> Tokenizer:
-    """Return the tokenizer that the settings name."""
-    if config.run is None:
-        return tokenizer.load(config.tokenizer or tokenizer.default_dir())
-    return checkpoint.load_tokenizer(checkpoint.inspect(config.run))
-
-
-def format_tokens(tok: Tokenizer, ids: Sequence[int], mask: Sequence[int], separator: str, color: bool) -> str:
-    """Return tokens as text with the supervised ones marked: by color, then without control characters, or [[…]]."""
-    marks = {"supervised": (GREEN, RESET), "special": (DIM, RESET)} if color else {"supervised": ("[[", "]]")}
-    first_special = tok.special(tok.specials[0])
-
-    def kind(pair: tuple[int, int]) -> str:
-        return "supervised" if pair[1] else "special" if pair[0] >= first_special else "text"
-
-    spans = []
     for name, pairs in itertools.groupby(zip(ids, mask), kind):
         span = [token for token, _ in pairs]
-        text = separator.join(tok.decode([token]) for token in span) if separator else tok.decode(span)
-        before, after = marks.get(name, ("", ""))
-        spans.append(before + (text.translate(chat.CONTROL) if color else text) + after)
-    return separator.join(spans)
+        yield name, separator.join(tok.decode([token]) for token in span) if separator else tok.decode(span)
+
+
+def mark(kind: str, text: str, stream: TextIO) -> str:
+    """Return the text of a piece with what shows its kind, without control characters of its own on a terminal."""
+    marks = {"supervised": (GREEN, RESET), "special": (DIM, RESET)}
+    if not chat.has_colors(stream):
+        marks = {"supervised": ("[[", "]]")}
+    before, after = marks.get(kind, ("", ""))
+    return f"{before}{chat.printable(text, stream)}{after}"

@@ -30,7 +30,6 @@ from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.text import table
 
 if TYPE_CHECKING:
-    from nanochat.data import Tokenizer
     from nanochat.distributed import Runtime
 
 SPEED_CHARS = 10_000_000
@@ -71,7 +70,7 @@ def run(config: Config, runtime: Runtime) -> None:
 
 
 def train(config: Config, folder: Path) -> None:
-    """Train, save and measure."""
+    """Train and save a tokenizer; print its compression and encoding speed on the validation split."""
     print(f"training {config.vocab_size:,} tokens on data.source={config.data.source}", flush=True)
     sources.shards_of(config.data, "train")  # a missing source is reported before the progress bar
     start = time.perf_counter()
@@ -84,7 +83,15 @@ def train(config: Config, folder: Path) -> None:
     print(f"trained on {bar.n:,} characters in {seconds:.1f} s, {bar.n / seconds / 1e6:.1f} million a second")
     tokenizer.save(tok, folder)
     print(f"saved in {folder}, fingerprint {tok.fingerprint[:12]}")
-    measure_speed(tok, config.data)
+    docs = first_chars(sources.texts(config.data, "val"), SPEED_CHARS)
+    size = sum(len(text.encode()) for text in docs)
+    start = time.perf_counter()
+    tokens = sum(map(len, tok.encode_batch(docs)))
+    seconds = time.perf_counter() - start
+    print(
+        f"validation text: {size:,} bytes in {tokens:,} tokens, {size / tokens:.3f} bytes per token; encoded at "
+        f"{size / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s on {os.cpu_count()} cores"
+    )
     source = "" if config.data.source == DataConfig().source else f" --set data.source={config.data.source}"
     out = [f" --set {name}={folder}" if config.out else "" for name in ("tokenizer", "out")]
     print(f"next: torchrun launch.py --experiment=pretrain_d20{source}{out[0]}")
@@ -110,21 +117,8 @@ def first_chars(texts: Iterable[str], max_chars: int) -> list[str]:
     return chosen
 
 
-def measure_speed(tok: Tokenizer, data: DataConfig) -> None:
-    """Print compression and encoding speed on the validation split."""
-    texts = first_chars(sources.texts(data, "val"), SPEED_CHARS)
-    size = sum(len(text.encode()) for text in texts)
-    start = time.perf_counter()
-    tokens = sum(map(len, tok.encode_batch(texts)))
-    seconds = time.perf_counter() - start
-    print(
-        f"validation text: {size:,} bytes in {tokens:,} tokens, {size / tokens:.3f} bytes per token; encoded at "
-        f"{size / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s on {os.cpu_count()} cores"
-    )
-
-
 def evaluate(config: Config, folder: Path) -> None:
-    """Print the compression of every text by every tokenizer."""
+    """Print bytes per token of every text by every tokenizer, and the difference in tokens to the first one."""
     ours = tokenizer.load(folder)
     encoders: dict[str, Callable[[str], list[int]]] = {"ours": ours.encode}
     print(f"ours         {ours.vocab_size:>8,} tokens, {folder}")
@@ -142,15 +136,19 @@ def evaluate(config: Config, folder: Path) -> None:
             texts[split] = first_chars(sources.texts(config.data, split), config.eval_chars)
         except UserError as error:
             print(f"{split:<12} skipped: {error}")
-    print("\nbytes per token (difference in tokens)\n" + table(compression_rows(texts, encoders)))
+    rows = [["text", "bytes", *encoders]]
+    for name, docs in texts.items():
+        size = sum(len(doc.encode()) for doc in docs)
+        own, *others = (sum(map(len, map(encode, docs))) for encode in encoders.values())
+        differences = [f"{size / count:.3f} ({count / own - 1:+.1%})" for count in others]
+        rows.append([name, f"{size:,}", f"{size / own:.3f}", *differences])
+    print("\nbytes per token (difference in tokens)\n" + table(rows))
 
 
 def load_baselines(seconds: float) -> dict[str, tiktoken.Encoding | str]:
-    """Return tiktoken's encodings, or the reason why one could not be loaded.
-
-    tiktoken downloads them on first use without a time limit, hence the threads.
-    """
-    loaded: dict[str, tiktoken.Encoding | str] = {}
+    """Return tiktoken's encodings, or the reason why one could not be loaded."""
+    unfinished = f"tiktoken's download did not finish in {seconds:g} s"
+    loaded: dict[str, tiktoken.Encoding | str] = dict.fromkeys(BASELINES, unfinished)
 
     def load(name: str) -> None:
         try:
@@ -158,24 +156,10 @@ def load_baselines(seconds: float) -> dict[str, tiktoken.Encoding | str]:
         except Exception as error:  # any network error
             loaded[name] = f"tiktoken could not download it ({type(error).__name__})"
 
+    # tiktoken downloads without a time limit, hence the threads.
     threads = [threading.Thread(target=load, args=(name,), daemon=True) for name in BASELINES]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(seconds)
-    return {name: loaded.get(name, f"tiktoken's download did not finish in {seconds:g} s") for name in BASELINES}
-
-
-def compression_rows(texts: dict[str, list[str]], encoders: dict[str, Callable[[str], list[int]]]) -> list[list[str]]:
-    """Return bytes per token of every text, and for the baselines the difference in tokens to the first encoder."""
-    first = next(iter(encoders))
-    rows = [["text", "bytes", *encoders]]
-    for name, docs in texts.items():
-        size = sum(len(doc.encode()) for doc in docs)
-        counts = {key: sum(map(len, map(encode, docs))) for key, encode in encoders.items()}
-        cells = [
-            f"{size / n:.3f}" + ("" if key == first else f" ({n / counts[first] - 1:+.1%})")
-            for key, n in counts.items()
-        ]
-        rows.append([name, f"{size:,}", *cells])
-    return rows
+    return dict(loaded)

@@ -67,7 +67,7 @@ def test_data_downloads_climbmix(cpu: distributed.Runtime, base: Path, hub: str,
     config = override(data.config(), settings)
     data.run(config, cpu)
     output = capsys.readouterr().out
-    assert "3 files fetched now" in output and "train      2 shards" in output and "val        1 shards" in output
+    assert "3 files fetched now" in output and "train  2 shards" in output and "val    1 shards" in output
     assert output.splitlines()[-1] == "next: torchrun launch.py --experiment=tokenizer"
     assert sorted(path.name for path in (base / "climbmix").iterdir()) == [
         "shard_00000.parquet", "shard_00001.parquet", "shard_06542.parquet",
@@ -82,7 +82,7 @@ def test_data_describes_a_folder(cpu: distributed.Runtime, folder: Path, capsys:
     config = override(data.config(), [f"data.source={folder}"])
     data.run(config, cpu)
     output = capsys.readouterr().out
-    assert "train      1 shards" in output and prose(1)[0][:60] in output
+    assert "train  1 shards" in output and prose(1)[0][:60] in output
     assert output.splitlines()[-1] == f"next: torchrun launch.py --experiment=tokenizer --set data.source={folder}"
 
 
