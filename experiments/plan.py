@@ -13,19 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from experiments import pretrain
 from nanochat import distributed, model, optim, train
 from nanochat.config import UserError, flatten, nearest
 from nanochat.text import format_count, format_duration, table
-
-if TYPE_CHECKING:
-    from nanochat.distributed import GpuSpec, Runtime
-    from nanochat.model import ModelConfig
-    from nanochat.optim import Plan
-    from nanochat.train import Estimate
-    from nanochat.train.planner import Setup
 
 DEPTHS = (12, 16, 20, 24, 26, 30, 34)
 SINGLE_GPUS = ("rtx3070", "rtx3060", "rtx4090", "rtx5090", "l40s", "a100-80gb", "h100", "h200", "b200")
@@ -86,7 +79,7 @@ class Config:
 config = Config
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, runtime: distributed.Runtime) -> None:
     gpu = find_gpu(config.gpu)
     modes = sharding_modes(config)
     shape, plan = resolve(config, config.depth)
@@ -107,18 +100,16 @@ def run(config: Config, runtime: Runtime) -> None:
     print(f"\nnext: {command(config, estimates)}")
 
 
-def find_gpu(name: str) -> GpuSpec:
-    """Return the row of the GPU table. Raises: UserError."""
+def find_gpu(name: str) -> distributed.GpuSpec:
     specs = distributed.GPU_SPECS
     if name.lower() not in specs:
-        raise UserError(
-            f"gpu={name}: not in GPU_SPECS of nanochat/distributed/hardware.py{nearest(name.lower(), specs)}"
-        )
+        place = "GPU_SPECS of nanochat/distributed/hardware.py"
+        raise UserError(f"gpu={name}: not in {place}{nearest(name.lower(), specs)}")
     return specs[name.lower()]
 
 
 def sharding_modes(config: Config) -> Sequence[str]:
-    """Return the modes to compare: one for a single GPU; hsdp only for several groups. Raises: UserError."""
+    """Return the modes to compare: one for a single GPU; hsdp only for several groups."""
     modes, shards = train.planner.MODES, config.shard_ranks or min(config.gpus_per_node, config.world_size)
     if config.mode in ("all", "hsdp") and config.world_size % shards:
         if config.mode == "hsdp" or config.shard_ranks:
@@ -131,28 +122,35 @@ def sharding_modes(config: Config) -> Sequence[str]:
     return modes if 1 < shards < config.world_size else modes[:3]
 
 
-def resolve(config: Config, depth: int) -> tuple[ModelConfig, Plan]:
+def resolve(config: Config, depth: int) -> tuple[model.ModelConfig, optim.Plan]:
     """Return model shape and plan at a depth, as pretrain does for the same settings."""
     shared = {name: getattr(config, name) for name in SHARED}
-    return pretrain.resolve(dataclasses.replace(pretrain.config(), **shared, depth=depth), None)
+    return pretrain.resolve(dataclasses.replace(pretrain.Config(), **shared, depth=depth), None)
 
 
-def step_setup(config: Config, mode: str) -> Setup:
+def step_setup(config: Config, mode: str) -> train.planner.Setup:
     import torch
 
     shard_ranks = config.shard_ranks or min(config.gpus_per_node, config.world_size)
     return train.planner.Setup(mode, config.world_size, shard_ranks, torch.bfloat16, config.fp8, config.chunk_tokens)
 
 
-def estimate(config: Config, mode: str, shape: ModelConfig, plan: Plan, gpu: GpuSpec) -> Estimate | None:
-    """Return the planner's estimate, or None if it does not fit."""
+def estimate(
+    config: Config, mode: str, shape: model.ModelConfig, plan: optim.Plan, gpu: distributed.GpuSpec
+) -> train.Estimate | None:
     return train.planner.estimate(
-        shape, plan, gpu, step_setup(config, mode),
-        node_ranks=config.gpus_per_node, mfu=config.mfu, rows=config.rows, dollars_per_hour=config.dollars_per_hour,
-    )  # fmt: skip
+        shape,
+        plan,
+        gpu,
+        step_setup(config, mode),
+        node_ranks=config.gpus_per_node,
+        mfu=config.mfu,
+        rows=config.rows,
+        dollars_per_hour=config.dollars_per_hour,
+    )
 
 
-def counts(shape: ModelConfig, plan: Plan) -> str:
+def counts(shape: model.ModelConfig, plan: optim.Plan) -> str:
     """Return parameters by group, tokens, steps and FLOPs as text."""
     numbers = model.count(shape)
     groups = {name: n for name, n in numbers.items() if name not in ("total", "scaling")}
@@ -169,71 +167,69 @@ def counts(shape: ModelConfig, plan: Plan) -> str:
 
 
 def memory_table(
-    config: Config, shape: ModelConfig, plan: Plan, gpu: GpuSpec, estimates: Mapping[str, Estimate | None]
+    config: Config,
+    shape: model.ModelConfig,
+    plan: optim.Plan,
+    gpu: distributed.GpuSpec,
+    estimates: Mapping[str, train.Estimate | None],
 ) -> str:
     """Return memory by part and mode; for a mode that does not fit, at the requested batch or one sequence."""
     rows_per_rank = plan.total_batch_size // (shape.sequence_len * config.world_size)
-    batches = {mode: one.rows if one else config.rows or 1 for mode, one in estimates.items()}
-    memories = [
-        train.planner.memory(shape, step_setup(config, mode), rows=rows, micro_batches=rows_per_rank // rows)
-        for mode, rows in batches.items()
-    ]
-    room = gpu.memory_gib * (1 - train.planner.RESERVE)
-    return table(
-        [
-            ["", *estimates],
-            ["rows x micro-batches", *(f"{rows} x {rows_per_rank // rows}" for rows in batches.values())],
-            *([name, *(f"{m.parts[name] / 2**30:.2f}" for m in memories)] for name in memories[0].parts),
-            ["total", *(f"{m.total / 2**30:.2f}" for m in memories)],
-            ["peak in", *(m.phase for m in memories)],
-            [f"fits in {room:.1f}", *("yes" if one else "no" for one in estimates.values())],
-        ]
-    )
+    columns, cells = [], {}
+    for mode, fitting in estimates.items():
+        rows = fitting.rows if fitting else config.rows or 1
+        micro_batches = rows_per_rank // rows
+        memory = train.planner.memory(shape, step_setup(config, mode), rows=rows, micro_batches=micro_batches)
+        cells = {name: f"{size / 2**30:.2f}" for name, size in {**memory.parts, "total": memory.total}.items()}
+        cells = {"rows x micro-batches": f"{rows} x {micro_batches}", **cells, "peak in": memory.phase}
+        cells[f"fits in {gpu.memory_gib * (1 - train.planner.RESERVE):.1f}"] = "yes" if fitting else "no"
+        columns.append([mode, *cells.values()])
+    return table([*zip(["", *cells], *columns)])
 
 
-def time_table(estimates: Mapping[str, Estimate | None]) -> str:
+def time_table(estimates: Mapping[str, train.Estimate | None]) -> str:
     """Return traffic, time and cost by mode, for the modes that fit."""
-    fitting = {mode: one for mode, one in estimates.items() if one}
-    kinds = next(iter(fitting.values())).traffic
-    return table(
-        [
-            ["", *fitting],
-            *([f"{kind} GB", *(f"{one.traffic[kind] / 1e9:.3f}" for one in fitting.values())] for kind in kinds),
-            ["compute", *(format_duration(one.compute_seconds) for one in fitting.values())],
-            ["exposed communication", *(format_duration(one.exposed_seconds) for one in fitting.values())],
-            ["tokens/s", *(format_count(one.tokens_per_second) for one in fitting.values())],
-            ["whole run", *(format_duration(3600 * one.hours) for one in fitting.values())],
-            ["cost", *(f"${one.dollars:,.2f}" for one in fitting.values())],
-        ]
-    )
+    columns, cells = [], {}
+    for mode, fitting in estimates.items():
+        if fitting:
+            cells = {f"{kind} GB": f"{size / 1e9:.3f}" for kind, size in fitting.traffic.items()} | {
+                "compute": format_duration(fitting.compute_seconds),
+                "exposed communication": format_duration(fitting.exposed_seconds),
+                "tokens/s": format_count(fitting.tokens_per_second),
+                "whole run": format_duration(3600 * fitting.hours),
+                "cost": f"${fitting.dollars:,.2f}",
+            }
+            columns.append([mode, *cells.values()])
+    return table([*zip(["", *cells], *columns)])
 
 
 def sweep(config: Config) -> str:
-    """Return the table over depths and GPUs."""
+    """Return the table over depths and GPUs: batch, mode, time and cost of the first mode that fits."""
     config = dataclasses.replace(config, device_batch_size="auto", dollars_per_hour=None, shard_ranks=None)
     plans = {depth: resolve(config, depth) for depth in DEPTHS}
     rows = [["", *(f"depth {depth}" for depth in DEPTHS)]]
     for world_size, names in {1: SINGLE_GPUS, 8: EIGHT_GPUS}.items():
-        there = dataclasses.replace(config, world_size=world_size, gpus_per_node=world_size)
+        config = dataclasses.replace(config, world_size=world_size, gpus_per_node=world_size)
+        modes = {"replicate": ""} if world_size == 1 else {"zero2": "z", "fsdp": "f"}
         for name in names:
             gpu = distributed.GPU_SPECS[name]
-            cells = [sweep_cell(there, *plans[depth], gpu) for depth in DEPTHS]
+            cells = [sweep_cell(config, modes, *plans[depth], gpu) for depth in DEPTHS]
             rows.append([f"{world_size} x {name} ({gpu.memory_gib:.0f} GiB)", *cells])
     return table(rows)
 
 
-def sweep_cell(config: Config, shape: ModelConfig, plan: Plan, gpu: GpuSpec) -> str:
-    """Return batch, mode, time and cost of the first mode that fits."""
+def sweep_cell(
+    config: Config, modes: Mapping[str, str], shape: model.ModelConfig, plan: optim.Plan, gpu: distributed.GpuSpec
+) -> str:
     if plan.total_batch_size % (shape.sequence_len * config.world_size):
         return "batch not divisible"
-    for mode in ("replicate",) if config.world_size == 1 else ("zero2", "fsdp"):
-        if one := estimate(config, mode, shape, plan, gpu):
-            letter = "" if config.world_size == 1 else mode[0]
-            return f"{one.rows}{letter} {format_duration(3600 * one.hours)} ${format_count(one.dollars)}"
+    for mode, letter in modes.items():
+        if fitting := estimate(config, mode, shape, plan, gpu):
+            return f"{fitting.rows}{letter} {format_duration(3600 * fitting.hours)} ${format_count(fitting.dollars)}"
     return "-"
 
 
-def assumptions(config: Config, gpu: GpuSpec) -> str:
+def assumptions(config: Config, gpu: distributed.GpuSpec) -> str:
     planner = train.planner
     price = gpu.dollars_per_hour if config.dollars_per_hour is None else config.dollars_per_hour
     nccl = f" and {planner.NCCL_BYTES / 2**30:.2f} GiB NCCL's" if config.world_size > 1 else ""
@@ -250,23 +246,26 @@ def assumptions(config: Config, gpu: GpuSpec) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def command(config: Config, estimates: Mapping[str, Estimate | None]) -> str:
+def command(config: Config, estimates: Mapping[str, train.Estimate | None]) -> str:
     """Return the command that starts the planned run, or what to change if none fits."""
-    mode, one = next(((m, one) for m in PREFERRED if (one := estimates.get(m))), ("", None))
-    if one is None:
+    mode = next((mode for mode in PREFERRED if estimates.get(mode)), "")
+    fitting = estimates.get(mode)
+    if not fitting:
         return "nothing fits: use more or larger GPUs, a smaller depth, or a shorter model.sequence_len"
     nodes = -(-config.world_size // config.gpus_per_node)
     words = ["torchrun"]
     if nodes > 1:
         words += [f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=<first node>:29500"]
     words += [f"--nproc_per_node={min(config.world_size, config.gpus_per_node)} launch.py --experiment=pretrain"]
-    settings: dict[str, Any] = {"depth": config.depth, "device_batch_size": one.rows}
+    settings: dict[str, Any] = {"depth": config.depth, "device_batch_size": fitting.rows}
     if config.world_size > 1:
         settings["sharding.mode"] = mode
         if mode == "hsdp" and config.shard_ranks:
             settings["sharding.shard_ranks"] = config.shard_ranks
     if config.fp8:
         settings["train.linear"] = "fp8"
-    usual = dict(flatten(Config()))
-    changed = {name: value for name, value in flatten(config) if value != usual[name] and name.split(".")[0] in SHARED}
-    return " ".join([*words, *(f"--set {name}={value}" for name, value in (settings | changed).items())])
+    defaults = dict(flatten(Config()))
+    for name, value in flatten(config):
+        if value != defaults[name] and name.split(".")[0] in SHARED:
+            settings[name] = value
+    return " ".join([*words, *(f"--set {name}={value}" for name, value in settings.items())])

@@ -18,26 +18,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from experiments import data, eval_base, eval_chat, pretrain, report, sft, tokenizer
-from experiments.data import Config as DataStage
-from experiments.eval_base import Config as EvalBaseStage
-from experiments.eval_chat import Config as EvalChatStage
-from experiments.pretrain import Config as PretrainStage
-from experiments.report import Config as ReportStage
-from experiments.sft import Config as SftStage
-from experiments.tokenizer import Config as TokenizerStage
+from experiments.data import Config as DataConfig
+from experiments.eval_base import Config as EvalBaseConfig
+from experiments.eval_chat import Config as EvalChatConfig
+from experiments.pretrain import Config as PretrainConfig
+from experiments.report import Config as ReportConfig
+from experiments.sft import Config as SftConfig
+from experiments.tokenizer import Config as TokenizerConfig
 from nanochat import checkpoint, distributed, model, train
 from nanochat.config import Device, Dtype, UserError, base_dir
 from nanochat.data import sources
 from nanochat.data import tokenizer as bpe
 from nanochat.distributed import hardware
 from nanochat.text import format_count, format_duration
-
-if TYPE_CHECKING:
-    from nanochat.distributed import Runtime
-    from nanochat.train import StageStatus
 
 Name = Literal["data", "tokenizer", "pretrain", "eval_base", "sft", "eval_chat", "report"]
 STAGES: tuple[Name, ...] = get_args(Name)
@@ -67,13 +63,13 @@ class Config:
     resume: bool = False
     device: Device = "auto"
     dtype: Dtype = "auto"
-    data: DataStage = DataStage()
-    tokenizer: TokenizerStage = TokenizerStage()
-    pretrain: PretrainStage = PretrainStage(depth=24, device_batch_size=16)
-    eval_base: EvalBaseStage = EvalBaseStage()
-    sft: SftStage = SftStage(tasks=(*SftStage().tasks, *PERSONALITY))
-    eval_chat: EvalChatStage = EvalChatStage()
-    report: ReportStage = ReportStage()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    pretrain: PretrainConfig = PretrainConfig(depth=24, device_batch_size=16)
+    eval_base: EvalBaseConfig = EvalBaseConfig()
+    sft: SftConfig = SftConfig(tasks=(*SftConfig().tasks, *PERSONALITY))
+    eval_chat: EvalChatConfig = EvalChatConfig()
+    report: ReportConfig = ReportConfig()
 
 
 class Stage(NamedTuple):
@@ -93,7 +89,7 @@ class Stage(NamedTuple):
 config = Config
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, runtime: distributed.Runtime) -> None:
     """Print the plan, run the stages that are not done yet, and print the next commands."""
     if not config.stages or config.stages != tuple(name for name in STAGES if name in config.stages):
         raise UserError(f"stages={','.join(config.stages)}: expected some of {', '.join(STAGES)}, in this order")
@@ -129,8 +125,8 @@ def run(config: Config, runtime: Runtime) -> None:
         )
 
 
-def resolve(config: Config, runtime: Runtime) -> Config:
-    """Return the config with the shared settings filled in for each stage."""
+def resolve(config: Config, runtime: distributed.Runtime) -> Config:
+    """Return the settings with the shared ones filled in for each stage."""
     shared = {"device": config.device, "dtype": config.dtype}
     sft_name = f"{config.name}_sft"
     tokenizer_dir = str(base_dir() / f"{config.name}_tokenizer")
@@ -201,7 +197,7 @@ def has_steps(run_dir: Path) -> bool:
     return bool(checkpoint.steps(run_dir / "checkpoints"))
 
 
-def run_stage(config: Config, stage: Stage, after: str, runtime: Runtime) -> StageStatus:
+def run_stage(config: Config, stage: Stage, after: str, runtime: distributed.Runtime) -> train.StageStatus:
     """Run a stage unless it is done, and return its status."""
 
     def run_experiment(flags: dict[str, bool]) -> None:
@@ -219,7 +215,7 @@ def run_stage(config: Config, stage: Stage, after: str, runtime: Runtime) -> Sta
 # Messages
 
 
-def overview(config: Config, stages: list[Stage], runtime: Runtime) -> str:
+def overview(config: Config, stages: list[Stage], runtime: distributed.Runtime) -> str:
     """Return the stages with their status, and the cost of pretraining."""
     labels = {"new": "run", "in_progress": "resume", "done": "done", "changed": "rerun"}
     rows, after, pending = [], "", False
@@ -239,33 +235,26 @@ def overview(config: Config, stages: list[Stage], runtime: Runtime) -> str:
     return "\n".join([title, *rows, *([cost] if cost else [])])
 
 
-def estimate(config: Config, runtime: Runtime) -> str:
+def estimate(config: Config, runtime: distributed.Runtime) -> str:
     """Return the size, time and cost of pretraining, as estimated by the planner."""
     import torch
 
     if "pretrain" not in config.stages:
         return ""
     vocab_size = config.pretrain.model.vocab_size or config.tokenizer.vocab_size
-    shape = dataclasses.replace(config.pretrain.model, vocab_size=vocab_size)
-    model_config, plan = pretrain.resolve(dataclasses.replace(config.pretrain, model=shape), None)
+    with_vocab = dataclasses.replace(config.pretrain.model, vocab_size=vocab_size)
+    shape, plan = pretrain.resolve(dataclasses.replace(config.pretrain, model=with_vocab), None)
     size = (
-        f"pretraining: {format_count(model.count(model_config)['total'])} parameters, {plan.num_steps:,} steps, "
+        f"pretraining: {format_count(model.count(shape)['total'])} parameters, {plan.num_steps:,} steps, "
         f"{format_count(plan.total_tokens)} tokens, {plan.total_flops:.3g} FLOPs"
     )
     name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else runtime.device.type
     gpu = hardware.gpu_spec(name)
     if gpu is None:
         return f"{size}; no estimate of time and cost: {name} is not in hardware.GPU_SPECS"
-    sharding = distributed.sharding.resolve(config.pretrain.sharding)
-    setup = train.planner.Setup(
-        mode=sharding.mode if runtime.world_size > 1 else "replicate",
-        world_size=runtime.world_size,
-        shard_ranks=distributed.sharding.mesh_shape(sharding, runtime.world_size, runtime.node_ranks)[1],
-        dtype=runtime.compute_dtype,
-        fp8=config.pretrain.train.linear == "fp8",
-    )
+    setup = train.planner_setup(config.pretrain, runtime)
     rows = None if config.pretrain.device_batch_size == "auto" else config.pretrain.device_batch_size
-    cost = train.planner.estimate(model_config, plan, gpu, setup, node_ranks=runtime.node_ranks, rows=rows)
+    cost = train.planner.estimate(shape, plan, gpu, setup, node_ranks=runtime.node_ranks, rows=rows)
     if cost is None:
         return f"{size}; it does not fit by the planner's estimate: --experiment=plan shows what does"
     return (

@@ -99,19 +99,23 @@ def init_state(
     return step.init(params, model.spec(shape), dtype, sharding_plan)
 
 
-def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime) -> int:
-    """Return the largest micro-batch that divides a rank's `rows` of a step and fits by the planner's estimate."""
-    capacity = distributed.free_bytes(runtime.device, runtime.node_ranks)
-    _, shards = sharding.mesh_shape(config.sharding, runtime.world_size, runtime.node_ranks)
-    setup = planner.Setup(
+def planner_setup(config: StageConfig, runtime: Runtime) -> planner.Setup:
+    """Return the settings as the planner takes them."""
+    return planner.Setup(
         mode=sharding.resolve(config.sharding).mode,
         world_size=runtime.world_size,
-        shard_ranks=shards,
+        shard_ranks=sharding.mesh_shape(config.sharding, runtime.world_size, runtime.node_ranks)[1],
         dtype=runtime.compute_dtype,
         fp8=config.train.linear == "fp8",
         chunk_tokens=chunk_tokens(config, runtime),
     )
-    least = -distributed.all_reduce_max(-(planner.largest_batch(shape, setup, rows, capacity) or 0))
+
+
+def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime) -> int:
+    """Return the largest micro-batch that divides a rank's `rows` of a step and fits by the planner's estimate."""
+    capacity = distributed.free_bytes(runtime.device, runtime.node_ranks)
+    fits = planner.largest_batch(shape, planner_setup(config, runtime), rows, capacity) or 0
+    least = -distributed.all_reduce_max(-fits)
     if not least:
         raise UserError(
             f"device_batch_size=auto: not even one row of {shape.sequence_len} tokens fits into the "

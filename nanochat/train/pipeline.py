@@ -27,27 +27,17 @@ IGNORED = (
 
 
 class StageStatus(NamedTuple):
-    """The status of a stage.
+    """The status of a stage."""
 
-    Attributes:
-        state: new, in_progress, done, or changed (started with other settings).
-        changes: one text per changed setting. completion_id: unique to each completion; "" before the first.
-        seconds: run time, summed over restarts. before: id of the newest checkpoint when the stage started.
-    """
-
-    state: str
-    changes: tuple[str, ...] = ()
-    completion_id: str = ""
-    seconds: float = 0.0
-    before: str = ""
+    state: str  # new, in_progress, done, or changed (started with other settings)
+    changes: tuple[str, ...] = ()  # one text per changed setting
+    completion_id: str = ""  # unique to each completion; "" before the first
+    seconds: float = 0.0  # run time, summed over restarts
+    before: str = ""  # id of the newest checkpoint when the stage started
 
 
 def settings(config: Any, after: str = "") -> dict[str, Any]:
-    """Return the settings that determine the result, by dotted name, as JSON values.
-
-    Args:
-        after: completion_id of the stage that this one depends on.
-    """
+    """Return what determines the result: the settings by dotted name, and the completion that the stage depends on."""
     values = {name: value for name, value in flatten(config) if not name.startswith(IGNORED)}
     return json.loads(json.dumps({**values, "after": after}, default=str))
 
@@ -98,9 +88,6 @@ def run_if_needed(
         run_stage: called with the settings `resume` and `overwrite` for a training stage, else with an empty dict.
         run: run folder of a training stage.
         has_output: whether the stage's output still exists; called on rank 0.
-
-    Raises:
-        UserError: from `run_stage`, or another command made the run. The stage stays in progress.
     """
     status = sync_status(path, current, has_output=has_output)
     if status.state == "done":
@@ -149,10 +136,10 @@ def resume_flags(run: Path, status: StageStatus) -> dict[str, bool]:
     return {"resume": status.state == "in_progress" and not restart, "overwrite": bool(latest) and restart}
 
 
-def reasons(status: StageStatus, limit: int = 3) -> str:
+def reasons(status: StageStatus) -> str:
     """Return why a changed stage runs again, on one line."""
-    more = f" and {len(status.changes) - limit} more" if len(status.changes) > limit else ""
-    return ", ".join(status.changes[:limit]) + more
+    more = f" and {len(status.changes) - 3} more" if len(status.changes) > 3 else ""
+    return ", ".join(status.changes[:3]) + more
 
 
 def _write(path: Path, **status: Any) -> None:

@@ -26,19 +26,14 @@ MFU = 0.5  # default share of the 16-bit peak that a step reaches
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """How a step is computed.
-
-    Attributes:
-        mode: one of MODES. world_size: ranks of the job. shard_ranks: ranks that share one copy of the state in hsdp.
-        dtype: of the computation. fp8: whether large matrix products use float8. chunk_tokens: of the loss.
-    """
+    """How a step is computed."""
 
     mode: str = "replicate"
     world_size: int = 1
-    shard_ranks: int = 1
+    shard_ranks: int = 1  # ranks that share one copy of the state in hsdp
     dtype: torch.dtype = torch.bfloat16
-    fp8: bool = False
-    chunk_tokens: int = 8192
+    fp8: bool = False  # whether large matrix products use float8
+    chunk_tokens: int = 8192  # of the loss
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -60,60 +55,36 @@ class Setup:
 # Memory
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU at the peak of a phase of a step.
+class Memory(NamedTuple):
+    """Bytes on one GPU at the peak of a phase of a step (forward, backward, reduce or update), by part.
 
-    Attributes:
-        parameters, optimizer: held between steps.
-        gradients: sums over micro-batches, and the gradients computed so far.
-        activations: kept for the backward pass, and temporaries of one layer. logits: of one chunk.
-        weights: copies in the compute dtype, gathered layers, gradients before reduction. update: Muon's stacks.
-        overhead: CONTEXT_BYTES and NCCL_BYTES; the only part outside of torch's allocator.
-        phase: forward, backward, reduce or update.
+    The parts are parameters and optimizer, held between steps; gradients: sums over micro-batches, and those computed
+    so far; activations: kept for the backward pass, and temporaries of one layer; logits: of one chunk; weights: copies
+    in the compute dtype, gathered layers, gradients before reduction; update: Muon's stacks; and overhead:
+    CONTEXT_BYTES and NCCL_BYTES, the only part outside of torch's allocator.
     """
 
-    parameters: int
-    optimizer: int
-    gradients: int = 0
-    activations: int = 0
-    logits: int = 0
-    weights: int = 0
-    update: int = 0
-    overhead: int = 0
-    phase: str = ""
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Bytes by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "phase"}
+    phase: str
+    parts: dict[str, int]
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
         return sum(self.parts.values())
 
     @property
     def allocated(self) -> int:
-        """Estimate of torch.cuda.max_memory_allocated: all parts but the overhead."""
-        return self.total - self.overhead
+        """Estimate of torch.cuda.max_memory_allocated."""
+        return self.total - self.parts["overhead"]
 
 
 class StepBytes(NamedTuple):
-    """Bytes that a compiled forward and backward pass holds, for C channels, N heads and L layers.
+    """Bytes that a compiled forward and backward pass holds, for C channels, N heads and L layers."""
 
-    Attributes:
-        layer: kept for the backward pass per layer, token and channel. head: the same per head.
-        last_layer: temporaries per token and channel while the backward pass is in the last layer.
-        first_layer, first_layer_depth: held per token and channel, and per layer of the model besides, while the
-            backward pass is in the first layer.
-    """
-
-    layer: float
-    head: float
-    last_layer: float
-    first_layer: float
-    first_layer_depth: float
+    layer: float  # kept for the backward pass per layer, token and channel
+    head: float  # the same per layer, token and head
+    last_layer: float  # temporaries per token and channel while the backward pass is in the last layer
+    first_layer: float  # held per token and channel while the backward pass is in the first layer
+    first_layer_depth: float  # the same, besides, per layer of the model
 
 
 # By (bytes of the compute dtype, fp8). Fitted to traces of the loss (AOTAutograd with Inductor's decompositions,
@@ -141,24 +112,29 @@ def phases(shape: ModelConfig, setup: Setup, *, rows: int, micro_batches: int) -
     """Return the memory at the peak of each phase of a step: forward, backward, reduce and update."""
     sizes = state_bytes(shape, setup)
     several, gathered = setup.world_size > 1, setup.sharded_params
-    overhead = CONTEXT_BYTES + (NCCL_BYTES if several else 0)
-    base = functools.partial(Memory, sizes.parameters, sizes.optimizer, overhead=overhead)
+
+    def peak(phase: str, **parts: float) -> Memory:
+        names = ("gradients", "activations", "logits", "weights", "update")
+        held = {"parameters": sizes.parameters, "optimizer": sizes.optimizer}
+        overhead = {"overhead": CONTEXT_BYTES + (NCCL_BYTES if several else 0)}
+        return Memory(phase, held | {name: round(parts.get(name, 0)) for name in names} | overhead)
+
     # The sum over micro-batches is held besides the gradients of one micro-batch; fsdp sums shards.
     sums = (sizes.shards_f32 if gathered else sizes.full_f32) if micro_batches > 1 else 0
     prefetch = _layer_params(shape) * (setup.dtype.itemsize + 4) if gathered else 0  # next weights, last gradients
-    found = []
-    for phase, peaks in _micro_batch_bytes(shape, setup, rows).items():
-        peak = {name: round(ROUND_UP * n) for name, n in max(peaks, key=lambda parts: sum(parts.values())).items()}
-        peak["gradients"] = peak.get("gradients", 0) + sums
-        peak["weights"] = peak.get("weights", 0) + prefetch
-        found.append(base(**peak, phase=phase))
+    memories = []
+    for phase, points in _micro_batch_bytes(shape, setup, rows).items():
+        parts = {name: round(ROUND_UP * n) for name, n in max(points, key=lambda parts: sum(parts.values())).items()}
+        parts["gradients"] = parts.get("gradients", 0) + sums
+        parts["weights"] = parts.get("weights", 0) + prefetch
+        memories.append(peak(phase, **parts))
     made = sums or (sizes.shards_f32 if gathered else sizes.full_made)
     # Reduced gradients are new tensors, and what they were made from is freed only after the update.
     reduced = sizes.shards_f32 if several and not (setup.mode == "fsdp" and gathered) else 0
     casts = sizes.embeddings_f32 if several and not gathered and not sums else 0
-    found.append(base(gradients=made + reduced, weights=casts, phase="reduce"))
-    found.append(base(gradients=made + reduced, update=_muon_bytes(shape, setup), phase="update"))
-    return tuple(found)
+    memories.append(peak("reduce", gradients=made + reduced, weights=casts))
+    memories.append(peak("update", gradients=made + reduced, update=_muon_bytes(shape, setup)))
+    return tuple(memories)
 
 
 def _micro_batch_bytes(shape: ModelConfig, setup: Setup, rows: int) -> dict[str, list[dict[str, float]]]:
@@ -350,21 +326,15 @@ def communication_seconds(
 
 
 class Estimate(NamedTuple):
-    """What a run on given GPUs takes.
+    """What a run on given GPUs takes."""
 
-    Attributes:
-        memory: of one rank. rows, micro_batches: of a step on one rank. traffic: see `traffic`.
-        compute_seconds, exposed_seconds: of a step: matrix products at the given MFU, and communication not hidden.
-        tokens_per_second, hours, dollars: of the job.
-    """
-
-    memory: Memory
-    rows: int
-    micro_batches: int
+    memory: Memory  # of one rank
+    rows: int  # of a micro-batch
+    micro_batches: int  # of a step on one rank
     traffic: dict[str, float]
-    compute_seconds: float
-    exposed_seconds: float
-    tokens_per_second: float
+    compute_seconds: float  # of a step: matrix products at the given MFU
+    exposed_seconds: float  # of a step: communication that is not hidden
+    tokens_per_second: float  # of the job, as hours and dollars
     hours: float
     dollars: float
 
