@@ -93,7 +93,7 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
         for device in worker_devices(config.gpus, runtime.device.type)
     ]
     print(f"loading {folder.name} on {', '.join(worker.device for worker in workers)}", flush=True)
-    connects = [functools.partial(serve.worker.start, worker) for worker in workers]
+    connects = [functools.partial(serve.worker.WorkerHandle, worker) for worker in workers]
     scheduler = serve.scheduler.create(connects, config.queue)
 
     def announce(port: int) -> None:

@@ -1,7 +1,7 @@
 """The web server: routes, streams, and what happens when a client disconnects.
 
-This process holds no model: it checks requests, queues them (`scheduler`) and turns tokens into text, so /health
-answers at once whatever the workers do. Conversations are kept only while they are answered, and never logged.
+This process holds no model: it checks requests, queues them (`scheduler`) and turns tokens into text. Conversations are
+kept only while they are answered, and never logged.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 from starlette.types import Receive, Scope, Send
 
 from nanochat import infer
-from nanochat.data import chat_format
+from nanochat.data import Tokenizer, chat_format
 from nanochat.data.chat_format import Piece
 from nanochat.serve import middleware, schema
 from nanochat.serve import scheduler as scheduling
@@ -120,7 +120,8 @@ async def health(request: Request) -> dict[str, Any]:
 async def stats(request: Request) -> dict[str, Any]:
     """Return the model, the load and the workers."""
     scheduler: Scheduler = request.app.state.scheduler
-    info, answers = scheduler.info, scheduling.values(scheduler.metrics.answers)
+    info, counts = scheduler.info, scheduler.metrics
+    answers = {finish: int(counts.value("answers_total", finish=finish)) for finish in scheduling.FINISHES}
     workers = [
         {
             "gpu": index,
@@ -140,8 +141,8 @@ async def stats(request: Request) -> dict[str, Any]:
         "queue": {"length": len(scheduler.queue), "limit": scheduler.queue_limit},
         "active": scheduler.active,
         "workers": workers,
-        "answers": {labels[0]: int(n) for (suffix, *labels), n in answers.items() if suffix == "_total"},
-        "tokens": int(scheduling.values(scheduler.metrics.tokens)["_total",]),
+        "answers": {finish: n for finish, n in answers.items() if n},
+        "tokens": int(counts.value("tokens_total")),
     }
 
 
@@ -171,7 +172,7 @@ class Update(NamedTuple):
 
 
 async def chat(request: Request, body: ChatRequest) -> Response:
-    """Answer in our own dialect: a stream of tokens."""
+    """Answer in our own dialect, as a stream."""
     scheduler: Scheduler = request.app.state.scheduler
     streams, updates = await _submit(scheduler, body)
 
@@ -193,17 +194,13 @@ async def completion(request: Request, body: CompletionRequest) -> Any:
         raise ApiError(404, f"no such model; this server has {info.name}", param="model", code="model_not_found")
     streams, updates = await _submit(scheduler, body, body.n, body.stop)
     assert info
-    kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    header: Any = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": info.name,
-    }
+    header: Any = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}
+    header |= {"created": int(time.time()), "model": info.name}
     if body.stream:
+        header["object"] += ".chunk"
         return EventStream(scheduler, streams, _chunks(body, streams, updates, header))
     pieces: list[list[Piece]] = [[] for _ in streams]
-    reasons = ["" for _ in streams]
+    reasons = [""] * len(streams)
     async with _cancelled_on_exit(request.receive, scheduler, streams):
         async for update in updates:
             pieces[update.index] += update.pieces
@@ -272,23 +269,16 @@ async def _submit(
     ]
     wake = asyncio.Event()
     streams = scheduling.submit(scheduler, requests, wake)
-    readers = [
-        AnswerReader(stream, chat_format.Reader(info.tokenizer), StopSequenceFilter(stops)) for stream in streams
-    ]
-    return streams, _updates(scheduler, readers, wake)
+    return streams, _updates(scheduler, streams, wake, info.tokenizer, stops)
 
 
-class AnswerReader(NamedTuple):
-    """A stream, and what turns its tokens into pieces of text."""
-
-    stream: Stream
-    detokenizer: chat_format.Reader
-    stop_filter: "StopSequenceFilter"
-
-
-async def _updates(scheduler: Scheduler, readers: Sequence[AnswerReader], wake: asyncio.Event) -> AsyncIterator[Update]:
+async def _updates(
+    scheduler: Scheduler, streams: Sequence[Stream], wake: asyncio.Event, tokenizer: Tokenizer, stops: Sequence[str]
+) -> AsyncIterator[Update]:
     """Yield what is new until all streams have ended; an empty update after a long silence."""
-    running = dict(enumerate(readers))
+    running = {
+        i: (stream, chat_format.Reader(tokenizer), StopSequenceFilter(stops)) for i, stream in enumerate(streams)
+    }
     while running:
         try:
             async with asyncio.timeout(KEEP_ALIVE_SECONDS):
@@ -298,13 +288,11 @@ async def _updates(scheduler: Scheduler, readers: Sequence[AnswerReader], wake: 
             continue
         wake.clear()
         for index, (stream, detokenizer, stop_filter) in tuple(running.items()):
-            ended, tokens = stream.ended, scheduling.take(stream)
-            if not ended and not tokens:
-                continue
+            ended, finish, error = stream.ended, stream.finish, stream.error
+            tokens, stream.tokens = stream.tokens, []
             texts = [piece for token in tokens for piece in detokenizer.feed(token)]
             pieces = stop_filter.feed(texts + (detokenizer.close() if ended else []))
             pieces += stop_filter.close() if ended else []
-            finish, error = stream.finish, stream.error
             if stop_filter.stopped:
                 scheduling.cancel(scheduler, stream)
                 ended, finish, error = True, "stop", None

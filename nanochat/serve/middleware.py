@@ -28,6 +28,7 @@ from nanochat.config import UserError
 from nanochat.serve import scheduler as scheduling
 from nanochat.serve.scheduler import Metrics, Scheduler
 from nanochat.serve.schema import MAX_BODY_BYTES, ApiError
+from nanochat.text import reason
 
 PUBLIC_PATHS = ("/", "/health")  # without a token; the page asks for it before it calls the rest
 SECURITY_HEADERS = {
@@ -44,24 +45,17 @@ log = logging.getLogger("nanochat.serve")
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Who may connect, and how slowly.
+    """Who may connect, and how slowly."""
 
-    Attributes:
-        host, port: to listen on; port 0: any free one. token: that clients must send, or None.
-        hosts: further names of the server, behind a proxy. connections: at once.
-        body_seconds, header_seconds: for a request's body and header to arrive.
-        send_seconds: that a client may leave sent data unread. idle_seconds: between two requests of a connection.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = dataclasses.field(default=None, repr=False)
-    hosts: tuple[str, ...] = ()
-    connections: int = 512
-    body_seconds: float = 10.0
+    host: str = "127.0.0.1"  # to listen on
+    port: int = 8000  # 0: any free one
+    token: str | None = dataclasses.field(default=None, repr=False)  # that clients must send
+    hosts: tuple[str, ...] = ()  # further names of the server, behind a proxy
+    connections: int = 512  # at once
+    body_seconds: float = 10.0  # for a request's body to arrive
     header_seconds: float = 10.0
-    send_seconds: float = 30.0
-    idle_seconds: int = 15
+    send_seconds: float = 30.0  # that a client may leave sent data unread
+    idle_seconds: int = 15  # between two requests of a connection
 
     @property
     def is_local(self) -> bool:
@@ -98,11 +92,7 @@ def content_security_policy(html: str) -> str:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """Return the body of a JSON request.
-
-    Raises:
-        ApiError: 415, not JSON; 413, too large; 408, too slow, or the client is gone.
-    """
+    """Return the body of a JSON request."""
     close = {"connection": "close"}  # the rest of the body is not read
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
@@ -126,12 +116,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 class SecurityMiddleware:
-    """ASGI middleware: refuses strangers, adds headers, counts responses.
-
-    A web page of another origin can make a browser post here, and by DNS rebinding even call this server by a name of
-    its own. So a request with an Origin has to come from our own page, and a server that only this machine can reach
-    answers only to local names (Host).
-    """
+    """ASGI middleware: refuses strangers, adds headers, counts responses."""
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
@@ -167,6 +152,7 @@ class SecurityMiddleware:
 
 
 def _check_origin(headers: Headers, limits: Limits) -> None:
+    # Another web page can make a browser post here, and by DNS rebinding even call this server by a name of its own.
     host, origin = headers.get("host", ""), headers.get("origin")
     try:
         name = urlsplit(f"//{host}").hostname
@@ -285,36 +271,23 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self._scheduler.fatal_error is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        scheduling.end_streams(self._scheduler, "the server is shutting down")
+        scheduling.end_streams(self._scheduler)
         await super().shutdown(sockets)
 
 
 def listen(limits: Limits) -> socket.socket:
-    """Return a bound socket.
-
-    Raises:
-        UserError: the port is in use, or there is no such address.
-    """
+    """Return a bound socket."""
     is_ipv6 = ":" in limits.host
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         return socket.create_server((limits.host, limits.port), family=family, dualstack_ipv6=is_ipv6)
     except (OSError, ValueError) as error:  # ValueError: there is no IPv6 here
-        where, reason = f"host={limits.host} port={limits.port}", str(getattr(error, "strerror", None) or error)
-        raise UserError(
-            f"{where}: could not listen there ({reason.partition(' (')[0]}); try another: --set port=8001"
-        ) from None
+        problem = f"could not listen there ({reason(error).partition(' (')[0]})"
+        raise UserError(f"host={limits.host} port={limits.port}: {problem}; try another: --set port=8001") from None
 
 
 def run(app: ASGIApp, scheduler: Scheduler, limits: Limits, on_ready: Callable[[int], None] | None = None) -> None:
-    """Serve until a signal, or until no worker can be started.
-
-    Args:
-        on_ready: called with the port as soon as a worker is ready.
-
-    Raises:
-        UserError: the address is in use, or the model could not be loaded.
-    """
+    """Serve until a signal, or until no worker can be started; `on_ready` gets the port as soon as one is ready."""
     is_main = threading.current_thread() is threading.main_thread()
     # uvicorn raises a signal again when all is closed: the program then has to exit cleanly too, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if is_main else None

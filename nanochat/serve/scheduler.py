@@ -1,8 +1,6 @@
 """One queue for all workers: which request gets a slot and when, and what happens to those of a worker that exits.
 
-Everything here runs in one event loop; workers deliver their messages from threads, through it. A stream is one answer
-in progress: it waits, runs in a slot of one worker, and ends once, with a finish reason or an error. Tokens that the
-client has not taken yet are kept as ids, at most `max_tokens` of them.
+Everything here runs in one event loop; workers deliver their messages from threads, through it.
 """
 
 import asyncio
@@ -11,45 +9,40 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nanochat.infer import Request
 from nanochat.serve.schema import ApiError
-from nanochat.serve.worker import Connect, Message, WorkerHandle, WorkerInfo
+from nanochat.serve.worker import Deliver, Message, WorkerHandle, WorkerInfo
 
 BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 RESTART_SECONDS = (1.0, 60.0)  # the first pause before a restart, and the longest; each is twice the one before
 HANG_SECONDS = 120.0  # a worker with requests that is silent for longer is treated as hung
-STABLE_SECONDS = 60.0  # a worker that was ready for longer starts again after the first pause
+STABLE_SECONDS = 60.0  # a worker that ran for longer starts again after the first pause
+FINISHES = ("stop", "length", "cancelled", "failed")
+SHUTDOWN = "the server is shutting down"
+
+Connect = Callable[[Deliver], WorkerHandle]  # starts a worker
 
 log = logging.getLogger("nanochat.serve")
 
 
 @dataclasses.dataclass
 class Stream:
-    """An answer in progress.
-
-    Attributes:
-        wake: set whenever there are new tokens, or the end.
-        worker: index of the worker that runs it; None while it waits, or if it ended waiting.
-        tokens: ids that have not been taken; n_tokens: of all so far.
-        finish: "stop" or "length" after a normal end. error: the reason of any other end.
-        arrived, first: when the request and its first token came, in seconds of `time.perf_counter`.
-    """
+    """An answer in progress: it waits, runs in a slot of a worker, and ends once, with a finish reason or an error."""
 
     key: int
     request: Request
-    wake: asyncio.Event
-    worker: int | None = None
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    wake: asyncio.Event  # set whenever there are new tokens, or the end
+    worker: int | None = None  # index of the worker that runs it; None while it waits, or if it ended waiting
+    tokens: list[int] = dataclasses.field(default_factory=list)  # that the client has not taken
     n_tokens: int = 0
-    finish: str | None = None
-    error: str | None = None
+    finish: str | None = None  # "stop" or "length" after a normal end
+    error: str | None = None  # the reason of any other end
     arrived: float = dataclasses.field(default_factory=time.perf_counter)
-    first: float | None = None
 
     @property
     def ended(self) -> bool:
@@ -58,15 +51,15 @@ class Stream:
 
 @dataclasses.dataclass
 class Worker:
-    """A worker and its streams; `error` is why it exited last, `last_heartbeat` when it last sent or got something."""
+    """A worker and its streams."""
 
     connect: Connect
     handle: WorkerHandle | None = None
-    info: WorkerInfo | None = None
+    info: WorkerInfo | None = None  # while it is ready
     streams: dict[int, Stream] = dataclasses.field(default_factory=dict)
     restarts: int = 0
-    error: str | None = None
-    last_heartbeat: float = 0.0
+    error: str | None = None  # why it exited last
+    last_heartbeat: float = 0.0  # when it last sent or got something
 
     @property
     def free_slots(self) -> int:
@@ -83,35 +76,27 @@ class Metrics:
         self.answers = Counter("answers", "Answers by how they ended.", ["finish"], **names)
         self.tokens = Counter("tokens", "Generated tokens.", **names)
         self.restarts = Counter("restarts", "Restarts of a worker.", ["gpu"], **names)
-        timings: Any = {"buckets": BUCKETS_SECONDS} | names
-        self.first_token_seconds = Histogram("first_token_seconds", "From a request to its first token.", **timings)
-        self.answer_seconds = Histogram("answer_seconds", "From a request to the end of its answer.", **timings)
+        names["buckets"] = BUCKETS_SECONDS
+        self.first_token_seconds = Histogram("first_token_seconds", "From a request to its first token.", **names)
+        self.answer_seconds = Histogram("answer_seconds", "From a request to the end of its answer.", **names)
 
-
-def values(metric: Counter | Histogram) -> dict[tuple[str, ...], float]:
-    """Return {(sample's suffix, *label values): value} of a metric."""
-    samples = [(family.name, sample) for family in metric.collect() for sample in family.samples]
-    return {(sample.name.removeprefix(name), *sample.labels.values()): sample.value for name, sample in samples}
+    def value(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(f"nanochat_{name}", labels) or 0.0
 
 
 @dataclasses.dataclass
 class Scheduler:
-    """The workers and their queue.
-
-    Attributes:
-        info: of the model, as soon as a worker has been ready. fatal_error: why no worker can ever be ready.
-        tasks: one for each worker, which keeps it running.
-    """
+    """The workers and their queue."""
 
     workers: list[Worker]
     queue_limit: int
     metrics: Metrics
-    info: WorkerInfo | None = None
-    fatal_error: str | None = None
+    info: WorkerInfo | None = None  # of the model, as soon as a worker has been ready
+    fatal_error: str | None = None  # why no worker can ever be ready
     closing: bool = False
     queue: dict[int, Stream] = dataclasses.field(default_factory=dict)
     keys: itertools.count = dataclasses.field(default_factory=itertools.count)
-    tasks: list[asyncio.Task] = dataclasses.field(default_factory=list)
+    tasks: list[asyncio.Task] = dataclasses.field(default_factory=list)  # one for each worker, which keeps it running
 
     @property
     def ready(self) -> bool:
@@ -145,34 +130,30 @@ def start(scheduler: Scheduler) -> None:
 
 async def stop(scheduler: Scheduler) -> None:
     """End all streams and workers."""
-    end_streams(scheduler, "the server is shutting down")
+    end_streams(scheduler)
     for task in scheduler.tasks:
         task.cancel()
     await asyncio.gather(*scheduler.tasks, return_exceptions=True)
 
 
-def end_streams(scheduler: Scheduler, reason: str) -> None:
+def end_streams(scheduler: Scheduler) -> None:
     """End all streams and accept no more, for a shutdown."""
     scheduler.closing = True
     running = [stream for worker in scheduler.workers for stream in worker.streams.values()]
     for stream in [*scheduler.queue.values(), *running]:
-        cancel(scheduler, stream, reason)
+        cancel(scheduler, stream, SHUTDOWN)
 
 
 # Streams
 
 
 def submit(scheduler: Scheduler, requests: Sequence[Request], wake: asyncio.Event) -> list[Stream]:
-    """Queue one stream for each request, all of them or none.
-
-    Raises:
-        ApiError: 503; the queue is full, or the server is shutting down.
-    """
+    """Queue one stream for each request, all of them or none."""
     if scheduler.closing:
-        raise overloaded("the server is shutting down", 5)
+        raise overloaded(SHUTDOWN, 5)
     free = sum(worker.free_slots for worker in scheduler.workers)
     if max(0, len(scheduler.queue) + len(requests) - free) > scheduler.queue_limit:
-        raise overloaded(f"{len(scheduler.queue)} requests are waiting: try again later", retry_seconds(scheduler))
+        raise overloaded(f"{len(scheduler.queue)} requests are waiting: try again later", _retry_seconds(scheduler))
     streams = [Stream(next(scheduler.keys), request, wake) for request in requests]
     scheduler.queue.update((stream.key, stream) for stream in streams)
     _dispatch(scheduler)
@@ -193,23 +174,16 @@ def cancel(scheduler: Scheduler, stream: Stream, reason: str = "cancelled") -> N
     _dispatch(scheduler)
 
 
-def take(stream: Stream) -> list[int]:
-    """Return the tokens since the last call."""
-    tokens, stream.tokens = stream.tokens, []
-    return tokens
+def overloaded(message: str, retry_after_seconds: int) -> ApiError:
+    return ApiError(503, message, type="overloaded_error", headers={"Retry-After": str(retry_after_seconds)})
 
 
-def retry_seconds(scheduler: Scheduler) -> int:
+def _retry_seconds(scheduler: Scheduler) -> int:
     """Estimate from the answers so far when the queue will have room."""
     slots = sum(worker.info.slots for worker in scheduler.workers if worker.info)
-    answers = values(scheduler.metrics.answer_seconds)
-    mean_seconds = answers["_sum",] / max(1, answers["_count",])
+    n_answers, seconds = (scheduler.metrics.value(f"answer_seconds_{name}") for name in ("count", "sum"))
+    mean_seconds = seconds / max(1, n_answers)
     return max(1, min(60, round(mean_seconds * len(scheduler.queue) / slots))) if slots else 5
-
-
-def overloaded(message: str, retry_after_seconds: int) -> ApiError:
-    """Return a 503."""
-    return ApiError(503, message, type="overloaded_error", headers={"Retry-After": str(retry_after_seconds)})
 
 
 def _dispatch(scheduler: Scheduler) -> None:
@@ -227,18 +201,17 @@ def _dispatch(scheduler: Scheduler) -> None:
 
 
 def _add(scheduler: Scheduler, worker: Worker, stream: Stream, token: int, finish: str | None) -> None:
-    now = time.perf_counter()
-    if stream.first is None:
-        stream.first = now
-        scheduler.metrics.first_token_seconds.observe(now - stream.arrived)
+    seconds, metrics = time.perf_counter() - stream.arrived, scheduler.metrics
+    if stream.n_tokens == 0:
+        metrics.first_token_seconds.observe(seconds)
     stream.tokens.append(token)
     stream.n_tokens += 1
-    scheduler.metrics.tokens.inc()
+    metrics.tokens.inc()
     if finish:
         stream.finish = finish
         del worker.streams[stream.key]
-        scheduler.metrics.answers.labels(finish).inc()
-        scheduler.metrics.answer_seconds.observe(now - stream.arrived)
+        metrics.answers.labels(finish).inc()
+        metrics.answer_seconds.observe(seconds)
     stream.wake.set()
 
 
@@ -262,21 +235,20 @@ async def _supervise(scheduler: Scheduler, index: int) -> None:
                 loop.call_soon_threadsafe(inbox.put_nowait, message)
 
         handle = worker.handle = worker.connect(deliver)
-        is_fatal, ready_at = False, time.monotonic()
+        started = time.monotonic()
         try:
-            while (message := await _next_message(worker, inbox))[0] != "exited":
-                if message[0] == "ready":
-                    ready_at = time.monotonic()
-                elif message[0] == "failed":
-                    is_fatal = message[2]
+            while (message := await _next_message(worker, inbox)) != ("exited",):
                 _handle(scheduler, worker, message)
         finally:
-            _drop_worker(scheduler, worker)
+            worker.handle = worker.info = None
+            worker.error = worker.error or "its process ended"
+            lost, worker.streams = worker.streams, {}
+            for stream in lost.values():
+                _fail(scheduler, stream, "the model's process failed while it was answering: try again")
             await asyncio.shield(loop.run_in_executor(None, handle.close))
-        if is_fatal and scheduler.info is None:
-            scheduler.fatal_error = worker.error
+        if scheduler.fatal_error:
             return
-        if time.monotonic() - ready_at > STABLE_SECONDS:
+        if time.monotonic() - started > STABLE_SECONDS:
             pause = RESTART_SECONDS[0]
         log.error("worker %d exited (%s); restarting it in %g s", index, worker.error, pause)
         await asyncio.sleep(pause)
@@ -299,24 +271,18 @@ async def _next_message(worker: Worker, inbox: asyncio.Queue[Message]) -> Messag
 
 def _handle(scheduler: Scheduler, worker: Worker, message: Message) -> None:
     worker.last_heartbeat = time.monotonic()
-    if message[0] == "tokens":
-        for key, token, finish in message[1]:
-            if stream := worker.streams.get(key):  # a cancel and a token may cross
-                _add(scheduler, worker, stream, token, finish)
-    elif message[0] == "ready":
-        worker.info, worker.error, scheduler.info = message[1], None, message[1]
-    elif message[0] == "refused":
-        if stream := worker.streams.pop(message[1], None):
-            _fail(scheduler, stream, message[2])
-    elif message[0] == "failed":
-        worker.error = message[1]
+    match message:
+        case ("tokens", new):
+            for key, token, finish in new:
+                if stream := worker.streams.get(key):  # a cancel and a token may cross
+                    _add(scheduler, worker, stream, token, finish)
+        case ("ready", info):
+            worker.info, worker.error, scheduler.info = info, None, info
+        case ("refused", key, reason):
+            if stream := worker.streams.pop(key, None):
+                _fail(scheduler, stream, reason)
+        case ("failed", reason, is_fatal):
+            worker.error = reason
+            if is_fatal and scheduler.info is None:
+                scheduler.fatal_error = reason
     _dispatch(scheduler)
-
-
-def _drop_worker(scheduler: Scheduler, worker: Worker) -> None:
-    """Forget a worker that exited: its streams fail."""
-    worker.handle = worker.info = None
-    worker.error = worker.error or "its process ended"
-    lost, worker.streams = list(worker.streams.values()), {}
-    for stream in lost:
-        _fail(scheduler, stream, "the model's process failed while it was answering: try again")

@@ -1,9 +1,8 @@
 """The HTTP API's requests, responses and errors as pydantic models, from which FastAPI generates the OpenAPI document.
 
-Two dialects: our own (`ChatRequest`) and OpenAI's (`CompletionRequest`). The latter accepts what this server
-supports and what changes no answer, and refuses the rest: a parameter ignored in silence would mislead the client.
-Every error has OpenAI's shape, on every route. Tool calls are not part of OpenAI's `content`; they go into the field
-`nanochat_parts`, so a client that sends a message back as it came gives the model its own tool calls again.
+Two dialects: our own (`ChatRequest`) and OpenAI's (`CompletionRequest`), which refuses what this server does not
+support and what would change an answer: a parameter ignored in silence would mislead the client. Tool calls go into the
+field `nanochat_parts`: a client that sends a message back as it came gives the model its own tool calls again.
 """
 
 import collections
@@ -43,7 +42,7 @@ class ErrorResponse(BaseModel):
 
 
 class ApiError(HTTPException):
-    """A refusal; `body` is what the client gets, on all routes and within streams."""
+    """A refusal in OpenAI's form, on all routes and within streams."""
 
     def __init__(self, status: int, message: str, *, headers: Mapping[str, str] | None = None, **detail: Any) -> None:
         super().__init__(status, message, dict(headers or {}))
@@ -141,31 +140,25 @@ class Message(Strict):
 
 
 def _check_messages(messages: list[Message]) -> list[Message]:
-    """Check what types do not say; the order of turns is checked by `chat_format`."""
-    chars = 0
+    """Check what neither types nor `chat_format.check` do."""
+    total = 0
     for number, message in enumerate(messages):
         param = f"messages[{number}].{'content' if message.nanochat_parts is None else 'nanochat_parts'}"
-        content, is_assistant = message.effective_content, message.role == "assistant"
-        if message.role == "system" and number:
-            _refuse(f"messages[{number}].role", 'is "system": a system message comes first')
-        if message.nanochat_parts is not None and not is_assistant:
+        content = message.effective_content
+        if message.nanochat_parts is not None and message.role != "assistant":
             _refuse(param, "is for the assistant's messages")
         if content is None:
             _refuse(param, "is missing")
-        parts = [Part(type="text", text=content)] if isinstance(content, str) else content
-        for index, part in enumerate(parts):
-            if part.type != "text" and not is_assistant:
-                _refuse(f"{param}[{index}].type", f'is "{part.type}", expected text')
-        text = "".join(part.text for part in parts)
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
         if not text:
             _refuse(param, "is empty")
         if text.encode("utf-8", "replace").decode() != text:
             _refuse(param, "has half of a surrogate pair, which is not a character")
         if len(text) > MAX_MESSAGE_CHARS:
             _refuse(param, f"has {len(text):,} characters: at most {MAX_MESSAGE_CHARS:,} are allowed")
-        chars += len(text)
-    if chars > MAX_CHARS:
-        _refuse("messages", f"have {chars:,} characters: at most {MAX_CHARS:,} in all are allowed")
+        total += len(text)
+    if total > MAX_CHARS:
+        _refuse("messages", f"have {total:,} characters: at most {MAX_CHARS:,} in all are allowed")
     return messages
 
 
@@ -256,28 +249,25 @@ class CompletionRequest(ChatRequest):
 
 
 def decode(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in `body`.
-
-    Raises:
-        ApiError: 400; not UTF-8, not JSON, not an object, a duplicate key, NaN or Infinity, or nested too deeply.
-    """
+    """Return the JSON object in `body`: in UTF-8, without duplicate keys, NaN and Infinity, not nested too deeply."""
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
-        problem = "" if isinstance(value, dict) else f"is {_shown(value)}, expected a JSON object"
+        if isinstance(value, dict):
+            return value
+        problem = f"is {_shown(value)}, expected a JSON object"
     except UnicodeDecodeError as error:
         problem = f"is not UTF-8: byte {error.start} is {body[error.start]:#04x}"
     except RecursionError:
         problem = "is nested too deeply"
     except ValueError as error:
         problem = f"is not valid JSON: {error}"
-    if problem:
-        raise ApiError(400, f"the body {problem}", code="invalid_json")
-    return value
+    raise ApiError(400, f"the body {problem}", code="invalid_json")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if duplicates := [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]:
-        raise ValueError(f"duplicate key {_shown(duplicates[0])}")
+    counts = collections.Counter(name for name, _ in pairs)
+    if len(counts) < len(pairs):
+        raise ValueError(f"duplicate key {_shown(counts.most_common(1)[0][0])}")
     return dict(pairs)
 
 
@@ -303,8 +293,7 @@ def conversation(messages: Iterable[Message]) -> list[dict[str, Any]]:
 
 def event(value: BaseModel | Mapping[str, Any]) -> bytes:
     """Return a server-sent event: one line, whatever the client takes for a line end."""
-    line = to_json(value).decode().translate(LINE_ENDS)
-    return b"data: " + line.encode() + b"\n\n"
+    return f"data: {to_json(value).decode().translate(LINE_ENDS)}\n\n".encode()
 
 
 class Usage(BaseModel):
@@ -350,20 +339,16 @@ def token_event(piece: Piece, gpu: int) -> dict[str, Any]:
 
 
 def parts(pieces: Iterable[Piece]) -> list[Part]:
-    """Return an answer's pieces as the parts of a message."""
-    return [Part.model_validate({"type": PART_TYPES[kind], "text": text}) for kind, text in pieces]
-
-
-PART_TYPES = {"text": "text", "python": "python", "output": "python_output"}
+    types = {"text": "text", "python": "python", "output": "python_output"}
+    return [Part.model_validate({"type": types[kind], "text": text}) for kind, text in pieces]
 
 
 def delta(piece: Piece) -> dict[str, Any]:
-    """Return a piece as the delta of one of OpenAI's chunks."""
+    """Return a piece as OpenAI's delta."""
     return {"content": piece.text} if piece.kind == "text" else {"nanochat_parts": parts([piece])}
 
 
 def assistant_message(pieces: Iterable[Piece]) -> AssistantMessage:
-    """Return a complete answer; its `nanochat_parts` is absent if no tool was called."""
     merged = merge(pieces)
     return AssistantMessage(
         content="".join(text for kind, text in merged if kind == "text"),

@@ -1,6 +1,6 @@
 """A process that owns one device and answers many requests at once on it, and the server's handle of it.
 
-The messages, tuples over a pipe. To the worker:
+Messages are tuples over a pipe. To the worker:
     ("new", key, request)                       start an answer to an `infer.Request`
     ("cancel", key)                             forget it
     ("end",)                                    exit
@@ -10,9 +10,6 @@ From the worker:
     ("refused", key, reason)                    this request cannot be answered
     ("failed", reason, is_fatal)                it exits; fatal: a restart would end in the same way
     ("exited",)                                 the process has exited; sent by the handle, once, as its last message
-
-An idle worker waits for messages, a busy one reads them between steps. It exits when the other end of the pipe closes,
-whatever happened to the process that held it.
 """
 
 import contextlib
@@ -20,14 +17,14 @@ import dataclasses
 import gc
 import multiprocessing
 import os
-import queue
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,22 +33,18 @@ from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.distributed import DTYPES
 from nanochat.infer import Engine, Request
+from nanochat.text import reason
 
 CPU_NICE = 5  # a worker that computes on the CPU leaves the server, which needs little, the first turn
 EXIT_SECONDS = 3.0  # for a process to exit when it is asked to, and again after each signal
 
 Message = tuple[Any, ...]
+Deliver = Callable[[Message], None]  # what a handle calls, from any thread, with each message of its worker
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerConfig:
-    """What a worker loads and how it runs.
-
-    Attributes:
-        run, step: as in `checkpoint.load`. dtype: auto, float32, bfloat16 or float16.
-        slots: requests answered at once. context: tokens of a conversation, answer included; None: the model's.
-        compile: compile the decode step. exact: as in `infer.start`.
-    """
+    """What a worker loads and how it runs; see `checkpoint.load` and `infer.start`."""
 
     run: str | None = None
     step: int | None = None
@@ -64,87 +57,56 @@ class WorkerConfig:
 
 
 class WorkerInfo(NamedTuple):
-    """A worker that is ready: its model, and `notice`, a remark for users of it, or None; `about` is all in a line."""
+    """A worker that is ready, and its model."""
 
     name: str
     step: int
     stage: str
-    notice: str | None
+    notice: str | None  # a remark for users of the model
     tokenizer: Tokenizer
     context: int
     slots: int
     device: str
-    about: str
-
-
-class WorkerHandle(Protocol):
-    """A worker as the scheduler sees it."""
-
-    def send(self, message: Message) -> None:
-        """Send without waiting; ignored after the worker's exit."""
-        ...
-
-    def close(self) -> None:
-        """End the worker and return when it has exited."""
-        ...
-
-
-Connect = Callable[[Callable[[Message], None]], WorkerHandle]
-"""Starts a worker, given a function to call with each of its messages, from any thread."""
+    about: str  # all of it in a line
 
 
 # The server's end
 
 
-def start(config: WorkerConfig, deliver: Callable[[Message], None]) -> WorkerHandle:
-    """Start a worker in a process of its own."""
-    context = multiprocessing.get_context("spawn")  # a fork would take CUDA and threads with it
-    ours, theirs = context.Pipe()
-    process = context.Process(target=main, args=(theirs, config), name=f"worker on {config.device}", daemon=True)
-    process.start()
-    theirs.close()  # or the end of the process would not close the pipe
-    return _ProcessHandle(process, ours, deliver)
+class WorkerHandle:
+    """A worker's process, and two threads, so that its pipe never blocks the event loop."""
 
-
-class _ProcessHandle:
-    """A process and two threads, so that its pipe never blocks the event loop; see `WorkerHandle`."""
-
-    def __init__(self, process: Any, pipe: Connection, deliver: Callable[[Message], None]) -> None:
-        self._process, self._pipe, self._deliver = process, pipe, deliver
-        self._outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=f, name=f.__name__, daemon=True) for f in (self._read, self._write)]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, config: WorkerConfig, deliver: Deliver) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would take CUDA and threads with it
+        self._pipe, theirs = context.Pipe()
+        name = f"worker on {config.device}"
+        self._process = context.Process(target=main, args=(theirs, config), name=name, daemon=True)
+        self._process.start()
+        theirs.close()  # or the end of the process would not close the pipe
+        self._writer = ThreadPoolExecutor(1, "write")
+        self._reader = threading.Thread(target=self._read, args=(deliver,), name="read", daemon=True)
+        self._reader.start()
 
     def send(self, message: Message) -> None:
-        self._outgoing.put(message)
+        """Send without waiting; ignored after the worker's exit, which the reader reports."""
+        self._writer.submit(self._pipe.send, message)
 
     def close(self) -> None:
-        self._outgoing.put(("end",))
-        self._outgoing.put(None)
+        """End the worker and return when it has exited."""
+        self.send(("end",))
         self._process.join(EXIT_SECONDS)
         for signal_process in (self._process.terminate, self._process.kill):  # it is loading, or hangs
             if self._process.is_alive():
                 signal_process()
                 self._process.join(EXIT_SECONDS)
-        for thread in self._threads:
-            thread.join(EXIT_SECONDS)
+        self._writer.shutdown(wait=False, cancel_futures=True)
+        self._reader.join(EXIT_SECONDS)
 
-    def _read(self) -> None:
-        try:
+    def _read(self, deliver: Deliver) -> None:
+        with contextlib.suppress(EOFError, OSError):
             while True:
-                self._deliver(self._pipe.recv())
-        except (EOFError, OSError):
-            pass
-        self._outgoing.put(None)
-        self._deliver(("exited",))
-
-    def _write(self) -> None:
-        try:
-            while (message := self._outgoing.get()) is not None:
-                self._pipe.send(message)
-        except OSError:
-            pass  # the reader sees the end as well, and reports it
+                deliver(self._pipe.recv())
+        deliver(("exited",))
 
 
 # The worker's end
@@ -167,34 +129,20 @@ def main(pipe: Connection, config: WorkerConfig) -> None:
         is_fatal = isinstance(error, UserError)
         if not is_fatal:
             traceback.print_exc()
-        reason = str(error) if is_fatal else f"{type(error).__name__}: {error}".splitlines()[0]
+        message = str(error) if is_fatal else f"{type(error).__name__}: {reason(error)}"
         with contextlib.suppress(OSError):
-            pipe.send(("failed", reason, is_fatal))
+            pipe.send(("failed", message, is_fatal))
         sys.exit(1)
 
 
 def load(config: WorkerConfig) -> tuple[Engine, WorkerInfo]:
-    """Load the model and start an engine with it.
-
-    Raises:
-        UserError: there is no such model, or it does not run here.
-    """
-    device = torch.device(config.device)
+    """Load the model and start an engine with it."""
+    device, dtype = torch.device(config.device), DTYPES.get(config.dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = DTYPES.get(config.dtype)
     loaded = checkpoint.load(config.run, step=config.step, device=device, dtype=dtype)
-    engine = infer.start(
-        loaded.params,
-        loaded.config,
-        loaded.tokenizer,
-        slots=config.slots,
-        context=config.context,
-        device=device,
-        dtype=dtype,
-        compile=config.compile,
-        exact=config.exact,
-    )
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("slots", "context", "compile", "exact")}
+    engine = infer.start(loaded.params, loaded.config, loaded.tokenizer, device=device, dtype=dtype, **options)
     if config.compile:
         infer.warm_up(engine)
     return engine, WorkerInfo(
@@ -211,40 +159,30 @@ def load(config: WorkerConfig) -> tuple[Engine, WorkerInfo]:
 
 
 def serve_requests(pipe: Connection, engine: Engine) -> None:
-    """Answer requests until an "end" message.
-
-    Raises:
-        EOFError, ConnectionError: the pipe is closed.
-    """
+    """Answer requests until an "end" message: idle it waits for messages, busy it reads them between steps."""
     waiting: dict[int, Request] = {}
-    running: set[int] = set()
     while True:
-        while pipe.poll(0 if waiting or running else None):
-            message = pipe.recv()
-            if message[0] == "end":
-                return
-            if message[0] == "new":
-                waiting[message[1]] = message[2]
-            elif message[1] in running:
-                running.remove(message[1])
-                infer.cancel(engine, message[1])
-            else:
-                waiting.pop(message[1], None)
+        while pipe.poll(0 if waiting or engine.active else None):
+            match pipe.recv():
+                case ("new", key, request):
+                    waiting[key] = request
+                case ("cancel", key):
+                    waiting.pop(key, None)
+                    infer.cancel(engine, key)
+                case _:
+                    return
         if waiting and infer.free_slots(engine):
             key = next(iter(waiting))
             try:
                 infer.admit(engine, key, waiting.pop(key))
-                running.add(key)
             except UserError as error:
                 pipe.send(("refused", key, str(error)))
-        events = [(event.key, event.token, event.finish) for event in infer.step(engine)]
-        running.difference_update(key for key, _, finish in events if finish)
-        if events:
-            pipe.send(("tokens", events))
+        if events := infer.step(engine):
+            pipe.send(("tokens", [(event.key, event.token, event.finish) for event in events]))
 
 
 def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    """Exit when the server does: loading or compiling, the main thread would not notice for minutes."""
+    if parent := multiprocessing.parent_process():
         wait([parent.sentinel])
-        os._exit(1)  # loading or compiling, the main thread would not notice for minutes
+        os._exit(1)

@@ -80,7 +80,7 @@ def serve(
     server = Server()
     info = worker.WorkerInfo("scripted", 1, "base" if notice else "sft", notice, TOKENIZER, context, slots, "cpu", "")
 
-    def connect(deliver: Callable[[worker.Message], None]) -> worker.WorkerHandle:
+    def connect(deliver: worker.Deliver) -> worker.WorkerHandle:
         return ScriptedWorker(server, replies, delay, load_seconds, info, deliver)
 
     server.scheduler = scheduler.create([connect] * workers, queue_limit)
@@ -116,7 +116,7 @@ def running(scheduler: Scheduler, limits: Limits) -> Iterator[tuple[str, Callabl
             stop()
 
 
-class ScriptedWorker:
+class ScriptedWorker(worker.WorkerHandle):
     """A worker that follows its script in the server's event loop."""
 
     def __init__(
@@ -126,7 +126,7 @@ class ScriptedWorker:
         delay: float,
         load_seconds: float,
         info: worker.WorkerInfo,
-        deliver: Callable[[worker.Message], None],
+        deliver: worker.Deliver,
     ) -> None:
         self._server, self._replies, self._delay, self._deliver = server, replies, delay, deliver
         self._answers: dict[int, tuple[asyncio.Task[None], str]] = {}

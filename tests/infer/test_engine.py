@@ -24,7 +24,8 @@ Made = list[tuple[int, bool, str | None]]  # token, sampled, finish
 
 
 def start(slots: int = 4, **settings: Any) -> Engine:
-    return engine.start(PARAMS, CONFIG, TOKENIZER, slots=slots, **{"compile": False} | settings)
+    options: dict[str, Any] = {"compile": False} | settings
+    return engine.start(PARAMS, CONFIG, TOKENIZER, slots=slots, **options)
 
 
 def prompt(n: int, seed: int = 0) -> tuple[int, ...]:

@@ -148,6 +148,8 @@ def test_special_tokens_in_a_message_stay_text(server: scripted.Server) -> None:
         ([("user", "x"), ("user", "y")], "message 2"),
         ([("user", "x"), ("assistant", "y")], "last message"),
         ([("system", "x")], "no user message"),
+        ([("user", "x"), ("system", "y")], "message 2"),
+        ([("user", [{"type": "python", "text": "1"}])], "content of the user must be a string"),
     ],
 )
 def test_turns_out_of_order_are_refused(server: scripted.Server, turns: list[tuple[str, str]], message: str) -> None:

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from nanochat.data.chat_format import Piece
 from nanochat.serve import schema
 from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, ErrorDetail
 
@@ -75,29 +74,20 @@ def test_bodies_other_than_a_strict_json_object_are_refused(body: bytes, message
         (HI * 501, "messages", "501 items: at most 500"),
         (["hi"], "messages[0]", "expected an object"),
         ([{"role": "user"}], "messages[0].content", "content is missing"),
-        ([{"role": "user", "content": ""}], "messages[0].content", "content is empty"),
         ([{"role": "user", "content": []}], "messages[0].content", "content is empty"),
         ([{"role": "user", "content": 5}], "messages[0].content", "is 5, expected a string or a list of parts"),
         ([{"role": "user", "content": {}}], "messages[0].content", "is an object, expected"),
         ([{"role": "user", "content": "x" * 8001}], "messages[0].content", "8,001 characters: at most 8,000"),
         ([{"role": "user", "content": "x" * 8000}] * 5, "messages", "40,000 characters: at most 32,000"),
         ([{"role": "tool", "content": "x"}], "messages[0].role", "role is \"tool\", expected 'system', 'user'"),
-        ([{"role": ["user"], "content": "x"}], "messages[0].role", "role is a list"),
-        ([{"content": "x"}], "messages[0].role", "role is missing"),
-        ([*HI, {"role": "system", "content": "x"}], "messages[1].role", "a system message comes first"),
         ([{"role": "user", "content": "x", "name": "Bob"}], "messages[0].name", "name is not supported"),
         ([{"role": "user", "content": "a\ud800"}], "messages[0].content", "surrogate"),
         ([{"role": "user", "content": [{"type": "image", "text": "x"}]}], "messages[0].content[0].type", "image"),
-        ([{"role": "user", "content": [{"type": "python", "text": "x"}]}], "messages[0].content[0].type", "python"),
-        ([{"role": "user", "content": [{"type": [], "text": "x"}]}], "messages[0].content[0].type", "a list"),
-        ([{"role": "user", "content": ["x"]}], "messages[0].content[0]", "expected an object"),
         ([{"role": "user", "nanochat_parts": []}], "messages[0].nanochat_parts", "assistant's messages"),
-        ([*HI, {"role": "assistant", "nanochat_parts": "x"}], "messages[1].nanochat_parts", "expected a valid list"),
     ],
 )
-@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
-def test_wrong_messages_are_refused_by_name(model: Any, messages: Any, param: str, message: str) -> None:
-    error = refusal(model, {"messages": messages})
+def test_wrong_messages_are_refused_by_name(messages: Any, param: str, message: str) -> None:
+    error = refusal(ChatRequest, {"messages": messages})
     assert error.param == param and message in error.message and len(error.message) < 300
 
 
@@ -110,33 +100,20 @@ def test_the_largest_conversation_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "values"),
+    ("name", "accepted", "refused"),
     [
-        ("temperature", (-0.1, 2.1, True, "0.5", [], {}, 10**20, float("inf"))),
-        ("top_k", (-1, 201, 1.5, False, "5")),
-        ("max_tokens", (0, 4097, 1.5, True, -1)),
-        ("seed", (2**63, -(2**63) - 1, 0.5, "1", True)),
+        ("temperature", (0, 2, 1.5), (-0.1, 2.1, True, "0.5", [], {}, 10**20, float("inf"))),
+        ("top_k", (0, 200, 5.0), (-1, 201, 1.5, False, "5")),
+        ("max_tokens", (1, 4096), (0, 4097, -1)),
+        ("seed", (0, -(2**63), 2**63 - 1), (2**63, -(2**63) - 1, 0.5)),
     ],
 )
-@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
-def test_numbers_out_of_bounds_or_of_another_type_are_refused(model: Any, name: str, values: tuple[Any]) -> None:
-    for value in values:
-        error = refusal(model, {"messages": HI, name: value})
+def test_numbers_have_bounds_and_strict_types(name: str, accepted: tuple[Any], refused: tuple[Any]) -> None:
+    for value in accepted:
+        assert getattr(parse(CompletionRequest, {"messages": HI, name: value}), name) == value
+    for value in refused:
+        error = refusal(CompletionRequest, {"messages": HI, name: value})
         assert error.param == name and error.message.startswith(f"{name} is ") and ", expected a " in error.message
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("temperature", (0, 2, 0.0, 1.5)),
-        ("top_k", (0, 200, 5.0)),
-        ("max_tokens", (1, 4096)),
-        ("seed", (0, -(2**63), 2**63 - 1)),
-    ],
-)
-def test_the_bounds_themselves_are_accepted(name: str, values: tuple[Any]) -> None:
-    for value in values:
-        assert getattr(parse(ChatRequest, {"messages": HI, name: value}), name) == value
 
 
 def test_unknown_parameters_are_refused_and_the_nearest_is_named() -> None:
@@ -152,28 +129,18 @@ def test_unknown_parameters_are_refused_and_the_nearest_is_named() -> None:
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logprobs": True}, "logprobs"),
         ({"top_p": 0.5}, "top_p"),
         ({"top_p": True}, "top_p"),
-        ({"frequency_penalty": 1}, "frequency_penalty"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
-        ({"n": 0}, "n"),
         ({"n": 9}, "n"),
-        ({"n": 1.5}, "n"),
-        ({"stream": "yes"}, "stream"),
         ({"stream": 1}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
-        ({"stream": True, "stream_options": 1}, "stream_options"),
-        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_completion_tokens": 5, "max_tokens": 6}, "max_completion_tokens"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": ""}, "stop"),
         ({"stop": [5]}, "stop"),
-        ({"stop": 5}, "stop"),
         ({"stop": "x" * 257}, "stop"),
-        ({"model": 5}, "model"),
     ],
 )
 def test_openai_parameters_that_are_not_supported_are_refused(body: dict[str, Any], param: str) -> None:
@@ -199,18 +166,6 @@ def test_text_parts_are_joined_and_tool_calls_stay_parts() -> None:
     assert content([*HI, {"role": "assistant", "content": lines}])[1] == "ab"
     called = [{"type": "text", "text": "a"}, {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
     assert content([*HI, {"role": "assistant", "content": called}])[1] == called
-
-
-def test_an_answer_with_tool_calls_can_be_sent_back() -> None:
-    pieces = [Piece("text", "a"), Piece("text", "b"), Piece("python", "1+1"), Piece("output", "2"), Piece("text", "c")]
-    message = schema.assistant_message(pieces)
-    assert message.content == "abc"
-    assert content([*HI, message.model_dump(mode="json")])[1] == [
-        {"type": "text", "text": "ab"},
-        {"type": "python", "text": "1+1"},
-        {"type": "python_output", "text": "2"},
-        {"type": "text", "text": "c"},
-    ]
 
 
 def test_events_are_one_line_each() -> None:
@@ -245,7 +200,7 @@ def test_any_json_is_validated_or_refused(body: dict[str, Any], messages: Any) -
             assert 0 <= request.temperature <= 2 and 1 <= request.token_limit <= 4096
 
 
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_decoded_or_refused(body: bytes) -> None:
     try:
