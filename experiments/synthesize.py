@@ -23,16 +23,15 @@ import string
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import requests
 
-from nanochat import jsonl
+from nanochat import jsonl, text
 from nanochat.config import UserError, base_dir, require_at_least
-from nanochat.data import chat_format
 from nanochat.metrics import progress
 from nanochat.text import format_duration
 
@@ -98,21 +97,12 @@ class Config:
             raise UserError(f"timeout_seconds={self.timeout_seconds}: must be above 0")
 
 
-class Result(NamedTuple):
-    """The messages for a seed, or the reason of the failure; `fatal` if every other request would fail as well."""
-
-    seed: int
-    messages: list[dict[str, str]]
-    reason: str = ""
-    fatal: bool = False
-
-
 class RequestError(Exception):
-    """A failed attempt: whether to retry, how long the server asked to wait, and whether all requests would fail."""
+    """A failed attempt; `retry`: another one may succeed, after the seconds that the server asked for."""
 
-    def __init__(self, reason: str, *, retry: bool = True, wait_seconds: float = 0.0, fatal: bool = False) -> None:
+    def __init__(self, reason: str, *, retry: bool = True, wait_seconds: float = 0.0) -> None:
         super().__init__(reason)
-        self.retry, self.wait_seconds, self.fatal = retry, wait_seconds, fatal
+        self.retry, self.wait_seconds = retry, wait_seconds
 
 
 config = Config
@@ -124,7 +114,8 @@ def run(config: Config, runtime: Runtime) -> None:
     if config.model is None:
         raise UserError("set the model's name at the endpoint: --set model=…")
     path = config.output or base_dir() / "identity.jsonl"
-    key, facts = read_key(config), read_facts(config)
+    key = read_key(config)
+    facts = jsonl.read_text(config.facts, f"facts={config.facts}") if config.facts else prompt_sections()["facts"]
     finished = read_seeds(path)
     seeds = [seed for seed in range(config.seed, config.seed + config.count) if seed not in finished]
     print(f"{config.count} conversations, {config.count - len(seeds)} of them are in {path}", flush=True)
@@ -143,70 +134,66 @@ def run(config: Config, runtime: Runtime) -> None:
 def generate(config: Config, path: Path, key: str, facts: str, seeds: Sequence[int]) -> Counter[str]:
     """Append the conversations of the seeds to `path` as they arrive; return the number of failures by reason.
 
-    Raises:
-        UserError: the endpoint refuses all requests, too many fail in a row, or the file cannot be written.
+    An endpoint that refuses all requests, or too many failures in a row, raise a UserError.
     """
     failures: Counter[str] = Counter()
-    in_a_row = 0
-    with progress.Bar(len(seeds), label="synthesize", unit="conversation") as bar:
-        for result in request_all(config, key, facts, seeds):
-            if result.fatal:
-                raise UserError(f"{config.base_url} refuses the request: {result.reason}")
-            if result.reason:
-                failures[result.reason] += 1
-                in_a_row += 1
-                if in_a_row >= MAX_FAILURES_IN_A_ROW:
-                    raise UserError(
-                        f"{in_a_row} conversations in a row failed, the last: {result.reason}; {path} has the earlier "
-                        "ones, and the same command resumes"
-                    )
-            else:
-                in_a_row = 0
-                jsonl.append(path, {"messages": result.messages, "seed": result.seed, "model": config.model})
-            bar.update(failed=failures.total())
+    stop, in_a_row = threading.Event(), 0
+
+    def work(seed: int) -> tuple[int, list[dict[str, str]] | str]:
+        try:
+            return seed, request_conversation(config, key, build_prompt(facts, seed), seed, stop)
+        except UserError:  # every other request would fail as well
+            stop.set()
+            raise
+
+    # The pool's threads are daemons and are not joined: Ctrl-C does not wait for pending answers.
+    with (
+        progress.Bar(len(seeds), label="synthesize", unit="conversation") as bar,
+        ThreadPool(min(config.workers, len(seeds))) as pool,
+    ):
+        try:
+            for seed, result in pool.imap_unordered(work, seeds):
+                if isinstance(result, str):
+                    failures[result] += 1
+                    in_a_row += 1
+                    if in_a_row >= MAX_FAILURES_IN_A_ROW:
+                        raise UserError(
+                            f"{in_a_row} conversations in a row failed, the last: {result}; {path} has the earlier "
+                            "ones, and the same command resumes"
+                        )
+                else:
+                    in_a_row = 0
+                    jsonl.append(path, {"messages": result, "seed": seed, "model": config.model})
+                bar.update(failed=failures.total())
+        finally:
+            stop.set()
     return failures
 
 
-def request_all(config: Config, key: str, facts: str, seeds: Sequence[int]) -> Iterator[Result]:
-    """Yield the result of each seed as it arrives, from `config.workers` threads."""
-    stop = threading.Event()
-
-    def work(seed: int) -> Result:
-        result = request_conversation(config, key, build_prompt(facts, seed), seed, stop)
-        if result.fatal:
-            stop.set()
-        return result
-
-    # The pool's threads are daemons and are not joined: Ctrl-C does not wait for pending answers.
-    with ThreadPool(min(config.workers, len(seeds))) as pool:
-        try:
-            yield from pool.imap_unordered(work, seeds)
-        finally:
-            stop.set()
-
-
-def request_conversation(config: Config, key: str, prompt: str, seed: int, stop: threading.Event) -> Result:
-    """Request a conversation until it is valid, `config.attempts` are used up, or `stop` is set."""
+def request_conversation(
+    config: Config, key: str, prompt: str, seed: int, stop: threading.Event
+) -> list[dict[str, str]] | str:
+    """Request a conversation until it is valid, attempts are used up, or `stop` is set; return it or the reason."""
     reason = "stopped"
     for attempt in range(config.attempts):
         if stop.is_set():
             break
         wait = 0.0
         try:
-            return Result(seed, parse_messages(post(config, key, request_body(config, prompt, seed, attempt))))
+            return parse_messages(post(config, key, request_body(config, prompt, seed, attempt)))
         except RequestError as error:
             reason, wait = str(error), error.wait_seconds
             if not error.retry:
-                return Result(seed, [], reason, error.fatal)
-        except requests.Timeout:
-            reason = "timed out"
-        except requests.ConnectionError as error:
-            reason = "timed out" if "timed out" in str(error).lower() else f"cannot connect to {config.base_url}"
+                break
         except requests.RequestException as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = f"{type(error).__name__}: {text.reason(error)}"
+            if isinstance(error, requests.Timeout) or "timed out" in str(error).lower():
+                reason = "timed out"
+            elif isinstance(error, requests.ConnectionError):
+                reason = f"cannot connect to {config.base_url}"
         if attempt + 1 < config.attempts:
             stop.wait(min(MAX_WAIT_SECONDS, max(wait, config.backoff_seconds * 2**attempt)))
-    return Result(seed, [], reason)
+    return reason
 
 
 def request_body(config: Config, prompt: str, seed: int, attempt: int) -> dict[str, Any]:
@@ -238,16 +225,11 @@ def build_prompt(facts: str, seed: int) -> str:
 def prompt_sections() -> dict[str, str]:
     """Return the sections of the prompt file by their headings: prompt, facts, topics, personas, openings."""
     _, *parts = re.split(r"^# (\w+)\n", PROMPTS.read_text("utf-8"), flags=re.MULTILINE)
-    return {name: text.strip() for name, text in zip(parts[::2], parts[1::2])}
+    return {name: section.strip() for name, section in zip(parts[::2], parts[1::2])}
 
 
 def post(config: Config, key: str, body: Mapping[str, Any]) -> str:
-    """Send a request and return the text of the answer.
-
-    Raises:
-        RequestError: the endpoint reported an error, or its response is malformed.
-        requests.RequestException: there was no response.
-    """
+    """Send a request and return the text of the answer."""
     url, deadline = f"{config.base_url.rstrip('/')}/chat/completions", time.monotonic() + config.timeout_seconds
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with requests.post(url, json=body, headers=headers, timeout=config.timeout_seconds, stream=True) as response:
@@ -262,64 +244,63 @@ def post(config: Config, key: str, body: Mapping[str, Any]) -> str:
     if status in (408, 409, 425, 429) or status >= 500:
         raise RequestError(f"HTTP {status}", wait_seconds=float(retry_after) if retry_after.isdigit() else 0.0)
     if status != 200:
-        reason = f"HTTP {status} {_error_message(content, key)}{_advice(config, status)}"
-        raise RequestError(reason, retry=False, fatal=status not in (400, 422))  # these may be due to this one prompt
+        raise refusal(config, status, content, key)
     try:
         choice = json.loads(content)["choices"][0]
-        text, finish = choice["message"]["content"], choice.get("finish_reason")
+        answer, finish = choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise RequestError("the response does not have OpenAI's form") from None
-    if not isinstance(text, str) or finish == "length":
+    if not isinstance(answer, str) or finish == "length":
         raise RequestError("the answer was truncated" if finish == "length" else "the answer has no text")
-    return text
+    return answer
 
 
-def _error_message(content: bytes, key: str) -> str:
-    """Return the first line of an endpoint's error message, without the key."""
+def refusal(config: Config, status: int, content: bytes, key: str) -> Exception:
+    """Return the error of a refused request, with the first line of the endpoint's message but without the key."""
     try:
         error = json.loads(content)["error"]
-        text = str(error["message"] if isinstance(error, dict) else error)
+        message = str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, LookupError, TypeError):
-        text = content.decode("utf-8", "replace")
-    line = (text.strip().splitlines() or [""])[0][:200]
-    return line.replace(key, "…") if key else line
-
-
-def _advice(config: Config, status: int) -> str:
+        message = content.decode("utf-8", "replace")
+    line = (message.strip().splitlines() or [""])[0][:200]
+    advice = "; if it does not support JSON schemas: --set schema=false" if config.schema else ""
     if status in (401, 403):
-        return f"; is the key in {config.key_variable} right?" if config.key_variable else "; set key_variable"
-    if status == 404:
-        return "; are base_url and model right?"
-    return "; if it does not support JSON schemas: --set schema=false" if config.schema else ""
+        advice = f"; is the key in {config.key_variable} right?" if config.key_variable else "; set key_variable"
+    elif status == 404:
+        advice = "; are base_url and model right?"
+    reason = f"HTTP {status} {line.replace(key, '…') if key else line}{advice}"
+    if status in (400, 422):  # may be due to this one prompt
+        return RequestError(reason, retry=False)
+    return UserError(f"{config.base_url} refuses the request: {reason}")
 
 
-def parse_messages(text: str) -> list[dict[str, str]]:
-    """Return the messages of an answer: JSON, bare or in a code block.
-
-    Raises:
-        RequestError: the answer does not fit the schema, or is not a conversation to learn from.
-    """
-    fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
+def parse_messages(answer: str) -> list[dict[str, str]]:
+    """Return the messages of an answer: JSON, bare or in a code block."""
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", answer, re.DOTALL)
     try:
-        value = json.loads(fenced[1] if fenced else text)
+        value = json.loads(fenced[1] if fenced else answer)
     except ValueError:
         raise RequestError("the answer is not valid JSON") from None
-    try:
-        chat_format.check(value)
-    except UserError:
-        raise RequestError("the answer is not a conversation, or user and assistant do not take turns") from None
-    messages = value["messages"]
-    if set(value) != {"messages"} or any(set(message) != {"role", "content"} for message in messages):
+    messages = value["messages"] if isinstance(value, dict) and value.keys() == {"messages"} else None
+    if not isinstance(messages, list) or not all(map(is_message, messages)):
         raise RequestError("the answer does not fit the schema")
-    if not all(isinstance(m["content"], str) and 0 < len(m["content"].strip()) <= MAX_CHARACTERS for m in messages):
-        raise RequestError("a message is empty, too long, or not text")
-    if not 2 <= len(messages) <= MAX_MESSAGES or len(messages) % 2 or messages[0]["role"] != "user":
-        raise RequestError("the conversation has too few or too many messages, or ends with the user")
-    return [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    if not 1 <= len(messages) // 2 <= MAX_MESSAGES // 2:
+        raise RequestError("the conversation has too few or too many messages")
+    if [message["role"] for message in messages] != ["user", "assistant"] * (len(messages) // 2):
+        raise RequestError("user and assistant do not take turns, or the conversation ends with the user")
+    messages = [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    if not all(0 < len(message["content"]) <= MAX_CHARACTERS for message in messages):
+        raise RequestError("a message is empty or too long")
+    return messages
+
+
+def is_message(value: Any) -> bool:
+    fields = isinstance(value, dict) and value.keys() == {"role", "content"}
+    return fields and all(isinstance(field, str) for field in value.values())
 
 
 def read_key(config: Config) -> str:
-    """Return the API key."""
+    """Return the API key; empty for none."""
     if config.key_variable is None:
         return ""
     key = os.environ.get(config.key_variable, "").strip()
@@ -331,22 +312,8 @@ def read_key(config: Config) -> str:
     return key
 
 
-def read_facts(config: Config) -> str:
-    """Return the facts about the assistant."""
-    if config.facts is None:
-        return prompt_sections()["facts"]
-    try:
-        return config.facts.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"facts={config.facts}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-
-
 def read_seeds(path: Path) -> set[int]:
-    """Return the seeds of the conversations in a file, without a partial last line.
-
-    Raises:
-        UserError: the file has other lines, and nothing should be appended to it.
-    """
+    """Return the seeds of the conversations in a file, without a partial last line."""
     rows = jsonl.read(path, missing_ok=True, drop_partial=True)
     foreign = [number for number, row in rows if not isinstance(row, dict) or "seed" not in row]
     if not rows and path.exists() and path.stat().st_size:
