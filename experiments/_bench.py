@@ -3,7 +3,9 @@
 Every timing synchronizes the device before and after, and nowhere in between. Alternatives are timed in turns.
 """
 
+import dataclasses
 import functools
+import json
 import math
 import platform
 import statistics
@@ -63,8 +65,8 @@ def precision(config: "Config", runtime: Runtime) -> str:
     return "fp8" if config.train.linear == "fp8" else names[runtime.compute_dtype]
 
 
-def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Step, dict[str, Any]]:
-    """Measure a resolved configuration; print what it is, and return the step and the numbers."""
+def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> None:
+    """Measure a resolved configuration; print what it is, the numbers, a profile, and one JSON line."""
     tokens = (config.batch_size or 1) * shape.sequence_len * config.micro_batches * runtime.world_size
     flops = model.flops_per_token(shape)
     step, sharding_plan, kernels = make_train_step(config, shape, runtime)
@@ -88,32 +90,35 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> tuple[Ste
         "attention": kernels,
         "compile_seconds": compile_seconds,
     }
-    if not config.rounds:
-        return step, result
-    # Before the operands of the matmuls.
-    peak_memory_bytes = distributed.all_reduce_max(distributed.peak_memory_bytes(runtime.device))
-    seconds, squares, products = alternate(config, shape, step, runtime)
-    limit, limit_from = distributed.peak_flops(runtime.device, runtime.compute_dtype)
-    speed = flops * tokens / seconds / runtime.world_size
-    numbers: dict[str, Any] = {
-        "tokens_per_second": tokens / seconds,
-        "step_seconds": seconds,
-        "model_flops_per_second": speed,
-    }
-    for size, value in squares.items():
-        square = 2 * size**3 / value
-        numbers |= {f"matmul_{size}_flops_per_second": square, f"share_of_matmul_{size}": speed / square}
-    numbers |= {
-        "seconds_of_its_matmuls_alone": products,
-        "share_of_step_for_its_matmuls": products / seconds,
-        "mfu": speed / limit,
-        "mfu_limit": limit_from,
-        "peak_memory_bytes": peak_memory_bytes,
-    }
-    if config.profile:
-        numbers |= communication(config, shape, step, sharding_plan, runtime) if sharding_plan else {}
-        numbers |= predictions(config, shape, runtime) if runtime.world_size == 1 else {}
-    return step, numbers | result
+    if config.rounds:
+        # Before the operands of the matmuls.
+        peak_memory_bytes = distributed.all_reduce_max(distributed.peak_memory_bytes(runtime.device))
+        seconds, squares, products = alternate(config, shape, step, runtime)
+        limit, limit_from = distributed.peak_flops(runtime.device, runtime.compute_dtype)
+        speed = flops * tokens / seconds / runtime.world_size
+        result |= {
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "model_flops_per_second": speed,
+            "seconds_of_its_matmuls_alone": products,
+            "share_of_step_for_its_matmuls": products / seconds,
+            "mfu": speed / limit,
+            "mfu_limit": limit_from,
+            "peak_memory_bytes": peak_memory_bytes,
+        }
+        for size, value in squares.items():  # the largest is the last
+            square = 2 * size**3 / value
+            result |= {f"matmul_{size}_flops_per_second": square, f"share_of_matmul_{size}": speed / square}
+            result["share_of_largest_matmul"] = speed / square
+    if config.profile and config.rounds:
+        result |= communication(config, shape, step, sharding_plan, runtime) if sharding_plan else {}
+        result |= predictions(config, shape, runtime) if runtime.world_size == 1 else {}
+    for key, value in result.items():
+        print(f"  {key:32}{value:.4g}" if isinstance(value, float) else f"  {key:32}{value}")
+    if config.profile and config.rounds:
+        path = Path(config.trace) if config.trace else None
+        result |= _trace.print_profile(step, runtime, result["step_seconds"], path)
+    print(json.dumps({"bench": "train", **dataclasses.asdict(config), **result}))
 
 
 def device_name(runtime: Runtime) -> str:

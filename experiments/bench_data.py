@@ -26,7 +26,6 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -155,30 +154,23 @@ def load_or_train_tokenizer(config: Config, stack: contextlib.ExitStack) -> data
     if (folder / "tokenizer.txt").exists():
         return data.tokenizer.load(folder)
     print(f"no tokenizer in {folder}: training one of {config.vocab_size:,} tokens for this measurement")
-    texts = itertools.islice(itertools.chain.from_iterable(blocks(config)), 200_000)
+    texts = itertools.islice(data.sources.texts(config.data, "train"), 200_000)
     tokenizer = data.tokenizer.train(texts, config.vocab_size, max_chars=20_000_000)
     stack.callback(shutil.rmtree, base_dir() / "tokens" / tokenizer.fingerprint[:16], ignore_errors=True)
     return tokenizer
 
 
-def blocks(config: Config) -> Iterator[list[str]]:
-    """Yield the training documents once, block after block."""
-    for shard in data.sources.shards_of(config.data, "train"):
-        for index in range(data.sources.num_blocks(shard)):
-            yield data.sources.read_block(shard, index, config.data.text_column)
-
-
 def encoding_speed(config: Config, tokenizer: data.Tokenizer) -> float:
     """Return the tokens per second of `encode_batch`, without reading the texts."""
+    shards = data.sources.shards_of(config.data, "train")
+    blocks = itertools.cycle([(shard, i) for shard in shards for i in range(data.sources.num_blocks(shard))])
     tokens, seconds = 0, 0.0
     while tokens < config.tokens:
-        for texts in blocks(config):
-            start = time.perf_counter()
-            ids = tokenizer.encode_batch(texts, config.data.tokenizer_threads)
-            seconds += time.perf_counter() - start
-            tokens += sum(map(len, ids))
-            if tokens >= config.tokens:
-                break
+        texts = data.sources.read_block(*next(blocks), config.data.text_column)
+        start = time.perf_counter()
+        ids = tokenizer.encode_batch(texts, config.data.tokenizer_threads)
+        seconds += time.perf_counter() - start
+        tokens += sum(map(len, ids))
     return tokens / seconds
 
 
@@ -229,26 +221,24 @@ def measure_core(config: CoreConfig, runtime: distributed.Runtime) -> None:
     shape, machine = loaded.config, _bench.describe_machine(runtime)
     print(f"{machine}, depth {shape.n_layer}, width {shape.n_embd}, vocabulary {shape.vocab_size}, "
           f"context {shape.sequence_len}")  # fmt: skip
-    rows: dict[str, Times] = {}
+    times: dict[str, Times] = {}
     kinds: dict[str, list[Times]] = {}
     for label in bundle.entries:
         task = eval.core_bundle.load(bundle, label)
-        rows[label] = time_task(config, loaded, task, runtime)
-        kinds.setdefault(task.kind, []).append(rows[label])
-        print(f"{label}: {rows[label].single / rows[label].batched:.2f}x", flush=True)
-    sums = {kind: Times(*map(sum, zip(*times))) for kind, times in kinds.items()}
-    sums["all"] = Times(*map(sum, zip(*rows.values())))
-    lines = [["task", "prompts", "tokens", "one at a time", "batched", "ratio", "CPU ratio"]]
+        times[label] = time_task(config, loaded, task, runtime)
+        kinds.setdefault(task.kind, []).append(times[label])
+        print(f"{label}: {times[label].single / times[label].batched:.2f}x", flush=True)
+    rows = [["task", "prompts", "tokens", "one at a time", "batched", "ratio", "CPU ratio"]]
     results = {}
-    for label, t in [*rows.items(), *sums.items()]:
-        ratio, cpu_ratio = t.single / t.batched, t.cpu_single / t.cpu_batched
+    sums = {kind: Times(*map(sum, zip(*group))) for kind, group in [*kinds.items(), ("all", [*times.values()])]}
+    for label, t in [*times.items(), *sums.items()]:
+        results[label] = t._asdict() | {"ratio": t.single / t.batched, "cpu_ratio": t.cpu_single / t.cpu_batched}
         rates = [f"{t.prompts / seconds:.1f}/s" for seconds in (t.single, t.batched)]
-        lines.append([label, str(t.prompts), str(t.tokens), *rates, f"{ratio:.2f}x", f"{cpu_ratio:.2f}x"])
-        if label in sums:
-            results[label] = t._asdict() | {"ratio": ratio, "cpu_ratio": cpu_ratio}
-    print(table(lines))
+        ratios = [f"{results[label][name]:.2f}x" for name in ("ratio", "cpu_ratio")]
+        rows.append([label, str(t.prompts), str(t.tokens), *rates, *ratios])
+    print(table(rows))
     settings = dataclasses.asdict(config) | {"bundle": str(config.bundle), "machine": machine}
-    print(json.dumps({"bench": "core", "settings": settings} | results))
+    print(json.dumps({"bench": "core", "settings": settings} | {kind: results[kind] for kind in sums}))
 
 
 def load_core_model(config: CoreConfig, runtime: distributed.Runtime) -> checkpoint.Pretrained:
@@ -275,11 +265,15 @@ def load_core_model(config: CoreConfig, runtime: distributed.Runtime) -> checkpo
 
 
 def time_task(
-    config: CoreConfig, loaded: checkpoint.Pretrained, task: eval.core_bundle.CoreTask, runtime: distributed.Runtime
+    config: CoreConfig,
+    loaded: checkpoint.Pretrained,
+    task: eval.core_bundle.CoreTask,
+    runtime: distributed.Runtime,
 ) -> Times:
     """Return the times of a task, both ways, which have to give the same answers in float32."""
     import torch
 
+    compute = model.Compute(loaded.params["wte"].dtype)
     limit = config.max_tokens or model.CONTEXT_LIMIT * loaded.config.sequence_len
     best, best_cpu = [math.inf, math.inf], [math.inf, math.inf]
     answers: list[list[eval.Answer]] = [[], []]
@@ -288,49 +282,35 @@ def time_task(
         distributed.synchronize(runtime.device)
         start, start_cpu = time.perf_counter(), time.process_time()
         questions = list(itertools.islice(eval.core.questions(task, loaded.tokenizer, limit), config.rows))
-        answers[way] = answer_batched(config, loaded, questions) if way else answer_singly(loaded, questions)
+        prompts = [question.prompts for question in questions]
+        if way == 0:
+            scores = [[score_singly(loaded, prompt) for prompt in options] for options in prompts]
+        else:
+            scores = eval.likelihood.score(
+                loaded.params, loaded.config, prompts, padding=loaded.tokenizer.bos,
+                tokens_per_batch=config.tokens_per_batch, compute=compute,
+            )  # fmt: skip
+        answers[way] = [eval.core.answer(*pair) for pair in zip(questions, scores)]
         distributed.synchronize(runtime.device)
         best[way] = min(best[way], time.perf_counter() - start)
         best_cpu[way] = min(best_cpu[way], time.process_time() - start_cpu)
     wrong = sum(a.is_correct != b.is_correct for a, b in zip(*answers))
-    if wrong and loaded.params["wte"].dtype == torch.float32:
+    if wrong and compute.dtype == torch.float32:
         raise RuntimeError(f"{task.label}: {wrong} of {len(questions)} answers differ")
-    prompts = [prompt for question in questions for prompt in question.prompts]
-    return Times(len(prompts), sum(len(prompt.ids) for prompt in prompts), *best, *best_cpu)
+    lengths = [len(prompt.ids) for question in questions for prompt in question.prompts]
+    return Times(len(lengths), sum(lengths), *best, *best_cpu)
 
 
-def answer_batched(
-    config: CoreConfig, loaded: checkpoint.Pretrained, questions: Sequence[eval.Question]
-) -> list[eval.Answer]:
-    """Return the answers as the evaluation computes them."""
-    scored = eval.likelihood.score(
-        loaded.params,
-        loaded.config,
-        [question.prompts for question in questions],
-        padding=loaded.tokenizer.bos,
-        tokens_per_batch=config.tokens_per_batch,
-        compute=model.Compute(loaded.params["wte"].dtype),
-    )
-    return [eval.core.answer(question, scores) for question, scores in zip(questions, scored)]
-
-
-def answer_singly(loaded: checkpoint.Pretrained, questions: Sequence[eval.Question]) -> list[eval.Answer]:
-    """Return the answers from one forward pass for each prompt, with the logits of all its tokens."""
+def score_singly(loaded: checkpoint.Pretrained, prompt: eval.likelihood.Prompt) -> eval.likelihood.Scored:
+    """Return the score of a prompt from a forward pass of its own, with the logits of all its tokens."""
     import torch
     import torch.nn.functional as F
 
-    answers = []
+    tokens = torch.tensor([prompt.ids], device=loaded.params["wte"].device)
     with torch.no_grad():
-        for question in questions:
-            losses, correct = [], False
-            for ids, start, end in question.prompts:
-                tokens = torch.tensor([ids], device=loaded.params["wte"].device)
-                logits = model.apply(loaded.params, tokens)[0]
-                targets = tokens[0].roll(-1)
-                nll, likeliest = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
-                losses.append(nll[start - 1 : end - 1].mean().item())
-                correct = bool((likeliest[start - 1 : end - 1] == targets[start - 1 : end - 1]).all())
-            choice = losses.index(min(losses))
-            correct = correct if question.gold is None else choice == question.gold
-            answers.append(eval.Answer(correct, choice, tuple(losses)))
-    return answers
+        logits = model.apply(loaded.params, tokens)[0]
+    targets = tokens[0].roll(-1)
+    nll, likeliest = F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
+    answer = slice(prompt.start - 1, prompt.end - 1)
+    n_correct = int((likeliest[answer] == targets[answer]).sum())
+    return eval.likelihood.Scored(nll[answer].sum().item(), n_correct, prompt.end - prompt.start)

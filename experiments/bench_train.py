@@ -30,12 +30,12 @@ long does not stop the rest; what did not fit into gpu.minutes is listed with th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from experiments import _jobs, pretrain
@@ -150,24 +150,15 @@ config = Config
 
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
-    from experiments import _gpu
+    from experiments import _bench, _gpu
 
-    runs = {"step": measure_step, "sweep": sweep, "scaling": scaling, "kernels": _gpu.measure_kernels, "gpu": _gpu.run}
-    resolve(config)  # rejects an impossible shape before any job starts
-    runs[config.what](config, runtime)
-
-
-def measure_step(config: Config, runtime: distributed.Runtime) -> None:
-    from experiments import _bench, _trace
-
-    config, shape = resolve(config)
-    step, result = _bench.measure(config, shape, runtime)
-    for key, value in result.items():
-        print(f"  {key:32}{value:.4g}" if isinstance(value, float) else f"  {key:32}{value}")
-    if config.profile and config.rounds:
-        path = Path(config.trace) if config.trace else None
-        result |= _trace.print_profile(step, runtime, result["step_seconds"], path)
-    print(json.dumps({"bench": "train", **dataclasses.asdict(config), **result}))
+    resolved, shape = resolve(config)  # rejects an impossible shape before any job starts
+    if config.what == "step":
+        _bench.measure(resolved, shape, runtime)
+    else:
+        {"sweep": sweep, "scaling": scaling, "kernels": _gpu.measure_kernels, "gpu": _gpu.run}[config.what](
+            config, runtime
+        )
 
 
 def resolve(config: Config) -> tuple[Config, model.ModelConfig]:
@@ -201,21 +192,22 @@ def resolve(config: Config) -> tuple[Config, model.ModelConfig]:
 # Sweeps and scaling: one job for each configuration
 
 JOBS_ONLY = ("what", "modes", "kernels", "precisions", "compiles", "cold", "ranks", "scaling", "job_seconds", "gpu")
-COLUMNS = {
-    "tokens/s": ("tokens_per_second", ",.0f"),
-    "MFU": ("mfu", ".1%"),
-    "of matmul": ("share_of_matmul", ".1%"),
-    "peak GiB": ("peak_memory_gib", ".2f"),
-    "communication": ("communication_share", ".1%"),
-    "exposed": ("communication_exposed_share", ".1%"),
-    "efficiency": ("efficiency", ".1%"),
-    "sent B": ("sent_bytes", ".3g"),
-    "expected B": ("sent_bytes_expected", ".3g"),
-    "cold s": ("compile_cold_seconds", ".0f"),
-    "warm s": ("compile_warm_seconds", ".0f"),
-    "x predicted": ("step_over_prediction", ".2f"),
-    "planned GiB": ("planned_gib", ".2f"),
-    "compile s": ("compile_seconds", ".0f"),
+# Column of a table -> its text for the result of a job
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
+    "MFU": lambda r: f"{r['mfu']:.1%}",
+    "of matmul": lambda r: f"{r['share_of_largest_matmul']:.1%}",
+    "x predicted": lambda r: f"{r['step_seconds'] / r['predicted_seconds']:.2f}",
+    "peak GiB": lambda r: f"{r['peak_memory_bytes'] / distributed.GIB:.2f}",
+    "planned GiB": lambda r: f"{r['planned_bytes'] / distributed.GIB:.2f}",
+    "communication": lambda r: f"{r['communication_share']:.1%}",
+    "exposed": lambda r: f"{r['communication_exposed_share']:.1%}",
+    "efficiency": lambda r: f"{r['efficiency']:.1%}",
+    "sent B": lambda r: f"{r['sent_bytes']:.3g}",
+    "expected B": lambda r: f"{r['sent_bytes_expected']:.3g}",
+    "cold s": lambda r: f"{r['compile_cold_seconds']:.0f}",
+    "warm s": lambda r: f"{r['compile_warm_seconds']:.0f}",
+    "compile s": lambda r: f"{r['compile_seconds']:.0f}",
 }
 SWEEP_COLUMNS = ("tokens/s", "MFU", "of matmul", "peak GiB", "communication", "exposed", "cold s", "warm s")
 SCALING_COLUMNS = ("tokens/s", "efficiency", "sent B", "expected B", "communication", "exposed", "peak GiB")
@@ -239,27 +231,15 @@ def run_job(
 
 def results_table(results: Sequence[Mapping[str, Any]], labels: Sequence[str], columns: Sequence[str]) -> str:
     """Return the results of jobs as text; dashes for numbers that were not measured."""
-    rows = [[*labels, *columns]]
-    for result in map(derived, results):
-        cells = [(result.get(key), form) for key, form in map(COLUMNS.__getitem__, columns)]
-        rows.append([*(str(result[label]) for label in labels)])
-        rows[-1] += ["-" if value is None else format(value, form) for value, form in cells]
-    return table(rows)
 
+    def cell(result: Mapping[str, Any], column: str) -> str:
+        try:
+            return COLUMNS[column](result)
+        except KeyError:
+            return "-"
 
-def derived(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a job's result with the numbers that only tables need."""
-    numbers = dict(result)
-    if shares := [name for name in result if name.startswith("share_of_matmul_")]:
-        numbers["share_of_matmul"] = result[max(shares, key=lambda name: int(name.rsplit("_")[-1]))]
-    for name in ("peak_memory", "planned"):
-        if f"{name}_bytes" in result:
-            numbers[f"{name}_gib"] = result[f"{name}_bytes"] / distributed.GIB
-    if "predicted_seconds" in result:
-        numbers["step_over_prediction"] = result["step_seconds"] / result["predicted_seconds"]
-    if result.get("compile"):
-        numbers["compile_warm_seconds"] = result.get("compile_seconds")
-    return numbers
+    rows = [[*(str(row[label]) for label in labels), *(cell(row, column) for column in columns)] for row in results]
+    return table([[*labels, *columns], *rows])
 
 
 def sweep(config: Config, runtime: distributed.Runtime) -> None:
@@ -273,12 +253,13 @@ def sweep(config: Config, runtime: distributed.Runtime) -> None:
     for case in cases:
         outcome, cold_seconds = run_combination(config, case, runtime.world_size)
         row = {"ranks": runtime.world_size, **case, **(outcome.result or {}), "bench": "train_sweep"}
-        row |= {"compile_cold_seconds": cold_seconds, "error": outcome.error or None}
-        print(json.dumps(row), flush=True)
-        rows.append(row | case)
+        row |= {"compile_cold_seconds": cold_seconds} if cold_seconds is not None else {}
+        row |= {"compile_warm_seconds": row["compile_seconds"]} if outcome.result and case["compile"] else {}
+        rows.append(row | {"error": outcome.error or None})
+        print(json.dumps(rows[-1]), flush=True)
     peak_from = distributed.peak_flops(runtime.device, runtime.compute_dtype)[1]
     print(f"\nMFU: of {peak_from}; of matmul: of the largest one measured")
-    print(results_table(rows, list(cases[0]), SWEEP_COLUMNS))
+    print(results_table([row | case for row, case in zip(rows, cases)], list(cases[0]), SWEEP_COLUMNS))
     for row, case in zip(rows, cases):
         if row["error"]:
             print(f"  failed: {', '.join(map(str, case.values()))}: {row['error']}")
@@ -334,23 +315,25 @@ def scaling(config: Config, runtime: distributed.Runtime) -> None:
     cpu, sizes = runtime.device.type != "cuda", scaling_ranks(config, runtime)
     env = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // sizes[-1], 1))} if cpu else {}
     print(f"jobs of {', '.join(map(str, sizes))} ranks on {runtime.device.type}" + (f", {env}" if env else ""))
-    done: dict[tuple[str, int, int], dict[str, Any]] = {}
+
+    @functools.cache  # one rank shards nothing: measured once
+    def job(mode: str, n: int, micro_batches: int) -> dict[str, Any]:
+        changes = {"micro_batches": micro_batches} | ({"sharding.mode": mode} if n > 1 else {})
+        outcome = run_job(config, changes, n, env)
+        return {**(outcome.result or {}), "error": outcome.error or None}
+
     rows: list[dict[str, Any]] = []
     for kind, mode in itertools.product(config.scaling, config.modes or ("replicate", "zero2", "fsdp")):
         base = None
         for n in sizes:
             micro_batches = 1 if kind == "weak" else sizes[-1] // n
-            key = (mode if n > 1 else "single", n, micro_batches)  # one rank shards nothing: measured once
-            if key not in done:
-                changes = {"micro_batches": micro_batches} | ({"sharding.mode": mode} if n > 1 else {})
-                outcome = run_job(config, changes, n, env)
-                done[key] = {**(outcome.result or {}), "error": outcome.error or None}
+            result = job(mode if n > 1 else "single", n, micro_batches)
             row = {"kind": kind, "mode": mode, "ranks": n, "micro_batches": micro_batches}
-            row |= {name: done[key][name] for name in SCALING_RESULTS if name in done[key]}
-            if "tokens_per_second" in row:
+            row |= {name: result[name] for name in SCALING_RESULTS if name in result}
+            if not row["error"]:
                 rate = row["tokens_per_second"] / n
                 base = rate if n == sizes[0] else base
-                row["efficiency"] = rate / base if base else None
+                row |= {"efficiency": rate / base} if base else {}
             rows.append(row)
             text = row["error"] or f"{format_count(row['tokens_per_second'])} tokens/s"
             print(f"  {kind}, {mode}, {n} ranks: {text}", flush=True)
