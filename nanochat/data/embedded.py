@@ -20,7 +20,6 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,14 +42,7 @@ COMMON_WORDS = frozenset(COMMON_TEXT.split())
 STRING_OR_COMMENT = re.compile(
     r'''(?s:"""(?:\\.|[^\\])*?"""|\'{3}(?:\\.|[^\\])*?\'{3})|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*'''
 )
-
-
-Entry = tuple[str, str, str]  # subject, name within the subject or "", text
-
-
-class Document(NamedTuple):
-    subject: str  # a module, class or topic
-    text: str
+Entry = tuple[str, str, str]  # subject (a module, class or topic), name within it or "", text
 
 
 def key() -> str:
@@ -72,9 +64,9 @@ def build(folder: Path) -> None:
     finally:
         if collecting:
             gc.enable()
-    for document in sorted(corpus, key=lambda document: _hash(document.text)):
-        is_val = int(_hash(document.subject)[:8], 16) < VAL_FRACTION * 2**32
-        (val if is_val else train).append(document.text)
+    for subject, text in sorted(corpus, key=lambda document: _hash(document[1])):
+        is_val = int(_hash(subject)[:8], 16) < VAL_FRACTION * 2**32
+        (val if is_val else train).append(text)
     write_shards(folder, train, val, SHARD_CHARS, row_group_docs=ROW_GROUP_DOCS)
 
 
@@ -87,13 +79,12 @@ def write_shards(
 
 
 def write_shard(path: Path, texts: list[str], *, column: str = "text", row_group_docs: int = 1000) -> None:
-    """Write documents as a parquet file with one text column."""
     table = pa.table({column: pa.array(texts, pa.large_string())})
     pq.write_table(table, path, row_group_size=row_group_docs, compression="zstd")
 
 
-def documents() -> list[Document]:
-    """Return the corpus, each paragraph once, in the order of the sources."""
+def documents() -> list[tuple[str, str]]:
+    """Return (subject, text) of the corpus, each paragraph once, in the order of the sources."""
     seen: set[str] = set()
     corpus = []
     for subject, entries in itertools.groupby(_sources(), key=lambda entry: entry[0]):
@@ -106,7 +97,7 @@ def documents() -> list[Document]:
                     seen.add(letters)
                     fresh.append(prefix + paragraph)
                     prefix = ""
-        corpus += [Document(subject, text) for text in _chunks(subject, fresh)]
+        corpus += [(subject, text) for text in _chunks(subject, fresh)]
     return corpus
 
 

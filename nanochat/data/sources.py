@@ -1,8 +1,7 @@
-"""Sources of documents: the folder of a source, its shards, and the blocks of text inside them.
+"""Sources of documents: folders of `*.parquet` or `*.jsonl` shards, sorted by name; the last one validates.
 
-A source is a folder of `*.parquet` or `*.jsonl` shards, sorted by name; the last shard is the validation split. The
-embedded corpus, and what `datasets` loads from the hub or the disk, are written as such a folder on first use. A block
-is what is read at once: a parquet row group, or 1000 lines of jsonl.
+The embedded corpus, and what `datasets` loads from the hub or the disk, are written as such a folder on first use. A
+shard is read in blocks: a parquet row group, or 1000 lines of jsonl.
 """
 
 import contextlib
@@ -142,14 +141,14 @@ def _climbmix() -> Path:
 
 
 def num_blocks(shard: Shard) -> int:
-    """Return the number of blocks in a shard."""
     return len(_blocks(shard))
 
 
 def read_block(shard: Shard, index: int, text_column: str) -> list[str]:
     """Return the documents of block `index` that have text."""
     read = _read_parquet if shard.path.suffix == ".parquet" else _read_jsonl
-    texts = read(shard, _blocks(shard)[index], text_column)
+    with _corrupt_if_unreadable(shard.path):
+        texts = read(shard, _blocks(shard)[index], text_column)
     if shard.part == "all" or _blocks_in_file(shard.path, shard.fingerprint) > 1:
         return texts
     if len(texts) < 2:
@@ -185,23 +184,25 @@ def _held_out(count: int) -> int:
 
 @functools.cache
 def _blocks_in_file(path: Path, fingerprint: str) -> int:
-    if path.suffix == ".jsonl":
-        return len(_jsonl_offsets(path, fingerprint))
-    with _parquet(path) as file:
-        return file.metadata.num_row_groups
+    with _corrupt_if_unreadable(path):
+        if path.suffix == ".jsonl":
+            return len(_jsonl_offsets(path, fingerprint))
+        with pq.ParquetFile(path) as file:
+            return file.metadata.num_row_groups
 
 
 @contextlib.contextmanager
-def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
+def _corrupt_if_unreadable(path: Path) -> Iterator[None]:
     try:
-        with pq.ParquetFile(path) as file:
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptShardError(path, f"unreadable parquet ({reason(error)})") from None
+        yield
+    except jsonl.InvalidLineError as error:
+        raise CorruptShardError(path, f"line {error.number} is {error.reason}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CorruptShardError(path, f"unreadable {path.suffix[1:]} ({reason(error)})") from None
 
 
 def _read_parquet(shard: Shard, index: int, text_column: str) -> list[str]:
-    with _parquet(shard.path) as file:
+    with pq.ParquetFile(shard.path) as file:
         schema = file.schema_arrow
         if text_column not in schema.names:
             raise _no_column(shard.path, text_column, schema.names)
@@ -210,11 +211,7 @@ def _read_parquet(shard: Shard, index: int, text_column: str) -> list[str]:
             kind = kind.value_type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise UserError(f"{shard.path}: column {text_column!r} holds {kind}, not text: set data.text_column")
-        column = file.read_row_group(index, columns=[text_column]).column(0)
-    try:
-        return [text for text in column.to_pylist() if text]
-    except UnicodeDecodeError as error:
-        raise CorruptShardError(shard.path, f"row group {index} is not UTF-8 ({error})") from None
+        return [text for text in file.read_row_group(index, columns=[text_column]).column(0).to_pylist() if text]
 
 
 def _no_column(path: Path | str, column: str, names: Iterable[str]) -> UserError:
@@ -225,36 +222,28 @@ def _no_column(path: Path | str, column: str, names: Iterable[str]) -> UserError
 def _jsonl_offsets(path: Path, fingerprint: str) -> tuple[int, ...]:
     """Return the byte offset of every 1000th line."""
     offsets, position = [], 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file):
-                if number % JSONL_BLOCK_LINES == 0:
-                    offsets.append(position)
-                position += len(line)
-    except OSError as error:
-        raise CorruptShardError(path, reason(error)) from None
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if number % JSONL_BLOCK_LINES == 0:
+                offsets.append(position)
+            position += len(line)
     return tuple(offsets)
 
 
 def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
     path, texts = shard.path, []
-    try:
-        with path.open("rb") as file:
-            file.seek(_jsonl_offsets(path, shard.fingerprint)[index])
-            lines = list(itertools.islice(file, JSONL_BLOCK_LINES))
-        for number, record in jsonl.parse(lines, path, first_number=index * JSONL_BLOCK_LINES + 1):
-            if not isinstance(record, dict):
-                raise CorruptShardError(path, f"line {number} is not a JSON object")
-            if text_column not in record:
-                raise _no_column(f"{path} line {number}", text_column, record)
-            if not isinstance(text := record[text_column], str | None):
-                raise CorruptShardError(path, f"line {number}: {text_column!r} is not text")
-            if text:
-                texts.append(text)
-    except OSError as error:
-        raise CorruptShardError(path, reason(error)) from None
-    except jsonl.InvalidLineError as error:
-        raise CorruptShardError(path, f"line {error.number} is {error.reason}") from None
+    with path.open("rb") as file:
+        file.seek(_jsonl_offsets(path, shard.fingerprint)[index])
+        lines = list(itertools.islice(file, JSONL_BLOCK_LINES))
+    for number, record in jsonl.parse(lines, path, first_number=index * JSONL_BLOCK_LINES + 1):
+        if not isinstance(record, dict):
+            raise CorruptShardError(path, f"line {number} is not a JSON object")
+        if text_column not in record:
+            raise _no_column(f"{path} line {number}", text_column, record)
+        if not isinstance(text := record[text_column], str | None):
+            raise CorruptShardError(path, f"line {number}: {text_column!r} is not text")
+        if text:
+            texts.append(text)
     return texts
 
 

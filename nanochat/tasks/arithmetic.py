@@ -1,11 +1,8 @@
 """Arithmetic, answered through the python tool.
 
-    What is 37+85?  ->  Let me calculate: <|python_start|>37+85<|python_end|><|output_start|>122<|output_end|>
+    What is 37+85?  ->  Let me calculate: <|python_start|>37+85<|python_end|><|output_start|>122<|output_end|> #### 122
 
-                        #### 122
-
-The call repeats the operands of the question, so a small model has to learn what to copy, not how to calculate. A hash
-of the two operands, in either order, decides the split: no pair of operands is in both, not even in another operation.
+The call repeats the operands of the question, so a small model has to learn what to copy, not how to calculate.
 """
 
 import hashlib
@@ -44,32 +41,29 @@ def arithmetic(
         raise UserError(f"task arithmetic: digits={digits}, product_digits={product_digits}: expected 1 or more")
 
     def make_row(rng: random.Random) -> Conversation:
-        return _problem(rng, split == "test", digits, product_digits)
+        operation = rng.choice("+-*")
+        max_digits = product_digits if operation == "*" else digits
+        a, b = _operands(rng, max_digits)
+        while is_test_pair(a, b) != (split == "test"):
+            a, b = _operands(rng, max_digits)
+        if operation == "-" and rng.random() < 0.75:  # the others may have a negative difference
+            a, b = max(a, b), min(a, b)
+        problem = rng.choice(PHRASINGS[operation]).format(a=a, b=b)
+        result = {"+": a + b, "-": a - b, "*": a * b}[operation]
+        question = rng.choice(QUESTIONS + BARE_QUESTIONS * problem[0].isdigit()).format(problem)
+        answer = [
+            {"type": "text", "text": "Let me calculate: "},
+            {"type": "python", "text": f"{a}{operation}{b}"},
+            {"type": "python_output", "text": f"{result}"},
+            {"type": "text", "text": f"\n\n#### {result}"},
+        ]
+        return qa_conversation(question, answer)
 
     return generated("arithmetic", split, size, train_rows=20_000, make_row=make_row, is_correct=match_final_number)
 
 
-def _problem(rng: random.Random, test: bool, digits: int, product_digits: int) -> Conversation:
-    operation = rng.choice("+-*")
-    max_digits = product_digits if operation == "*" else digits
-    a, b = _operands(rng, max_digits)
-    while is_test_pair(a, b) != test:
-        a, b = _operands(rng, max_digits)
-    if operation == "-" and rng.random() < 0.75:  # the others may have a negative difference
-        a, b = max(a, b), min(a, b)
-    problem = rng.choice(PHRASINGS[operation]).format(a=a, b=b)
-    result = str({"+": a + b, "-": a - b, "*": a * b}[operation])
-    answer = [
-        {"type": "text", "text": "Let me calculate: "},
-        {"type": "python", "text": f"{a}{operation}{b}"},
-        {"type": "python_output", "text": result},
-        {"type": "text", "text": f"\n\n#### {result}"},
-    ]
-    return qa_conversation(rng.choice(QUESTIONS + BARE_QUESTIONS * problem[0].isdigit()).format(problem), answer)
-
-
 def is_test_pair(a: int, b: int) -> bool:
-    """Return whether problems with these operands, in either order, belong to the test split."""
+    """Return whether all problems with these operands, in either order, are in the test split: by their hash."""
     return hashlib.sha256(f"{min(a, b)},{max(a, b)}".encode()).digest()[0] % TEST_FRACTION == 0
 
 

@@ -27,7 +27,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 def names() -> list[str]:
     """Return the names of all tasks."""
-    return sorted(TASKS)
+    return list(TASKS)
 
 
 def load(name: str, split: str = "train", *, source: str | Path | None = None, **options: Any) -> Task:
@@ -37,9 +37,6 @@ def load(name: str, split: str = "train", *, source: str | Path | None = None, *
         split: train, test, or another split of the task's data set.
         source: a local file or folder to read in place of the hub. A folder may hold the files of many tasks.
         options: the task's own, see `options_of`.
-
-    Raises:
-        UserError: unknown name, split or option, or the data could not be loaded or has the wrong form.
     """
     options_of(name, options)
     return TASKS[name](split, source=source, **options)
@@ -52,17 +49,14 @@ def from_text(text: str, split: str = "train", *, source: str | Path | None = No
 
     A word with a slash, or ending in .jsonl, .json or .parquet, is a source; a word with `=` an option; any other word
     a split. They override the other arguments.
-
-    Raises:
-        UserError: as for `load`, or the value of an option does not parse.
     """
     name, *words = text.strip().split(":")
     values: dict[str, str] = {}
     for word in words:
-        key, equals, value = word.partition("=")
         if "/" in word or word.endswith((".jsonl", ".json", ".parquet")):
             source = word
-        elif equals:
+        elif "=" in word:
+            key, value = word.split("=", 1)
             values[key] = value
         else:
             split = word
@@ -77,24 +71,16 @@ def from_text(text: str, split: str = "train", *, source: str | Path | None = No
 
 def about(name: str) -> str:
     """Return a task's description in one line."""
-    return (inspect.getdoc(_function(name)) or "").partition("\n")[0].partition(": ")[2].rstrip(".")
+    return (inspect.getdoc(TASKS[name]) or "").partition("\n")[0].partition(": ")[2].rstrip(".")
 
 
 def options_of(name: str, given: Iterable[str] = ()) -> dict[str, Any]:
-    """Return a task's options as name -> annotation.
-
-    Raises:
-        UserError: the task does not exist, or `given` has a name that is not one of its options.
-    """
-    annotations = typing.get_type_hints(_function(name))
+    """Return a task's options as name -> annotation; all of `given` have to be among them."""
+    if name not in TASKS:
+        raise UserError(f"{name!r}: no such task{nearest(name, TASKS)}")
+    annotations = typing.get_type_hints(TASKS[name])
     options = {key: kind for key, kind in annotations.items() if key not in ("split", "source", "return")}
     for key in given:
         if key not in options:
             raise UserError(f"task {name} has no option {key}{nearest(key, options)}")
     return options
-
-
-def _function(name: str) -> Callable[..., Task]:
-    if name not in TASKS:
-        raise UserError(f"{name!r}: no such task{nearest(name, TASKS)}")
-    return TASKS[name]

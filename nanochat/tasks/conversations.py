@@ -1,4 +1,4 @@
-"""Conversations to learn from: SmolTalk (arXiv 2502.02737), files of your own, and the assistant's identity.
+"""Conversations to train on: SmolTalk (arXiv 2502.02737), files of your own, and the assistant's identity.
 
 A conversation file has one conversation a line: a JSON array of messages, or an object {"messages": [...]}.
 
@@ -7,32 +7,26 @@ A conversation file has one conversation a line: a JSON array of messages, or an
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nanochat import jsonl
 from nanochat.config import UserError
 from nanochat.data import Conversation, chat_format
-from nanochat.tasks import hub_table
-from nanochat.tasks.hub_table import Source, Table, shuffled_indices
+from nanochat.tasks.hub_table import HubTable, hub_task, shuffled_indices
 from nanochat.tasks.task import Task, data_file
 
+SMOLTALK = HubTable("HuggingFaceTB/smol-smoltalk", None, "data", {"messages": list})
 TEST_FRACTION = 10  # every tenth identity conversation is in the test split
 
 
 def smoltalk(split: str = "train", *, source: str | Path | None = None) -> Task:
     """SmolTalk: 460,000 conversations on many topics, in the edition for small models."""
-    table = hub_table.load(
-        Source("smoltalk", "HuggingFaceTB/smol-smoltalk", None, "data", split, {"messages": list}), source
-    )
-    return Task("smoltalk", "chat", len(table), lambda index: _smoltalk_row(table, index))
 
-
-def _smoltalk_row(table: Table, index: int) -> Conversation:
-    row = {"messages": table[index]["messages"]}
-    try:
+    def conversation(row: dict[str, Any]) -> Conversation:
         chat_format.check(row)
-    except UserError as error:
-        raise table.error(index, str(error)) from None
-    return row
+        return {"messages": row["messages"]}
+
+    return hub_task("smoltalk", "chat", SMOLTALK, conversation, split, source)
 
 
 def customjson(split: str = "train", *, source: str | Path | None = None) -> Task:
@@ -52,14 +46,14 @@ def identity(split: str = "train", *, source: str | Path | None = None) -> Task:
         source: a conversation file, for example from `--experiment=synthesize`, or a folder with identity.jsonl. None,
             or a folder without it: the set that ships with the package.
     """
-    path = data_file("identity.jsonl", source)
     if split not in ("train", "test", "all"):
         raise UserError(f"task identity has no split {split}; it has train, test and all")
-    rows = [
-        row
-        for number, row in enumerate(read_conversations(path), start=1)
-        if split == "all" or (number % TEST_FRACTION == 0) == (split == "test")
-    ]
+    path = data_file("identity.jsonl", source)
+    rows = read_conversations(path)
+    if split == "test":
+        rows = rows[TEST_FRACTION - 1 :: TEST_FRACTION]
+    elif split == "train":
+        rows = [row for number, row in enumerate(rows, start=1) if number % TEST_FRACTION]
     if not rows:
         raise UserError(f"{path}: has too few conversations for a test split: it needs {TEST_FRACTION}")
     return _shuffled("identity", rows)
@@ -71,11 +65,7 @@ def _shuffled(name: str, rows: Sequence[Conversation]) -> Task:
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Return the conversations of a file, in its order.
-
-    Raises:
-        UserError: the file cannot be read or is empty, or a line is not a conversation that ends with an answer.
-    """
+    """Return the conversations of a file, in its order; each has to end with an answer."""
     rows: list[Conversation] = []
     for number, value in jsonl.read(path):
         row = {"messages": value} if isinstance(value, list) else value

@@ -7,26 +7,25 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
+from nanochat.config import UserError
 from nanochat.data import Conversation
-from nanochat.tasks import hub_table
-from nanochat.tasks.hub_table import Source, Table
+from nanochat.tasks.hub_table import HubTable, hub_task
 from nanochat.tasks.task import Task, final_answer, match_final_number, qa_conversation
 
+TABLE = HubTable("openai/gsm8k", "main", "main", {"question": str, "answer": str})
 TOOL_CALL = re.compile(r"<<(.*?)>>")
-COLUMNS = {"question": str, "answer": str}
 
 
 def gsm8k(split: str = "train", *, source: str | Path | None = None) -> Task:
     """GSM8K: grade-school math word problems, answered in sentences with calculations by the tool."""
-    table = hub_table.load(Source("gsm8k", "openai/gsm8k", "main", "main", split, COLUMNS), source)
-    return Task("gsm8k", "generative", len(table), lambda index: _row(table, index), match_final_number)
+    return hub_task("gsm8k", "generative", TABLE, _conversation, split, source, is_correct=match_final_number)
 
 
-def _row(table: Table, index: int) -> Conversation:
-    row = table[index]
+def _conversation(row: dict[str, Any]) -> Conversation:
     if final_answer(row["answer"]) is None:
-        raise table.error(index, "the answer has no number after #### ")
+        raise UserError("the answer has no number after #### ")
     return qa_conversation(row["question"], parse_answer(row["answer"]))
 
 
@@ -38,8 +37,6 @@ def parse_answer(answer: str) -> list[dict[str, str]]:
             parts += [{"type": "text", "text": piece}] * bool(piece)
             continue
         expression, equals, result = piece.rpartition("=")
-        if not equals:
-            expression, result = piece, ""
-        parts.append({"type": "python", "text": expression})
+        parts.append({"type": "python", "text": expression if equals else piece})
         parts += [{"type": "python_output", "text": result}] * bool(equals)
     return parts

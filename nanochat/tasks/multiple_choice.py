@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nanochat.config import UserError
 from nanochat.data import Conversation, Tokenizer
-from nanochat.tasks import hub_table
-from nanochat.tasks.hub_table import Source, Table
+from nanochat.tasks.hub_table import HubTable, hub_task
 from nanochat.tasks.task import Task, qa_conversation
 
 ARC_COLUMNS = {"question": str, "choices": dict, "answerKey": str}
-MMLU_COLUMNS = {"question": str, "choices": list, "answer": int}
+MMLU = HubTable("cais/mmlu", "all", "all", {"question": str, "choices": list, "answer": int})
 MMLU_LETTERS = ("A", "B", "C", "D")
 
 
@@ -25,17 +25,16 @@ def arc_challenge(split: str = "train", *, source: str | Path | None = None) -> 
 
 
 def _arc(name: str, subset: str, split: str, source: str | Path | None) -> Task:
-    table = hub_table.load(Source(name, "allenai/ai2_arc", subset, subset, split, ARC_COLUMNS), source)
-    return Task(name, "multiple_choice", len(table), lambda index: _arc_row(table, index), baseline=0.25)
+    table = HubTable("allenai/ai2_arc", subset, subset, ARC_COLUMNS)
+    return hub_task(name, "multiple_choice", table, _arc_conversation, split, source, baseline=0.25)
 
 
-def _arc_row(table: Table, index: int) -> Conversation:
-    row = table[index]
+def _arc_conversation(row: dict[str, Any]) -> Conversation:
     letters, texts, answer = row["choices"].get("label"), row["choices"].get("text"), row["answerKey"]
     if not letters or not texts or len(letters) != len(texts):
-        raise table.error(index, "choices: expected at least one label, and one text for each label")
+        raise UserError("choices: expected at least one label, and one text for each label")
     if answer not in letters:
-        raise table.error(index, f"answerKey {answer!r} is not one of the labels {', '.join(letters)}")
+        raise UserError(f"answerKey {answer!r} is not one of the labels {', '.join(letters)}")
     prompt = multiple_choice_prompt(row["question"], letters, texts)
     return {**qa_conversation(prompt, answer), "letters": list(letters)}
 
@@ -47,14 +46,12 @@ def mmlu(split: str = "train", *, source: str | Path | None = None) -> Task:
         split: train (auxiliary_train of the data set), test, validation or dev.
     """
     split = "auxiliary_train" if split == "train" else split
-    table = hub_table.load(Source("mmlu", "cais/mmlu", "all", "all", split, MMLU_COLUMNS), source)
-    return Task("mmlu", "multiple_choice", len(table), lambda index: _mmlu_row(table, index), baseline=0.25)
+    return hub_task("mmlu", "multiple_choice", MMLU, _mmlu_conversation, split, source, baseline=0.25)
 
 
-def _mmlu_row(table: Table, index: int) -> Conversation:
-    row = table[index]
+def _mmlu_conversation(row: dict[str, Any]) -> Conversation:
     if len(row["choices"]) != len(MMLU_LETTERS) or not 0 <= row["answer"] < len(MMLU_LETTERS):
-        raise table.error(index, f"expected four choices and an answer of 0 to 3, got answer {row['answer']}")
+        raise UserError(f"expected four choices and an answer of 0 to 3, got answer {row['answer']}")
     prompt, answer = multiple_choice_prompt(row["question"], MMLU_LETTERS, row["choices"]), MMLU_LETTERS[row["answer"]]
     return {**qa_conversation(prompt, answer), "letters": list(MMLU_LETTERS), "subject": row.get("subject", "")}
 
@@ -70,11 +67,7 @@ def multiple_choice_prompt(question: str, letters: Sequence[str], choices: Seque
 
 
 def letter_ids(tokenizer: Tokenizer, letters: Sequence[str]) -> list[int]:
-    """Return the token id of each letter, the same in `multiple_choice_prompt` and as the answer.
-
-    Raises:
-        UserError: a letter is not a single token, or is a different token after the `=`.
-    """
+    """Return the token id of each letter, the same in `multiple_choice_prompt` and as the answer."""
     ids = []
     for letter in letters:
         answer, in_prompt = tokenizer.encode(letter), tokenizer.encode(f"- x={letter}\n- x")

@@ -1,20 +1,9 @@
 """SimpleSpelling and SpellingBee: a model reads tokens and sees no letters, so it has to learn how words are spelled.
 
 Spell the word: apple  ->  apple:a,p,p,l,e
-
-How many r are in strawberry?  ->  strawberry:s,t,r,a,w,b,e,r,r,y
-
-                                   Counting r:
-                                   s 0
-                                   t 0
-                                   r 1
-                                   …
-                                   Check: <python>'strawberry'.count('r')</python><output>3</output>
-
-                                   #### 3
+How many r are in strawberry?  ->  strawberry:s,t,r, … Counting r: s 0, t 0, r 1, … Check: (a tool call) #### 3
 """
 
-import functools
 import random
 import string
 from pathlib import Path
@@ -22,6 +11,7 @@ from pathlib import Path
 from nanochat.config import UserError
 from nanochat.data import Conversation
 from nanochat.tasks.task import Task, data_file, generated, match_final_number, plain_text, qa_conversation
+from nanochat.text import reason
 
 QUOTES = ("{}", "{}", "'{}'", '"{}"')
 
@@ -52,27 +42,23 @@ def spellingbee(split: str = "train", *, source: str | Path | None = None, size:
         split: train or test; a word may occur in both. source: as for `load_words`.
         size: number of rows; None: 80,000 of train, 256 of test.
     """
-    words = load_words(source)
+    words, questions = load_words(source), phrasings()
 
     def make_row(rng: random.Random) -> Conversation:
         word = rng.choice(words)
         letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(string.ascii_lowercase)
-        return qa_conversation(_question(rng, word, letter), counting_answer(word, letter))
+        question = rng.choice(questions)
+        # Sometimes without capitals, a question mark or quotes, as people write.
+        if rng.random() < 0.2:
+            question = question.lower()
+        if rng.random() < 0.3:
+            question = question.rstrip("?. ")
+        question = question.format(letter=rng.choice(QUOTES).format(letter), word=rng.choice(QUOTES).format(word))
+        return qa_conversation(question, counting_answer(word, letter))
 
     return generated("spellingbee", split, size, train_rows=80_000, make_row=make_row, is_correct=match_final_number)
 
 
-def _question(rng: random.Random, word: str, letter: str) -> str:
-    """Return a question, sometimes without capitals, quotes or a question mark, as people write."""
-    text = rng.choice(phrasings())
-    if rng.random() < 0.2:
-        text = text.lower()
-    if rng.random() < 0.3:
-        text = text.rstrip("?. ")
-    return text.format(letter=rng.choice(QUOTES).format(letter), word=rng.choice(QUOTES).format(word))
-
-
-@functools.cache
 def phrasings() -> tuple[str, ...]:
     """Return the ways to ask how many of a letter are in a word, in seven languages."""
     lines = data_file("spelling_questions.txt", None).read_text("utf-8").splitlines()
@@ -81,15 +67,13 @@ def phrasings() -> tuple[str, ...]:
 
 def counting_answer(word: str, letter: str) -> list[dict[str, str]]:
     """Return the answer as message parts: the word spelled, a running count, and a tool call to check it."""
-    lines, count = [], 0
-    for char in word:
-        count += char == letter
-        lines.append(f"{char} {count}\n")
+    counts = [f"{char} {word[: index + 1].count(letter)}\n" for index, char in enumerate(word)]
+    total = word.count(letter)
     return [
-        {"type": "text", "text": f"{_spelled(word)}\n\nCounting {letter}:\n{''.join(lines)}Check: "},
+        {"type": "text", "text": f"{_spelled(word)}\n\nCounting {letter}:\n{''.join(counts)}Check: "},
         {"type": "python", "text": f"'{word}'.count('{letter}')"},
-        {"type": "python_output", "text": str(count)},
-        {"type": "text", "text": f"\n\n#### {count}"},
+        {"type": "python_output", "text": f"{total}"},
+        {"type": "text", "text": f"\n\n#### {total}"},
     ]
 
 
@@ -98,24 +82,16 @@ def _spelled(word: str) -> str:
 
 
 def load_words(source: str | Path | None) -> tuple[str, ...]:
-    """Return the words to spell: of a text file with one word a line, of words.txt in a folder, or the shipped list.
-
-    Raises:
-        UserError: the file cannot be read, or a line is not one word.
-    """
-    return _read_words(data_file("words.txt", source))
-
-
-@functools.cache
-def _read_words(path: Path) -> tuple[str, ...]:
+    """Return the words to spell: of a text file with one word a line, of words.txt in a folder, or the shipped list."""
+    path = data_file("words.txt", source)
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"source={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    words = tuple(line.strip() for line in lines if line.strip())
+        raise UserError(f"source={path}: cannot be read ({reason(error)})") from None
     for number, line in enumerate(lines, start=1):
-        if line.strip() and not line.strip().isalpha():
-            raise UserError(f"source={path} line {number}: expected one word of letters, got {line.strip()[:40]!r}")
+        if line and not line.isalpha():
+            raise UserError(f"source={path} line {number}: expected one word of letters, got {line[:40]!r}")
+    words = tuple(line for line in lines if line)
     if not words:
         raise UserError(f"source={path}: contains no words")
     return words

@@ -50,9 +50,6 @@ def mixture(tasks: Sequence[Task], seed: int = 42, name: str = "mixture") -> Tas
     """Return all rows of all tasks, shuffled by `random.Random(seed)`, as a task of kind chat.
 
     A task that is listed twice counts twice. The order of the tasks matters to the shuffle.
-
-    Raises:
-        ValueError: `tasks` is empty.
     """
     if not tasks:
         raise ValueError("a mixture needs at least one task")
@@ -81,9 +78,6 @@ def generated(
 
     Args:
         size: number of rows; None: `train_rows`, or TEST_ROWS of the test split.
-
-    Raises:
-        UserError: the split does not exist, or so many training rows would reach the seeds of the test split.
     """
     if split not in ("train", "test"):
         raise UserError(f"task {name} has no split {split}; it has train and test")

@@ -222,13 +222,13 @@ def test_missing_text_column_does_not_make_a_shard_corrupt(tmp_path: Path):
 
 
 def test_embedded_corpus_is_built_once(base: Path, monkeypatch: pytest.MonkeyPatch, capfd):
-    few = [embedded.Document(f"s{i}", f"text {i}") for i in range(500)]
+    few = [(f"s{i}", f"text {i}") for i in range(500)]
     calls = []
     monkeypatch.setattr(embedded, "documents", lambda: calls.append(1) or few)
     config = DataConfig(source="embedded")
     train, val = both(config)
     assert calls == [1]
-    assert sorted(train + val) == sorted(document.text for document in few) and val
+    assert sorted(train + val) == sorted(text for _, text in few) and val
     assert sources.folder_of(config) == base / "embedded" / embedded.key()
     assert "writing the embedded corpus" in capfd.readouterr().out
     assert [path.name for path in (base / "embedded").iterdir() if path.is_dir()] == [embedded.key()]
@@ -242,7 +242,7 @@ def test_failed_build_leaves_nothing_and_can_be_repeated(base: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         sources.shards_of(DataConfig(source="embedded"), "train")
     assert [path for path in (base / "embedded").iterdir() if path.is_dir()] == []
-    monkeypatch.setattr(embedded, "documents", lambda: [embedded.Document(f"{i}", f"text {i}") for i in range(99)])
+    monkeypatch.setattr(embedded, "documents", lambda: [(f"{i}", f"text {i}") for i in range(99)])
     assert sources.shards_of(DataConfig(source="embedded"), "train")
 
 

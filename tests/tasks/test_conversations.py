@@ -53,16 +53,11 @@ USER, BOT = '{"role": "user", "content": "q"}', '{"role": "assistant", "content"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", "not valid JSON"),
         ('[{"role": "user"', "not valid JSON"),
         ("\xff", "not valid JSON"),
         ("42", "expected a conversation"),
-        ("[]", "no user message"),
         (f"[{USER}]", "the last message must be the assistant's"),
-        (f"[{BOT}]", "message 1: role 'assistant'"),
         (f"[{USER}, {USER}]", "message 2: role 'user', expected assistant"),
-        ('[{"role": "user"}]', "message 1: expected an object"),
-        (f'[{USER}, {{"role": "assistant", "content": [{{"type": "image", "text": ""}}]}}]', "message 2, part 1"),
     ],
 )
 def test_malformed_line_is_named(line: str, message: str, tmp_path: Path) -> None:
@@ -70,12 +65,9 @@ def test_malformed_line_is_named(line: str, message: str, tmp_path: Path) -> Non
     path.write_bytes(f"[{USER}, {BOT}]\n\n".encode() + line.encode("latin-1") + b"\n")
     with pytest.raises(UserError, match=f"my.jsonl:3: .*{re.escape(message)}"):
         tasks.load("customjson", source=path)
-
-
-def test_file_without_a_conversation_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text("\n")
+    path.write_text("\n")
     with pytest.raises(UserError, match="contains no conversations"):
-        tasks.load("customjson", source=tmp_path / "empty.jsonl")
+        tasks.load("customjson", source=path)
 
 
 def test_smoltalk_rows(tmp_path: Path) -> None:

@@ -36,15 +36,14 @@ def test_rows_are_pinned_by_their_seeds() -> None:
         {"type": "python_output", "text": "362"},
         {"type": "text", "text": "\n\n#### 362"},
     ]
-    row = tasks.load("simplespelling").row(0)
-    word = question(row).removeprefix("Spell the word: ")
-    assert word in spelling.load_words(None) and reference(row) == f"{word}:{','.join(word)}"
     assert spelling.counting_answer("robot", "o") == [
         {"type": "text", "text": "robot:r,o,b,o,t\n\nCounting o:\nr 0\no 1\nb 1\no 2\nt 2\nCheck: "},
         {"type": "python", "text": "'robot'.count('o')"},
         {"type": "python_output", "text": "2"},
         {"type": "text", "text": "\n\n#### 2"},
     ]
+    few, many = tasks.load("spellingbee", size=10), tasks.load("spellingbee")
+    assert [few.row(i) for i in reversed(range(10))] == [many.row(i) for i in range(10)][::-1]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -55,7 +54,6 @@ def test_arithmetic_answers_are_correct_and_copy_the_operands(split: str) -> Non
         a, operation, b = operands(row)
         operations[operation] += 1
         assert re.findall("[0-9]+", question(row)) == [a, b]
-        assert re.search(rf"{re.escape(operation)}|plus|minus|times|sum|difference|product", question(row))
         assert max(len(a), len(b)) <= (2 if operation == "*" else 3)
         _, call, output, final = (part["text"] for part in reference(row))
         assert tool_use.calculate(call) == output and final == f"\n\n#### {output}"
@@ -120,14 +118,16 @@ def test_spelling_answers_are_correct(split: str) -> None:
     assert len(phrasings) > 150
     task = tasks.load("simplespelling", split, size=100)
     for row in rows(task):
+        word = question(row).removeprefix("Spell the word: ")
+        assert reference(row) == f"{word}:{','.join(word)}"
         assert task.is_correct and task.is_correct(row, f" {reference(row)}\n")
         assert not task.is_correct(row, reference(row)[:-1])
 
 
 def test_every_phrasing_has_letter_and_word() -> None:
     for text in spelling.phrasings():
-        asked = text.format(letter="q", word="zebra")
-        assert "q" in asked and "zebra" in asked and asked.lower().format() == asked.lower()
+        filled = text.format(letter="q", word="zebra")
+        assert "q" in filled and "zebra" in filled and filled.lower().format() == filled.lower()
 
 
 @pytest.mark.parametrize(
@@ -147,29 +147,19 @@ def test_train_and_test_rows_have_different_seeds(name: str, size: int, monkeypa
         train.row(train.size)
 
 
-def test_rows_do_not_depend_on_size_or_order() -> None:
-    few, many = tasks.load("spellingbee", size=10), tasks.load("spellingbee")
-    assert [few.row(i) for i in reversed(range(10))] == [many.row(i) for i in range(10)][::-1]
-
-
-def test_shipped_words_are_a_few_thousand() -> None:
-    words = spelling.load_words(None)
-    assert 3000 < len(words) == len(set(words)) and list(words) == sorted(words)
-    assert all(re.fullmatch("[a-z]{3,17}", word) for word in words) and "strawberry" in words
-
-
 def test_words_from_a_file(tmp_path: Path) -> None:
+    shipped = spelling.load_words(None)
+    assert all(re.fullmatch("[a-z]{3,17}", word) for word in shipped) and 3000 < len(shipped) == len(set(shipped))
     path = tmp_path / "list.txt"
     path.write_text("añil\n\n  zorro \n", "utf-8")
-    asked = {question(row) for row in rows(tasks.load("simplespelling", source=path, size=30))}
-    assert asked == {"Spell the word: añil", "Spell the word: zorro"}
-    assert question(tasks.load("spellingbee", source=path).row(0))
-    assert spelling.load_words(tmp_path) == spelling.load_words(None)  # a folder of other tasks
+    task = tasks.load("simplespelling", source=path, size=30)
+    assert {question(row) for row in rows(task)} == {"Spell the word: añil", "Spell the word: zorro"}
+    assert spelling.load_words(tmp_path) == shipped  # a folder of other tasks
     path.rename(tmp_path / "words.txt")
     assert spelling.load_words(tmp_path) == ("añil", "zorro")
-    (tmp_path / "bad.txt").write_text("ok\ntwo words\n")
-    with pytest.raises(UserError, match=r"bad.txt line 2: expected one word of letters, got 'two words'"):
-        spelling.load_words(tmp_path / "bad.txt")
-    (tmp_path / "none.txt").write_text("\n")
+    path.write_text("ok\ntwo words\n")
+    with pytest.raises(UserError, match=r"list.txt line 2: expected one word of letters, got 'two words'"):
+        spelling.load_words(path)
+    path.write_text("\n")
     with pytest.raises(UserError, match="contains no words"):
-        spelling.load_words(tmp_path / "none.txt")
+        spelling.load_words(path)

@@ -30,30 +30,16 @@ def questions(task: Task) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ((), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
-        ((3,), [3, 4, 5, 6, 7, 8, 9]),
-        ((2, 5), [2, 3, 4]),
-        ((1, None, 3), [1, 4, 7]),
-        ((0, 100), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
-        ((-2, None), [8, 9]),
-        ((None, None, -4), [9, 5, 1]),
-        ((5, 5), []),
-    ],
+    "arguments", [(0, None, 1), (2, 5, 1), (1, None, 3), (0, 100, 1), (-2, None, 1), (None, None, -4), (5, 5, 1)]
 )
-def test_slice_task_follows_python_slices(arguments: tuple[Any, ...], expected: list[int]) -> None:
+def test_slice_task_follows_python_slices(arguments: tuple[Any, ...]) -> None:
     sliced = tasks.slice_task(numbers("a", 10), *arguments)
+    expected = list(range(10))[slice(*arguments)]
     assert questions(sliced) == [f"a{i}" for i in expected]
     assert (sliced.name, sliced.kind, sliced.is_correct is None) == ("a", "generative", False)
     with pytest.raises(IndexError):
         sliced.row(len(expected))
-
-
-def test_slices_compose_and_refuse_step_zero() -> None:
-    assert questions(tasks.slice_task(tasks.slice_task(numbers("a", 10), 1, None, 2), 1, 4)) == ["a3", "a5", "a7"]
-    with pytest.raises(ValueError, match="zero"):
-        tasks.slice_task(numbers("a", 10), step=0)
+    assert questions(tasks.slice_task(sliced, 1, 4)) == questions(sliced)[1:4]
 
 
 def test_rows_are_made_on_demand() -> None:
@@ -79,15 +65,6 @@ def test_mixture_is_one_shuffle_of_all_rows() -> None:
         assert questions(tasks.mixture(parts, seed=seed)) == rows
     with pytest.raises(ValueError, match="at least one task"):
         tasks.mixture([])
-
-
-def test_multiple_choice_prompt_lists_each_choice_before_its_letter() -> None:
-    assert tasks.multiple_choice_prompt("What is wet?", ["A", "B"], ["stone", "water"]) == (
-        "Multiple Choice question: What is wet?\n- stone=A\n- water=B\n\nRespond only with the letter of the correct "
-        "answer."
-    )
-    with pytest.raises(ValueError, match="argument 2 is longer"):
-        tasks.multiple_choice_prompt("?", ["A"], ["x", "y"])
 
 
 def test_letter_is_the_same_token_in_prompt_and_answer() -> None:
@@ -121,10 +98,8 @@ def test_tokenizer_that_merges_a_letter_with_its_sign_is_refused() -> None:
         ("#### 1 then #### 2", "1"),
         ("#### 7.", "7."),
         ("####7", None),
-        ("### 7", None),
         ("#### $7", None),
         ("42", None),
-        ("", None),
     ],
 )
 def test_final_answer_is_the_number_after_the_marker(text: str, number: str | None) -> None:
@@ -141,12 +116,6 @@ def test_answer_is_correct_by_its_final_number() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tasks by name
-
-
-def test_all_tasks_are_listed_with_a_description() -> None:
-    listed = "arc_challenge arc_easy arithmetic customjson gsm8k humaneval identity mmlu simplespelling smoltalk"
-    assert tasks.names() == [*listed.split(), "spellingbee"]
-    assert all(tasks.about(name) for name in tasks.names())
 
 
 def test_text_names_a_task_with_split_source_and_options(tmp_path: Path) -> None:
@@ -189,8 +158,7 @@ def test_load_error_is_one_line(text: str, message: str) -> None:
 
 
 def test_listing_tasks_imports_neither_datasets_nor_torch() -> None:
-    code = "import sys; from nanochat import tasks; [tasks.about(n) for n in tasks.names()]; print(*sys.modules)"
+    code = "import sys; from nanochat import tasks; print(all(map(tasks.about, tasks.names())), *sys.modules)"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert "nanochat.tasks.conversations" in done.stdout.split()
-    assert not {"datasets", "torch"} & set(done.stdout.split())
+    assert done.stdout.startswith("True") and not {"datasets", "torch"} & set(done.stdout.split())
