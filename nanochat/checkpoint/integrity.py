@@ -96,12 +96,8 @@ class LocalShard(NamedTuple):
     sizes: tuple[int, ...]
     index: int = 0
 
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.sizes))
 
-
-def local_shard(leaf: Tensor, name: str = "tensor") -> LocalShard:
+def local_shard(leaf: Tensor, name: str) -> LocalShard:
     """Return which block of `leaf` this process holds; UserError if the shards are uneven or partial sums."""
     sizes, offsets, index = list(leaf.shape), [0] * leaf.ndim, 0
     if isinstance(leaf, DTensor):
@@ -152,15 +148,6 @@ def shards_to_write(shard_checksums: Tensor, rank: int) -> list[bool]:
         holders = (indices == indices[rank]).nonzero().flatten().tolist()
         writes.append(holders[i % len(holders)] == rank)
     return writes
-
-
-def chunk_shape(sizes: tuple[int, ...], itemsize: int, limit_bytes: int = 2**24) -> list[int]:
-    """Return the shape of even, small chunks of a block: who reads a part of a block reads whole chunks."""
-    chunk = list(sizes)
-    for dim in range(len(chunk)):
-        while math.prod(chunk) * itemsize > limit_bytes and chunk[dim] % 2 == 0:
-            chunk[dim] //= 2
-    return chunk
 
 
 # The header
@@ -260,8 +247,7 @@ def read_leaves(
     Returns: {name: this process's shard}.
     """
     with raise_on_any_failure(group):
-        full = {name: torch.empty(leaf["shape"], device="meta") for name, leaf in saved.items()}
-        shards = {name: local_shard((like or full)[name], name) for name in saved}
+        shards = {name: local_shard(like[name], name) if like else _full_shard(spec) for name, spec in saved.items()}
         arrays = _read_item(path / "state", saved, shards)
         tensors = {name: storage.to_tensor(arrays.pop(name)).to(device) for name in saved}
     shard_checksums = gather_shard_checksums(group, shards, tensors)
@@ -279,32 +265,37 @@ def read_leaves(
 
 def read_arrays(path: Path, saved: Specs) -> dict[str, np.ndarray]:
     """Read and verify arrays."""
-    full = {name: LocalShard((0,) * len(array["shape"]), tuple(array["shape"])) for name, array in saved.items()}
-    arrays = _read_item(path / "arrays", saved, full)
+    arrays = _read_item(path / "arrays", saved, {name: _full_shard(spec) for name, spec in saved.items()})
     for name, array in saved.items():
         if _sha256(arrays[name].tobytes()) != array["sha256"]:
             raise corruption_error(path, f"{name} is corrupt: bytes in {path / 'arrays'} have changed")
     return arrays
 
 
+def _full_shard(spec: Mapping[str, Any]) -> LocalShard:
+    return LocalShard((0,) * len(spec["shape"]), tuple(spec["shape"]))
+
+
 def _read_item(item: Path, saved: Specs, shards: Mapping[str, LocalShard]) -> dict[str, np.ndarray]:
-    stored = {n: (array["shape"], shards[n].slices) for n, array in saved.items() if math.prod(array["shape"])}
+    stored, arrays = {}, {}
+    for name, spec in saved.items():
+        offsets, sizes, _ = shards[name]
+        if math.prod(spec["shape"]):
+            index = tuple(slice(start, start + size) for start, size in zip(offsets, sizes))
+            stored[name] = (spec["shape"], index)
+        else:  # orbax stores no empty arrays
+            arrays[name] = np.empty(sizes, np.dtype(spec["dtype"]))
     try:
-        blocks = storage.read_blocks(item, stored)
+        arrays |= storage.read_blocks(item, stored)
     except MemoryError:
         raise
     except Exception as error:  # tensorstore raises whatever the damage leads it to
         raise corruption_error(item.parent, f"{item} cannot be read ({reason(error)})") from error
-    arrays = {}
-    for name, array in saved.items():
-        if name not in stored:  # orbax stores no empty arrays
-            arrays[name] = np.empty(shards[name].sizes, np.dtype(array["dtype"]))
-            continue
-        expected = {"shape": [*shards[name].sizes], "dtype": array["dtype"]}
-        if name not in blocks or tensor_spec(blocks[name]) != expected:
+    for name, spec in saved.items():
+        expected = {"shape": [*shards[name].sizes], "dtype": spec["dtype"]}
+        if name not in arrays or tensor_spec(arrays[name]) != expected:
             raise corruption_error(item.parent, f"{name} in {item} is missing or has another shape or dtype than saved")
-        arrays[name] = blocks.pop(name)
-    return arrays
+    return {name: arrays[name] for name in saved}
 
 
 def check_files(path: Path, saved: Specs) -> dict[str, Path]:

@@ -112,7 +112,7 @@ def save(
         contents = _read_files(files or {}) if group.rank == 0 else {}
         step = int(state.step)
         header = integrity.build_header(step, meta, specs, array_specs, contents)
-    exists = _from_rank0(group, lambda: _has_step(manager, step))
+    exists = _from_rank0(group, lambda: step in storage.steps(folder))
     if exists and integrity.matches_saved(folder / str(step), header, leaves, group):
         if metrics:
             add_metrics(manager, step, metrics)
@@ -121,18 +121,14 @@ def save(
     needed_bytes += needed_bytes // 100 + len(json.dumps(header)) + 2**20  # orbax's index, and half-full disk blocks
     with raise_on_any_failure(group):
         if group.rank == 0:
+            manager.orbax.reload()  # a step may have been deleted by hand, or given metrics
             if exists:  # and is corrupt
                 manager.orbax.delete(step)
                 storage.remove_partial_steps(folder)
             _make_room(manager, step, needed_bytes, metrics)
         writes = dict(zip(leaves, integrity.shards_to_write(shard_checksums, group.rank)))
         blocks = {
-            name: Block(
-                storage.to_numpy(local[name]),
-                leaf.shape,
-                shards[name].offsets,
-                integrity.chunk_shape(shards[name].sizes, leaf.element_size()),
-            )
+            name: Block(storage.to_numpy(local[name]), leaf.shape, shards[name].offsets)
             for name, leaf in leaves.items()
             if writes[name] and leaf.numel()
         }
@@ -325,7 +321,7 @@ def _save_on_rank0(manager: Manager, pending: PendingSave) -> None:
         _write_blocks(group, folder, pending.blocks)
 
     names = [name for name, leaf in pending.header["state"].items() if math.prod(leaf["shape"])]
-    arrays = {name: storage.full_block(array) for name, array in pending.arrays.items() if array.size}
+    arrays = {name: Block(x, x.shape, (0,) * x.ndim) for name, x in pending.arrays.items() if x.size}
     try:
         items = {
             "state": storage.arrays_item(names, write_state),
@@ -343,7 +339,16 @@ def _save_on_rank0(manager: Manager, pending: PendingSave) -> None:
     except Exception as error:
         if not started:
             distributed.broadcast_object(None, group=group)
-        raise _clean_up_failed_save(manager, pending, error) from error
+        # Free the disk space, and make the manager usable again.
+        with contextlib.suppress(Exception):  # it raises the error again
+            manager.orbax.close()
+        _open_orbax(manager)
+        free_bytes = shutil.disk_usage(manager.folder).free
+        raise UserError(
+            f"checkpoint of step {pending.step} could not be written to {manager.folder} ({integrity.reason(error)}); "
+            f"it needs {pending.needed_bytes / 1e6:.1f} MB, {free_bytes / 1e6:.1f} MB are free; "
+            f"{_last_good(manager.folder)}"
+        ) from error
 
 
 def _write_blocks(group: ControlGroup, folder: Path, blocks: Mapping[str, Block]) -> None:
@@ -356,19 +361,6 @@ def _write_blocks(group: ControlGroup, folder: Path, blocks: Mapping[str, Block]
             if group.size == 1:
                 raise
             raise UserError(f"rank {group.rank}: {integrity.reason(error)}") from error
-
-
-def _clean_up_failed_save(manager: Manager, pending: PendingSave, error: Exception) -> UserError:
-    """Free the disk space of a failed save, make the manager usable again, and return what to raise."""
-    with contextlib.suppress(Exception):  # it raises the error again
-        manager.orbax.close()
-    _open_orbax(manager)
-    free_bytes = shutil.disk_usage(manager.folder).free
-    return UserError(
-        f"checkpoint of step {pending.step} could not be written to {manager.folder} ({integrity.reason(error)}); "
-        f"it needs {pending.needed_bytes / 1e6:.1f} MB, {free_bytes / 1e6:.1f} MB are free; "
-        f"{_last_good(manager.folder)}"
-    )
 
 
 # Which steps are kept
@@ -441,10 +433,9 @@ def _leaves(state: Any) -> dict[str, Tensor]:
 
 
 def _rebuild(like: Any, leaves: Mapping[str, Tensor], name: str) -> Any:
-    if not isinstance(like, TensorDictBase | Mapping):
+    if not isinstance(like, TensorDictBase):
         return leaves[name]
-    flat = {key: leaves[f"{name}.{key}"] for key in tree.flatten(like)}
-    return tree.unflatten(flat, like) if isinstance(like, TensorDictBase) else tree.nest(flat)
+    return tree.unflatten({key: leaves[f"{name}.{key}"] for key in tree.flatten(like)}, like)
 
 
 def _read_files(files: Mapping[str, Path]) -> dict[str, bytes]:
@@ -470,8 +461,3 @@ def _require_equal(group: ControlGroup, specs: Mapping[str, Any]) -> None:
         for name in {**first, **specs}:
             if first.get(name) != specs.get(name):
                 raise UserError(f"{name} differs between rank 0 and rank {group.rank}: it should be equal on both")
-
-
-def _has_step(manager: Manager, step: int) -> bool:
-    manager.orbax.reload()  # a step may have been deleted by hand, or given metrics
-    return step in manager.orbax.all_steps()

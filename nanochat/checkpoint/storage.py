@@ -8,6 +8,7 @@ terminates all ranks when one is lost, and for int64 `jax_enable_x64`, which cha
 import dataclasses
 import functools
 import logging
+import math
 import os
 import shutil
 import sys
@@ -149,16 +150,20 @@ def _arrays_handler() -> Any:
 
 
 class Block(NamedTuple):
-    """A part of an array to write. All blocks of an array have one size, which is a multiple of `chunk_shape`."""
+    """A part of an array to write; all blocks of an array have one size."""
 
     values: np.ndarray
     shape: Sequence[int]  # of the full array
     offsets: Sequence[int]  # of the block in it
-    chunk_shape: Sequence[int]  # of the pieces in which the block is stored and read
 
 
-def full_block(values: np.ndarray) -> Block:
-    return Block(values, values.shape, (0,) * values.ndim, values.shape)
+def chunk_shape(block: np.ndarray, limit_bytes: int = 2**24) -> list[int]:
+    """Return the shape of even, small chunks of a block: who reads a part of a block reads whole chunks."""
+    chunk = list(block.shape)
+    for dim in range(len(chunk)):
+        while math.prod(chunk) * block.itemsize > limit_bytes and chunk[dim] % 2 == 0:
+            chunk[dim] //= 2
+    return chunk
 
 
 def write_blocks(folder: Path, process: int, blocks: Mapping[str, Block]) -> None:
@@ -172,7 +177,7 @@ def write_blocks(folder: Path, process: int, blocks: Mapping[str, Block]) -> Non
             **_array_spec(folder / f"ocdbt.process_{process}", name),
             "dtype": block.values.dtype.name,
             # Weights hardly compress, and writing them uncompressed is three times as fast.
-            "metadata": {"shape": [*block.shape], "chunks": [*block.chunk_shape], "compressor": None},
+            "metadata": {"shape": [*block.shape], "chunks": chunk_shape(block.values), "compressor": None},
             "store_data_equal_to_fill_value": True,
         }
         arrays[name] = tensorstore.open(spec, create=True, open=True, context=context)

@@ -18,13 +18,7 @@ LOG_SECONDS, LOG_FRACTION, LOG_MAX_SECONDS = 10.0, 0.05, 60.0
 
 
 class Bar:
-    """A progress bar, as a context manager.
-
-        with progress.Bar(600, label="pretraining") as bar:
-            for _ in range(600):
-                bar.update(loss=4.123, speed="8.2k tok/s")
-
-    shows `pretraining: step 120/600 (20.0%) | loss 4.123 | 8.2k tok/s | 3m12s left`.
+    """A progress bar, as a context manager: `pretraining: step 120/600 (20.0%) | loss 4.123 | 3m12s left`.
 
     Args:
         total: units of work including `initial`; None if unknown.

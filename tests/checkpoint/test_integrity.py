@@ -28,23 +28,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64
 def test_flipped_bit_names_the_leaf_and_the_fix(tmp_path: Path) -> None:
     checkpoint.close(save_steps(tmp_path, 1, 2))
     step = tmp_path / "2"
-    flip_bit(step, full_state(2).params["h", "0", "k"])
+    flip_bit(step, full_state(2).opt_state["wte", "mu"])
     expected = (
-        f"checkpoint {step}: params.h.0.k is corrupt: bytes in {step / 'state'} have changed; "
+        f"checkpoint {step}: opt_state.wte.mu is corrupt: bytes in {step / 'state'} have changed; "
         f"step 1 exists too: delete {step} to resume from it"
     )
     with pytest.raises(CorruptCheckpointError, match=f"^{re.escape(expected)}$"):
         checkpoint.restore(tmp_path, full_state(2))
+    assert torch.equal(checkpoint.load_params(tmp_path)[0]["wte"], full_state(2).params["wte"])
     shutil.rmtree(step)
     assert_same(checkpoint.restore(tmp_path, full_state(1))[0], full_state(1))
-
-
-def test_corrupt_optimizer_state_does_not_affect_load_params(tmp_path: Path) -> None:
-    checkpoint.close(save_steps(tmp_path, 2))
-    flip_bit(tmp_path / "2", full_state(2).opt_state["wte", "mu"])
-    assert torch.equal(checkpoint.load_params(tmp_path)[0]["wte"], full_state(2).params["wte"])
-    with pytest.raises(CorruptCheckpointError, match=r"opt_state\.wte\.mu"):
-        checkpoint.restore(tmp_path, full_state(2))
 
 
 def test_corrupt_existing_step_is_replaced(tmp_path: Path) -> None:
@@ -116,26 +109,27 @@ def test_leaves_that_orbax_would_return_silently_are_detected(tmp_path: Path, ch
         checkpoint.restore(tmp_path, full_state(1))
 
 
-def test_changed_header_is_detected(tmp_path: Path) -> None:
-    checkpoint.close(save_steps(tmp_path, 1))
-    path = tmp_path / "1" / "meta" / "metadata"
-    path.write_text(path.read_text().replace('"seed": 1', '"seed": 3'))
-    for read in (checkpoint.load_params, lambda folder: checkpoint.restore(folder, full_state(1))):
-        with pytest.raises(CorruptCheckpointError, match="meta/metadata has changed since it was written"):
-            read(tmp_path)
-
-
-def test_newer_format_is_refused(tmp_path: Path) -> None:
+def test_changed_header_is_detected_and_a_newer_format_refused(tmp_path: Path) -> None:
     checkpoint.close(save_steps(tmp_path, 1))
     path = tmp_path / "1" / "meta" / "metadata"
     header = json.loads(path.read_text())
-    path.write_text(json.dumps({**header, "format": integrity.FORMAT + 1}))
-    with pytest.raises(UserError, match=r"1 has format 2, this nanochat reads 1: update nanochat") as caught:
-        checkpoint.restore(tmp_path, full_state(1))
-    assert not isinstance(caught.value, CorruptCheckpointError)
-    path.write_text(json.dumps({"other": "program"}))
-    with pytest.raises(CorruptCheckpointError, match=r"metadata cannot be read .*there is no other step"):
-        checkpoint.load_params(tmp_path)
+
+    def error(content: Any) -> UserError:
+        path.write_text(json.dumps(content))
+        errors = []
+        for read in (checkpoint.load_params, lambda folder: checkpoint.restore(folder, full_state(1))):
+            with pytest.raises(UserError) as caught:
+                read(tmp_path)
+            errors.append(caught.value)
+        assert type(errors[0]) is type(errors[1]) and str(errors[0]) == str(errors[1])
+        return errors[0]
+
+    changed = error({**header, "meta": {"seed": 3}})
+    assert isinstance(changed, CorruptCheckpointError) and "metadata has changed since it was written" in str(changed)
+    newer = error({**header, "format": integrity.FORMAT + 1})
+    assert not isinstance(newer, CorruptCheckpointError) and "has format 2, this nanochat reads 1" in str(newer)
+    other = error({"other": "program"})
+    assert "metadata cannot be read (KeyError 'format'); there is no other step" in str(other)
 
 
 def test_corrupt_metrics_file_is_reported_when_the_folder_is_opened(tmp_path: Path) -> None:
@@ -201,8 +195,6 @@ def test_checksums_do_not_depend_on_chunking() -> None:
     rows = [fingerprint(x[a : a + 100], [a, 0]) for a in range(0, 3001, 100)]
     columns = [fingerprint(x[:, a : a + 500], [0, a]) for a in range(0, 1009, 500)]
     assert sum(rows) % 2**64 == sum(columns) % 2**64 == fingerprint(x)
-    wide = x.reshape(1, -1)
-    assert fingerprint(wide) != fingerprint(wide.flip(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,6 @@
 """Checkpoints of several processes: any sharding restores any other, and a kill never damages a complete step."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -78,6 +79,7 @@ def test_jax_and_orbax_alone_read_a_sharded_checkpoint(saved: Path) -> None:
         state_args = ocp.args.PyTreeRestore(want, restore_args=restore_args, partial_restore=True)
         items = ocp.args.Composite(state=state_args, meta=ocp.args.JsonRestore())
         got = reader.restore(reader.latest_step(), args=items)
+        assert got.meta["meta"] == {{"seed": 1, "rank": 0}}
         wte, q = got.state["params"]["wte"], got.state["params"]["h"]["0"]["q"]
         assert isinstance(wte, jax.Array) and len(wte.addressable_shards) == 4 and wte.sharding == sharding
         np.testing.assert_array_equal(wte, np.load({str(saved / "wte.npy")!r}))
@@ -230,12 +232,11 @@ def test_replicated_shards_count_once_in_the_checksum() -> None:
     [((), 8, []), ((8, 6), 96, [4, 6]), ((8, 6), 20, [1, 3]), ((3, 4), 16, [3, 1]), ((2, 2), 16, [2, 2])],
 )
 def test_chunks_divide_a_block(sizes: tuple[int, ...], limit: int, chunk: list[int]) -> None:
-    assert integrity.chunk_shape(sizes, 4, limit) == chunk
+    assert storage.chunk_shape(np.zeros(sizes, np.float32), limit) == chunk
 
 
 def test_chunked_arrays_are_read_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk_shape = integrity.chunk_shape
-    monkeypatch.setattr(integrity, "chunk_shape", lambda sizes, itemsize: chunk_shape(sizes, itemsize, 64))
+    monkeypatch.setattr(storage, "chunk_shape", functools.partial(storage.chunk_shape, limit_bytes=64))
     manager = checkpoint.open_manager(tmp_path)
     checkpoint.save(manager, full_state(1), {})
     assert_same(checkpoint.restore(manager, full_state(1))[0], full_state(1))
