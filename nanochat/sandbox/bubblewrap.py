@@ -8,13 +8,11 @@ Each program gets a fresh interpreter with the standard library, behind these la
     seccomp      an allow-list of system calls: no other process, program or socket (`nanochat.sandbox.seccomp`).
     the parent   wall time and output; at the limit it kills the namespace with every process in it.
 
-A program succeeds only if it runs to its last line: exiting earlier, by `sys.exit(0)` or `os._exit(0)` too, is a
-failure. Not guaranteed: that a program written to deceive its own check cannot find the secret that reports success
-(both run in one interpreter), or that the kernel has no security hole.
-
-`run` refuses where the kernel cannot do this, and `available` says why. `weak=True` accepts less: rlimits, a process
-group, an empty environment, a temporary folder, and seccomp if libseccomp is installed. That contains mistakes, but a
-hostile program can read files and signal processes of the same user.
+A program succeeds only if it runs to its last line: `sys.exit(0)` or `os._exit(0)` before it is a failure. Not
+guaranteed: that a program cannot find the secret that reports success, since both run in one interpreter, or that the
+kernel has no security hole. `weak=True` does without bubblewrap: a process group, an empty environment, a temporary
+folder, rlimits, and seccomp if libseccomp is installed. That contains mistakes; a hostile program can still read files
+and signal processes of the same user.
 
 Source: the manual page bwrap(1).
 """
@@ -36,7 +34,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from nanochat.config import UserError
 from nanochat.sandbox import seccomp
@@ -59,24 +57,15 @@ NAMESPACES = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a program ended.
+    """How a program ended."""
 
-    Attributes:
-        success: it ran to its last line within all limits.
-        stdout, stderr: its output; bytes that are not valid UTF-8 appear as U+FFFD.
-        error: None after a success, else one line: the exception, signal or limit.
-        timed_out: it used up its wall time or CPU time.
-        memory_exceeded: it ended with a MemoryError.
-        seconds: wall time of the program, without the start of the interpreter.
-    """
-
-    success: bool
-    stdout: str
+    success: bool  # it ran to its last line within all limits
+    stdout: str  # bytes that are not valid UTF-8 appear as U+FFFD
     stderr: str
-    error: str | None
-    timed_out: bool
-    memory_exceeded: bool
-    seconds: float
+    error: str | None  # None after a success, else one line: the exception, signal or limit
+    timed_out: bool  # it used up its wall time or CPU time
+    memory_exceeded: bool  # it ended with a MemoryError
+    seconds: float  # wall time, without the start of the interpreter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +90,6 @@ def run(
         memory_bytes: address space of the process; up to 32 MiB of files in its folder are extra.
         max_output_bytes: of stdout and of stderr, each.
         weak: do not require isolation by the kernel.
-
-    Raises:
-        UserError: this machine cannot isolate the program and `weak` is not set, a limit is out of range, or the
-            interpreter did not start. Never because of what the program does.
     """
     if not 0 < timeout_seconds < math.inf:
         raise UserError(f"sandbox timeout_seconds={timeout_seconds}: expected a number of seconds above 0")
@@ -121,7 +106,7 @@ def run(
 def available() -> str | None:
     """Return None if this machine can isolate a program, else one line: what is missing, and how to fix it.
 
-    Runs a program that tries to break out, once per process.
+    Runs a program that tries to break out.
     """
     if sys.platform != "linux":
         return f"the sandbox needs Linux, this is {sys.platform}"
@@ -188,25 +173,25 @@ def _run(code: str, limits: Limits, weak: bool) -> Result:
 
 @dataclasses.dataclass
 class _Outcome:
-    """What the parent saw of a program; `limit` is "time" or "output" if that was exceeded."""
+    """What the parent saw of a program."""
 
     stdout: bytearray = dataclasses.field(default_factory=bytearray)
     stderr: bytearray = dataclasses.field(default_factory=bytearray)
     report: bytearray = dataclasses.field(default_factory=bytearray)
-    limit: str | None = None
+    exceeded: Literal["time", "output"] | None = None  # the limit
     seconds: float = 0.0
 
 
 def _monitor(process: subprocess.Popen[bytes], report: IO[bytes], limits: Limits) -> _Outcome:
     """Read the program's output until it exits or exceeds a limit."""
     assert process.stdout and process.stderr
-    outcome, started = _Outcome(), time.monotonic()
-    deadline, running = started + START_SECONDS, False
+    outcome, started, running = _Outcome(), time.monotonic(), False
+    deadline = started + START_SECONDS
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ, (outcome.stdout, limits.max_output_bytes))
         selector.register(process.stderr, selectors.EVENT_READ, (outcome.stderr, limits.max_output_bytes))
         selector.register(report, selectors.EVENT_READ, (outcome.report, REPORT_BYTES))
-        while selector.get_map() and not outcome.limit:
+        while selector.get_map() and not outcome.exceeded:
             exited = process.poll() is not None  # before select, so that what it wrote before its exit is ready
             ready = selector.select(min(max(0.0, deadline - time.monotonic()), POLL_SECONDS))
             for key, _ in ready:
@@ -216,19 +201,19 @@ def _monitor(process: subprocess.Popen[bytes], report: IO[bytes], limits: Limits
                 if not chunk:
                     selector.unregister(key.fileobj)
                 elif len(chunk) > room:
-                    outcome.limit = "output"
+                    outcome.exceeded = "output"
             if outcome.report and not running:  # the interpreter has started: the program's own time begins
                 running, started = True, time.monotonic()
                 deadline = started + limits.timeout_seconds
-            if not outcome.limit and time.monotonic() >= deadline:
-                outcome.limit = "time"
+            if not outcome.exceeded and time.monotonic() >= deadline:
+                outcome.exceeded = "time"
             if exited and not ready:
                 break  # a child still holds the pipes, which can only happen without a process namespace
-    if not outcome.limit:
+    if not outcome.exceeded:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            outcome.limit = "time"
+            outcome.exceeded = "time"
     outcome.seconds = time.monotonic() - started
     return outcome
 
@@ -262,38 +247,28 @@ def _namespace_init(info: IO[bytes]) -> int | None:
 
 
 def _result(outcome: _Outcome, code: int, secret: bytes, limits: Limits) -> Result:
-    """Combine report, limits and exit code. Raises UserError if the program did not start."""
-    stderr = outcome.stderr.decode("utf-8", "replace")
+    stdout, stderr = (text.decode("utf-8", "replace") for text in (outcome.stdout, outcome.stderr))
     if not outcome.report.startswith(b"+"):
         message = stderr.strip().rpartition("\n")[2] or f"exit code {code} after {outcome.seconds:.1f} s"
         raise UserError(f"the sandbox did not start: {message}. {NAMESPACES}")
-    report = bytes(outcome.report[1:])  # the secret, or e or m and the error
+    report = outcome.report[1:]  # the secret, or e or m and the error
     # bubblewrap exits with 128 + the number of the signal that killed the program; without it the code is negative.
     number = -code if code < 0 else code - 128
     killed_by = signal.Signals(number).name if number in set(signal.Signals) else None
-    timed_out = outcome.limit == "time" or killed_by == "SIGXCPU"
-    success = report == secret and code == 0 and outcome.limit is None
-    if success:
-        error = None
-    elif timed_out:
+    timed_out = outcome.exceeded == "time" or killed_by == "SIGXCPU"
+    error = None
+    if timed_out:
         error = f"timed out after {limits.timeout_seconds:g} s"
-    elif outcome.limit == "output":
+    elif outcome.exceeded == "output":
         error = f"wrote more than {limits.max_output_bytes} bytes"
     elif report[:1] in (b"e", b"m"):
         error = report[1:].decode("utf-8", "replace")
     elif killed_by:
         error = f"killed by {killed_by}"
-    else:
+    elif report != secret or code != 0:
         error = f"exited with code {code} before its last line"
-    return Result(
-        success=success,
-        stdout=outcome.stdout.decode("utf-8", "replace"),
-        stderr=stderr,
-        error=error,
-        timed_out=timed_out,
-        memory_exceeded=not timed_out and report[:1] == b"m",
-        seconds=outcome.seconds,
-    )
+    memory_exceeded = not timed_out and report[:1] == b"m"
+    return Result(error is None, stdout, stderr, error, timed_out, memory_exceeded, outcome.seconds)
 
 
 @functools.cache
@@ -359,7 +334,7 @@ def _pipe() -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _sealed_file(content: bytes) -> IO[bytes]:
-    """Return an unnamed file with this content, at its start; immutable on Linux."""
+    """Return an unnamed file with this content; immutable on Linux."""
     if sys.platform != "linux":
         file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (the caller closes it)
         file.write(content)

@@ -20,13 +20,11 @@ SPARE_BYTES = 4 * 2**20  # memory freed first, because raising the limit takes a
 
 
 class FilterProgram(ctypes.Structure):
-    """The kernel's struct sock_fprog."""
-
+    # The kernel's struct sock_fprog
     _fields_ = (("count", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
 def check(code: int, what: str) -> None:
-    """Raise OSError if a function of the C library failed."""
     if code != 0:
         raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
 
@@ -62,7 +60,6 @@ def set_limits(memory_bytes: int, cpu_seconds: int, folder_bytes: int, *, enforc
 
 
 def install_filter(libc: ctypes.CDLL, instructions: bytes) -> None:
-    """Install the system call filter for the rest of this process."""
     set_no_new_privileges, set_seccomp, filter_mode = 38, 22, 2
     zero = ctypes.c_ulong(0)
     check(libc.prctl(set_no_new_privileges, ctypes.c_ulong(1), zero, zero, zero), "no_new_privs")
@@ -119,7 +116,6 @@ def run(source: bytes, report: int, send_secret: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    """Read the arguments and descriptor 0, drop privileges, and run the program."""
     report, filter_bytes, program_bytes, secret_bytes = map(int, sys.argv[1:5])
     memory_bytes, cpu_seconds, folder_bytes, folder_files, enforced = map(int, sys.argv[5:])
     received = os.dup(0)

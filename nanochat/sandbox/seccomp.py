@@ -77,11 +77,9 @@ class _Condition(ctypes.Structure):
 
 
 _ARGUMENT_TYPES = {
+    "seccomp_init": (ctypes.c_uint32,),
     "seccomp_attr_set": (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32),
-    "seccomp_rule_add_array": (
-        *(ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint),
-        ctypes.POINTER(_Condition),
-    ),
+    "seccomp_rule_add_array": (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p),
     "seccomp_export_bpf": (ctypes.c_void_p, ctypes.c_int),
     "seccomp_release": (ctypes.c_void_p,),
 }
@@ -93,16 +91,12 @@ def compile_filter(*, allow_signals: bool) -> bytes:
 
     Args:
         allow_signals: allow kill and similar calls; only for a process in a namespace of its own.
-
-    Raises:
-        UserError: libseccomp is not installed or failed.
     """
     try:
         library = ctypes.CDLL(LIBRARY)
     except OSError as error:
         raise UserError("the sandbox needs libseccomp: apt-get install libseccomp2 (or your package)") from error
     library.seccomp_init.restype = ctypes.c_void_p
-    library.seccomp_init.argtypes = (ctypes.c_uint32,)
     for name, types in _ARGUMENT_TYPES.items():
         getattr(library, name).argtypes = types
     context = library.seccomp_init(_UNKNOWN)
@@ -112,7 +106,11 @@ def compile_filter(*, allow_signals: bool) -> bytes:
         _call(library.seccomp_attr_set, context, _BAD_ARCHITECTURE, _KILL)
         _call(library.seccomp_attr_set, context, _OPTIMIZE, 2)  # binary search instead of a chain of comparisons
         _add_rules(library, context, allow_signals)
-        return _export(library, context)
+        descriptor = os.memfd_create("seccomp")
+        with open(descriptor, "rb") as file:
+            _call(library.seccomp_export_bpf, context, descriptor)
+            file.seek(0)
+            return file.read()
     finally:
         library.seccomp_release(context)
 
@@ -146,12 +144,3 @@ def _call(function: Callable[..., int], *arguments: object) -> None:
     code = function(*arguments)
     if code < 0:
         raise UserError(f"{LIBRARY}: {function.__name__}{arguments[1:]} failed: {os.strerror(-code)}")
-
-
-def _export(library: ctypes.CDLL, context: int) -> bytes:
-    descriptor = os.memfd_create("seccomp")
-    try:
-        _call(library.seccomp_export_bpf, context, descriptor)
-        return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-    finally:
-        os.close(descriptor)

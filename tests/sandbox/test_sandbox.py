@@ -23,7 +23,7 @@ import pytest
 
 import nanochat
 from nanochat.config import UserError
-from nanochat.sandbox import Result, bubblewrap, seccomp
+from nanochat.sandbox import Result, seccomp
 from nanochat.sandbox import bubblewrap as sandbox
 
 ROOT = Path(__file__).parents[2]
@@ -106,10 +106,9 @@ def run_attempts(code: str) -> Result:
 
 def test_output_of_a_successful_program(kernel: str) -> None:
     result = run("import sys\nprint('häl', 'lo')\nprint('warn', file=sys.stderr)\nprint(sys.stdin.read() == '')")
-    assert result.success and result.error is None
-    assert (result.stdout, result.stderr) == ("häl lo\nTrue\n", "warn\n")
-    assert not result.timed_out and not result.memory_exceeded
     assert 0 < result.seconds < 5
+    assert result == Result(True, "häl lo\nTrue\n", "warn\n", None, False, False, result.seconds)
+    assert len({run("print({'a', 'b', 'c', 'd', 'e', 'f'})").stdout for _ in range(4)}) == 1, "a fixed hash seed"
 
 
 def test_error_shows_the_traceback_of_the_program(kernel: str) -> None:
@@ -174,10 +173,6 @@ def test_ordinary_programs_work(kernel: str, code: str) -> None:
     assert result.success, result
 
 
-def test_hash_seed_is_fixed(kernel: str) -> None:
-    assert len({run("print({'a', 'b', 'c', 'd', 'e', 'f'})").stdout for _ in range(4)}) == 1
-
-
 @pytest.mark.parametrize(
     "code",
     [
@@ -199,17 +194,13 @@ def test_endless_programs_time_out(kernel: str, code: str) -> None:
 
 def test_cpu_time_is_limited(kernel: str) -> None:
     code = """
-        import resource, signal, time
-        soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        print(soft, hard)
-        resource.setrlimit(resource.RLIMIT_CPU, (1, hard))
+        import resource
+        print(resource.getrlimit(resource.RLIMIT_CPU), flush=True)
+        resource.setrlimit(resource.RLIMIT_CPU, (1, 3))
         while True: pass
     """
-    result = run(code, timeout_seconds=4)
-    assert result.timed_out and result.stdout == ""  # what was not flushed is lost, as with any signal
-    assert result.seconds < 3.9
-    result = run("import resource\nprint(resource.getrlimit(resource.RLIMIT_CPU))", timeout_seconds=1.2)
-    assert result.stdout == "(2, 3)\n"
+    result = run(code, timeout_seconds=3.9)
+    assert result.timed_out and result.stdout == "(4, 5)\n" and result.seconds < 3.8
 
 
 @pytest.mark.parametrize(
@@ -337,7 +328,7 @@ def test_files_and_environment_of_the_host_are_hidden(
         print(sorted(os.environ), getenv(b"API_SECRET"), os.uname().nodename, os.getuid(), os.getppid())
     """)
     assert "in-the-environment" not in result.stdout and "in-a-file" not in result.stdout
-    names = sorted([*bubblewrap.environment("/tmp"), "PWD"])
+    names = sorted([*sandbox.environment("/tmp"), "PWD"])
     assert result.stdout.endswith(f"{names} None sandbox 65534 1\n")
 
 
@@ -511,31 +502,14 @@ def test_killing_the_parent_kills_the_program(kernel: str) -> None:
     wait_for_processes(kernel, 0, 10)
 
 
-def test_repeated_runs_leak_nothing(kernel: str) -> None:
-    def resident_bytes() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    for _ in range(10):
-        assert run("pass").success
-    before, memory = descriptors(), resident_bytes()
-    for number in range(50):
-        assert run(f"print({number})").stdout == f"{number}\n"
-    assert processes(kernel) == [] and descriptors() == before
-    assert resident_bytes() - memory < 2 * MIB
-
-
 def test_concurrent_runs(kernel: str) -> None:
     codes = ["print({n})", "1 / 0", "while True: pass", "x = 'a' * 10**9", "while True: print('x' * 10**5)"]
-
-    def one(n: int) -> tuple[int, Result]:
-        return n, run(codes[n % len(codes)].format(n=n), timeout_seconds=1.5)
-
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(one, range(24)))
-    for n, result in results:
-        kind = n % len(codes)
-        assert result.success == (kind == 0) and (kind != 0 or result.stdout == f"{n}\n"), (n, result)
-        assert result.timed_out == (kind == 2) and result.memory_exceeded == (kind == 3), (n, result)
+        results = pool.map(lambda n: run(codes[n % len(codes)].format(n=n), timeout_seconds=1.5), range(24))
+        for n, result in enumerate(results):
+            kind = n % len(codes)
+            assert result.success == (kind == 0) and (kind != 0 or result.stdout == f"{n}\n"), (n, result)
+            assert result.timed_out == (kind == 2) and result.memory_exceeded == (kind == 3), (n, result)
 
 
 def test_limits_are_arguments(kernel: str) -> None:
@@ -543,15 +517,11 @@ def test_limits_are_arguments(kernel: str) -> None:
     assert run(code).success
     assert run(code, memory_bytes=128 * MIB).memory_exceeded
     assert run("pass", memory_bytes=sandbox.MIN_MEMORY_BYTES).success
-    out_of_range = [
-        ("timeout_seconds", 0),
-        ("timeout_seconds", math.nan),
-        ("memory_bytes", 1),
-        ("max_output_bytes", -1),
-    ]
-    for name, value in out_of_range:
-        with pytest.raises(UserError, match=name):
-            run("pass", **{name: value})
+    out_of_range = {"timeout_seconds": (0, math.nan), "memory_bytes": (1,), "max_output_bytes": (-1,)}
+    for name, values in out_of_range.items():
+        for value in values:
+            with pytest.raises(UserError, match=name):
+                run("pass", **{name: value})
     assert run("x = 1\n" * 10**5).success  # a program of 600 kB
 
 
@@ -570,9 +540,9 @@ def test_humaneval_solutions(kernel: str, task: dict[str, str]) -> None:
 
 
 def clear_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "available", functools.cache(sandbox.available.__wrapped__))
-    monkeypatch.setattr(bubblewrap, "command", bubblewrap.command.__wrapped__)
-    monkeypatch.setattr(seccomp, "compile_filter", seccomp.compile_filter.__wrapped__)
+    for module, name in ((sandbox, "available"), (sandbox, "command"), (seccomp, "compile_filter")):
+        cached = getattr(module, name)
+        monkeypatch.setattr(module, name, functools.cache(cached.__wrapped__))
 
 
 def assert_unavailable(match: str) -> None:
@@ -582,13 +552,10 @@ def assert_unavailable(match: str) -> None:
     assert run("print(1)", weak=True).success
 
 
-def test_missing_bubblewrap_is_reported(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+def test_missing_programs_are_reported(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
     clear_caches(monkeypatch)
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert_unavailable("apt-get install bubblewrap")
-
-
-def test_missing_libseccomp_is_reported(monkeypatch: pytest.MonkeyPatch, mark: str, tmp_path: Path) -> None:
     clear_caches(monkeypatch)
     monkeypatch.setattr("shutil.which", lambda name: "/bin/false")
     monkeypatch.setattr(seccomp, "LIBRARY", "libseccomp-none.so")
