@@ -25,24 +25,21 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.polynomial import Polynomial
 
 from experiments import pretrain
 from nanochat import distributed, jsonl, metrics, model, train
 from nanochat.config import Device, Dtype, UserError, base_dir
-from nanochat.distributed import hardware
 from nanochat.metrics import plots
 from nanochat.text import format_count, format_duration, table
-
-if TYPE_CHECKING:
-    from nanochat.distributed import Runtime
-    from nanochat.metrics import RunInfo
 
 FOLDERS = {"depths": "miniseries", "budgets": "scaling_laws"}
 DEPTHS = {"depths": tuple(range(12, 27, 2)), "budgets": tuple(range(10, 21, 2))}
@@ -76,25 +73,20 @@ class Config:
 
 
 class Optimum(NamedTuple):
-    """The best model of a budget, by a parabola over ln(parameters).
+    """The best model of a budget, by a parabola over ln(parameters)."""
 
-    Attributes:
-        budget: FLOPs. params, tokens, bpb: of the lowest point. inside: whether it lies between the depths tried.
-        curve: of the parabola, as it was fitted: highest power first.
-    """
-
-    budget: float
+    budget: float  # FLOPs
     params: float
     tokens: float
     bpb: float
-    inside: bool
-    curve: tuple[float, float, float]
+    inside: bool  # whether it lies between the depths tried
+    curve: Polynomial  # bits per byte over ln(parameters)
 
 
 config = Config
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, runtime: distributed.Runtime) -> None:
     """Train the runs that are missing; write the results and plots after each."""
     name, depths = config.name or FOLDERS[config.series], config.depths or DEPTHS[config.series]
     budgets = config.budgets if config.series == "budgets" else (None,)
@@ -127,31 +119,24 @@ def run(config: Config, runtime: Runtime) -> None:
     print(f"\nresults and plots: {folder}")
 
 
-def trained(config: pretrain.Config, folder: Path, runtime: Runtime) -> dict[str, Any]:
+def trained(config: pretrain.Config, folder: Path, runtime: distributed.Runtime) -> dict[str, Any]:
     """Train one run of the series unless it is done, and return its results by column."""
-    name = str(config.name)
-    path, settings = folder / "runs" / f"{name}.json", train.pipeline.settings(config)
-
-    def pretrain_one(opening: dict[str, bool]) -> None:
-        pretrain.run(dataclasses.replace(config, **opening), runtime)
-        hardware.release_memory()
-
-    run_folder = train.run_folder(name)
+    run_folder = train.run_folder(str(config.name))
     train.pipeline.run_if_needed(
-        path, settings, pretrain_one, run=run_folder, has_output=(run_folder / metrics.logger.FILE).exists
+        folder / "runs" / f"{config.name}.json",
+        config,
+        lambda settings: pretrain.run(settings, runtime),
+        folder=run_folder,
+        has_output=(run_folder / metrics.logger.FILE).exists,
     )
     with distributed.raise_on_any_failure():
-        return facts(metrics.run_folder.read_run(run_folder))
-
-
-def facts(info: RunInfo) -> dict[str, Any]:
-    """Return the columns of a finished run."""
-    scores, shape = metrics.run_folder.scores(info), info.shape
-    tokens, flops = metrics.run_folder.step_tokens(info), metrics.run_folder.step_flops(info)
-    if shape is None or tokens is None or flops is None or "val/bpb" not in scores:
-        raise UserError(
-            f"run {info.name}: its checkpoint or its metrics.jsonl is gone; delete {info.folder} to train it again"
-        )
+        info = metrics.run_folder.read_run(run_folder)
+        scores, shape = metrics.run_folder.scores(info), info.shape
+        tokens, flops = metrics.run_folder.step_tokens(info), metrics.run_folder.step_flops(info)
+        if shape is None or tokens is None or flops is None or "val/bpb" not in scores:
+            raise UserError(
+                f"run {info.name}: its checkpoint or its metrics.jsonl is gone; delete {info.folder} to train it again"
+            )
     counts, core = model.count(shape), scores.get("core/CORE")
     return {
         "run": info.name,
@@ -202,114 +187,98 @@ def short(number: float) -> str:
 
 
 def optima(rows: Sequence[dict[str, Any]]) -> list[Optimum]:
-    """Return the best model of each budget that has three depths or more and a parabola that is open upwards."""
-    found = []
-    for budget in dict.fromkeys(row["flops_budget"] for row in rows):
-        chosen = sorted((row for row in rows if row["flops_budget"] == budget), key=lambda row: row["params_scaling"])
-        if len(chosen) >= 3:
-            params, tokens, bpb = (
-                np.array([row[name] for row in chosen], float) for name in ("params_scaling", "tokens", "val_bpb")
-            )
-            best = optimum(budget, params, tokens, bpb)
-            found += [best] if best else []
-    return found
+    """Return the lowest point of each budget's parabola, bpb = a x² + b x + c over x = ln(parameters).
 
-
-def optimum(budget: float, params: np.ndarray, tokens: np.ndarray, bpb: np.ndarray) -> Optimum | None:
-    """Return the lowest point of bpb = a x² + b x + c over x = ln(params), or None where there is none (a ≤ 0).
-
-    Args:
-        params: (n,) rising. tokens, bpb: (n,) of the same runs; tokens are read off between them, over logarithms.
+    A budget needs three depths or more, and a > 0. Tokens are read off between the runs, over logarithms.
     """
-    x = np.log(params)
-    a, b, c = (float(value) for value in np.polyfit(x - x.mean(), bpb, 2))
-    if a <= 0:
-        return None
-    lowest = -b / (2 * a)
-    place = lowest + float(x.mean())
-    slope, offset = np.polyfit(x, np.log(tokens), 1)
-    inside = bool(x[0] <= place <= x[-1])
-    ln_tokens = float(np.interp(place, x, np.log(tokens))) if inside else float(slope * place + offset)
-    middle = float(x.mean())
-    curve = (a, b - 2 * a * middle, c - b * middle + a * middle**2)
-    return Optimum(budget, math.exp(place), math.exp(ln_tokens), c - b * b / (4 * a), inside, curve)
+    optima = []
+    for budget, chosen in by_budget(rows).items():
+        if len(chosen) < 3:
+            continue
+        chosen = sorted(chosen, key=lambda row: row["params_scaling"])
+        x, ln_tokens = (np.log([float(row[name]) for row in chosen]) for name in ("params_scaling", "tokens"))
+        curve = Polynomial.fit(x, [row["val_bpb"] for row in chosen], 2)
+        if curve.coef[2] <= 0:
+            continue
+        best = float(curve.deriv().roots()[0])
+        inside = bool(x[0] <= best <= x[-1])
+        best_ln_tokens = float(np.interp(best, x, ln_tokens) if inside else Polynomial.fit(x, ln_tokens, 1)(best))
+        optima.append(Optimum(budget, math.exp(best), math.exp(best_ln_tokens), float(curve(best)), inside, curve))
+    return optima
 
 
-def exponent(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+def by_budget(rows: Sequence[dict[str, Any]]) -> dict[float, list[dict[str, Any]]]:
+    budgets = dict.fromkeys(row["flops_budget"] for row in rows)
+    return {budget: [row for row in rows if row["flops_budget"] == budget] for budget in budgets}
+
+
+def power_law(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
     """Return (k, factor) of y = factor · x^k, by least squares over logarithms."""
-    slope, offset = np.polyfit(np.log(xs), np.log(ys), 1)
+    offset, slope = Polynomial.fit(np.log(xs), np.log(ys), 1).convert().coef
     return float(slope), math.exp(offset)
 
 
-def laws(found: Sequence[Optimum]) -> str:
+def laws(optima: Sequence[Optimum]) -> str:
     """Return the optima and the exponents, as text."""
-    if not found:
+    if not optima:
         return "no optimum: a budget needs three depths, and bits per byte that rise on both sides"
     lines = [f"  {'budget':>10}{'best N':>12}{'best D':>12}{'D / N':>9}{'bits per byte':>16}"]
-    for one in found:
-        note = "" if one.inside else "   outside of the depths tried: not used"
+    for best in optima:
+        note = "" if best.inside else "   outside of the depths tried: not used"
         lines.append(
-            f"  {short(one.budget):>10}{one.params:>12.3g}{one.tokens:>12.3g}{one.tokens / one.params:>9.2f}"
-            f"{one.bpb:>16.4f}{note}"
+            f"  {short(best.budget):>10}{best.params:>12.3g}{best.tokens:>12.3g}{best.tokens / best.params:>9.2f}"
+            f"{best.bpb:>16.4f}{note}"
         )
-    inner = [one for one in found if one.inside]
+    inner = [best for best in optima if best.inside]
     if len(inner) < 2:
         return "\n".join([*lines, "no exponents: they need two budgets with an optimum among the depths tried"])
-    budgets = [one.budget for one in inner]
-    a, _ = exponent(budgets, [one.params for one in inner])
-    b, _ = exponent(budgets, [one.tokens for one in inner])
+    budgets = [best.budget for best in inner]
+    a, _ = power_law(budgets, [best.params for best in inner])
+    b, _ = power_law(budgets, [best.tokens for best in inner])
     return "\n".join([*lines, f"N ~ C^{a:.3f}, D ~ C^{b:.3f}, from {len(inner)} budgets"])
 
 
 # Plots
 
+draw = functools.partial(plots.line_chart, log_x=True)
+
 
 def draw_series(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
     """Draw the final bits per byte and CORE over FLOPs, and the validation curves of all runs."""
-    ends = {"val_bpb": ("bits per byte", "bpb.svg"), "core": ("CORE", "core.svg")}
-    for column, (label, file) in ends.items():
+    flops = "training FLOPs"
+    for column, label, file in (("val_bpb", "bits per byte", "bpb.svg"), ("core", "CORE", "core.svg")):
         known = [row for row in rows if row[column] is not None]
-        points = ([row["flops"] for row in known], [row[column] for row in known])
         if known:
-            drawn = {f"depth {known[0]['depth']} to {known[-1]['depth']}": points}
-            how = {"title": f"{name}: {label}", "x_label": "training FLOPs", "y_label": label, "log_x": True}
-            plots.line_chart(folder / file, drawn, marks=drawn, **how)
+            points = ([row["flops"] for row in known], [row[column] for row in known])
+            curves = {f"depth {known[0]['depth']} to {known[-1]['depth']}": points}
+            draw(folder / file, curves, marks=curves, title=f"{name}: {label}", x_label=flops, y_label=label)
     curves = {}
     for row in rows:
-        one = metrics.run_folder.read_run(train.run_folder(row["run"]))
-        steps, values = metrics.logger.curve(one.rows, "val/bpb")
-        curves[f"d{row['depth']}"] = ([row["flops"] / row["steps"] * step for step in steps], values)
-    plots.line_chart(
-        folder / "curves.svg", curves, title=f"{name}: validation along each run", x_label="training FLOPs",
-        y_label="bits per byte", log_x=True,
-    )  # fmt: skip
+        steps, bpb = metrics.logger.curve(metrics.logger.read(train.run_folder(row["run"])), "val/bpb")
+        curves[f"d{row['depth']}"] = ([row["flops"] / row["steps"] * step for step in steps], bpb)
+    title = f"{name}: validation along each run"
+    draw(folder / "curves.svg", curves, title=title, x_label=flops, y_label="bits per byte")
 
 
-def draw_budgets(folder: Path, name: str, rows: Sequence[dict[str, Any]], found: Sequence[Optimum]) -> None:
+def draw_budgets(folder: Path, name: str, rows: Sequence[dict[str, Any]], optima: Sequence[Optimum]) -> None:
     """Draw the curve of each budget with its fit, and the optima over the budgets."""
-    fits = {one.budget: one for one in found}
+    fits = {best.budget: best.curve for best in optima}
     curves, marks = {}, {}
-    for budget in dict.fromkeys(row["flops_budget"] for row in rows):
-        chosen = [row for row in rows if row["flops_budget"] == budget]
-        xs, ys = [row["params_scaling"] for row in chosen], [row["val_bpb"] for row in chosen]
-        label = f"{short(budget)} FLOPs"
-        curves[label], marks[label] = (xs, ys), (xs, ys)
+    for budget, chosen in by_budget(rows).items():
+        label, params = f"{short(budget)} FLOPs", [row["params_scaling"] for row in chosen]
+        curves[label] = marks[label] = (params, [row["val_bpb"] for row in chosen])
         if budget in fits:
-            xs = np.geomspace(min(xs), max(xs), 80)
-            curves[label] = (xs.tolist(), np.polyval(fits[budget].curve, np.log(xs)).tolist())
-    plots.line_chart(
-        folder / "isoflop.svg", curves, title=f"{name}: bits per byte at equal FLOPs", x_label="scaling parameters",
-        y_label="bits per byte", log_x=True, marks=marks,
-    )  # fmt: skip
-    inner = [one for one in found if one.inside]
+            xs = np.geomspace(min(params), max(params), 80)
+            curves[label] = (xs.tolist(), fits[budget](np.log(xs)).tolist())
+    title, x_label = f"{name}: bits per byte at equal FLOPs", "scaling parameters"
+    draw(folder / "isoflop.svg", curves, marks=marks, title=title, x_label=x_label, y_label="bits per byte")
+    inner = [best for best in optima if best.inside]
     if len(inner) < 2:
         return
-    budgets, lines, marks = [one.budget for one in inner], {}, {}
-    for letter, values in {"N": [one.params for one in inner], "D": [one.tokens for one in inner]}.items():
-        power, factor = exponent(budgets, values)
-        label = f"{'parameters' if letter == 'N' else 'tokens'}, C^{power:.2f}"
-        lines[label], marks[label] = (budgets, [factor * budget**power for budget in budgets]), (budgets, values)
-    plots.line_chart(
-        folder / "optima.svg", lines, title=f"{name}: the best model of a budget", x_label="training FLOPs",
-        y_label="number", log_x=True, log_y=True, marks=marks,
-    )  # fmt: skip
+    budgets, curves, marks = [best.budget for best in inner], {}, {}
+    for label, values in (("parameters", [best.params for best in inner]), ("tokens", [best.tokens for best in inner])):
+        power, factor = power_law(budgets, values)
+        label = f"{label}, C^{power:.2f}"
+        curves[label], marks[label] = (budgets, [factor * budget**power for budget in budgets]), (budgets, values)
+    title, x_label = f"{name}: the best model of a budget", "training FLOPs"
+    draw(folder / "optima.svg", curves, marks=marks, title=title, x_label=x_label, y_label="number", log_y=True)

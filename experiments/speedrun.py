@@ -200,16 +200,17 @@ def has_steps(run_dir: Path) -> bool:
 def run_stage(config: Config, stage: Stage, after: str, runtime: distributed.Runtime) -> train.StageStatus:
     """Run a stage unless it is done, and return its status."""
 
-    def run_experiment(flags: dict[str, bool]) -> None:
+    def run_experiment(settings: Any) -> None:
         try:
-            EXPERIMENTS[stage.name].run(dataclasses.replace(stage.config, **flags), runtime)
+            EXPERIMENTS[stage.name].run(settings, runtime)
         except SystemExit:
             print(f"stopped during {stage.name}: run the same command again to resume")
             raise
-        hardware.release_memory()
 
-    path, settings = status_file(config, stage.name), train.pipeline.settings(stage.config, after)
-    return train.pipeline.run_if_needed(path, settings, run_experiment, run=stage.run_dir, has_output=stage.has_output)
+    path = status_file(config, stage.name)
+    return train.pipeline.run_if_needed(
+        path, stage.config, run_experiment, after=after, folder=stage.run_dir, has_output=stage.has_output
+    )
 
 
 # Messages
@@ -220,8 +221,8 @@ def overview(config: Config, stages: list[Stage], runtime: distributed.Runtime) 
     labels = {"new": "run", "in_progress": "resume", "done": "done", "changed": "rerun"}
     rows, after, pending = [], "", False
     for stage in stages:
-        settings = train.pipeline.settings(stage.config, after)
-        status = train.pipeline.sync_status(status_file(config, stage.name), settings, has_output=stage.has_output)
+        path = status_file(config, stage.name)
+        status = train.pipeline.sync_status(path, stage.config, after=after, has_output=stage.has_output)
         label = "run" if stage.name == "report" else labels[status.state]
         # After a pending stage, completion_id is not known yet, so the comparison means nothing.
         if pending and status.state in ("done", "changed") and stage.name != "report":

@@ -4,18 +4,21 @@ A finished stage is skipped and an interrupted one resumes. A stage whose settin
 that ran again, runs again.
 """
 
+import dataclasses
 import hashlib
 import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from nanochat import checkpoint, jsonl
 from nanochat.config import UserError, flatten
-from nanochat.distributed import broadcast_object, control_group, raise_on_any_failure
+from nanochat.distributed import broadcast_object, control_group, hardware, raise_on_any_failure
 from nanochat.text import format_duration
+
+Config = TypeVar("Config")
 
 # Settings that change the result by rounding at most.
 IGNORED = (
@@ -60,13 +63,13 @@ def read_status(path: Path, current: Mapping[str, Any]) -> StageStatus:
 
 
 def sync_status(
-    path: Path, current: Mapping[str, Any], *, has_output: Callable[[], bool] = lambda: True
+    path: Path, config: Any, *, after: str = "", has_output: Callable[[], bool] = lambda: True
 ) -> StageStatus:
     """Return the status that rank 0 reads, on all ranks; a done stage without its output counts as changed."""
     with raise_on_any_failure():
         status = StageStatus("new")
         if control_group().rank == 0:
-            status = read_status(path, current)
+            status = read_status(path, settings(config, after))
             if status.state == "done" and not has_output():
                 status = StageStatus("changed", ("its output is missing",))
     state, changes, *rest = broadcast_object(list(status))
@@ -75,21 +78,23 @@ def sync_status(
 
 def run_if_needed(
     path: Path,
-    current: Mapping[str, Any],
-    run_stage: Callable[[dict[str, bool]], None],
+    config: Config,
+    run: Callable[[Config], None],
     *,
-    run: Path | None = None,
+    after: str = "",
+    folder: Path | None = None,
     has_output: Callable[[], bool] = lambda: True,
 ) -> StageStatus:
     """Run a stage unless it is done; print which, and return its new status. A collective call.
 
     Args:
-        path: the status file. current: see `settings`.
-        run_stage: called with the settings `resume` and `overwrite` for a training stage, else with an empty dict.
-        run: run folder of a training stage.
+        path: the status file.
+        run: called with `config`, for a training stage with `resume` and `overwrite` set.
+        after: completion_id of the stage that this one depends on.
+        folder: of the run, for a training stage.
         has_output: whether the stage's output still exists; called on rank 0.
     """
-    status = sync_status(path, current, has_output=has_output)
+    status = sync_status(path, config, after=after, has_output=has_output)
     if status.state == "done":
         print(f"already done, in {format_duration(status.seconds)}", flush=True)
         return status
@@ -97,22 +102,23 @@ def run_if_needed(
         print(f"rerun: {reasons(status)}", flush=True)
     is_main, flags = control_group().rank == 0, {}
     with raise_on_any_failure():
-        if is_main and run:
-            flags = resume_flags(run, status)
+        if is_main and folder:
+            flags = resume_flags(folder, status)
         if is_main and status.state != "in_progress":
-            before = latest_checkpoint_id(run) if run else ""
-            _write(path, settings=dict(current), stamp="", seconds=0.0, before=before)
-    flags = broadcast_object(flags)
+            before = latest_checkpoint_id(folder) if folder else ""
+            _write(path, settings=settings(config, after), stamp="", seconds=0.0, before=before)
+    config = dataclasses.replace(config, **broadcast_object(flags))
     start, completion_id = time.perf_counter(), ""
     try:
-        run_stage(flags)
+        run(config)
         completion_id = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{uuid.uuid4().hex[:8]}"
     finally:
         if is_main:
             saved = json.loads(path.read_text("utf-8"))
             seconds = saved["seconds"] + time.perf_counter() - start
             _write(path, **{**saved, "stamp": completion_id, "seconds": seconds})
-    return sync_status(path, current, has_output=has_output)
+    hardware.release_memory()
+    return sync_status(path, config, after=after, has_output=has_output)
 
 
 def latest_checkpoint_id(run: Path) -> str:
