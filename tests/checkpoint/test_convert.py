@@ -122,14 +122,6 @@ def test_config_from_meta_file(capsys: pytest.CaptureFixture[str]):
 # Files
 
 
-def test_file_of_tensors_loads(tmp_path: Path):
-    path = tmp_path / "model_000010.pt"
-    torch.save(reference(dtype=torch.bfloat16), path)
-    params = tree.flatten(convert.load_reference(path, CONFIG))
-    want = tree.flatten(random_params(dtype=torch.bfloat16))
-    assert all(torch.equal(params[n], want[n]) and params[n].dtype == want[n].dtype for n in want)
-
-
 class Payload:
     """Runs code when unpickled: here it would make a folder."""
 

@@ -111,10 +111,9 @@ def test_failure_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     assert all(bug.startswith("RuntimeError: rank 1 failed") for rank, bug in enumerate(bugs) if rank != 1), bugs
     assert errors[1:] == errors[:1] * 3
     got = errors[0]
-    for surfaces in ("wait", "save", "close"):
-        message = got.pop(f"full disk: {surfaces}")
-        assert message.startswith(f"UserError: checkpoint of step 2 could not be written to {folder} (rank 2: ")
-        assert "too large" in message and message.endswith("step 1 is intact")
+    message = got.pop("full disk")
+    assert message.startswith(f"UserError: checkpoint of step 2 could not be written to {folder} (rank 2: ")
+    assert "too large" in message and message.endswith("step 1 is intact")
     message = got.pop("no room")
     assert message.startswith("UserError: checkpoint of step 2 needs") and "0.1 MB free" in message
     differs = "UserError: {} differs between rank {} and rank {}: it should be equal on both"
@@ -134,7 +133,6 @@ def test_failure_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
         "to another folder",
         "flipped bit": f"CorruptCheckpointError: checkpoint {step}: params.wte is corrupt: bytes in {step}/state have "
         f"changed; step 1 exists too: delete {step} to resume from it",
-        "no such step": f"UserError: no checkpoint of step 7 in {folder}; there are steps 1, 2",
         "other model": f"UserError: checkpoint {step} has params.wte (64, 4096) float32, this model expects (3) "
         "float32",
         "replaced": "no error",
