@@ -215,7 +215,7 @@ def edited(name: str, old: str, new: str) -> Change:
 
 
 COPA = "eval_data/commonsense_reasoning/copa.jsonl"
-WRONG_BUNDLES: list[tuple[Change, str]] = [
+WRONG: list[tuple[Change, str]] = [
     (lambda folder: (folder / "core.yaml").unlink(), r"bundle=\S+: has no core.yaml; set the folder"),
     (edited("core.yaml", "- label: copa", "- label: [copa"), r"core.yaml:\d+: not valid YAML \("),
     (lambda folder: (folder / "core.yaml").write_text("tasks: []"), "core.yaml: has no list of icl_tasks"),
@@ -223,8 +223,6 @@ WRONG_BUNDLES: list[tuple[Change, str]] = [
     (edited("core.yaml", "label: copa", "label: arc_easy"), "task 2 .* repeats the label arc_easy"),
     (lambda folder: (folder / "eval_meta_data.csv").unlink(), "eval_meta_data.csv: cannot be read"),
     (edited("eval_meta_data.csv", "Random", "Any"), "eval_meta_data.csv:1: has no column 'Random baseline'"),
-]
-WRONG_TASKS: list[tuple[Change, str]] = [
     (edited("core.yaml", "multiple_choice\n- label: w", "choice\n- label: w"), "icl_task_type 'choice'"),
     (edited("core.yaml", "  - 0", "  - many"), r"copa has num_fewshot 'many'; expected a list of one"),
     (edited("core.yaml", "  - 0", "  - 8"), r"copa.jsonl: 8 rows \(max_per_task=8\) are too few for 8 few-shot"),
@@ -241,7 +239,7 @@ WRONG_TASKS: list[tuple[Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), [*WRONG_BUNDLES, *WRONG_TASKS], ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_invalid_bundle_or_task_is_named(change: Change, message: str, tmp_path: Path):
     folder = shutil.copytree(BUNDLE, tmp_path / "bundle")
     change(folder)

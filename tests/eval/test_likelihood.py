@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_model import CONFIG, WINDOWED, LargestTensor, Unchanged, random_params
+from small_model import CONFIG, WINDOWED, LargestTensor, random_params
 
 from nanochat import model
 from nanochat.eval import likelihood
 from nanochat.eval.likelihood import PackedRow, Prompt, Scored
-from nanochat.model import ModelConfig, PackedPositions
+from nanochat.model import ModelConfig
 
 PADDING = 99
 SHORT = ModelConfig(sequence_len=8, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="L")
@@ -141,24 +141,3 @@ def test_logits_are_computed_at_targets_only():
         score(params, config, groups)
     n_targets, table = 16, params["lm_head"].numel()
     assert largest.numel <= max(n_targets * config.vocab_size, table) < 60 * config.vocab_size
-
-
-def test_features_since_a_column_are_those_of_all():
-    params, tokens = random_params(), torch.tensor([draw_ids(random.Random(0), 12)])
-    want = model.features(params, tokens, config=CONFIG)
-    for since in (0, 1, 11):
-        got = model.features(params, tokens, logits_from=since, config=CONFIG)
-        assert got.shape == (1, 12 - since, 32) and (got - want[:, since:]).abs().max() < 1e-5
-
-
-def test_sequential_positions_change_nothing():
-    params, tokens = random_params(), torch.tensor([draw_ids(random.Random(0), 12)])
-    order = PackedPositions(torch.arange(12)[None], (torch.arange(12)[None] - 1).clamp_min(0))
-    got = model.features(params, tokens, positions=order, config=CONFIG)
-    assert (got - model.features(params, tokens, config=CONFIG)).abs().max() < 1e-5
-
-
-def test_parameters_are_not_changed():
-    params = random_params()
-    with Unchanged(params):
-        score(params, CONFIG, [draw_group(random.Random(1), 3, 9)])

@@ -18,18 +18,21 @@ CONFIG = ModelConfig(sequence_len=192, vocab_size=TOKENIZER.vocab_size, n_layer=
 SAMPLED = ChatEvalConfig(samples=3, temperature=1.0, max_tokens=12, slots=2, compile=False)
 
 
-def subject() -> ModelUnderTest:
-    """Return a model of random weights."""
+def model_under_test() -> ModelUnderTest:
     return ModelUnderTest(random_params(CONFIG), CONFIG, TOKENIZER, torch.float32)
 
 
-def choice_row(index: int) -> dict[str, Any]:
-    """Return a question of random words, with three to five choices."""
-    rng = random.Random(index)
-    letters = list("ABCDE")[: rng.randint(3, 5)]
-    words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in letters]
-    question = multiple_choice_prompt(" ".join(rng.choices(words, k=rng.randint(1, 20))), letters, words)
-    return {**qa_conversation(question, rng.choice(letters)), "letters": letters}
+def choice(size: int = 40) -> Task:
+    """Return a task of questions of random words, with three to five choices."""
+
+    def row(index: int) -> dict[str, Any]:
+        rng = random.Random(index)
+        letters = list("ABCDE")[: rng.randint(3, 5)]
+        words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in letters]
+        question = multiple_choice_prompt(" ".join(rng.choices(words, k=rng.randint(1, 20))), letters, words)
+        return {**qa_conversation(question, rng.choice(letters)), "letters": letters}
+
+    return Task("mmlu", "multiple_choice", size, row, None, 0.25)
 
 
 def even(row: Any, text: str) -> bool:
@@ -37,8 +40,8 @@ def even(row: Any, text: str) -> bool:
     return sum(text.encode()) % 2 == 0
 
 
-def choice(size: int = 40) -> Task:
-    return Task("mmlu", "multiple_choice", size, choice_row, None, 0.25)
+def refuse(row: Any, text: str) -> bool:
+    raise UserError("the sandbox cannot run here")
 
 
 def generative(size: int = 21, is_correct: Any = even) -> Task:
@@ -48,30 +51,23 @@ def generative(size: int = 21, is_correct: Any = even) -> Task:
     return Task("gsm8k", "generative", size, row, is_correct)
 
 
-def refuse(row: Any, text: str) -> bool:
-    raise UserError("the sandbox cannot run here")
-
-
 def results() -> list[Any]:
-    """Return the results of each problem on this rank."""
-    bot = subject()
-    engine = chat_eval.start_engine(bot, SAMPLED)
-    scores = chat_eval.evaluate(bot, [choice(), generative()], SAMPLED)
+    """Return the results of each problem on this rank, and the scores."""
+    model = model_under_test()
+    scores = chat_eval.evaluate(model, [choice(), generative()], SAMPLED)
     return [
-        chat_eval.score_multiple_choice(bot, choice(), range(40), 512),
-        chat_eval.sample_answers(engine, TOKENIZER, generative(), range(21), SAMPLED),
+        chat_eval.score_multiple_choice(model, choice(), range(40), 512),
+        chat_eval.sample_answers(chat_eval.start_engine(model, SAMPLED), TOKENIZER, generative(), range(21), SAMPLED),
         {name: score._asdict() for name, score in scores.items()},
     ]
 
 
 def failures(rank: int) -> list[str]:
-    """Return what this rank raises when another rank cannot check answers, and the result of the next task."""
+    """Return what this rank raises when rank 1 cannot check answers, and the result of the next task."""
     outcomes = []
-    # Rank 0 is dealt the first batch of answers, rank 1 the second.
-    judge = refuse if rank == 1 else even
-    for size, right in ((21, judge), (21, even)):
+    for is_correct in (refuse if rank == 1 else even, even):
         try:
-            score = chat_eval.evaluate(subject(), [generative(size, right)], SAMPLED)["gsm8k"]
+            score = chat_eval.evaluate(model_under_test(), [generative(21, is_correct)], SAMPLED)["gsm8k"]
             outcomes.append(f"{score.total} problems")
         except UserError as error:
             outcomes.append(f"{type(error).__name__}: {error}")
@@ -79,6 +75,5 @@ def failures(rank: int) -> list[str]:
 
 
 def results_and_failures() -> list[Any]:
-    """Return [rank, results, failures] of this rank."""
     with distributed.distributed_context("cpu") as here:
         return [here.rank, results(), failures(here.rank)]

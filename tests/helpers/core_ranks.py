@@ -16,7 +16,6 @@ from nanochat.eval import Results, core, core_bundle
 from nanochat.model import Compute, ModelConfig
 
 BUNDLE = Path(__file__).parents[1] / "data" / "core_bundle"
-TOKENS_PER_BATCH = 700  # several batches a task, and seldom an even number of them
 
 
 @functools.cache
@@ -32,10 +31,9 @@ def small_config() -> ModelConfig:
 
 
 def evaluate(params: TensorDict, compute: Compute = Compute()) -> Results:
-    """Return the scores of the small model."""
+    """Return the scores of the small model, from several batches a task, and seldom an even number of them."""
     bundle = core_bundle.read(BUNDLE)
-    how = {"compute": compute, "tokens_per_batch": TOKENS_PER_BATCH}
-    return core.evaluate(params, small_config(), small_tokenizer(), bundle, **how)
+    return core.evaluate(params, small_config(), small_tokenizer(), bundle, compute=compute, tokens_per_batch=700)
 
 
 def as_json(results: Results) -> str:
@@ -51,9 +49,8 @@ def evaluate_on_ranks(mode: str) -> str:
     if mode == "fsdp":
         sharding_plan = sharding.make_plan(ShardingConfig("fsdp"), here, model.spec(small_config()))
         assert sharding_plan is not None
-        params = tree.unflatten(
-            {name: sharding.place(sharding_plan, name, x) for name, x in tree.flatten(params).items()}
-        )
+        shards = {name: sharding.place(sharding_plan, name, x) for name, x in tree.flatten(params).items()}
+        params = tree.unflatten(shards)
         params = sharding.gather(sharding_plan, params, torch.float32)
         compute = Compute(all_gather=sharding.gather_layer(sharding_plan, torch.float32))
     random.seed(here.rank)  # nothing may hang on it

@@ -29,20 +29,17 @@ class PlainRow(NamedTuple):
 
 
 def entries(bundle: Path) -> dict[str, dict[str, Any]]:
-    """Return label -> entry of core.yaml."""
     return {entry["label"]: entry for entry in yaml.safe_load((bundle / "core.yaml").read_text())["icl_tasks"]}
 
 
-def read_rows(bundle: Path, entry: dict[str, Any], max_per_task: int | None = None) -> list[dict[str, Any]]:
-    """Return a task's rows, shuffled and cut."""
+def read_rows(bundle: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
     with (bundle / "eval_data" / entry["dataset_uri"]).open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     random.Random(1337).shuffle(rows)
-    return rows if max_per_task is None else rows[:max_per_task]
+    return rows
 
 
 def prompt_texts(entry: dict[str, Any], rows: list[dict[str, Any]], index: int) -> list[str]:
-    """Return the texts of a row's prompts."""
     kind, between = entry["icl_task_type"], entry.get("continuation_delimiter", " ")
     candidates = list(range(len(rows)))
     candidates.remove(index)
@@ -88,7 +85,6 @@ def answer(
     index: int,
     max_tokens: int | None = None,
 ) -> PlainRow:
-    """Return what a model answers to a row."""
     kind = entry["icl_task_type"]
     encoded = [[tok.bos, *tok.encode(text)] for text in prompt_texts(entry, rows, index)]
     prompts, where = spans(kind, encoded)
