@@ -26,6 +26,8 @@ from nanochat.model import ModelConfig, linear
 from nanochat.train import StageConfig, planner
 
 if TYPE_CHECKING:
+    from experiments.bench_data import CoreConfig
+    from experiments.bench_infer import Config as InferConfig
     from experiments.bench_train import Config
 
 Step = Callable[[], None]
@@ -131,13 +133,18 @@ def describe_machine(runtime: Runtime) -> str:
     return f"{name}, torch {torch.__version__}, {str(runtime.compute_dtype).removeprefix('torch.')}"
 
 
-def load_model(run: str, runtime: Runtime) -> Pretrained:
-    loaded = checkpoint.load(run, device=runtime.device, dtype=runtime.compute_dtype)
-    print(checkpoint.describe_model(loaded))
-    return loaded
-
-
-def random_model(shape: ModelConfig, tokenizer: Tokenizer, runtime: Runtime) -> Pretrained:
+def load_model(
+    config: "CoreConfig | InferConfig", runtime: Runtime, make_tokenizer: Callable[[], Tokenizer]
+) -> Pretrained:
+    """Set the number of threads; return the trained model, or one of random weights."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.run is not None:
+        loaded = checkpoint.load(config.run, device=runtime.device, dtype=runtime.compute_dtype)
+        print(checkpoint.describe_model(loaded))
+        return loaded
+    tokenizer = make_tokenizer()
+    shape = model.from_depth(config.depth, vocab_size=tokenizer.vocab_size, sequence_len=config.sequence_len)
     params = model.init(shape, 0, device=runtime.device, dtype=runtime.compute_dtype)
     return Pretrained(params, shape, tokenizer, name="random weights", step=0, stage="base", folder=Path())
 

@@ -7,7 +7,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from nanochat.distributed import Runtime, ShardingPlan
 from nanochat.text import table
 
 MARK = "measured step"
-Event = Mapping[str, Any]  # of Chrome's trace format; times in microseconds
+Event = dict[str, Any]  # of Chrome's trace format; times in microseconds
 Span = tuple[float, float]
 
 

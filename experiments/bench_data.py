@@ -210,12 +210,8 @@ class Times(NamedTuple):
 
 
 def measure_core(config: CoreConfig, runtime: distributed.Runtime) -> None:
-    import torch
-
     from experiments import _bench
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     bundle = eval.core_bundle.read(config.bundle or eval.core_bundle.fetch())
     loaded = load_core_model(config, runtime)
     shape, machine = loaded.config, _bench.describe_machine(runtime)
@@ -248,20 +244,23 @@ def load_core_model(config: CoreConfig, runtime: distributed.Runtime) -> checkpo
     from experiments import _bench
     from nanochat import tree
 
+    loaded = _bench.load_model(config, runtime, lambda: embedded_tokenizer(config.vocab_size))
     if config.run is not None:
-        return _bench.load_model(config.run, runtime)
-    folder = base_dir() / f"bench_tokenizer_{config.vocab_size}"
-    if not folder.exists():
-        print(f"training a tokenizer of {config.vocab_size} tokens, once")
-        texts = data.sources.texts(DataConfig("embedded"), "train")
-        data.tokenizer.save(data.tokenizer.train(texts, config.vocab_size), folder)
-    tokenizer = data.tokenizer.load(folder)
-    shape = model.from_depth(config.depth, vocab_size=tokenizer.vocab_size, sequence_len=config.sequence_len)
-    loaded = _bench.random_model(shape, tokenizer, runtime)
+        return loaded
     # The zeros of an untrained model would make all of its answers ties.
     generator = torch.Generator().manual_seed(0)
     params = tree.map(lambda x: x + 0.05 * torch.randn(x.shape, generator=generator).to(x), loaded.params)
     return dataclasses.replace(loaded, params=params)
+
+
+def embedded_tokenizer(vocab_size: int) -> data.Tokenizer:
+    """Return a tokenizer trained on the embedded corpus, once."""
+    folder = base_dir() / f"bench_tokenizer_{vocab_size}"
+    if not folder.exists():
+        print(f"training a tokenizer of {vocab_size} tokens, once")
+        texts = data.sources.texts(DataConfig("embedded"), "train")
+        data.tokenizer.save(data.tokenizer.train(texts, vocab_size), folder)
+    return data.tokenizer.load(folder)
 
 
 def time_task(

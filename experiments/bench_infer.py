@@ -23,6 +23,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Iterator
@@ -120,13 +121,9 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
 
 
 def measure_decoding(config: Config, runtime: distributed.Runtime) -> None:
-    import torch
-
     from experiments import _bench
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    loaded = load_model(config, runtime)
+    loaded = _bench.load_model(config, runtime, lambda: make_tokenizer(config))
     if config.prompt_tokens + config.new_tokens > loaded.config.sequence_len:
         raise UserError(
             f"prompt_tokens={config.prompt_tokens} and new_tokens={config.new_tokens} exceed the context of "
@@ -142,50 +139,30 @@ def measure_decoding(config: Config, runtime: distributed.Runtime) -> None:
     for batch in config.batches:
         row = results[f"batch_{batch}"] = decode(config, loaded, runtime, limits, batch)
         print(f"batch {batch}: {1e3 * row['step_seconds']:.2f} ms a step", flush=True)
-        rows.append(
-            [
-                str(batch),
-                f"{1e3 * row['first_token_seconds']:.1f} ms",
-                f"{1e3 * row['step_seconds']:.2f} ms",
-                f"{1e3 * row['floor_seconds']:.2f} ms",
-                f"{row['tokens_per_second']:,.0f}",
-                f"{row['bandwidth_use']:.0%}",
-                f"{row['mfu']:.1%}",
-                f"{row['peak_memory_bytes'] / distributed.GIB:.2f} GiB",
-            ]
-        )
+        first, step, floor = (1e3 * row[f"{name}_seconds"] for name in ("first_token", "step", "floor"))
+        times = [f"{first:.1f} ms", f"{step:.2f} ms", f"{floor:.2f} ms"]
+        shares = [f"{row['bandwidth_use']:.0%}", f"{row['mfu']:.1%}"]
+        memory = f"{row['peak_memory_bytes'] / distributed.GIB:.2f} GiB"
+        rows.append([str(batch), *times, f"{row['tokens_per_second']:,.0f}", *shares, memory])
     print(table(rows))
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "server"} | {"machine": machine}
     print(json.dumps({"bench": "infer", "settings": settings, "limits": limits} | results))
 
 
-def load_model(config: Config, runtime: distributed.Runtime) -> checkpoint.Pretrained:
-    """Return the trained model, or one of random weights with a tokenizer of as many tokens."""
-    from experiments import _bench
-
-    if config.run is not None:
-        return _bench.load_model(config.run, runtime)
+def make_tokenizer(config: Config) -> data.Tokenizer:
+    """Return a tokenizer of `vocab_size` tokens that no text would use."""
     tokens = config.vocab_size - len(data.Tokenizer(()).specials)
     if tokens < 256:
         raise UserError(f"vocab_size={config.vocab_size}: expected at least {config.vocab_size - tokens + 256}")
-    shape = model.from_depth(config.depth, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
-    return _bench.random_model(shape, data.Tokenizer(tuple(i.to_bytes(4, "big") for i in range(tokens))), runtime)
+    return data.Tokenizer(tuple(i.to_bytes(4, "big") for i in range(tokens)))
 
 
 def start_engine(
     config: Config, loaded: checkpoint.Pretrained, runtime: distributed.Runtime, slots: int, compile: bool
 ) -> infer.Engine:
     """Return an engine without stop tokens, so that all sequences have the same length."""
-    engine = infer.start(
-        loaded.params,
-        loaded.config,
-        loaded.tokenizer,
-        slots=slots,
-        device=runtime.device,
-        dtype=runtime.compute_dtype,
-        compile=compile,
-        exact=config.exact,
-    )
+    options = {"dtype": runtime.compute_dtype, "compile": compile, "exact": config.exact}
+    engine = infer.start(loaded.params, loaded.config, loaded.tokenizer, slots=slots, **options)
     engine.tools = engine.tools._replace(stops=frozenset())
     return engine
 
@@ -217,10 +194,7 @@ def prefill(
 
 def random_prompt(loaded: checkpoint.Pretrained, count: int, seed: int) -> tuple[int, ...]:
     """Return random ids of plain tokens."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(0, loaded.config.vocab_size - 9, (count,), generator=generator).tolist())
+    return tuple(random.Random(seed).choices(range(loaded.config.vocab_size - 9), k=count))
 
 
 def decode(
@@ -234,11 +208,10 @@ def decode(
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runtime.device)
     engine = start_engine(config, loaded, runtime, batch, config.compile)
-    prompts = [random_prompt(loaded, config.prompt_tokens, i) for i in range(batch)]
-    batch_requests = [
-        infer.Request(prompt, config.new_tokens, config.temperature, config.top_k, seed=i)
-        for i, prompt in enumerate(prompts)
-    ]
+    batch_requests = []
+    for i in range(batch):
+        prompt = random_prompt(loaded, config.prompt_tokens, i)
+        batch_requests.append(infer.Request(prompt, config.new_tokens, config.temperature, config.top_k, seed=i))
     for _ in infer.run(engine, batch_requests):
         pass  # compiles, and records graphs
     first, steps = [], []
@@ -310,11 +283,7 @@ def measure_server(config: ServerConfig) -> None:
 
 
 def load_test(config: ServerConfig, clients: int, seeds: Iterator[int]) -> tuple[list[Answer], float, float]:
-    """Let `clients` ask for `config.seconds`, and finish their last answers.
-
-    Returns:
-        (answers, total seconds, seconds of the slowest response of /health).
-    """
+    """Let `clients` ask for `config.seconds`; return answers, total seconds, and those of the slowest /health."""
     start = time.perf_counter()
     end = start + config.seconds
 

@@ -38,7 +38,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from experiments import _jobs, pretrain
+from experiments import _jobs
 from nanochat import config as configs
 from nanochat import distributed, model
 from nanochat.config import UserError, require_at_least
@@ -46,15 +46,7 @@ from nanochat.distributed import ShardingConfig
 from nanochat.text import format_count, table
 from nanochat.train import StageConfig, TrainConfig
 
-LAPTOP = {
-    "depth": 4,
-    "width": 256,
-    "head_dim": 64,
-    "vocab_size": 4096,
-    "sequence_len": 512,
-    "batch_size": 8,
-    "window_pattern": "L",
-}
+LAPTOP = {"vocab_size": 4096, "sequence_len": 512, "head_dim": 64, "window_pattern": "L"}  # at depth 4, batch 8
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 NOTE = "record what is worth keeping, with date, machine and commit, in experiments/RESULTS.md"
 
@@ -163,30 +155,20 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
 
 def resolve(config: Config) -> tuple[Config, model.ModelConfig]:
     """Return the config with all numbers of the shape filled in, and the shape."""
-    full: dict[str, Any] = dict(LAPTOP)
+    depth, batch_size, numbers = (4, 8, LAPTOP) if config.depth is None else (config.depth, StageConfig().rows, {})
+    given = {name: getattr(config, name) for name in LAPTOP if getattr(config, name) is not None}
     try:
-        if config.depth is not None:
-            rule = pretrain.ShapeConfig()
-            full = {"depth": config.depth, "head_dim": config.head_dim or rule.head_dim}
-            shape = model.from_depth(config.depth, aspect_ratio=rule.aspect_ratio, head_dim=full["head_dim"])
-            full |= {"width": shape.n_embd, "vocab_size": shape.vocab_size, "sequence_len": rule.sequence_len}
-            full |= {"window_pattern": rule.window_pattern, "batch_size": StageConfig().rows}
-        full |= {name: getattr(config, name) for name in full if getattr(config, name) is not None}
-        if full["head_dim"] < 1 or full["width"] % full["head_dim"]:
-            raise UserError(f"width={full['width']}: must be a multiple of head_dim={full['head_dim']}")
-        n_head = full["width"] // full["head_dim"]
-        shape = model.ModelConfig(
-            sequence_len=full["sequence_len"],
-            vocab_size=full["vocab_size"],
-            n_layer=full["depth"],
-            n_head=n_head,
-            n_kv_head=config.kv_heads or n_head,
-            n_embd=full["width"],
-            window_pattern=full["window_pattern"],
-        )
+        shape = model.from_depth(depth, **(numbers | given))
+        width = config.width or shape.n_embd
+        if width % shape.head_dim:
+            raise UserError(f"width={width}: must be a multiple of head_dim={shape.head_dim}")
+        n_head = width // shape.head_dim
+        shape = dataclasses.replace(shape, n_embd=width, n_head=n_head, n_kv_head=config.kv_heads or n_head)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return dataclasses.replace(config, **full), shape
+    full: dict[str, Any] = {name: getattr(shape, name) for name in LAPTOP}
+    batch_size = config.batch_size or batch_size
+    return dataclasses.replace(config, depth=depth, width=width, batch_size=batch_size, **full), shape
 
 
 # Sweeps and scaling: one job for each configuration

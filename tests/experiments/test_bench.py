@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,30 +86,6 @@ def test_host_synchronizations_are_counted() -> None:
     assert len(_trace.host_syncs(lambda: [float(x.sum()), float(x.sum())])) == 2
 
 
-def collective(name: str, ts: float, dims: list[Any], dtype: str) -> dict[str, Any]:
-    return event(f"_c10d_functional::{name}", ts, 1, "cpu_op") | {
-        "tid": 1,
-        "args": {"Input Dims": [dims], "Input type": [dtype]},
-    }
-
-
-def test_sent_bytes_of_coalesced_collectives_follow_from_their_results() -> None:
-    sharding_plan: Any = SimpleNamespace(shards=2, replicas=1, ranks=2, sharded=["a", "b"])
-    events = [
-        collective("all_gather_into_tensor_coalesced", 0, [[4, 8], [2, 8]], "TensorList"),
-        collective("reduce_scatter_tensor", 2, [16, 8], "float"),
-        collective("wait_tensor", 4, [8, 8], "float"),  # of the reduction, before those of the gather
-        collective("wait_tensor", 6, [4, 8], "c10::BFloat16"),
-        collective("wait_tensor", 8, [8, 8], "c10::BFloat16"),
-        collective("all_reduce_", 9, [3], "float"),
-    ]
-    with pytest.raises(LookupError, match="no wait"):
-        _trace.sent_bytes(Trace(0, 1, events[:3]), sharding_plan)
-    events[2] = collective("wait_tensor", 4, [16, 4], "float") | {"tid": 2}
-    sent = _trace.sent_bytes(Trace(0, 1, events), sharding_plan)
-    assert sent == {"all_gather": 48 * 2, "reduce_scatter": 128 * 4 / 2, "all_reduce": 12, "all_to_all": 0}
-
-
 # Predictions
 
 
@@ -188,18 +163,31 @@ def test_depth_gives_the_shape_of_pretraining() -> None:
     config, shape = bench_train.resolve(override(bench_train.config(), ["depth=20"]))
     assert shape == pretrain.resolve(pretrain.Config(depth=20), None)[0]
     assert (config.batch_size, config.width) == (pretrain.Config().rows, 1280)
-    _, small = bench_train.resolve(bench_train.config())
-    assert (small.n_layer, small.n_embd, small.n_head, small.sequence_len) == (4, 256, 4, 512)
-    with pytest.raises(UserError, match="width=100: must be a multiple of head_dim=64"):
-        bench_train.resolve(override(bench_train.config(), ["width=100"]))
+    config, small = bench_train.resolve(bench_train.config())
+    assert small == model.ModelConfig(512, 4096, 4, 4, 4, 256, "L") and (config.width, config.batch_size) == (256, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "message"),
+    [
+        (["width=100"], 1, "width=100: must be a multiple of head_dim=64"),
+        (["head_dim=0"], 1, "head_dim=0: must be at least 1"),
+        (["what=sweep"], 2, "one node"),
+        (["what=scaling", "ranks=2,3"], 1, "ranks=2: must divide 3"),
+        (["what=scaling"], 2, "without --nproc_per_node"),
+        (["what=gpu"], 1, "needs a CUDA device"),
+        (["what=gpu", "device=cpu", "gpu.units=trian"], 1, "units=trian: expected some of tests, train:20:dense"),
+    ],
+)
+def test_bench_train_rejects_what_cannot_run(settings: list[str], ranks: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        bench_train.run(override(bench_train.config(), settings), dataclasses.replace(HERE, world_size=ranks))
 
 
 @pytest.mark.slow
 def test_sweep_continues_after_a_failed_configuration(capfd: pytest.CaptureFixture[str]) -> None:
-    config = override(
-        bench_train.config(), [*TINY, "what=sweep", "kernels=cudnn,sdpa", "profile=false", "steps_per_round=1"]
-    )
-    bench_train.run(config, HERE)
+    settings = [*TINY, "what=sweep", "kernels=cudnn,sdpa", "profile=false"]
+    bench_train.run(override(bench_train.config(), settings), HERE)
     out = capfd.readouterr().out
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert [row["kernel"] for row in rows] == ["cudnn", "sdpa"]
@@ -215,10 +203,6 @@ def test_sweep_has_all_combinations() -> None:
     cases = bench_train.combinations(config, two)
     assert len(cases) == 8 and {case["mode"] for case in cases} == {"zero2", "fsdp"}
     assert {case["mode"] for case in bench_train.combinations(config, HERE)} == {"single"}
-    with pytest.raises(UserError, match="one node"):
-        bench_train.run(config, dataclasses.replace(two, node_ranks=1))
-    with pytest.raises(UserError, match="precisions=int4: expected"):
-        override(bench_train.config(), ["precisions=int4"])
 
 
 @pytest.mark.slow
@@ -234,23 +218,7 @@ def test_scaling_compares_ranks(capfd: pytest.CaptureFixture[str]) -> None:
     assert 0 < two["communication_exposed_share"] <= two["communication_share"] < 1
 
 
-def test_scaling_rejects_ranks_that_do_not_divide() -> None:
-    config = override(bench_train.config(), ["what=scaling", "ranks=2,3"])
-    with pytest.raises(UserError, match="ranks=2: must divide 3"):
-        bench_train.run(config, HERE)
-    with pytest.raises(UserError, match="without --nproc_per_node"):
-        bench_train.run(config, dataclasses.replace(HERE, world_size=2))
-
-
 # what=gpu
-
-
-def test_gpu_suite_needs_a_gpu_or_a_dry_run() -> None:
-    config = override(bench_train.config(), ["what=gpu"])
-    with pytest.raises(UserError, match="needs a CUDA device"):
-        bench_train.run(config, HERE)
-    with pytest.raises(UserError, match="units=trian: expected some of tests, train:20:dense, train:20:fp8, kernels"):
-        bench_train.run(override(config, ["device=cpu", "gpu.units=trian"]), HERE)
 
 
 GPU = ["what=gpu", "device=cpu", "head_dim=64", "sequence_len=256", "vocab_size=512", "rounds=1", "compile=false"]
