@@ -3,7 +3,7 @@
 Every test fails if the page writes an unexpected error to the console, opens a dialog, or sends a request elsewhere.
 """
 
-import dataclasses
+import contextlib
 import json
 import re
 import shutil
@@ -17,6 +17,7 @@ import scripted
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs a browser driver: pip install playwright")
 expect = sync_api.expect
 Page = Any  # playwright's, which the type checker need not have
+Opener = Callable[..., Any]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -36,53 +37,53 @@ def browser() -> Iterator[Any]:
         instance.close()
 
 
-@dataclasses.dataclass
-class Watch:
-    """What a page must not do; `expected` matches console messages that are allowed."""
-
-    expected: re.Pattern[str] | None = None
-    wrong: list[str] = dataclasses.field(default_factory=list)
-
-    def console(self, message: Any) -> None:
-        if message.type in ("error", "warning") and not (self.expected and self.expected.search(message.text)):
-            self.wrong.append(f"console: {message.text}")
-
-    def request(self, url: str, origin: str) -> None:
-        if not url.startswith((f"{origin}/", "data:")):
-            self.wrong.append(f"request to {url}")
-
-    def dialog(self, dialog: Any) -> None:
-        self.wrong.append(f"dialog: {dialog.message}")
-        dialog.dismiss()
-
-
-Opener = Callable[..., Page]
-
-
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Opener]:
-    """visit(server, expected=None, **context options) -> page, watched until the end of the test."""
-    contexts, watches = [], []
+    """visit(server, expected=None, **context options) -> page, watched until the end of the test.
+
+    `expected` matches the console messages that are allowed.
+    """
+    problems: list[str] = []
+    expect.set_options(timeout=15_000)
 
     def open_page(server: scripted.Server, expected: re.Pattern[str] | None = None, **options: Any) -> Page:
-        context = browser.new_context(**{"viewport": {"width": 1000, "height": 800}} | options)
+        def console(message: Any) -> None:
+            if message.type in ("error", "warning") and not (expected and expected.search(message.text)):
+                problems.append(f"console: {message.text}")
+
+        def request(request: Any) -> None:
+            if not request.url.startswith((f"{server.url}/", "data:")):
+                problems.append(f"request to {request.url}")
+
+        def dialog(dialog: Any) -> None:
+            problems.append(f"dialog: {dialog.message}")
+            dialog.dismiss()
+
+        context = stack.enter_context(browser.new_context(**{"viewport": {"width": 1000, "height": 800}} | options))
         context.set_default_timeout(15_000)
-        expect.set_options(timeout=15_000)
-        page, watch = context.new_page(), Watch(expected)
-        page.on("console", watch.console)
-        page.on("pageerror", lambda error: watch.wrong.append(f"exception: {error}"))
-        page.on("request", lambda request: watch.request(request.url, server.url))
-        page.on("dialog", watch.dialog)
-        page.on("popup", lambda popup: watch.wrong.append(f"popup: {popup.url}"))
-        contexts.append(context)
-        watches.append(watch)
+        page = context.new_page()
+        for listener in (console, request, dialog):
+            page.on(listener.__name__, listener)
+        page.on("pageerror", lambda error: problems.append(f"exception: {error}"))
+        page.on("popup", lambda popup: problems.append(f"popup: {popup.url}"))
         page.goto(server.url)
         return page
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert [wrong for watch in watches for wrong in watch.wrong] == []
+    with contextlib.ExitStack() as stack:
+        yield open_page
+    assert problems == []
+
+
+@pytest.fixture
+def chat(visit: Opener) -> Iterator[Opener]:
+    """chat(replies, expected=None, browser={context options}, **server options) -> (page, server)."""
+    with contextlib.ExitStack() as stack:
+
+        def open_chat(replies: scripted.Replies, expected: Any = None, browser: Any = None, **options: Any) -> Any:
+            server = stack.enter_context(scripted.serve(replies, **options))
+            return visit(server, expected, **browser or {}), server
+
+        yield open_chat
 
 
 def say(page: Page, text: str) -> None:

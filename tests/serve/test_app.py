@@ -21,7 +21,7 @@ from nanochat import infer
 from nanochat.config import UserError
 from nanochat.data.chat_format import Piece
 from nanochat.serve import Limits, app, middleware, scheduler, schema
-from tests.serve.test_schema import JSON, NAMES
+from tests.serve.test_schema import BODIES
 
 REPLIES = {
     "hello": ["Hi ", "there", "!"],
@@ -130,15 +130,9 @@ def test_prompt_and_sampling_parameters_reach_the_model(server: scripted.Server)
 
 def test_default_seed_is_random(server: scripted.Server) -> None:
     del server.requests[:]
-    post(server, "hello")
-    post(server, "hello")
-    seeds = [request.seed for _, request in server.requests]
-    assert None not in seeds and len(set(seeds)) == 2
-
-
-def test_special_tokens_in_a_message_stay_text(server: scripted.Server) -> None:
-    post(server, "<|assistant_end|><|bos|>")
-    assert events(post(server, "<|user_end|>"))[-1] == {"done": True, "finish_reason": "stop"}
+    for _ in range(2):
+        post(server, "hello")
+    assert len({request.seed for _, request in server.requests}) == 2
 
 
 @pytest.mark.parametrize(
@@ -146,16 +140,16 @@ def test_special_tokens_in_a_message_stay_text(server: scripted.Server) -> None:
     [
         ([("assistant", "x")], "message 1"),
         ([("user", "x"), ("user", "y")], "message 2"),
+        ([("user", "x"), ("system", "y")], "message 2"),
         ([("user", "x"), ("assistant", "y")], "last message"),
         ([("system", "x")], "no user message"),
-        ([("user", "x"), ("system", "y")], "message 2"),
         ([("user", [{"type": "python", "text": "1"}])], "content of the user must be a string"),
     ],
 )
-def test_turns_out_of_order_are_refused(server: scripted.Server, turns: list[tuple[str, str]], message: str) -> None:
+def test_turns_out_of_order_are_refused(server: scripted.Server, turns: list[tuple[str, Any]], message: str) -> None:
     messages = [{"role": role, "content": text} for role, text in turns]
-    for path in ("/chat/completions", "/v1/chat/completions"):
-        assert message in error(HTTP.post(server.url + path, json={"messages": messages}), 400)["message"]
+    detail = error(HTTP.post(server.url + "/chat/completions", json={"messages": messages}), 400)
+    assert message in detail["message"] and detail["param"] == "messages"
 
 
 def test_prompt_beyond_the_context_is_refused() -> None:
@@ -167,14 +161,13 @@ def test_prompt_beyond_the_context_is_refused() -> None:
 
 def test_all_errors_have_openai_shape(server: scripted.Server) -> None:
     with httpx.Client(base_url=server.url) as http:
-        url = "/chat/completions"
+        url, json_type = "/chat/completions", {"content-type": "application/json"}
         error(http.get("/nothing"), 404)
         assert error(http.get(url), 405) and "POST" in http.get(url).headers["allow"]
-        error(http.post("/health"), 405)
         assert http.head("/health").status_code == http.head("/metrics").status_code == 200
         error(http.post(url, content=b"{}", headers={"content-type": "text/plain"}), 415)
         error(http.post(url, content=b"{}"), 415)
-        error(http.post(url, content=b"{", headers={"content-type": "application/json"}), 400)
+        error(http.post(url, content=b"{", headers=json_type), 400)
         error(http.post(url, json=body("x", temperature=3)), 400)
 
 
@@ -233,17 +226,9 @@ def test_full_queue_returns_503_with_retry_after() -> None:
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         error(post(server, "x", "/v1/chat/completions", n=2), 503)
         assert len(server.scheduler.queue) == 1, "a refused request leaves nothing behind"
-        wait_for(lambda: idle(server))
-        assert events(post(server, "x"))[-1]["done"]
-
-
-def test_queue_limit_zero_still_uses_free_slots() -> None:
-    with scripted.serve({"": ["a", 0.4, "b"]}, slots=2, queue_limit=0) as server:
-        with HTTP.stream("POST", server.url + "/chat/completions", json=body("x")) as response:
-            assert response.status_code == 200
-            error(post(server, "x", "/v1/chat/completions", n=2), 503)
-            assert post(server, "x").is_success
-        wait_for(lambda: idle(server))
+    with scripted.serve(REPLIES, slots=2, queue_limit=0) as server:
+        assert post(server, "hello").is_success, "free slots need no queue"
+        error(post(server, "hello", "/v1/chat/completions", n=3), 503)
 
 
 # Clients that disconnect
@@ -300,22 +285,6 @@ def test_openai_completion(client: openai.OpenAI, server: scripted.Server) -> No
     for model in ("nanochat", "scripted"):
         got = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hello"}], max_tokens=2)
         assert (got.choices[0].message.content, got.choices[0].finish_reason, got.model) == ("Hi", "length", "scripted")
-
-
-def test_openai_stream(client: openai.OpenAI) -> None:
-    chunks = list(
-        client.chat.completions.create(
-            model="scripted",
-            messages=[{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-    )
-    assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "Hi there!"
-    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
-    assert chunks[-1].usage and chunks[-1].usage.total_tokens == 19 and not chunks[-1].choices
-    assert len({chunk.id for chunk in chunks}) == 1
 
 
 @pytest.mark.parametrize("include_usage", [False, True])
@@ -402,22 +371,18 @@ def test_openai_tool_calls_are_separate_and_can_be_sent_back(client: openai.Open
 
 
 def test_openai_client_raises_its_exceptions(client: openai.OpenAI) -> None:
-    hello: Any = [{"role": "user", "content": "hello"}]
-    with pytest.raises(openai.BadRequestError, match="temperature is 3"):
-        client.chat.completions.create(model="scripted", messages=hello, temperature=3)
+    def create(content: str = "hello", model: str = "scripted", **more: Any) -> Any:
+        messages: Any = [{"role": "user", "content": content}]
+        return client.chat.completions.create(model=model, messages=messages, **more)
+
     with pytest.raises(openai.BadRequestError, match="tools is not supported"):
-        client.chat.completions.create(
-            model="scripted", messages=hello, tools=[{"type": "function", "function": {"name": "f"}}]
-        )
+        create(tools=[{"type": "function", "function": {"name": "f"}}])
     with pytest.raises(openai.NotFoundError, match="this server has scripted"):
-        client.chat.completions.create(model="gpt-4", messages=hello)
-    stream = client.chat.completions.create(
-        model="scripted", messages=[{"role": "user", "content": "refuse"}], stream=True
-    )
-    with pytest.raises(openai.APIError, match="refused"):
-        list(stream)
+        create(model="gpt-4")
     with pytest.raises(openai.InternalServerError, match="refused"):
-        client.chat.completions.create(model="scripted", messages=[{"role": "user", "content": "refuse"}])
+        create("refuse")
+    with pytest.raises(openai.APIError, match="refused"):
+        list(create("refuse", stream=True))
 
 
 # Access
@@ -575,12 +540,6 @@ def test_broken_http_is_refused_in_json(server: scripted.Server) -> None:
         assert json.loads(content)["error"]["type"] == "invalid_request_error"
 
 
-def test_pipelined_requests_are_both_answered(server: scripted.Server) -> None:
-    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
-    got = raw(server, request + b"\r\n" + request + b"Connection: close\r\n\r\n")
-    assert got.count(b"HTTP/1.1 200") == 2
-
-
 # Metrics and logs
 
 
@@ -610,68 +569,31 @@ def test_conversations_are_not_logged(capfd: pytest.CaptureFixture[str], caplog:
     assert "xyzzy" not in out + err + caplog.text.replace("/xyzzy", "")
 
 
-# Fuzzing with the OpenAPI document
+# Fuzzing
 
 
-def from_schema(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Return a strategy of values that the schema allows: as much of JSON Schema as the document uses."""
-    if "$ref" in schema:
-        return from_schema(DOCUMENT["components"]["schemas"][schema["$ref"].rpartition("/")[2]])
-    if branches := schema.get("anyOf") or schema.get("oneOf"):
-        return st.one_of([from_schema(branch) for branch in branches])
-    if "enum" in schema:
-        return st.sampled_from(schema["enum"])
-    match schema.get("type"):
-        case None:
-            return JSON
-        case "null":
-            return st.none()
-        case "object":
-            assert schema["additionalProperties"] is False
-            fields = {name: from_schema(value) for name, value in schema["properties"].items()}
-            required = {name: fields.pop(name) for name in schema.get("required", ())}
-            return st.fixed_dictionaries(required, optional=fields)
-        case "array":
-            least, most = schema.get("minItems", 0), min(4, schema.get("maxItems", 4))
-            return st.lists(from_schema(schema["items"]), min_size=least, max_size=most)
-        case "string":
-            return st.text(min_size=schema.get("minLength", 0), max_size=20)
-        case "boolean":
-            return st.booleans()
-        case kind:
-            return (st.integers if kind == "integer" else st.floats)(schema["minimum"], schema["maximum"])
-
-
-DOCUMENT = app.create_app(scheduler.create([], 1), Limits()).openapi()
-POSTS = [path for path, methods in DOCUMENT["paths"].items() if "post" in methods]
-BROKEN = st.dictionaries(NAMES | st.text(max_size=5), JSON, max_size=2)
-
-
-@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions"])
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
+@given(value=BODIES, garbage=st.tuples(st.integers(0, 50), st.binary(max_size=3)) | st.none())
 @pytest.mark.slow
-def test_requests_generated_from_the_schema_never_return_500(
-    server: scripted.Server, path: str, data: st.DataObject
-) -> None:
-    body_schema = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    value = data.draw(from_schema(body_schema)) | data.draw(st.just({}) | BROKEN)
+def test_random_requests_never_return_500(server: scripted.Server, path: str, value: Any, garbage: Any) -> None:
     content = json.dumps(value).encode()
-    if data.draw(st.integers(0, 9)) == 0:
-        cut = data.draw(st.integers(0, len(content)))
-        content = content[:cut] + data.draw(st.binary(max_size=3)) + content[cut:]
+    if garbage:
+        content = content[: garbage[0]] + garbage[1] + content[garbage[0] :]
     response = HTTP.post(server.url + path, content=content, headers={"content-type": "application/json"})
     assert response.status_code in (200, 400, 404), (response.status_code, content)
     if response.status_code != 200:
         error(response, response.status_code)
-    elif not response.headers["content-type"].startswith("text/event-stream"):
-        assert response.json()["choices"]
+
+
+PATHS = ["/chat/completions", "/v1/chat/completions", "/stats", "/v1/models", "/openapi.json", "/"]
+PATHS += ["//", "/%00", "/../etc/passwd", "/health/", "/?a=%ff"]
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "FOO"])
 def test_methods_and_paths_never_return_500(server: scripted.Server, method: str) -> None:
     with httpx.Client(base_url=server.url) as http:
-        for path in [*DOCUMENT["paths"], "/", "//", "/%00", "/v1/", "/../etc/passwd", "/health/", "/?a=%ff"]:
+        for path in PATHS:
             assert http.request(method, path).status_code < 500, (method, path)
 
 

@@ -18,267 +18,230 @@ PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobil
 EVIL = """<img src=x onerror="pwned=1;alert(1)"><script>pwned=1</script><a href='javascript:alert(1)'>y</a>"""
 
 
-def test_markup_in_messages_and_answers_stays_text(visit: Opener) -> None:
+def test_markup_in_messages_and_answers_stays_text(chat: Opener) -> None:
     everywhere = f"{EVIL}\n# {EVIL}\n- {EVIL}\n```\n{EVIL}\n```\n"
     pieces = [everywhere[i : i + 7] for i in range(0, len(everywhere), 7)]
-    with scripted.serve({EVIL: [*pieces, ("python", "<b>1</b>"), ("output", "<i>2</i>\ufffc")]}) as server:
-        page = visit(server)
-        say(page, EVIL)
-        finished(page, 1)
-        assert texts(page)[0] == EVIL
-        shown = [answer(page).locator(tag).first.text_content() for tag in ("p", "h3", "li", "pre")]
-        assert shown == [EVIL] * 4
-        assert answer(page).locator(".tool").text_content() == "calculator: <b>1</b>=<i>2</i>\ufffc"
-        assert page.locator("#log").locator("img, script, a, b, i").count() == 0
-        assert page.evaluate("window.pwned") is None
-        page.reload()  # stored text is rendered as text too
-        expect(page.locator("article")).to_have_count(2)
-        assert page.locator("#log").locator("img, script, a, b, i").count() == 0
-        assert page.evaluate("window.pwned") is None
+    page, _ = chat({EVIL: [*pieces, ("python", "<b>1</b>"), ("output", "<i>2</i>\ufffc")]})
+    say(page, EVIL)
+    finished(page, 1)
+    assert texts(page)[0] == EVIL
+    shown = [answer(page).locator(tag).first.text_content() for tag in ("p", "h3", "li", "pre")]
+    assert shown == [EVIL] * 4
+    assert answer(page).locator(".tool").text_content() == "calculator: <b>1</b>=<i>2</i>\ufffc"
+    assert page.locator("#log").locator("img, script, a, b, i").count() == 0
+    assert page.evaluate("window.pwned") is None
+    page.reload()  # stored text is rendered as text too
+    expect(page.locator("article")).to_have_count(2)
+    assert page.locator("#log").locator("img, script, a, b, i").count() == 0
+    assert page.evaluate("window.pwned") is None
 
 
-def test_content_security_policy_blocks_injected_scripts(visit: Opener) -> None:
-    with scripted.serve({}) as server:
-        page = visit(server, re.compile("Content Security Policy"))
-        page.evaluate(
-            "() => { const s = document.createElement('script'); s.text = 'pwned = 1'; document.body.append(s) }"
-        )
-        assert page.evaluate("window.pwned") is None
-        assert page.evaluate("fetch('https://example.com/').then(() => 'sent', () => 'stopped')") == "stopped"
+def test_content_security_policy_blocks_injected_scripts(chat: Opener) -> None:
+    page, _ = chat({}, expected=re.compile("Content Security Policy"))
+    page.evaluate("() => { const s = document.createElement('script'); s.text = 'pwned = 1'; document.body.append(s) }")
+    assert page.evaluate("window.pwned") is None
+    assert page.evaluate("fetch('https://example.com/').then(() => 'sent', () => 'stopped')") == "stopped"
 
 
-def test_tool_calls_are_shown_separately_and_sent_back(visit: Opener) -> None:
-    with scripted.serve({"sum": ["It is ", ("python", "12*3"), ("output", "36"), "36."], "more": ["ok"]}) as server:
-        page = visit(server)
-        say(page, "sum")
-        finished(page, 1)
-        tool = page.locator(".tool")
-        expect(tool).to_have_count(1)
-        assert tool.text_content() == "calculator: 12*3=36"
-        assert [tool.locator(part).inner_text() for part in (".call", ".result")] == ["12*3", "36"]
-        assert answer(page).inner_text().startswith("It is") and answer(page).inner_text().endswith("36.")
-        expect(page.locator("#live")).to_have_text("It is [calculator: 12*3 = 36]36.")
-        say(page, "more")
-        finished(page, 2)
-        called = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36.<|assistant_end|>"
-        assert called in server.prompts[1]
+def test_tool_calls_are_shown_separately_and_sent_back(chat: Opener) -> None:
+    page, server = chat({"sum": ["It is ", ("python", "12*3"), ("output", "36"), "36."], "more": ["ok"]})
+    say(page, "sum")
+    finished(page, 1)
+    tool = page.locator(".tool")
+    expect(tool).to_have_count(1)
+    assert tool.text_content() == "calculator: 12*3=36"
+    assert [tool.locator(part).inner_text() for part in (".call", ".result")] == ["12*3", "36"]
+    assert answer(page).inner_text().startswith("It is") and answer(page).inner_text().endswith("36.")
+    expect(page.locator("#live")).to_have_text("It is [calculator: 12*3 = 36]36.")
+    say(page, "more")
+    finished(page, 2)
+    called = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36.<|assistant_end|>"
+    assert called in server.prompts[1]
 
 
-def test_split_characters_are_never_shown(visit: Opener) -> None:
-    text = "naïve 😀 日本語 👩‍👩‍👧 שלום"
-    replies = {"go": [text.encode()[i : i + 1] for i in range(len(text.encode()))]}
-    with scripted.serve(replies, delay=0.005) as server:
-        page = visit(server)
-        page.evaluate(
-            """() => { window.seen = ''; new MutationObserver(() => {
-                window.seen += document.querySelector('article.answer .body')?.textContent ?? '';
-            }).observe(document.getElementById('log'), {subtree: true, childList: true, characterData: true}); }"""
-        )
-        say(page, "go")
-        finished(page, 1)
-        assert answer(page).inner_text() == text
-        assert "\ufffd" not in page.evaluate("window.seen")  # not even for a moment
-
-
-def test_markdown_and_copy_buttons(visit: Opener) -> None:
+def test_markdown_and_copy_buttons(chat: Opener) -> None:
     code = "for i in range(3):\n    print(i * 2)  # **not bold**"
     lists = "3. three\n4. four\n\n- x\n  - y\n"
     text = f"## Title\nSome `code`, **bold**, 2*3*4 and a_b_c.\n\n{lists}\n```python\n{code}\n```\nEnd"
-    with scripted.serve({"go": [text], "open": ["```\nnever closed"]}) as server:
-        page = visit(server, permissions=["clipboard-read", "clipboard-write"])
-        say(page, "go")
-        finished(page, 1)
-        body = answer(page)
-        assert body.locator("h3").inner_text() == "Title"
-        assert body.locator("p code").inner_text() == "code" and body.locator("strong").all_inner_texts() == ["bold"]
-        assert body.locator("p").first.inner_text() == "Some code, bold, 2*3*4 and a_b_c."
-        assert body.locator("ol li").evaluate_all("rows => rows.map(row => row.value)") == [3, 4]
-        assert body.locator("ul li").count() == 2 and body.locator("ul li.deep").inner_text() == "y"
-        assert body.locator("pre").inner_text() == code
-        page.get_by_role("button", name="Copy code").click()
-        expect(page.locator("#live")).to_have_text("Copied")
-        assert page.evaluate("navigator.clipboard.readText()") == code
-        page.get_by_role("button", name="Copy answer").click()
-        expect(page.locator("#live")).to_have_text(re.compile("Copied"))
-        assert page.evaluate("navigator.clipboard.readText()") == text
-        say(page, "open")
-        finished(page, 2)
-        assert answer(page).locator("pre").inner_text() == "never closed"
-        assert len(server.requests) == 2  # no click regenerated
+    page, server = chat(
+        {"go": [text], "open": ["```\nnever closed"]}, browser={"permissions": ["clipboard-read", "clipboard-write"]}
+    )
+    say(page, "go")
+    finished(page, 1)
+    body = answer(page)
+    assert body.locator("h3").inner_text() == "Title"
+    assert body.locator("p code").inner_text() == "code" and body.locator("strong").all_inner_texts() == ["bold"]
+    assert body.locator("p").first.inner_text() == "Some code, bold, 2*3*4 and a_b_c."
+    assert body.locator("ol li").evaluate_all("rows => rows.map(row => row.value)") == [3, 4]
+    assert body.locator("ul li").count() == 2 and body.locator("ul li.deep").inner_text() == "y"
+    assert body.locator("pre").inner_text() == code
+    page.get_by_role("button", name="Copy code").click()
+    expect(page.locator("#live")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == code
+    page.get_by_role("button", name="Copy answer").click()
+    expect(page.locator("#live")).to_have_text(re.compile("Copied"))
+    assert page.evaluate("navigator.clipboard.readText()") == text
+    say(page, "open")
+    finished(page, 2)
+    assert answer(page).locator("pre").inner_text() == "never closed"
+    assert len(server.requests) == 2  # no click regenerated
 
 
-def test_length_limit_and_empty_answer_are_shown(visit: Opener) -> None:
-    with scripted.serve({"cut": ["so far", scripted.LENGTH], "none": []}) as server:
-        page = visit(server)
-        say(page, "cut")
-        expect(page.locator(".remark")).to_have_text("Stopped at the length limit.")
-        say(page, "none")
-        expect(page.locator(".remark").last).to_have_text("The answer is empty.")
-        say(page, "next")
-        finished(page, 3)
-        assert "none" not in server.prompts[-1] and "cut" in server.prompts[-1]
+def test_length_limit_and_empty_answer_are_shown(chat: Opener) -> None:
+    page, server = chat({"cut": ["so far", scripted.LENGTH], "none": []})
+    say(page, "cut")
+    expect(page.locator(".remark")).to_have_text("Stopped at the length limit.")
+    say(page, "none")
+    expect(page.locator(".remark").last).to_have_text("The answer is empty.")
+    say(page, "next")
+    finished(page, 3)
+    assert "none" not in server.prompts[-1] and "cut" in server.prompts[-1]
 
 
 # Layout, colors, keyboard, screen readers
 
 
-def test_scrolling_follows_until_the_user_scrolls_up(visit: Opener) -> None:
-    with scripted.serve({"long": [f"{i}\n\n" for i in range(100)]}, delay=0.02) as server:
-        page = visit(server, viewport={"width": 700, "height": 500})
-        left = "(s => s.scrollHeight - s.clientHeight - s.scrollTop)(document.getElementById('scroll'))"
-        say(page, "long")
-        expect(answer(page)).to_contain_text("20")
-        assert page.evaluate(left) < 60
-        expect(page.locator("#bottom")).to_be_hidden()
-        page.mouse.move(350, 200)
-        page.mouse.wheel(0, -300)
-        expect(page.locator("#bottom")).to_be_visible()
-        top = page.evaluate("document.getElementById('scroll').scrollTop")
-        expect(answer(page)).to_contain_text("50")
-        assert (
-            abs(page.evaluate("document.getElementById('scroll').scrollTop") - top) < 2
-        )  # it stays where the user scrolled
-        page.locator("#bottom").click()
-        page.wait_for_function(f"{left} < 60")
-        expect(answer(page)).to_contain_text("90")
-        assert page.evaluate(left) < 60  # and follows again
-        finished(page, 1)
+def test_scrolling_follows_until_the_user_scrolls_up(chat: Opener) -> None:
+    small = {"viewport": {"width": 700, "height": 500}}
+    page, _ = chat({"long": [f"{i}\n\n" for i in range(100)]}, delay=0.02, browser=small)
+    page.evaluate("window.left = () => (s => s.scrollHeight - s.clientHeight - s.scrollTop)($('scroll'))")
+    say(page, "long")
+    expect(answer(page)).to_contain_text("20")
+    assert page.evaluate("left()") < 60
+    expect(page.locator("#bottom")).to_be_hidden()
+    page.mouse.move(350, 200)
+    page.mouse.wheel(0, -300)
+    expect(page.locator("#bottom")).to_be_visible()
+    top = page.evaluate("$('scroll').scrollTop")
+    expect(answer(page)).to_contain_text("50")
+    assert abs(page.evaluate("$('scroll').scrollTop") - top) < 2, "it stays where the user scrolled"
+    page.locator("#bottom").click()
+    page.wait_for_function("left() < 60")
+    expect(answer(page)).to_contain_text("90")
+    assert page.evaluate("left()") < 60, "and follows again"
+    finished(page, 1)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_phone_layout_fits_and_targets_are_large(visit: Opener, scheme: str) -> None:
+def test_phone_layout_fits_and_targets_are_large(chat: Opener) -> None:
     wide = "x" * 300 + "\n\n```\n" + "y" * 120 + "\n```\n"
-    with scripted.serve(
-        {"go": [wide, ("python", "1+" * 40 + "1"), ("output", "41")]}, notice="A base model."
-    ) as server:
-        page = visit(server, color_scheme=scheme, **PHONE)
-        page.get_by_role("button", name="What is the capital of France?").tap()
-        finished(page, 1)
-        page.locator("#text").fill("go")
-        page.locator("#send").tap()
-        finished(page, 2)
-        page.locator("#text").fill("/")
-        for text in ("/", ""):
-            page.locator("#text").fill(text)
-            assert page.evaluate("document.documentElement.scrollWidth") <= 360
-            assert (
-                page.evaluate(
-                    "document.getElementById('scroll').scrollWidth - document.getElementById('scroll').clientWidth"
-                )
-                <= 0
-            )
-            box = page.locator("#composer").bounding_box()
-            assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 640
-            for button in page.locator("button:visible").all():
-                size = button.bounding_box()
-                assert size["width"] >= 40 and size["height"] >= 40, button.get_attribute("aria-label")
-        page.locator("article.user").last.get_by_role("button", name="Edit message").tap()
-        expect(page.locator(".editor textarea")).to_be_focused()
-        assert page.locator(".editor button").last.bounding_box()["height"] < 60  # its label is on one line
+    replies = {"go": [wide, ("python", "1+" * 40 + "1"), ("output", "41")]}
+    page, _ = chat(replies, notice="A base model.", browser=PHONE)
+    page.get_by_role("button", name="What is the capital of France?").tap()
+    finished(page, 1)
+    page.locator("#text").fill("go")
+    page.locator("#send").tap()
+    finished(page, 2)
+    for text in ("/", ""):
+        page.locator("#text").fill(text)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.evaluate("$('scroll').scrollWidth <= $('scroll').clientWidth")
+        box = page.locator("#composer").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 640
+        for button in page.locator("button:visible").all():
+            size = button.bounding_box()
+            assert size["width"] >= 40 and size["height"] >= 40, button.get_attribute("aria-label")
+    page.locator("article.user").last.get_by_role("button", name="Edit message").tap()
+    expect(page.locator(".editor textarea")).to_be_focused()
+    assert page.locator(".editor button").last.bounding_box()["height"] < 60, "its label is on one line"
 
 
+# The contrast ratio of each text with the first background behind it.
 CONTRAST = """() => {
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
     .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
     .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
   const behind = (node) => {
-    for (let at = node; at; at = at.parentElement) {
-      const color = rgb(getComputedStyle(at).backgroundColor);
-      if (color.length === 3 || color[3] === 1) return color;
-      if (color[3] > 0) throw new Error('translucent background');
-    }
-    throw new Error('no background');
+    const color = rgb(getComputedStyle(node).backgroundColor);
+    return color[3] === 0 ? behind(node.parentElement) : color;
   };
-  const found = [];
+  const ratios = [];
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node = walk.nextNode(); node; node = walk.nextNode()) {
     const parent = node.parentElement;
     if (!node.data.trim() || !parent.checkVisibility() || parent.closest('.hide, .skip, script, style, svg')) continue;
     const [a, b] = [light(rgb(getComputedStyle(parent).color)), light(behind(parent))];
-    found.push([node.data.trim().slice(0, 30), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)]);
+    ratios.push([node.data.trim().slice(0, 30), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)]);
   }
-  return found;
+  return ratios;
 }"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colors_have_contrast_in_both_schemes(visit: Opener, scheme: str) -> None:
+def test_colors_have_contrast_in_both_schemes(chat: Opener, scheme: str) -> None:
     reply = ["Text `code` ", ("python", "1+1"), ("output", "2"), "\n\n1. x\n\n```py\ny\n```\n", scripted.REFUSE]
-    with scripted.serve({"go": reply, "cut": ["x", scripted.LENGTH]}, notice="A base model.") as server:
-        page = visit(server, color_scheme=scheme)
-        expect(page.locator("#model")).to_contain_text("scripted")
-        shown = dict(page.evaluate(CONTRAST))  # of the empty page: the suggestions
-        for message in ("cut", "go", "/topk 3", "/topk x", "/help"):
-            say(page, message)
-        expect(page.locator(".error")).to_be_visible()
-        page.locator("article.answer .body").first.click()
-        expect(page.locator("#toast")).to_be_visible()
-        page.locator("#undo").click()
-        shown |= dict(page.evaluate(CONTRAST))
-        say(page, "/nothing")
-        page.locator("#text").fill("/")
-        shown |= dict(page.evaluate(CONTRAST))
-        assert (
-            {"36", "Arithmetic"} & set(shown)
-            and "calculator" in shown
-            and "Retry" in shown
-            and "A base model." in shown
-        )
-        assert {text: ratio for text, ratio in shown.items() if ratio < 4.5} == {}  # WCAG 2.2, AA
-        dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(25, 26, 27)"
-        assert dark == (scheme == "dark")
-        page.get_by_role("button", name="Switch between light and dark").click()
-        assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(25, 26, 27)") != dark
-        page.reload()  # and the choice is stored
-        assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(25, 26, 27)") != dark
+    replies = {"go": reply, "cut": ["x", scripted.LENGTH]}
+    page, _ = chat(replies, notice="A base model.", browser={"color_scheme": scheme})
+    expect(page.locator("#model")).to_contain_text("scripted")
+    ratios = dict(page.evaluate(CONTRAST))  # of the empty page: the suggestions
+    say(page, "cut")
+    finished(page, 1)
+    for message in ("go", "/topk 3", "/topk x", "/help"):
+        say(page, message)
+    expect(page.locator(".error")).to_be_visible()
+    page.locator("article.answer .body").first.click()
+    expect(page.locator("#toast")).to_be_visible()
+    page.locator("#undo").click()
+    ratios |= dict(page.evaluate(CONTRAST))
+    say(page, "/nothing")
+    page.locator("#text").fill("/")
+    ratios |= dict(page.evaluate(CONTRAST))
+    assert {"calculator", "Retry", "A base model."} <= ratios.keys()
+    assert {text: ratio for text, ratio in ratios.items() if ratio < 4.5} == {}  # WCAG 2.2, AA
 
 
-def test_everything_works_by_keyboard(visit: Opener) -> None:
-    with scripted.serve({"go": ["```py\nx\n```"]}) as server:
-        page = visit(server, permissions=["clipboard-write"])
-        focused = "(a => a.ariaLabel || a.id || a.textContent.trim())(document.activeElement)"
-        page.keyboard.type("go")
-        page.keyboard.press("Enter")
-        finished(page, 1)
-        stops = []
-        while "Message" not in stops:
-            page.keyboard.press("Tab")
-            if page.evaluate("document.activeElement === document.body"):
-                continue  # past the end of the page
-            stops.append(page.evaluate(focused))
-            ring = page.evaluate("(s => s.outlineStyle + s.outlineWidth)(getComputedStyle(document.activeElement))")
-            assert ring == "solid2px" or stops[-1] == "Message", f"no focus ring on {stops[-1]}"
-        head = ["settings", "Skip to the message box", "Switch between light and dark", "New chat", "Conversation"]
-        assert stops == [*head, "Edit message", "Copy code", "x", "Copy answer", "Regenerate answer", "Message"]
-        page.keyboard.press("ArrowUp")  # in an empty box
-        expect(page.locator(".editor textarea")).to_be_focused()
-        page.keyboard.press("Escape")
-        assert page.evaluate(focused) == "Edit message"  # back on the button that opened the editor
-        page.keyboard.press("Enter")
-        page.keyboard.type("!")
-        page.keyboard.press("Enter")
-        finished(page, 1)
-        assert texts(page) == ["go!", "You said: go!"]
-        page.locator(".skip").focus()
-        expect(page.locator(".skip")).to_be_in_viewport()  # it is visible only then
-        page.keyboard.press("Enter")
-        expect(page.locator("#text")).to_be_focused()
+def test_color_scheme_follows_the_system_until_it_is_chosen(chat: Opener) -> None:
+    page, _ = chat({}, browser={"color_scheme": "dark"})
+    background, dark = "getComputedStyle(document.body).backgroundColor", "rgb(25, 26, 27)"
+    assert page.evaluate(background) == dark
+    page.get_by_role("button", name="Switch between light and dark").click()
+    assert page.evaluate(background) != dark
+    page.reload()
+    assert page.evaluate(background) != dark, "the choice is stored"
 
 
-def test_screen_reader_gets_each_answer_once(visit: Opener) -> None:
-    with scripted.serve({"go": [f"word{i} " for i in range(20)]}, delay=0.02) as server:
-        page = visit(server)
-        page.evaluate(
-            """() => { window.announced = []; const live = document.getElementById('live');
-                new MutationObserver(() => announced.push(live.textContent)).observe(live, {childList: true}); }"""
-        )
-        say(page, "go")
-        finished(page, 1)
-        assert page.evaluate("announced") == ["Generating an answer", " ".join(f"word{i}" for i in range(20))]
-        assert page.locator("#live").get_attribute("role") == "status"
-        assert page.locator("#log [aria-live], #log [role=log]").count() == 0
+def test_everything_works_by_keyboard(chat: Opener) -> None:
+    page, _ = chat({"go": ["```py\nx\n```"]}, browser={"permissions": ["clipboard-write"]})
+    focused = "(a => a.ariaLabel || a.id || a.textContent.trim())(document.activeElement)"
+    page.keyboard.type("go")
+    page.keyboard.press("Enter")
+    finished(page, 1)
+    stops = []
+    while "Message" not in stops:
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):
+            continue  # past the end of the page
+        stops.append(page.evaluate(focused))
+        ring = page.evaluate("(s => s.outlineStyle + s.outlineWidth)(getComputedStyle(document.activeElement))")
+        assert ring == "solid2px" or stops[-1] == "Message", f"no focus ring on {stops[-1]}"
+    head = ["settings", "Skip to the message box", "Switch between light and dark", "New chat", "Conversation"]
+    assert stops == [*head, "Edit message", "Copy code", "x", "Copy answer", "Regenerate answer", "Message"]
+    page.keyboard.press("ArrowUp")  # in an empty box
+    expect(page.locator(".editor textarea")).to_be_focused()
+    page.keyboard.press("Escape")
+    assert page.evaluate(focused) == "Edit message"  # back on the button that opened the editor
+    page.keyboard.press("Enter")
+    page.keyboard.type("!")
+    page.keyboard.press("Enter")
+    finished(page, 1)
+    assert texts(page) == ["go!", "You said: go!"]
+    page.locator(".skip").focus()
+    expect(page.locator(".skip")).to_be_in_viewport()  # it is visible only then
+    page.keyboard.press("Enter")
+    expect(page.locator("#text")).to_be_focused()
+
+
+def test_screen_reader_gets_each_answer_once(chat: Opener) -> None:
+    page, _ = chat({"go": [f"word{i} " for i in range(20)]}, delay=0.02)
+    page.evaluate(
+        """() => { window.announced = []; const live = document.getElementById('live');
+            new MutationObserver(() => announced.push(live.textContent)).observe(live, {childList: true}); }"""
+    )
+    say(page, "go")
+    finished(page, 1)
+    assert page.evaluate("announced") == ["Generating an answer", " ".join(f"word{i}" for i in range(20))]
+    assert page.locator("#live").get_attribute("role") == "status"
+    assert page.locator("#log [aria-live], #log [role=log]").count() == 0
 
 
 def test_reduced_motion_disables_animations(visit: Opener) -> None:
