@@ -124,7 +124,7 @@ def gather_shard_checksums(
     checksums = [checksum(tensor, shards[name].offsets) for name, tensor in tensors.items()]
     on_cpu = torch.stack(checksums).cpu() if checksums else torch.empty(0, dtype=torch.int64)  # one transfer
     indices = torch.tensor([shards[name].index for name in tensors], dtype=torch.int64)
-    return distributed.all_gather_ints(torch.stack([indices, on_cpu], dim=-1), group=group)
+    return torch.stack(distributed.all_gather_object(torch.stack([indices, on_cpu], dim=-1), group=group))
 
 
 def full_fingerprints(shard_checksums: Tensor, names: list[str]) -> dict[str, str]:

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from nanochat.distributed.collectives import (
         ControlGroup,
         LostRankError,
-        all_gather_ints,
         all_gather_object,
         broadcast_object,
         control_group,
         raise_on_any_failure,
     )
+    from nanochat.distributed.compile import compile_fn
     from nanochat.distributed.config import ShardingConfig
     from nanochat.distributed.hardware import GIB, GPU_SPECS, GpuSpec, cpu_cores
     from nanochat.distributed.runtime import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         peak_memory_bytes,
         require_single,
         synchronize,
+        time_best,
         was_restarted,
     )
     from nanochat.distributed.sharding import Gather, MuonAllToAll, ShardingPlan, make_plan, mesh_shape, shard_dim

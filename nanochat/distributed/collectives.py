@@ -1,22 +1,19 @@
 """Messages between the ranks of a job: plain values, and errors that every rank raises.
 
 An operation that touches the disk must end the same way on every rank: a rank that fails alone leaves the others in a
-collective that it never reaches. `raise_on_any_failure` makes the failure of one the failure of all. Values travel as
-JSON on the CPU, through gloo groups that are made once per job, one for each thread that communicates.
+collective that it never reaches. `raise_on_any_failure` makes the failure of one the failure of all. Values travel on
+the CPU, through gloo groups that are made once per job, one for each thread that communicates.
 """
 
 import contextlib
 import datetime
-import json
 import time
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from torch import Tensor
 
 from nanochat.config import UserError
 
@@ -63,53 +60,26 @@ def _connect() -> ControlGroup:
     return ControlGroup(dist.get_rank(), dist.get_world_size(), group)
 
 
-def all_gather_ints(numbers: Tensor, *, group: ControlGroup | None = None) -> Tensor:
-    """Return the tensors of all ranks, stacked: (ranks, …).
-
-    Args:
-        numbers: int64, on the CPU, of one shape on all ranks. group: default: the main thread's.
-
-    Raises:
-        LostRankError: as all functions here.
-    """
-    group = group or control_group()
-    if group.size == 1:
-        return numbers[None]
-    gathered = [torch.empty_like(numbers) for _ in range(group.size)]
-    with _naming_lost_ranks(group):
-        dist.all_gather(gathered, numbers.contiguous(), group=group.group)
-    return torch.stack(gathered)
-
-
 def all_gather_object(value: Any, *, group: ControlGroup | None = None) -> list[Any]:
-    """Return the values of all ranks, in the order of ranks; each must be representable in JSON."""
+    """Return the values of all ranks, in the order of ranks. Raises LostRankError, as all functions here."""
     group = group or control_group()
     if group.size == 1:
         return [value]
-    data = json.dumps(value).encode()
-    lengths = all_gather_ints(torch.tensor([len(data)]), group=group).flatten().tolist()
-    buffer = torch.zeros(max(lengths), dtype=torch.uint8)
-    buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    gathered = [torch.empty_like(buffer) for _ in range(group.size)]
+    gathered: list[Any] = [None] * group.size
     with _naming_lost_ranks(group):
-        dist.all_gather(gathered, buffer, group=group.group)
-    return [json.loads(x[:length].numpy().tobytes()) for x, length in zip(gathered, lengths)]
+        dist.all_gather_object(gathered, value, group=group.group)
+    return gathered
 
 
 def broadcast_object(value: Any = None, *, group: ControlGroup | None = None) -> Any:
-    """Return rank 0's value, which must be representable in JSON, on every rank; the other ranks' are ignored."""
+    """Return rank 0's value on every rank; the other ranks' are ignored."""
     group = group or control_group()
     if group.size == 1:
         return value
-    data = json.dumps(value).encode() if group.rank == 0 else b""
-    length = torch.tensor([len(data)])
+    box = [value]
     with _naming_lost_ranks(group):
-        dist.broadcast(length, group=group.group, group_src=0)
-        buffer = torch.empty(int(length), dtype=torch.uint8)
-        if group.rank == 0:
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        dist.broadcast(buffer, group=group.group, group_src=0)
-    return json.loads(buffer.numpy().tobytes())
+        dist.broadcast_object_list(box, group=group.group, group_src=0)
+    return box[0]
 
 
 @contextlib.contextmanager
@@ -130,18 +100,17 @@ def raise_on_any_failure(group: ControlGroup | None = None) -> Iterator[None]:
         raise  # the ranks cannot agree any more
     except Exception as caught:
         error = caught
-    failures = all_gather_object(
-        None if error is None else [type(error).__name__, str(error), isinstance(error, UserError)], group=group
-    )
-    first = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
+    kind = type(error) if isinstance(error, UserError) else type(error).__name__
+    failures = all_gather_object(error and (kind, str(error)), group=group)
+    first = next((rank for rank, failure in enumerate(failures) if failure), None)
     if first is None:
         return
-    name, message, for_people = failures[first]
-    if error is not None and (first == group.rank or not for_people):
+    kind, message = failures[first]
+    if error and (first == group.rank or isinstance(kind, str)):
         raise error
-    if for_people:
-        raise _error_classes(UserError).get(name, UserError)(message) from error
-    raise RuntimeError(f"rank {first} failed: {name}: {message}") from error
+    if isinstance(kind, str):
+        raise RuntimeError(f"rank {first} failed: {kind}: {message}")
+    raise kind.__new__(kind, message) from error  # without __init__, whose arguments differ between classes
 
 
 @contextlib.contextmanager
@@ -166,10 +135,3 @@ def _lost_ranks(group: ControlGroup) -> list[int]:
         return sorted(others)
     except (RuntimeError, ValueError):  # the store was lost as well
         return []
-
-
-def _error_classes(base: type[UserError]) -> dict[str, type[UserError]]:
-    classes = {base.__name__: base}
-    for derived in base.__subclasses__():
-        classes.update(_error_classes(derived))
-    return classes

@@ -36,41 +36,23 @@ GRAPHS = 64
 
 
 def compile_fn(
-    f: Callable[P, R],
-    *,
-    device: torch.device,
-    collectives: bool = False,
-    overlap: bool = True,
-    memory_budget: float = 1.0,
-    cuda_graphs: bool = False,
-    dynamic: bool | None = False,
+    f: Callable[P, R], *, overlap: bool = False, memory_budget: float = 1.0, dynamic: bool | None = False
 ) -> Callable[P, R]:
     """Return `f` compiled as one graph per shape.
 
     Args:
         f: a pure function of tensors; gradients are taken outside of it (`transform.value_and_grad`).
-        collectives: whether `f` contains collectives, as with `sharding.gather_layer`; all ranks must compile the same.
-        overlap: with collectives on CUDA, overlap them with the computation.
+        overlap: overlap the collectives of `f` with its computation, on CUDA; all ranks must compile the same.
         memory_budget: share of the activations that the backward keeps, from 0 (recompute all) to 1 (keep what a plain
             compile keeps); the cheapest to recompute go first. Results stay the same.
-        cuda_graphs: replay kernels from a CUDA graph, for steps limited by kernel launches. Arguments must keep their
-            addresses or are copied, and the next call overwrites the results.
         dynamic: None: a size that varies becomes symbolic, so that a third value needs no third graph.
-
-    Raises:
-        UserError: the budget is not within 0 … 1, or CUDA graphs are requested on another device.
     """
     if not 0 <= memory_budget <= 1:
         raise UserError(f"memory_budget={memory_budget}: expected 0 (recompute all) … 1 (keep all)")
-    if cuda_graphs and device.type != "cuda":
-        raise UserError(f"cuda_graphs=true: the device is {device.type}; set cuda_graphs=false")
-    options: dict[str, Any] = {"triton.cudagraphs": True} if cuda_graphs else {}
-    if collectives and overlap and device.type == "cuda":
-        options |= overlap_options()
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     # Shapes that vary get a graph each: symbolic ones made a sharded graph compile six times slower.
-    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, options=options or None)
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, options=overlap_options() if overlap else None)
     return compiled if memory_budget == 1 else _within_budget(compiled, memory_budget)
 
 

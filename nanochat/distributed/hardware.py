@@ -1,5 +1,6 @@
 """What machines can do and cost, and what this one is: the table of GPUs, system information, memory settings."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -20,27 +21,16 @@ GIB = 2**30
 # sparsity. Memory is what CUDA reports: the data sheet's without what driver and error correction keep. Prices are
 # assumptions: set your own for a budget that matters.
 class GpuSpec(NamedTuple):
-    """One type of GPU.
+    """One type of GPU; FLOP/s are limits of matrix products."""
 
-    Attributes:
-        device: the name that CUDA reports, or its beginning.
-        memory_gib: memory that CUDA reports.
-        half_flops: limit of 16-bit matrix products with float32 sums, in FLOP/s.
-        single_flops: of float32 ones, without TF32.
-        fp8_flops: of 8-bit ones; None where torch has none.
-        link_bytes_per_second: to the other GPUs of its node, in one direction (NVLink, else PCIe as measured).
-        network_bytes_per_second: its share of the node's network, in one direction; assumed.
-        dollars_per_hour: assumed.
-    """
-
-    device: str
+    device: str  # the name that CUDA reports, or its beginning
     memory_gib: float
-    half_flops: float
-    single_flops: float
-    fp8_flops: float | None
-    link_bytes_per_second: float
-    network_bytes_per_second: float
-    dollars_per_hour: float
+    half_flops: float  # 16-bit, with float32 sums
+    single_flops: float  # float32, without TF32
+    fp8_flops: float | None  # None where torch has no 8-bit products
+    link_bytes_per_second: float  # to the other GPUs of its node, in one direction (NVLink, else PCIe as measured)
+    network_bytes_per_second: float  # its share of the node's network, in one direction; assumed
+    dollars_per_hour: float  # assumed
 
 
 GPU_SPECS = {
@@ -83,12 +73,10 @@ PACKAGES = ("torch", "tensordict", "tiktoken", "tokenizers", "datasets", "pyarro
 
 
 class GitInfo(NamedTuple):
-    """The commit's hash and subject, its branch, and the number of files that differ from it."""
-
     commit: str
     subject: str
     branch: str
-    changed: int
+    changed: int  # files that differ from the commit
 
 
 class CodeSize(NamedTuple):
@@ -102,28 +90,20 @@ class CodeSize(NamedTuple):
 
 def git_info(root: Path = ROOT) -> GitInfo | None:
     """Return the state of the checkout, or None without one, or without git."""
-    outputs = [
-        _git(root, "log", "-1", "--format=%H%n%s"),
-        _git(root, "rev-parse", "--abbrev-ref", "HEAD"),
-        _git(root, "status", "--porcelain"),
-    ]
-    if any(text is None for text in outputs):
-        return None
-    commit, branch, status = map(str, outputs)
-    digest, _, subject = commit.partition("\n")
-    return GitInfo(digest, subject.strip(), branch.strip(), len(status.splitlines()))
 
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
-def _git(root: Path, *args: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        commit, _, subject = git("log", "-1", "--format=%H%n%s").partition("\n")
+        changed = git("status", "--porcelain").splitlines()
+        return GitInfo(commit, subject, git("rev-parse", "--abbrev-ref", "HEAD"), len(changed))
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def code_size(root: Path = ROOT) -> CodeSize:
-    """Return the size of the code at `root`."""
     paths = [root / "launch.py", *(p for folder in ("nanochat", "experiments") for p in (root / folder).rglob("*"))]
     contents = [path.read_bytes() for path in paths if path.suffix in (".py", ".html") and path.is_file()]
     project = root / "pyproject.toml"
@@ -137,10 +117,8 @@ def versions() -> dict[str, str]:
 
     facts = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             facts[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return facts | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
 
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +27,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Rank, device and dtype of this process.
-
-    Attributes:
-        rank, local_rank, world_size, node_ranks: torchrun's numbers; 0, 0, 1, 1 without it.
-        restarts: how often torchrun has restarted the job (--max-restarts).
-        compute_dtype: of activations, and of stored embedding tables unless it is float16.
-    """
+    """Rank, device and dtype of this process: torchrun's numbers; 0, 0, 1, 1, 0 without it."""
 
     rank: int
     local_rank: int
     world_size: int
     node_ranks: int
-    restarts: int
+    restarts: int  # of the job (--max-restarts)
     device: torch.device
-    compute_dtype: torch.dtype
+    compute_dtype: torch.dtype  # of activations, and of stored embedding tables unless it is float16
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that prints and writes logs."""
+        """Whether this is the one rank that prints and writes logs."""
         return self.rank == 0
 
 
@@ -57,9 +52,6 @@ def init(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) -> R
         device: auto (CUDA, else MPS, else CPU), cpu, cuda or mps.
         dtype: auto (bfloat16 on CUDA of capability 8.0 and above, else float32), float32, bfloat16 or float16.
         quiet: only rank 0 prints; errors still show.
-
-    Raises:
-        UserError: the machine has no such device, or the device does not support the dtype.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -93,8 +85,7 @@ def init(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) -> R
 def _start_id(store: Any, rank: int, world_size: int) -> str:
     """Return an id of this start of the job, new and equal on all ranks, though the store outlives starts.
 
-    Rank 0 generates it and answers the requests of the others. Each request has an id of its own, because the store
-    still holds those of earlier starts.
+    Rank 0 answers the requests of the others, each with an id of its own: the store holds those of earlier starts.
     """
     if rank:
         request = uuid.uuid4().hex
@@ -138,9 +129,6 @@ def distributed_context(device: str = "auto", dtype: str = "auto") -> Iterator[R
 
     After an error the group is not closed: the other ranks would have to take part, and may wait elsewhere. Exit the
     process then, and torchrun stops them.
-
-    Raises:
-        UserError: another rank has exited, which closed its connection.
     """
     try:
         yield init(device, dtype, quiet=True)
@@ -185,26 +173,21 @@ def close() -> None:
 
 def choose_device(name: str, local_rank: int) -> torch.device:
     """Return the device for a setting (auto, cpu, cuda, mps); with CUDA, this rank's GPU, which becomes current."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                "device=cuda: this machine or this torch build has no CUDA; set device=cpu or install a CUDA build"
-            )
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise UserError(f"rank {local_rank} has no GPU: {count} here; lower --nproc_per_node to {count}")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        return device
-    if name == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError("device=mps: this machine or this torch build has no MPS; set device=cpu")
-        return torch.device("mps")
-    if name == "cpu":
-        return torch.device("cpu")
-    raise UserError(f"device={name}: expected auto, cpu, cuda or mps")
+        name = next(kind for kind in available if available[kind])
+    if name not in available:
+        raise UserError(f"device={name}: expected auto, cpu, cuda or mps")
+    if not available[name]:
+        raise UserError(f"device={name}: this machine or this torch build has no {name.upper()}; set device=cpu")
+    if name != "cuda":
+        return torch.device(name)
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(f"rank {local_rank} has no GPU: {count} here; lower --nproc_per_node to {count}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -231,24 +214,32 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return measure_matmul(size, device, dtype), f"measured, {size}x{size}x{size} matmul"
 
 
-def measure_matmul(size: int, device: torch.device, dtype: torch.dtype, tries: int = 8, seconds: float = 0.6) -> float:
-    """Return FLOP/s of the fastest product of two (size, size) matrices.
-
-    Args:
-        tries: products to time, fewer if `seconds` have passed: every run starts with this.
-    """
+def measure_matmul(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return FLOP/s of the fastest of a few products of two (size, size) matrices."""
     generator = torch.Generator().manual_seed(0)  # leaves the global one alone
     a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
+    limit_seconds = 0.6  # every run starts with this
+    return 2 * size**3 / time_best(lambda: torch.matmul(a, b), device, tries=8, limit_seconds=limit_seconds)
+
+
+def time_best(
+    f: Callable[[], Any], device: torch.device, *, tries: int, repeat: int = 1, limit_seconds: float = math.inf
+) -> float:
+    """Return the seconds of a call of `f`: the best of `tries` means over `repeat` calls, fewer beyond the limit.
+
+    The calls of a try run back to back, so that the device does not wait for Python.
+    """
+    best, end = math.inf, time.perf_counter() + limit_seconds
     for _ in range(tries):
         synchronize(device)
         start = time.perf_counter()
-        torch.matmul(a, b)
+        for _ in range(repeat):
+            f()
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, (time.perf_counter() - start) / repeat)
         if time.perf_counter() > end:
             break
-    return 2 * size**3 / best
+    return best
 
 
 def peak_memory_bytes(device: torch.device) -> int:

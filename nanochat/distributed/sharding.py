@@ -50,12 +50,9 @@ class ShardingPlan:
     """Where the leaves of one model's state live.
 
     Attributes:
-        mode: one of the four.
-        mesh: with the axes `replicate` and `shard`.
         dims: parameter -> dimension that is sharded, None where every rank has all of it.
         no_regather: parameters that the backward of a training step does not need: embedding tables, and the
             unembedding, whose gradient is computed in the forward (`loss.chunked`).
-        full: whether parameters are full between steps (replicate, zero2).
         gather: see ShardingConfig.
     """
 
@@ -63,12 +60,10 @@ class ShardingPlan:
     mesh: DeviceMesh
     dims: Mapping[str, int | None]
     no_regather: frozenset[str]
-    full: bool
     gather: str
 
     @property
     def ranks(self) -> int:
-        """Number of ranks in the job."""
         return self.mesh.size()
 
     @property
@@ -82,9 +77,14 @@ class ShardingPlan:
         return self.mesh.size(0)
 
     @property
-    def sharded(self) -> list[str]:
-        """Parameters of which every rank updates a shard."""
-        return [name for name, dim in self.dims.items() if dim is not None]
+    def sharded(self) -> dict[str, int]:
+        """Parameters of which every rank updates a shard, and the dimension of each."""
+        return {name: dim for name, dim in self.dims.items() if dim is not None}
+
+    @property
+    def full(self) -> bool:
+        """Whether parameters are full between steps."""
+        return self.mode in ("replicate", "zero2")
 
     @property
     def full_in_step(self) -> bool:
@@ -98,15 +98,14 @@ class ShardingPlan:
         return dist.group.WORLD.group_name
 
     def group(self, axis: str) -> str:
-        """Return the name of this rank's process group along an axis."""
+        """Name of this rank's process group along an axis."""
         return self.mesh.get_group(axis).group_name
 
 
 def shard_dim(shape: Sequence[int], axes: Sequence[str], ranks: int, rules: Mapping[str, str] = RULES) -> int | None:
     """Return the dimension along which a parameter is split evenly over `ranks`, or None: every rank holds all of it.
 
-    Args:
-        axes: logical name of each dimension, as in `model.ParamSpec`. ranks: of the mesh's shard axis.
+    `axes` is the logical name of each dimension, as in `model.ParamSpec`.
     """
     if any(axis not in rules for axis in axes) or ranks == 1:
         return None
@@ -114,14 +113,7 @@ def shard_dim(shape: Sequence[int], axes: Sequence[str], ranks: int, rules: Mapp
 
 
 def mesh_shape(config: ShardingConfig, world_size: int, node_ranks: int) -> tuple[int, int]:
-    """Return the sizes of the axes `replicate` and `shard`.
-
-    Args:
-        node_ranks: ranks of a node, the default of hsdp's groups.
-
-    Raises:
-        UserError: hsdp's groups do not divide the job.
-    """
+    """Return the sizes of the axes `replicate` and `shard`; hsdp shards over the `node_ranks` of a node by default."""
     if config.mode == "replicate":
         return world_size, 1
     if config.mode != "hsdp":
@@ -146,15 +138,9 @@ def resolve(config: ShardingConfig) -> ShardingConfig:
 
 
 def make_plan(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any]) -> ShardingPlan | None:
-    """Return where the leaves of a model live; None in a single process, where they are plain tensors.
+    """Return where the leaves of the model with table `spec` live; None in a single process: they are plain tensors.
 
     A warning names parameters that have a rule but no dimension that divides: every rank holds all of them.
-
-    Args:
-        spec: the model's table, see `model.spec`.
-
-    Raises:
-        UserError: as `mesh_shape`.
     """
     if runtime.world_size == 1:
         return None
@@ -167,16 +153,12 @@ def make_plan(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any])
         more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
         print(f"sharding: {uneven[0]} {spec[uneven[0]].shape}{more} do not divide by {shape[1]}: full on every rank")
     no_regather = frozenset(n for n, row in spec.items() if row.embedding or row.group == "unembedding")
-    return ShardingPlan(mode, mesh, dims, no_regather, mode in ("replicate", "zero2"), config.gather)
+    return ShardingPlan(mode, mesh, dims, no_regather, config.gather)
 
 
 @functools.lru_cache(maxsize=4)
 def _mesh(device: str, shape: tuple[int, int], world: Any) -> DeviceMesh:
-    """Return the job's mesh of a shape, made once: a new one per run would fill the GPU with NCCL's buffers.
-
-    Args:
-        world: the job's process group, which tells one job of this process from the next.
-    """
+    """Return the mesh of the job with process group `world`; a new one per run would fill the GPU with buffers."""
     return init_device_mesh(device, shape, mesh_dim_names=AXES)
 
 
@@ -225,24 +207,9 @@ def local_shards(state: Any) -> Any:
     return tree.map(lambda x: x.to_local() if isinstance(x, DTensor) else x, state)
 
 
-def as_dtensors(shards: Any, like: Any) -> Any:
-    """Return plain shards as DTensors that are placed as the leaves of `like`: the inverse of `local_shards`."""
-
-    def wrap(old: Tensor, shard: Tensor) -> Tensor:
-        if not isinstance(old, DTensor):
-            return shard
-        mesh, placements = old.device_mesh, old.placements
-        return DTensor.from_local(shard, mesh, placements, run_check=False, shape=old.shape, stride=old.stride())
-
-    return tree.map(wrap, like, shards)
-
-
 @torch.no_grad()
 def full_params(params: TensorDict) -> TensorDict:
-    """Return all parameters as full plain tensors on every rank, for evaluation and generation. A collective call.
-
-    What a rank has in full already is not copied.
-    """
+    """Return all parameters as full plain tensors on every rank, for evaluation and generation. A collective call."""
     return tree.map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, params)
 
 
@@ -250,11 +217,7 @@ def full_params(params: TensorDict) -> TensorDict:
 
 
 def gather(plan: ShardingPlan | None, params: TensorDict, dtype: torch.dtype) -> TensorDict:
-    """Return the parameters that a step computes with: plain tensors, full, or shards that `gather_layer` completes.
-
-    Args:
-        dtype: of the computation, in which parameters are gathered.
-    """
+    """Return the plain tensors that a step in `dtype` computes with: full, or shards that `gather_layer` completes."""
     if plan is None:
         return params
     flat = tree.flatten(local_shards(params))
@@ -331,19 +294,15 @@ class _Gather(torch.autograd.Function):
 
 
 def reduce_(plan: ShardingPlan | None, grads: TensorDict) -> None:
-    """Replace a rank's gradients by the sum over all ranks: the shards of which this rank has the optimizer's state.
-
-    One reduction over the shard axis (unless `gather_layer` has done it), one over the replicas, and one for the small
-    parameters.
-    """
+    """Replace a rank's gradients by the sum over all ranks: the shards of which this rank has the optimizer's state."""
     if plan is None:
         return
     flat = {name: _at_least_float32(g) for name, g in tree.flatten(grads).items()}
     if plan.full_in_step and plan.sharded:
-        rows = [flat[name].movedim(plan.dims[name] or 0, 0).contiguous() for name in plan.sharded]
+        rows = [flat[name].movedim(dim, 0).contiguous() for name, dim in plan.sharded.items()]
         shards = _ops.reduce_scatter_tensor_coalesced(rows, "sum", plan.shards, plan.group("shard"))
-        for name, x in zip(plan.sharded, shards):
-            flat[name] = _ops.wait_tensor(x).movedim(0, plan.dims[name] or 0)
+        for (name, dim), x in zip(plan.sharded.items(), shards):
+            flat[name] = _ops.wait_tensor(x).movedim(0, dim)
     if plan.replicas > 1:
         flat |= zip(plan.sharded, _all_reduce([flat[name] for name in plan.sharded], plan.group("replicate")))
     small = [name for name in flat if plan.dims[name] is None]
@@ -353,16 +312,12 @@ def reduce_(plan: ShardingPlan | None, grads: TensorDict) -> None:
 
 
 def mean_loss_and_grad_norm(plan: ShardingPlan | None, loss: Tensor, grads: TensorDict) -> tuple[Tensor, Tensor]:
-    """Return (mean loss over the ranks, norm of the full gradient), bitwise equal on every rank.
-
-    Args:
-        loss: 0-d, of this rank. grads: from `reduce_`.
-    """
+    """Return (mean loss over the ranks, norm of the full gradient), bitwise equal on every rank."""
     flat = tree.flatten(grads)
     norm = torch.nn.utils.get_total_norm
     if plan is None:
         return loss, norm(flat.values()).float()
-    sharded = set(plan.sharded)
+    sharded = plan.sharded
     own = norm([g for name, g in flat.items() if name in sharded]).to(loss.device).float().square()  # of none: on CPU
     sums = _all_reduce([torch.stack([loss.float(), own])], plan.world)[0]
     mean, mean_square = sums.div(plan.ranks).unbind()
@@ -379,19 +334,8 @@ def param_shards(plan: ShardingPlan | None, params: TensorDict) -> TensorDict:
         return params
     flat = tree.flatten(local_shards(params))
     if plan.full:
-        flat |= {name: _shard(plan, flat[name], plan.dims[name] or 0) for name in plan.sharded}
+        flat |= {name: _shard(plan, flat[name], dim) for name, dim in plan.sharded.items()}
     return tree.unflatten(flat, params)
-
-
-def all_gather_params(plan: ShardingPlan | None, shards: TensorDict, like: TensorDict) -> TensorDict:
-    """Return updated shards as parameters that are placed as `like`: gathered where those are full."""
-    if plan is None:
-        return shards
-    if plan.full and plan.shards > 1:
-        flat = tree.flatten(shards)
-        flat |= zip(plan.sharded, _all_gather(plan, {name: flat[name] for name in plan.sharded}))
-        shards = tree.unflatten(flat, shards)
-    return as_dtensors(shards, like)
 
 
 def all_gather_params_(plan: ShardingPlan | None, params: TensorDict) -> None:
@@ -399,8 +343,8 @@ def all_gather_params_(plan: ShardingPlan | None, params: TensorDict) -> None:
     if plan is None or not plan.full or plan.shards == 1:
         return
     flat, pending = tree.flatten(local_shards(params)), []
-    for name in plan.sharded:
-        full, dim = flat[name], plan.dims[name] or 0
+    for name, dim in plan.sharded.items():
+        full = flat[name]
         shard = _shard(plan, full, dim)
         if dim == 0:  # without a second copy
             pending.append(_ops.all_gather_into_tensor_out(shard, plan.shards, plan.group("shard"), out=full))
@@ -411,13 +355,10 @@ def all_gather_params_(plan: ShardingPlan | None, params: TensorDict) -> None:
 
 
 class MuonAllToAll(NamedTuple):
-    """Converts a stack of matrices between a shard of each on every rank and a few full ones on every rank.
+    """Converts a stack of matrices between a shard of each on every rank and a few full ones, which Muon needs.
 
-    Muon needs full matrices. Each direction is one all-to-all of a sharded stack.
-
-    Attributes:
-        ranks, rank, group: of the shard axis. dim: of a matrix that is sharded.
-        moment_dim: the same of its second moment; None: every rank has all of that.
+    Each direction is one all-to-all over the `group` of the shard axis. The matrices are sharded along `dim`, their
+    second moments along `moment_dim` (None: every rank has all of those).
     """
 
     ranks: int
@@ -449,9 +390,9 @@ class MuonAllToAll(NamedTuple):
 
 def muon_all_to_all(plan: ShardingPlan | None, name: str, moment_shape: Sequence[int]) -> MuonAllToAll | None:
     """Return the exchange for matrix `name`, given the shape of its full second moment; None: it is not sharded."""
-    if plan is None or plan.dims[name] is None or plan.shards == 1:
+    if plan is None or name not in plan.sharded:
         return None
-    rank, dim = plan.mesh.get_local_rank("shard"), plan.dims[name] or 0
+    rank, dim = plan.mesh.get_local_rank("shard"), plan.sharded[name]
     return MuonAllToAll(plan.shards, rank, plan.group("shard"), dim, state_dim(plan, name, moment_shape))
 
 
@@ -463,7 +404,7 @@ _ops = torch.ops._c10d_functional  # the dispatcher's: the functions around them
 
 
 def _all_gather(plan: ShardingPlan, shards: Mapping[str, Tensor]) -> list[Tensor]:
-    dims = [plan.dims[name] or 0 for name in shards]
+    dims = [plan.sharded[name] for name in shards]
     rows = [x.movedim(dim, 0).contiguous() for x, dim in zip(shards.values(), dims)]
     if not rows:
         return []

@@ -26,7 +26,7 @@ from torch import Tensor
 from nanochat import model, tree
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
-from nanochat.distributed import compile as compiling
+from nanochat.distributed import compile_fn
 from nanochat.infer import sampling, tool_use
 from nanochat.model import Compute, ModelConfig, ParamsLike, kv_cache
 
@@ -154,7 +154,7 @@ def start(
     }
     tools, compute = tool_use.tool_tokens(tokenizer), Compute(dtype)
     cache = kv_cache.empty(config, slots, context, dtype=dtype, device=device)
-    step_fn = compiling.compile_fn(_step_, device=device, dynamic=None) if compile else _step_
+    step_fn = compile_fn(_step_, dynamic=None) if compile else _step_
     return Engine(
         params=model.fuse_qkv(tree.nest(stored)),
         config=config,

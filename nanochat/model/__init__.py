@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ModelConfig,
         Params,
         ParamsLike,
+        ParamSpec,
         config_of,
         count,
         decode_bytes,

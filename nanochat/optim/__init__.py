@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from nanochat.optim.muon_adamw import (
         POLAR_EXPRESS,
         OptState,
-        Row,
         compiled,
         init,
         muon,

@@ -5,14 +5,15 @@ says which rule applies to which parameter. Hyperparameters are 0-d tensors: the
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from nanochat import tree
-from nanochat.distributed import MuonAllToAll, ShardingPlan, sharding
+from nanochat.distributed import MuonAllToAll, ShardingPlan, compile_fn, sharding
+from nanochat.model import ParamSpec
 from nanochat.optim.schedules import MATRIX, Hparams
 
 OptState = TensorDict
@@ -30,17 +31,15 @@ POLAR_EXPRESS = (
 )
 
 
-class Row(Protocol):
-    """What `init` needs of a row of the model's table."""
+class Rules(NamedTuple):
+    """The two update rules: `adamw` and `muon`, or compiled or in-place versions of them."""
 
-    @property
-    def group(self) -> str:
-        """Name of the optimizer group."""
-        ...
+    adamw: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    muon: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def init(
-    params: TensorDict, spec: Mapping[str, Row], zeros: Callable[[str, torch.Size], Tensor] | None = None
+    params: TensorDict, spec: Mapping[str, ParamSpec], zeros: Callable[[str, torch.Size], Tensor] | None = None
 ) -> OptState:
     """Return the zero state for `params`: float32 moments, whatever the dtype of the parameters.
 
@@ -57,23 +56,17 @@ def init(
     zeros = zeros or (lambda _, shape: torch.zeros(shape, device=device))
     state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.int64, device=device)}
     for name, p in flat.items():
-        group = spec[name].group
+        group, second_shape = spec[name].group, list(p.shape)
         if group == MATRIX:
-            mean_shape = list(p.shape)
-            mean_shape[reduced_axis(p.shape)] = 1
-            state[f"{group}.momentum.{name}"] = zeros(name, p.shape)
-            state[f"{group}.second.{name}"] = zeros(name, torch.Size(mean_shape))
-        else:
-            state[f"{group}.m.{name}"] = zeros(name, p.shape)
-            state[f"{group}.v.{name}"] = zeros(name, p.shape)
+            second_shape[reduced_axis(p.shape)] = 1
+        first, second = _moment_names(group)
+        state[f"{group}.{first}.{name}"] = zeros(name, p.shape)
+        state[f"{group}.{second}.{name}"] = zeros(name, torch.Size(second_shape))
     return tree.unflatten(state)
 
 
-class Rules(NamedTuple):
-    """The two update rules: `adamw` and `muon`, or compiled or in-place versions of them."""
-
-    adamw: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    muon: Callable[..., tuple[Tensor, Tensor, Tensor]]
+def _moment_names(group: str) -> tuple[str, str]:
+    return ("momentum", "second") if group == MATRIX else ("m", "v")
 
 
 def update(
@@ -99,17 +92,17 @@ def update(
         muon_dtype: dtype of the orthogonalization; None keeps that of the momentum (float32).
         sharding_plan: of several ranks. They exchange matrices for Muon, and full parameters are gathered.
     """
+    options: Any = {"grad_scale": grad_scale, "skip": skip, "muon_dtype": muon_dtype, "sharding_plan": sharding_plan}
+    if sharding_plan is not None:  # its collectives write in place
+        params, opt_state = tree.map(torch.clone, (params, opt_state))
+        update_(grads, opt_state, params, hparams, **options)
+        return params, opt_state
     new: dict[str, Tensor] = {}
-    for _, names, tensors in _results(
-        Rules(adamw, muon), grads, opt_state, params, hparams, grad_scale, skip, muon_dtype, sharding_plan
-    ):
+    for names, _, tensors in _results(Rules(adamw, muon), grads, opt_state, params, hparams, **options):
         new.update(zip(names, tensors))
     # In the order of the arguments, whatever the order of the groups.
     new_params = tree.unflatten({name: new[f"params.{name}"] for name in tree.flatten(params)}, params)
-    new_state = tree.unflatten({name: new[name] for name in tree.flatten(opt_state)})
-    if sharding_plan is None:
-        return new_params, new_state
-    return sharding.all_gather_params(sharding_plan, new_params, params), sharding.as_dtensors(new_state, opt_state)
+    return new_params, tree.unflatten({name: new[name] for name in tree.flatten(opt_state)})
 
 
 def update_(
@@ -118,20 +111,17 @@ def update_(
     params: TensorDict,
     hparams: Hparams,
     *,
-    grad_scale: Tensor | None = None,
-    skip: Tensor | None = None,
-    muon_dtype: torch.dtype | None = None,
-    sharding_plan: ShardingPlan | None = None,
     rules: Rules | None = None,
+    sharding_plan: ShardingPlan | None = None,
+    **options: Any,
 ) -> None:
-    """Update `params` and `opt_state` in place; otherwise the same as `update`.
+    """Update `params` and `opt_state` in place; otherwise the same as `update`, whose options it takes.
 
     Args:
         rules: None for the plain ones, or those of `compiled`.
     """
     rules = rules or Rules(adamw_, muon)
-    results = _results(rules, grads, opt_state, params, hparams, grad_scale, skip, muon_dtype, sharding_plan)
-    for old, _, new in results:
+    for _, old, new in _results(rules, grads, opt_state, params, hparams, sharding_plan=sharding_plan, **options):
         for before, after in zip(old, new):
             if after is not before:
                 before.copy_(after)
@@ -144,15 +134,12 @@ def compiled() -> Rules:
 
     Small updates stay uncompiled: they take a few kernel launches, and compiling takes seconds.
     """
-    # Shapes of several models in one process (a sweep over depths) may exceed the default of 8.
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-    fast = [torch.compile(rule, fullgraph=True, dynamic=False) for rule in (adamw_, muon)]
 
-    def choose(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
+    def choose(plain: Callable[..., Any]) -> Callable[..., Any]:
+        fast = compile_fn(plain)
         return lambda p, *rest: (fast if p.numel() >= COMPILE_MIN_ELEMENTS else plain)(p, *rest)
 
-    return Rules(choose(adamw_, fast[0]), choose(muon, fast[1]))
+    return Rules(choose(adamw_), choose(muon))
 
 
 def _results(
@@ -161,22 +148,23 @@ def _results(
     opt_state: OptState,
     params: TensorDict,
     hparams: Hparams,
-    grad_scale: Tensor | None,
-    skip: Tensor | None,
-    muon_dtype: torch.dtype | None,
-    plan: ShardingPlan | None,
-) -> Iterator[tuple[list[Tensor], list[str], list[Tensor]]]:
-    """Yield (old tensors, their names, new tensors), a few at a time; parameters are named params.<name>."""
+    *,
+    grad_scale: Tensor | None = None,
+    skip: Tensor | None = None,
+    muon_dtype: torch.dtype | None = None,
+    sharding_plan: ShardingPlan | None = None,
+) -> Iterator[tuple[list[str], list[Tensor], list[Tensor]]]:
+    """Yield (names, old tensors, new tensors), a few at a time; parameters are named params.<name>."""
     all_to_all: dict[str, MuonAllToAll | None] = {}
-    if plan is not None:
+    if sharding_plan is not None:
         moments = tree.flatten(opt_state.get((MATRIX, "second"), {}))
-        all_to_all = {name: sharding.muon_all_to_all(plan, name, x.shape) for name, x in moments.items()}
-        params, opt_state = sharding.param_shards(plan, params), sharding.local_shards(opt_state)
+        all_to_all = {name: sharding.muon_all_to_all(sharding_plan, name, x.shape) for name, x in moments.items()}
+        params, opt_state = sharding.param_shards(sharding_plan, params), sharding.local_shards(opt_state)
     flat_params, flat_grads = tree.flatten(params), tree.flatten(grads)
     step = opt_state["step"] + 1
     for group, h in hparams.items():
-        first_name, second_name = ("momentum", "second") if group == MATRIX else ("m", "v")
-        first, second = tree.flatten(opt_state[group, first_name]), tree.flatten(opt_state[group, second_name])
+        labels = ("params", *(f"{group}.{moment}" for moment in _moment_names(group)))
+        first, second = (tree.flatten(opt_state[group, moment]) for moment in _moment_names(group))
         for names in _group_by_shape(first, all_to_all) if group == MATRIX else [[name] for name in first]:
             old = [[source[n] for n in names] for source in (flat_params, flat_grads, first, second)]
             if group == MATRIX:
@@ -186,11 +174,10 @@ def _results(
                 del stacked
             else:
                 new = [[x] for x in rules.adamw(*(tensors[0] for tensors in old), step, h, grad_scale, skip)]
-            labels = ("params", f"{group}.{first_name}", f"{group}.{second_name}")
             for label, before, after in zip(labels, (old[0], old[2], old[3]), new):
-                yield before, [f"{label}.{name}" for name in names], after
+                yield [f"{label}.{name}" for name in names], before, after
             del old, new  # or they would be kept beside the next stack
-    yield [opt_state["step"]], ["step"], [step if skip is None else torch.where(skip, opt_state["step"], step)]
+    yield ["step"], [opt_state["step"]], [step if skip is None else torch.where(skip, opt_state["step"], step)]
 
 
 def _group_by_shape(matrices: Mapping[str, Tensor], all_to_all: Mapping[str, MuonAllToAll | None]) -> list[list[str]]:

@@ -12,7 +12,6 @@ import torch
 from nanochat import distributed, model
 from nanochat.config import UserError
 from nanochat.distributed import Runtime, ShardingPlan, sharding
-from nanochat.distributed import compile as compiling
 from nanochat.model import Compute, ModelConfig, attention, loss
 from nanochat.model import linear as linears
 from nanochat.train import planner, step
@@ -50,8 +49,8 @@ def build_step_functions(
             )
         chunk = None  # the chunked loss has a custom backward too; the plain one has the same value
     gather = sharding.gather_layer(sharding_plan, dtype)
-    settings = {"device": runtime.device, "collectives": gather is not None, "overlap": config.sharding.overlap}
-    compile_fn = functools.partial(compiling.compile_fn, **settings, memory_budget=config.train.memory_budget)
+    overlap = gather is not None and config.sharding.overlap and runtime.device.type == "cuda"
+    compile_fn = functools.partial(distributed.compile_fn, overlap=overlap, memory_budget=config.train.memory_budget)
     compile = compile_fn if config.compile else lambda f: f
     compute = Compute(dtype=dtype, attend=attend, all_gather=gather)
     next_token = functools.partial(loss.next_token, config=shape, chunk_tokens=chunk)

@@ -15,6 +15,7 @@ from torch import Tensor
 from nanochat import distributed, optim, transform, tree
 from nanochat.config import UserError
 from nanochat.distributed import ShardingPlan, sharding
+from nanochat.model import ParamSpec
 from nanochat.optim import Hparams, OptState
 
 PROBLEM = 1000  # above all signals
@@ -43,7 +44,7 @@ Schedule = Callable[[int, Stats], Hparams]
 
 def init(
     params: TensorDict,
-    spec: Mapping[str, optim.Row],
+    spec: Mapping[str, ParamSpec],
     compute_dtype: torch.dtype = torch.float32,
     sharding_plan: ShardingPlan | None = None,
 ) -> TrainState:

@@ -13,7 +13,6 @@ from torch._dynamo.utils import counters
 from nanochat.config import UserError
 from nanochat.distributed import compile as compiling
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAYERS, ROWS, WIDTH = 3, 64, 32
 
 
@@ -54,7 +53,7 @@ def test_a_memory_budget_keeps_less_for_the_backward_and_changes_no_gradient() -
     for budget in (1.0, 0.4, 0.0):
         torch._dynamo.reset()
         with mock.patch.object(torch, "compile", partitioned):
-            f = compiling.compile_fn(perceptron, device=CPU, memory_budget=budget)
+            f = compiling.compile_fn(perceptron, memory_budget=budget)
         got, saved[budget] = gradients_and_saved_bytes(f)
         for a, b in zip(got, want):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -65,12 +64,7 @@ def test_a_memory_budget_keeps_less_for_the_backward_and_changes_no_gradient() -
 @pytest.mark.parametrize("budget", [-0.1, 1.5])
 def test_a_budget_that_is_no_share_is_refused(budget: float) -> None:
     with pytest.raises(UserError, match="memory_budget"):
-        compiling.compile_fn(perceptron, device=CPU, memory_budget=budget)
-
-
-def test_cuda_graphs_are_refused_where_there_are_none() -> None:
-    with pytest.raises(UserError, match="cuda_graphs"):
-        compiling.compile_fn(perceptron, device=CPU, cuda_graphs=True)
+        compiling.compile_fn(perceptron, memory_budget=budget)
 
 
 def test_every_shape_gets_a_graph_of_fixed_sizes() -> None:
@@ -83,26 +77,11 @@ def test_every_shape_gets_a_graph_of_fixed_sizes() -> None:
 
     whole = torch.compile
     with mock.patch.object(torch, "compile", lambda f, options=None, **kwargs: whole(f, backend=backend, **kwargs)):
-        f = compiling.compile_fn(lambda x: x.sin() + 1, device=CPU)
+        f = compiling.compile_fn(lambda x: x.sin() + 1)
     for rows in (*range(4, 20), 5):  # more of them than torch's own limit
         f(torch.zeros(rows, 2))  # pyright: ignore[reportCallIssue]
     assert shapes == [[(rows, 2)] for rows in range(4, 20)]
     assert all(isinstance(size, int) for shape in shapes for size in shape[0])
-
-
-def options_of(**kwargs: Any) -> dict[str, Any]:
-    with mock.patch.object(torch, "compile") as compile:
-        compiling.compile_fn(perceptron, **kwargs)
-    return compile.call_args.kwargs["options"] or {}
-
-
-def test_overlap_is_for_collectives_on_cuda() -> None:
-    key = "aten_distributed_optimizations.enable_overlap_scheduling"
-    assert options_of(device=CUDA, collectives=True)[key] is True
-    assert options_of(device=CUDA, collectives=True, overlap=False) == {}
-    assert options_of(device=CUDA) == {}
-    assert options_of(device=CPU, collectives=True) == {}  # a CPU has no second queue to transfer in
-    assert options_of(device=CUDA, cuda_graphs=True) == {"triton.cudagraphs": True}
 
 
 def test_this_torch_knows_all_options_of_the_overlap() -> None:
@@ -158,5 +137,5 @@ def test_a_second_compile_of_the_same_function_finds_its_kernels() -> None:
         torch._dynamo.reset()
         counters.clear()
         x = torch.ones(7, requires_grad=True)
-        compiling.compile_fn(lambda x: Double.apply(x).sum(), device=CPU)(x).backward()  # pyright: ignore
+        compiling.compile_fn(lambda x: Double.apply(x).sum())(x).backward()  # pyright: ignore
     assert counters["inductor"]["fxgraph_cache_hit"] == 2  # forward and backward

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import ranks
-import small_model
 import tiny_run
 import torch
 from tiny_run import assert_same_run, losses, pretrain_config, pretrain_run, saved_steps, stop_after
@@ -344,7 +343,7 @@ def test_compiled_gradients_are_deterministic():
     )
     torch.set_num_threads(2)
     try:
-        value_and_grad = train.gradient(loss_fn, compile=small_model.COMPILE)
+        value_and_grad = train.gradient(loss_fn, compile=distributed.compile_fn)
         first, *others = (tree.flatten(value_and_grad(params, batch, torch.tensor(1.0))[0]) for _ in range(8))
     finally:
         torch.set_num_threads(threads)

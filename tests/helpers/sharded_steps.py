@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import distributed, model, optim, train, tree
-from nanochat.distributed import ShardingConfig, ShardingPlan, sharding
+from nanochat.distributed import ShardingConfig, ShardingPlan, compile_fn, sharding
 from nanochat.model import Compute, ModelConfig, loss
 
 CONFIG = ModelConfig(sequence_len=32, vocab_size=250, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
@@ -76,7 +76,7 @@ def start(
     loss_fn = functools.partial(loss.next_token, config=CONFIG, compute=compute, chunk_tokens=64)
     step_fn = functools.partial(
         train.train_step,
-        value_and_grad=train.gradient(loss_fn, compile=small_model.COMPILE if compile else None),
+        value_and_grad=train.gradient(loss_fn, compile=compile_fn if compile else None),
         update=train.make_update(donate=donate, compile=compile, sharding_plan=sharding_plan),
         gather=functools.partial(sharding.gather, sharding_plan, dtype=dtype),
     )

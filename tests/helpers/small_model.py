@@ -1,6 +1,5 @@
 """A small model for the tests, with random weights everywhere: the zeros of a fresh one hide half of the network."""
 
-import functools
 from typing import Any
 
 import torch
@@ -8,10 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import model, tree
-from nanochat.distributed import compile
 from nanochat.model import ModelConfig, Params
 
-COMPILE = functools.partial(compile.compile_fn, device=torch.device("cpu"))
 CONFIG = ModelConfig(sequence_len=16, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
 # The shortest short window is 128 tokens; more than that many tokens are needed to see it at work.
 WINDOWED = ModelConfig(sequence_len=256, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)

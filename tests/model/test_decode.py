@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_model import COMPILE, CONFIG, WINDOWED, Unchanged, random_params
+from small_model import CONFIG, WINDOWED, Unchanged, random_params
 from tensordict import TensorDict
 from torch._inductor.utils import run_and_get_code
 
 from nanochat import model, tree
+from nanochat.distributed import compile_fn
 from nanochat.model import ModelConfig, kv_cache
 
 TOLERANCE = 1e-4  # the spec's, for float32
@@ -198,7 +199,7 @@ def test_compiled_step_equals_eager_and_copies_no_cache():
 
     with torch.no_grad():
         want, want_cache = model.decode(params, tokens[:, 140:141], cache, config=config)
-        got, (code,) = run_and_get_code(COMPILE(step), params, tokens[:, 140:141], cache)
+        got, (code,) = run_and_get_code(compile_fn(step), params, tokens[:, 140:141], cache)
     assert (got - want).abs().max() < 1e-5
     for name, value in tree.flatten(want_cache).items():
         torch.testing.assert_close(tree.flatten(cache)[name], value, msg=name)

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import COMPILE, CONFIG, Unchanged, assert_trees_close, random_batch, random_params
+from small_model import CONFIG, Unchanged, assert_trees_close, random_batch, random_params
 from tensordict import TensorDict
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from nanochat import model, optim, train, transform, tree
 from nanochat.config import UserError
-from nanochat.distributed import Runtime
+from nanochat.distributed import Runtime, compile_fn
 from nanochat.model import Compute, ModelConfig, attention, loss
 from nanochat.train import Progress, TrainState
 from nanochat.train import step as steps
@@ -224,7 +224,7 @@ def test_compiled_gradients_match_eager_with_chunked_loss():
     loss_fn = functools.partial(loss.next_token, config=config, chunk_tokens=12)  # 12, 12 and 8 tokens
     torch._dynamo.reset()
     counters.clear()
-    eager, compiled = (train.gradient(loss_fn, compile=c) for c in (None, COMPILE))
+    eager, compiled = (train.gradient(loss_fn, compile=c) for c in (None, compile_fn))
     for seed in (0, 1):
         batch = random_batch(config, seed=seed)
         with Unchanged(params, batch):
@@ -417,7 +417,7 @@ def test_compiled_steps_on_cuda_in_bfloat16(kernel: str):
     state = train.init(params, model.spec(config), dtype)
     step = functools.partial(
         train.train_step,
-        value_and_grad=train.gradient(loss_fn, compile=COMPILE),
+        value_and_grad=train.gradient(loss_fn, compile=compile_fn),
         update=train.make_update(compute_dtype=dtype, compile=True, donate=True),
     )
     losses = []
