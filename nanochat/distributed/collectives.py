@@ -126,12 +126,11 @@ def _naming_lost_ranks(group: ControlGroup) -> Iterator[None]:
 def _lost_ranks(group: ControlGroup) -> list[int]:
     """Return the ranks that do not set a mark in the job's store, as every rank does that is alive."""
     others, end = set(range(group.size)) - {group.rank}, time.monotonic() + ANSWER_SECONDS
-    try:
+    silent: set[int] = set()
+    with contextlib.suppress(RuntimeError, ValueError):  # the store's rank may exit meanwhile, or be the lost one
         store = c10d._get_default_store()
         store.set(f"alive {group.rank}", "")
         while others and time.monotonic() < end:
-            others = {rank for rank in others if not store.check([f"alive {rank}"])}
+            silent = others = {rank for rank in others if not store.check([f"alive {rank}"])}
             time.sleep(0.02)
-        return sorted(others)
-    except (RuntimeError, ValueError):  # the store was lost as well
-        return []
+    return sorted(silent)

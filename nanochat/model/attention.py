@@ -8,7 +8,6 @@ import functools
 import importlib
 import inspect
 import math as _math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from nanochat.distributed import synchronize
+from nanochat.distributed import time_best
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -192,6 +191,12 @@ class KernelChoice(NamedTuple):
     text: str
 
 
+PROBE_TOKENS = 65536  # more rows than this change no ranking
+MATH_LIMIT_TOKENS = 8192  # the scores of a longer sequence would fill a small GPU
+TOLERANCE = 0.01  # mean over positions; half precision makes 0.004, one key more or less at 512 of 2048 makes 0.016
+
+
+@functools.cache  # a benchmark takes seconds
 def choose(
     kernel: str,
     n_time: int,
@@ -216,48 +221,18 @@ def choose(
     Raises:
         ValueError: unknown kernel, or one that does not run here.
     """
-    distinct = tuple(sorted(set(windows)))
     if kernel != "auto" and kernel not in KERNELS:
         raise ValueError(f"attention={kernel}: expected auto, {', '.join(KERNELS)}")
     if kernel in ("math", "sdpa") or (kernel == "auto" and device.type != "cuda"):
         name = "sdpa" if kernel == "auto" else kernel
-        return KernelChoice(dict.fromkeys(distinct, name), name)
+        return KernelChoice(dict.fromkeys(windows, name), name)
     if kernel == "flex" and not compile:
         raise ValueError("attention=flex needs compile=true: uncompiled it is slow and holds all scores")
-    try:
-        return fastest(CANDIDATES.get(kernel, (kernel,)), n_time, distinct, heads, device, dtype, rows, compile)
-    except ValueError as error:
-        raise ValueError(
-            f"attention={kernel} does not work on this {device.type} device ({error}); set attention=sdpa"
-        ) from None
-
-
-PROBE_TOKENS = 65536  # more rows than this change no ranking
-MATH_LIMIT_TOKENS = 8192  # the scores of a longer sequence would fill a small GPU
-TOLERANCE = 0.01  # mean over positions; half precision makes 0.004, one key more or less at 512 of 2048 makes 0.016
-
-
-@functools.cache  # a benchmark takes seconds
-def fastest(
-    candidates: tuple[str, ...],
-    n_time: int,
-    windows: tuple[int, ...],
-    heads: tuple[int, int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-    rows: int,
-    compile: bool,
-) -> KernelChoice:
-    """Return for each window the fastest of the candidates that give the numbers of `math`.
-
-    Raises:
-        ValueError: no candidate works for a window; names the problem of each.
-    """
     names, texts = {}, []
-    for window in windows:
-        example = _make_example(n_time, window, heads, device, dtype, rows)
+    for window in sorted(set(windows)):
+        example = make_example(n_time, window, heads, device, dtype, rows)
         seconds, problems = {}, {}
-        for name in candidates:
+        for name in CANDIDATES.get(kernel, (kernel,)):
             if name == "flex" and not compile:
                 continue
             try:
@@ -268,21 +243,23 @@ def fastest(
                 if name == "fa3_torch":
                     torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
         if not seconds:
-            raise ValueError("; ".join(f"{name}: {reason}" for name, reason in problems.items()))
-        order = sorted(seconds, key=lambda name: seconds[name])
-        names[window] = order[0]
-        others = ", ".join(f"{name} {1e3 * seconds[name]:.2f}" for name in order[1:])
-        texts.append(f"window {window}: {order[0]} {1e3 * seconds[order[0]]:.2f} ms{others and f' ({others})'}")
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in problems.items())
+            problem = f"attention={kernel} does not work on this {device.type} device"
+            raise ValueError(f"{problem} ({reasons}); set attention=sdpa")
+        fastest, *others = sorted(seconds, key=lambda name: seconds[name])
+        names[window] = fastest
+        slower = ", ".join(f"{name} {1e3 * seconds[name]:.2f}" for name in others)
+        texts.append(f"window {window}: {fastest} {1e3 * seconds[fastest]:.2f} ms{slower and f' ({slower})'}")
     return KernelChoice(names, "; ".join(texts))
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = str(error).splitlines()
     context = [line for line in lines if "debug context" in line]  # the compiler's first line says nothing
-    return f"{type(error).__name__}: {' '.join(context or lines)[:200]}"
+    return f"{type(error).__name__}: {' '.join(' '.join(context or lines).split())[:200]}"
 
 
-class _Example(NamedTuple):
+class Example(NamedTuple):
     """Inputs, and the float32 output and gradients for the first row and the first group of heads."""
 
     window: int
@@ -291,9 +268,9 @@ class _Example(NamedTuple):
     expected: list[Tensor]
 
 
-def _make_example(
+def make_example(
     n_time: int, window: int, heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype, rows: int
-) -> _Example:
+) -> Example:
     n_head, n_kv_head, head_dim = heads
     rows = max(1, min(rows, PROBE_TOKENS // n_time))
     generator = torch.Generator().manual_seed(0)
@@ -309,15 +286,11 @@ def _make_example(
     with torch.enable_grad():
         out = reference(leaves[0], leaves[1], leaves[2], window)
         grads = torch.autograd.grad(out, leaves, grad[:1, :, :group].float())
-    return _Example(window, (q, k, v), grad, [out.detach(), *grads])
+    return Example(window, (q, k, v), grad, [out.detach(), *grads])
 
 
-def benchmark_and_verify(name: str, example: _Example, *, compile: bool = True) -> float:
-    """Return the seconds of a kernel's forward and backward pass.
-
-    Raises:
-        ValueError: its numbers are not those of `math`. The kernel may raise anything else.
-    """
+def benchmark_and_verify(name: str, example: Example, *, compile: bool = True) -> float:
+    """Return the seconds of a kernel's forward and backward pass; raises ValueError if it does not compute `math`."""
     n_time, device = example.grad.shape[1], example.grad.device
     attend = build({example.window: name}, n_time, device)
 
@@ -335,19 +308,10 @@ def benchmark_and_verify(name: str, example: _Example, *, compile: bool = True) 
 
     _verify(step(), example)
     _verify_window(run, example)
-    best = float("inf")
-    for _ in range(3):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(5):  # back to back, so that the GPU does not wait for Python
-            step()
-        synchronize(device)
-        best = min(best, (time.perf_counter() - start) / 5)
-    return best
+    return time_best(step, device, tries=3, repeat=5)
 
 
-def _verify(results: list[Tensor], example: _Example) -> None:
-    """Raise ValueError if results differ from the expected ones by more than half precision explains."""
+def _verify(results: list[Tensor], example: Example) -> None:
     for name, actual, expected in zip(("output", "grad q", "grad k", "grad v"), results, example.expected):
         if actual.dtype != example.grad.dtype or actual.shape[:2] != example.grad.shape[:2]:
             raise ValueError(f"its {name} is {actual.dtype} {tuple(actual.shape)}")
@@ -358,7 +322,7 @@ def _verify(results: list[Tensor], example: _Example) -> None:
             raise ValueError(f"its {name} differs from the reference by {distance:.1%}")
 
 
-def _verify_window(run: Callable[[Tensor, Tensor, Tensor], Tensor], example: _Example) -> None:
+def _verify_window(run: Callable[[Tensor, Tensor, Tensor], Tensor], example: Example) -> None:
     """Raise ValueError if the last query does not see exactly the keys of its window."""
     last = example.grad.shape[1] - 1
     first = max(last - example.window, 0)

@@ -48,15 +48,10 @@ class Compute:
 
 
 class PackedPositions(NamedTuple):
-    """Positions of tokens in rows that hold several sequences, such as continuations that share a prefix.
+    """Positions of tokens in rows that hold several sequences, such as continuations that share a prefix; int64."""
 
-    Attributes:
-        position_ids_BT: int64, position of each token in its sequence.
-        previous_index_BT: int64, index in the row of the token before it in its sequence; any at position 0.
-    """
-
-    position_ids_BT: Tensor
-    previous_index_BT: Tensor
+    position_ids_BT: Tensor  # position of each token in its sequence
+    previous_index_BT: Tensor  # index in the row of the token before it in its sequence; any at position 0
 
 
 def apply(
@@ -70,18 +65,25 @@ def apply(
     Raises:
         ValueError: the config does not match the parameters, T is over its limit, or (on CPU) an id is out of range.
     """
-    config = config_of(params, config, sharded=compute.all_gather is not None)
+    config = check_inputs(params, tokens_BT, config, compute)
     x_BTC = features(params, tokens_BT, config=config, compute=compute)
     return unembed(x_BTC, get_param(params, "lm_head", compute), config, compute)
+
+
+def check_inputs(params: ParamsLike, tokens_BT: Tensor, config: ModelConfig | None, compute: Compute) -> ModelConfig:
+    """Return the config of the parameters; raises ValueError where it or the tokens do not fit them."""
+    if tokens_BT.dim() != 2:
+        raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected (batch, time)")
+    return config_of(params, config, sharded=compute.all_gather is not None)
 
 
 def features(
     params: ParamsLike,
     tokens_BT: Tensor,
     *,
+    config: ModelConfig,
     positions: PackedPositions | None = None,
     logits_from: int = 0,
-    config: ModelConfig | None = None,
     compute: Compute = Compute(),
 ) -> Tensor:
     """Return the final normalized activations (B, T - logits_from, C), before the unembedding.
@@ -90,7 +92,6 @@ def features(
         positions: of packed rows; `compute.attend` has to know them too, and T is not limited.
         logits_from: the last layer computes only the columns from this one on.
     """
-    config = _check_inputs(params, tokens_BT, config, compute)
     n_time = tokens_BT.shape[1]
     if positions is None and n_time > CONTEXT_LIMIT * config.sequence_len:
         raise ValueError(
@@ -114,12 +115,6 @@ def features(
         return compute.attend(q_BTNH, k_BTKH, v_BTKH, config.windows[i])
 
     return _layers(params, top, first_BTC, attend, config, compute, logits_from)
-
-
-def _check_inputs(params: ParamsLike, tokens_BT: Tensor, config: ModelConfig | None, compute: Compute) -> ModelConfig:
-    if tokens_BT.dim() != 2:
-        raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected (batch, time)")
-    return config_of(params, config, sharded=compute.all_gather is not None)
 
 
 def get_param(params: ParamsLike, name: str, compute: Compute) -> Any:
@@ -245,13 +240,10 @@ def decode(
         added_B: (B,) int64, number of new tokens per row, 0 … T; None: T. Logits of padding are meaningless.
         span: for T = 1, an upper bound on the lengths, new token included: later slots are not read.
         inplace: for T = 1, write into the memory of the cache, which uncompiled code would otherwise copy.
-
-    Returns:
-        (logits, cache): the cache is a TensorDict or a dict, as it was given.
     """
-    config = config_of(params, config, sharded=compute.all_gather is not None)
+    config = check_inputs(params, tokens_BT, config, compute)
     x_BTC, new = decode_features(
-        params, tokens_BT, cache, added_B=added_B, span=span, inplace=inplace, config=config, compute=compute
+        params, tokens_BT, cache, config=config, added_B=added_B, span=span, inplace=inplace, compute=compute
     )
     logits_BTV = unembed(x_BTC, get_param(params, "lm_head", compute), config, compute)
     return logits_BTV, TensorDict(new, batch_size=[]) if isinstance(cache, TensorDict) else new
@@ -262,11 +254,11 @@ def decode_features(
     tokens_BT: Tensor,
     cache: CacheLike,
     *,
+    config: ModelConfig,
     added_B: Tensor | None = None,
     span: int | None = None,
     inplace: bool = False,
     empty_cache: bool = False,
-    config: ModelConfig | None = None,
     compute: Compute = Compute(),
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the final activations (B, T, C) of `decode`, and the new cache as a dict.
@@ -274,7 +266,6 @@ def decode_features(
     Args:
         empty_cache: the cache is known to be empty, so `compute.attend` is used.
     """
-    config = _check_inputs(params, tokens_BT, config, compute)
     n_time = tokens_BT.shape[1]
     length_B = cache["length"]
     added_B = torch.full_like(length_B, n_time) if added_B is None else added_B

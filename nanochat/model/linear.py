@@ -32,10 +32,8 @@ def fp8(x: Tensor, weight: Tensor) -> Tensor:
 
         grad_x = q5(grad_y) @ q4(weight),  grad_weight = q5(grad_y).T @ q4(x)
 
-    A custom backward: for torch.autograd.grad, not for torch.func. Shapes that `fp8_fits` refuses use `dense`.
-
-    Returns:
-        dtype of `x`; all NaN if `x` or `weight` is not finite somewhere.
+    A custom backward: for torch.autograd.grad, not for torch.func. Shapes that `fp8_fits` refuses use `dense`. The
+    result is all NaN if `x` or `weight` is not finite somewhere.
 
     Source: FP8 Formats for Deep Learning (arXiv 2209.05433).
     """
@@ -48,11 +46,7 @@ def fp8_emulated(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def choose(name: Literal["dense", "fp8"], device: torch.device) -> tuple[Linear, str]:
-    """Return (linear, description) for a device.
-
-    Raises:
-        ValueError: unknown name.
-    """
+    """Return (linear, description) for a device."""
     if name == "dense":
         return dense, "dense"
     if name != "fp8":
@@ -126,29 +120,17 @@ def _transpose(x: Float8) -> Float8:
 
 
 class Matmuls(NamedTuple):
-    """The three products of a linear layer, on operands that are made once and used in several.
+    """The three products of a linear layer, on operands that are made once and used in several."""
 
-    Attributes:
-        operand: (matrix, dtype of the activations) -> the matrix in the layer's precision.
-        grad_operand: the same for a gradient.
-        y: (x_RC, weight_OC, dtype) -> x @ weight.T; this and the next two take operands and return that dtype.
-        grad_x: (grad_RO, weight_OC, dtype) -> grad @ weight.
-        grad_w: (grad_RO, x_RC, dtype) -> grad.T @ x.
-    """
-
-    operand: Callable[[Tensor, torch.dtype], Any]
-    grad_operand: Callable[[Tensor, torch.dtype], Any]
-    y: Callable[[Any, Any, torch.dtype], Tensor]
-    grad_x: Callable[[Any, Any, torch.dtype], Tensor]
-    grad_w: Callable[[Any, Any, torch.dtype], Tensor]
+    operand: Callable[[Tensor, torch.dtype], Any]  # (matrix, dtype of the activations) -> it in the layer's precision
+    grad_operand: Callable[[Tensor, torch.dtype], Any]  # the same for a gradient
+    y: Callable[[Any, Any, torch.dtype], Tensor]  # (x_RC, weight_OC, dtype of the result) -> x @ weight.T
+    grad_x: Callable[[Any, Any, torch.dtype], Tensor]  # (grad_RO, weight_OC, dtype) -> grad @ weight
+    grad_w: Callable[[Any, Any, torch.dtype], Tensor]  # (grad_RO, x_RC, dtype) -> grad.T @ x
 
 
 def matmuls(linear: Linear, rows: int, weight: Tensor) -> Matmuls:
-    """Return the products of which `linear` consists for (rows, in) times (out, in).
-
-    Raises:
-        ValueError: `linear` is not from this file.
-    """
+    """Return the products of which `linear`, one of this file, consists for (rows, in) times (out, in)."""
     if linear not in MATMULS:
         raise ValueError(f"linear {linear}: its products are unknown, expected one of nanochat.model.linear")
     return MATMULS[linear if fp8_fits(rows, weight) else dense]
@@ -164,6 +146,7 @@ def _fp8_matmuls(mode: str) -> Matmuls:
     )
 
 
+FP8_MATMULS = {"native": _fp8_matmuls("native"), "emulated": _fp8_matmuls("emulated")}
 MATMULS: dict[Linear, Matmuls] = {
     dense: Matmuls(
         cast,
@@ -172,8 +155,8 @@ MATMULS: dict[Linear, Matmuls] = {
         lambda grad, weight, dtype: cast(grad @ weight, dtype),
         lambda grad, x, dtype: cast(grad.t() @ x, dtype),
     ),
-    fp8: _fp8_matmuls("native"),
-    fp8_emulated: _fp8_matmuls("emulated"),
+    fp8: FP8_MATMULS["native"],
+    fp8_emulated: FP8_MATMULS["emulated"],
 }
 
 
@@ -188,16 +171,16 @@ def _fp8(x: Tensor, weight: Tensor, mode: str) -> Tensor:
 class _Fp8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RC: Tensor, weight_OC: Tensor, mode: str) -> Tensor:
-        x, weight = quantize(x_RC, torch.float8_e4m3fn), quantize(weight_OC, torch.float8_e4m3fn)
+        products = FP8_MATMULS[mode]
+        x, weight = products.operand(x_RC, x_RC.dtype), products.operand(weight_OC, x_RC.dtype)
         ctx.save_for_backward(*x, *weight)
         ctx.mode, ctx.dtypes = mode, (x_RC.dtype, weight_OC.dtype)
-        return _multiply(x, weight, x_RC.dtype, fast=True, mode=mode)
+        return products.y(x, weight, x_RC.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore
         x_values, x_scale, weight_values, weight_scale = ctx.saved_tensors
         x, weight = Float8(x_values, x_scale), Float8(weight_values, weight_scale)
-        grad = quantize(grad_RO, torch.float8_e5m2)
-        x_dtype, weight_dtype = ctx.dtypes
-        grad_x = _multiply(grad, _transpose(weight), x_dtype, fast=False, mode=ctx.mode)
-        return grad_x, _multiply(_transpose(grad), _transpose(x), weight_dtype, fast=False, mode=ctx.mode), None
+        products, (x_dtype, weight_dtype) = FP8_MATMULS[ctx.mode], ctx.dtypes
+        grad = products.grad_operand(grad_RO, x_dtype)
+        return products.grad_x(grad, weight, x_dtype), products.grad_w(grad, x, weight_dtype), None

@@ -17,7 +17,7 @@ from nanochat.model import gpt
 from nanochat.model.attention import at_least_float32
 from nanochat.model.gpt import LOGIT_CAP, Compute
 from nanochat.model.linear import Linear, cast, dense, matmuls
-from nanochat.model.params import ModelConfig, ParamsLike, config_of
+from nanochat.model.params import ModelConfig, ParamsLike
 
 Batch = Mapping[str, Tensor]
 IGNORE = -1
@@ -38,7 +38,7 @@ def next_token(
         chunk_tokens: compute loss and gradient in chunks of this size (see `chunked`), for training; None: in plain
             operations, for any use with `torch.func`.
     """
-    config = config_of(params, config, sharded=compute.all_gather is not None)
+    config = gpt.check_inputs(params, batch["inputs"], config, compute)
     targets, weights = batch["targets"], batch.get("weights")
     num_targets = (targets != IGNORE).sum()
     x_BTC = gpt.features(params, batch["inputs"], config=config, compute=compute)
@@ -65,11 +65,12 @@ def per_token(
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """Return the cross entropy of each token in nats, (B, T) float32, 0 where the target is ignored."""
-    config = config_of(params, config, sharded=compute.all_gather is not None)
+    config = gpt.check_inputs(params, batch["inputs"], config, compute)
     x_BTC = gpt.features(params, batch["inputs"], config=config, compute=compute)
     x_RC, targets_R = x_BTC.flatten(0, 1), batch["targets"].flatten()
     losses, lm_head_VC = [], gpt.get_param(params, "lm_head", compute)
-    for x, targets in zip(x_RC.split(chunk_tokens or len(x_RC)), targets_R.split(chunk_tokens or len(x_RC))):
+    chunk = chunk_tokens or len(x_RC)
+    for x, targets in zip(x_RC.split(chunk), targets_R.split(chunk)):
         logits = gpt.unembed(x, lm_head_VC, config, compute)
         losses.append(F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none"))
     return torch.cat(losses).view_as(batch["targets"])
@@ -84,17 +85,14 @@ def chunked(
     linear: Linear = dense,
     weights_R: Tensor | None = None,
 ) -> Tensor:
-    """Return the mean, or weighted sum, of the cross entropy of capped logits, computed in chunks of tokens.
+    """Return the mean, or weighted sum, of the cross entropy of capped logits, computed in chunks of tokens; 0-d.
 
     The forward pass also makes the gradient of each chunk while its logits exist: three matrix products in all, as in
     the plain form, and no (R, V) tensor. It is a custom backward, so compiled torch.func.grad ignores it.
 
     Args:
-        x_RC: final activations. lm_head_VC: (V', C) float32 with V' >= vocab_size. targets_R: int64.
+        x_RC: final activations. lm_head_VC: float32, with rows for the padded vocabulary.
         linear: one of nanochat.model.linear.
-
-    Returns:
-        0-d float32; float64 for float64 activations.
     """
     if torch.is_grad_enabled():
         args = (x_RC, lm_head_VC, targets_R, vocab_size, chunk_tokens, linear, weights_R)
@@ -122,11 +120,7 @@ def _normalized_weights(targets_R: Tensor, weights_R: Tensor | None, dtype: torc
 def _chunk_loss(
     z_RV: Tensor, targets_R: Tensor, weights_R: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the weighted loss of a chunk and what its gradient needs: tanh, exponentials, their sum.
-
-    Args:
-        z_RV: logits before the cap, over the padded vocabulary. weights_R: 0 where the target is ignored.
-    """
+    """Return the weighted loss of a chunk of uncapped logits, and what its gradient needs: tanh, exp, its sum."""
     tanh_RV = torch.tanh(at_least_float32(z_RV) / LOGIT_CAP)
     # Capped logits lie within ±15, so exp needs no maximum subtracted first: one pass fewer.
     exp_RV = torch.exp(LOGIT_CAP * tanh_RV)

@@ -4,6 +4,7 @@ Initial values, placements, optimizer groups, counts, FLOPs and the abstract che
 Letters in names: L layers, C width, N query heads, K key/value heads, H head width, V vocabulary.
 """
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
@@ -95,27 +96,19 @@ def from_depth(
     return ModelConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
 
 
-Initializer = Callable[[Tensor, torch.Generator], Tensor]
+Initializer = Callable[[Tensor, torch.Generator], Tensor]  # (empty float32 tensor, generator) -> initial values
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One row of the table.
-
-    Attributes:
-        axes: a logical name per dimension, for placement rules.
-        init: (empty float32 tensor, generator) -> initial values.
-        group: optimizer group.
-        matmul: every token is multiplied by it, so it counts in the FLOPs.
-        embedding: it is only looked up, and so stored in the compute dtype.
-    """
+    """One row of the table."""
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str, ...]  # a logical name per dimension, for placement rules
     init: Initializer
-    group: str
-    matmul: bool = False
-    embedding: bool = False
+    group: str  # of the optimizer
+    matmul: bool = False  # every token is multiplied by it, so it counts in the FLOPs
+    embedding: bool = False  # it is only looked up, and so stored in the compute dtype
 
     @property
     def numel(self) -> int:
@@ -204,21 +197,15 @@ def storage_dtype(row: ParamSpec, compute_dtype: torch.dtype) -> torch.dtype:
 
 
 def with_config(params: Params, config: ModelConfig) -> Params:
-    """Return the parameters with `config` attached as non-tensor data, from which `apply` and the losses read it.
-
-    `tree.map`, torch.func and torch.compile keep it. It is not a leaf, so optimizers and checkpoints do not see it.
-    """
+    """Return the parameters with `config` attached as non-tensor data: kept by `tree.map`, torch.func and compile."""
     return params.copy().set_non_tensor(CONFIG_KEY, config)
 
 
 def config_of(params: ParamsLike, config: ModelConfig | None = None, *, sharded: bool = False) -> ModelConfig:
-    """Return the config attached to parameters, or `config` where none is attached.
+    """Return the config attached to parameters, or `config` where none is attached; both are checked.
 
     Args:
         sharded: the leaves are this rank's shards, so shapes are not compared.
-
-    Raises:
-        ValueError: there is none, or `config` contradicts the attached one or the shapes.
     """
     attached = params[CONFIG_KEY] if CONFIG_KEY in params.keys() else None  # noqa: SIM118 (TensorDict has no `in`)
     config = config or attached
@@ -255,10 +242,10 @@ def _check_shapes(params: ParamsLike, config: ModelConfig) -> None:
 
 def count(config: ModelConfig) -> dict[str, int]:
     """Return the number of parameters per optimizer group, `total`, and `scaling` (matrices and unembedding)."""
-    counts: dict[str, int] = {}
+    counts: collections.Counter[str] = collections.Counter()
     for row in spec(config).values():
-        counts[row.group] = counts.get(row.group, 0) + row.numel
-    return counts | {"total": sum(counts.values()), "scaling": counts["matrix"] + counts["unembedding"]}
+        counts[row.group] += row.numel
+    return {**counts, "total": counts.total(), "scaling": counts["matrix"] + counts["unembedding"]}
 
 
 def flops_per_token(config: ModelConfig, n_time: int | None = None) -> int:

@@ -5,7 +5,6 @@ import re
 import sys
 import time
 import types
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 @pytest.fixture(autouse=True)
 def nothing_tried_before() -> None:
-    attention.fastest.cache_clear()
+    attention.choose.cache_clear()
 
 
 def qkv(
@@ -165,8 +164,10 @@ def choose(kernel: str, windows: tuple[int, ...] = (4, 16), **how: Any) -> atten
     return attention.choose(kernel, 16, windows, (4, 2, 8), CPU, torch.float32, **how)
 
 
-def fastest(candidates: Sequence[str], windows: Sequence[int] = (4, 16), n_time: int = 16) -> attention.KernelChoice:
-    return attention.fastest(tuple(candidates), n_time, tuple(windows), (4, 2, 8), CPU, torch.float32, 2, False)
+def fastest(monkeypatch: pytest.MonkeyPatch, *candidates: str) -> attention.KernelChoice:
+    monkeypatch.setitem(attention.CANDIDATES, "fa3", candidates)
+    attention.choose.cache_clear()
+    return choose("fa3", compile=False)
 
 
 def test_choose_on_cpu():
@@ -292,8 +293,8 @@ def test_wrong_kernel_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str):
     attend, why = WRONG[name]
     monkeypatch.setitem(attention.KERNELS, "fa3", lambda *_: attend)
     with pytest.raises(ValueError, match=why):
-        fastest(["fa3"])
-    assert fastest(["fa3", "sdpa"]).names == {4: "sdpa", 16: "sdpa"}
+        fastest(monkeypatch, "fa3")
+    assert fastest(monkeypatch, "fa3", "sdpa").names == {4: "sdpa", 16: "sdpa"}
 
 
 @pytest.mark.parametrize("by", [-1, 1])
@@ -301,7 +302,7 @@ def test_window_off_by_one_is_detected_at_any_length(monkeypatch: pytest.MonkeyP
     """In half precision, and where one key of 300 changes the numbers by less than they are rounded."""
     monkeypatch.setitem(attention.KERNELS, "fa3", lambda *_: lambda q, k, v, w: attention.sdpa(q, k, v, w + by))
     how = (320, 300, (1, 1, 16), CPU, torch.bfloat16, 1)
-    sample = attention._make_example(*how)
+    sample = attention.make_example(*how)
     attention.benchmark_and_verify("sdpa", sample, compile=False)
     with pytest.raises(ValueError, match=r"differs from the reference|its window is wrong"):
         attention.benchmark_and_verify("fa3", sample, compile=False)
@@ -320,7 +321,7 @@ def test_fastest_kernel_is_chosen_per_window(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setitem(attention.KERNELS, "fa2", slow_at(4))
     monkeypatch.setitem(attention.KERNELS, "fa3", slow_at(16))
-    choice = fastest(["fa2", "fa3"])
+    choice = fastest(monkeypatch, "fa2", "fa3")
     assert choice.names == {4: "fa3", 16: "fa2"}
     number = r"\d+\.\d\d"
     assert re.fullmatch(
@@ -333,7 +334,7 @@ def test_torch_fa3_replaces_flash_only_when_built(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda **_: active.clear())
     monkeypatch.setattr(attention, "flash", attention.math)
-    choice = fastest(["flash", "fa3_torch"])
+    choice = fastest(monkeypatch, "flash", "fa3_torch")
     assert active == []
     attention.build({4: "fa3_torch", 16: "sdpa"}, 16, CPU)
     assert active == ["FA3"]

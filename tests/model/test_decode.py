@@ -99,7 +99,9 @@ def test_empty_cache_uses_the_attention_kernel():
 
     compute = model.Compute(attend=attend)
     want_x, want = model.decode_features(params, tokens, cache, added_B=added, config=WINDOWED)
-    x, new = model.decode_features(params, tokens, cache, added_B=added, empty_cache=True, compute=compute)
+    x, new = model.decode_features(
+        params, tokens, cache, added_B=added, empty_cache=True, config=WINDOWED, compute=compute
+    )
     assert called == [128, 128, 256]
     assert (x - want_x)[0].abs().max() < TOLERANCE and (x - want_x)[1, :133].abs().max() < TOLERANCE
     for name, value in tree.flatten(want).items():
