@@ -3,6 +3,7 @@
 An experiment's `config()` returns a (possibly nested) frozen dataclass; `override` applies `a.b=c` strings to it.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -38,13 +39,8 @@ def override(config: C, assignments: Sequence[str], renamed: Mapping[str, str] |
     """Return a copy of `config` with every `dotted.name=value` of `assignments` applied, in order.
 
     The field's annotation decides how a value is parsed: an empty value or `none` for None and for an empty tuple,
-    `a,b,c` for a tuple, `1e6`, `2**19` and `80*2**19` for an int, true/false/1/0/yes/no/on/off for a bool.
-
-    Args:
-        renamed: old name -> new name, or old `name=value` -> new, to answer with.
-
-    Raises:
-        UsageError: the name is unknown (the nearest are suggested), or the value does not parse.
+    `a,b,c` for a tuple, `1e6`, `2**19` and `80*2**19` for an int, true/false/1/0/yes/no/on/off for a bool. An old name,
+    or old `name=value`, of `renamed` is answered with the new one.
     """
     for assignment in assignments:
         name, equals, text = (part.strip() for part in assignment.partition("="))
@@ -103,11 +99,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def parse(text: str, annotation: Any) -> Any:
-    """Parse `text` as a value of `annotation`.
-
-    Raises:
-        ValueError: with a message that names what was expected.
-    """
+    """Parse `text` as a value of `annotation`; a ValueError names what was expected."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
         if type(None) in args and text.lower() in ("", "none", "null"):
@@ -130,22 +122,18 @@ def parse(text: str, annotation: Any) -> Any:
     if origin is tuple or annotation is tuple:
         return _parse_tuple(text, args)
     if annotation is bool:
-        word = text.lower()
-        if word in ("true", "1", "yes", "on"):
+        if text.lower() in ("true", "1", "yes", "on"):
             return True
-        if word in ("false", "0", "no", "off"):
+        if text.lower() in ("false", "0", "no", "off"):
             return False
         raise ValueError("expected true or false")
     if annotation is int:
         return _parse_int(text)
     if annotation is float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if math.isnan(number):
-            raise ValueError("expected a number")
-        return number
+        with contextlib.suppress(ValueError):
+            if not math.isnan(number := float(text)):
+                return number
+        raise ValueError("expected a number")
     if annotation is str:
         return text
     if annotation is Path:
@@ -189,13 +177,9 @@ def _integer(text: str) -> int:
 
 
 def require_at_least(config: Any, group: str = "", /, **least: float) -> None:
-    """Check number settings in `__post_init__`; None passes.
+    """Raise a UserError for number settings below the `least` value of each field, for `__post_init__`; None passes.
 
-    Args:
-        group: dotted name of `config` in the settings. least: field -> smallest value.
-
-    Raises:
-        UserError: a value is smaller.
+    `group` is the dotted name of `config` in the settings.
     """
     for name, minimum in least.items():
         value = getattr(config, name)
@@ -236,7 +220,7 @@ def explain(config: Any, prefix: str = "") -> str:
 
 def _meanings(kind: type) -> dict[str, str]:
     """Return field -> meaning from the `Attributes:` of a class and its bases; `a, b: text. c: text` is possible."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         names = "|".join(f.name for f in dataclasses.fields(base)) if dataclasses.is_dataclass(base) else ""
         _, _, text = " ".join((base.__doc__ or "").split()).partition("Attributes: ")
@@ -244,8 +228,8 @@ def _meanings(kind: type) -> dict[str, str]:
             entry = rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): "
             _, *pieces = re.split(entry, text)
             for group, meaning in zip(pieces[::2], pieces[1::2]):
-                found |= dict.fromkeys(group.split(", "), meaning.strip().rstrip("."))
-    return found
+                meanings |= dict.fromkeys(group.split(", "), meaning.strip().rstrip("."))
+    return meanings
 
 
 def _type_text(annotation: Any) -> str:

@@ -1,10 +1,11 @@
 """JSON Lines files: a reader whose errors name the line, and a crash-safe appender; atomic writes of text files."""
 
 import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nanochat.config import UserError
 from nanochat.text import reason
@@ -24,9 +25,6 @@ def read(path: Path, *, missing_ok: bool = False, drop_partial: bool = False) ->
     Args:
         missing_ok: a file that does not exist is empty.
         drop_partial: ignore a last line without a line break: what a process killed in `append` leaves behind.
-
-    Raises:
-        UserError: the file cannot be read, or a line is not valid JSON (an `InvalidLineError`).
     """
     try:
         data = Path(path).read_bytes()
@@ -40,11 +38,7 @@ def read(path: Path, *, missing_ok: bool = False, drop_partial: bool = False) ->
 
 
 def parse(lines: Iterable[bytes], path: Path, first_number: int = 1) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of the lines that are not blank; `path` and `first_number` are for the errors.
-
-    Raises:
-        InvalidLineError: a line is not valid JSON or not UTF-8.
-    """
+    """Yield (line number, value) of the lines that are not blank; `path` and `first_number` are for the errors."""
     for number, line in enumerate(lines, start=first_number):
         if not line.strip():
             continue
@@ -66,9 +60,7 @@ def read_text(path: Path, name: str | None = None) -> str:
 def append(path: Path, *rows: Any) -> None:
     """Add each row as a line and sync the file; creates it and its folder, and removes a partial last line first.
 
-    Raises:
-        UserError: the file cannot be written.
-        ValueError: a row holds NaN or infinity, which JSON does not have.
+    NaN and infinity, which JSON does not have, are a ValueError.
     """
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     lines = text.encode("utf-8", "backslashreplace")  # half a surrogate pair becomes its JSON escape
@@ -98,19 +90,9 @@ def write_atomic(path: Path, text: str) -> None:
         raise UserError(f"{path} cannot be written: {reason(error)}") from None
 
 
-def _drop_partial_line_(file: Any) -> None:
+def _drop_partial_line_(file: BinaryIO) -> None:
     """Truncate a file, opened at its end, behind its last line break."""
-    end = file.tell()
-    if not end:
-        return
-    start = end
-    while start:
-        previous, start = start, max(start - 65536, 0)
-        file.seek(start)
-        newline = file.read(previous - start).rfind(b"\n")
-        if newline >= 0:
-            start += newline + 1
-            break
-    if start < end:
-        file.truncate(start)
-    file.seek(0, os.SEEK_END)
+    if file.tell():
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            end = data.rfind(b"\n") + 1
+        file.truncate(end)

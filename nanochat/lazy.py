@@ -13,9 +13,6 @@ def lazy_exports(package: str, file: str) -> Callable[[str], Any]:
 
     The list is plain import statements, so editors and type checkers read it as well. Python 3.15 has lazy imports of
     its own (PEP 810) and will not need this.
-
-    Args:
-        package: the page's `__name__`. file: its `__file__`.
     """
     page = ast.parse(Path(file).read_bytes())
     block = next(node for node in page.body if isinstance(node, ast.If))

@@ -16,19 +16,10 @@ from nanochat import tree
 def value_and_grad(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
     """Return a function that computes the gradient and the value of `f` with respect to its first argument.
 
-    The contract is that of `torch.func.grad_and_value`: the result is (grads, value), or (grads, (value, aux)) with
-    `has_aux`; `grads` has the structure of the first argument, with zeros where `f` does not depend on a leaf; the
-    arguments are not changed, and nothing returned is attached to a graph.
-
-    Args:
-        f: a function of a tree of floating-point tensors, and of anything else, that returns a 0-d tensor, or
-            (0-d tensor, aux) with `has_aux`. It may be compiled.
-        has_aux: whether `f` returns auxiliary data beside the value.
-
-    Raises:
-        ValueError: the value is not 0-d.
-
-    Source: jax.value_and_grad; torch.func.grad_and_value, whose order of results it keeps.
+    The contract, and the order of results, are those of `torch.func.grad_and_value`: (grads, value), or
+    (grads, (value, aux)) with `has_aux`. `grads` has the structure of the first argument, a tree of floating-point
+    tensors, with zeros where `f` does not depend on a leaf. The arguments are not changed, and nothing returned is
+    attached to a graph. `f` returns a 0-d tensor, or (0-d tensor, aux) with `has_aux`; it may be compiled.
     """
 
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -46,11 +37,7 @@ def value_and_grad(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[
             flat = [torch.zeros_like(p) for p in leaves]
         iterator = iter(flat)
         grads = tree.map(lambda _: next(iterator), params)
-        value = value.detach()
-        return grads, ((value, tree.map(_detach, aux)) if has_aux else value)
+        detached = tree.map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, (value, aux))
+        return grads, (detached if has_aux else detached[0])
 
     return wrapped
-
-
-def _detach(x: Any) -> Any:
-    return x.detach() if isinstance(x, torch.Tensor) else x

@@ -37,6 +37,6 @@ if TYPE_CHECKING:
         time_best,
         was_restarted,
     )
-    from nanochat.distributed.sharding import Gather, MuonAllToAll, ShardingPlan, make_plan, mesh_shape, shard_dim
+    from nanochat.distributed.sharding import Gather, MuonAllToAll, ShardingPlan, mesh_shape, shard_dim
 
 __getattr__ = lazy_exports(__name__, __file__)

@@ -46,7 +46,7 @@ def control_group(*, background: bool = False) -> ControlGroup:
 
     The first call in a job is collective: it connects both groups, and `init` makes it. `close` disconnects them.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return ControlGroup()
     world = dist.group.WORLD
     if world not in _groups:

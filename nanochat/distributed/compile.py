@@ -53,7 +53,15 @@ def compile_fn(
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     # Shapes that vary get a graph each: symbolic ones made a sharded graph compile six times slower.
     compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, options=overlap_options() if overlap else None)
-    return compiled if memory_budget == 1 else _within_budget(compiled, memory_budget)
+    if memory_budget == 1:
+        return compiled
+
+    @functools.wraps(f)
+    def within_budget(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch._functorch.config.patch(activation_memory_budget=memory_budget):  # read when a shape is compiled
+            return compiled(*args, **kwargs)
+
+    return within_budget
 
 
 def overlap_options() -> dict[str, Any]:
@@ -75,14 +83,3 @@ def overlap_options() -> dict[str, Any]:
     if prefix + "compute_estimator" not in known:
         return options | {"fx_graph_cache": False}
     return options | {prefix + "compute_estimator": "analytical", prefix + "pre_bucketing_fsdp_collectives": False}
-
-
-def _within_budget(compiled: Callable[P, R], budget: float) -> Callable[P, R]:
-    """Set AOTAutograd's memory budget during calls; it splits the graph in the first call of each shape."""
-
-    @functools.wraps(compiled)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch._functorch.config.patch(activation_memory_budget=budget):
-            return compiled(*args, **kwargs)
-
-    return call

@@ -1,4 +1,4 @@
-"""Where parameters and optimizer state live: one rule table, four modes, and the collectives that they need.
+"""Where parameters and optimizer state live: one rule, four modes, and the collectives that they need.
 
 Between steps every leaf is a DTensor over a mesh with the axes `replicate` and `shard`: sharded along one dimension, or
 full. Within a step there are only plain tensors, the shards of this rank, and explicit collectives (as with
@@ -40,9 +40,9 @@ AXES = ("replicate", "shard")
 
 Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
-# Logical axis -> mesh axis. A parameter is sharded along its first dimension that divides, if all of its axes have a
-# rule; the others (layers, gates, single numbers) belong to parameters too small to be worth it.
-RULES = {"vocab": "shard", "hidden": "shard", "heads": "shard", "kv_heads": "shard", "embed": "shard"}
+# Logical axes that may be sharded. A parameter is sharded along its first dimension that divides, if all of its axes are
+# among these; the others (layers, gates, single numbers) belong to parameters too small to be worth it.
+SHARDED_AXES = {"vocab", "hidden", "heads", "kv_heads", "embed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +102,9 @@ class ShardingPlan:
         return self.mesh.get_group(axis).group_name
 
 
-def shard_dim(shape: Sequence[int], axes: Sequence[str], ranks: int, rules: Mapping[str, str] = RULES) -> int | None:
-    """Return the dimension along which a parameter is split evenly over `ranks`, or None: every rank holds all of it.
-
-    `axes` is the logical name of each dimension, as in `model.ParamSpec`.
-    """
-    if any(axis not in rules for axis in axes) or ranks == 1:
+def shard_dim(shape: Sequence[int], axes: Sequence[str], ranks: int) -> int | None:
+    """Return the dimension along which a parameter is split evenly over `ranks`, or None: every rank holds all of it."""
+    if ranks == 1 or not SHARDED_AXES.issuperset(axes):
         return None
     return next((d for d, size in enumerate(shape) if size % ranks == 0), None)
 
@@ -148,8 +145,8 @@ def make_plan(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any])
     shape = mesh_shape(config, runtime.world_size, runtime.node_ranks)
     mesh = _mesh(runtime.device.type, shape, dist.group.WORLD)
     dims = {name: shard_dim(row.shape, row.axes, shape[1]) for name, row in spec.items()}
-    uneven = [n for n, row in spec.items() if dims[n] is None and shape[1] > 1 and all(a in RULES for a in row.axes)]
-    if uneven:
+    uneven = [n for n, row in spec.items() if dims[n] is None and SHARDED_AXES.issuperset(row.axes)]
+    if uneven and shape[1] > 1:
         more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
         print(f"sharding: {uneven[0]} {spec[uneven[0]].shape}{more} do not divide by {shape[1]}: full on every rank")
     no_regather = frozenset(n for n, row in spec.items() if row.embedding or row.group == "unembedding")
@@ -328,10 +325,8 @@ def mean_loss_and_grad_norm(plan: ShardingPlan | None, loss: Tensor, grads: Tens
 # In the optimizer
 
 
-def param_shards(plan: ShardingPlan | None, params: TensorDict) -> TensorDict:
+def param_shards(plan: ShardingPlan, params: TensorDict) -> TensorDict:
     """Return the parameter shards that this rank updates, as plain tensors that share the memory of `params`."""
-    if plan is None:
-        return params
     flat = tree.flatten(local_shards(params))
     if plan.full:
         flat |= {name: _shard(plan, flat[name], dim) for name, dim in plan.sharded.items()}
@@ -340,7 +335,7 @@ def param_shards(plan: ShardingPlan | None, params: TensorDict) -> TensorDict:
 
 def all_gather_params_(plan: ShardingPlan | None, params: TensorDict) -> None:
     """Copy the shards that the other ranks have updated into full parameters, in place."""
-    if plan is None or not plan.full or plan.shards == 1:
+    if plan is None or not plan.full:
         return
     flat, pending = tree.flatten(local_shards(params)), []
     for name, dim in plan.sharded.items():
@@ -388,11 +383,11 @@ class MuonAllToAll(NamedTuple):
         return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), sizes, sizes, self.group))
 
 
-def muon_all_to_all(plan: ShardingPlan | None, name: str, moment_shape: Sequence[int]) -> MuonAllToAll | None:
+def muon_all_to_all(plan: ShardingPlan, name: str, moment_shape: Sequence[int]) -> MuonAllToAll | None:
     """Return the exchange for matrix `name`, given the shape of its full second moment; None: it is not sharded."""
-    if plan is None or name not in plan.sharded:
+    rank, dim = plan.mesh.get_local_rank("shard"), plan.dims[name]
+    if dim is None:
         return None
-    rank, dim = plan.mesh.get_local_rank("shard"), plan.sharded[name]
     return MuonAllToAll(plan.shards, rank, plan.group("shard"), dim, state_dim(plan, name, moment_shape))
 
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
         OptState,
         compiled,
         init,
-        muon,
         reduced_axis,
         update,
         update_,

@@ -45,11 +45,7 @@ class OptimConfig:
 
 
 def learning_rates(config: OptimConfig, base: Mapping[str, Any] | None = None) -> dict[str, float]:
-    """Return the four learning rates by setting; one that is None is taken from `base`, else from the defaults.
-
-    Args:
-        base: settings of the run to start from, by dotted name ("optim.matrix_lr").
-    """
+    """Return the four learning rates by setting; one that is None is the base run's setting, else the default."""
     rates = {}
     for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr"):
         choices = (getattr(config, name), (base or {}).get(f"optim.{name}"), getattr(OptimConfig, name))
@@ -59,48 +55,33 @@ def learning_rates(config: OptimConfig, base: Mapping[str, Any] | None = None) -
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the rules give for one pretraining run.
-
-    Attributes:
-        n_embd: width of the model. train_tokens: D, the tokens that the model's size asks for.
-        total_batch_size: tokens a step, B. num_steps: optimizer steps.
-        batch_scale: factor on the learning rates, sqrt(B / B_ref). weight_decay: of the matrices, at the first step.
-        flops_per_token: forward and backward.
-    """
+    """What the rules give for one pretraining run."""
 
     n_embd: int
-    train_tokens: int
-    total_batch_size: int
+    train_tokens: int  # D, the tokens that the model's size asks for
+    total_batch_size: int  # B, tokens of a step
     num_steps: int
-    batch_scale: float
-    weight_decay: float
-    flops_per_token: int
+    batch_scale: float  # factor on the learning rates, sqrt(B / B_ref)
+    weight_decay: float  # of the matrices, at the first step
+    flops_per_token: int  # forward and backward
 
     @property
     def total_tokens(self) -> int:
-        """Tokens that the run sees."""
         return self.num_steps * self.total_batch_size
 
     @property
     def total_flops(self) -> float:
-        """FLOPs of the run, forward and backward."""
         return float(self.flops_per_token) * self.total_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetunePlan:
-    """How the optimizer's settings scale in a run that starts from a checkpoint.
-
-    Attributes:
-        n_embd: width of the model. batch_scale: factor on the learning rates.
-        weight_decay: of the matrices, at the first step.
-        momentum_warmup_steps: over which Muon's momentum rises to 0.95.
-    """
+    """How the optimizer's settings scale in a run that starts from a checkpoint."""
 
     n_embd: int
-    batch_scale: float = 1.0
-    weight_decay: float = 0.0
-    momentum_warmup_steps: int = 0
+    batch_scale: float = 1.0  # factor on the learning rates
+    weight_decay: float = 0.0  # of the matrices, at the first step
+    momentum_warmup_steps: int = 0  # over which Muon's momentum rises to 0.95
 
 
 def batch_scale(total_batch_size: int) -> float:
@@ -127,13 +108,10 @@ def plan(
 
     Args:
         scaling_params, reference_params: matrices and unembedding of this model, and of the same at depth 12.
-        flops_per_token: forward and backward. n_embd: width of the model.
+        flops_per_token: forward and backward.
         target_param_data_ratio: tokens per scaling parameter.
         target_flops, num_iterations, total_batch_size (tokens): given numbers replace the rule's.
         weight_decay: base value, at the reference.
-
-    Raises:
-        UserError: a number is not positive, or the run would be shorter than one step.
     """
     numbers = {
         "target_param_data_ratio": target_param_data_ratio,
@@ -165,11 +143,7 @@ def plan(
 
 
 def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
-    """Return the micro-batches of one step: total tokens / (rows per device · tokens per row · ranks).
-
-    Raises:
-        UserError: it does not divide; the message says which numbers would.
-    """
+    """Return the micro-batches of one step: total tokens / (rows per device · tokens per row · ranks)."""
     if device_batch_size < 1:
         raise UserError(f"device_batch_size={device_batch_size}: must be at least 1")
     if total_batch_size % (sequence_len * world_size):
@@ -181,11 +155,10 @@ def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_l
         )
     rows = total_batch_size // (sequence_len * world_size)
     if rows % device_batch_size:
-        fit = [n for n in range(1, rows + 1) if rows % n == 0]
-        near = sorted(fit, key=lambda n: abs(n - device_batch_size))[:2]
+        smaller = next(n for n in range(min(device_batch_size, rows), 0, -1) if rows % n == 0)
         raise UserError(
             f"device_batch_size={device_batch_size}: does not divide the {rows} rows that total_batch_size="
             f"{total_batch_size} gives each of {world_size} ranks at sequence_len {sequence_len}; "
-            f"set device_batch_size={' or '.join(map(str, sorted(near)))}"
+            f"set device_batch_size={smaller}"
         )
     return rows // device_batch_size

@@ -20,8 +20,7 @@ FINETUNE_MOMENTUM = 0.95
 def hparams(config: OptimConfig, plan: Plan | FinetunePlan, step: int, done: float | None = None) -> Hparams:
     """Return the hyperparameters of one step for every optimizer group, as `update` takes them.
 
-    Args:
-        step: 0, 1, … done: with a FinetunePlan, the share of the run that is done, 0 … 1.
+    `done` is the share of the run that is done, 0 … 1, for a FinetunePlan, which does not know how long the run is.
     """
     groups = param_group_settings(config, plan.n_embd, batch_scale=plan.batch_scale, weight_decay=plan.weight_decay)
     matrix = groups[MATRIX]
@@ -31,7 +30,7 @@ def hparams(config: OptimConfig, plan: Plan | FinetunePlan, step: int, done: flo
         matrix["momentum"] = muon_momentum(step, plan.num_steps, warmdown_ratio=config.warmdown_ratio)
         matrix["weight_decay"] *= weight_decay(step, plan.num_steps)
     else:
-        assert done is not None, "a FinetunePlan does not know how long the run is"
+        assert done is not None
         factor = finetune_learning_rate(step, done, **shape, final=config.final_lr_fraction)
         matrix["momentum"] = finetune_momentum(step, plan.momentum_warmup_steps)
         matrix["weight_decay"] *= weight_decay(done, 1)
@@ -45,10 +44,8 @@ def param_group_settings(
 ) -> dict[str, dict[str, float]]:
     """Return the hyperparameters of every group, before any schedule.
 
-    Args:
-        n_embd: the width C, by which the learning rates of the embedding tables scale as (C / 768)^-0.5.
-        batch_scale: sqrt(batch / reference batch), by which all learning rates but the smear's are multiplied.
-        weight_decay: of the matrices; the config's where it is None.
+    Learning rates of embeddings scale with the width C as (C / 768)^-0.5, and all but the smear's with `batch_scale`,
+    sqrt(batch / reference batch). `weight_decay` is of the matrices; the config's where it is None.
     """
     lr, width = learning_rates(config), (n_embd / 768) ** -0.5
     decay = config.weight_decay if weight_decay is None else weight_decay
@@ -77,11 +74,7 @@ def as_hparams(groups: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
 def learning_rate(
     step: int, num_steps: int, *, warmup_steps: int = 40, warmdown_ratio: float = 0.65, final: float = 0.05
 ) -> float:
-    """Return the learning-rate factor: linear warm-up, flat, then linear to `final` over the last `warmdown_ratio`.
-
-    Args:
-        step: 0 … num_steps - 1. warmup_steps: step s < warmup has (s + 1) / warmup.
-    """
+    """Return the learning-rate factor: linear warm-up, flat, then linear to `final` over the last `warmdown_ratio`."""
     warmdown = round(warmdown_ratio * num_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
