@@ -36,22 +36,16 @@ def test_missing_file_is_an_error_unless_allowed(tmp_path: Path):
         jsonl.read(tmp_path / "none.jsonl")
 
 
+@pytest.mark.parametrize("whole", ["", '{"step": 1}\n'])
 @pytest.mark.parametrize("partial", ['{"step": 2, "lo', "x" * 200_000])
-def test_partial_last_line_is_dropped_on_read_and_removed_on_append(tmp_path: Path, partial: str):
+def test_partial_last_line_is_dropped_on_read_and_removed_on_append(tmp_path: Path, whole: str, partial: str):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"step": 1}\n' + partial)
-    assert jsonl.read(path, drop_partial=True) == [(1, {"step": 1})]
+    path.write_text(whole + partial)
+    assert jsonl.read(path, drop_partial=True) == ([(1, {"step": 1})] if whole else [])
     with pytest.raises(jsonl.InvalidLineError):
         jsonl.read(path)
     jsonl.append(path, {"step": 2})
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
-def test_partial_only_line_is_removed(tmp_path: Path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("{")
-    jsonl.append(path, 1)
-    assert path.read_text() == "1\n"
+    assert path.read_text() == whole + '{"step": 2}\n'
 
 
 def test_nan_and_unwritable_files_are_refused(tmp_path: Path):

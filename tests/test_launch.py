@@ -143,13 +143,6 @@ def test_settings_flags_and_words_reach_the_experiment(launch: Launch, capsys: C
     assert capsys.readouterr().out == "depth=8 rate=0.001 resume=True args=('a,b', 'c') cpu\n"
 
 
-def test_missing_experiment_lists_the_names(launch: Launch, capsys: Capture) -> None:
-    assert launch() == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == "error: no --experiment given; there are: bare, extra, toy\n"
-
-
 def test_help(launch: Launch, capsys: Capture) -> None:
     for flag in ("--help", "-h"):
         assert launch(flag) == 0
@@ -165,6 +158,7 @@ def test_help(launch: Launch, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ([], "no --experiment given; there are: bare, extra, toy"),
         (["--experiment=tyo"], "--experiment=tyo: no such experiment; did you mean toy?"),
         (["--experiment=_hidden"], "--experiment=_hidden: no such experiment"),
         (["toy"], "no --experiment given; did you mean toy?"),
@@ -332,18 +326,3 @@ def test_torchrun_shows_the_error_of_the_rank_that_has_it(project: Path) -> None
     assert out.count("waiting\n") == 1
     shown = [text for text in err.splitlines() if text.startswith("error:")]
     assert shown == ["error: data/x.parquet: cannot be read by rank 1; download it again"]
-
-
-def test_only_the_first_of_several_failing_ranks_speaks(
-    project: Path,
-    tmp_path: Path,
-    launch: Launch,
-    capsys: Capture,
-    monkeypatch: Patch,
-) -> None:
-    for rank in (0, 1):
-        (tmp_path / "attempt_0" / str(rank)).mkdir(parents=True)
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / str(rank) / "error.json"))
-        assert launch("--experiment=tyo") == 2
-        assert capsys.readouterr().err.count("error:") == (1 if rank == 0 else 0)

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -168,74 +167,6 @@ def test_importing_an_experiment_runs_nothing(tmp_path: Path) -> None:
     effects, printed = import_effects(ROOT, "experiments", [f"experiments.{name}" for name in EXPERIMENTS], tmp_path)
     assert {name: did for name, did in effects.items() if did} == {}
     assert printed == ""
-
-
-def test_the_check_of_purity_can_fail(tmp_path: Path) -> None:
-    thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(1,), daemon=True).start()"
-    cases = {
-        "a": ("import os\nx = os.environ.get('NANOCHAT_BASE_DIR')", "reads the environment variable NANOCHAT_BASE_DIR"),
-        "b": ("import os\nx = os.getenv('RANK', 0)", "reads the environment variable RANK"),
-        "c": ("open('made.txt', 'w').close()", "opens made.txt for writing"),
-        "d": ("import torch\ntorch.manual_seed(1)", "changes random state"),
-        "e": (thread, "changes threads"),
-        "f": ("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)", "changes signals"),
-        "g": ("1 / 0", "fails: ZeroDivisionError"),
-        "h": ("import os\nos.mkdir('made')", "os.mkdir"),
-    }
-    (tmp_path / "impure").mkdir()
-    for name, (code, _) in cases.items():
-        (tmp_path / "impure" / f"{name}.py").write_text(code)
-    effects, _ = import_effects(tmp_path, "impure", [f"impure.{name}" for name in cases], tmp_path)
-    for name, (_, expected) in cases.items():
-        assert any(did.startswith(expected) for did in effects[f"impure.{name}"]), (name, effects)
-
-
-def forbidden(tree: ast.AST) -> Iterator[str]:
-    """Yield what a source file must not do: run text as code, a shell, or unpickle."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
-            yield from (f"imports {m}" for m in modules if m.split(".")[0] in ("pickle", "marshal", "shelve", "dill"))
-        if not isinstance(node, ast.Call):
-            continue
-        called = ast.unparse(node.func)
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        if called in ("eval", "exec", "os.system", "os.popen"):
-            yield f"{called}()"
-        if given.get("shell", "False") != "False":
-            yield "shell=True"
-        if given.get("allow_pickle", "False") != "False":
-            yield "allow_pickle=True"
-        if "weights_only" in given and given["weights_only"] != "True":
-            yield f"weights_only={given['weights_only']}"
-        if called == "torch.load" and given.get("weights_only") != "True":
-            yield "torch.load without weights_only=True"
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_sources_run_no_text_and_load_no_pickle(path: Path) -> None:
-    # The jail alone runs a text: it is what stands within the sandbox, and a model's program is what it is for.
-    allowed = ["exec()"] if path == PACKAGE / "sandbox" / "jail.py" else []
-    assert list(forbidden(parse(path))) == allowed
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import pickle",
-        "from pickle import load",
-        "eval('1')",
-        "exec(text)",
-        "subprocess.run(c, shell=True)",
-        "torch.load(path)",
-        "torch.load(path, weights_only=False)",
-        "np.load(path, allow_pickle=True)",
-        "os.system('ls')",
-    ],
-)
-def test_the_check_of_calls_can_fail(code: str) -> None:
-    assert list(forbidden(ast.parse(code)))
-    assert not list(forbidden(ast.parse("model.eval(); torch.load(path, weights_only=True); np.load(path)")))
 
 
 def test_launch_is_short() -> None:

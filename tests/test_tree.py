@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -38,18 +37,6 @@ def test_map_keeps_the_structure_and_changes_nothing():
     assert isinstance(out["p"], Point) and isinstance(out["t"], TensorDict)
     assert out["p"].x.tolist() == [3, 3] and out["t"]["a", "b"].tolist() == [3, 3, 3] and out["l"][0].item() == 3
     assert nest["p"].x.tolist() == [1, 1]
-
-
-def test_map_refuses_trees_with_another_order_of_leaves():
-    a = tree.unflatten({"x": torch.tensor(1.0), "y": torch.tensor(10.0)})
-    b = tree.unflatten({"y": torch.tensor(20.0), "x": torch.tensor(2.0)})
-    with pytest.raises(ValueError, match="mismatch"):
-        tree.map(lambda p, q: p + q, a, b)
-
-
-def test_leaves_have_the_order_of_flatten():
-    nest = tree.unflatten({"b.a": torch.tensor(0), "a": torch.tensor(1), "b.c": torch.tensor(2)})
-    assert [int(x) for x in tree.leaves(nest)] == [int(x) for x in tree.flatten(nest).values()]
 
 
 def test_nbytes_and_to():

@@ -40,8 +40,8 @@ AXES = ("replicate", "shard")
 
 Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
-# Logical axes that may be sharded. A parameter is sharded along its first dimension that divides, if all of its axes are
-# among these; the others (layers, gates, single numbers) belong to parameters too small to be worth it.
+# Logical axes that may be sharded. A parameter is sharded along its first dimension that divides, if all of its axes
+# are among these; the others (layers, gates, single numbers) belong to parameters too small to be worth it.
 SHARDED_AXES = {"vocab", "hidden", "heads", "kv_heads", "embed"}
 
 
@@ -103,7 +103,7 @@ class ShardingPlan:
 
 
 def shard_dim(shape: Sequence[int], axes: Sequence[str], ranks: int) -> int | None:
-    """Return the dimension along which a parameter is split evenly over `ranks`, or None: every rank holds all of it."""
+    """Return the dimension along which a parameter is split evenly over `ranks`; None: every rank holds all of it."""
     if ranks == 1 or not SHARDED_AXES.issuperset(axes):
         return None
     return next((d for d, size in enumerate(shape) if size % ranks == 0), None)

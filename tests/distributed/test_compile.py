@@ -8,7 +8,6 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from nanochat.config import UserError
 from nanochat.distributed import compile as compiling
@@ -95,47 +94,3 @@ def test_ranks_compile_alike_or_all_anew() -> None:
     options = compiling.overlap_options()
     analytical = options.get("aten_distributed_optimizations.compute_estimator") == "analytical"
     assert analytical != (options.get("fx_graph_cache") is False)
-
-
-@pytest.mark.xfail(strict=True, reason="torch.compiler.nested_compile_region: wrong gradients under Inductor")
-@pytest.mark.slow
-def test_regional_compilation_gives_the_right_gradients() -> None:
-    """Once it passes, layers may be compiled once and called often: the graph of a step would compile much faster."""
-    torch._dynamo.reset()
-
-    @torch.compiler.nested_compile_region
-    def block(weight: Tensor, x: Tensor) -> Tensor:
-        return x + torch.relu(torch.nn.functional.rms_norm(x, (WIDTH,)) @ weight).square()
-
-    def f(weights: list[Tensor], scales: Tensor, x: Tensor) -> Tensor:
-        first = x
-        for scale, weight in zip(scales, weights):
-            x = block(weight, scale * x + 0.1 * first)  # pyright: ignore[reportCallIssue]
-        return x.square().mean()
-
-    leaves, scales = weights(), torch.ones(LAYERS, requires_grad=True)
-    x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1))
-    want = torch.autograd.grad(f(leaves, scales, x), [scales, *leaves])
-    got = torch.autograd.grad(torch.compile(f, fullgraph=True)(leaves, scales, x), [scales, *leaves])
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_a_second_compile_of_the_same_function_finds_its_kernels() -> None:
-    """A chunked loss and gathers are custom functions, which AOTAutograd's cache passes by; Inductor's own does not."""
-
-    class Double(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return 2 * x
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            return 2 * grads[0]
-
-    for _ in range(2):
-        torch._dynamo.reset()
-        counters.clear()
-        x = torch.ones(7, requires_grad=True)
-        compiling.compile_fn(lambda x: Double.apply(x).sum())(x).backward()  # pyright: ignore
-    assert counters["inductor"]["fxgraph_cache_hit"] == 2  # forward and backward

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat import model, transform, tree
+from nanochat import model, optim, transform
 from nanochat.model import Compute, Linear, ModelConfig, dense, fp8, fp8_emulated, linear, loss
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -254,51 +253,31 @@ def text(rows: int, generator: torch.Generator) -> Tensor:
     return ids
 
 
-def losses(f: Linear, *, chunk_tokens: int | None, steps: int = 30, device: str = "cpu") -> list[float]:
-    """Train with Adam and a falling rate, so that runs that differ by rounding stay close; return every loss."""
-    params = model.init(SMALL, 0, dtype=torch.bfloat16, device=torch.device(device))
-    compute = Compute(dtype=torch.bfloat16, linear=f)
-    run = transform.value_and_grad(
-        functools.partial(loss.next_token, config=SMALL, compute=compute, chunk_tokens=chunk_tokens), has_aux=True
-    )
-    generator = torch.Generator().manual_seed(0)
-    first = second = tree.map(lambda p: torch.zeros_like(p, dtype=torch.float32), params)
-    values = []
-    for step in range(1, steps + 1):
+def final_loss(f: Linear, device: str, steps: int = 30) -> float:
+    """Return the mean loss of the last steps of a run whose learning rate falls, so that rounding moves it little."""
+    params, spec = model.init(SMALL, 0, dtype=torch.bfloat16, device=device), model.spec(SMALL)
+    loss_fn = functools.partial(loss.next_token, compute=Compute(torch.bfloat16, linear=f), chunk_tokens=256)
+    state, run = optim.init(params, spec), transform.value_and_grad(loss_fn, has_aux=True)
+    generator, values = torch.Generator().manual_seed(0), []
+    for step in range(steps):
         ids = text(8, generator).to(device)
         grads, (value, _) = run(params, {"inputs": ids[:, :-1], "targets": ids[:, 1:]})
-        first = tree.map(lambda m, g: 0.8 * m + 0.2 * g, first, grads)
-        second = tree.map(lambda v, g: 0.95 * v + 0.05 * g.float().square(), second, grads)
-        rate = 0.004 * (1 - step / steps) * (1 - 0.95**step) ** 0.5 / (1 - 0.8**step)
-        params = tree.map(
-            lambda p, m, v: (p - rate * m / (v.sqrt() + 1e-8)).to(p.dtype),  # noqa: B023
-            params,
-            first,
-            second,
-        )
+        settings = optim.param_group_settings(optim.OptimConfig(), SMALL.n_embd)
+        for group in settings.values():
+            group["lr"] *= 0.3 * (1 - step / steps)
+        params, state = optim.update(grads, state, params, optim.as_hparams(settings))
         values.append(float(value))
-    return values
+    assert values[0] > 5, "it starts at the logarithm of the vocabulary"
+    return sum(values[-5:]) / 5
 
 
 @pytest.mark.slow
-def test_fp8_training_loss_is_within_two_percent_of_bfloat16(monkeypatch: pytest.MonkeyPatch):
-    def end(f: Linear) -> float:
-        values = losses(f, chunk_tokens=256)
-        assert values[0] > 5, "it starts at the logarithm of the vocabulary"
-        return sum(values[-5:]) / 5
-
-    plain, quantized = end(dense), end(fp8_emulated)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_fp8_training_loss_is_within_two_percent_of_bfloat16(device: str):
+    f, _ = linear.choose("fp8", torch.device(device))
+    plain, quantized = final_loss(dense, device), final_loss(f, device)
     assert plain < 2, "little was learned: there is little to compare"
-    assert plain != quantized, "fp8 was not at work"
-    assert abs(quantized / plain - 1) < 0.02
-    # With a scale that does not follow the gradients it does not hold: most of them are lost.
-    quantize = linear.quantize
-
-    def fixed(x: Tensor, dtype: torch.dtype) -> linear.Float8:
-        return quantize(x, dtype) if dtype == E4M3 else linear.Float8((x * 1e-2).to(dtype), torch.tensor(1e2))
-
-    monkeypatch.setattr(linear, "quantize", fixed)
-    assert end(fp8_emulated) / plain > 1.05
+    assert plain != quantized and abs(quantized / plain - 1) < 0.02
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
@@ -322,13 +301,6 @@ def test_native_fp8_on_cuda_equals_the_formulas(dtype: torch.dtype):
 
 
 @pytest.mark.gpu
-def test_fp8_training_loss_on_cuda_is_within_two_percent_of_bfloat16():
-    f, _ = linear.choose("fp8", CUDA)
-    plain, quantized = (sum(losses(kind, chunk_tokens=256, device="cuda")[-5:]) for kind in (dense, f))
-    assert plain != quantized and abs(quantized / plain - 1) < 0.02
-
-
-@pytest.mark.gpu
 def test_fp8_on_cuda_never_waits_for_the_device():
     given = [t.cuda() for t in inputs(256, 512, 384, torch.bfloat16)]
     f, _ = linear.choose("fp8", CUDA)
@@ -339,35 +311,3 @@ def test_fp8_on_cuda_never_waits_for_the_device():
         with_grads(run, *given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_fp8_on_cuda_is_faster_than_bfloat16_where_matrices_are_large():
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("Hopper and later")
-    x = torch.randn(16384, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(8192, 2048, device="cuda", requires_grad=True)
-    grad = torch.randn(16384, 8192, device="cuda", dtype=torch.bfloat16)
-
-    def seconds(f: Linear) -> float:
-        torch._dynamo.reset()
-        run = torch.compile(f, fullgraph=True)
-        best = math.inf
-        for _ in range(8):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()  # pyright: ignore[reportCallIssue]
-            torch.autograd.grad(run(x, weight), [x, weight], grad)
-            end.record()  # pyright: ignore[reportCallIssue]
-            torch.cuda.synchronize()
-            best = min(best, start.elapsed_time(end))
-        return best
-
-    plain, quantized = seconds(dense), seconds(fp8)
-    assert quantized < plain, f"fp8 {quantized:.2f} ms, bfloat16 {plain:.2f} ms"
-
-
-def test_dense_computes_in_the_dtype_of_its_input():
-    x, weight, _ = inputs(dtype=torch.bfloat16)
-    got = dense(x, weight)
-    assert got.dtype == torch.bfloat16
-    assert torch.equal(got, F.linear(x, weight.bfloat16()))
