@@ -204,6 +204,18 @@ def local_shards(state: Any) -> Any:
     return tree.map(lambda x: x.to_local() if isinstance(x, DTensor) else x, state)
 
 
+def as_dtensors(shards: Any, like: Any) -> Any:
+    """Return plain shards as DTensors that are placed as the leaves of `like`: the inverse of `local_shards`."""
+
+    def wrap(old: Tensor, shard: Tensor) -> Tensor:
+        if not isinstance(old, DTensor):
+            return shard
+        mesh, placements = old.device_mesh, old.placements
+        return DTensor.from_local(shard, mesh, placements, run_check=False, shape=old.shape, stride=old.stride())
+
+    return tree.map(wrap, like, shards)
+
+
 @torch.no_grad()
 def full_params(params: TensorDict) -> TensorDict:
     """Return all parameters as full plain tensors on every rank, for evaluation and generation. A collective call."""
