@@ -1,24 +1,20 @@
 """Tiny RL end to end: recorded run and metrics, bit-exact resume, the same on two ranks."""
 
 import itertools
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ranks
 import rl_ranks
+import tiny_run
 import torch
-from tiny_run import save_run
 
 from experiments import rl as experiment
 from nanochat import checkpoint, distributed, text, train, tree
 from nanochat.config import UserError, override
 from nanochat.metrics import logger
 from nanochat.train import rl
-from nanochat.train import stage as events
 
 SETTINGS = (
     "run=tuned", "task=arithmetic:size=64", "eval_task=arithmetic:size=6", "num_iterations=5", "device_batch_size=3",
@@ -33,7 +29,7 @@ SETTINGS = (
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base folder with a random fine-tuned model, and rewards that such a model can get."""
     folder = tmp_path_factory.mktemp("base")
-    save_run(folder, "tuned", stage="sft")
+    tiny_run.save_run(folder, "tuned", stage="sft")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         patch.setattr(rl, "correct_reward", rl_ranks.reward)
@@ -41,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def train_rl(*more: str) -> Path:
-    config = override(experiment.config(), [*SETTINGS, *more])
+    config = override(experiment.Config(), [*SETTINGS, *more])
     experiment.run(config, distributed.init("cpu"))
     return train.run_folder(str(config.name))
 
@@ -91,29 +87,11 @@ def test_zero_learning_rate_freezes_group(base: Path):
     assert logger.curve(logger.read(folder), "train/lr_factor")[1] == pytest.approx([0.2, 0.1])
 
 
-@pytest.mark.parametrize("stop_after", [1, 4])
-def test_resumed_run_equals_uninterrupted_run(
-    base: Path, uninterrupted: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
-):
-    after_step = events.log_step
-
-    def and_stop(ctx: Any, state: Any, at: Any, numbers: Any) -> Any:
-        at = after_step(ctx, state, at, numbers)
-        if at.step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return at
-
-    name = f"name=stopped{stop_after}"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(events, "log_step", and_stop)
-        train_rl(name)
-    folder = train_rl(name, "resume=true", "run=none" if stop_after == 1 else "run=gone")
-    for row, other in zip(logger.read(uninterrupted), logger.read(folder), strict=True):
-        kept = [name for name in row if name.startswith(("train/", "rl/"))]
-        assert {n: row[n] for n in kept} == {n: other[n] for n in kept}
-    (a, meta_a, _), (b, meta_b, _) = (checkpoint.load_params(run / "checkpoints") for run in (uninterrupted, folder))
-    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b)))
-    assert meta_a["loader"] == meta_b["loader"] and meta_a["parent"] == meta_b["parent"]
+@pytest.mark.parametrize(("step", "run"), [(1, "run=none"), (4, "run=gone")])
+def test_resumed_run_equals_uninterrupted_run(base: Path, uninterrupted: Path, step: int, run: str):
+    with tiny_run.stop_after(step):
+        train_rl(f"name=stopped{step}")
+    tiny_run.assert_same_run(uninterrupted, train_rl(f"name=stopped{step}", "resume=true", run))
 
 
 @pytest.mark.parametrize("mode", ["zero2", "fsdp"])
@@ -133,7 +111,6 @@ def test_two_ranks_match_single_process(base: Path, uninterrupted: Path, mode: s
     ("setting", "message"),
     [
         ("run=nothing", "run=nothing: no such run"),
-        ("num_iterations=none", None),
         ("rollout.prompts_per_step=65", "arithmetic has 64 rows: too few for a step of 65"),
         ("train.attention=flex", "train.attention=flex: answers have many lengths"),
         ("device_batch_size=0", "device_batch_size=0"),
@@ -141,18 +118,19 @@ def test_two_ranks_match_single_process(base: Path, uninterrupted: Path, mode: s
         ("eval_task=nothing", "'nothing': no such task"),
     ],
 )
-def test_invalid_settings_raise_one_line_error(base: Path, setting: str, message: str | None):
-    if message is None:  # an epoch is 64 rows in steps of 4
-        config = override(experiment.config(), [*SETTINGS, setting])
-        task = experiment.tasks.from_text(config.task)
-        assert experiment.resolve(config, task, distributed.init("cpu")).num_iterations == 16
-        return
+def test_invalid_settings_raise_one_line_error(base: Path, setting: str, message: str):
     more = ["num_iterations=none"] if "prompts_per_step" in setting else []
     with pytest.raises(UserError, match=message):
         train_rl("name=wrong", setting, *more)
 
 
+def test_default_length_is_one_epoch(base: Path):
+    config = override(experiment.Config(), [*SETTINGS, "num_iterations=none"])
+    task = experiment.tasks.from_text(config.task)
+    assert experiment.resolve(config, task, distributed.init("cpu")).num_iterations == 64 // 4
+
+
 def test_missing_base_run_names_the_command_that_trains_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     with pytest.raises(UserError, match="no sft model in"):
-        experiment.run(experiment.config(), distributed.init("cpu"))
+        experiment.run(experiment.Config(), distributed.init("cpu"))

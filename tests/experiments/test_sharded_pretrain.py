@@ -1,68 +1,39 @@
 """Pretraining on several ranks with torchrun: the same losses as one process, and recovery from lost ranks."""
 
-import json
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ranks
+import tiny_run
 
 from nanochat import checkpoint
-from nanochat.data import tokenizer
 from nanochat.metrics import logger
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = (
-    "depth=2",
-    "name=tiny",
-    "compile=false",
-    "device=cpu",
-    "model.sequence_len=32",
-    "model.aspect_ratio=32",
-    "model.head_dim=32",
-    "model.window_pattern=L",
-    "device_batch_size=2",
-    "total_batch_size=256",
-    "num_iterations=6",
-    "checkpoint.every_steps=2",
-    "checkpoint.keep_last=none",
-    "eval.every_steps=3",
-    "eval.tokens=512",
-    "eval.sample_tokens=4",
-    "eval.prompts=the cat",
-    "metrics.every_steps=1",
-    "data.buffer_docs=20",
-    "optim.warmup_steps=100",
-)
+TINY = ("device_batch_size=2", "checkpoint.every_steps=2", "checkpoint.keep_last=none", "eval.tokens=512")
+TINY += ("optim.warmup_steps=100",)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with texts, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("data")
-    words = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "then", "quick", "lazy", "over"]
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) + "." for _ in range(400)]
-    (folder / "text").mkdir()
-    for name, part in {"a": texts[:180], "b": texts[180:360], "val": texts[360:]}.items():
-        (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
-    tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
-    return folder
+    with tiny_run.base_folder(tmp_path_factory.mktemp("data")) as folder:
+        yield folder
 
 
 def arguments(data: Path, *more: str) -> list[str]:
     """Return command-line arguments from settings, and options with their dashes."""
-    given = (*SETTINGS, f"data.source={data / 'text'}", f"tokenizer={data / 'tokenizer'}", *more)
+    given = (*tiny_run.settings(*TINY), f"tokenizer={data / 'tokenizer'}", *more)
     return ["--experiment=pretrain", *(x if x.startswith("--") else f"--set={x}" for x in given)]
 
 
@@ -71,29 +42,25 @@ def run(data: Path, base: Path, count: int, *more: str) -> str:
     return "".join(ranks.launch(count, *arguments(data, *more), env={"NANOCHAT_BASE_DIR": str(base)}))
 
 
-def start(data: Path, base: Path, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start a job of two ranks with torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+def start(data: Path, base: Path, *more: str) -> subprocess.Popen[str]:
+    """Start a job of two ranks with torchrun, which restarts it once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     command += ["launch.py", *arguments(data, *more)]
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def fail(*args: Any, **options: Any) -> str:
-    """Return the output of a failing torchrun job."""
-    process = start(*args, **options)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 1, output
-    return output
+def checkpoints(base: Path) -> Path:
+    return base / "runs" / "tiny" / "checkpoints"
 
 
-def curve(base: Path) -> dict[int, float]:
-    steps, losses = logger.curve(logger.read(base / "runs" / "tiny"), "train/loss")
-    return {int(step): loss for step, loss in zip(steps, losses)}
+def curve(base: Path, name: str = "train/loss") -> dict[float, float]:
+    return dict(zip(*logger.curve(logger.read(base / "runs" / "tiny"), name)))
 
 
-def bits(base: Path) -> list[float]:
-    return logger.curve(logger.read(base / "runs" / "tiny"), "val/bpb")[1]
+def assert_same_curves(base: Path, other: Path, rel: float) -> None:
+    for name in ("train/loss", "val/bpb"):
+        assert curve(base, name) == pytest.approx(curve(other, name), rel=rel, abs=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -108,42 +75,36 @@ def test_two_ranks_match_single_process(data: Path, tmp_path: Path, single: Path
     output = run(data, tmp_path, 2, "sharding.mode=fsdp")
     assert re.search(r"sharding +fsdp on 1 x 2 ranks", output)
     assert output.count("done 6 of 6 steps") == 1  # printed by rank 0 only
-    assert curve(tmp_path) == pytest.approx(curve(single), rel=1e-5)
-    assert bits(tmp_path) == pytest.approx(bits(single), rel=1e-5)
+    assert_same_curves(tmp_path, single, 1e-5)
 
 
 def test_resume_with_other_world_size_and_mode(data: Path, tmp_path: Path, single: Path) -> None:
     run(data, tmp_path, 2, "sharding.mode=zero2")
-    folder = tmp_path / "runs" / "tiny" / "checkpoints"
-    for step in checkpoint.steps(folder)[1:]:
-        shutil.rmtree(folder / str(step))
+    for step in checkpoint.steps(checkpoints(tmp_path))[1:]:
+        shutil.rmtree(checkpoints(tmp_path) / str(step))
     output = run(data, tmp_path, 4, "--resume", "sharding.mode=hsdp", "sharding.shard_ranks=2", "device_batch_size=1")
     assert "resumed from step 2" in output
-    assert curve(tmp_path) == pytest.approx(curve(single), rel=1e-5)
-    assert bits(tmp_path) == pytest.approx(bits(single), rel=1e-5)
+    assert_same_curves(tmp_path, single, 1e-5)
 
 
 def test_preempted_job_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
     settings = ("num_iterations=40", "sharding.mode=fsdp", "eval.every_steps=none")
-    run(data, tmp_path / "unbroken", 2, *settings)
-    folder = tmp_path / "broken" / "runs" / "tiny" / "checkpoints"
-    with ranks.start_launch(2, *arguments(data, *settings), env={"NANOCHAT_BASE_DIR": str(tmp_path / "broken")}) as job:
-        job.until(lambda: checkpoint.steps(folder))
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    run(data, unbroken, 2, *settings)
+    with ranks.start_launch(2, *arguments(data, *settings), env={"NANOCHAT_BASE_DIR": str(broken)}) as job:
+        job.until(lambda: checkpoint.steps(checkpoints(broken)))
         job.send_signal(signal.SIGTERM)  # as a scheduler does
         output = job.wait()[0].out
-    stopped = checkpoint.latest_step(folder)
+    stopped = checkpoint.latest_step(checkpoints(broken))
     assert stopped is not None and stopped < 40, output
     assert f"stopped by SIGTERM; step {stopped} is saved" in output
-    run(data, tmp_path / "broken", 2, *settings, "--resume")
-    assert curve(tmp_path / "broken") == curve(tmp_path / "unbroken")
-    assert bits(tmp_path / "broken") == bits(tmp_path / "unbroken")
+    run(data, broken, 2, *settings, "--resume")
+    assert_same_curves(broken, unbroken, 0.0)
 
 
 def test_killed_rank_restarts_job_from_last_checkpoint(data: Path, tmp_path: Path) -> None:
-    options = ("--max-restarts=1",)
-    process = start(data, tmp_path, "num_iterations=60", "optim.warmup_steps=1000", options=options)
-    folder = tmp_path / "runs" / "tiny" / "checkpoints"
-    wait_until(lambda: len(checkpoint.steps(folder)) > 1, process)
+    process = start(data, tmp_path, "num_iterations=60", "optim.warmup_steps=1000")
+    wait_until(lambda: len(checkpoint.steps(checkpoints(tmp_path))) > 1, process)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=240)
@@ -156,22 +117,22 @@ def test_killed_rank_restarts_job_from_last_checkpoint(data: Path, tmp_path: Pat
 
 def test_restart_does_not_modify_run_of_another_job(data: Path, tmp_path: Path, single: Path) -> None:
     shutil.copytree(single, tmp_path, dirs_exist_ok=True)
-    before = curve(tmp_path)
-    output = fail(data, tmp_path, "num_iterations=8", options=("--max-restarts=1",))
+    before, process = curve(tmp_path), start(data, tmp_path, "num_iterations=8")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
     assert len(re.findall("^error: run .* has checkpoints up to step 6: --resume", output, re.MULTILINE)) == 2
-    assert curve(tmp_path) == before and checkpoint.latest_step(tmp_path / "runs" / "tiny" / "checkpoints") == 6
+    assert curve(tmp_path) == before and checkpoint.latest_step(checkpoints(tmp_path)) == 6
 
 
 def test_torch_func_needs_a_single_process(data: Path, tmp_path: Path) -> None:
-    with ranks.start_launch(
-        2, *arguments(data, "train.grad=torch_func"), env={"NANOCHAT_BASE_DIR": str(tmp_path)}
-    ) as job:
+    words = arguments(data, "train.grad=torch_func")
+    with ranks.start_launch(2, *words, env={"NANOCHAT_BASE_DIR": str(tmp_path)}) as job:
         finished = job.wait()
     assert [rank.code for rank in finished] == [1, 1]
     assert all(rank.err.startswith("error: train.grad=torch_func runs in one process") for rank in finished), finished
 
 
-def wait_until(done: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_until(done: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert process.poll() is None, process.communicate()[0]
