@@ -1,39 +1,31 @@
 """Tiny fine-tuning end to end: loss decreases, bit-exact resume, the same on two ranks."""
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
+import tiny_run
 import torch
+from tiny_run import WORDS
 
-from experiments import midtrain, pretrain, sft
+from experiments import midtrain, sft
 from nanochat import checkpoint, distributed, train, tree
 from nanochat.config import UserError, override
-from nanochat.data import tokenizer
 from nanochat.metrics import logger
-from nanochat.train import init_from as parents
-from nanochat.train import stage as events
+from nanochat.train import init_from
 
-ROOT = Path(__file__).resolve().parents[2]
-LINES = [
-    [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": f"{word} it is, {word}"}]
-    for word in ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-] * 24
-BASE = (
-    "name=base", "depth=2", "compile=false", "device=cpu", "model.sequence_len=64", "model.aspect_ratio=32",
-    "model.head_dim=32", "model.window_pattern=L", "device_batch_size=4", "total_batch_size=512", "num_iterations=2",
-    "eval.tokens=512", "eval.sample_tokens=2", "eval.prompts=say", "data.buffer_docs=20", "optim.matrix_lr=0.15",
-    "optim.embedding_lr=1.0", "optim.unembedding_lr=0.1",
-    "optim.warmup_steps=1",
-)  # fmt: skip
+CONVERSATIONS = [
+    [{"role": "user", "content": f"the {word}"}, {"role": "assistant", "content": f"{word} it sat, {word}"}]
+    for word in WORDS
+] * 20
+BASE = ("name=base", "model.sequence_len=64", "total_batch_size=512", "num_iterations=2", "eval.tokens=512")
+BASE += ("optim.matrix_lr=0.15", "optim.embedding_lr=1.0", "optim.unembedding_lr=0.1", "optim.warmup_steps=1")
 TUNE = (
     "run=base", "name=tuned", "compile=false", "device=cpu", "eval.every_steps=3", "eval.tokens=1024",
-    "eval.sample_tokens=4", "checkpoint.every_steps=2", "metrics.every_steps=1", "eval.prompts=say one",
+    "eval.sample_tokens=4", "checkpoint.every_steps=2", "metrics.every_steps=1", "eval.prompts=the cat",
     "chat.tasks=arithmetic:size=4", "chat.max_tokens=8", "chat.every_steps=3", "buffer_conversations=10",
 )  # fmt: skip
 
@@ -41,17 +33,9 @@ TUNE = (
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base folder with a base model of two steps, and conversations."""
-    folder = tmp_path_factory.mktemp("base")
-    texts = [message["content"] for line in LINES for message in line]
-    (folder / "text").mkdir()
-    for name in ("a", "val"):
-        (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t * 4}) + "\n" for t in texts))
-    (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        config = override(pretrain.config(), [*BASE, f"data.source={folder / 'text'}"])
-        pretrain.run(config, distributed.init("cpu"))
+    with tiny_run.base_folder(tmp_path_factory.mktemp("base")) as folder:
+        (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in CONVERSATIONS))
+        tiny_run.pretrain_run(*BASE)
         yield folder
 
 
@@ -61,7 +45,7 @@ def settings(base: Path, *more: str) -> list[str]:
 
 
 def fine_tune(base: Path, *more: str) -> Path:
-    config = override(sft.config(), settings(base, *more))
+    config = override(sft.Config(), settings(base, *more))
     sft.run(config, distributed.init("cpu"))
     return train.run_folder(str(config.name))
 
@@ -92,44 +76,22 @@ def test_loss_decreases_and_checkpoint_names_parent(base: Path, uninterrupted: P
 
 
 def test_starts_from_parent_weights_and_moments(base: Path):
-    origin = parents.load("base")
-    state = parents.init_state_from(origin, distributed.init("cpu"), None)
+    origin = init_from.load("base")
+    state = init_from.init_state_from(origin, distributed.init("cpu"), None)
     assert int(state.step) == 0 and int(state.opt_state["step"]) == 2
     assert any(leaf.any() for leaf in tree.leaves(state.opt_state["matrix"]))
     params, _, _ = checkpoint.load_params(base / "runs" / "base" / "checkpoints")
-    for (name, x), y in zip(tree.flatten(params).items(), tree.leaves(state.params)):
-        assert torch.equal(x, y), name
-    cold = parents.init_state_from(origin, distributed.init("cpu"), None, moments=False)
+    cold = init_from.init_state_from(origin, distributed.init("cpu"), None, moments=False)
+    for name, x in tree.flatten(params).items():
+        assert torch.equal(x, tree.flatten(state.params)[name]) and torch.equal(x, tree.flatten(cold.params)[name])
     assert int(cold.opt_state["step"]) == 0 and not any(leaf.any() for leaf in tree.leaves(cold.opt_state))
-    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(cold.params), tree.leaves(state.params)))
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_resumed_run_equals_uninterrupted_run(
-    base: Path, uninterrupted: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
-):
-    after_step = events.log_step
-
-    def and_stop(ctx: Any, state: Any, at: Any, numbers: Any) -> Any:
-        at = after_step(ctx, state, at, numbers)
-        if at.step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return at
-
-    name = f"stopped{stop_after}"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(events, "log_step", and_stop)
-        fine_tune(base, f"name={name}")
-    folder = fine_tune(base, f"name={name}", "run=none", "resume=true") if stop_after == 1 else fine_tune(
-        base, f"name={name}", "resume=true"
-    )  # fmt: skip
-    rows = [logger.read(run) for run in (uninterrupted, folder)]
-    for row, other in zip(*rows, strict=True):
-        kept = [name for name in row if name.startswith(("train/", "val/", "chat/"))]
-        assert {n: row[n] for n in kept} == {n: other[n] for n in kept}
-    (a, meta_a, _), (b, meta_b, _) = (checkpoint.load_params(run / "checkpoints") for run in (uninterrupted, folder))
-    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b)))
-    assert meta_a["loader"] == meta_b["loader"] and meta_a["parent"] == meta_b["parent"]
+@pytest.mark.parametrize(("step", "run"), [(1, "run=none"), (3, "run=base")])
+def test_resumed_run_equals_uninterrupted_run(base: Path, uninterrupted: Path, step: int, run: str):
+    with tiny_run.stop_after(step):
+        fine_tune(base, f"name=stopped{step}")
+    tiny_run.assert_same_run(uninterrupted, fine_tune(base, f"name=stopped{step}", "resume=true", run))
 
 
 def test_finished_run_is_not_trained_again(base: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]):
@@ -182,4 +144,4 @@ def test_invalid_settings_raise_one_line_error(base: Path, setting: str, message
 def test_missing_base_run_names_the_command_that_trains_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"no base or mid model in .*train one with .*quickstart"):
-        sft.run(sft.config(), distributed.init("cpu"))
+        sft.run(sft.Config(), distributed.init("cpu"))
