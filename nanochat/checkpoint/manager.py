@@ -7,9 +7,9 @@ A step is the folder `<folder>/<step>`, written by orbax, with these items:
     files/    small files, copied (the tokenizer)
     metrics/  JSON: the metrics that `keep_best` uses
 
-orbax writes to a temporary folder and renames it, so every listed step is complete. With several processes these
-functions are collective calls on a folder that all processes see: each process writes and reads its own shards, rank 0
-creates and deletes steps, and an error on one rank is raised on all. A state may be restored with another sharding.
+orbax writes to a temporary folder and renames it, so every listed step is complete. With several processes these are
+collective calls: each process writes and reads its own shards on a common folder, rank 0 creates and deletes steps, and
+an error on one rank is raised on all. A state may be restored with another sharding.
 """
 
 import contextlib

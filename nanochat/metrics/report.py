@@ -98,7 +98,7 @@ def title(runs: Sequence[RunInfo]) -> str:
         else:
             state = f"step {run.step:,}"
         lines.append(f"- **{run.stage.upper()}** `{run.name}`, {state}")
-    if first := runs[0].parent:
+    if first := runs[0].meta.get("parent"):
         lines.append(
             f"- started from `{first['run']}`, step {first['step']:,} ({first['stage']}), whose folder is gone"
         )

@@ -48,11 +48,6 @@ class RunInfo:
         """True if the newest checkpoint is the run's last."""
         return bool(self.meta.get("progress", {}).get("done")) or 0 < (self.meta.get("num_steps") or 0) <= self.step
 
-    @property
-    def parent(self) -> Mapping[str, Any] | None:
-        """Run, step and stage that this run started from, or None."""
-        return self.meta.get("parent")
-
 
 def find_run(run: str | Path | None) -> Path:
     """Return the folder of a run by name or path, with or without a checkpoint; None: that of the newest checkpoint."""
@@ -89,7 +84,7 @@ def read_run(folder: Path, step: int | None = None) -> RunInfo:
 def ancestors(folder: Path) -> list[RunInfo]:
     """Return the run in `folder` and the runs it was made from, the oldest first, as far as they still exist."""
     runs = [read_run(folder)]
-    while parent := runs[0].parent:
+    while parent := runs[0].meta.get("parent"):  # {"run", "step", "stage"}
         name = Path(parent["run"]).name
         if any(run.name == name for run in runs):
             raise UserError(f"run {name} is its own ancestor: the metadata of {runs[0].folder} is wrong")

@@ -158,18 +158,8 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
 
 
 def test_checksum_format_is_stable() -> None:
-    x = torch.arange(6, dtype=torch.float32).reshape(2, 3)
-    mask = 2**64 - 1
-
-    def weight(dim: int, i: int) -> int:
-        z = (i + 1 + (dim << 40)) * 0x9E3779B97F4A7C15 & mask
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
-        return (z ^ (z >> 31)) | 1
-
-    rows = x.view(torch.int32).tolist()
-    want = sum(v * weight(0, i) * weight(1, j) for i, row in enumerate(rows) for j, v in enumerate(row)) & mask
-    assert fingerprint(x) == want == 281522305708851200
+    assert fingerprint(torch.arange(6, dtype=torch.float32).reshape(2, 3)) == 281522305708851200
+    assert fingerprint(torch.arange(5)) == 13714906072585597492
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

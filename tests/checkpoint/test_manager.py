@@ -203,6 +203,12 @@ def test_retention_policy(tmp_path: Path, options: Any, scores: list[float | Non
     assert [metrics[step].get("val/bpb") for step in kept] == [scores[step - 1] for step in kept]
 
 
+@pytest.mark.parametrize("name", ["every_steps", "keep_last", "keep_every_steps"])
+def test_setting_below_one_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"checkpoint.{name}=0: must be at least 1"):
+        CheckpointConfig(**{name: 0})
+
+
 def test_step_deleted_by_hand_is_forgotten(tmp_path: Path) -> None:
     manager = save_steps(tmp_path, 1, 2, keep_last=2)
     shutil.rmtree(tmp_path / "2")

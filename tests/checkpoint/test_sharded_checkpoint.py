@@ -17,8 +17,7 @@ import torch
 from ranks_checkpoint import KILL_WIDTH, MODES, assert_same, full_state, raw, resume_and_save
 
 from nanochat import checkpoint, tree
-from nanochat.checkpoint import CorruptCheckpointError, integrity, storage
-from nanochat.config import UserError
+from nanochat.checkpoint import CorruptCheckpointError, storage
 
 pytestmark = pytest.mark.slow
 
@@ -212,25 +211,6 @@ def test_save_killed_at_ten_times_never_damages_a_complete_step(tmp_path: Path, 
 
 
 # In one process
-
-
-def test_replicated_shards_count_once_in_the_checksum() -> None:
-    x = torch.arange(24, dtype=torch.float32).view(6, 4)
-    checksums = [int(integrity.checksum(x[:3])), int(integrity.checksum(x[3:], [3, 0]))]
-    gathered = torch.tensor([[[index, checksums[index]]] for index in (0, 1, 0, 1)])
-    assert integrity.full_fingerprints(gathered, ["x"]) == {"x": f"{int(integrity.checksum(x)) % 2**64:016x}"}
-    assert [integrity.shards_to_write(gathered, rank) for rank in range(4)] == [[True], [True], [False], [False]]
-    gathered[2, 0, 1] += 1
-    with pytest.raises(UserError, match="x differs between rank 0 and rank 2"):
-        integrity.full_fingerprints(gathered, ["x"])
-
-
-@pytest.mark.parametrize(
-    ("sizes", "limit", "chunk"),
-    [((), 8, []), ((8, 6), 96, [4, 6]), ((8, 6), 20, [1, 3]), ((3, 4), 16, [3, 1]), ((2, 2), 16, [2, 2])],
-)
-def test_chunks_divide_a_block(sizes: tuple[int, ...], limit: int, chunk: list[int]) -> None:
-    assert storage.chunk_shape(np.zeros(sizes, np.float32), limit) == chunk
 
 
 def test_chunked_arrays_are_read_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
