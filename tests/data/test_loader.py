@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import threading
 import time
 import weakref
@@ -84,24 +85,21 @@ def rows_of(items: list[Item]) -> np.ndarray:
     return np.concatenate([torch.cat([b["inputs"], b["targets"][:, -1:]], 1).numpy() for b, _, _ in items])
 
 
-def same(one: list[Item], two: list[Item]) -> bool:
-    batches = [all(torch.equal(a[0][k], b[0][k]) for k in a[0]) for a, b in zip(one, two, strict=True)]
-    states = [
-        a[1]["position"] == b[1]["position"] and all(np.array_equal(a[1][k], b[1][k]) for k in ("tokens", "lengths"))
-        for a, b in zip(one, two)
+def plain(items: list[Item]) -> list[Any]:
+    """Batches, states and statistics as values that compare with `==`."""
+    return [
+        ({n: x.tolist() for n, x in batch.items()}, {n: np.asarray(x).tolist() for n, x in state.items()}, stats)
+        for batch, state, stats in items
     ]
-    return all(batches) and all(states) and [a[2] for a in one] == [b[2] for b in two]
 
 
 def copied(state: LoaderState) -> LoaderState:
     """The state as it comes back from a checkpoint: through JSON and array files."""
-    arrays = {}
-    for name in ("tokens", "lengths"):
-        file = io.BytesIO()
-        np.save(file, state[name])
-        file.seek(0)
-        arrays[name] = np.load(file, allow_pickle=False)
-    return LoaderState(position=json.loads(json.dumps(state["position"])), **arrays)
+    file = io.BytesIO()
+    np.savez(file, tokens=state["tokens"], lengths=state["lengths"])
+    arrays = np.load(io.BytesIO(file.getvalue()), allow_pickle=False)
+    position = json.loads(json.dumps(state["position"]))
+    return LoaderState(position=position, tokens=arrays["tokens"], lengths=arrays["lengths"])
 
 
 def test_rows_equal_a_plain_reference(folder: Path) -> None:
@@ -140,20 +138,6 @@ def test_large_vocabulary_uses_32_bit_tokens(folder: Path) -> None:
     row = rows_of(take(1, loader(folder, tok=big)))[0]
     small = rows_of(take(1, loader(folder)))[0]
     assert row[0] == big.bos > 2**16 and (row[row < 256] == small[small < 256]).all()
-
-
-@pytest.mark.parametrize("odd", [[], ["half a \ud800 pair"]])
-def test_tokens_equal_the_tokenizers(tmp_path: Path, odd: list[str]) -> None:
-    texts = ["<|bos|> is text", "<|user_end|> too", "plain", "é 漢字 🎉", " x ", " " * 9000 + "x", "word " * 3000]
-    texts += ["a" + "y" * 5000, "b " * 2000 + "y" * 9001 + " c", "\n" * 9001 + "x", "b" + " " * 9000 + "x", "\0", *odd]
-    tok = Tokenizer((*TOK.tokens, b"or", b"wor", b"  ", b"    ", b"yy", b"\n\n"))
-    (tmp_path / "odd").mkdir()
-    for name in "ab":
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (tmp_path / "odd" / f"{name}.jsonl").write_text(lines)
-    expected = [i for text in texts for i in (tok.bos, *tok.encode(text))]
-    stream = loader(tmp_path / "odd", tok=tok, shuffle=False, buffer_docs=1, rows=1, length=len(expected) - 1)
-    assert rows_of(take(1, stream))[0].tolist() == expected
 
 
 def whole_docs(tmp_path: Path) -> tuple[Path, list[int]]:
@@ -209,23 +193,17 @@ def test_ranks_read_interleaved_rows(folder: Path, world_size: int) -> None:
                 assert part[name].shape == (8 // world_size, 24)
                 assert torch.equal(part[name][r // world_size], whole[0][name][r])
         for rank in ranks:
-            assert same([(whole[0], *rank[step][1:])], [whole]), "state and statistics are those of all ranks"
+            everyone = (whole[0], *rank[step][1:])
+            assert plain([everyone]) == plain([whole]), "state and statistics are those of all ranks"
 
 
-def test_resumes_bit_for_bit(folder: Path) -> None:
-    unbroken = take(60, loader(folder, token_cache=False))
+def test_resumes_after_every_batch_bit_for_bit(folder: Path) -> None:
+    unbroken, state = take(60, loader(folder, token_cache=False)), None
     assert unbroken[-1][2]["epoch"] >= 2
-    for done in [1, 2, 3, 5, 13, 34, 55]:
-        state = copied(unbroken[done - 1][1])
-        assert same(take(60 - done, loader(folder, state=state)), unbroken[done:])
-
-
-def test_resumes_after_every_batch(folder: Path) -> None:
-    unbroken, state = take(40, loader(folder)), None
     for expected in unbroken:
-        item = take(1, loader(folder, state=state))[0]
-        assert same([item], [expected])
-        state = copied(item[1])
+        item = take(1, loader(folder, state=state))
+        assert plain(item) == plain([expected])
+        state = copied(item[0][1])
 
 
 def test_resumes_with_a_different_number_of_ranks_and_rows(folder: Path) -> None:
@@ -259,19 +237,6 @@ def test_resumes_from_a_state_of_the_first_version(tmp_path: Path) -> None:
         assert hashlib.sha256(data).hexdigest() == saved["next_40_sha256"]
         assert items[-1][2] == saved["stats_after_40"]
         assert items[-1][1]["position"].keys() == saved["position"].keys()
-
-
-def test_state_is_not_changed_by_later_batches(folder: Path) -> None:
-    stream = loader(folder)
-    _, state, _ = next(stream)
-    before = copied(state)
-    resumed = loader(folder, state=state)
-    for _ in range(20):
-        next(stream)
-        next(resumed)
-    for name in ("tokens", "lengths"):
-        assert np.array_equal(state[name], before[name])
-    assert state["position"] == before["position"]
 
 
 def test_state_holds_at_most_a_row_of_each_document(tmp_path: Path) -> None:
@@ -317,16 +282,12 @@ def test_state_of_a_different_stream_is_refused(folder: Path) -> None:
     damaged = LoaderState(position=state["position"], tokens=state["tokens"][:-1], lengths=state["lengths"])
     with pytest.raises(UserError, match="corrupt"):
         loader(folder, state=damaged)
-    (folder / "shard_00001.parquet").unlink()
-    with pytest.raises(UserError, match=r"data was 3 shards .*, is 2 shards"):
-        loader(folder, state=state)
-
-
-def test_state_of_changed_data_is_refused(folder: Path) -> None:
-    state = copied(take(3, loader(folder))[-1][1])
     state["position"]["doc"] = 11
     with pytest.raises(UserError, match=r"shard_\d+\.parquet has changed"):
         next(loader(folder, state=state))
+    (folder / "shard_00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"data was 3 shards .*, is 2 shards"):
+        loader(folder, state=state)
 
 
 def test_data_can_be_moved(folder: Path, tmp_path: Path) -> None:
@@ -334,7 +295,7 @@ def test_data_can_be_moved(folder: Path, tmp_path: Path) -> None:
     moved = folder.rename(tmp_path / "moved")
     for path in moved.iterdir():
         os.utime(path, (1, 1))
-    assert same(take(5, loader(moved, state=unbroken[4][1])), unbroken[5:])
+    assert plain(take(5, loader(moved, state=unbroken[4][1]))) == plain(unbroken[5:])
 
 
 def test_validation_is_unshuffled_and_starts_over_every_time(folder: Path) -> None:
@@ -354,50 +315,36 @@ def test_validation_is_unshuffled_and_starts_over_every_time(folder: Path) -> No
 # The token cache
 
 
-def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> list[str]:
-        raise AssertionError("a shard was read")
-
-    monkeypatch.setattr(dataloader, "read_block", fail)
-
-
 def test_cached_batches_are_the_same(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = take(50, loader(folder, token_cache=False))
+    uncached = plain(take(50, loader(folder, token_cache=False)))
     assert not (base / "tokens").exists()
-    assert same(take(50, loader(folder)), plain)
+    assert plain(take(50, loader(folder))) == uncached
     files = sorted((base / "tokens" / TOK.fingerprint[:16]).glob("*/*"))
     assert len(files) == 12 and all(file.suffix == ".tokens" for file in files)
-    forbid_reading(monkeypatch)
-    assert same(take(50, loader(folder)), plain)
-
-
-def test_cache_depends_on_tokenizer_and_text(folder: Path, tmp_path: Path) -> None:
-    before = take(20, loader(folder))
-    other = Tokenizer((*TOK.tokens, b"ab"))
-    assert not np.array_equal(rows_of(take(20, loader(folder, tok=other))), rows_of(before))
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-    random.seed(3)
-    write(folder, [[text(20) for _ in range(37)] for _ in range(4)])
-    fresh = take(20, loader(folder))
-    assert same(fresh, take(20, loader(folder, token_cache=False)))
-
-
-def test_corrupt_cache_file_is_rewritten(folder: Path, base: Path) -> None:
-    plain = take(30, loader(folder))
-    files = sorted(base.glob("tokens/*/*/*"))
     whole = [file.read_bytes() for file in files]
-    for i, file in enumerate(files):
+    monkeypatch.setattr(dataloader, "read_block", None)  # no shard is read
+    assert plain(take(50, loader(folder))) == uncached
+    monkeypatch.undo()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    for i, file in enumerate(files):  # corrupt files are rewritten
         file.write_bytes([whole[i][:-3], b"", whole[i][:-1] + b"\xff\xff"][i % 3])
-    assert same(take(30, loader(folder)), plain)
+    assert plain(take(50, loader(folder))) == uncached
     assert [file.read_bytes() for file in files] == whole
+
+
+def test_cache_depends_on_tokenizer_and_text(folder: Path) -> None:
+    before = rows_of(take(20, loader(folder)))
+    other = Tokenizer((*TOK.tokens, b"ab"))
+    assert not np.array_equal(rows_of(take(20, loader(folder, tok=other))), before)
+    shutil.rmtree(folder)
+    write(folder, [[text(20) for _ in range(37)] for _ in range(4)])
+    assert plain(take(20, loader(folder))) == plain(take(20, loader(folder, token_cache=False)))
 
 
 def test_ranks_tokenize_each_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(4)
     source = write(tmp_path / "more", [[text(20) for _ in range(200)] for _ in range(4)])
-    plain = take(10, loader(source, rows=8, token_cache=False))
+    alone = rows_of(take(10, loader(source, rows=8, token_cache=False)))
     monkeypatch.setattr(dataloader, "OTHER_RANK_SECONDS", 60)
     read, reads = dataloader.read_block, []
 
@@ -410,8 +357,8 @@ def test_ranks_tokenize_each_block_once(tmp_path: Path, monkeypatch: pytest.Monk
     streams = [loader(source, rows=8, rank=rank, world_size=4) for rank in range(4)]
     with ThreadPoolExecutor(4) as ranks:
         results = [rows_of(items) for items in ranks.map(lambda stream: take(10, stream), streams)]
-    assert np.array_equal(np.stack(results, 1).reshape(-1, 25), rows_of(plain))
-    assert len(reads) == len(set(reads)), "a block was tokenised twice"
+    assert np.array_equal(np.stack(results, 1).reshape(-1, 25), alone)
+    assert len(reads) == len(set(reads)), "a block was tokenized twice"
     assert len(reads) < 60, "the test should end within the first epoch"
 
 
@@ -419,28 +366,24 @@ def test_ranks_tokenize_each_block_once(tmp_path: Path, monkeypatch: pytest.Monk
 # Data that cannot be read, or is not there
 
 
-def damage(folder: Path) -> Path:
-    """Damage the pages, and not the footer, of the second shard's third block."""
+def damage(folder: Path, kind: str) -> Path:
+    """Damage the second shard: the pages of its third block and not the footer, or cut it off."""
     path = folder / "shard_00001.parquet"
     start = pq.ParquetFile(path).metadata.row_group(2).column(0)
     offset = start.dictionary_page_offset or start.data_page_offset
     data = bytearray(path.read_bytes())
     data[offset : offset + start.total_compressed_size] = b"\xff" * start.total_compressed_size
-    path.write_bytes(data)
+    path.write_bytes(data if kind == "block" else data[:200])
     return path
 
 
-@pytest.mark.parametrize("kind", ["block", "cut", "empty"])
+@pytest.mark.parametrize("kind", ["block", "cut"])
 def test_corrupt_shard_is_named_in_its_turn(folder: Path, kind: str) -> None:
     good = rows_of(take(30, loader(folder, shuffle=False)))
-    path = folder / "shard_00001.parquet"
-    if kind == "block":
-        damage(folder)
-    else:
-        path.write_bytes(path.read_bytes()[: 200 if kind == "cut" else 0])
-    stream, rows = loader(folder, shuffle=False, rows=1), []
+    path = damage(folder, kind)
+    rows = []
     with pytest.raises(CorruptShardError, match=r"shard_00001\.parquet") as caught:
-        for item in stream:
+        for item in loader(folder, shuffle=False, rows=1):
             rows.append(item)
     assert caught.value.path == path
     assert len(rows) >= 10 and np.array_equal(rows_of(rows), good[: len(rows)])
@@ -448,29 +391,23 @@ def test_corrupt_shard_is_named_in_its_turn(folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["block", "cut"])
 def test_corrupt_shard_is_skipped_deterministically(folder: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
-    path = damage(folder) if kind == "block" else folder / "shard_00001.parquet"
-    if kind == "cut":
-        path.write_bytes(path.read_bytes()[:200])
+    damage(folder, kind)
     unbroken = take(60, loader(folder, skip_bad_shards=True))
     assert unbroken[-1][2]["epoch"] >= 2
     warnings = capfd.readouterr().err.splitlines()
     assert len(warnings) == 1 and "shard_00001.parquet" in warnings[0]
     for done in range(1, 60, 6):
         state = copied(unbroken[done - 1][1])
-        assert same(take(60 - done, loader(folder, skip_bad_shards=True, state=state)), unbroken[done:])
+        assert plain(take(60 - done, loader(folder, skip_bad_shards=True, state=state))) == plain(unbroken[done:])
 
 
 @pytest.mark.parametrize("kind", ["block", "cut"])
 def test_blocks_before_the_corrupt_one_are_read(folder: Path, tmp_path: Path, kind: str) -> None:
     first, second, third, val = texts_of(folder)
-    if kind == "block":
-        damage(folder)
-        left = [first, second[:20], third, val]
-    else:
-        (folder / "shard_00001.parquet").write_bytes(b"")
-        left = [first, third, val]
-    expected = take(40, loader(write(tmp_path / "left", left), shuffle=False))
-    assert np.array_equal(rows_of(take(40, loader(folder, shuffle=False, skip_bad_shards=True))), rows_of(expected))
+    damage(folder, kind)
+    readable = write(tmp_path / "left", [first, second[: 20 if kind == "block" else 0], third, val])
+    expected = rows_of(take(40, loader(readable, shuffle=False)))
+    assert np.array_equal(rows_of(take(40, loader(folder, shuffle=False, skip_bad_shards=True))), expected)
 
 
 @pytest.mark.parametrize("shards", [[["", ""]] * 3, [[]] * 3, [[], ["", "x"]]], ids=["blank", "no rows", "val only"])
@@ -478,13 +415,10 @@ def test_data_without_documents_is_an_error(tmp_path: Path, shards: list[list[st
     source = write(tmp_path / "none", shards)
     with pytest.raises(UserError, match="no documents to read for split train"):
         next(loader(source))
-
-
-def test_only_corrupt_shards_is_an_error(folder: Path) -> None:
-    for path in folder.iterdir():
+    for path in source.iterdir():
         path.write_bytes(b"not parquet")
     with pytest.raises(UserError, match="no documents to read for split train"):
-        next(loader(folder, skip_bad_shards=True))
+        next(loader(source, skip_bad_shards=True))
 
 
 def test_one_short_document_is_enough(tmp_path: Path) -> None:
@@ -535,18 +469,6 @@ def test_closing_does_not_wait_for_started_blocks(folder: Path, monkeypatch: pyt
     started = time.monotonic()
     stream.close()  # type: ignore[attr-defined]
     assert time.monotonic() - started < 1, "a block takes two seconds"
-
-
-def test_error_in_a_thread_keeps_its_type(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Odd(Exception):
-        pass
-
-    def fail(*_: Any) -> list[str]:
-        raise Odd("from a thread")
-
-    monkeypatch.setattr(dataloader, "read_block", fail)
-    with pytest.raises(Odd, match="from a thread"):
-        next(loader(folder))
 
 
 @pytest.mark.gpu

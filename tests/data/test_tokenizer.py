@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -137,6 +138,16 @@ def test_batch_equals_single_encoding_for_any_number_of_threads(tok: Tokenizer):
     for threads in (None, 1, 2, 7):
         assert tok.encode_batch(texts, num_threads=threads) == alone
     assert tok.encode_batch([]) == []
+
+
+@pytest.mark.parametrize("odd", [[], ["half a \ud800 pair"]])
+def test_documents_are_encoded_together_as_alone(odd: list[str]):
+    texts = ["<|bos|> is text", "<|user_end|> too", "plain", "é 漢字 🎉", " x ", " " * 9000 + "x", "word " * 3000]
+    texts += ["a" + "y" * 5000, "b " * 2000 + "y" * 9001 + " c", "\n" * 9001 + "x", "b" + " " * 9000 + "x", "\0", *odd]
+    tok = Tokenizer((*(bytes([i]) for i in range(256)), b"or", b"wor", b"  ", b"    ", b"yy", b"\n\n"))
+    docs = tok.encode_documents(texts)
+    assert [doc.tolist() for doc in docs] == [[tok.bos, *tok.encode(text)] for text in texts]
+    assert all(doc.dtype == np.uint32 for doc in docs) and tok.encode_documents([]) == []
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "\u3000", "é", "\x1c!", "ab "])
