@@ -1,6 +1,5 @@
 """Conversations: rendered ids and masks against literals, what is refused, and the reader of streamed answers."""
 
-import random
 from typing import Any
 
 import pytest
@@ -65,12 +64,12 @@ def test_parts_are_encoded_separately() -> None:
 def test_text_never_becomes_a_special_token(place: str) -> None:
     evil = "".join(SPECIALS)
     if place in ("python", "python_output"):
-        said = talk("u", [{"type": place, "text": evil}])
+        conversation = talk("u", [{"type": place, "text": evil}])
     else:
-        said = talk(evil if place == "user" else "u", evil if place == "assistant" else "a")
+        conversation = talk(evil if place == "user" else "u", evil if place == "assistant" else "a")
         if place == "system":
-            said = talk("u", "a", system=evil)
-    ids, _ = chat_format.render(TOK, said)
+            conversation = talk("u", "a", system=evil)
+    ids, _ = chat_format.render(TOK, conversation)
     extra = {"python": [PY, PY_END], "python_output": [OUT, OUT_END]}.get(place, [])
     assert [i for i in ids if i >= BOS] == [BOS, USER, USER_END, BOT, *extra, BOT_END]
     assert evil in TOK.decode([i for i in ids if i < BOS])
@@ -82,17 +81,10 @@ def test_ids_and_mask_are_truncated_to_max_tokens() -> None:
         assert chat_format.render(TOK, talk("hey", "he é"), length) == (ids[:length], mask[:length])
 
 
-def test_rendering_does_not_change_the_conversation() -> None:
-    said = talk("b", TOOL, system="a")
-    before = repr(said)
-    chat_format.render(TOK, said)
-    assert repr(said) == before
-
-
 def test_prompt_ends_where_the_answer_starts() -> None:
-    said = talk("hey", "he é", "q", system="s")
-    ids, _ = chat_format.render(TOK, said)
-    assert chat_format.prompt(TOK, said["messages"]) == [*ids, BOT]
+    conversation = talk("hey", "he é", "q", system="s")
+    ids, _ = chat_format.render(TOK, conversation)
+    assert chat_format.prompt(TOK, conversation["messages"]) == [*ids, BOT]
     whole, _ = chat_format.render(TOK, talk("hey", "he é", "q", "r", system="s"))
     assert whole[: len(ids) + 1] == [*ids, BOT]
     with pytest.raises(ConversationError, match="message 2: the last message must be the user's"):
@@ -104,40 +96,35 @@ SYSTEM_X = {"role": "system", "content": "x"}
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("conversation", "message"),
     [
         ([USER_X], 'expected a conversation {"messages"'),
-        ({}, 'expected a conversation {"messages"'),
         ({"messages": "hello"}, 'expected a conversation {"messages"'),
         ({"messages": []}, "no user message: add one"),
         ({"messages": [SYSTEM_X]}, "no user message: add one after the system's"),
         ({"messages": ["hello"]}, r"message 1: expected an object .* got 'hello'"),
-        ({"messages": [{"role": "user"}]}, r"message 1: expected an object"),
         ({"messages": [BOT_X]}, "message 1: role 'assistant', expected user"),
         ({"messages": [USER_X, USER_X]}, "message 2: role 'user', expected assistant"),
-        ({"messages": [SYSTEM_X, USER_X, BOT_X, BOT_X]}, "message 4: role 'assistant', expected user"),
         ({"messages": [USER_X, SYSTEM_X]}, "message 2: role 'system', expected assistant.*may only come first"),
-        ({"messages": [SYSTEM_X, SYSTEM_X]}, "message 2: role 'system', expected user"),
         ({"messages": [{"role": [], "content": ""}]}, r"message 1: role \[\], expected user"),
         ({"messages": [{"role": "user", "content": TOOL}]}, "message 1: content of the user must be a string"),
         ({"messages": [{"role": "system", "content": None}, USER_X]}, "message 1: content of the system must be"),
         (talk("x", None), "message 2: content must be a string or a list of parts, got None"),
         (talk("x", ["text"]), r"message 2, part 1: expected .*python_output.* got 'text'"),
         (talk("x", [TOOL[0], {"type": "image", "text": ""}]), "message 2, part 2: .*'image'"),
-        (talk("x", [{"type": "text", "text": 3}]), "message 2, part 1: .* got "),
     ],
 )
-def test_invalid_message_is_named(said: Any, message: str) -> None:
+def test_invalid_message_is_named(conversation: Any, message: str) -> None:
     for refuse in (chat_format.check, lambda c: chat_format.render(TOK, c)):
         with pytest.raises(ConversationError, match=message) as caught:
-            refuse(said)
+            refuse(conversation)
         assert isinstance(caught.value, UserError) and isinstance(caught.value, ValueError)
         assert "\n" not in str(caught.value)
 
 
 def test_valid_conversations_pass_the_check() -> None:
-    for said in (talk("x"), talk("x", "y"), talk("", "", system=""), talk("x", TOOL, "z"), talk("x", [])):
-        assert chat_format.check({**said, "source": "other keys are none of our business"}) is None
+    for conversation in (talk("x"), talk("x", "y"), talk("", "", system=""), talk("x", TOOL, "z"), talk("x", [])):
+        assert chat_format.check({**conversation, "source": "other keys are none of our business"}) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -145,10 +132,10 @@ def test_valid_conversations_pass_the_check() -> None:
 
 
 def test_content_is_the_inverse_of_render() -> None:
-    for said in ("he é", "", TOOL, TOOL[1:3], [*TOOL[1:3], *TOOL[1:3]], [{"type": "python", "text": ""}]):
-        ids, _ = chat_format.render(TOK, talk("x", said))
-        assert chat_format.content(TOK, ids[5:]) == said
-        assert chat_format.content(TOK, ids[5:-1]) == said
+    for expected in ("he é", "", TOOL, TOOL[1:3], [*TOOL[1:3], *TOOL[1:3]], [{"type": "python", "text": ""}]):
+        ids, _ = chat_format.render(TOK, talk("x", expected))
+        assert chat_format.content(TOK, ids[5:]) == expected
+        assert chat_format.content(TOK, ids[5:-1]) == expected
 
 
 def test_content_of_malformed_answers() -> None:
@@ -156,8 +143,8 @@ def test_content_of_malformed_answers() -> None:
     assert chat_format.content(TOK, [ord("a"), PY_END, ord("b"), BOS]) == "ab"
     assert chat_format.content(TOK, [PY, ord("1")]) == [{"type": "python", "text": "1"}]
     assert chat_format.content(TOK, [0xC3]) == "\ufffd"
-    for said in ([PY, PY, OUT], [OUT_END, 0xFF, PY], [USER, USER_END]):
-        content = chat_format.content(TOK, said)
+    for ids in ([PY, PY, OUT], [OUT_END, 0xFF, PY], [USER, USER_END]):
+        content = chat_format.content(TOK, ids)
         chat_format.render(TOK, talk("x", content))  # can be part of the history
 
 
@@ -230,14 +217,5 @@ def test_content_of_any_tokens_can_be_rendered(ids: list[int]) -> None:
     content = chat_format.content(TOK, ids)
     chat_format.render(TOK, talk("x", content))
     if all(i < 128 or i >= BOS for i in ids):  # no character of several bytes, which a special token may tear apart
-        said = content if isinstance(content, str) else "".join(part["text"] for part in content)
-        assert said == "".join(piece.text for piece in pieces)
-
-
-def test_reading_takes_constant_time_per_token() -> None:
-    # The reader keeps what is unfinished, not what it has read.
-    reader, draw = Reader(TOK), random.Random(0)
-    for _ in range(50_000):
-        reader.feed(draw.randrange(128))
-    state = reader._decoder.getstate()
-    assert len(state[0]) <= 3
+        whole = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        assert whole == "".join(piece.text for piece in pieces)

@@ -40,7 +40,7 @@ def test_runs_at_most_depth_items_ahead() -> None:
             yield i
 
     items = prefetch(make(), depth=4)
-    assert made == [], "nothing runs before the first item is asked for"
+    assert made == [], "nothing runs before the first next()"
     assert next(items) == 0
     assert wait_for(lambda: len(made) == 5)  # one taken, four ready
     time.sleep(0.2)
@@ -63,8 +63,8 @@ def test_error_is_raised_after_the_items_before_it() -> None:
     assert wait_for(lambda: running() == 0)
 
 
-@pytest.mark.parametrize("how", ["close", "forget", "error"])
-def test_thread_ends_with_the_generator(how: str) -> None:
+@pytest.mark.parametrize("ending", ["close", "forget", "error"])
+def test_thread_ends_with_the_generator(ending: str) -> None:
     closed = threading.Event()
 
     def make() -> Generator[int, None, None]:
@@ -75,16 +75,15 @@ def test_thread_ends_with_the_generator(how: str) -> None:
 
     items = prefetch(make(), depth=2)
     next(items)
-    if how == "close":
+    if ending == "close":
         items.close()
-    elif how == "forget":
-        del items
-        gc.collect()
-    else:
+    elif ending == "error":
         with pytest.raises(KeyboardInterrupt):
             items.throw(KeyboardInterrupt())
+    del items
+    gc.collect()
     assert wait_for(lambda: running() == 0)
-    assert wait_for(closed.is_set), "the generator was not closed"
+    assert closed.is_set(), "the generator was not closed"
 
 
 @pytest.mark.parametrize(

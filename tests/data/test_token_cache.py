@@ -45,23 +45,18 @@ def test_reads_what_was_written(tmp_path: Path, docs: list[list[int]], token_typ
     assert [p.name for p in path.parent.iterdir()] == [path.name], "a temporary file was left"
 
 
-@given(st.data())
-def test_corrupt_file_counts_as_missing(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+@given(st.sampled_from(["cut", "flip", "grow"]), st.integers(0, 10**6))
+def test_corrupt_file_counts_as_missing(tmp_path_factory: pytest.TempPathFactory, kind: str, number: int) -> None:
     path = tmp_path_factory.mktemp("corrupt") / "0.tokens"
     loader.write_block(path, block_of(TOKENS))
-    whole = path.read_bytes()
-    kind = data.draw(st.sampled_from(["cut", "flip", "grow"]))
-    if kind == "cut":
-        path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-    elif kind == "grow":
-        path.write_bytes(whole + data.draw(st.binary(min_size=1, max_size=9)))
-    else:
-        flipped = bytearray(whole)
-        flipped[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-        path.write_bytes(flipped)
+    content = bytearray(path.read_bytes())
+    position = number % len(content)
+    if kind == "flip":
+        content[position] ^= 1 << number % 8
+    path.write_bytes({"cut": content[:position], "flip": content, "grow": content + content[: position + 1]}[kind])
     block = loader.read_cached(path)
     # A flip in the header's padding harms nothing; whatever is read must be what was written.
-    assert block is None or docs_of(block) == TOKENS
+    assert block is None or (kind == "flip" and docs_of(block) == TOKENS)
 
 
 @pytest.mark.parametrize("change", [{"docs": 2}, {"docs": 300}, {"tokens": 9}, {"token_bytes": 4}, {"docs": -1}])
