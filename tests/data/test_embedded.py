@@ -1,10 +1,12 @@
+"""The embedded corpus: its size and splits, and what of a small library becomes prose."""
+
+import ast
 import itertools
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import time
+import zipfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,68 +17,99 @@ from nanochat.data import embedded
 PROSE = "This is a sentence of plain English, and it is not the only one that we have here."
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    folder = tmp_path_factory.mktemp("embedded")
+@pytest.mark.slow
+def test_corpus_is_megabytes_of_prose_in_two_splits(tmp_path: Path):
     start = time.process_time()
-    embedded.build(folder)
-    return folder, time.process_time() - start
-
-
-def shard_texts(folder: Path) -> list[list[str]]:
-    return [pq.read_table(path)["text"].to_pylist() for path in sorted(folder.iterdir())]
-
-
-@pytest.mark.slow
-def test_corpus_is_megabytes_of_prose(built: tuple[Path, float]):
-    folder, seconds = built
-    assert seconds < 60
-    texts = [text for shard in shard_texts(folder) for text in shard]
-    # Distributions that package the help topics or ensurepip's wheels apart have less than the 4.4 million here.
-    assert sum(map(len, texts)) > 2_000_000
-    letters = sum(char.isalpha() or char.isspace() for text in texts for char in text)
-    assert letters > 0.85 * sum(map(len, texts))
-    assert max(map(len, texts)) < 1.5 * embedded.MAX_DOC_CHARS
-    assert not any(line.startswith(">>>") for text in texts for line in text.split("\n"))
-
-
-@pytest.mark.slow
-def test_splits_share_no_subject_and_no_paragraph(built: tuple[Path, float]):
-    paths = sorted(built[0].iterdir())
+    embedded.build(tmp_path)
+    assert time.process_time() - start < 60
+    paths = sorted(tmp_path.iterdir())
     assert [path.name for path in paths] == [f"shard_{i:05d}.parquet" for i in range(len(paths))] and len(paths) >= 3
     assert all(pq.ParquetFile(path).metadata.row_group(0).num_rows <= embedded.ROW_GROUP_DOCS for path in paths)
-    *train, val = shard_texts(built[0])
-    texts = list(itertools.chain(*train))
-    assert len({*texts, *val}) == len(texts) + len(val)
-    assert 0.02 < sum(map(len, val)) / sum(map(len, texts + val)) < 0.08
-    subjects = [{text.split("\n", 1)[0] for text in side} for side in (texts, val)]
-    assert not subjects[0] & subjects[1]
-    bodies = [{p for text in side for p in text.split("\n\n")[1:] if len(p) > 60} for side in (texts, val)]
-    assert not bodies[0] & bodies[1]
+    *shards, val = [pq.read_table(path)["text"].to_pylist() for path in paths]
+    train = list(itertools.chain(*shards))
+    texts = train + val
+    # Distributions that package the help topics or ensurepip's wheels apart have less than the 4.4 million here.
+    assert sum(map(len, texts)) > 2_000_000 and 0.02 < sum(map(len, val)) / sum(map(len, texts)) < 0.08
+    assert sum(char.isalpha() or char.isspace() for text in texts for char in text) > 0.85 * sum(map(len, texts))
+    assert max(map(len, texts)) < 1.5 * embedded.MAX_DOC_CHARS
+    assert len(set(texts)) == len(texts)
+    subjects = [{text.split("\n", 1)[0] for text in split} for split in (train, val)]
+    bodies = [{p for text in split for p in text.split("\n\n")[1:] if len(p) > 60} for split in (train, val)]
+    assert not subjects[0] & subjects[1] and not bodies[0] & bodies[1], "a text is in both splits"
 
 
-def test_corpus_is_deterministic(tmp_path: Path):
-    """Two processes that hash strings differently, on a part of the standard library."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for name in ("email", "json", "logging"):
-        shutil.copytree(library / name, tmp_path / "library" / name)
+MODULE = f'''#!/usr/bin/python
+"""{PROSE}"""
+x = "# this is not a comment, as it is in a string that we have"  # and this is a comment behind the code
+y = 1
+# One comment is here, and it goes on
+# in the line that follows this one.
+
+# {PROSE}
+def f():
+    """A function that is documented as the module is.
+
+    >>> this = is_not(the, prose) + of_the(day)
+    """
+    def inner():
+        """An inner function that is in the subject of the module."""
+if True:
+    class A:
+        """A class is a subject of its own, with all of its methods."""
+        def g(self):
+            """The method that we have in the class is here."""
+        class B:
+            """A class in a class is a subject of its own."""
+else:
+    async def h():
+        """This is a function after the class, and not in it."""
+'''
+
+
+def test_documents_of_a_small_library(tmp_path: Path):
+    """The same in two processes that hash strings differently."""
+    library = tmp_path / "library"
+    (library / "test").mkdir(parents=True)
+    (library / "m.py").write_text(MODULE)
+    (library / "old.py").write_text("print 'Python 2, which this is not, is not read by the parser of today'")
+    (library / "test" / "test_m.py").write_text(f'"""{PROSE} And a test."""')
+    with zipfile.ZipFile(library / "w.whl", "w") as wheel:
+        wheel.writestr("w/__init__.py", f'"""{PROSE[:-1]} in the wheel."""')
+    (library / "z.html").write_text(
+        "<script>it is not for the reader</script><p>It is &lt; that &gt; the other one.</p>"
+    )
     code = (
         "import sys, sysconfig\n"
         "from nanochat.data import embedded\n"
-        "paths = sysconfig.get_paths()\n"
-        "sysconfig.get_paths = lambda *_: {**paths, 'stdlib': sys.argv[1]}\n"
+        "embedded._compiled_modules = embedded._help_topics = lambda: ()\n"
+        "sysconfig.get_paths = lambda *_: {'stdlib': sys.argv[1]}\n"
         "print(embedded.documents())"
     )
-    outputs = []
     for seed in ("1", "2"):
-        command = [sys.executable, "-c", code, str(tmp_path / "library")]
+        command = [sys.executable, "-c", code, str(library)]
         env = {**os.environ, "PYTHONHASHSEED": seed}
-        outputs.append(subprocess.run(command, cwd=Path(__file__).parents[2], env=env, stdout=-1, check=True).stdout)
-    assert outputs[0] == outputs[1] and len(outputs[0]) > 100_000
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pieces
+        output = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, stdout=-1, check=True).stdout
+        assert ast.literal_eval(output.decode()) == [
+            (
+                "m",
+                f"m\n\n{PROSE}\n\nf: A function that is documented as the module is."
+                "\n\ninner: An inner function that is in the subject of the module."
+                "\n\nh: This is a function after the class, and not in it.",
+            ),
+            (
+                "m.A",
+                "m.A\n\nA class is a subject of its own, with all of its methods."
+                "\n\ng: The method that we have in the class is here.",
+            ),
+            ("m.A.B", "m.A.B\n\nA class in a class is a subject of its own."),
+            (
+                "Notes on m",
+                "Notes on m\n\nand this is a comment behind the code"
+                "\n\nOne comment is here, and it goes on in the line that follows this one.",
+            ),
+            ("w", f"w\n\n{PROSE[:-1]} in the wheel."),
+            ("z.html", "z.html\n\nIt is < that > the other one."),
+        ]
 
 
 def test_wrapped_lines_are_joined_except_in_lists():
@@ -117,54 +150,5 @@ def test_long_paragraphs_are_split_at_sentences():
     assert len(chunks) > 2
     assert all(chunk.startswith("subject\n\n") and len(chunk) <= embedded.MAX_DOC_CHARS + 20 for chunk in chunks)
     body = " ".join(chunk.removeprefix("subject\n\n").replace("\n\n", " ") for chunk in chunks)
-    assert body == " ".join(parts)
-    assert all(chunk.endswith(".") for chunk in chunks)
+    assert body == " ".join(parts) and all(chunk.endswith(".") for chunk in chunks)
     assert list(embedded._short("x" * 2000)) == ["x" * 900, "x" * 900, "x" * 200]
-
-
-def test_docstrings_are_grouped_by_class():
-    source = b'''"""Module."""
-def f():
-    """F."""
-    def inner():
-        """Inner."""
-if True:
-    class A:
-        """A."""
-        def g(self):
-            """G."""
-        class B:
-            """B."""
-    def h():
-        """H."""
-else:
-    async def k():
-        """K."""
-'''
-    assert [entry for entry in embedded._docstrings("m", source) if entry[2]] == [
-        ("m", "", "Module."),
-        ("m", "f", "F."),
-        ("m", "inner", "Inner."),
-        ("m", "h", "H."),
-        ("m", "k", "K."),
-        ("m.A", "", "A."),
-        ("m.A", "g", "G."),
-        ("m.A.B", "", "B."),
-    ]
-    assert list(embedded._docstrings("m", b"print 'Python 2'")) == []
-
-
-def test_adjacent_comments_are_joined_and_strings_are_not_comments():
-    source = b"""#!/usr/bin/python
-x = "# not a comment"  # behind code
-y = '''
-# nor this
-'''
-# one
-# two
-
-# three
-"""
-    [(subject, _, text)] = embedded._comments("m", source)
-    assert subject == "Notes on m"
-    assert [block.strip() for block in text.split("\n\n")] == ["/usr/bin/python", "behind code", "one\ntwo", "three"]

@@ -5,7 +5,6 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,22 +49,6 @@ def test_rows_equal_a_plain_reference(lengths: list[int], row_tokens: int, buffe
     assert list(plan(lengths, row_tokens, buffer_docs)) == list(reference(lengths, row_tokens, buffer_docs))
 
 
-@given(LENGTHS, st.integers(1, 50), st.integers(1, 20))
-def test_every_token_is_packed_once_or_cropped(lengths: list[int], row_tokens: int, buffer_docs: int) -> None:
-    rows = list(plan(lengths, row_tokens, buffer_docs))
-    seen = [doc for pieces, _ in rows for doc, _, _ in pieces]
-    assert len(seen) == len(set(seen)), "a document was used twice"
-    for pieces, lost in rows:
-        edges = [0, *(stop for _, _, stop in pieces)]
-        assert edges[-1] == row_tokens
-        assert [start for _, start, _ in pieces] == edges[:-1], "a gap or an overlap"
-        cut = [lengths[doc] - (stop - start) for doc, start, stop in pieces]
-        assert cut == [0] * (len(pieces) - 1) + [lost] and lost >= 0, "only the last document of a row may be cut"
-    unused = sum(lengths) - sum(lengths[doc] for doc in seen)
-    assert sum(lengths) == len(rows) * row_tokens + sum(lost for _, lost in rows) + unused
-    assert unused < row_tokens, "more than an unfinished row was left over"
-
-
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 30), st.integers(1, 10), st.data())
 def test_continues_from_the_waiting_documents(
     lengths: list[int], row_tokens: int, buffer_docs: int, data: st.DataObject
@@ -83,20 +66,6 @@ def test_continues_from_the_waiting_documents(
     rest = itertools.chain([(lengths[number], number) for number in waiting], documents)
     continued = [(row.pieces, row.cropped_tokens) for row in packing.plan(rest, row_tokens, buffer_docs)]
     assert first + continued == rows
-
-
-@pytest.mark.parametrize(
-    ("lengths", "expected"),
-    [
-        ([3, 7, 5, 4], [[(1, 0, 7), (0, 7, 10)]]),  # the longest that fits, then the longest that fits the rest
-        ([5, 5, 5], [[(0, 0, 5), (1, 5, 10)]]),  # of equals the earliest
-        ([8, 5, 4, 4], [[(0, 0, 8), (2, 8, 10)], [(1, 0, 5), (3, 5, 9)]]),  # none fits: the earliest of the shortest
-        ([30, 20, 25], [[(1, 0, 10)], [(2, 0, 10)], [(0, 0, 10)]]),  # longer than a row: cut, the rest is lost
-    ],
-)
-def test_choices(lengths: list[int], expected: list[list[tuple[int, int, int]]]) -> None:
-    rows = [pieces for pieces, _ in plan(lengths, row_tokens=10, buffer_docs=10)]
-    assert rows == [row for row in expected if row[-1][2] == 10]
 
 
 def test_padding_leaves_the_end_of_a_row_empty() -> None:
