@@ -130,9 +130,7 @@ def base_stage(
     config: Config, shape: model.ModelConfig, plan: optim.Plan, tok: data.Tokenizer, runtime: distributed.Runtime
 ) -> train.Stage:
     """Return the stage: packed documents, the plan's hyperparameters, bits per byte, CORE and samples."""
-    rows_per_step = plan.total_batch_size // shape.sequence_len
-    bundle = find_bundle(config.core)
-    batches = functools.partial(
+    stream = functools.partial(
         data.loader.batches,
         config.data,
         tok,
@@ -142,30 +140,25 @@ def base_stage(
         world_size=runtime.world_size,
         device=runtime.device,
     )
-
-    def evaluations(rows: int) -> list[train.Evaluation]:
-        rows *= runtime.world_size
-        validation = functools.partial(
-            train.stage.evaluate_bpb,
-            batches=functools.partial(batches, split="val", rows_per_step=rows),
-            steps=max(config.eval.tokens // (rows * shape.sequence_len), 1),
-        )
-        evals = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
-        if bundle:
-            score = functools.partial(core_score, bundle, config.core.max_per_task)
-            evals.append(train.Evaluation("core/CORE", config.core.every_steps, score))
-        samples = functools.partial(
-            train.stage.print_samples, encode=lambda prompt: [tok.bos, *tok.encode(prompt)], decode=tok.decode
-        )
-        return [*evals, train.Evaluation(None, config.eval.sample_every_steps, samples)]
-
+    validation = functools.partial(
+        train.stage.evaluate_bpb, batches=lambda rows: stream(split="val", rows_per_step=rows * runtime.world_size)
+    )
+    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
+    if bundle := find_bundle(config.core):
+        score = functools.partial(core_score, bundle, config.core.max_per_task)
+        evaluations.append(train.Evaluation("core/CORE", config.core.every_steps, score))
+    samples = functools.partial(
+        train.stage.print_samples, encode=lambda prompt: [tok.bos, *tok.encode(prompt)], decode=tok.decode
+    )
+    evaluations.append(train.Evaluation(None, config.eval.sample_every_steps, samples))
+    rows_per_step = plan.total_batch_size // shape.sequence_len
     return train.Stage(
         name="base",
         num_steps=plan.num_steps,
         step_tokens=plan.total_batch_size,
         flops_per_token=plan.flops_per_token,
         make_step=functools.partial(train.scheduled, schedule=lambda step, _: optim.hparams(config.optim, plan, step)),
-        batches=lambda state, _: batches(split="train", rows_per_step=rows_per_step, state=state),
+        batches=lambda state, _: stream(split="train", rows_per_step=rows_per_step, state=state),
         evaluations=evaluations,
     )
 
@@ -201,16 +194,9 @@ def resolve(config: Config, tok: data.Tokenizer | None) -> tuple[model.ModelConf
         raise UserError(
             f"model.vocab_size={vocab_size}: the tokenizer has {tok.vocab_size} tokens; set model.vocab_size=none"
         )
-    from_depth = functools.partial(
-        model.from_depth,
-        vocab_size=vocab_size,
-        sequence_len=config.model.sequence_len,
-        aspect_ratio=config.model.aspect_ratio,
-        head_dim=config.model.head_dim,
-        window_pattern=config.model.window_pattern,
-    )
+    fields = {**dataclasses.asdict(config.model), "vocab_size": vocab_size}
     try:
-        shape, reference = from_depth(config.depth), from_depth(scaling.REFERENCE_DEPTH)
+        shape, reference = (model.from_depth(depth, **fields) for depth in (config.depth, scaling.REFERENCE_DEPTH))
     except ValueError as error:
         raise UserError(str(error)) from None
     plan = scaling.plan(

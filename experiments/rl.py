@@ -181,7 +181,7 @@ def rl_stage(
         make_step=make_step,
         batches=lambda state, rows: train.rl.prompt_batches(task, rollout.prompts_per_step, state),
         initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
-        evaluations=lambda rows: [
+        evaluations=[
             train.Evaluation("rl/pass_at_1", config.eval.every_steps, functools.partial(pass_at_k, engine, eval_task)),
             train.Evaluation(None, config.eval.sample_every_steps, functools.partial(print_answers, latest)),
         ],

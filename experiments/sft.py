@@ -177,26 +177,24 @@ def sft_stage(
         buffer_conversations=config.buffer_conversations,
     )
 
-    def evaluations(rows: int) -> list[train.Evaluation]:
-        val = packing._replace(rows_per_step=rows * runtime.world_size, micro_rows=rows, epochs=1)
-        validation = functools.partial(
-            train.stage.evaluate_bpb,
-            batches=functools.partial(stream, val_task, packing=val),
-            steps=max(config.eval.tokens // (val.rows_per_step * length), 1),
+    def validation_batches(rows: int) -> train.sft.Batches:
+        return stream(
+            val_task, packing=packing._replace(rows_per_step=rows * runtime.world_size, micro_rows=rows, epochs=1)
         )
-        evals = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
-        if chat_tasks:
-            first = chat_tasks[0].name
-            key = f"chat/{eval.chat_eval.TITLES.get(first, first)}"
-            score = functools.partial(chat_score, chat_tasks, config.chat)
-            evals.append(train.Evaluation(key, config.chat.every_steps, score))
-        samples = functools.partial(
-            train.stage.print_samples,
-            encode=lambda prompt: chat_format.prompt(tok, [{"role": "user", "content": prompt}]),
-            decode=functools.partial(chat_format.shown, tok),
-        )
-        return [*evals, train.Evaluation(None, config.eval.sample_every_steps, samples)]
 
+    validation = functools.partial(train.stage.evaluate_bpb, batches=validation_batches)
+    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
+    if chat_tasks:
+        first = chat_tasks[0].name
+        score = functools.partial(chat_score, chat_tasks, config.chat)
+        key = f"chat/{eval.chat_eval.TITLES.get(first, first)}"
+        evaluations.append(train.Evaluation(key, config.chat.every_steps, score))
+    samples = functools.partial(
+        train.stage.print_samples,
+        encode=lambda prompt: chat_format.prompt(tok, [{"role": "user", "content": prompt}]),
+        decode=functools.partial(chat_format.shown, tok),
+    )
+    evaluations.append(train.Evaluation(None, config.eval.sample_every_steps, samples))
     return train.Stage(
         name=name,
         origin=base.origin,

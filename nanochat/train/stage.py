@@ -58,7 +58,7 @@ class Stage:
         step_tokens: tokens of a step, over all ranks. flops_per_token: forward and backward.
         make_step: (train step, rows of a micro-batch) -> the loop's step, see `train.scheduled`.
         batches: (loader state or None, rows of a micro-batch) -> the batches for `train.fit`.
-        evaluations: (rows of a micro-batch) -> evaluations, in the order in which they run.
+        evaluations: in the order in which they run.
         origin: run, step and stage of the checkpoint that this stage starts from, or None.
         initial_state: (sharding_plan) -> the state before the first step; None: random parameters.
     """
@@ -69,7 +69,7 @@ class Stage:
     flops_per_token: int
     make_step: Callable[[Callable[..., Any], int], StepFn]
     batches: Callable[[Any, int], Generator[tuple[dict[str, Any], Any, dict[str, float]], None, None]]
-    evaluations: Callable[[int], Sequence[Evaluation]]
+    evaluations: Sequence[Evaluation]
     origin: Mapping[str, Any] | None = None
     initial_state: Callable[[ShardingPlan | None], TrainState] | None = None
 
@@ -85,7 +85,6 @@ class RunContext:
     runtime: Runtime
     sharding_plan: ShardingPlan | None  # None for a single process
     loss_fn: Callable  # for evaluation
-    evaluations: Sequence[Evaluation]
     peak_flops: float  # of a device
     folder: Path
     manager: checkpoint.Manager
@@ -137,8 +136,7 @@ def run_stage(
         stack.callback(logger.close, log)
         bar = stack.enter_context(progress.Bar(stage.num_steps, initial=at.step, label=str(config.name)))
         ctx = RunContext(
-            config, stage, shape, tok, runtime, sharding_plan, loss_fn, stage.evaluations(config.rows), limit, folder,
-            manager, log, bar, stop, at.step,
+            config, stage, shape, tok, runtime, sharding_plan, loss_fn, limit, folder, manager, log, bar, stop, at.step,
         )  # fmt: skip
         if not evals_done(ctx, at):  # a stop prevented them
             run_evals(ctx, state, at)
@@ -280,7 +278,7 @@ def log_step(ctx: RunContext, state: TrainState, at: Progress, numbers: dict[str
             "perf/peak_memory_bytes": distributed.peak_memory_bytes(ctx.runtime.device),
         }
         logger.write(ctx.log, step, row)
-    evaluated = any(is_due(step, evaluation.every_steps) for evaluation in ctx.evaluations if evaluation.key)
+    evaluated = any(is_due(step, evaluation.every_steps) for evaluation in stage.evaluations if evaluation.key)
     if last or is_due(step, config.checkpoint.every_steps) or evaluated:
         save_checkpoint(ctx, state, at)  # before an evaluation too, which may take long, or fail
     run_evals(ctx, state, at)
@@ -315,7 +313,7 @@ def save_checkpoint(ctx: RunContext, state: TrainState, at: Progress) -> None:
 
 def pending_evals(ctx: RunContext, at: Progress) -> list[Evaluation]:
     """Return the evaluations that are due after a step and not in metrics.jsonl yet, as rank 0 sees it."""
-    due = [evaluation for evaluation in ctx.evaluations if at.done or is_due(at.step, evaluation.every_steps)]
+    due = [evaluation for evaluation in ctx.stage.evaluations if at.done or is_due(at.step, evaluation.every_steps)]
     if not due:
         return []
     rows = logger.read(ctx.folder) if ctx.runtime.is_main else []
@@ -343,11 +341,16 @@ def run_evals(ctx: RunContext, state: TrainState, at: Progress) -> None:
             ctx.bar.write("\n".join(lines))
 
 
-def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[], Generator], steps: int) -> Result:
-    """Return bits per byte on the validation data, at most `steps` batches of it."""
-    with contextlib.closing(batches()) as stream:
+def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[int], Generator]) -> Result:
+    """Return bits per byte on `eval.tokens` of the validation data.
+
+    Args:
+        batches: (rows of a micro-batch) -> (batch, …) each, from the beginning of the data.
+    """
+    with contextlib.closing(batches(ctx.config.rows)) as stream:
         first = next(stream)
-        rest = itertools.takewhile(lambda _: not ctx.stop.agreed(), itertools.islice(stream, steps - 1))
+        steps = ctx.config.eval.tokens // (first[0]["inputs"].numel() * ctx.runtime.world_size)
+        rest = itertools.takewhile(lambda _: not ctx.stop.agreed(), itertools.islice(stream, max(steps - 1, 0)))
         params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
         inputs = (batch for batch, *_ in itertools.chain([first], rest))
         bpb = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)

@@ -168,7 +168,7 @@ def test_dry_run_prints_the_plan_without_allocating(
     [
         (["data.source=/nowhere"], "/nowhere"),
         (["total_batch_size=250"], "set total_batch_size=256"),
-        (["device_batch_size=3"], "set device_batch_size=2 or 4"),
+        (["device_batch_size=3"], "set device_batch_size=2"),
         (["model.vocab_size=290"], "the tokenizer has 300 tokens"),
         (["model.window_pattern=SX"], "letters S and L only"),
         (["num_iterations=none", "total_batch_size=2**30"], "one step is more than"),
