@@ -3,9 +3,6 @@
     with scripted.serve({"hello": ["Hi ", "there", "!"]}, delay=0.05) as server:
         httpx.post(server.url + "/chat/completions", json={"messages": [{"role": "user", "content": "hello"}]})
 
-`serve` runs `nanochat.serve.app` under uvicorn on a free port of 127.0.0.1 in a thread of this process; only the
-workers are scripted.
-
 A piece of an answer is one of
     "text"                      text, as one token; bytes for text that is cut within a character
     ("python", "1+1")           a tool call
@@ -38,21 +35,15 @@ TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
 
 @dataclasses.dataclass
 class Server:
-    """A running server and what reached its model.
+    """A running server and what reached its model."""
 
-    Attributes:
-        requests: (last user message, request) in the order in which answers began. prompts: as text.
-        cancelled: messages whose answers were cancelled: grows within a piece of it.
-        stop: ends the server as a signal would, and waits for that.
-    """
-
-    url: str = ""
-    requests: list[tuple[str, infer.Request]] = dataclasses.field(default_factory=list)
-    prompts: list[str] = dataclasses.field(default_factory=list)
-    cancelled: list[str] = dataclasses.field(default_factory=list)
-    scheduler: Scheduler = None  # type: ignore[assignment]
-    stop: Callable[[], None] = None  # type: ignore[assignment]
-    uvicorn: middleware.Server = None  # type: ignore[assignment]
+    scheduler: Scheduler
+    uvicorn: middleware.Server
+    url: str
+    requests: list[tuple[str, infer.Request]]  # (last user message, request) in the order in which answers began
+    prompts: list[str]  # as text
+    cancelled: list[str]  # messages whose answers were cancelled
+    stop: Callable[[], None]  # ends the server as a signal would, and waits for that
 
 
 @contextlib.contextmanager
@@ -77,41 +68,32 @@ def serve(
         delay: seconds before each piece. load_seconds: until a worker is ready. wait: for all workers to be ready.
         slots: answers at once per worker. notice: as in `WorkerInfo`. limits: fields of `Limits`.
     """
-    server = Server()
+    requests, prompts, cancelled = [], [], []
     info = worker.WorkerInfo("scripted", 1, "base" if notice else "sft", notice, TOKENIZER, context, slots, "cpu", "")
 
     def connect(deliver: worker.Deliver) -> worker.WorkerHandle:
-        return ScriptedWorker(server, replies, delay, load_seconds, info, deliver)
+        asyncio.get_running_loop().call_later(load_seconds, deliver, ("ready", info))
+        return ScriptedWorker(replies, delay, deliver, requests, prompts, cancelled)
 
-    server.scheduler = scheduler.create([connect] * workers, queue_limit)
-    with running(server.scheduler, dataclasses.replace(Limits(port=0), **limits)) as running_server:
-        server.url, server.stop, server.uvicorn = running_server
-        end = time.monotonic() + 10
-        while wait and not all(worker.info for worker in server.scheduler.workers):
-            assert time.monotonic() < end, "the scripted workers are not ready"
-            time.sleep(0.005)
-        yield server
-
-
-@contextlib.contextmanager
-def running(scheduler: Scheduler, limits: Limits) -> Iterator[tuple[str, Callable[[], None], middleware.Server]]:
-    """Run a server in a thread; yields its address, what stops it as a signal would, and itself."""
-    with middleware.listen(limits) as sock:
-        server = middleware.Server(app.create_app(scheduler, limits), scheduler, limits)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server")
+    connects, limits_ = [connect] * workers, dataclasses.replace(Limits(port=0), **limits)
+    scheduler_ = scheduler.create(connects, queue_limit)
+    with middleware.listen(limits_) as sock:
+        uvicorn = middleware.Server(app.create_app(scheduler_, limits_), scheduler_, limits_)
+        thread = threading.Thread(target=uvicorn.run, kwargs={"sockets": [sock]}, name="server")
         thread.start()
 
         def stop() -> None:
-            server.should_exit = True
+            uvicorn.should_exit = True
             thread.join(20)
             assert not thread.is_alive(), "the server does not stop"
 
         try:
-            while not server.started:
-                assert thread.is_alive(), "the server did not start"
+            end = time.monotonic() + 10
+            while not uvicorn.started or (wait and not all(worker.info for worker in scheduler_.workers)):
+                assert thread.is_alive() and time.monotonic() < end, "the server did not start"
                 time.sleep(0.005)
-            host = f"[{limits.host}]" if ":" in limits.host else limits.host
-            yield f"http://{host}:{sock.getsockname()[1]}", stop, server
+            url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+            yield Server(scheduler_, uvicorn, url, requests, prompts, cancelled, stop)
         finally:
             stop()
 
@@ -119,38 +101,34 @@ def running(scheduler: Scheduler, limits: Limits) -> Iterator[tuple[str, Callabl
 class ScriptedWorker(worker.WorkerHandle):
     """A worker that follows its script in the server's event loop."""
 
-    def __init__(
-        self,
-        server: Server,
-        replies: Replies,
-        delay: float,
-        load_seconds: float,
-        info: worker.WorkerInfo,
-        deliver: worker.Deliver,
-    ) -> None:
-        self._server, self._replies, self._delay, self._deliver = server, replies, delay, deliver
+    def __init__(self, replies: Replies, delay: float, deliver: worker.Deliver, requests, prompts, cancelled) -> None:
+        self._replies, self._delay, self._deliver = replies, delay, deliver
+        self._requests, self._prompts, self._cancelled = requests, prompts, cancelled
         self._answers: dict[int, tuple[asyncio.Task[None], str]] = {}
-        self._loading = asyncio.get_running_loop().call_later(load_seconds, deliver, ("ready", info))
 
     def send(self, message: worker.Message) -> None:
         if message[0] == "new":
             _, key, request = message
             prompt = TOKENIZER.decode(request.prompt)
             content = prompt.rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
-            self._server.requests.append((content, request))
-            self._server.prompts.append(prompt)
+            self._requests.append((content, request))
+            self._prompts.append(prompt)
             self._answers[key] = asyncio.get_running_loop().create_task(self._answer(key, content, request)), content
         elif message[1] in self._answers:
             task, content = self._answers.pop(message[1])
             task.cancel()
-            self._server.cancelled.append(content)
+            self._cancelled.append(content)
 
-    def close(self) -> None:  # called from a thread; the answers end by themselves, ignored
-        self._loading.cancel()
+    def close(self) -> None:  # the answers end by themselves, ignored
+        pass
 
     async def _answer(self, key: int, content: str, request: infer.Request) -> None:
-        sent, finish = 0, "stop"
-        for piece in self._pieces(content, request):
+        if callable(self._replies):
+            pieces = self._replies(content, request)
+        else:
+            pieces = self._replies.get(content, self._replies.get("", ["You said: ", content]))
+        room, finish = request.max_tokens, "stop"
+        for piece in pieces:
             await asyncio.sleep(self._delay + (piece if isinstance(piece, float) else 0.0))
             if piece is FAIL:
                 self._deliver(("failed", "scripted", False))
@@ -162,26 +140,18 @@ class ScriptedWorker(worker.WorkerHandle):
             if piece is LENGTH:
                 finish = "length"
                 break
-            tokens = [] if isinstance(piece, float) else _tokens(piece)[: request.max_tokens - sent]
-            sent += len(tokens)
-            if sent >= request.max_tokens:
-                finish = "length"
-                self._send_tokens(key, tokens[:-1])
-                self._deliver(("tokens", [(key, tokens[-1], "length")]))
+            tokens = [] if isinstance(piece, float) else _tokens(piece)[:room]
+            room -= len(tokens)
+            events = [(key, token, None) for token in tokens]
+            if room == 0:
+                events[-1] = (key, tokens[-1], "length")
                 self._answers.pop(key, None)
+            if events:
+                self._deliver(("tokens", events))
+            if room == 0:
                 return
-            self._send_tokens(key, tokens)
         self._answers.pop(key, None)
         self._deliver(("tokens", [(key, TOKENIZER.special("<|assistant_end|>"), finish)]))
-
-    def _send_tokens(self, key: int, tokens: list[int]) -> None:
-        if tokens:
-            self._deliver(("tokens", [(key, token, None) for token in tokens]))
-
-    def _pieces(self, content: str, request: infer.Request) -> Sequence[Piece]:
-        if callable(self._replies):
-            return self._replies(content, request)
-        return self._replies.get(content, self._replies.get("", ["You said: ", content]))
 
 
 def _tokens(piece: Piece) -> list[int]:

@@ -1,30 +1,23 @@
 """Clients of a web server, in a process of their own that leaves the server the first turn on the cores.
 
     python web_clients.py URL REQUESTS SEED < {"questions": [...], "answers": [...]}
-    python web_clients.py --health URL PID    until its standard input is closed
 
-The first sends REQUESTS requests from CLIENTS clients: some malformed, some disconnected midway; every complete answer
-must be the known one. Prints how many were complete. The second polls /health and prints, a line each, the seconds that
-it took and how many of them server and client waited for a core.
+sends REQUESTS requests from CLIENTS clients: some malformed, some disconnected midway; a complete answer must be the
+known one. Prints how many were complete.
 """
 
 import asyncio
 import contextlib
-import http.client
 import json
 import os
 import random
 import sys
-import threading
-import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 CLIENTS = 64
 NICE = 10
-PAUSE_SECONDS = 0.02
 MALFORMED = (b"{", b'{"messages": []}', b"\xff\xfe", b'{"messages": [{"role": "user", "content": ""}], "seed": 1}')
 
 
@@ -95,29 +88,7 @@ async def load(url: str, questions: list[dict[str, Any]], answers: list[str], re
     return complete
 
 
-def poll_health(url: str, server: str) -> None:
-    """Poll /health until standard input is closed."""
-    ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
-    while not ended.wait(PAUSE_SECONDS):
-        queued, start = queued_seconds(server, "self"), time.perf_counter()
-        connection = http.client.HTTPConnection(urlsplit(url).netloc)
-        connection.request("GET", "/health")
-        assert b'"ready":true' in connection.getresponse().read()
-        connection.close()
-        took = time.perf_counter() - start
-        print(took, queued_seconds(server, "self") - queued, flush=True)
-
-
-def queued_seconds(*processes: str) -> float:
-    """Return how long all threads of the processes have waited for a core so far."""
-    files = [file for process in processes for file in Path(f"/proc/{process}/task").glob("*/schedstat")]
-    return sum(int(file.read_text().split()[1]) for file in files) / 1e9
-
-
 def main() -> None:
-    if sys.argv[1] == "--health":
-        return poll_health(*sys.argv[2:])
     os.nice(NICE)
     url, requests, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     print(asyncio.run(load(url, **json.load(sys.stdin), requests=requests, rng=random.Random(seed))))
