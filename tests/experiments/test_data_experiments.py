@@ -1,33 +1,24 @@
-"""The experiments data and tokenizer, run as launch.py runs them, on small local sources."""
+"""The experiments data and tokenizer on small local sources."""
 
 import dataclasses
-import functools
 import random
 import threading
-import time
-from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiktoken
 
 from experiments import data, tokenizer
 from nanochat import distributed
-from nanochat.config import UserError, override
-from nanochat.data import download, embedded, sources
+from nanochat.config import UserError
+from nanochat.data import DataConfig, download, embedded, sources
 from nanochat.data import tokenizer as bpe
 
 
-@pytest.fixture(autouse=True)
-def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def cpu() -> distributed.Runtime:
-    return distributed.init("cpu", "float32")
+def run(config: data.Config | tokenizer.Config, **rank: int) -> None:
+    experiment = data if isinstance(config, data.Config) else tokenizer
+    experiment.run(config, dataclasses.replace(distributed.init("cpu", "float32"), **rank))
 
 
 def prose(count: int) -> list[str]:
@@ -37,146 +28,100 @@ def prose(count: int) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    target = tmp_path / "texts"
-    target.mkdir()
+def source(base: Path) -> DataConfig:
+    folder = base / "texts"
+    folder.mkdir()
     texts = prose(300)
-    embedded.write_shard(target / "shard_00000.parquet", texts[:200])
-    embedded.write_shard(target / "shard_00001.parquet", texts[200:])
-    return target
+    embedded.write_shard(folder / "shard_00000.parquet", texts[:200])
+    embedded.write_shard(folder / "shard_00001.parquet", texts[200:])
+    return DataConfig(str(folder))
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[str]:
-    """Serve three shards; yields the address."""
-    root = tmp_path / "hub"
-    root.mkdir()
-    for index in (0, 1, download.CLIMBMIX_SHARDS - 1):
-        embedded.write_shard(root / download.shard_name(index), prose(20))
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(root))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+def test_data_downloads_climbmix(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def climbmix(folder: Path, num_shards: int, options: Any, *, base_url: str) -> int:
+        assert (num_shards, base_url) == (2, "http://mirror")
+        folder.mkdir(exist_ok=True)
+        new = [folder / download.shard_name(index) for index in (0, 1, download.CLIMBMIX_SHARDS - 1)]
+        new = [path for path in new if not path.exists()]
+        for path in new:
+            embedded.write_shard(path, prose(20))
+        return len(new)
 
-
-def test_data_downloads_climbmix(cpu: distributed.Runtime, base: Path, hub: str, capsys: pytest.CaptureFixture[str]):
-    settings = ["num_shards=2", f"base_url={hub}", "download.workers=2", "bundle_url=none"]
-    config = override(data.config(), settings)
-    data.run(config, cpu)
+    monkeypatch.setattr(download, "climbmix", climbmix)
+    config = data.Config(num_shards=2, base_url="http://mirror", bundle_url=None)
+    run(config)
     output = capsys.readouterr().out
     assert "3 files fetched now" in output and "train  2 shards" in output and "val    1 shards" in output
     assert output.splitlines()[-1] == "next: torchrun launch.py --experiment=tokenizer"
-    assert sorted(path.name for path in (base / "climbmix").iterdir()) == [
-        "shard_00000.parquet", "shard_00001.parquet", "shard_06542.parquet",
-    ]  # fmt: skip
-    data.run(config, cpu)
+    run(config)
     assert "all of them were there already" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"shard_00002.parquet: HTTP 404 .*--set num_shards=3`"):
-        data.run(override(config, ["num_shards=3"]), cpu)
 
 
-def test_data_describes_a_folder(cpu: distributed.Runtime, folder: Path, capsys: pytest.CaptureFixture[str]):
-    config = override(data.config(), [f"data.source={folder}"])
-    data.run(config, cpu)
+def test_data_describes_a_folder(source: DataConfig, capsys: pytest.CaptureFixture[str]):
+    run(data.Config(source))
     output = capsys.readouterr().out
     assert "train  1 shards" in output and prose(1)[0][:60] in output
-    assert output.splitlines()[-1] == f"next: torchrun launch.py --experiment=tokenizer --set data.source={folder}"
+    assert output.splitlines()[-1].endswith(f"--experiment=tokenizer --set data.source={source.source}")
 
 
-def test_only_the_main_rank_works(cpu: distributed.Runtime, capsys: pytest.CaptureFixture[str]):
-    other = dataclasses.replace(cpu, rank=1, world_size=2)
-    for experiment in (data, tokenizer):
-        experiment.run(experiment.config(), other)  # there is no data and no tokenizer: rank 0 would complain
-    tokenizer.run(tokenizer.Config(eval_only=True), other)
+def test_only_the_main_rank_works(base: Path, capsys: pytest.CaptureFixture[str]):
+    run(data.Config(), rank=1, world_size=2)  # there is no data and no tokenizer: rank 0 would complain
+    run(tokenizer.Config(), rank=1, world_size=2)
     assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="--experiment=data"):
+        run(tokenizer.Config())
 
 
-def test_tokenizer_trains_saves_and_measures(
-    cpu: distributed.Runtime, base: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-):
-    config = override(tokenizer.config(), [f"data.source={folder}", "vocab_size=600"])
-    tokenizer.run(config, cpu)
+def test_tokenizer_trains_saves_and_measures(base: Path, source: DataConfig, capsys: pytest.CaptureFixture[str]):
+    config = tokenizer.Config(source, vocab_size=600)
+    run(config)
     output = capsys.readouterr().out
     tok = bpe.load(base / "tokenizer")
-    train = list(sources.texts(config.data, "train"))
+    train = list(sources.texts(source, "train"))
     assert tok == bpe.train(train, 600)
     assert f"trained on {sum(map(len, train)):,} characters" in output
-    val = list(sources.texts(config.data, "val"))
+    val = list(sources.texts(source, "val"))
     size, tokens = sum(map(len, val)), sum(len(tok.encode(text)) for text in val)
     assert f"{size:,} bytes in {tokens:,} tokens, {size / tokens:.3f} bytes per token" in output
     assert "--experiment=pretrain_d20 --set data.source=" in output
-    out = base / "other"
-    tokenizer.run(override(config, [f"out={out}", "max_chars=20000"]), cpu)
+    run(dataclasses.replace(config, out=str(base / "other"), max_chars=20000))
     assert "trained on 20," in capsys.readouterr().out
-    assert bpe.load(out) == bpe.train(train, 600, max_chars=20000) != tok
-
-
-def test_tokenizer_without_data_is_one_line(cpu: distributed.Runtime):
-    with pytest.raises(UserError, match="--experiment=data"):
-        tokenizer.run(tokenizer.config(), cpu)
+    assert bpe.load(base / "other") == bpe.train(train, 600, max_chars=20000) != tok
 
 
 def test_eval_only_compares_and_names_what_is_skipped(
-    cpu: distributed.Runtime,
-    folder: Path,
-    base: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    base: Path, source: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    tok = bpe.train(prose(300), 600)
-    bpe.save(tok, base / "tokenizer")
-    hanging = threading.Event()
-    one_token_per_byte = bpe.train(prose(1), 265).encoding
+    hanging, gpt2 = threading.Event(), bpe.train(prose(1), 265).encoding  # one token per byte
 
     def get_encoding(name: str) -> tiktoken.Encoding:
-        if name == "gpt2":
-            return one_token_per_byte
-        hanging.wait(30)
-        raise AssertionError
+        if name == "cl100k_base":
+            hanging.wait(30)
+            raise ConnectionError
+        return gpt2
 
+    tok = bpe.train(prose(300), 600)
+    bpe.save(tok, base / "tokenizer")
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    start = time.perf_counter()
+    config = tokenizer.Config(source, eval_only=True, download_seconds=0.2, eval_chars=3000)
     try:
-        settings = ["eval_only=true", f"data.source={folder}", "download_seconds=0.2", "eval_chars=3000"]
-        tokenizer.run(override(tokenizer.config(), settings), cpu)
+        run(config)
     finally:
         hanging.set()
-    assert time.perf_counter() - start < 10
     lines = capsys.readouterr().out.splitlines()
     assert "cl100k_base  skipped: tiktoken's download did not finish in 0.2 s" in lines
     rows = {line.split()[0]: line.split() for line in lines[lines.index("") :] if line}
-    text = samples()["korean"]
-    ours = len(tok.encode(text))
-    size = len(text.encode())
-    assert rows["korean"] == ["korean", f"{size:,}", f"{size / ours:.3f}", "1.000", f"({size / ours - 1:+.1%})"]
+    text = (Path(tokenizer.__file__).parent / "tokenizer_samples" / "korean.txt").read_text("utf-8")
+    tokens, size = len(tok.encode(text)), len(text.encode())
+    assert rows["korean"] == ["korean", f"{size:,}", f"{size / tokens:.3f}", "1.000", f"({size / tokens - 1:+.1%})"]
     assert {*tokenizer.SAMPLES, "train", "val"} <= set(rows)
     assert rows["val"][1] == "3,000" and float(rows["val"][2]) > 1.5
-
-
-def test_eval_only_without_network_and_data(
-    cpu: distributed.Runtime, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    def get_encoding(name: str) -> tiktoken.Encoding:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    with pytest.raises(UserError, match="--experiment=tokenizer"):
-        tokenizer.run(tokenizer.Config(eval_only=True), cpu)
-    bpe.save(bpe.train(prose(300), 600), base / "tokenizer")
-    tokenizer.run(tokenizer.Config(eval_only=True), cpu)
+    run(dataclasses.replace(config, data=DataConfig()))
     output = capsys.readouterr().out
-    assert "gpt2         skipped: tiktoken could not download it (ConnectionError)" in output
+    assert "cl100k_base  skipped: tiktoken could not download it (ConnectionError)" in output
     assert "train        skipped: no climbmix shards" in output
-    assert output.splitlines()[-1].split()[0] == "chinese"
 
 
-def samples() -> dict[str, str]:
-    return {path.stem: path.read_text("utf-8") for path in Path(tokenizer.__file__).parent.glob("tokenizer_samples/*")}
-
-
-def test_samples_are_a_few_paragraphs_of_each_kind():
-    assert samples().keys() == set(tokenizer.SAMPLES)
-    assert all(len(text.encode()) > 500 and text.count("\n\n") >= 1 for text in samples().values())
+def test_eval_only_needs_a_tokenizer(base: Path):
+    with pytest.raises(UserError, match="--experiment=tokenizer"):
+        run(tokenizer.Config(eval_only=True))

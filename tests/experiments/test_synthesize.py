@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 
 from experiments import synthesize
 from nanochat import distributed, tasks
-from nanochat.config import UserError, override
+from nanochat.config import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TALK = [{"role": "user", "content": "Hi é"}, {"role": "assistant", "content": "Hello!\nI am nanochat."}]
@@ -145,13 +144,10 @@ def test_conversations_are_requested_and_written(
 
 def test_prompts_are_drawn_from_the_seed() -> None:
     prompts = [synthesize.build_prompt("- It is FACT.", seed) for seed in range(300)]
-    assert len(set(prompts)) > 290 and all("- It is FACT." in text and "JSON" in text for text in prompts)
-    assert not any("$" in text for text in prompts)
+    assert len(set(prompts)) > 290 and all("- It is FACT." in text and "$" not in text for text in prompts)
     for name in ("topics", "personas", "openings"):
         options = synthesize.prompt_sections()[name].splitlines()
         assert len(options) > 10 and all(any(option in text for text in prompts) for option in options)
-    counts = {re.search(r"exactly (\d) messages?", text)[1] for text in prompts}  # type: ignore[index]
-    assert counts == {"1", "2", "3", "4"}
 
 
 def test_same_command_resumes(settings: synthesize.Config, endpoint: Endpoint) -> None:
@@ -185,7 +181,6 @@ def test_key_facts_and_schema_are_optional(settings: synthesize.Config, endpoint
     run(settings, key_variable=None, facts=tmp_path / "facts.txt", schema=False, count=2)
     assert endpoint.keys == [None, None] and "response_format" not in endpoint.bodies[0]
     assert "It is called Otto." in endpoint.bodies[0]["messages"][0]["content"]
-    assert override(settings, ["key_variable=none", "count=7"]).key_variable is None
 
 
 BAD: list[Any] = [
