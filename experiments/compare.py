@@ -86,6 +86,10 @@ class Run(NamedTuple):
         return self.info.meta.get("config", {})
 
     @property
+    def context(self) -> int:
+        return self.info.meta["model"]["sequence_len"]
+
+    @property
     def data(self) -> DataConfig:
         known = {field.name for field in dataclasses.fields(DataConfig)}
         return DataConfig(**{name: x for name, x in self.info.settings.get("data", {}).items() if name in known})
@@ -175,9 +179,9 @@ def choose_checkpoint(run: Run, flops: float) -> Run:
 
 def describe(sides: Sequence[Side]) -> Iterator[str]:
     """Yield lines with the checkpoints that are compared and the settings that differ."""
-    for info, *_, step, _ in [run for side in sides for run in side.runs]:
-        flops = run_folder.step_flops(info)
-        yield f"{info.name}: checkpoint of step {step:,} of {info.last_step:,}, {flops:.3g} FLOPs a step"
+    for run in [run for side in sides for run in side.runs]:
+        flops = f"{run.per_step['FLOPs']:.3g} FLOPs a step"
+        yield f"{run.info.name}: checkpoint of step {run.step:,} of {run.info.last_step:,}, {flops}"
     a, b = (side.runs[0].settings for side in sides)
     changed = [name for name in a if name in b and a[name] != b[name] and name not in ("name", "seed", "resume")]
     yield "settings that differ: " + (", ".join(f"{n} {a[n]} → {b[n]}" for n in changed) or "none but name and seed")
@@ -192,16 +196,20 @@ def measure(config: Config, runtime: Runtime, sides: Sequence[Side]) -> tuple[st
     with distributed.raise_on_any_failure():
         toks = [checkpoint.load_tokenizer(checkpoint.inspect(run.info.folder, run.step)) for run in runs]
         tokens = config.tokens or runs[0].info.settings.get("eval", {}).get("tokens") or 2**20
-        identities = [rows_identity(run, tok) for run, tok in zip(runs, toks)]
-        same_rows = config.source is None and all(identity == identities[0] for identity in identities)
+        # What packed rows depend on; they can be compared if it is the same for all runs.
+        made_from = {
+            (tok.fingerprint, run.context, run.data.source, run.data.text_column, run.data.buffer_docs)
+            for run, tok in zip(runs, toks)
+        }
+        same_rows = config.source is None and len(made_from) == 1
         texts = [] if same_rows else documents(config, runs, toks, tokens)
     sizes, measured = np.zeros(0), []
     for run, tok in zip(runs, toks):
         name = run.info.name
         with distributed.raise_on_any_failure():
             loaded = checkpoint.load(run.info.folder, step=run.step, device=runtime.device, dtype=runtime.compute_dtype)
-        context, compute = loaded.config.sequence_len, model.Compute(dtype=runtime.compute_dtype)
-        batches = packed_rows(run, tok, tokens, runtime) if same_rows else padded(texts, tok, context, runtime)
+        compute = model.Compute(dtype=runtime.compute_dtype)
+        batches = packed_rows(run, tok, tokens, runtime) if same_rows else padded(texts, tok, run.context, runtime)
         with contextlib.closing(batches):
             # Every rank reads all batches, so the rows do not depend on the number of ranks.
             own = itertools.islice(batches, runtime.rank, None, runtime.world_size)
@@ -218,22 +226,12 @@ def measure(config: Config, runtime: Runtime, sides: Sequence[Side]) -> tuple[st
     return "rows" if same_rows else "documents", sizes, sides
 
 
-def rows_identity(run: Run, tok: Tokenizer) -> list[Any]:
-    """Return everything that a run's packed validation rows depend on."""
-    return [tok.fingerprint, context_of(run), run.data.source, run.data.text_column, run.data.buffer_docs]
-
-
-def context_of(run: Run) -> int:
-    return run.info.meta["model"]["sequence_len"]
-
-
 def packed_rows(run: Run, tok: Tokenizer, tokens: int, runtime: Runtime) -> Batches:
     """Yield the packed rows of the validation data, as in the run's own evaluations."""
-    context = context_of(run)
-    total = max(tokens // context, 2)
-    size = next(n for n in range(max(min(BATCH_TOKENS // context, total), 1), 0, -1) if total % n == 0)
+    total = max(tokens // run.context, 2)
+    size = next(n for n in range(max(min(BATCH_TOKENS // run.context, total), 1), 0, -1) if total % n == 0)
     stream = data.loader.batches(
-        run.data, tok, split="val", rows_per_step=size, sequence_len=context, seed=0, device=runtime.device
+        run.data, tok, split="val", rows_per_step=size, sequence_len=run.context, seed=0, device=runtime.device
     )
     with contextlib.closing(stream):
         yield from (batch for batch, *_ in itertools.islice(stream, total // size))
@@ -242,7 +240,7 @@ def packed_rows(run: Run, tok: Tokenizer, tokens: int, runtime: Runtime) -> Batc
 def documents(config: Config, runs: Sequence[Run], toks: Sequence[Tokenizer], tokens: int) -> list[str]:
     """Return documents of the validation data, each truncated to fit into every run's context."""
     source = dataclasses.replace(runs[0].data, source=config.source or runs[0].data.source)
-    contexts, sizes = [context_of(run) for run in runs], [tokenizer.token_bytes(tok) for tok in toks]
+    contexts, sizes = [run.context for run in runs], [tokenizer.token_bytes(tok) for tok in toks]
     texts, read = [], 0
     for text in sources.texts(source, "val"):
         encoded = text.encode()
@@ -333,9 +331,10 @@ def conclusion(sides: Sequence[Side], results: dict[str, Comparison | None]) -> 
         if result is None:
             continue
         i = result.interval
-        better, size, ends = (b, -i.difference, (-i.high, -i.low)) if i.difference < 0 else (a, i.difference, i[1:3])
         if i.is_significant:
-            parts.append(f"at equal {axis} {better} is better by {size:.4f} ({ends[0]:.4f} to {ends[1]:.4f})")
+            low, high = sorted((abs(i.low), abs(i.high)))
+            better = b if i.difference < 0 else a
+            parts.append(f"at equal {axis} {better} is better by {abs(i.difference):.4f} ({low:.4f} to {high:.4f})")
         else:
             numbers = f"{i.difference:+.4f}, {i.low:+.4f} to {i.high:+.4f}"
             parts.append(f"at equal {axis} there is no significant difference ({numbers})")

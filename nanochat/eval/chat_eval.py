@@ -1,9 +1,5 @@
 """Accuracy on chat tasks: multiple choice by the logits of the letters, and generated answers that are checked.
 
-    model = chat_eval.ModelUnderTest(loaded.params, loaded.config, loaded.tokenizer, torch.bfloat16)
-    scores = chat_eval.evaluate(model, [tasks.load("arc_easy", "test")], ChatEvalConfig(max_problems=100))
-    print(scores["arc_easy"].accuracy, chat_eval.chat_core(scores))
-
 All ranks make the same batches from all rows, and each computes its share of them. A batch has the same shape on any
 rank, so results do not depend on the number of ranks, not even by rounding.
 
@@ -121,10 +117,7 @@ def as_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
 # Multiple choice
 
 
-class _Question(NamedTuple):
-    prompt: list[int]
-    letters: list[int]  # token ids
-    answer: int  # index of the correct letter
+_Question = tuple[list[int], list[int], int]  # token ids: the prompt, its letters, the correct letter
 
 
 @torch.no_grad()
@@ -141,12 +134,12 @@ def score_multiple_choice(
     with distributed.raise_on_any_failure():
         ids = functools.cache(lambda letters: letter_ids(model.tokenizer, letters))
         questions = [_question(model, task, i, ids) for i in indices]
-        batches = _make_batches([len(question.prompt) for question in questions], batch_tokens)
+        batches = _make_batches([len(prompt) for prompt, *_ in questions], batch_tokens)
         own_batches = batches[group.rank :: group.size]
         with _progress_bar(task, sum(map(len, own_batches)), show_progress) as bar:
             for batch in own_batches:
-                letters = _choose_letters(model, [questions[n] for n in batch])
-                results += [[n, letter == questions[n].answer] for n, letter in zip(batch, letters)]
+                letters = _most_likely_letters(model, [questions[n] for n in batch])
+                results += [[n, letter == questions[n][2]] for n, letter in zip(batch, letters)]
                 bar.update(len(batch))
     return _gather(results)
 
@@ -156,7 +149,8 @@ def _question(model: ModelUnderTest, task: Task, index: int, ids: Callable[[tupl
     letters, answer = tuple(row.get("letters", ())), row["messages"][-1]["content"]
     if answer not in letters:
         raise UserError(f"{task.name} row {index}: the answer {answer!r} is not one of its letters {list(letters)}")
-    return _Question(_prompt(model.tokenizer, row, model.config), ids(letters), letters.index(answer))
+    tokens = ids(letters)
+    return _prompt(model.tokenizer, row, model.config), tokens, tokens[letters.index(answer)]
 
 
 def _prompt(tokenizer: Tokenizer, row: Conversation, config: ModelConfig) -> list[int]:
@@ -174,22 +168,18 @@ def _make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _choose_letters(model: ModelUnderTest, questions: Sequence[_Question]) -> list[int]:
-    """Return the index of the most likely letter of each question, the first of equal ones."""
+def _most_likely_letters(model: ModelUnderTest, questions: Sequence[_Question]) -> list[int]:
+    """Return the token of the most likely letter of each question, the first of equal ones."""
     params, config, compute = model.params, model.config, Compute(model.dtype)
-    width, device = max(len(question.prompt) for question in questions), params["wte"].device
-    padded = [[*question.prompt, *[0] * (width - len(question.prompt))] for question in questions]
+    lengths, device = [len(prompt) for prompt, *_ in questions], params["wte"].device
+    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt, *_ in questions]
     x_BTC = features(params, torch.tensor(padded, device=device), config=config, compute=compute)
-    last_B = torch.tensor([len(question.prompt) - 1 for question in questions], device=device)
-    letters = sorted({token for question in questions for token in question.letters})
     # Only the logits of the letters at the last position of each prompt are needed.
-    x_BC = x_BTC[torch.arange(len(questions), device=device), last_B]
-    logits_BA = unembed(x_BC, params["lm_head"][torch.tensor(letters, device=device)], config, compute)
-    chosen, column = [], {token: n for n, token in enumerate(letters)}
-    for question, logits in zip(questions, logits_BA.tolist()):
-        own_logits = [logits[column[token]] for token in question.letters]
-        chosen.append(own_logits.index(max(own_logits)))
-    return chosen
+    x_BC = x_BTC[torch.arange(len(questions), device=device), torch.tensor(lengths, device=device) - 1]
+    all_letters = sorted({token for _, letters, _ in questions for token in letters})
+    logits_BA = unembed(x_BC, params["lm_head"][torch.tensor(all_letters, device=device)], config, compute)
+    logits = [dict(zip(all_letters, row)) for row in logits_BA.tolist()]
+    return [max(letters, key=by_token.__getitem__) for (_, letters, _), by_token in zip(questions, logits)]
 
 
 # Generated answers

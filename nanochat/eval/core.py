@@ -106,7 +106,10 @@ def evaluate(
             tokens_per_batch=tokens_per_batch, compute=compute,
         )  # fmt: skip
         answers = [answer(question, scores) for question, scores in zip(rows, scored)]
-        tasks[label] = task_result(task, answers, time.perf_counter() - start)
+        right = sum(answer.is_correct for answer in answers)
+        accuracy, seconds = right / len(answers), time.perf_counter() - start
+        centered = (accuracy - task.baseline) / (1 - task.baseline)
+        tasks[label] = TaskResult(label, len(answers), right, accuracy, centered, seconds, tuple(answers))
         on_task(label, tasks[label])
     ordered = {label: tasks[label] for label in bundle.entries if label in tasks}
     scores = [task.centered for task in ordered.values()]
@@ -121,7 +124,18 @@ def questions(task: CoreTask, tokenizer: Tokenizer, max_tokens: int) -> Iterator
     texts = [_option_texts(task, row) for row in task.rows]
     cloze = task.kind == "language_modeling"
     examples = [f"{options[1 if cloze else row.fields['gold']]}\n\n" for options, row in zip(texts, task.rows)]
-    encode = _encoder(tokenizer, texts, examples)
+    # In the usual pattern, no token crosses from line breaks to a character that is not a space. Then each example is
+    # encoded once instead of many times.
+    starts = [text[:1] for options in texts for text in options]
+    separable = tokenizer.pattern == PATTERN and all(start and not start.isspace() for start in starts)
+    encoded = tokenizer.encode_batch(examples) if separable else []
+
+    def encode(shots: Sequence[int], text: str, strip: bool) -> list[int]:
+        if separable:
+            return [token for i in shots for token in encoded[i]] + tokenizer.encode(text.rstrip() if strip else text)
+        text = "".join(examples[i] for i in shots) + text
+        return tokenizer.encode(text.strip() if strip else text)
+
     for index, (row, options) in enumerate(zip(task.rows, texts)):
         shots = few_shot_indices(index, len(task.rows), task.num_fewshot)
         ids = [[tokenizer.bos, *encode(shots, text, cloze and text is options[0])] for text in options]
@@ -144,30 +158,6 @@ def _option_texts(task: CoreTask, row: Row) -> list[str]:
         return [f"{context}{task.delimiter}{fields['continuation']}" for context in fields["context_options"]]
     text = f"{fields['context'].strip()}{task.delimiter}"
     return [text, f"{text}{fields['continuation']}"]
-
-
-def _encoder(
-    tokenizer: Tokenizer, texts: Sequence[Sequence[str]], examples: Sequence[str]
-) -> Callable[[Sequence[int], str, bool], list[int]]:
-    """Return a function (indices of few-shot examples, the text after them, whether to strip all of it) -> tokens.
-
-    In the usual pattern, no token crosses from line breaks to a character that is not a space. Then each example is
-    encoded once instead of many times.
-    """
-
-    def encode_whole(shots: Sequence[int], text: str, strip: bool) -> list[int]:
-        text = "".join(examples[i] for i in shots) + text
-        return tokenizer.encode(text.strip() if strip else text)
-
-    starts = [text[:1] for options in texts for text in options]
-    if tokenizer.pattern != PATTERN or any(start == "" or start.isspace() for start in starts):
-        return encode_whole
-    encoded = tokenizer.encode_batch(examples)
-
-    def encode_pieces(shots: Sequence[int], text: str, strip: bool) -> list[int]:
-        return [token for i in shots for token in encoded[i]] + tokenizer.encode(text.rstrip() if strip else text)
-
-    return encode_pieces
 
 
 def _question(task: CoreTask, row: Row, ids: list[list[int]]) -> Question:
@@ -201,14 +191,6 @@ def answer(question: Question, scored: Sequence[Scored]) -> Answer:
     choice = losses.index(min(losses))  # the first of equal ones; min skips a nan that is not the first
     greedy = scored[0].n_correct_greedy == scored[0].n_tokens
     return Answer(greedy if question.gold is None else choice == question.gold, choice, tuple(losses))
-
-
-def task_result(task: CoreTask, answers: Sequence[Answer], seconds: float) -> TaskResult:
-    """Return the score of a task from the answers to its rows."""
-    right = sum(answer.is_correct for answer in answers)
-    accuracy = right / len(answers)
-    centered = (accuracy - task.baseline) / (1 - task.baseline)
-    return TaskResult(task.label, len(answers), right, accuracy, centered, seconds, tuple(answers))
 
 
 def to_csv(results: Results) -> str:

@@ -1,9 +1,7 @@
 """Log-likelihood of answers to many prompts; a prefix that the prompts of a group share is computed once.
 
 The prompts of a group become one row of a batch: the shared prefix, then all continuations, each of which attends to
-the prefix and to itself. Tokens before the reach of all windows are skipped, and logits are computed at the answers
-only. Rows are batched by length and dealt out to the ranks; a batch, and so its result, does not depend on how many
-ranks there are.
+the prefix and to itself. The ranks share the batches, which do not depend on how many ranks there are.
 
 Shape suffixes: B rows of a batch, T tokens of a row, Q tokens of its continuations, R target tokens, N query heads,
 K key/value heads, H head width, C width, V vocabulary.

@@ -22,17 +22,13 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A difference (second minus first, in bits per byte) with its confidence interval at `LEVEL`.
-
-    Attributes:
-        text_error, seed_error: standard errors due to the choice of text, and to the seeds (None: one run a side).
-    """
+    """A difference (second minus first, in bits per byte) with its confidence interval at `LEVEL`."""
 
     difference: float
     low: float
     high: float
-    text_error: float
-    seed_error: float | None
+    text_error: float  # standard error due to the choice of text
+    seed_error: float | None  # due to the seeds; None with one run a side
 
     @property
     def is_significant(self) -> bool:
@@ -44,10 +40,8 @@ def paired_difference(nats_a: np.ndarray, nats_b: np.ndarray, sizes: np.ndarray)
     """Return (difference b - a in bits per byte, its standard error over pieces of text).
 
     Args:
-        nats_a, nats_b: (N,) summed loss of each piece. sizes: (N,) bytes of each piece.
-
-    Raises:
-        ValueError: fewer than two pieces.
+        nats_a, nats_b: (N,) summed loss of each piece.
+        sizes: (N,) bytes of each piece.
     """
     n, scale = len(sizes), math.log(2) * float(sizes.sum())
     if n < 2:
@@ -66,9 +60,7 @@ def interval(
     Each group has its own variance (Welch); a group of one run is assumed to vary as much as the other. With one run
     on either side, the interval covers the choice of text alone.
 
-    Args:
-        values_a, values_b: bits per byte of each run.
-        text_error, pieces: the standard error from `paired_difference`, and the number of pieces.
+    `text_error` is the standard error from `paired_difference`, over so many `pieces` of text.
     """
     counts = len(values_a), len(values_b)
     variances = [(text_error**2, pieces - 1)]  # (variance of the mean, degrees of freedom)
