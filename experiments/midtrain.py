@@ -11,29 +11,22 @@ tokens, the user's too. The learning rate is constant for four fifths of the run
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from experiments import sft
+from nanochat import distributed
 
-if TYPE_CHECKING:
-    from nanochat.distributed import Runtime
+TASKS = ("smoltalk", "mmlu:auxiliary_train", "gsm8k", "2*identity", "simplespelling:size=200000")
 
 
 def config() -> sft.Config:
-    """Return the reference's settings."""
-    base = sft.config()
-    return dataclasses.replace(
-        base,
-        tasks=(
-            "smoltalk", "mmlu:auxiliary_train", "gsm8k", "2*identity", "simplespelling:size=200000",
-            "spellingbee:size=80000",
-        ),
+    return sft.Config(
+        tasks=(*TASKS, "spellingbee:size=80000"),
         assistant_only=False,
-        optim=dataclasses.replace(base.optim, lr_fraction=1.0, warmdown_ratio=0.2),
-        chat=dataclasses.replace(base.chat, tasks=()),
-    )  # fmt: skip
+        optim=dataclasses.replace(sft.OPTIM, lr_fraction=1.0, warmdown_ratio=0.2),
+        chat=sft.ChatConfig(tasks=()),
+    )
 
 
-def run(config: sft.Config, runtime: Runtime) -> None:
+def run(config: sft.Config, runtime: distributed.Runtime) -> None:
     """Mid-train a base run."""
     sft.train_stage(config, runtime, "mid", ("base",))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments import eval_chat, pretrain, report, rl, sft
 from nanochat import distributed
@@ -23,9 +23,6 @@ from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.optim import OptimConfig
 from nanochat.text import format_duration
 from nanochat.train import EvalConfig, RolloutConfig
-
-if TYPE_CHECKING:
-    from nanochat.distributed import Runtime
 
 VOCAB_SIZE = 4096
 PROMPTS = ("Return the", "This module provides", "If the file does not exist,", "The list of", "A string that")
@@ -52,7 +49,6 @@ class Config(pretrain.Config):
 
 
 def config() -> Config:
-    """Return the settings of the quickstart."""
     return Config(
         name="quickstart",
         depth=4,
@@ -80,29 +76,34 @@ def config() -> Config:
     )
 
 
-def run(config: Config, runtime: Runtime) -> None:
+def run(config: Config, runtime: distributed.Runtime) -> None:
     """Run all stages, and print the next commands."""
-    start = time.perf_counter()
+    start, name = time.perf_counter(), str(config.name)
+    here: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
+
+    def evaluate(run: str) -> None:
+        eval_chat.run(
+            eval_chat.Config(**here, run=run, tasks=EVAL_TASKS, max_problems=EVAL_PROBLEMS, max_tokens=64), runtime
+        )
+
     if runtime.is_main:
         prepare_data(config)
     distributed.barrier()
     heading(3, f"pretraining: {config.num_iterations} steps")
     pretrain.run(config, runtime)
-    name = str(config.name)
     if config.sft_steps:
         name = f"{config.name}_sft"
         heading(4, f"fine-tuning: {config.sft_steps} steps on sums, spelling and identity")
         sft.run(sft_config(config), runtime)
         heading(5, "evaluation on held-out problems")
-        evaluate(config, name, runtime)
+        evaluate(name)
     if config.sft_steps and config.rl_steps:
         name = f"{config.name}_rl"
         heading(6, f"reinforcement learning: {config.rl_steps} steps on sums")
         rl.run(rl_config(config), runtime)
-        evaluate(config, name, runtime)
+        evaluate(name)
     heading(7, "report")
-    settings = {"run": name, "prompts": PROMPTS, "questions": QUESTIONS, "answer_tokens": 64}
-    report.run(dataclasses.replace(report.config(), **shared(config, "device", "dtype"), **settings), runtime)
+    report.run(report.Config(**here, run=name, prompts=PROMPTS, questions=QUESTIONS, answer_tokens=64), runtime)
     print(f"quickstart took {format_duration(time.perf_counter() - start)}. Next:")
     for arguments, purpose in (
         (f"chat --set run={name}" + ("" if config.sft_steps else " --set complete=true"), "talk to the model"),
@@ -132,39 +133,25 @@ def prepare_data(config: Config) -> None:
 
 def shared(config: Config, *names: str) -> dict[str, Any]:
     """Return the settings that a later stage shares with pretraining."""
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in (*SHARED, *names)}
 
 
 def sft_config(config: Config) -> sft.Config:
-    """Return the settings of fine-tuning."""
-    defaults = sft.config()
-    return dataclasses.replace(
-        defaults,
-        **shared(config, *SHARED, "train", "metrics"),
+    return sft.Config(
+        **shared(config, "train", "metrics"),
         run=config.name,
         name=f"{config.name}_sft",
         tasks=SFT_TASKS,
         val_tasks=("arithmetic:test", "simplespelling:test"),
         num_iterations=config.sft_steps,
-        eval=dataclasses.replace(
-            defaults.eval, every_steps=50, tokens=2**13, prompts=QUESTIONS[:4], sample_tokens=48, temperature=0.0
-        ),
-        chat=dataclasses.replace(defaults.chat, tasks=()),
+        eval=EvalConfig(every_steps=50, tokens=2**13, sample_every_steps=None, sample_tokens=48, prompts=QUESTIONS[:4]),
+        chat=sft.ChatConfig(tasks=()),
     )
 
 
-def evaluate(config: Config, name: str, runtime: Runtime) -> None:
-    """Evaluate a run on held-out problems."""
-    settings = {"run": name, "tasks": EVAL_TASKS, "max_problems": EVAL_PROBLEMS, "max_tokens": 64}
-    eval_chat.run(dataclasses.replace(eval_chat.config(), **shared(config, "device", "dtype"), **settings), runtime)
-
-
 def rl_config(config: Config) -> rl.Config:
-    """Return the settings of reinforcement learning."""
-    defaults = rl.config()
-    return dataclasses.replace(
-        defaults,
-        **shared(config, *SHARED),
+    return rl.Config(
+        **shared(config),
         run=f"{config.name}_sft",
         name=f"{config.name}_rl",
         task="arithmetic",
@@ -172,7 +159,7 @@ def rl_config(config: Config) -> rl.Config:
         rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=8, max_tokens=64),
         # So few answers are too noisy for the embeddings and matrices; they suffice for the unembedding.
         optim=dataclasses.replace(
-            defaults.optim,
+            rl.OPTIM,
             embedding_lr=0.0,
             unembedding_lr=0.01,
             matrix_lr=0.0,
