@@ -36,7 +36,6 @@ from nanochat.config import UserError
 from nanochat.distributed import ControlGroup, LostRankError, raise_on_any_failure, sharding
 
 BEST_METRIC = "val/bpb"  # lower is better
-LEAF_DTYPES = ("float32", "bfloat16", "float16", "int32", "int64", "uint8", "bool")
 
 State = TypeVar("State", bound=Any)  # a NamedTuple
 
@@ -98,7 +97,7 @@ def save(
     wait(manager)
     group, folder = manager.group, manager.folder
     with raise_on_any_failure(group):
-        leaves = _leaves(state)
+        leaves = tree.flatten(state._asdict())
         shards = {name: integrity.local_shard(leaf, name) for name, leaf in leaves.items()}
         specs = {name: integrity.tensor_spec(leaf) for name, leaf in leaves.items()}
         copies = {n: storage.to_numpy(a) if isinstance(a, Tensor) else np.array(a) for n, a in (arrays or {}).items()}
@@ -138,6 +137,28 @@ def save(
     background.shutdown(wait=False)
     if not manager.config.asynchronous:
         wait(manager)
+
+
+def _read_files(files: Mapping[str, Path]) -> dict[str, bytes]:
+    try:
+        return {name: Path(path).read_bytes() for name, path in files.items()}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be copied to the checkpoint ({integrity.reason(error)})") from error
+
+
+def _from_rank0(group: ControlGroup, function: Callable[[], Any]) -> Any:
+    """Return on every rank what rank 0 computes."""
+    with raise_on_any_failure(group):
+        value = function() if group.rank == 0 else None
+    return distributed.broadcast_object(value, group=group)
+
+
+def _require_equal(group: ControlGroup, specs: Mapping[str, Any]) -> None:
+    first = distributed.broadcast_object(specs, group=group)
+    with raise_on_any_failure(group):
+        for name in {**first, **specs}:
+            if first.get(name) != specs.get(name):
+                raise UserError(f"{name} differs between rank 0 and rank {group.rank}: it should be equal on both")
 
 
 def add_metrics(manager: Manager, step: int, metrics: Mapping[str, float]) -> None:
@@ -196,7 +217,7 @@ def restore(
     path = step_path(folder, step, group)
     header = _from_rank0(group, lambda: integrity.read_header(path))
     with raise_on_any_failure(group):
-        like = _leaves(abstract_state)
+        like = tree.flatten(abstract_state._asdict())
         expected = {name: integrity.tensor_spec(leaf) for name, leaf in like.items()}
         integrity.compare_specs(path, header["state"], expected)
     shards = integrity.read_leaves(path, header["state"], device, like, group)
@@ -204,9 +225,14 @@ def restore(
         arrays = integrity.read_arrays(path, header["arrays"])
     leaves = sharding.as_dtensors(shards, like)
     fields = {name: _rebuild(value, leaves, name) for name, value in abstract_state._asdict().items()}
-    if isinstance(fields.get("params"), TensorDict):
-        fields["params"] = _with_saved_config(fields["params"], header["meta"])
+    fields["params"] = _with_saved_config(fields["params"], header["meta"])
     return type(abstract_state)(**fields), header["meta"], arrays
+
+
+def _rebuild(like: Any, leaves: Mapping[str, Tensor], name: str) -> Any:
+    if not isinstance(like, TensorDictBase):
+        return leaves[name]
+    return tree.unflatten({key: leaves[f"{name}.{key}"] for key in tree.flatten(like)}, like)
 
 
 def load_params(
@@ -416,48 +442,3 @@ def _make_room(manager: Manager, step: int, needed_bytes: int, metrics: Mapping[
 def _last_good(folder: Path) -> str:
     complete = storage.steps(folder)
     return f"step {complete[-1]} is intact" if complete else "there is no earlier step"
-
-
-# Leaves of a state
-
-
-def _leaves(state: Any) -> dict[str, Tensor]:
-    leaves = tree.flatten(state._asdict())
-    for name, leaf in leaves.items():
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name} is a {type(leaf).__name__}, not a tensor")
-        dtype = integrity.tensor_spec(leaf)["dtype"]
-        if dtype not in LEAF_DTYPES:
-            raise UserError(f"{name} is {dtype}: checkpoints hold {', '.join(LEAF_DTYPES)}")
-    return leaves
-
-
-def _rebuild(like: Any, leaves: Mapping[str, Tensor], name: str) -> Any:
-    if not isinstance(like, TensorDictBase):
-        return leaves[name]
-    return tree.unflatten({key: leaves[f"{name}.{key}"] for key in tree.flatten(like)}, like)
-
-
-def _read_files(files: Mapping[str, Path]) -> dict[str, bytes]:
-    try:
-        return {name: Path(path).read_bytes() for name, path in files.items()}
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be copied to the checkpoint ({integrity.reason(error)})") from error
-
-
-# Ranks
-
-
-def _from_rank0(group: ControlGroup, function: Callable[[], Any]) -> Any:
-    """Return on every rank what rank 0 computes."""
-    with raise_on_any_failure(group):
-        value = function() if group.rank == 0 else None
-    return distributed.broadcast_object(value, group=group)
-
-
-def _require_equal(group: ControlGroup, specs: Mapping[str, Any]) -> None:
-    first = distributed.broadcast_object(specs, group=group)
-    with raise_on_any_failure(group):
-        for name in {**first, **specs}:
-            if first.get(name) != specs.get(name):
-                raise UserError(f"{name} differs between rank 0 and rank {group.rank}: it should be equal on both")

@@ -19,7 +19,7 @@ from ranks_checkpoint import State, abstract, assert_same, full_state, save_step
 from nanochat import tree
 from nanochat.checkpoint import CheckpointConfig, storage
 from nanochat.checkpoint import manager as checkpoint
-from nanochat.config import UserError
+from nanochat.config import UserError, override
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -206,7 +206,7 @@ def test_retention_policy(tmp_path: Path, options: Any, scores: list[float | Non
 @pytest.mark.parametrize("name", ["every_steps", "keep_last", "keep_every_steps"])
 def test_setting_below_one_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"checkpoint.{name}=0: must be at least 1"):
-        CheckpointConfig(**{name: 0})
+        override(CheckpointConfig(), [f"{name}=0"])
 
 
 def test_step_deleted_by_hand_is_forgotten(tmp_path: Path) -> None:
@@ -259,22 +259,12 @@ def test_existing_step_with_other_values_is_refused(tmp_path: Path) -> None:
     assert_same(checkpoint.restore(tmp_path, full_state(1), step=1)[0], full_state(1))
 
 
-def test_unsupported_values_are_refused(tmp_path: Path) -> None:
+def test_values_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     manager = checkpoint.open_manager(tmp_path)
-    state = full_state(1)
-    with pytest.raises(UserError, match=r"params\.odd is float64"):
-        double = tree.unflatten({"odd": torch.zeros(1, dtype=torch.float64)})
-        checkpoint.save(manager, state._replace(params=double), {})
-    with pytest.raises(TypeError, match="scaler is a str, not a tensor"):
-        checkpoint.save(manager, state._replace(scaler="text"), {})
-    with pytest.raises(UserError, match="array words is <U1: checkpoints hold numbers"):
-        checkpoint.save(manager, state, {}, arrays={"words": np.array(["a"])})
-    with pytest.raises(UserError, match=r"file \.\./x: expected a name without folders"):
-        checkpoint.save(manager, state, {}, files={"../x": Path(__file__)})
     with pytest.raises(UserError, match=r"gone\.txt cannot be copied to the checkpoint \(No such file"):
-        checkpoint.save(manager, state, {}, files={"x": tmp_path / "gone.txt"})
+        checkpoint.save(manager, full_state(1), {}, files={"x": tmp_path / "gone.txt"})
     with pytest.raises(TypeError, match="not JSON serializable"):
-        checkpoint.save(manager, state, {"x": torch.zeros(1)})
+        checkpoint.save(manager, full_state(1), {"x": torch.zeros(1)})
     checkpoint.close(manager)
     assert checkpoint.steps(tmp_path) == [] and not other_files(tmp_path)
     (tmp_path / "file").touch()
