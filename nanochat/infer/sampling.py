@@ -1,4 +1,4 @@
-"""Drawing tokens from logits: for a batch of independently seeded rows, and a plain loop over full forward passes.
+"""Drawing tokens from logits, for a batch of independently seeded rows.
 
 A row's noise is a function of its seed, the token's position and the token's id: no generator, no state, nothing that
 depends on other rows. With Gumbel noise g, argmax(logits + temperature·g) is a draw from softmax(logits / temperature),
@@ -6,16 +6,12 @@ and the most likely token at temperature 0.
 Source: Gumbel-max (Maddison et al., arXiv 1411.0030); the mixing function is Wellons' hash32.
 """
 
-from collections.abc import Callable, Collection, Sequence
-
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 MASK_32 = 2**32 - 1
 WEYL = 0x9E3779B1  # the golden ratio in 32 bits
 ID_STEP = 2.0**-40  # orders equal logits in float64, and is too small to change the order of others
-LogitsFn = Callable[[TensorDict, Tensor], Tensor]
 
 
 def draw(
@@ -69,43 +65,3 @@ def _mix(x: Tensor) -> Tensor:
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & MASK_32
     return x ^ (x >> 16)
-
-
-def choose(logits_BV: Tensor, *, temperature: float, top_k: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return one token id per row, (B,) int64, drawn by a CPU generator; temperature 0 is greedy, top_k 0 keeps all."""
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    if top_k:
-        least = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
-    probs_BV = (logits_BV / temperature).softmax(-1).cpu()
-    return torch.multinomial(probs_BV, 1, generator=generator)[:, 0].to(logits_BV.device)
-
-
-@torch.no_grad()
-def sample(
-    params: TensorDict,
-    prompt: Sequence[int],
-    logits_fn: LogitsFn,
-    *,
-    max_tokens: int,
-    stop: Collection[int] = (),
-    temperature: float = 0.0,
-    top_k: int = 0,
-    seed: int = 0,
-) -> list[int]:
-    """Return up to `max_tokens` tokens that follow `prompt` (at least one id), up to the first of `stop`, excluded.
-
-    Args:
-        logits_fn: (params, (1, T) ids) -> (1, T, V) logits.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    device = params["wte"].device
-    ids = list(prompt)
-    for _ in range(max_tokens):
-        logits_BV = logits_fn(params, torch.tensor([ids], device=device))[:, -1]
-        token = int(choose(logits_BV, temperature=temperature, top_k=top_k, generator=generator))
-        if token in stop:
-            break
-        ids.append(token)
-    return ids[len(prompt) :]

@@ -4,11 +4,9 @@ import math
 import random
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -65,17 +63,9 @@ def test_values(text: str, expected: str) -> None:
             "'a'*3",
             "'a'+'b'",
         ),
-        *(
-            "'a'.count",
-            "'a'.count()",
-            "'a'.count('a', 1)",
-            "'a'.upper()",
-            "'a'.count(1)",
-            "b'a'.count(b'a')",
-            "'a'.count(x)",
-        ),
-        *("f'{1}'.count('1')", "'a'.count(sub='a')", "'a'.count('a').real", r"'\d'.count('d')", "'a'.count('a')+1"),
-        *("__import__('os').system('true')", "'a'.__class__", "().__class__.__bases__", "'a'.count.__self__"),
+        *("'a'.count", "'a'.count()", "'a'.count('a', 1)", "'a'.upper()", "'a'.count(1)", "b'a'.count(b'a')"),
+        *("'a'.count(x)", "f'{1}'.count('1')", "'a'.count(sub='a')", "'a'.count('a').real", r"'\d'.count('d')"),
+        *("__import__('os').system('true')", "'a'.__class__", "().__class__.__bases__", "'a'.count('a')+1"),
         *("1/0", "1/(1-1)", "0/0", "1.0/0", "9" * 200, "1" * 400 + ".0", "1" * 400 + "/3.5", "9" * 400 + "/7"),
         *("(" * 250, "(" * 250 + "1" + ")" * 250, "-" * 999 + "1", "1" + "+1" * 499, "1" * 5000),
         *("１+１", "٣+1", "2×3", "1\x0c+1", "1\0", "\ud800", "'\ud800'.count('a')", "'a\0'.count('a')", "\ufeff1+1"),
@@ -134,15 +124,6 @@ def test_thousands_separators_are_ignored() -> None:
         a, b = rng.randrange(10 ** rng.randrange(1, 15)), rng.randrange(10 ** rng.randrange(1, 15))
         operation = rng.choice("+-*")
         assert calculate(f"{a:,} {operation} ({b:,})") == str(eval(f"{a}{operation}{b}")), (a, b)
-        assert calculate(f"{a:,}.25") == str(float(Fraction(a) + Fraction(1, 4)))
-
-
-def test_count_equals_python() -> None:
-    rng = random.Random(2)
-    for _ in range(2000):
-        where = "".join(rng.choices("abc ,.'()é中🙂#{}", k=rng.randrange(30)))
-        what = "".join(rng.choices("abc ,.'é", k=rng.randrange(3)))
-        assert calculate(f'"{where}".count("{what}")') == str(where.count(what))
 
 
 ALPHABET = "0123456789+-*/()., "
@@ -227,29 +208,21 @@ def test_fuzzed_expressions_never_raise() -> None:
     print(f"slowest of {FUZZ_STRINGS}: {slowest[0] * 1e6:.0f} µs, {results} had a result")
 
 
-def test_calculator_works_in_any_thread_and_stack_depth() -> None:
+def test_calculator_works_at_any_stack_depth() -> None:
     text = "1" + "+1" * 99
-    seen: list[str | None] = []
-    threads = [threading.Thread(target=lambda: seen.append(calculate(text))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == ["100"] * 8
 
-    def at_the_bottom() -> list[str | None]:
+    def at_the_bottom() -> set[str | None]:
         try:
-            return [*at_the_bottom(), calculate(text)]
+            return {*at_the_bottom(), calculate(text)}
         except RecursionError:
-            return []
+            return set()
 
-    found = set(at_the_bottom())  # from where the stack ends up to here: a value or none, never an error
-    assert "100" in found and found <= {"100", None}
+    results = at_the_bottom()  # from where the stack ends up to here: a value or none, never an error
+    assert "100" in results and results <= {"100", None}
 
 
-def test_command_line() -> None:
-    command = [sys.executable, "-m", "nanochat.infer.tool_use"]
-    done = subprocess.run([*command, "1,000 * 2"], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert (done.returncode, done.stdout) == (0, "2000\n")
-    done = subprocess.run([*command, "1/0"], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert (done.returncode, done.stdout) == (1, "no result\n")
+@pytest.mark.parametrize(("text", "code", "shown"), [("1,000 * 2", 0, "2000\n"), ("1/0", 1, "no result\n")])
+def test_command_line(text: str, code: int, shown: str) -> None:
+    command = [sys.executable, "-m", "nanochat.infer.tool_use", text]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout) == (code, shown)
