@@ -130,30 +130,26 @@ def run(config: Config, runtime: Runtime) -> None:
 def write_samples(config: Config, runtime: Runtime, loaded: Pretrained, _info: CheckpointInfo) -> Outcome:
     """Print and write completions of the prompts and samples without a prompt; rank 0 generates, the others wait."""
     with distributed.raise_on_any_failure():
-        if runtime.is_main:
-            rows = generate_samples(config, loaded)
-            path = loaded.folder / "eval" / f"samples_{loaded.step}.jsonl"
-            jsonl.write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
-            for row in rows:
-                print(f"  {row['prompt']!r} → {row['completion']!r}")
+        if not runtime.is_main:
+            return {}, {}
+        tok = loaded.tokenizer
+        prompts = [(text, config.sample_tokens, 0.0) for text in config.prompts]
+        prompts += [("", config.free_tokens, 1.0)] * config.free_samples
+        requests = [
+            infer.Request((tok.bos, *tok.encode(text)), max_tokens, temperature, top_k=0, seed=seed)
+            for seed, (text, max_tokens, temperature) in enumerate(prompts)
+        ]
+        slots = max(min(8, len(requests)), 1)
+        engine = infer.start(loaded.params, loaded.config, tok, slots=slots, compile=False, exact=True)
+        rows = [
+            {"prompt": text, "completion": tok.decode(done.content), "temperature": temperature, "seed": seed}
+            for seed, ((text, _, temperature), done) in enumerate(zip(prompts, infer.complete(engine, requests)))
+        ]
+        path = loaded.folder / "eval" / f"samples_{loaded.step}.jsonl"
+        jsonl.write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+        for row in rows:
+            print(f"  {row['prompt']!r} → {row['completion']!r}")
     return {}, {}
-
-
-def generate_samples(config: Config, loaded: Pretrained) -> list[dict[str, Any]]:
-    """Return {"prompt", "completion", "temperature", "seed"} of each sample."""
-    tok = loaded.tokenizer
-    prompts = [(text, config.sample_tokens, 0.0) for text in config.prompts]
-    prompts += [("", config.free_tokens, 1.0)] * config.free_samples
-    requests = [
-        infer.Request((tok.bos, *tok.encode(text)), max_tokens, temperature, top_k=0, seed=seed)
-        for seed, (text, max_tokens, temperature) in enumerate(prompts)
-    ]
-    slots = max(min(8, len(requests)), 1)
-    engine = infer.start(loaded.params, loaded.config, tok, slots=slots, compile=False, exact=True)
-    return [
-        {"prompt": text, "completion": tok.decode(done.content), "temperature": temperature, "seed": seed}
-        for seed, ((text, _, temperature), done) in enumerate(zip(prompts, infer.complete(engine, requests)))
-    ]
 
 
 def bits_per_byte(config: Config, runtime: Runtime, loaded: Pretrained, info: CheckpointInfo) -> Outcome:

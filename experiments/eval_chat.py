@@ -72,8 +72,8 @@ def run(config: Config, runtime: Runtime) -> None:
         print(warning)
     partial = loaded.folder / "eval" / f"chat_{loaded.step}.partial.jsonl"
     model_key = eval.results.model_key(info, loaded.tokenizer, runtime.compute_dtype)
-    values = [getattr(config, field.name) for field in dataclasses.fields(ChatEvalConfig) if field.name != "compile"]
-    keys = {text: eval.results.key(model_key, values, str(config.source), text) for text in names}
+    settings = [getattr(config, field.name) for field in dataclasses.fields(ChatEvalConfig) if field.name != "compile"]
+    keys = {text: eval.results.key(model_key, settings, str(config.source), text) for text in names}
     scores, failed = evaluate(config, loaded, runtime, keys, partial)
     path = loaded.folder / "eval" / f"chat_{loaded.step}.csv"
     with distributed.raise_on_any_failure():
