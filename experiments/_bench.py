@@ -159,15 +159,13 @@ def alternate(
     tokens = (config.batch_size or 1) * shape.sequence_len * config.micro_batches
     rows = min(tokens, MATMUL_ROWS) if cuda else tokens
     own = matmuls(shape, rows, runtime)
-    steps: list[float] = []
-    squares: dict[int, list[float]] = {n: [] for n in sizes}
-    products: list[float] = []
+    steps, products, squares = [], [], {n: [] for n in sizes}
     for _ in range(config.rounds):
         for n, (a, b) in pairs.items():
             squares[n] += [timed(functools.partial(torch.matmul, a, b), runtime) for _ in range(5)]
         steps += [timed(step, runtime) for _ in range(config.steps_per_round)]
         products.append(timed(own, runtime) * tokens / rows)
-    medians = {n: statistics.median(values) for n, values in squares.items()}
+    medians = {n: statistics.median(seconds) for n, seconds in squares.items()}
     return statistics.median(steps), medians, statistics.median(products[1:] or products)
 
 

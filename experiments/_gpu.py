@@ -22,7 +22,7 @@ from nanochat.distributed import Runtime, hardware
 from nanochat.model import attention, linear
 from nanochat.train import planner
 
-LEAST_SECONDS = 20  # a unit is not started with less time left
+LEAST_SECONDS = 30  # a unit is not started with less time left
 MEMORY_SHARE = 0.9  # of the free memory that a planned batch may take: one that fails costs a compilation
 TARGET_MFU, TARGET_FP8 = 0.60, 1.15
 COLUMNS = ("tokens/s", "MFU", "x predicted", "peak GiB", "planned GiB", "compile s")
@@ -78,7 +78,7 @@ def commands(config: Config, runtime: Runtime, name: str, folder: Path) -> list[
     kind, *rest = name.split(":")
     if kind == "tests":
         tests = str(_jobs.ROOT / config.gpu.tests)
-        return [[sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs", tests]]
+        return [[sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs", "-vv", tests]]
     given, depth = bench_train.changed_settings(config), int(rest[0])
     shape = bench_train.resolve(dataclasses.replace(config, depth=depth))[1]
     if kind == "kernels":

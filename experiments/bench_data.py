@@ -4,15 +4,13 @@
     python launch.py --experiment=bench_data --set data.source=climbmix --set tokens=2e7
     python launch.py --experiment=bench_data --set what=core --set core.bundle=/path/to/eval_bundle --set core.threads=1
 
-what=loader: packed tokens per second with and without the token cache, beside the tokenizer alone. The three
-measurements alternate, so that all see the same machine. A minute on two CPU cores, after the embedded corpus is built;
-without a tokenizer, one is trained for the measurement. Prints a table, the share of cropped tokens, and a JSON line.
+what=loader: packed tokens per second with and without the token cache, beside the tokenizer alone, in turns. A minute
+on two CPU cores, after the embedded corpus is built; without a tokenizer, one is trained for the measurement.
 
-what=core: the batched evaluation, which computes shared prefixes once, against one prompt at a time: `model.apply`,
-then the loss and the likeliest token at every position. Both answer the same rows, task by task, in turns, and have to
-agree; everything from rows to answers is timed. Prints prompts per second and the ratio of the times by kind of task,
-and one JSON line; on the CPU also the ratio of processor time, which other programs disturb less. Without core.run the
-model has random weights and a tokenizer trained on the embedded corpus. With 40 rows a task: ten minutes on one core.
+what=core: the batched evaluation, which computes shared prefixes once, against one prompt at a time. Both answer the
+same rows, in turns, and have to agree; everything from rows to answers is timed. Prints prompts per second and the
+ratio of the times by kind of task; on the CPU also that of processor time, which other programs disturb less. Without
+core.run the model has random weights. With 40 rows a task: ten minutes on one core.
 """
 
 from __future__ import annotations

@@ -6,15 +6,13 @@
     python launch.py --experiment=bench_infer --set what=server --set server.url=http://host:8000
 
 what=decode: time to the first token and time of a step at several batch sizes, with the engine of a chat: top-k
-sampling, a seed for each sequence, tool calls, one token of each sequence copied to the host at each step. Beside each
-time is its floor: the bytes that a step has to read (every matrix once, and the keys and values within the windows)
-over the measured bandwidth of a large copy. A model that fits into the processor's cache may be faster than its floor.
-Prints a table and one JSON line. Most of the time goes into compiling the first step of each shape.
+sampling, a seed for each sequence, tool calls. Beside each time is its floor: the bytes that a step has to read (every
+matrix once, and the keys and values within the windows) over the measured bandwidth of a large copy; a model that fits
+into the processor's cache may be faster. Most of the time goes into compiling the first step of each shape.
 
 what=server: tokens per second and latency by the number of concurrent clients, for a server that runs already
-(--experiment=web). Each client sends one request after the other, with a new seed, and reads the streamed answer. Half
-a minute for each number of clients. Tokens are counted by the server. On the server's machine, clients take some of
-its time too.
+(--experiment=web). Each client sends one request after the other, with a new seed, and reads the streamed answer; half
+a minute for each number of clients. On the server's machine, clients take some of its time too.
 """
 
 from __future__ import annotations

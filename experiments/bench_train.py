@@ -9,22 +9,21 @@ r"""Measure the training step: tokens/s, FLOP utilization and memory, beside the
     python launch.py --experiment=bench_train --set what=gpu                         # checks and times one GPU
     python launch.py --experiment=bench_train --set what=gpu --set device=cpu ...    # dry run on CPU
 
-what=step: one configuration. The full step is timed (forward, backward, Muon and AdamW), in rounds that alternate with
-large square matmuls, so that both see the same machine. Prints a table, a profile by kind of operation, and one JSON
-line. Two minutes for the small shape on two CPU cores, most of it compiling.
+what=step: forward, backward, Muon and AdamW, timed in rounds that alternate with large square matmuls, so that both
+see the same machine. Prints a table, a profile and one JSON line. Two minutes on two CPU cores, most of it compiling.
 
 what=sweep: every combination of modes, kernels, precisions and compiles, each in a job on as many ranks as this one
 has; if compiled, first with an empty compiler cache and then with a warm one. Two to three minutes each on a GPU.
 
-what=scaling: jobs of 1, 2, 4, ... ranks. Weak scaling: every rank has one micro-batch. Strong scaling: a step has as
-many tokens as in the largest job, and fewer ranks accumulate over more micro-batches. On the CPU all jobs have the same
-number of threads a rank. One to three minutes for every mode and number of ranks.
+what=scaling: jobs of 1, 2, 4, ... ranks. Weak: every rank has one micro-batch. Strong: a step has as many tokens as in
+the largest job, so that fewer ranks have more micro-batches. On the CPU all have the same number of threads a rank. One
+to three minutes for every mode and number of ranks.
 
 what=kernels: limits of the machine beside its data sheet, linear layers in both precisions, attention by window.
 
-what=gpu: everything that needs one GPU, in units that run one after the other, the most important first: pytest -m gpu,
-the training step of each depth in both precisions with a profile, what=kernels, bench_infer. What fails or takes too
-long does not stop the rest; what did not fit into gpu.minutes is listed with the command that runs it.
+what=gpu: units that run one after the other, the most important first: pytest -m gpu, the training step of each depth
+in both precisions with a profile, what=kernels, bench_infer. What fails or takes too long does not stop the rest; what
+did not fit into gpu.minutes is listed with the command that runs it.
 """
 
 from __future__ import annotations

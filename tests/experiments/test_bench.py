@@ -248,7 +248,7 @@ def test_gpu_suite_continues_after_a_failure_and_lists_the_rest(tmp_path: Path, 
     bench_train.run(override(bench_train.config(), settings), HERE)
     out = capfd.readouterr().out
     assert "  tests failed: exit code 4\n" in out and "== kernels:1: done" in out
-    bench_train.run(override(bench_train.config(), [*settings, "gpu.minutes=0.1"]), HERE)
+    bench_train.run(override(bench_train.config(), [*settings, "gpu.minutes=0.4"]), HERE)
     last = capfd.readouterr().out.splitlines()[-1]
     assert last.startswith("not done: tests, kernels:1; next: python launch.py --experiment=bench_train --set what=gpu")
     assert "--set gpu.units=tests,kernels:1" in last and "--set head_dim=64" in last
