@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,12 +35,6 @@ class Setup:
     dtype: torch.dtype = torch.bfloat16
     fp8: bool = False  # whether large matrix products use float8
     chunk_tokens: int = 8192  # of the loss
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode}: expected {', '.join(MODES)}")
-        if self.mode == "hsdp" and (self.shard_ranks < 1 or self.world_size % self.shard_ranks):
-            raise ValueError(f"shard_ranks={self.shard_ranks}: must divide the {self.world_size} ranks")
 
     @property
     def shards(self) -> int:
@@ -113,28 +108,26 @@ def phases(shape: ModelConfig, setup: Setup, *, rows: int, micro_batches: int) -
     sizes = state_bytes(shape, setup)
     several, gathered = setup.world_size > 1, setup.sharded_params
 
-    def peak(phase: str, **parts: float) -> Memory:
-        names = ("gradients", "activations", "logits", "weights", "update")
-        held = {"parameters": sizes.parameters, "optimizer": sizes.optimizer}
-        overhead = {"overhead": CONTEXT_BYTES + (NCCL_BYTES if several else 0)}
-        return Memory(phase, held | {name: round(parts.get(name, 0)) for name in names} | overhead)
-
+    parts = ("parameters", "optimizer", "gradients", "activations", "logits", "weights", "update", "overhead")
+    held = dict.fromkeys(parts, 0) | {name: sizes[name] for name in ("parameters", "optimizer")}
+    held["overhead"] = CONTEXT_BYTES + (NCCL_BYTES if several else 0)
     # The sum over micro-batches is held besides the gradients of one micro-batch; fsdp sums shards.
-    sums = (sizes.shards_f32 if gathered else sizes.full_f32) if micro_batches > 1 else 0
+    sums = (sizes["shards_f32"] if gathered else sizes["full_f32"]) if micro_batches > 1 else 0
     prefetch = _layer_params(shape) * (setup.dtype.itemsize + 4) if gathered else 0  # next weights, last gradients
     memories = []
     for phase, points in _micro_batch_bytes(shape, setup, rows).items():
-        parts = {name: round(ROUND_UP * n) for name, n in max(points, key=lambda parts: sum(parts.values())).items()}
-        parts["gradients"] = parts.get("gradients", 0) + sums
-        parts["weights"] = parts.get("weights", 0) + prefetch
-        memories.append(peak(phase, **parts))
-    made = sums or (sizes.shards_f32 if gathered else sizes.full_made)
+        peak = max(points, key=lambda parts: sum(parts.values()))
+        memory = Memory(phase, held | {name: round(ROUND_UP * size) for name, size in peak.items()})
+        memory.parts["gradients"] += sums
+        memory.parts["weights"] += prefetch
+        memories.append(memory)
+    made = sums or (sizes["shards_f32"] if gathered else sizes["full_made"])
     # Reduced gradients are new tensors, and what they were made from is freed only after the update.
-    reduced = sizes.shards_f32 if several and not (setup.mode == "fsdp" and gathered) else 0
-    casts = sizes.embeddings_f32 if several and not gathered and not sums else 0
-    memories.append(peak("reduce", gradients=made + reduced, weights=casts))
-    memories.append(peak("update", gradients=made + reduced, update=_muon_bytes(shape, setup)))
-    return tuple(memories)
+    reduced = sizes["shards_f32"] if several and not (setup.mode == "fsdp" and gathered) else 0
+    casts = sizes["embeddings_f32"] if several and not gathered and not sums else 0
+    reduce = {"gradients": made + reduced, "weights": casts}
+    update = {"gradients": made + reduced, "update": _muon_bytes(shape, setup)}
+    return (*memories, Memory("reduce", held | reduce), Memory("update", held | update))
 
 
 def _micro_batch_bytes(shape: ModelConfig, setup: Setup, rows: int) -> dict[str, list[dict[str, float]]]:
@@ -181,37 +174,30 @@ def _micro_batch_bytes(shape: ModelConfig, setup: Setup, rows: int) -> dict[str,
     return {"forward": forward, "backward": backward}
 
 
-class StateBytes(NamedTuple):
-    """Bytes of one rank between steps, and of gradients: full and this rank's shards in float32, full as computed."""
+def state_bytes(shape: ModelConfig, setup: Setup) -> Mapping[str, int]:
+    """Return bytes of one rank: parameters and optimizer, held between steps, and gradients of all parameters.
 
-    parameters: int
-    optimizer: int
-    full_f32: int
-    shards_f32: int
-    full_made: int
-    embeddings_f32: int
-
-
-def state_bytes(shape: ModelConfig, setup: Setup) -> StateBytes:
-    """Return the bytes of parameters, optimizer state and gradients of one rank."""
+    Gradients: "full_f32" and this rank's "shards_f32", "full_made": as they are computed, "embeddings_f32".
+    """
     shards = setup.shards
-    parameters, moments, full, sharded, made, embeddings = 0, 0, 0, 0, 0, 0
+    sizes = collections.Counter({"optimizer": 8 + 8 + 4 + 8})  # counts of steps, and the loss scale
     for row in model.spec(shape).values():
         numel = math.prod(row.shape)
         dim = shard_dim(row.shape, row.axes, shards)
         shard = numel if dim is None else numel // shards
         stored = model.storage_dtype(row, setup.dtype).itemsize
-        parameters += stored * (shard if setup.mode in ("fsdp", "hsdp") else numel)
+        sizes["parameters"] += stored * (shard if setup.mode in ("fsdp", "hsdp") else numel)
         if row.group == MATRIX:
             second = _second_moment_shape(row.shape)
             even = dim is not None and any(n % shards == 0 for n in second)
-            moments += 4 * (shard + math.prod(second) // (shards if even else 1))
+            sizes["optimizer"] += 4 * (shard + math.prod(second) // (shards if even else 1))
         else:
-            moments += 2 * 4 * shard
-        full, sharded, made = full + 4 * numel, sharded + 4 * shard, made + stored * numel
-        embeddings += 4 * numel if stored != 4 else 0
-    step_and_scaler = 8 + 8 + 4 + 8
-    return StateBytes(parameters, moments + step_and_scaler, full, sharded, made, embeddings)
+            sizes["optimizer"] += 2 * 4 * shard
+        sizes["full_f32"] += 4 * numel
+        sizes["shards_f32"] += 4 * shard
+        sizes["full_made"] += stored * numel
+        sizes["embeddings_f32"] += 4 * numel if stored != 4 else 0
+    return sizes
 
 
 def _second_moment_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

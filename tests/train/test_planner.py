@@ -109,8 +109,8 @@ def test_planned_state_size_matches_real_state(mode: Any, kv_heads: int, four_ra
         train.init(model.init(shape, 0, dtype=BF16, sharding_plan=sharding_plan), spec, BF16, sharding_plan)
     )
     planned = planner.state_bytes(shape, Setup(mode, 4, 2))
-    assert planned.parameters == tree.nbytes(real.params)
-    assert planned.optimizer == tree.nbytes([real.step, real.opt_state, real.scaler])
+    assert planned["parameters"] == tree.nbytes(real.params)
+    assert planned["optimizer"] == tree.nbytes([real.step, real.opt_state, real.scaler])
 
 
 def test_largest_batch_fits_and_next_does_not() -> None:
@@ -155,12 +155,6 @@ def test_traffic_matches_hand_calculation() -> None:
         "all_reduce": 2 * 0.5 * 4 * (EMBEDDINGS + MATRICES) / 2 + small,
         "all_to_all": 0.5 * ((2 + 4) * (2048 + 4096 + 4096) + (4 + 4) * (64 + 128 + 128)),
     }
-
-
-@pytest.mark.parametrize(("mode", "shard_ranks"), [("zero3", 1), ("hsdp", 3), ("hsdp", 0)])
-def test_invalid_modes_raise(mode: str, shard_ranks: int) -> None:
-    with pytest.raises(ValueError, match=r"zero3: expected|must divide the 4 ranks"):
-        Setup(mode, 4, shard_ranks)
 
 
 # Time and cost
