@@ -124,12 +124,10 @@ def test_single_token_gradient_equals_softmax_formula():
     torch.testing.assert_close(grads["lm_head"][: CONFIG.vocab_size], want_V[:, None] * x_C, rtol=1e-4, atol=1e-7)
 
 
-def test_equal_rewards_give_zero_gradient():
+def test_equal_rewards_give_no_rows():
     assert rl.advantages([1.0, 0.0, 0.0, 1.0]) == [0.5, -0.5, -0.5, 0.5]
     assert rl.advantages([0.1] * 3) == [0.0] * 3
     assert rl.weighted([rollout([1], [2, 3], 0.7)] * 3) == []
-    group = [rollout([1], [2, 3], r) for r in (0.0, 0.5, 1.0)]
-    assert [row.weights[1] for row in rl.weighted(group)] == pytest.approx([-0.5 / 6, 0.5 / 6])
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -207,19 +205,9 @@ def test_prompt_batches_wrap_around_and_resume():
 
 def test_pass_at_k_is_any_of_the_first_k(monkeypatch: pytest.MonkeyPatch):
     solved = [[False, False, True], [True, False, False], [False, False, False], [False, True, True]]
-    requests = []
-
-    def samples(_decoder: Any, _tok: Any, _task: Any, indices: Any, config: Any) -> list[list[bool]]:
-        requests.append((list(indices), config.samples, config.temperature, config.top_k, config.max_tokens))
-        return solved
-
-    monkeypatch.setattr(rl.chat_eval, "sample_answers", samples)
-    assert rl.pass_at_k(make_engine(), TOK, task(), 4, ROLLOUTS, max_k=3) == {
-        "rl/pass_at_1": 0.25,
-        "rl/pass_at_2": 0.5,
-        "rl/pass_at_3": 0.75,
-    }
-    assert requests == [([0, 1, 2, 3], 3, 1.0, 50, 8)]
+    monkeypatch.setattr(rl.chat_eval, "sample_answers", lambda *_: solved)
+    got = rl.pass_at_k(make_engine(), TOK, task(), 4, ROLLOUTS, max_k=3)
+    assert got == {"rl/pass_at_1": 0.25, "rl/pass_at_2": 0.5, "rl/pass_at_3": 0.75}
 
 
 def test_task_without_reward_and_invalid_settings_raise():
