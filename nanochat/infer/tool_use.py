@@ -39,10 +39,6 @@ _BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
 _UNARY: dict[type[ast.unaryop], Callable[[float], float]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
-class _NoResult(Exception):
-    """The expression is outside of the grammar, or an intermediate value is not finite."""
-
-
 def calculate(expression: str) -> str | None:
     """Return `str` of the value: "2000" for `1,000*2`, "3.5" for `7/2`, "3" for `'strawberry'.count('r')`.
 
@@ -60,17 +56,17 @@ def calculate(expression: str) -> str | None:
             return None
         result = str(value)
     # The parser raises on syntax, lone surrogates and callers near the end of their stack; the rest is arithmetic.
-    except (SyntaxError, ValueError, RecursionError, MemoryError, ArithmeticError, _NoResult):
+    except (SyntaxError, ValueError, RecursionError, MemoryError, ArithmeticError):
         return None
     return result if len(result) <= MAX_RESULT_CHARACTERS else None
 
 
 def _arithmetic(expression: str) -> float:
     if sum(map(expression.count, "+-*/(")) > MAX_OPERATORS:
-        raise _NoResult
+        raise ValueError(expression)
     expression = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), expression)
     if "," in expression:
-        raise _NoResult
+        raise ValueError(expression)
     return _value(ast.parse(expression, mode="eval").body)
 
 
@@ -83,10 +79,10 @@ def _value(node: ast.expr) -> float:
         case ast.UnaryOp(op, operand) if type(op) in _UNARY:
             result = _UNARY[type(op)](_value(operand))
         case _:
-            raise _NoResult
+            raise ValueError("outside of the grammar")
     # An int of any size is finite, and math.isfinite could overflow on it.
     if isinstance(result, float) and not math.isfinite(result):
-        raise _NoResult
+        raise ValueError("not finite")
     return result
 
 
@@ -94,7 +90,7 @@ def _count(expression: str) -> int:
     match ast.parse(expression, mode="eval").body:
         case ast.Call(ast.Attribute(ast.Constant(value=str(text)), "count"), [ast.Constant(value=str(part))], []):
             return text.count(part)
-    raise _NoResult
+    raise ValueError(expression)
 
 
 class ToolTokens(NamedTuple):

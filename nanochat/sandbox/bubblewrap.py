@@ -104,10 +104,7 @@ def run(
 
 @functools.cache
 def available() -> str | None:
-    """Return None if this machine can isolate a program, else one line: what is missing, and how to fix it.
-
-    Runs a program that tries to break out.
-    """
+    """Return None if a program that tries to break out cannot, else one line: what is missing, and how to fix it."""
     if sys.platform != "linux":
         return f"the sandbox needs Linux, this is {sys.platform}"
     if shutil.which("bwrap") is None:

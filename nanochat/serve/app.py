@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import importlib.resources
 import logging
+import re
 import secrets
 import time
 import uuid
@@ -64,7 +65,7 @@ def create_app(scheduler: Scheduler, limits: Limits) -> FastAPI:
     html = importlib.resources.files("nanochat.serve").joinpath("ui.html").read_text("utf-8")
     headers = {"content-security-policy": middleware.content_security_policy(html), "cache-control": "no-cache"}
 
-    async def page() -> Response:
+    async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
 
     options: Any
@@ -146,10 +147,10 @@ async def stats(request: Request) -> dict[str, Any]:
     }
 
 
-async def metrics(request: Request) -> Response:
+async def metrics(request: Request) -> PlainTextResponse:
     """Return metrics in the format of Prometheus."""
-    registry = request.app.state.scheduler.metrics.registry
-    return Response(prometheus_client.generate_latest(registry), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+    content = prometheus_client.generate_latest(request.app.state.scheduler.metrics.registry)
+    return PlainTextResponse(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
 async def models(request: Request) -> dict[str, Any]:
@@ -306,7 +307,8 @@ class StopSequenceFilter:
     """Ends an answer before the first of some texts; holds back what may become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._pattern = re.compile("|".join(map(re.escape, stops)) or "(?!)")
+        self._starts = {stop[:n] for stop in stops for n in range(1, len(stop))}
         self._held = ""
         self.stopped = False
 
@@ -320,11 +322,11 @@ class StopSequenceFilter:
                 passed += [*self.close(), Piece(kind, text)]
                 continue
             text = self._held + text
-            starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-            self.stopped = bool(starts)
-            held = max((_partial_match_len(text, stop) for stop in self._stops), default=0)
-            end = min(starts) if starts else len(text) - held
-            self._held = "" if self.stopped else text[end:]
+            if match := self._pattern.search(text):
+                end, self.stopped = match.start(), True
+            else:
+                end = next((i for i in range(len(text)) if text[i:] in self._starts), len(text))
+            self._held = text[end:]
             passed += [Piece("text", text[:end])] if end else []
         return passed
 
@@ -332,11 +334,6 @@ class StopSequenceFilter:
         """Return what was held back, at the end of the text."""
         held, self._held = self._held, ""
         return [Piece("text", held)] if held and not self.stopped else []
-
-
-def _partial_match_len(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 class EventStream(StreamingResponse):

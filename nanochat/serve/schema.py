@@ -176,7 +176,7 @@ class ChatRequest(Strict):
         return self.max_tokens
 
 
-def _only(*values: Any) -> AfterValidator:
+def _unsupported(*values: Any) -> AfterValidator:
     """Accept only the values that ask for nothing."""
 
     def check(value: Any) -> Any:
@@ -220,18 +220,18 @@ class CompletionRequest(ChatRequest):
     prompt_cache_retention: Any = None
     parallel_tool_calls: Any = None
     # Not supported: accepted with the value that asks for nothing.
-    top_p: Annotated[Any, _only(1)] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    logit_bias: Annotated[Any, _only({})] = None
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
-    functions: Annotated[Any, _only([])] = None
-    function_call: Annotated[Any, _only("none", "auto")] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    modalities: Annotated[Any, _only(["text"])] = None
+    top_p: Annotated[Any, _unsupported(1)] = None
+    frequency_penalty: Annotated[Any, _unsupported(0)] = None
+    presence_penalty: Annotated[Any, _unsupported(0)] = None
+    logit_bias: Annotated[Any, _unsupported({})] = None
+    logprobs: Annotated[Any, _unsupported(False)] = None
+    top_logprobs: Annotated[Any, _unsupported(0)] = None
+    tools: Annotated[Any, _unsupported([])] = None
+    tool_choice: Annotated[Any, _unsupported("none", "auto")] = None
+    functions: Annotated[Any, _unsupported([])] = None
+    function_call: Annotated[Any, _unsupported("none", "auto")] = None
+    response_format: Annotated[Any, _unsupported({"type": "text"})] = None
+    modalities: Annotated[Any, _unsupported(["text"])] = None
 
     @property
     def token_limit(self) -> int:
