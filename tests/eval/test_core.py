@@ -28,24 +28,15 @@ WINDOWS = ModelConfig(**{**WINDOWED.__dict__, "vocab_size": 400})
 
 
 def assert_as_plain(
-    folder: Path,
-    label: str,
-    config: ModelConfig,
-    tok: Tokenizer,
-    *,
-    count: int | None = None,
-    max_tokens: int | None = None,
-    tokens_per_batch: int | None = None,
+    folder: Path, label: str, config: ModelConfig, tok: Tokenizer, *, max_tokens: int | None = None, **batch: int | None
 ) -> None:
-    """Compare prompts, spans and answers of a task's first rows with those of the plain implementation."""
+    """Compare prompts, spans and answers of a task's rows with those of the plain implementation."""
     params, entry = random_params(config), plain_core.entries(folder)[label]
     rows = plain_core.read_rows(folder, entry)
     task = core_bundle.load(core_bundle.read(folder), label)
-    questions = list(core.questions(task, tok, max_tokens or 10 * config.sequence_len))[:count]
-    scored = likelihood.score(
-        params, config, [q.prompts for q in questions], padding=tok.bos, tokens_per_batch=tokens_per_batch
-    )
-    assert len(questions) == min(count or len(rows), len(rows))
+    questions = list(core.questions(task, tok, max_tokens or 10 * config.sequence_len))
+    scored = likelihood.score(params, config, [q.prompts for q in questions], padding=tok.bos, **batch)
+    assert len(questions) == len(rows)
     for index, (question, scores) in enumerate(zip(questions, scored)):
         want = plain_core.answer(params, config, tok, entry, rows, index, max_tokens)
         got = core.answer(question, scores)
@@ -64,7 +55,7 @@ def test_answers_equal_the_plain_implementation(label: str, tokens_per_batch: in
 @pytest.mark.parametrize("label", ["arc_easy", "winograd", "jeopardy"])
 @pytest.mark.parametrize("max_tokens", [3, 40, 150])
 def test_long_prompts_keep_their_last_tokens(label: str, max_tokens: int):
-    assert_as_plain(BUNDLE, label, WINDOWS, small_tokenizer(), max_tokens=max_tokens, count=4)
+    assert_as_plain(BUNDLE, label, WINDOWS, small_tokenizer(), max_tokens=max_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -86,43 +77,7 @@ def test_rows_are_shuffled_then_truncated():
     assert [row.line for row in core_bundle.load(bundle, "jeopardy").rows] == [1, 4, 8, 3, 2, 7, 5, 6, 9]
 
 
-def made_task(kind: str, rows: list[dict], *, shots: int = 1, delimiter: str = " ") -> CoreTask:
-    numbered = tuple(Row(i, row) for i, row in enumerate(rows, start=1))
-    return CoreTask("made", kind, Path("made.jsonl"), shots, delimiter, 0.0, numbered)
-
-
 BYTES = Tokenizer(tuple(bytes([i]) for i in range(256)))
-
-
-def texts(task: CoreTask, tok: Tokenizer = BYTES) -> list[list[tuple[str, str]]]:
-    """Return for each prompt of each row its text after <|bos|>, and that of its answer."""
-    results = []
-    for question in core.questions(task, tok, 10**6):
-        assert all(ids[0] == tok.bos for ids, *_ in question.prompts)
-        results.append([(tok.decode(p.ids[1:]), tok.decode(p.ids[p.start : p.end])) for p in question.prompts])
-    return results
-
-
-def test_prompt_text_of_each_kind():
-    choice = [
-        {"query": "1+1 is", "choices": ["two", "ten"], "gold": 0},
-        {"query": "A cow", "choices": ["moos", "meows"], "gold": 1},
-    ]
-    assert texts(made_task("multiple_choice", choice, delimiter="\nAnswer: "))[0] == [
-        ("A cow\nAnswer: meows\n\n1+1 is\nAnswer: two", "wo"),  # both begin with a t
-        ("A cow\nAnswer: meows\n\n1+1 is\nAnswer: ten", "en"),
-    ]
-    schema = [
-        {"context_options": ["Tom left since Tom", "Tom left since Al"], "continuation": "was ill.", "gold": 0},
-        {"context_options": ["It", "She"], "continuation": "sang.", "gold": 1},
-    ]
-    assert texts(made_task("schema", schema))[0] == [
-        ("She sang.\n\nTom left since Tom was ill.", " was ill."),
-        ("She sang.\n\nTom left since Al was ill.", " was ill."),
-    ]
-    words = [{"context": " Up and ", "continuation": "down"}, {"context": "\nLeft and", "continuation": "right "}]
-    assert texts(made_task("language_modeling", words))[0] == [("Left and right \n\nUp and down", " down")]
-    assert texts(made_task("language_modeling", words, shots=0))[1] == [("Left and right ", " right ")]
 
 
 def test_rows_that_begin_with_space_are_encoded_with_the_text_before(tmp_path: Path):
@@ -266,8 +221,10 @@ def test_error_of_one_task_does_not_stop_the_others(tmp_path: Path):
 def test_continuation_that_changes_the_tokens_before_it(continuation: str):
     tok = Tokenizer((*BYTES.tokens, b"ts"))
     rows = [{"context": "some cat", "continuation": "s"}, {"context": "all cats", "continuation": continuation}]
+    numbered = tuple(Row(i, row) for i, row in enumerate(rows, start=1))
+    task = CoreTask("made", "language_modeling", Path("made.jsonl"), 1, "", 0.0, numbered)
     with pytest.raises(UserError, match=r"made.jsonl:1: the tokens of the context"):
-        list(core.questions(made_task("language_modeling", rows, delimiter=""), tok, 100))
+        list(core.questions(task, tok, 100))
 
 
 def test_task_hash_covers_everything_that_decides_a_result():
