@@ -1,7 +1,7 @@
 """Functions on trees of tensors: nested TensorDicts, dicts, tuples and NamedTuples alike.
 
-They map plain functions over leaves, because TensorDict arithmetic with a 0-d tensor does not compile. Non-tensor data
-of a TensorDict, such as the model's configuration, is not a leaf: `map` keeps it, `leaves` and `flatten` skip it.
+Non-tensor data of a TensorDict, such as the model's configuration, is not a leaf: `map` keeps it, `leaves` and
+`flatten` skip it. TensorDict arithmetic with a 0-d tensor does not compile, so functions are mapped over leaves.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,10 +58,8 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to(tree: Tree, device: torch.device | str) -> Tree:
-    """Move every leaf to `device`."""
     return map(lambda x: x.to(device), tree)
 
 
 def nbytes(tree: Tree) -> int:
-    """Return the total size of the leaves in bytes."""
     return sum(x.numel() * x.element_size() for x in leaves(tree))

@@ -6,9 +6,7 @@ import gc
 import os
 import platform
 import re
-import subprocess
 import sys
-import tomllib
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -68,47 +66,7 @@ def dollars_per_hour(names: Sequence[str]) -> float | None:
     return sum(spec.dollars_per_hour if spec else UNKNOWN_DOLLARS_PER_HOUR for spec in specs) if names else None
 
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "tensordict", "tiktoken", "tokenizers", "datasets", "pyarrow", "orbax-checkpoint", "jax", "numpy")
-
-
-class GitInfo(NamedTuple):
-    commit: str
-    subject: str
-    branch: str
-    changed: int  # files that differ from the commit
-
-
-class CodeSize(NamedTuple):
-    """Python and HTML files without the tests, and the number of required packages."""
-
-    files: int
-    lines: int
-    bytes: int
-    dependencies: int
-
-
-def git_info(root: Path = ROOT) -> GitInfo | None:
-    """Return the state of the checkout, or None without one, or without git."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(root), *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-
-    try:
-        commit, _, subject = git("log", "-1", "--format=%H%n%s").partition("\n")
-        changed = git("status", "--porcelain").splitlines()
-        return GitInfo(commit, subject, git("rev-parse", "--abbrev-ref", "HEAD"), len(changed))
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def code_size(root: Path = ROOT) -> CodeSize:
-    paths = [root / "launch.py", *(p for folder in ("nanochat", "experiments") for p in (root / folder).rglob("*"))]
-    contents = [path.read_bytes() for path in paths if path.suffix in (".py", ".html") and path.is_file()]
-    project = root / "pyproject.toml"
-    needs = tomllib.loads(project.read_text("utf-8"))["project"]["dependencies"] if project.exists() else []
-    return CodeSize(len(contents), sum(c.count(b"\n") for c in contents), sum(map(len, contents)), len(needs))
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,10 @@ Everything is read from the run folders. What is missing is a dash or a missing 
 a run that is still training, was never evaluated, or has lost a file.
 """
 
+import contextlib
 import re
+import subprocess
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +18,7 @@ from nanochat.metrics import plots, run_folder
 from nanochat.metrics.run_folder import RunInfo
 from nanochat.text import format_count, format_duration
 
+ROOT = Path(__file__).resolve().parents[2]
 # The first rows of the results table; other metrics follow.
 NAMED = {
     "core/CORE": "CORE",
@@ -51,7 +55,7 @@ def write(
     samples: Sequence[Sample] = (),
     *,
     seconds: Mapping[str, float] | None = None,
-    root: Path = hardware.ROOT,
+    root: Path = ROOT,
 ) -> Path:
     """Write report.md and its charts into the folder of the last of `runs`; return the path of report.md.
 
@@ -216,15 +220,7 @@ def model_section(runs: Sequence[RunInfo]) -> str:
 
 def environment(runs: Sequence[RunInfo], here: Machine, root: Path) -> str:
     """Return the state of the code, the machine, and package versions."""
-    facts = {}
-    if git := hardware.git_info(root):
-        changed = f", with changes in {git.changed} files" if git.changed else ""
-        facts["commit"] = f"`{git.commit[:10]}` on {git.branch}{changed}: {escaped(git.subject)}"
-    size = hardware.code_size(root)
-    facts["code"] = (
-        f"{size.files} files, {size.lines:,} lines, {size.bytes:,} bytes (about {size.bytes // 4:,} tokens); "
-        f"{size.dependencies} dependencies"
-    )
+    facts = code(root)
     facts |= {name: escaped(text) for name, text in here.facts.items()}
     if here.dollars_per_hour is not None:
         facts["price"] = f"about ${here.dollars_per_hour:.2f} per hour"
@@ -232,6 +228,29 @@ def environment(runs: Sequence[RunInfo], here: Machine, root: Path) -> str:
     if trained := dict.fromkeys(str(run.meta["torch"]) for run in runs if run.meta.get("torch")):
         facts["trained with"] = ", ".join(f"torch {version}" for version in trained)
     return "\n\n".join(["## Code and machine", facts_table(facts), "At the time of this report."])
+
+
+def code(root: Path) -> dict[str, str]:
+    """Return the commit of the checkout at `root`, if git knows it, and the size of the code without the tests."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+    facts = {}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit, _, subject = git("log", "-1", "--format=%H%n%s").partition("\n")
+        changed = len(git("status", "--porcelain").splitlines())
+        changes = f", with changes in {changed} files" if changed else ""
+        facts["commit"] = f"`{commit[:10]}` on {git('rev-parse', '--abbrev-ref', 'HEAD')}{changes}: {escaped(subject)}"
+    paths = [root / "launch.py", *(p for folder in ("nanochat", "experiments") for p in (root / folder).rglob("*"))]
+    contents = [path.read_bytes() for path in paths if path.suffix in (".py", ".html") and path.is_file()]
+    lines, size = sum(c.count(b"\n") for c in contents), sum(map(len, contents))
+    project = root / "pyproject.toml"
+    needs = tomllib.loads(project.read_text("utf-8"))["project"]["dependencies"] if project.exists() else []
+    tokens = f"about {size // 4:,} tokens"
+    facts["code"] = f"{len(contents)} files, {lines:,} lines, {size:,} bytes ({tokens}); {len(needs)} dependencies"
+    return facts
 
 
 def settings(runs: Sequence[RunInfo]) -> str:

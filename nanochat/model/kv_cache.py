@@ -7,9 +7,7 @@
 A layer keeps the window + 1 positions that a query can see, or the full context if that is shorter: position p is in
 slot p mod S. A single token is written to its slot before it reads all of them, since every filled slot is in its
 window. Several tokens would overwrite keys that the first of them needs: they read the old slots and the new keys, and
-the slots are written afterwards.
-
-Letters: B batch (rows), T time (tokens), S slots, K key/value heads, H head width, C width.
+the slots are written afterwards. Letters: B rows, T tokens, S slots, K key/value heads, H head width, C width.
 """
 
 from collections.abc import Mapping
@@ -28,12 +26,7 @@ CacheLike = TensorDict | Mapping[str, Any]
 
 
 def empty(
-    config: ModelConfig,
-    rows: int,
-    context: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    config: ModelConfig, rows: int, context: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu"
 ) -> Cache:
     """Return a cache of `rows` empty rows with room for `context` tokens each."""
     flat = {

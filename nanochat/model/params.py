@@ -59,7 +59,6 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Head width H."""
         return self.n_embd // self.n_head
 
     @property
@@ -80,20 +79,12 @@ class ModelConfig:
         return layer % 2 == (self.n_layer - 1) % 2
 
 
-def from_depth(
-    depth: int,
-    *,
-    vocab_size: int = 32768,
-    sequence_len: int = 2048,
-    aspect_ratio: int = 64,
-    head_dim: int = 128,
-    window_pattern: str = "SSSL",
-) -> ModelConfig:
+def from_depth(depth: int, *, aspect_ratio: int = 64, head_dim: int = 128, **shape: Any) -> ModelConfig:
     """Return the config for a depth: the width is depth·aspect_ratio, rounded up to a multiple of `head_dim`."""
     if head_dim < 1:
         raise ValueError(f"model head_dim={head_dim}: must be at least 1")
     n_head = -(-depth * aspect_ratio // head_dim)
-    return ModelConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
+    return ModelConfig(n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_head * head_dim, **shape)
 
 
 Initializer = Callable[[Tensor, torch.Generator], Tensor]  # (empty float32 tensor, generator) -> initial values
@@ -266,8 +257,7 @@ def decode_flops(config: ModelConfig, context: int) -> int:
 def decode_bytes(config: ModelConfig, rows: int, context: int, itemsize: int) -> int:
     """Return the least bytes that a decode step of `rows` tokens reads: all matrices, and each row's keys and values.
 
-    Args:
-        context: tokens that a row sees. itemsize: bytes per number, of matrices and cache alike.
+    `context` is the number of tokens that a row sees, `itemsize` the bytes of a number of matrices and cache alike.
     """
     cached = 2 * config.n_kv_head * config.head_dim * sum(min(window, context) for window in config.windows)
     return itemsize * (_matmul_params(config) + rows * cached)

@@ -206,12 +206,7 @@ def adamw(
     """Return (p, m, v) after one step of AdamW, computed in float32 and returned in the dtype of `p`.
 
     p ← p·(1 - lr·wd); m ← lerp(m, g, 1-β1); v ← lerp(v, g², 1-β2); p ← p - lr·m̂ / (sqrt(v̂) + eps).
-
-    Args:
-        p, g: of one shape. m, v: the same in float32. step: 0-d, counts from 1.
-        h: lr, beta1, beta2, weight_decay as 0-d tensors. grad_scale, skip: as for `update`.
-
-    Source: arXiv 1711.05101.
+    `h` holds lr, beta1, beta2 and weight_decay; `step` counts from 1. Source: arXiv 1711.05101.
     """
     lr, beta1, beta2 = h["lr"], h["beta1"], h["beta2"]
     g32 = g.float() if grad_scale is None else g.float() * grad_scale
@@ -249,8 +244,7 @@ def muon(
 
     Args:
         p, g, momentum: (n, r, c). second_moment: (n, r, 1) or (n, 1, c).
-        h: lr, momentum, beta2, weight_decay as 0-d tensors. grad_scale, skip: as for `update`.
-        dtype: of the orthogonalization; None: float32.
+        h: lr, momentum, beta2, weight_decay. dtype: of the orthogonalization; None: float32.
         all_to_all: where all of these are one rank's shards of the matrices.
 
     Source: https://kellerjordan.github.io/posts/muon/; NorMuon, arXiv 2510.05491.
@@ -310,10 +304,7 @@ def reduced_axis(shape: torch.Size | tuple[int, ...]) -> int:
 def reduce_variance(u: Tensor, second_moment: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:
     """Return (u, second_moment): `u` with rows or columns divided by their running root mean square, its norm kept.
 
-    Args:
-        u: (n, r, c) float32. second_moment: running mean squares, (n, r, 1) or (n, 1, c). beta2: 0-d.
-
-    Source: NorMuon, arXiv 2510.05491.
+    u: (n, r, c) float32. second_moment: running mean squares, (n, r, 1) or (n, 1, c). Source: arXiv 2510.05491.
     """
     axis = reduced_axis(u.shape)
     size = u.shape[axis]
