@@ -78,13 +78,6 @@ def test_constant_function_has_zero_gradients():
     assert_same(transform.value_and_grad(f)({"a": numbers(3)}), torch.func.grad_and_value(f)({"a": numbers(3)}))
 
 
-def test_a_repeated_tensor_counts_as_two_arguments():
-    x = numbers(3)
-    f = lambda p: (p["a"] * p["b"].square()).sum()  # noqa: E731
-    got, _ = transform.value_and_grad(f)({"a": x, "b": x})
-    torch.testing.assert_close(got, {"a": x.square(), "b": 2 * x * x})
-
-
 def test_arguments_and_grad_mode_are_unchanged():
     params = {"free": numbers(3), "leaf": numbers(3, seed=1).requires_grad_(), "derived": None}
     params["derived"] = params["leaf"] * 2  # part of the caller's own graph

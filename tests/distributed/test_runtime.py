@@ -2,12 +2,12 @@
 
 import dataclasses
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 
@@ -124,44 +124,23 @@ def test_a_dtype_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         runtime.init(dtype="int4")
 
 
-# In a function: a process group that a global keeps until the interpreter ends may abort it (gloo's threads).
-TWO_RANKS = """
-import sys, torch.distributed as dist
-from nanochat.distributed import runtime
-
-def main():
-    made = runtime.init("cpu")
+def two_ranks() -> list[object]:
+    made = runtime.init("cpu", quiet=True)
     again = runtime.init("cpu")  # a second call joins no second group
-    print(made.rank, made.local_rank, made.world_size, made.node_ranks, made.is_main, again == made)
-    print(runtime.all_reduce_max(7 * made.rank), runtime.all_reduce_sum([1.0, made.rank + 0.5]))
+    results = [again == made, runtime.all_reduce_max(7 * made.rank), runtime.all_reduce_sum([1.0, made.rank + 0.5])]
     runtime.barrier()
-
-main()
-runtime.close()
-runtime.close()
-print(dist.is_initialized(), flush=True)
-runtime.init("cpu", quiet=True)
-print("heard")
-runtime.close()
-"""
+    print("heard")
+    runtime.close()
+    runtime.close()
+    return [*results, dist.is_initialized(), made.rank, made.local_rank, made.world_size, made.node_ranks]
 
 
 @pytest.mark.slow
-def test_two_ranks_agree() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = []
-    for rank in ("0", "1"):
-        env = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", TWO_RANKS]
-        root = Path(__file__).parents[2]
-        processes.append(subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=100)[0].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert outputs[0] == ["0 0 2 2 True True", "7 [2.0, 2.0]", "False", "heard"]
-    assert outputs[1] == ["1 1 2 2 False True", "7 [2.0, 2.0]", "False"]
+def test_two_ranks_agree_and_the_first_one_prints() -> None:
+    with ranks.start(2, two_ranks) as job:
+        finished = job.wait()
+    assert [f.value for f in finished] == [[True, 7, [2.0, 2.0], False, rank, rank, 2, 2] for rank in (0, 1)]
+    assert [f.out for f in finished] == ["heard\n", ""]
 
 
 def test_alone_there_is_nobody_to_agree_with() -> None:

@@ -103,21 +103,6 @@ def test_flex_forward_equals_math(n_time: int, heads: tuple[int, int]):
         torch.testing.assert_close(flex(*inputs, window), attention.math(*inputs, window), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
-@pytest.mark.parametrize("window", [3, 9])
-@pytest.mark.parametrize("attend", [attention.math, attention.sdpa])
-def test_compiled_gradients_equal_eager_and_finite_differences(
-    attend: attention.Attend, window: int, heads: tuple[int, int]
-):
-    inputs = qkv(10, heads)
-    torch._dynamo.reset()
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    for got, want in zip(with_grads(compiled, inputs, window), with_grads(attend, inputs, window)):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    leaves = [x[:1].clone().requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(lambda q, k, v: compiled(q, k, v, window), leaves, fast_mode=True)
-
-
 @pytest.mark.parametrize("window", [100, 256])
 def test_flash_traces_forward_and_backward(window: int):
     """Its kernel is CUDA's; on the meta device the shapes, the tracing and the backward are seen."""
@@ -153,14 +138,10 @@ def test_choose_on_cpu():
 
 def test_build_uses_the_chosen_kernel_per_window():
     assert attention.build({4: "sdpa", 16: "sdpa"}, 16, CPU) is attention.sdpa
-    q, k, v = qkv(16, (4, 2))
-    asked = []
+    inputs = qkv(16, (4, 2))
     attend = attention.build({4: "math", 16: "sdpa"}, 16, CPU)
-    for window in (4, 16):
-        asked.append(attend(q, k, v, window))
-        torch.testing.assert_close(asked[-1], attention.math(q, k, v, window))
-    assert torch.equal(asked[0], attention.math(q, k, v, 4)), "window 4 is the plain kernel's, bit for bit"
-    assert torch.equal(asked[1], attention.sdpa(q, k, v, 16))
+    assert torch.equal(attend(*inputs, 4), attention.math(*inputs, 4)), "bit for bit"
+    assert torch.equal(attend(*inputs, 16), attention.sdpa(*inputs, 16))
 
 
 @pytest.mark.parametrize(
@@ -225,24 +206,20 @@ def test_external_flash_compiles_and_may_return_a_tuple(monkeypatch: pytest.Monk
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("insists", [True, False])
-def test_hub_kernel_with_and_without_version(monkeypatch: pytest.MonkeyPatch, insists: bool):
-    asked = []
+def new(repo_id: str, *, version: int) -> types.ModuleType:
+    assert repo_id == "kernels-community/flash-attn3" and version
+    return package(attention.math)
 
-    def new(repo_id: str, *, version: int | None = None) -> types.ModuleType:
-        assert version is not None, "newer ones want a version"
-        asked.append(repo_id)
-        return package(attention.math)
 
-    def old(repo_id: str, revision: str = "main") -> types.ModuleType:
-        asked.append(repo_id)
-        return package(attention.math)
+def old(repo_id: str, revision: str = "main") -> types.ModuleType:
+    return new(repo_id, version=1)
 
-    module = types.ModuleType("kernels")
-    module.get_kernel = new if insists else old  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "kernels", module)
+
+@pytest.mark.parametrize("get_kernel", [new, old])
+def test_hub_kernel_with_and_without_version(monkeypatch: pytest.MonkeyPatch, get_kernel: Any):
+    module = types.SimpleNamespace(get_kernel=get_kernel)
+    monkeypatch.setitem(sys.modules, "kernels", module)  # pyright: ignore[reportArgumentType]
     assert choose("fa3", compile=False).names == {4: "fa3_hub", 16: "fa3_hub"}
-    assert set(asked) == {"kernels-community/flash-attn3"}
 
 
 def broken(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

@@ -1,7 +1,6 @@
 """From depth to hyperparameters: the rules' numbers for the four depths that are run, and what is refused."""
 
 import math
-from fractions import Fraction
 
 import pytest
 
@@ -30,10 +29,8 @@ def plan(depth: int, **given: float) -> scaling.Plan:
 @pytest.mark.parametrize("depth", PLANS)
 def test_plan_by_depth(depth: int):
     width, params, tokens, batch, steps = PLANS[depth]
-    assert model.from_depth(depth).n_embd == width
     assert params == 12 * depth * width**2 + 12 * math.ceil(depth / 2) * width // 128 + 32768 * width
     assert tokens == 12 * params and steps == tokens // batch
-    assert 2 ** round(19 + 0.383 * math.log2(Fraction(params, 110_100_912))) == batch
     got = plan(depth)
     assert (got.train_tokens, got.total_batch_size, got.num_steps) == (tokens, batch, steps)
     assert got.total_tokens == steps * batch
