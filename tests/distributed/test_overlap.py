@@ -139,61 +139,32 @@ def compile_with_overlap() -> dict[str, Any]:
     return {"graphs": graphs, "worst": worst, "cut": len(sharding_plan.sharded)}
 
 
-@pytest.fixture(scope="module")
-def found() -> Any:
-    return ranks.call(2, compile_with_overlap)[0]
-
-
 def hidden_behind(rows: list[Any]) -> list[tuple[str, int]]:
     """Return, for each collective in order of its start, its kind and the number of products before its wait."""
     at = {(what, name): i for i, (what, name) in enumerate(rows)}
     products = [i for i, (what, _) in enumerate(rows) if what == "product"]
     spans = [(what, at[what, name], at["wait", name]) for what, name in rows if what in ("gather", "scatter")]
+    assert all(start < wait for _, start, wait in spans)
     return [(what, sum(start < i < wait for i in products)) for what, start, wait in spans]
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["forward", "backward"])
-def test_every_collective_is_waited_for_once_and_after_its_start(found: Any, which: int) -> None:
-    rows = [tuple(row) for row in found["graphs"][which][1]]
-    starts = [name for what, name in rows if what in ("gather", "scatter")]
-    waits = [name for what, name in rows if what == "wait"]
-    assert starts and collections.Counter(starts) == collections.Counter(waits)
-    assert all(rows.index(("wait", name)) > [n for _, n in rows].index(name) for name in starts)
-
-
-def test_a_layer_is_one_collective_and_its_table_another(found: Any) -> None:
-    forward, backward = (collections.Counter(what for what, _ in after) for _, after in found["graphs"])
+def test_collectives_of_a_layer_run_beside_the_products_of_the_next() -> None:
+    results = ranks.call(2, compile_with_overlap)[0]
+    assert results["worst"] < 1e-5, "gradients of the reordered graph differ from the eager ones"
+    (before, forward), (before_backward, backward) = results["graphs"]
     tables = 2 + sum(map(CONFIG.has_value_embed, range(CONFIG.n_layer)))  # of tokens, of the head, of values
-    assert forward == {
-        "gather": CONFIG.n_layer + tables,
-        "wait": CONFIG.n_layer + tables,
-        "product": forward["product"],
-    }
-    assert backward["scatter"] == CONFIG.n_layer + tables < found["cut"]
-    assert backward["gather"] == CONFIG.n_layer  # gathered again; the tables are not needed
-
-
-def test_without_the_pass_nothing_runs_beside_a_collective(found: Any) -> None:
-    """Otherwise the tests below would show nothing."""
-    for before, _ in found["graphs"]:
-        assert {n for _, n in hidden_behind(before)} == {0}
-
-
-def test_gathers_start_before_the_layer_ahead_of_theirs_ends(found: Any) -> None:
-    (_, forward), (_, backward) = found["graphs"]
+    kinds = collections.Counter(what for what, _ in forward)
+    assert kinds["gather"] == kinds["wait"] == CONFIG.n_layer + tables, "a layer is one collective, its table another"
+    kinds = collections.Counter(what for what, _ in backward)
+    assert kinds["scatter"] == CONFIG.n_layer + tables < results["cut"]
+    assert kinds["gather"] == CONFIG.n_layer, "the layers are gathered again; the tables are not needed"
+    assert kinds["wait"] == kinds["scatter"] + kinds["gather"]
+    for graph in (before, before_backward):
+        assert {n for _, n in hidden_behind(graph)} == {0}, "without the pass nothing runs beside a collective"
     gathers = [n for what, n in hidden_behind(forward) if what == "gather"]
     assert all(n >= COLLECTIVE_MS / PRODUCT_MS for n in gathers[2:]), gathers  # the first two have nothing before them
-    assert max(gathers) <= 1.25 * compile.PREFETCH_PRODUCTS, gathers  # whole layers take memory: not much earlier
-    gathers = [n for what, n in hidden_behind(backward) if what == "gather"]
-    assert all(n > 0 for n in gathers[1:]), gathers
-    assert max(gathers) <= 1.25 * compile.PREFETCH_PRODUCTS, gathers
-
-
-def test_reductions_end_behind_the_next_layers_products(found: Any) -> None:
-    _, (_, backward) = found["graphs"]
+    again = [n for what, n in hidden_behind(backward) if what == "gather"]
+    assert all(n > 0 for n in again[1:]), again
+    assert max(gathers + again) <= 1.25 * compile.PREFETCH_PRODUCTS  # whole layers take memory: not much earlier
     scatters = [n for what, n in hidden_behind(backward) if what == "scatter"]
     assert all(n >= COLLECTIVE_MS / PRODUCT_MS for n in scatters[:-2]), scatters  # nothing comes after the last
-
-
-def test_gradients_of_the_reordered_graph_equal_the_eager_ones(found: Any) -> None:
-    assert found["worst"] < 1e-5
