@@ -54,7 +54,7 @@ class LoaderState(TypedDict):
 
 Stats = dict[str, float]
 Batch = tuple[dict[str, Tensor], LoaderState, Stats]
-PackedBatch = tuple[Tensor, LoaderState, Stats]
+PackedBatches = Generator[tuple[Tensor, LoaderState, Stats], None, None]
 
 
 def batches(
@@ -99,9 +99,7 @@ def batches(
     return _to_device(prefetch(packed, config.prefetch_batches), reader, device)
 
 
-def _to_device(
-    packed: Generator[PackedBatch, None, None], reader: "BlockReader", device: torch.device
-) -> Generator[Batch, None, None]:
+def _to_device(packed: PackedBatches, reader: "BlockReader", device: torch.device) -> Generator[Batch, None, None]:
     # The reader is closed first, as the prefetch thread may be waiting for it.
     with contextlib.closing(packed), contextlib.closing(reader):
         for tokens, state, stats in packed:
@@ -351,12 +349,12 @@ class BlockReader:
 def _token_blocks(stream: StreamConfig, start: Position, reader: BlockReader) -> Iterator[tuple[BlockRef, TokenBlock]]:
     """Yield the blocks from `start` on, forever; each is requested some blocks ahead of its use."""
     blocks_ahead = min(max(BLOCKS_AHEAD, 2 * stream.world_size), SHARED_BLOCKS_AHEAD)
-    pending: deque[tuple[BlockRef | None, Callable[[], TokenBlock] | None]] = deque()
+    pending: deque[tuple[BlockRef | None, Any]] = deque()
     epoch_docs = start.shard + start.block  # not 0: an epoch that is resumed had documents before
     corrupt: dict[int, int] = {}  # shard index: the last epoch in which it was found corrupt
     for ahead in _block_refs(stream, start):
-        is_readable = ahead and not ahead.error and corrupt.get(ahead.shard_index) != ahead.epoch
-        pending.append((ahead, reader.request(ahead) if is_readable else None))
+        is_corrupt = ahead and (ahead.error or corrupt.get(ahead.shard_index) == ahead.epoch)
+        pending.append((ahead, reader.request(ahead) if ahead and not is_corrupt else None))
         if len(pending) <= blocks_ahead:
             continue
         ref, get_block = pending.popleft()
@@ -412,7 +410,7 @@ def _packed_batches(
     rows: Iterator[packing.Row[Document]],
     rows_per_step: int,
     device: torch.device,
-) -> Generator[PackedBatch, None, None]:
+) -> PackedBatches:
     """Yield (int64 (2, this rank's rows, T): inputs and targets; state; statistics) of each step."""
     pin = device.type == "cuda"
     if pin and device.index is not None:

@@ -127,10 +127,6 @@ def test_valid_conversations_pass_the_check() -> None:
         assert chat_format.check({**conversation, "source": "other keys are none of our business"}) is None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The content of an answer
-
-
 def test_content_is_the_inverse_of_render() -> None:
     for expected in ("he é", "", TOOL, TOOL[1:3], [*TOOL[1:3], *TOOL[1:3]], [{"type": "python", "text": ""}]):
         ids, _ = chat_format.render(TOK, talk("x", expected))
@@ -146,10 +142,6 @@ def test_content_of_malformed_answers() -> None:
     for ids in ([PY, PY, OUT], [OUT_END, 0xFF, PY], [USER, USER_END]):
         content = chat_format.content(TOK, ids)
         chat_format.render(TOK, talk("x", content))  # can be part of the history
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The reader
 
 
 def read(ids: list[int], tok: Tokenizer = TOK) -> list[Piece]:

@@ -304,10 +304,6 @@ def test_validation_is_unshuffled_and_starts_over_every_time(folder: Path) -> No
     assert rows_of(take(9, loader(folder, split="val", buffer_docs=1))).tolist() == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The token cache
-
-
 def test_cached_batches_are_the_same(folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uncached = plain(take(50, loader(folder, token_cache=False)))
     assert not (base / "tokens").exists()
@@ -353,10 +349,6 @@ def test_ranks_tokenize_each_block_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert np.array_equal(np.stack(results, 1).reshape(-1, 25), alone)
     assert len(reads) == len(set(reads)), "a block was tokenized twice"
     assert len(reads) < 60, "the test should end within the first epoch"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Data that cannot be read, or is not there
 
 
 def damage(folder: Path, kind: str) -> Path:
@@ -427,10 +419,6 @@ def test_invalid_settings_are_refused(folder: Path) -> None:
             loader(folder, **dict[str, Any](options))
     with pytest.raises(UserError, match="sequence_len=0"):
         loader(folder, length=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Threads
 
 
 def test_closing_ends_every_thread(folder: Path) -> None:

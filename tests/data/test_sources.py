@@ -47,10 +47,6 @@ def read_all(config: DataConfig) -> tuple[list[str], list[str]]:
     return list(sources.texts(config, "train")), list(sources.texts(config, "val"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Folders and files
-
-
 def test_parquet_shards_are_sorted_and_the_last_is_the_validation_split(tmp_path: Path):
     for i in (2, 0, 1):
         write(tmp_path / f"shard_{i:05d}.parquet", docs(100 * i, 100 * i + 25))
@@ -119,10 +115,6 @@ def test_climbmix_needs_its_validation_shard(base: Path):
     (base / "climbmix" / "shard_00000.parquet").unlink()
     with pytest.raises(UserError, match="holds only the validation shard"):
         sources.shards_of(DataConfig(), "train")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -199,10 +191,6 @@ def test_missing_text_column_does_not_make_a_shard_corrupt(tmp_path: Path):
         assert str(path) in str(caught.value) and not isinstance(caught.value, CorruptShardError)
     with pytest.raises(UserError, match="column 'id' holds int64, not text"):
         sources.read_block(Shard(tmp_path / "a.parquet", "x"), 0, "id")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Sources that are written as shards on first use
 
 
 def test_embedded_corpus_is_built_once(base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

@@ -39,10 +39,6 @@ def tok() -> Tokenizer:
     return tokenizer.train(sample_texts(), VOCAB)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Learning
-
-
 def test_vocabulary_is_bytes_then_merges_then_specials(tok: Tokenizer):
     assert tok.vocab_size == VOCAB
     assert tok.tokens[:256] == tuple(bytes([i]) for i in range(256))
@@ -94,10 +90,6 @@ def test_vocabulary_too_small_or_too_large_is_refused():
     with pytest.raises(UserError, match=r"vocab_size=267, not 300"):
         tokenizer.train(["abc"], 300)
     assert tokenizer.train(["abc"], 265).encode("abc") == [97, 98, 99]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Encoding and decoding
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +165,6 @@ def test_only_long_runs_are_split_and_every_character_is_kept(runs: list[tuple[s
     assert "".join(parts) == text
     assert all(longest_run(part) < 2 * tokenizer.RUN_CHARS for part in parts)
     assert len(parts) <= 1 or longest_run(text) >= tokenizer.RUN_CHARS
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Files
 
 
 def test_files_round_trip(tok: Tokenizer, tmp_path: Path):

@@ -111,10 +111,6 @@ def test_mmlu_rows_from_files_as_on_the_hub(tmp_path: Path) -> None:
     assert tasks.load("mmlu", "test", source=tmp_path).size == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# HumanEval
-
-
 @needs_sandbox
 def test_humaneval_answers_run_in_the_sandbox() -> None:
     task = tasks.load("humaneval", "test", source=DATA / "humaneval.json", timeout_seconds=60.0)
@@ -150,10 +146,6 @@ def test_unavailable_sandbox_is_one_clear_error(monkeypatch: pytest.MonkeyPatch)
         task.is_correct(task.row(0), "x")  # type: ignore[misc]
     task = tasks.from_text("humaneval:test:weak=true", source=DATA / "humaneval.json")
     assert task.is_correct and not task.is_correct(task.row(0), "x")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Malformed, missing and unreachable data
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,6 @@ def test_answer_is_correct_by_its_final_number() -> None:
     assert not match_final_number(tasks.qa_conversation("?", "no number"), "no number")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tasks by name
-
-
 def test_text_names_a_task_with_split_source_and_options(tmp_path: Path) -> None:
     task = tasks.from_text("arithmetic:test:size=7:digits=1")
     assert (task.name, task.size) == ("arithmetic", 7)
