@@ -17,7 +17,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
@@ -467,5 +467,5 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
         if main.is_alive():  # else the interpreter has ended the thread
             for future in pending:
                 future.cancel()
-            thread.submit(items.close)
+            wait([thread.submit(items.close)], timeout=5)  # not forever: garbage may be collected in that very thread
             thread.shutdown(wait=False)

@@ -96,7 +96,7 @@ def fill_cache(source: str, world_size: int) -> list[tuple[int, int]]:
     shards = tuple(sources.shards_of(data, "train"))
     rank = int(os.environ["RANK"]) % world_size
     reader = loader.BlockReader(loader.StreamConfig(data, TOK, "train", shards, 0, 25, rank, world_size))
-    blocks = [wait() for wait in [reader.request(ref) for ref in REFS]]
+    blocks = [get_block() for get_block in [reader.request(ref) for ref in REFS]]
     reader.close()
     return [(len(block.lengths), int(block.tokens[1])) for block in blocks]
 
@@ -157,7 +157,7 @@ def test_full_disk_stops_caching_with_one_warning(
     monkeypatch.setattr(loader.os, "replace", full)
     reader = readers()
     started = [reader.request(ref) for ref in REFS[:2]]
-    assert [docs_of(wait()) for wait in started] == [TOKENS] * 2
+    assert [docs_of(get_block()) for get_block in started] == [TOKENS] * 2
     assert [read(reader, ref) for ref in REFS[2:6]] == [TOKENS] * 4
     assert [path for path in (tmp_path / "base").rglob("*") if path.is_file()] == [], "a partial block fills the disk"
     warnings = capfd.readouterr().err.splitlines()

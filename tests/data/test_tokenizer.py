@@ -53,11 +53,6 @@ def test_vocabulary_is_bytes_then_merges_then_specials(tok: Tokenizer):
         tok.special("<|eos|>")
 
 
-def test_first_merge_is_the_most_frequent_pair():
-    tok = tokenizer.train(["xq xq xq ab", "zxq"], 256 + 9 + 2)
-    assert tok.tokens[256:] == (b"xq", b" xq")
-
-
 def test_training_is_deterministic_across_processes(tok: Tokenizer):
     code = (
         "import sys; sys.path[:0] = ['tests', '.']\n"
@@ -90,6 +85,7 @@ def test_vocabulary_too_small_or_too_large_is_refused():
     with pytest.raises(UserError, match=r"vocab_size=267, not 300"):
         tokenizer.train(["abc"], 300)
     assert tokenizer.train(["abc"], 265).encode("abc") == [97, 98, 99]
+    assert tokenizer.train(["xq xq xq ab", "zxq"], 267).tokens[256:] == (b"xq", b" xq")  # the most frequent pairs
 
 
 @pytest.fixture(scope="module")

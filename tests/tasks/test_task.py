@@ -129,22 +129,18 @@ def test_text_names_a_task_with_split_source_and_options(tmp_path: Path) -> None
     ("text", "message"),
     [
         ("arithmetik", "'arithmetik': no such task; did you mean arithmetic?"),
-        ("hub_table", "'hub_table': no such task"),
         ("", "'': no such task; there are: arc_challenge"),
         ("arithmetic:sise=3", "task arithmetic has no option sise; did you mean size?"),
-        ("gsm8k:size=3", "task gsm8k has no option size; there are none"),
         ("arithmetic:size=many", "task arithmetic:size=many: size=many: expected an integer or none"),
         ("arithmetic:size=0", "size=0: expected 1 to 10,000,000"),
         ("arithmetic:digits=0", "digits=0, product_digits=2: expected 1 or more"),
         ("arithmetic:validation", "task arithmetic has no split validation; it has train and test"),
-        ("spellingbee:val", "task spellingbee has no split val; it has train and test"),
         ("identity:val", "task identity has no split val; it has train, test and all"),
         ("humaneval:train", "task humaneval has no split train, only test"),
         ("customjson", "task customjson needs a file of conversations"),
         ("customjson:test:/x.jsonl", "a file is all train"),
         ("customjson:/no/such.jsonl", "/no/such.jsonl cannot be read: No such file or directory"),
         ("gsm8k:/no/such", "source=/no/such: no such file or folder"),
-        ("simplespelling:/no/such.json", "source=/no/such.json: cannot be read"),
     ],
 )
 def test_load_error_is_one_line(text: str, message: str) -> None:
