@@ -85,7 +85,7 @@ def write(log: Log, step: int, values: Mapping[str, float]) -> None:
     if log.path is None:
         return
     numbers = {name: int(x) if isinstance(x, int) else float(x) for name, x in values.items()}
-    jsonl.append(log.path, _jsonable({"step": step, **numbers}))
+    jsonl.append(log.path, _jsonable({"step": step, **numbers}), sync=False)
     if log.tensorboard is not None:
         for name, number in numbers.items():
             log.tensorboard.add_scalar(name, number, step)
