@@ -123,35 +123,22 @@ def refused(run: str | None = None, step: int | None = None) -> str:
     return str(caught.value)
 
 
-def test_no_run_names_the_command_that_makes_one(base: Path):
+def test_missing_runs_and_steps_name_what_there_is(base: Path):
     made_by = "`python launch.py --experiment=quickstart` makes one"
+    half = base / "runs" / "half" / "checkpoints" / "1.orbax-checkpoint-tmp" / "state"
     assert refused().startswith(f"no trained model in {base / 'runs'}: {made_by}")
     assert refused("bot") == f"run=bot: no such run in {base / 'runs'}; {made_by}"
-    (base / "runs" / "bot").mkdir(parents=True)
+    half.mkdir(parents=True)
     assert refused().startswith("no trained model in")
-    message = refused("bot")
-    assert "has no complete checkpoint" in message and message.endswith(made_by)
-
-
-def test_misspelled_run_lists_the_nearest_names(base: Path):
-    save_run(base, "quickstart")
+    message = refused("half")
+    assert "has no complete checkpoint" in message and "--resume" in message and message.endswith(made_by)
+    save_run(base, "quickstart", steps=(3, 6))
+    assert refused("half").endswith("; other runs have: quickstart")
     assert refused("quikstart").endswith(f"no such run in {base / 'runs'}; did you mean quickstart?")
     assert refused("d20").endswith("; there are: quickstart")
     assert "no such run" in refused("tests"), "a folder here is no run unless it has checkpoints"
-
-
-def test_run_without_a_complete_checkpoint_is_refused(base: Path):
-    save_run(base, "good")
-    (base / "runs" / "half" / "checkpoints" / "1.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    message = refused("half")
-    assert "has no complete checkpoint" in message and "--resume" in message
-    assert message.endswith("; other runs have: good")
-    assert checkpoint.load().name == "good"
-
-
-def test_missing_step_lists_the_available_ones(base: Path):
-    save_run(base, steps=(3, 6))
-    assert refused("bot", 5).endswith("there are steps 3, 6")
+    assert refused("quickstart", 5).endswith("there are steps 3, 6")
+    assert checkpoint.load().name == "quickstart"
 
 
 @pytest.mark.parametrize("lost", ["meta/metadata", "files/tokenizer.txt", "state"])

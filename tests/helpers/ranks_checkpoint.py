@@ -125,11 +125,13 @@ def save_in_every_mode(folder: Path) -> None:
     for mode in MODES[here.world_size]:
         state = place(full_state(3), mode, make_mesh(mode, here.world_size))
         manager = checkpoint.open_manager(folder / f"{here.world_size}-{mode}")
-        arrays = {"loader.tokens": np.arange(1000, dtype=np.uint16), "scalar": torch.tensor(2**62 + 1)}
+        tokens = np.arange(1000, dtype=np.uint16)
+        arrays = {"loader.tokens": tokens, "scalar": torch.tensor(2**62 + 1)}
         meta = {"seed": 1, "rank": here.rank}
         checkpoint.save(manager, state, meta, arrays=arrays, files={"me.py": Path(__file__)})
         for leaf in tree.leaves(sharding.local_shards(state[1:])):
             leaf.zero_()
+        tokens[:] = 0
         checkpoint.add_metrics(manager, 3, {"val/bpb": 1.5})
         checkpoint.close(manager)
         assert checkpoint.step_metrics(manager.folder) == {3: {"val/bpb": 1.5}}
