@@ -92,18 +92,6 @@ def test_stop_keeps_the_partial_answer_and_frees_the_slot(chat: Opener, action: 
     assert f"<|assistant_start|>{kept}" in server.prompts[1]  # and the conversation continues from it
 
 
-def test_typing_during_an_answer_is_kept(chat: Opener) -> None:
-    page, server = chat({"long": ["x "] * 100}, delay=0.05)
-    say(page, "long")
-    expect(answer(page)).to_contain_text("x")
-    say(page, "ahead")
-    expect(page.locator("#text")).to_have_value("ahead")
-    assert len(server.requests) == 1
-    page.locator("#send").click()
-    finished(page, 1)
-    expect(page.locator("#text")).to_have_value("ahead")
-
-
 # Editing, regenerating, starting a new chat
 
 
