@@ -332,33 +332,28 @@ class Screen:
     def show(self, pieces: Iterable[data.Piece]) -> None:
         """Show pieces of an answer; a tool call and its result share a bracket: `[calculator: 12*3 = 36]`."""
         for kind, text in pieces:
+            if kind == "text" or (kind == "python" and self._open == "output"):
+                self._close_bracket()
             if kind == "text":
-                self._close()
-                self._write(self.out, printable(text, self.out))
-                continue
-            if self._open == "output" and kind == "python":
-                self._close()
-            prefix = "" if self._open == kind else " = " if self._open else "[calculator: "
-            self._write(self.err, self._dim * (not self._open) + prefix + printable(text, self.err))
-            self._open = kind
+                print(printable(text, self.out), end="", file=self.out, flush=True)
+            else:
+                prefix = f"{self._dim}[calculator: " if not self._open else " = " if self._open != kind else ""
+                print(prefix + printable(text, self.err), end="", file=self.err, flush=True)
+                self._open = kind
 
     def end(self) -> None:
         """End the line of an answer."""
-        self._close()
-        self._write(self.out, "\n")
+        self._close_bracket()
+        print(file=self.out, flush=True)
 
-    def note(self, line: str) -> None:
+    def note(self, text: str) -> None:
         """Show a line that is not from the model."""
-        self._write(self.err, f"{self._dim}{line}{self._plain}\n")
+        print(f"{self._dim}{text}{self._plain}", file=self.err, flush=True)
 
-    def _close(self) -> None:
+    def _close_bracket(self) -> None:
         if self._open:
-            self._write(self.err, "]" + self._plain + "\n" * (not self.err.isatty()))
+            print(f"]{self._plain}", end="" if self.err.isatty() else "\n", file=self.err, flush=True)
             self._open = ""
-
-    def _write(self, to: TextIO, text: str) -> None:
-        to.write(text)
-        to.flush()
 
 
 def has_colors(stream: TextIO) -> bool:
@@ -372,18 +367,17 @@ def printable(text: str, stream: TextIO) -> str:
 
 def typed_lines(screen: Screen) -> Iterator[str]:
     """Yield what is typed at the prompt, with a history on the arrow keys, until Ctrl-D or Ctrl-C."""
-    terminal = sys.stdout.isatty()  # else the prompt would be among the answers
-    if terminal:
+    is_terminal = sys.stdout.isatty()  # else the prompt would be among the answers
+    if is_terminal:
         with contextlib.suppress(ImportError):  # Windows has none, and a line editor of its own
             import readline  # noqa: F401 (importing it makes `input` use it)
     while True:
         try:
-            if not terminal:
-                screen.err.write(PROMPT)
-                screen.err.flush()
-            yield input(PROMPT if terminal else "")
+            if not is_terminal:
+                print(PROMPT, end="", file=screen.err, flush=True)
+            yield input(PROMPT if is_terminal else "")
         except EOFError:
-            screen.err.write("\n")
+            print(file=screen.err)
             return
         except KeyboardInterrupt:
             screen.note("\nleft by Ctrl-C; `quit` or Ctrl-D leaves as well")
