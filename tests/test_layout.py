@@ -117,11 +117,8 @@ def state():
         "CUDA": torch.cuda.is_initialized(),
         "process group": torch.distributed.is_initialized(),
         "random state": torch.get_rng_state().sum().item(),
-        "default dtype": str(torch.get_default_dtype()),
-        "default device": str(torch.get_default_device()),
+        "defaults": [str(torch.get_default_dtype()), str(torch.get_default_device()), torch.is_grad_enabled()],
         "torch threads": torch.get_num_threads(),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "grad": torch.is_grad_enabled(),
         "signals": str([signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]),
     }
 

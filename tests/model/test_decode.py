@@ -144,23 +144,6 @@ def test_inplace_decode_writes_into_the_cache():
     assert {name: tree.flatten(got_cache)[name].data_ptr() for name in before} == before
 
 
-def test_decode_compiles_with_tensordicts():
-    params, tokens = random_params(WINDOWED), ids(2, 150)
-    _, cache = model.decode(params, tokens[:, :140], kv_cache.empty(WINDOWED, 2, 200), config=WINDOWED)
-
-    def step(params: TensorDict, tokens: torch.Tensor, cache: TensorDict) -> tuple[torch.Tensor, TensorDict]:
-        logits, new = model.decode(params, tokens, cache, config=WINDOWED)
-        assert isinstance(new, TensorDict)
-        return logits, new
-
-    with torch.no_grad():
-        want, want_cache = step(params, tokens[:, 140:141], cache)
-        got, got_cache = torch.compile(step, fullgraph=True, backend="eager")(params, tokens[:, 140:141], cache)
-    assert (got - want).abs().max() < 1e-5
-    for name, value in tree.flatten(want_cache).items():
-        torch.testing.assert_close(tree.flatten(got_cache)[name], value, msg=name)
-
-
 def test_fused_qkv_gives_the_same_logits():
     params, tokens = random_params(), ids(2, 9)
     with Unchanged(params):

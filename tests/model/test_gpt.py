@@ -9,69 +9,48 @@ from small_model import CONFIG, WINDOWED, Unchanged, assert_trees_close, random_
 from torch import Tensor
 
 from nanochat import model, optim, transform, tree
-from nanochat.checkpoint import convert
 from nanochat.model import Compute, ModelConfig, Params, attention, kv_cache, linear, loss
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-# Copied from the specification of the parameters: reference name, shape, initial distribution, optimizer group, at
-# C = 128, N = 4, K = 2, H = 32, V = 1000 (padded to 1024), L = 4, and s = sqrt(3 / 128).
+# Shape, initial distribution and optimizer group, with s = sqrt(3 / C).
 TABLE_CONFIG = ModelConfig(sequence_len=64, vocab_size=1000, n_layer=4, n_head=4, n_kv_head=2, n_embd=128)
 S = math.sqrt(3 / 128)
 TABLE = {
-    "transformer.wte.weight": ((1024, 128), ("normal", 0.8), "embedding"),
-    "lm_head.weight": ((1024, 128), ("normal", 0.001), "unembedding"),
-    "transformer.h.i.attn.c_q.weight": ((128, 128), ("uniform", -S, S), "matrix"),
-    "transformer.h.i.attn.c_k.weight": ((64, 128), ("uniform", -S, S), "matrix"),
-    "transformer.h.i.attn.c_v.weight": ((64, 128), ("uniform", -S, S), "matrix"),
-    "transformer.h.i.attn.c_proj.weight": ((128, 128), ("zero",), "matrix"),
-    "transformer.h.i.attn.ve_gate.weight": ((2, 12), ("uniform", 0, 0.02), "matrix"),
-    "transformer.h.i.mlp.c_fc.weight": ((512, 128), ("uniform", -0.4 * S, 0.4 * S), "matrix"),
-    "transformer.h.i.mlp.c_proj.weight": ((128, 512), ("zero",), "matrix"),
-    "value_embeds.i.weight": ((1024, 64), ("uniform", -S, S), "value_embedding"),
+    "wte": ((1024, 128), ("normal", 0.8), "embedding"),
+    "lm_head": ((1024, 128), ("normal", 0.001), "unembedding"),
+    "layers.3.attn.q": ((128, 128), ("uniform", -S, S), "matrix"),
+    "layers.3.attn.k": ((64, 128), ("uniform", -S, S), "matrix"),
+    "layers.3.attn.v": ((64, 128), ("uniform", -S, S), "matrix"),
+    "layers.3.attn.proj": ((128, 128), ("values", 0.0), "matrix"),
+    "layers.3.attn.value_gate": ((2, 12), ("uniform", 0, 0.02), "matrix"),
+    "layers.3.attn.value_embed": ((1024, 64), ("uniform", -S, S), "value_embedding"),
+    "layers.3.mlp.fc": ((512, 128), ("uniform", -0.4 * S, 0.4 * S), "matrix"),
+    "layers.3.mlp.proj": ((128, 512), ("values", 0.0), "matrix"),
     "resid_lambdas": ((4,), ("values", 1.15, 1.15 - 0.1 / 3, 1.15 - 0.2 / 3, 1.05), "resid"),
     "x0_lambdas": ((4,), ("values", 0.20, 0.15, 0.10, 0.05), "x0"),
-    "smear_gate.weight": ((1, 24), ("uniform", 0, 0.02), "smear"),
+    "smear_gate": ((1, 24), ("uniform", 0, 0.02), "smear"),
     "smear_lambda": ((1,), ("values", 0.0), "smear"),
     "backout_lambda": ((1,), ("values", 0.2), "smear"),
 }
 
 
-def table_rows() -> dict[str, tuple[tuple[int, ...], tuple[object, ...], str]]:
-    """Return the table with its rows of layers written out; value embeddings are on layers 1 and 3 of 4."""
-    rows = {}
-    for name, row in TABLE.items():
-        with_value = "ve_gate" in name or "value_embeds" in name
-        layers = ["1", "3"] if with_value else ["0", "1", "2", "3"]
-        rows |= {name.replace(".i.", f".{i}."): row for i in layers} if ".i." in name else {name: row}
-    return rows
-
-
-def test_shapes_and_groups_match_the_specification():
-    rows = model.spec(TABLE_CONFIG)
-    params = tree.flatten(model.init(TABLE_CONFIG, 0))
-    got = {convert.reference_name(name): (tuple(x.shape), rows[name].group) for name, x in params.items()}
-    assert got == {name: (shape, group) for name, (shape, _, group) in table_rows().items()}
-
-
-@pytest.mark.parametrize("name", table_rows())
-def test_initial_values_match_the_specified_distribution(name: str):
-    _, (kind, *numbers), _ = table_rows()[name]
-    values = convert.to_reference(model.init(TABLE_CONFIG, 3))[name]
+@pytest.mark.parametrize("name", TABLE)
+def test_shape_initial_values_and_group(name: str):
+    shape, (kind, *numbers), group = TABLE[name]
+    values = tree.flatten(model.init(TABLE_CONFIG, 3))[name]
+    assert (tuple(values.shape), model.spec(TABLE_CONFIG)[name].group) == (shape, group)
     n = values.numel()
     if kind == "values":
-        torch.testing.assert_close(values, torch.tensor(numbers))
-    elif kind == "zero":
-        assert not values.any()
+        torch.testing.assert_close(values, torch.tensor(numbers).expand(shape))
     elif kind == "uniform":
-        low, high = (float(x) for x in numbers)  # pyright: ignore[reportArgumentType]
+        low, high = numbers
         width = high - low
         assert low <= values.min() < low + 10 * width / n and high - 10 * width / n < values.max() <= high
         assert abs(values.mean() - (low + high) / 2) < 4 * width / math.sqrt(12 * n)
     else:
-        std = float(numbers[0])  # pyright: ignore[reportArgumentType]
-        assert abs(values.mean()) < 4 * std / math.sqrt(n)
-        assert abs(values.std() / std - 1) < 4 / math.sqrt(2 * n)
+        (std,) = numbers
+        assert abs(values.mean()) < 4 * std / math.sqrt(n) and abs(values.std() / std - 1) < 4 / math.sqrt(2 * n)
 
 
 @pytest.mark.parametrize("n_layer, layers", [(1, [0]), (2, [1]), (4, [1, 3]), (5, [0, 2, 4])])
