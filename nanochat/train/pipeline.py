@@ -11,14 +11,12 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from nanochat import checkpoint, jsonl
 from nanochat.config import UserError, flatten
 from nanochat.distributed import broadcast_object, control_group, hardware, raise_on_any_failure
 from nanochat.text import format_duration
-
-Config = TypeVar("Config")
 
 # Settings that change the result by rounding at most.
 IGNORED = (
@@ -78,8 +76,8 @@ def sync_status(
 
 def run_if_needed(
     path: Path,
-    config: Config,
-    run: Callable[[Config], None],
+    config: Any,
+    run: Callable[[Any], None],
     *,
     after: str = "",
     folder: Path | None = None,
