@@ -52,43 +52,22 @@ def documents(tok: Tokenizer, inputs: Tensor, targets: Tensor) -> list[tuple[int
     return result
 
 
-def test_loss_mask_covers_assistant_tokens(tok: Tokenizer):
-    parts = [
-        {"type": "text", "text": "It is"},
-        {"type": "python", "text": "1+2"},
-        {"type": "python_output", "text": "3"},
-        {"type": "text", "text": " three."},
-    ]
-    task = Task("one", "chat", 1, lambda _: qa_conversation("What is it?", parts))
-    packing = Packing(rows_per_step=1, micro_rows=1, sequence_len=40)
-    [(batch, _, stats)] = collect(tok, packing, task)
-    special, encode = tok.special, tok.encode
-    expected = [
-        *encode("It is"),
-        special("<|python_start|>"),
-        *encode("1+2"),
-        special("<|python_end|>"),
-        *encode(" three."),
-        special("<|assistant_end|>"),
-    ]
-    targets = batch["targets"][0]
-    assert targets[targets >= 0].tolist() == expected
-    prompt = [tok.bos, special("<|user_start|>"), *encode("What is it?"), special("<|user_end|>")]
-    n = len(prompt)
-    assert batch["inputs"][0][: n + 1].tolist() == [*prompt, special("<|assistant_start|>")]
-    assert (targets[:n] == -1).all() and targets[n] == expected[0]  # from <|assistant_start|> on
-    output = [special("<|output_start|>"), *encode("3"), special("<|output_end|>")]
-    at = n + len(encode("It is")) + 2 + len(encode("1+2"))
-    assert batch["inputs"][0][at + 1 : at + 1 + len(output)].tolist() == output
-    assert (targets[at : at + len(output)] == -1).all()
-    assert stats["last"] == 1 and stats["learned_tokens"] == len(expected)
-
-
-def test_mid_training_masks_only_padding(tok: Tokenizer):
-    [(batch, _, _)] = collect(tok, Packing(1, 1, 47, assistant_only=False), task(1))
-    ids, _ = chat_format.render(tok, row(0))
-    targets = batch["targets"][0]
-    assert targets[: len(ids) - 1].tolist() == ids[1:] and (targets[len(ids) - 1 :] == -1).all()
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_targets_are_the_next_tokens_under_the_loss_mask(tok: Tokenizer, assistant_only: bool):
+    parts = [{"type": "text", "text": "It is"}, {"type": "python", "text": "1+2"}]
+    parts += [{"type": "python_output", "text": "3"}, {"type": "text", "text": " three."}]
+    conversation = qa_conversation("What is it?", parts)
+    ids, mask = chat_format.render(tok, conversation)
+    packing = Packing(rows_per_step=1, micro_rows=1, sequence_len=40, assistant_only=assistant_only)
+    [(batch, _, stats)] = collect(tok, packing, Task("one", "chat", 1, lambda _: conversation))
+    assert {name: x.dtype for name, x in batch.items()} == {
+        "inputs": torch.int64, "targets": torch.int64, "weights": torch.float32
+    }  # fmt: skip
+    padding = [tok.bos] * (41 - len(ids))
+    assert batch["inputs"][0].tolist() == [*ids, *padding][:-1]
+    learned = [token if m or not assistant_only else -1 for token, m in zip(ids, mask)][1:]
+    assert batch["targets"][0].tolist() == [*learned, *[-1] * len(padding)]
+    assert stats["last"] == 1 and stats["learned_tokens"] == sum(token >= 0 for token in learned)
 
 
 def test_every_conversation_is_packed_once_without_cropping(tok: Tokenizer):
@@ -125,11 +104,6 @@ def test_micro_batch_gradients_average_to_batch_gradient(tok: Tokenizer):
     torch.testing.assert_close((parts[0][1] + parts[1][1]) / 2, value)
     for (name, x), a, b in zip(tree.flatten(whole).items(), tree.leaves(parts[0][0]), tree.leaves(parts[1][0])):
         torch.testing.assert_close((a + b) / 2, x, rtol=1e-3, atol=1e-6, msg=name)
-
-
-def test_batch_without_targets_has_zero_weight(tok: Tokenizer):
-    batch = sft._batch([[], []], 8, tok.bos, 1.0)
-    assert (batch["targets"] == -1).all() and not batch["weights"].any()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -173,10 +147,3 @@ def test_invalid_settings_and_state_raise(tok: Tokenizer):
         collect(tok, task=task(49), state=state)
     with pytest.raises(UserError, match="no training targets"):
         collect(tok, task=task(0))
-
-
-def test_batch_dtypes(tok: Tokenizer):
-    batch, _, _ = collect(tok)[0]
-    kinds = {name: x.dtype for name, x in batch.items()}
-    assert kinds == {"inputs": torch.int64, "targets": torch.int64, "weights": torch.float32}
-    assert batch["inputs"].max() < tok.vocab_size
