@@ -243,7 +243,18 @@ def cancel(engine: Engine, key: Hashable) -> None:
 def step(engine: Engine) -> list[Event]:
     """Start to decode one token of every row; returns the events of the step started `async_depth` steps before."""
     if engine.active:
-        engine.pending.append(_dispatch_step(engine))
+        n_rows = _round_up(_compact_slots(engine), engine.row_sizes)
+        longest = max(row.length for row in engine.active.values()) + engine.async_depth
+        span = _round_up(longest, engine.span_sizes)
+        control, drawing = [NO_TOKEN] * n_rows, []
+        for row in engine.active.values():
+            if row.feed:
+                control[row.slot] = row.feed.popleft()
+            if not row.feed:
+                drawing.append((row.slot, row))
+        draw_settings = _draw_settings([row.request for row in engine.active.values()], engine.config.vocab_size)
+        drawn_B, ready = _run_step(engine, torch.tensor(control), n_rows, span=span, **draw_settings)
+        engine.pending.append((drawn_B, ready, drawing))
     if engine.pending and (len(engine.pending) > engine.async_depth or not engine.active):
         return _collect_step(engine, *engine.pending.popleft())
     return []
@@ -298,22 +309,6 @@ def _round_up(n: int, sizes: Sequence[int]) -> int:
     return next(size for size in sizes if size >= n)
 
 
-def _dispatch_step(engine: Engine) -> _PendingStep:
-    """Start a step of all rows without waiting for it."""
-    n_rows = _round_up(_compact_slots(engine), engine.row_sizes)
-    longest = max(row.length for row in engine.active.values()) + engine.async_depth
-    span = _round_up(longest, engine.span_sizes)
-    control, rows = [NO_TOKEN] * n_rows, []
-    for row in engine.active.values():
-        if row.feed:
-            control[row.slot] = row.feed.popleft()
-        if not row.feed:
-            rows.append((row.slot, row))
-    draw_settings = _draw_settings([row.request for row in engine.active.values()], engine.config.vocab_size)
-    drawn_B, ready = _run_step(engine, torch.tensor(control), n_rows, span=span, **draw_settings)
-    return drawn_B, ready, rows
-
-
 def _draw_settings(requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
     """Return the cheapest settings of `sampling.draw` that serve all requests."""
     top_ks = [request.top_k for request in requests if request.temperature > 0]
@@ -363,8 +358,7 @@ def _capture_graph(
 ) -> tuple[Any, Tensor, Tensor]:
     """Return (CUDA graph, its input, its output) of the step at this shape.
 
-    The warm-up steps are real ones; what they change is restored, but for keys and values: those are written beyond
-    each row's length, or to the slot of a ring that the next token overwrites.
+    What the warm-up steps change is restored, but for keys and values: each row's next token overwrites those.
     """
     input_B = torch.full_like(row_state["token"], NO_TOKEN)
     changed = [cache["length"], cache["before"], row_state["token"], row_state["live"]]
