@@ -113,7 +113,7 @@ class Comparison(NamedTuple):
     """The comparison at `limit` of an axis: bits per byte of each run of both sides, and their difference."""
 
     limit: float
-    values: list[list[float]]
+    values: tuple[list[float], list[float]]
     interval: Interval
 
 
@@ -281,7 +281,7 @@ def compare(sides: Sequence[Side], sizes: np.ndarray, axis: str, limit: float) -
 
     A run's value is the one measured at its checkpoint, shifted along the run's own curve from there to the limit.
     """
-    values: list[list[float]] = [[], []]
+    values: tuple[list[float], list[float]] = ([], [])
     for side, side_values in zip(sides, values):
         for run in side.runs:
             at_limit, at_step = run.bpb_at(axis, limit), run.bpb_at(axis, run.per_step[axis] * run.step)

@@ -155,9 +155,10 @@ def write_samples(config: Config, runtime: Runtime, loaded: Pretrained, _info: C
 def bits_per_byte(config: Config, runtime: Runtime, loaded: Pretrained, info: CheckpointInfo) -> Outcome:
     """Return bits per byte of the first tokens of both splits: the same full rows on any number of ranks."""
     saved = info.meta.get("config", {})
-    of_run = {name: saved.get(f"data.{name}") for name in ("source", "text_column", "buffer_docs")}
-    chosen = {"source": config.source, "text_column": config.text_column}
-    source = DataConfig(**{name: x for values in (of_run, chosen) for name, x in values.items() if x is not None})
+    values: dict[str, Any] = {name: saved.get(f"data.{name}") for name in ("source", "text_column", "buffer_docs")}
+    values["source"] = config.source or values["source"]
+    values["text_column"] = config.text_column or values["text_column"]
+    source = DataConfig(**{name: value for name, value in values.items() if value is not None})
     tokens = config.tokens or saved.get("eval.tokens") or BPB_TOKENS
     compute, chunk_tokens = model.Compute(runtime.compute_dtype), 1024 if runtime.device.type == "cpu" else 8192
     loss = functools.partial(model.loss.next_token, config=loaded.config, compute=compute, chunk_tokens=chunk_tokens)

@@ -41,10 +41,10 @@ def sum_nats(params: TensorDict, batches: Iterable[Batch], tok: Tokenizer, loss_
 
 def over_ranks(nats: float, n_bytes: int) -> float:
     """Return the bits per byte of all ranks' sums."""
-    nats, n_bytes = distributed.all_reduce_sum([nats, n_bytes])
-    if n_bytes == 0:
+    total_nats, total_bytes = distributed.all_reduce_sum([nats, n_bytes])
+    if total_bytes == 0:
         raise UserError("bits per byte: no target is text")
-    return nats / (math.log(2) * n_bytes)
+    return total_nats / (math.log(2) * total_bytes)
 
 
 @torch.no_grad()

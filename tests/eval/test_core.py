@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import core_ranks
 import plain_core
@@ -28,7 +29,7 @@ WINDOWS = ModelConfig(**{**WINDOWED.__dict__, "vocab_size": 400})
 
 
 def assert_as_plain(
-    folder: Path, label: str, config: ModelConfig, tok: Tokenizer, *, max_tokens: int | None = None, **batch: int | None
+    folder: Path, label: str, config: ModelConfig, tok: Tokenizer, *, max_tokens: int | None = None, **batch: Any
 ) -> None:
     """Compare prompts, spans and answers of a task's rows with those of the plain implementation."""
     params, entry = random_params(config), plain_core.entries(folder)[label]

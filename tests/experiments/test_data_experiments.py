@@ -17,7 +17,7 @@ from nanochat.data import tokenizer as bpe
 
 
 def run(config: data.Config | tokenizer.Config, **rank: int) -> None:
-    experiment = data if isinstance(config, data.Config) else tokenizer
+    experiment: Any = data if isinstance(config, data.Config) else tokenizer
     experiment.run(config, dataclasses.replace(distributed.init("cpu", "float32"), **rank))
 
 
