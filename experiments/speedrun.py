@@ -73,12 +73,12 @@ class Config:
 
 
 class Stage(NamedTuple):
-    """A stage to run: `run_dir` is the folder of the run that it trains, if any."""
+    """A stage to run."""
 
     name: Name
     config: Any
     description: str
-    run_dir: Path | None = None
+    run_dir: Path | None = None  # of the run that it trains
     has_output: Callable[[], bool] = lambda: True
 
     @property

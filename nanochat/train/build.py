@@ -40,8 +40,7 @@ def build_step_functions(
     linear, precision = linears.choose(config.train.linear, runtime.device)
     chunk: int | None = chunk_tokens(config, runtime)
     if config.train.grad == "torch_func":
-        if runtime.world_size > 1:
-            raise UserError("train.grad=torch_func runs in one process: start with --nproc_per_node=1")
+        distributed.require_single(runtime, "train.grad=torch_func")
         if set(chosen.names.values()) - {"math", "sdpa"} or config.train.linear == "fp8":
             raise UserError(
                 f"train.grad=torch_func: {chosen.text} or train.linear={config.train.linear} has a custom backward, "
@@ -90,11 +89,15 @@ def chunk_tokens(config: StageConfig, runtime: Runtime) -> int:
 
 
 def init_state(
-    config: StageConfig, shape: ModelConfig, runtime: Runtime, sharding_plan: ShardingPlan | None
+    config: StageConfig,
+    shape: ModelConfig,
+    runtime: Runtime,
+    sharding_plan: ShardingPlan | None,
+    device: torch.device | str | None = None,
 ) -> TrainState:
-    """Return the state before the first step."""
-    dtype = runtime.compute_dtype
-    params = model.init(shape, config.seed, device=runtime.device, dtype=dtype, sharding_plan=sharding_plan)
+    """Return the state before the first step, by default on the runtime's device."""
+    dtype, device = runtime.compute_dtype, device or runtime.device
+    params = model.init(shape, config.seed, device=device, dtype=dtype, sharding_plan=sharding_plan)
     return step.init(params, model.spec(shape), dtype, sharding_plan)
 
 

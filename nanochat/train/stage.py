@@ -205,13 +205,11 @@ def init_or_restore(
     sharding_plan: ShardingPlan | None,
 ) -> tuple[TrainState, Progress]:
     """Return the state and progress of the last checkpoint, or those before the first step."""
-    dtype = runtime.compute_dtype
     if checkpoint.latest_step(manager) is None:
         if stage.initial_state:
             return stage.initial_state(sharding_plan), Progress()
         return build.init_state(config, shape, runtime, sharding_plan), Progress()
-    params = model.init(shape, config.seed, device="meta", dtype=dtype, sharding_plan=sharding_plan)
-    abstract = train.init(params, model.spec(shape), dtype, sharding_plan)
+    abstract = build.init_state(config, shape, runtime, sharding_plan, device="meta")
     state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
     now = json.loads(json.dumps(dict(configs.flatten(config))))
     for name, value in now.items():
@@ -220,7 +218,9 @@ def init_or_restore(
             print(f"changed since the checkpoint: {name} = {value} (was {before})")
     print(f"resumed from step {int(state.step)} in {manager.folder}")
     if meta["config"]["dtype"] != now["dtype"]:
-        state = state._replace(scaler=train.init_scaler(dtype, runtime.device))  # a loss scale is for one dtype
+        state = state._replace(
+            scaler=train.init_scaler(runtime.compute_dtype, runtime.device)
+        )  # a loss scale is for one dtype
     loader = {"position": meta["loader"], **{n.removeprefix("loader_"): array for n, array in arrays.items()}}
     at = progress_from(meta)._replace(loader=loader)
     if stage.num_steps is not None:
