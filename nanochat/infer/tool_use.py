@@ -7,7 +7,7 @@ Between <|python_start|> and <|python_end|> the sampled tokens are an expression
                | 'text'.count('x'), with plain string literals
 
 Model output is never executed: it has to match a pattern of allowed characters, is parsed with `ast`, and only the
-nodes of this grammar are evaluated. Length, nesting and result are bounded, and so is the time: there is no power.
+nodes of this grammar are evaluated. Length, nesting and result are bounded, and so is the time: it has no powers.
 """
 
 import ast

@@ -142,7 +142,7 @@ class ScriptedWorker(worker.WorkerHandle):
                 break
             tokens = [] if isinstance(piece, float) else _tokens(piece)[:room]
             room -= len(tokens)
-            events = [(key, token, None) for token in tokens]
+            events: list[Any] = [(key, token, None) for token in tokens]
             if room == 0:
                 events[-1] = (key, tokens[-1], "length")
                 self._answers.pop(key, None)

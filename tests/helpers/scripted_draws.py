@@ -9,11 +9,13 @@ from torch import Tensor
 from nanochat import infer
 from nanochat.infer import engine, sampling
 
+Script = Callable[[infer.Request], Sequence[int | None]]
 
-def script_draws(patch: pytest.MonkeyPatch, script: Callable[[infer.Request], Sequence[int]]) -> list[infer.Request]:
+
+def script_draws(patch: pytest.MonkeyPatch, script: Script) -> list[infer.Request]:
     """Let each request draw `script(request)`, tokens of tool results included; returns the requests as they come.
 
-    Requests of the same time need different seeds. Beyond its script a row draws as usual.
+    Requests of the same time need different seeds. Where the script has None, and beyond it, a row draws as usual.
     """
     requests: list[infer.Request] = []
     tokens: dict[tuple[int, int], int] = {}  # (seed, position) -> what to draw
@@ -22,7 +24,7 @@ def script_draws(patch: pytest.MonkeyPatch, script: Callable[[infer.Request], Se
     def recorded(llm: infer.Engine, key: Hashable, request: infer.Request) -> None:
         requests.append(request)
         positions = range(len(request.prompt), llm.context)
-        tokens.update({(request.seed, i): token for i, token in zip(positions, script(request))})
+        tokens.update({(request.seed, i): new for i, new in zip(positions, script(request)) if new is not None})
         admit(llm, key, request)
 
     def drawn(logits_BV: Tensor, *, seed_B: Tensor, position_B: Tensor, **settings: Any) -> Tensor:

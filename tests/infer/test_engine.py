@@ -3,18 +3,19 @@
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from scripted_draws import script_draws
 from small_model import WINDOWED, random_params
 from torch import Tensor
 
 from nanochat import model, tree
 from nanochat.config import UserError
 from nanochat.data import SPECIALS, Tokenizer
-from nanochat.infer import Engine, Event, Request, engine, sampling, tool_use
+from nanochat.infer import Engine, Event, Request, engine, tool_use
 
 TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
 CONFIG = dataclasses.replace(WINDOWED, vocab_size=TOKENIZER.vocab_size, n_layer=3)
@@ -55,29 +56,14 @@ def ids(text: str) -> list[int]:
     return tokens
 
 
-Script = dict[int, int]  # position -> the token that a row has to draw there
-
-
-def follow_scripts(monkeypatch: pytest.MonkeyPatch, scripts: dict[int, Script]) -> None:
-    """Replace what the row of seed `s` draws by the tokens of scripts[s]."""
-    draw = sampling.draw
-
-    def drawn(logits_BV: Tensor, *, seed_B: Tensor, position_B: Tensor, **settings: Any) -> Tensor:
-        token_B = draw(logits_BV, seed_B=seed_B, position_B=position_B, **settings)
-        for row, (seed, position) in enumerate(zip(seed_B.tolist(), position_B.tolist())):
-            token_B[row] = scripts[seed].get(position, int(token_B[row]))
-        return token_B
-
-    monkeypatch.setattr(sampling, "draw", drawn)
-
-
 @torch.no_grad()
-def plain(request: Request, script: Script | None = None, context: int = 256) -> Made:
-    """Return what the most likely tokens, a script and the tools make of a request, by whole forwards."""
+def plain(request: Request, script: Sequence[int | None] = (), context: int = 256) -> Made:
+    """Return what a script, the most likely tokens and the tools make of a request, by whole forwards."""
     row, made, call = list(request.prompt), [], None
     while True:
-        logits_BTV = model.apply(PARAMS, torch.tensor([row]), config=CONFIG)
-        token = (script or {}).get(len(row), int(logits_BTV[0, -1].argmax()))
+        token = script[len(made)] if len(made) < len(script) else None
+        if token is None:
+            token = int(model.apply(PARAMS, torch.tensor([row]), config=CONFIG)[0, -1].argmax())
         call, forced = tool_use.step(TOOLS, call, token)
         for i, new in enumerate((token, *forced)):
             row.append(new)
@@ -102,21 +88,18 @@ CALLS = [
 ]
 
 
-def random_requests(rng: random.Random, context: int) -> tuple[list[Request], dict[int, Script]]:
-    """Return requests, some with the same prompt or up to the context, and the scripts of their seeds."""
+def random_requests(rng: random.Random, context: int) -> tuple[list[Request], list[list[int | None]]]:
+    """Return requests, some with the same prompt or up to the context, and what each draws, None: the likeliest."""
     lengths = [rng.choice((1, 2, 5, context - 1, rng.randint(1, context - 1))) for _ in range(6)]
     prompts = [prompt(length, rng.randrange(100)) for length in lengths]
-    requests, scripts = [], {}
+    requests, scripts = [], []
     for seed in range(rng.randint(4, 10)):
-        chosen, script = rng.choice(prompts), {}
-        position = len(chosen) + rng.randrange(6)
+        script: list[int | None] = [None] * rng.randrange(6)
         for _ in range(rng.randrange(3)):
-            tokens = ids(rng.choice(CALLS))
-            script |= dict(enumerate(tokens, start=position))
-            position += len(tokens) + rng.randrange(5)
+            script += [*ids(rng.choice(CALLS)), *[None] * rng.randrange(5)]
         settings = {"max_tokens": rng.choice((1, 2, 3, 8, 30)), "top_k": rng.choice((0, 1, 50, 100))}
-        requests.append(Request(chosen, temperature=0, seed=seed, **settings))
-        scripts[seed] = script
+        requests.append(Request(rng.choice(prompts), temperature=0, seed=seed, **settings))
+        scripts.append(script)
     return requests, scripts
 
 
@@ -126,8 +109,8 @@ def test_random_loads_equal_a_loop_without_cache(monkeypatch: pytest.MonkeyPatch
     rng = random.Random(f"{seed} {async_depth}")
     context = rng.choice((20, 60, 150, 256, 300))  # within the shortest window, and over it
     requests, scripts = random_requests(rng, context)
-    expected = [plain(request, scripts[request.seed], context) for request in requests]
-    follow_scripts(monkeypatch, scripts)
+    expected = [plain(request, script, context) for request, script in zip(requests, scripts)]
+    script_draws(monkeypatch, lambda request: scripts[request.seed])
     llm = start(slots=rng.randint(1, 5), context=context, exact=rng.random() < 0.2, async_depth=async_depth)
     made: dict[Any, Made] = {key: [] for key in range(len(requests))}
     n_admitted, cancelled = 0, set()
@@ -158,7 +141,7 @@ def test_tool_calls_force_their_result_into_the_row(monkeypatch: pytest.MonkeyPa
         "<|python_end|>x<|output_start|>y<|assistant_end|>",  # markers out of place are tokens like others
         "<|python_start|>7<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|><|bos|>",
     ]
-    follow_scripts(monkeypatch, {i: dict(enumerate(ids(text), start=5)) for i, text in enumerate(texts)})
+    script_draws(monkeypatch, lambda request: ids(texts[request.seed]))
     llm = start(async_depth=async_depth)
     completions = list(engine.complete(llm, [Request(prompt(5, i), seed=i) for i in range(len(texts))]))
     assert [completion.tokens for completion in completions] == [ids(text) for text in texts]
