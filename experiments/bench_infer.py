@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -162,6 +163,7 @@ def start_engine(
     options = {"dtype": runtime.compute_dtype, "compile": compile, "exact": config.exact}
     engine = infer.start(loaded.params, loaded.config, loaded.tokenizer, slots=slots, **options)
     engine.tools = engine.tools._replace(stops=frozenset())
+    engine.step_fn = functools.partial(engine.step_fn, blocking=engine.tools.blocking)  # no row waits at a stop token
     return engine
 
 
