@@ -80,8 +80,8 @@ def test_override_sets_leaves_at_any_depth_and_leaves_the_rest() -> None:
     ],
 )
 def test_values_are_parsed_by_the_annotation(assignment: str, name: str, value: Any) -> None:
-    found = dict(flatten(override(Config(), [assignment])))[name]
-    assert found == value and type(found) is type(value)
+    parsed = dict(flatten(override(Config(), [assignment])))[name]
+    assert parsed == value and type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -47,15 +47,15 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.glob("**/*.py")) i
 
 def imports(path: Path) -> set[str]:
     """Return the modules of the project that a file imports, inside functions as well; a page's lazy list not."""
-    found = set()
+    names = set()
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: relative imports hide the order: write `from nanochat import ...`"
             module = str(node.module)
-            found |= {full if (full := f"{module}.{alias.name}") in MODULES else module for alias in node.names}
-    return {name for name in found if name.split(".")[0] in ("nanochat", "experiments", "launch")}
+            names |= {full if (full := f"{module}.{alias.name}") in MODULES else module for alias in node.names}
+    return {name for name in names if name.split(".")[0] in ("nanochat", "experiments", "launch")}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -102,7 +102,7 @@ def test_non_scalar_value_is_refused():
 
 
 class Double(torch.autograd.Function):
-    """2x whose gradient is said to be 5: whoever answers 2 has not asked it."""
+    """2x with a declared gradient of 5: whoever answers 2 has not called this backward."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 import os
 import threading
+from pathlib import Path
 
 import ranks
 
-from nanochat import distributed
+from nanochat import distributed, jsonl
 from nanochat.config import UserError
 
 
@@ -13,29 +14,33 @@ def exchange() -> list[object]:
     here = distributed.init("cpu")
     group, background = distributed.control_group(), distributed.control_group(background=True)
     assert group is distributed.control_group() and group.group is not background.group
-    found: list[object] = [distributed.all_gather_object({"rank": here.rank}), distributed.broadcast_object(here.rank)]
+    in_thread: list[object] = []
+
+    def gather_in_thread() -> None:
+        in_thread.extend(distributed.all_gather_object(i + here.rank, group=background) for i in range(50))
+
     # Two threads communicate at the same time, each in its own order.
-    thread = threading.Thread(
-        target=lambda: [found.append(distributed.all_gather_object(i + here.rank, group=background)) for i in range(50)]
-    )
+    thread = threading.Thread(target=gather_in_thread)
     thread.start()
-    main = [distributed.all_gather_object([i, here.rank]) for i in range(50)]
+    assert [distributed.all_gather_object((i, here.rank)) for i in range(50)] == [[(i, 0), (i, 1)] for i in range(50)]
     thread.join()
-    assert main == [[[i, 0], [i, 1]] for i in range(50)] and found[2:] == [[i, i + 1] for i in range(50)]
-    for error in (UserError("disk full"), KeyError("x")):
+    assert in_thread == [[i, i + 1] for i in range(50)]
+    errors = []
+    for error in (UserError("disk full"), jsonl.InvalidLineError(Path("a.jsonl"), 3, "not valid JSON"), KeyError("x")):
         try:
             with distributed.raise_on_any_failure():
                 if here.rank == 1:
                     raise error
-        except (UserError, KeyError, RuntimeError) as caught:
-            found.append(f"{type(caught).__name__}: {caught}")
+        except Exception as caught:
+            errors.append(f"{type(caught).__name__}: {caught}")
+    value = distributed.broadcast_object({"rank": here.rank})
     distributed.close()
-    return found[:2] + found[52:]
+    return [value, *errors]
 
 
 def test_ranks_exchange_values_and_raise_the_same_error() -> None:
     first, second = ranks.call(2, exchange)
-    both = [[{"rank": 0}, {"rank": 1}], 0, "UserError: disk full"]
+    both = [{"rank": 0}, "UserError: disk full", "InvalidLineError: a.jsonl:3: not valid JSON"]
     assert first == [*both, "RuntimeError: rank 1 failed: KeyError: 'x'"]
     assert second == [*both, "KeyError: 'x'"]
 
@@ -52,5 +57,5 @@ def lose_rank_1() -> str:
 
 
 def test_a_lost_rank_is_named() -> None:
-    found = ranks.call(3, lose_rank_1)
-    assert found[0] == found[2] == "rank 1 of the job has exited or does not answer; its output says why"
+    first, _, third = ranks.call(3, lose_rank_1)
+    assert first == third == "rank 1 of the job has exited or does not answer; its output says why"

@@ -45,9 +45,9 @@ def test_a_memory_budget_keeps_less_for_the_backward_and_changes_no_gradient() -
     want, _ = gradients_and_saved_bytes(perceptron)
     saved, whole = {}, torch.compile
 
-    def partitioned(f: Any, options: Any = None, **how: Any) -> Any:
+    def partitioned(f: Any, options: Any = None, **kwargs: Any) -> Any:
         """Compile as far as the budget goes: Inductor's kernels are written afterwards."""
-        return whole(f, backend="aot_eager_decomp_partition", **how)
+        return whole(f, backend="aot_eager_decomp_partition", **kwargs)
 
     for budget in (1.0, 0.4, 0.0):
         torch._dynamo.reset()

@@ -117,15 +117,15 @@ def recorded(graphs: list[Any]) -> Iterator[None]:
 def compile_with_overlap() -> dict[str, Any]:
     """Compile the sharded loss with and without overlap; return the orders and the errors."""
     logging.disable(logging.WARNING)
-    ours = distributed.init("cpu")
+    runtime = distributed.init("cpu")
     spec = model.spec(CONFIG)
-    sharding_plan = sharding.make_plan(ShardingConfig("fsdp"), ours, spec)
+    sharding_plan = sharding.make_plan(ShardingConfig("fsdp"), runtime, spec)
     assert sharding_plan
     params = tree.unflatten(
         {n: sharding.place(sharding_plan, n, x) for n, x in tree.flatten(small_model.random_params(CONFIG)).items()}
     )
     params = sharding.gather(sharding_plan, params, torch.float32)
-    batch = small_model.random_batch(CONFIG, rows=2, seed=ours.rank)
+    batch = small_model.random_batch(CONFIG, rows=2, seed=runtime.rank)
     compute = Compute(all_gather=sharding.gather_layer(sharding_plan, torch.float32))
     f = functools.partial(loss.next_token, config=CONFIG, compute=compute, chunk_tokens=64)
     eager, _ = transform.value_and_grad(f, has_aux=True)(params, batch)

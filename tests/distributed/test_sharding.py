@@ -1,5 +1,6 @@
-"""Sharded training: every mode gives what a process alone gives, in a part of the memory, by as many collectives."""
+"""Sharded training: every mode gives what a single process gives, in a share of the memory, by as many collectives."""
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -28,8 +29,8 @@ def two_ranks() -> Results:
     return ranks.call(2, sharded_steps.run, "modes", "nonfinite", "derivatives", "graphs")[0]
 
 
-def check_modes(found: list[dict[str, Any]], number: int) -> None:
-    for row in found:
+def check_modes(rows: list[dict[str, Any]], number: int) -> None:
+    for row in rows:
         assert row["losses"] < 1e-5 and row["norms"] < 1e-5, row
         assert row["params"] < 1e-4 and row["moments"] < 1e-4, row
         assert row["agree"], row
@@ -38,24 +39,24 @@ def check_modes(found: list[dict[str, Any]], number: int) -> None:
 
 
 @pytest.mark.slow
-def test_every_mode_trains_on_two_ranks_as_a_process_alone(two_ranks: Results) -> None:
-    found = two_ranks["modes"]
-    assert [row["mode"].split(",")[0] for row in found] == ["replicate", "zero2", "fsdp", "fsdp"]
-    check_modes(found, 2)
+def test_every_mode_on_two_ranks_equals_a_single_process(two_ranks: Results) -> None:
+    rows = two_ranks["modes"]
+    assert [row["mode"].split(",")[0] for row in rows] == ["replicate", "zero2", "fsdp", "fsdp"]
+    check_modes(rows, 2)
 
 
 @pytest.mark.slow
-def test_every_mode_trains_on_four_ranks_as_a_process_alone() -> None:
-    found = ranks.call(4, sharded_steps.run, "modes")[0]["modes"]
-    assert [row["mode"].split(",")[0] for row in found] == ["replicate", "zero2", "fsdp", "fsdp", "hsdp", "hsdp"]
-    check_modes(found, 4)
+def test_every_mode_on_four_ranks_equals_a_single_process() -> None:
+    rows = ranks.call(4, sharded_steps.run, "modes")[0]["modes"]
+    assert [row["mode"].split(",")[0] for row in rows] == ["replicate", "zero2", "fsdp", "fsdp", "hsdp", "hsdp"]
+    check_modes(rows, 4)
 
 
 @pytest.mark.slow
-def test_where_nothing_divides_it_trains_all_the_same() -> None:
-    found = ranks.call(3, sharded_steps.run, "few_steps")[0]["few_steps"]  # no dimension is a multiple of 3
-    assert len(found) == 4
-    for row in found:
+def test_training_where_no_dimension_divides() -> None:
+    rows = ranks.call(3, sharded_steps.run, "few_steps")[0]["few_steps"]  # no dimension is a multiple of 3
+    assert len(rows) == 4
+    for row in rows:
         assert row["cut"] == 0 and row["share"] == 1 and row["counts"] == {"all_reduce_coalesced": 2}, row
         assert row["losses"] < 1e-5 and row["params"] < 1e-4 and row["agree"], row
 
@@ -65,7 +66,7 @@ def check_memory(row: dict[str, Any], number: int) -> None:
     mode = row["mode"].split(",")[0]
     if mode == "replicate":
         assert row["share"] == 1
-    elif mode == "zero2":  # parameters whole, and nearly two moments for each cut
+    elif mode == "zero2":  # full parameters, and nearly two moments for each shard
         assert 1 / number < row["share"] < 1 / number + 0.5
     else:
         parts = number if mode == "fsdp" else 2
@@ -94,30 +95,30 @@ def check_collectives(row: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_compiled_layers_are_gathered_again_in_the_backward(two_ranks: Results) -> None:
-    found = two_ranks["graphs"]
+    graphs = two_ranks["graphs"]
     gathers = 4 + 1  # wte, lm_head, two layers; and a value embedding
-    forward, backward = found["graphs"]
+    forward, backward = graphs["graphs"]
     assert forward == {"all_gather_into_tensor": gathers, "wait_tensor": gathers}
     # The layers again. The gradient of lm_head is made in the forward, and that of a table does not need the table.
     assert backward == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": gathers, "wait_tensor": 2 + gathers}
-    assert found["error"] < 1e-7
+    assert graphs["error"] < 1e-7
 
 
 @pytest.mark.slow
 def test_gradients_through_a_gather(two_ranks: Results) -> None:
-    found = two_ranks["derivatives"]
-    assert found["eager"] == pytest.approx(found["difference"], rel=1e-7)
-    assert found["compiled"] == pytest.approx(found["eager"], rel=1e-12)
+    slopes = two_ranks["derivatives"]
+    assert slopes["eager"] == pytest.approx(slopes["difference"], rel=1e-7)
+    assert slopes["compiled"] == pytest.approx(slopes["eager"], rel=1e-12)
 
 
 @pytest.mark.slow
-def test_what_one_rank_cannot_use_no_rank_uses(two_ranks: Results) -> None:
+def test_a_nonfinite_gradient_on_one_rank_skips_the_step_on_all(two_ranks: Results) -> None:
     assert len(two_ranks["nonfinite"]) == 3
     for row in two_ranks["nonfinite"]:
         assert row == {"mode": row["mode"], "finite": False, "same": True}
 
 
-def test_which_dimension_is_cut() -> None:
+def test_shard_dim() -> None:
     assert shard_dim((64, 32), ("hidden", "embed"), 4) == 0
     assert shard_dim((6, 32), ("heads", "embed"), 4) == 1  # the rows do not divide
     assert shard_dim((6, 9), ("heads", "embed"), 4) is None
@@ -125,7 +126,7 @@ def test_which_dimension_is_cut() -> None:
     assert shard_dim((64, 32), ("hidden", "embed"), 1) is None
 
 
-def test_meshes() -> None:
+def test_mesh_shape() -> None:
     assert mesh_shape(ShardingConfig("replicate"), 8, 4) == (8, 1)
     assert mesh_shape(ShardingConfig("zero2"), 8, 4) == mesh_shape(ShardingConfig("fsdp"), 8, 4) == (1, 8)
     assert mesh_shape(ShardingConfig("hsdp"), 8, 4) == (2, 4)  # a node's ranks share one copy
@@ -143,16 +144,16 @@ def three_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     dist.destroy_process_group()
 
 
-def test_what_does_not_divide_stays_whole_and_is_said_once(
+def test_parameters_that_do_not_divide_stay_full_with_one_warning(
     three_ranks: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sharding_plan = sharding.make_plan(ShardingConfig("fsdp"), three_ranks, model.spec(CONFIG))
     assert sharding_plan is not None and not sharding_plan.sharded  # 64, 128 and 256 are no multiples of 3
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "wte (256, 64) and" in said and "do not divide by 3: full on every rank" in said
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"sharding: wte \(256, 64\) and \d+ more do not divide by 3: full on every rank\n", printed)
 
 
-def test_state_is_allocated_in_parts(three_ranks: Runtime) -> None:
+def test_state_is_allocated_as_shards(three_ranks: Runtime) -> None:
     config = ModelConfig(sequence_len=32, vocab_size=192, n_layer=2, n_head=6, n_kv_head=6, n_embd=96)
     for mode, share in {"zero2": 1, "fsdp": 1 / 3}.items():
         sharding_plan = sharding.make_plan(ShardingConfig(mode), three_ranks, model.spec(config))  # pyright: ignore
@@ -168,7 +169,7 @@ def test_state_is_allocated_in_parts(three_ranks: Runtime) -> None:
             assert got.shape == want.shape and got.dtype == want.dtype
 
 
-def test_alone_nothing_is_wrapped() -> None:
+def test_a_single_process_has_no_plan() -> None:
     here = Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
     assert sharding.make_plan(ShardingConfig("fsdp"), here, model.spec(CONFIG)) is None
     assert sharding.gather_layer(None, torch.float32) is None

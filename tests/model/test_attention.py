@@ -120,8 +120,8 @@ CPU = torch.device("cpu")
 Calls = list[dict[str, Any]]
 
 
-def choose(kernel: str, windows: tuple[int, ...] = (4, 16), **how: Any) -> attention.KernelChoice:
-    return attention.choose(kernel, 16, windows, (4, 2, 8), CPU, torch.float32, **how)
+def choose(kernel: str, windows: tuple[int, ...] = (4, 16), **options: Any) -> attention.KernelChoice:
+    return attention.choose(kernel, 16, windows, (4, 2, 8), CPU, torch.float32, **options)
 
 
 def fastest(monkeypatch: pytest.MonkeyPatch, *candidates: str) -> attention.KernelChoice:
@@ -253,8 +253,8 @@ def test_wrong_kernel_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str):
 def test_window_off_by_one_is_detected_at_any_length(monkeypatch: pytest.MonkeyPatch, by: int):
     """In half precision, and where one key of 300 changes the numbers by less than they are rounded."""
     monkeypatch.setitem(attention.KERNELS, "fa3", lambda *_: lambda q, k, v, w: attention.sdpa(q, k, v, w + by))
-    how = (320, 300, (1, 1, 16), CPU, torch.bfloat16, 1)
-    sample = attention.make_example(*how)
+    shape = (320, 300, (1, 1, 16), CPU, torch.bfloat16, 1)
+    sample = attention.make_example(*shape)
     attention.benchmark_and_verify("sdpa", sample, compile=False)
     with pytest.raises(ValueError, match=r"differs from the reference|its window is wrong"):
         attention.benchmark_and_verify("fa3", sample, compile=False)

@@ -172,8 +172,8 @@ def test_half_precision_is_close_and_returns_float32_logits():
     tokens = random_batch()["inputs"]
     want = model.apply(random_params(), tokens, config=CONFIG)
     stored = model.apply(random_params(dtype=torch.bfloat16), tokens, config=CONFIG)
-    asked = model.apply(random_params(), tokens, config=CONFIG, compute=Compute(dtype=torch.bfloat16))
-    for got in (stored, asked):
+    requested = model.apply(random_params(), tokens, config=CONFIG, compute=Compute(dtype=torch.bfloat16))
+    for got in (stored, requested):
         assert got.dtype == torch.float32
         assert 0 < (got - want).abs().mean() < 0.02 * want.abs().max()
 

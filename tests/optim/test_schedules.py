@@ -85,6 +85,6 @@ def test_hparams_of_fine_tuning():
 
 def test_a_learning_rate_of_none_is_inherited():
     config, base = OptimConfig(embedding_lr=None, matrix_lr=None, scalar_lr=0.0), {"optim.matrix_lr": 0.5}
-    found = {"embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.5, "scalar_lr": 0.0}
-    assert learning_rates(config, base) == found
+    expected = {"embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.5, "scalar_lr": 0.0}
+    assert learning_rates(config, base) == expected
     assert schedules.param_group_settings(config, 768)["embedding"]["lr"] == 0.3
