@@ -30,7 +30,7 @@ import numpy as np
 from nanochat import checkpoint, data, distributed, eval, metrics, model
 from nanochat.config import Device, Dtype, UsageError, UserError, base_dir
 from nanochat.data import DataConfig, sources, tokenizer
-from nanochat.metrics import plots, run_folder
+from nanochat.metrics import plots
 from nanochat.text import format_duration, table
 
 if TYPE_CHECKING:
@@ -150,11 +150,11 @@ def find_runs(text: str) -> list[Run]:
                 raise UserError(f"{name}: matches no run in {checkpoint.runs_folder()}")
             folders += matching
         elif name:
-            folders.append(run_folder.find_run(name))
+            folders.append(metrics.run_folder.find_run(name))
     if not folders:
         raise UsageError(f"{text!r}: names no run")
     runs = []
-    for info in map(run_folder.read_run, folders):
+    for info in map(metrics.run_folder.read_run, folders):
         if info.stage != "base":
             raise UserError(f"run {info.name} is of stage {info.stage}: compare is for pretraining runs")
         if not info.steps:
@@ -162,7 +162,7 @@ def find_runs(text: str) -> list[Run]:
         steps, bpb = metrics.logger.curve(info.rows, "val/bpb")
         if not steps:
             raise UserError(f"run {info.name} has no evaluation in its metrics.jsonl, so there is no curve to compare")
-        flops, seconds = run_folder.step_flops(info), run_folder.step_seconds(info)
+        flops, seconds = metrics.run_folder.step_flops(info), metrics.run_folder.step_seconds(info)
         if not flops or not seconds:
             raise UserError(f"run {info.name}: its metrics.jsonl lacks the {'time' if flops else 'FLOPs'} of a step")
         runs.append(Run(info, steps, bpb, {"FLOPs": flops, "time": seconds / 60}, 0, np.zeros(0)))
