@@ -108,29 +108,23 @@ def _sorted_points(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float
 # The dots of a Braille character, U+2800 and on: one bit each, by column and row.
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 UPPER_HALF = 0x01 | 0x02 | 0x08 | 0x10
+ASCII = {0x2800 + dots: " '.:"[bool(dots & UPPER_HALF) + 2 * bool(dots & ~UPPER_HALF)] for dots in range(256)}
+WIDTH, HEIGHT = 64, 12
 
 
-def ascii_chart(
-    steps: Sequence[float],
-    values: Sequence[float],
-    *,
-    title: str,
-    width: int = 64,
-    height: int = 12,
-    encoding: str | None = None,
-) -> str:
-    """Return a curve as text: `height` lines of at most `width` columns, without the non-finite values.
+def ascii_chart(steps: Sequence[float], values: Sequence[float], *, title: str, encoding: str | None = None) -> str:
+    """Return a curve as text: HEIGHT lines of at most WIDTH columns, without the non-finite values.
 
     Args:
-        encoding: of the output; None: that of sys.stdout. Without Braille characters, plain ASCII is used.
+        encoding: of the output; None: that of sys.stdout. One without Braille characters gets plain ASCII.
     """
     points = [(x, y) for x, y in _sorted_points(steps, values) if math.isfinite(y)]
     if not points:
         return f"{title}: no data yet"
     (low_x, high_x), (low, high) = ((min(axis), max(axis)) for axis in zip(*points))
-    labels = {0: f"{high:.4g}", (height - 3) // 2: f"{(low + high) / 2:.4g}", height - 4: f"{low:.4g}"}
+    labels = {0: f"{high:.4g}", (HEIGHT - 3) // 2: f"{(low + high) / 2:.4g}", HEIGHT - 4: f"{low:.4g}"}
     gutter = max(map(len, labels.values())) + 1
-    columns, rows = width - gutter - 1, height - 3
+    columns, rows = WIDTH - gutter - 1, HEIGHT - 3
     dots = [
         (
             round((2 * columns - 1) * (x - low_x) / (high_x - low_x or 1)),
@@ -144,25 +138,15 @@ def ascii_chart(
         for piece in range(pieces + 1):
             x, y = x0 + (x1 - x0) * piece // pieces, y0 + (y1 - y0) * piece // pieces
             cells[y // 4][x // 2] |= DOTS[x % 2][y % 4]
-    draw = _braille if _has_braille(encoding or sys.stdout.encoding) else _plain
-    lines = [title[:width]]
-    lines += [f"{labels.get(i, ''):>{gutter}}|{''.join(map(draw, row))}" for i, row in enumerate(cells)]
+    lines = [title[:WIDTH]]
+    for i, row in enumerate(cells):
+        curve = "".join(chr(0x2800 + cell) if cell else " " for cell in row)
+        lines.append(f"{labels.get(i, ''):>{gutter}}|{curve}")
     lines.append(" " * gutter + "+" + "-" * columns)
     lines.append(" " * (gutter + 1) + f"{low_x:g}" + f"{high_x:g}".rjust(columns - len(f"{low_x:g}")))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _has_braille(encoding: str | None) -> bool:
+    text = "\n".join(line.rstrip() for line in lines)
     try:
-        chr(0x28FF).encode(encoding or "ascii")
+        text.encode(encoding or sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
-        return False
-    return True
-
-
-def _braille(dots: int) -> str:
-    return chr(0x2800 + dots) if dots else " "
-
-
-def _plain(dots: int) -> str:
-    return " '.:"[bool(dots & UPPER_HALF) + 2 * bool(dots & ~UPPER_HALF)]
+        return text.translate(ASCII)
+    return text
