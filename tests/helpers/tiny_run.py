@@ -35,20 +35,15 @@ SETTINGS = (
 )
 
 
-def write_corpus(folder: Path) -> list[str]:
-    """Write 300 short documents as shards into `folder`/text, the last 50 for validation; return them."""
+@contextlib.contextmanager
+def base_folder(folder: Path) -> Iterator[Path]:
+    """Within, `folder` is the base folder: with 300 short documents, the last 50 for validation, and a tokenizer."""
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) + "." for _ in range(300)]
     (folder / "text").mkdir()
     for name, part in {"a": texts[:120], "b": texts[120:250], "val": texts[250:]}.items():
         (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
-    return texts
-
-
-@contextlib.contextmanager
-def base_folder(folder: Path) -> Iterator[Path]:
-    """Within, `folder` is the base folder: with the corpus and a tokenizer of 300 tokens."""
-    tokenizer.save(tokenizer.train(write_corpus(folder), 300), folder / "tokenizer")
+    tokenizer.save(tokenizer.train(texts, 300), folder / "tokenizer")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         yield folder
