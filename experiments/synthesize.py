@@ -23,10 +23,10 @@ import string
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import requests
 
@@ -180,7 +180,7 @@ def request_conversation(
             break
         wait = 0.0
         try:
-            return parse_messages(post(config, key, request_body(config, prompt, seed, attempt)))
+            return parse_messages(post(config, key, prompt, seed + 1_000_003 * attempt))
         except RequestError as error:
             reason, wait = str(error), error.wait_seconds
             if not error.retry:
@@ -194,20 +194,6 @@ def request_conversation(
         if attempt + 1 < config.attempts:
             stop.wait(min(MAX_WAIT_SECONDS, max(wait, config.backoff_seconds * 2**attempt)))
     return reason
-
-
-def request_body(config: Config, prompt: str, seed: int, attempt: int) -> dict[str, Any]:
-    """Return the body of a request; each attempt has another sampling seed."""
-    body = {
-        "model": config.model,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": config.temperature,
-        "seed": seed + 1_000_003 * attempt,
-    }
-    if config.schema:
-        schema = {"name": "conversation", "schema": SCHEMA, "strict": True}
-        body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return body
 
 
 def build_prompt(facts: str, seed: int) -> str:
@@ -228,8 +214,13 @@ def prompt_sections() -> dict[str, str]:
     return {name: section.strip() for name, section in zip(parts[::2], parts[1::2])}
 
 
-def post(config: Config, key: str, body: Mapping[str, Any]) -> str:
+def post(config: Config, key: str, prompt: str, seed: int) -> str:
     """Send a request and return the text of the answer."""
+    messages = [{"role": "user", "content": prompt}]
+    body = {"model": config.model, "messages": messages, "temperature": config.temperature, "seed": seed}
+    if config.schema:
+        schema = {"name": "conversation", "schema": SCHEMA, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
     url, deadline = f"{config.base_url.rstrip('/')}/chat/completions", time.monotonic() + config.timeout_seconds
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with requests.post(url, json=body, headers=headers, timeout=config.timeout_seconds, stream=True) as response:
@@ -282,7 +273,12 @@ def parse_messages(answer: str) -> list[dict[str, str]]:
     except ValueError:
         raise RequestError("the answer is not valid JSON") from None
     messages = value["messages"] if isinstance(value, dict) and value.keys() == {"messages"} else None
-    if not isinstance(messages, list) or not all(map(is_message, messages)):
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict)
+        and message.keys() == {"role", "content"}
+        and all(isinstance(field, str) for field in message.values())
+        for message in messages
+    ):
         raise RequestError("the answer does not fit the schema")
     if not 1 <= len(messages) // 2 <= MAX_MESSAGES // 2:
         raise RequestError("the conversation has too few or too many messages")
@@ -292,11 +288,6 @@ def parse_messages(answer: str) -> list[dict[str, str]]:
     if not all(0 < len(message["content"]) <= MAX_CHARACTERS for message in messages):
         raise RequestError("a message is empty or too long")
     return messages
-
-
-def is_message(value: Any) -> bool:
-    fields = isinstance(value, dict) and value.keys() == {"role", "content"}
-    return fields and all(isinstance(field, str) for field in value.values())
 
 
 def read_key(config: Config) -> str:
