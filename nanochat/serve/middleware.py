@@ -78,17 +78,10 @@ def content_security_policy(html: str) -> str:
         digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
         return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
-    rules = [
-        "default-src 'none'",
-        f"script-src {hashes('script')}",
-        f"style-src {hashes('style')}",
-        "connect-src 'self'",
-        "img-src 'self' data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ]
-    return "; ".join(rules)
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -166,14 +159,12 @@ def _check_origin(headers: Headers, limits: Limits) -> None:
 
 
 def _check_token(headers: Headers, limits: Limits) -> None:
-    if limits.token is None:
-        return
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    is_equal = secrets.compare_digest(token.strip().encode("latin-1"), limits.token.encode())
-    if scheme.lower() != "bearer" or not is_equal:
+    is_equal = secrets.compare_digest(token.strip().encode("latin-1"), (limits.token or "").encode())
+    if limits.token is not None and (scheme.lower() != "bearer" or not is_equal):
         message = "expected the header 'Authorization: Bearer <token>' with this server's token"
-        headers_ = {"WWW-Authenticate": "Bearer"}
-        raise ApiError(401, message, type="authentication_error", code="invalid_api_key", headers=headers_)
+        challenge = {"WWW-Authenticate": "Bearer"}
+        raise ApiError(401, message, type="authentication_error", code="invalid_api_key", headers=challenge)
 
 
 def protocol(limits: Limits) -> type[H11Protocol]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 from fastapi import HTTPException
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
 from nanochat.config import nearest
@@ -50,7 +50,6 @@ class ApiError(HTTPException):
 
 
 UNSUPPORTED = "unsupported_parameter"
-UNION_TAGS = ("<string>", "<list>")  # pydantic names the branch of a union in an error's path
 MESSAGES = {
     UNSUPPORTED: "{name} is not supported{hint}",
     "missing": "{name} is missing",
@@ -66,8 +65,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """Return the first of pydantic's errors as a 400 that names the parameter."""
     error = errors[0]
     kind, context = error["type"], error.get("ctx", {})
-    path = [step for step in error["loc"][1:] if step not in UNION_TAGS]  # after "body"
-    path += [context["unknown"]] if "unknown" in context else []
+    path = [*error["loc"][1:], *([context["unknown"]] if "unknown" in context else [])]  # after "body"
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".") or None
     expected = error["msg"].removeprefix("Input should be ")
     message = MESSAGES.get(kind, "{name} is {value}, expected {expected}").format(
@@ -117,14 +115,13 @@ class Part(Strict):
     text: str
 
 
-def _content_tag(value: Any) -> str | None:
-    return {str: UNION_TAGS[0], list: UNION_TAGS[1]}.get(type(value))
+def _as_parts(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("content_type", "a string or a list of parts")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Content = Annotated[
-    Annotated[str, Tag(UNION_TAGS[0])] | Annotated[list[Part], Tag(UNION_TAGS[1])],
-    Discriminator(_content_tag, custom_error_type="content_type", custom_error_message="a string or a list of parts"),
-]
+Content = Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
 
 
 class Message(Strict):
@@ -134,22 +131,17 @@ class Message(Strict):
     content: Content | None = None
     nanochat_parts: list[Part] | None = Field(None, description="Replaces the content of an assistant's message.")
 
-    @property
-    def effective_content(self) -> str | list[Part] | None:
-        return self.content if self.nanochat_parts is None else self.nanochat_parts
-
 
 def _check_messages(messages: list[Message]) -> list[Message]:
     """Check what neither types nor `chat_format.check` do."""
     total = 0
     for number, message in enumerate(messages):
         param = f"messages[{number}].{'content' if message.nanochat_parts is None else 'nanochat_parts'}"
-        content = message.effective_content
         if message.nanochat_parts is not None and message.role != "assistant":
             _refuse(param, "is for the assistant's messages")
-        if content is None:
+        if message.content is None and message.nanochat_parts is None:
             _refuse(param, "is missing")
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        text = "".join(part.text for part in message.nanochat_parts or message.content or ())
         if not text:
             _refuse(param, "is empty")
         if text.encode("utf-8", "replace").decode() != text:
@@ -279,11 +271,10 @@ def conversation(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """Return checked messages as `chat_format.prompt` takes them: text, or parts if there are tool calls."""
     turns = []
     for message in messages:
-        content: Any = message.effective_content
-        if isinstance(content, list) and all(part.type == "text" for part in content):
-            content = ("" if message.role == "assistant" else "\n").join(part.text for part in content)
-        elif isinstance(content, list):
-            content = [part.model_dump() for part in content]
+        parts = message.nanochat_parts or message.content or []
+        content: Any = ("" if message.role == "assistant" else "\n").join(part.text for part in parts)
+        if any(part.type != "text" for part in parts):
+            content = [part.model_dump() for part in parts]
         turns.append({"role": message.role, "content": content})
     return turns
 
