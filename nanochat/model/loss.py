@@ -47,13 +47,12 @@ def next_token(
     weights_R = None if weights is None else weights.flatten()
     if chunk_tokens is not None:
         value = chunked(x_RC, lm_head_VC, targets_R, config.vocab_size, chunk_tokens, compute.linear, weights_R)
-        return value, {"targets": num_targets}
-    logits_RV = gpt.unembed(x_BTC, lm_head_VC, config, compute).flatten(0, 1)
-    if weights_R is None:
-        nll = F.cross_entropy(logits_RV, targets_R, ignore_index=IGNORE, reduction="sum")
-        return nll / num_targets.clamp_min(1), {"targets": num_targets}
-    nll_R = F.cross_entropy(logits_RV, targets_R, ignore_index=IGNORE, reduction="none")
-    return (weights_R * nll_R).sum(), {"targets": num_targets}
+    else:
+        logits_RV = gpt.unembed(x_BTC, lm_head_VC, config, compute).flatten(0, 1)
+        reduction = "sum" if weights_R is None else "none"
+        nll = F.cross_entropy(logits_RV, targets_R, ignore_index=IGNORE, reduction=reduction)
+        value = nll / num_targets.clamp_min(1) if weights_R is None else (weights_R * nll).sum()
+    return value, {"targets": num_targets}
 
 
 def per_token(
