@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.utils import benchmark
 
 from experiments import _trace
 from nanochat import checkpoint, distributed, model, optim, train
@@ -219,11 +218,9 @@ def timed(f: Callable[[], Any], runtime: Runtime) -> float:
     return time.perf_counter() - start
 
 
-def median_seconds(f: Callable[[], Any], rounds: int = 5) -> float:
-    """Return the median seconds of a call: warmed up, several calls in a row."""
-    timer = benchmark.Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
-    calls = int(0.02 / max(timer.timeit(1).mean, 1e-6))  # enough to hide the launch overhead
-    return statistics.median(timer.timeit(max(1, min(20, calls))).mean for _ in range(rounds))
+def seconds_of(f: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of a call of `f`, the best of several; the first of all, which may compile, is too slow."""
+    return distributed.time_best(f, device, tries=5, repeat=5)
 
 
 def matmuls(shape: ModelConfig, tokens: int, runtime: Runtime) -> Callable[[], None]:
@@ -268,9 +265,9 @@ def limits(device: torch.device, dtype: torch.dtype) -> Limits:
         x, y = (linear.quantize(t, torch.float8_e4m3fn) for t in tensors)
         scaled: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
         options = {"scale_a": x.scale, "scale_b": y.scale, "out_dtype": dtype, "use_fast_accum": True}
-        fp8 = 2 * size**3 / median_seconds(lambda: scaled(x.values, y.values.t(), **options))
-    matmul = 2 * size**3 / median_seconds(lambda: a @ b)
-    return Limits(matmul, fp8, 2 * source.numel() / median_seconds(lambda: target.copy_(source)))
+        fp8 = 2 * size**3 / seconds_of(lambda: scaled(x.values, y.values.t(), **options), device)
+    matmul = 2 * size**3 / seconds_of(lambda: a @ b, device)
+    return Limits(matmul, fp8, 2 * source.numel() / seconds_of(lambda: target.copy_(source), device))
 
 
 def roofline(

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from nanochat import checkpoint, data, distributed, eval, model
-from nanochat.config import UserError, base_dir, require_at_least
+from nanochat.config import base_dir, require_at_least
 from nanochat.data import DataConfig
 from nanochat.text import table
 
@@ -94,8 +94,7 @@ config = Config
 
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
-    if runtime.world_size > 1:
-        raise UserError("bench_data runs in one process: start it with python, not torchrun")
+    distributed.require_single(runtime, "bench_data")
     if config.what == "core":
         measure_core(config.core, runtime)
     else:

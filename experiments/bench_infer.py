@@ -108,8 +108,7 @@ config = Config
 
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
-    if runtime.world_size > 1:
-        raise UserError("bench_infer runs in one process: start it with python, not torchrun")
+    distributed.require_single(runtime, "bench_infer")
     if config.what == "server":
         measure_server(config.server)
     else:
