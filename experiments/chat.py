@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat import checkpoint, data, distributed, infer, jsonl
-from nanochat.config import Device, Dtype, UserError, require_at_least
+from nanochat.config import UserError, require_at_least
 from nanochat.data import chat_format
 from nanochat.metrics import progress
 from nanochat.text import reason
@@ -49,12 +49,10 @@ CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(checkpoint.LoadConfig):
     """A chat, or completions of plain text.
 
     Attributes:
-        run: a run's name, or the path of its folder; default: the run that was saved last.
-        step: of the checkpoint; default: the newest.
         prompt: answer or complete this text only; `-` reads it from standard input.
         temperature: of sampling, 0 is greedy; default: 0.6, and 0.8 with complete.
         top_k: sample among the k most likely tokens; 0: among all.
@@ -62,8 +60,6 @@ class Config:
         seed: of the first answer, the next one has seed + 1; default: random, and 42 with complete.
         compile: with torch.compile.
         verbose: show tokens per second and the seed after each answer.
-        device: auto, cuda, mps or cpu.
-        dtype: auto, float32, bfloat16 or float16.
         complete: complete plain text instead of chatting.
         prompts: with complete, a file of prompts.
         output: with complete, the file for completions as JSON Lines; default: standard output.
@@ -71,8 +67,6 @@ class Config:
         slots: with complete, completions computed at once.
     """
 
-    run: str | None = None
-    step: int | None = None
     prompt: str | None = None
     temperature: float | None = None
     top_k: int = 50
@@ -80,8 +74,6 @@ class Config:
     seed: int | None = None
     compile: bool = False
     verbose: bool = False
-    device: Device = "auto"
-    dtype: Dtype = "auto"
     complete: bool = False
     prompts: Path | None = None
     output: Path | None = None

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat import checkpoint, data, distributed, eval, infer, jsonl, metrics, model, train
-from nanochat.config import Device, Dtype, UserError, require_at_least
+from nanochat.config import UserError, require_at_least
 from nanochat.data import DataConfig
 from nanochat.eval import core_bundle
 from nanochat.text import format_duration, table_row
@@ -41,12 +41,10 @@ BPB_TOKENS = 40 * 2**19  # for a model whose run does not set eval.tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(checkpoint.LoadConfig):
     """What to evaluate.
 
     Attributes:
-        run: name or folder of a run; none: the newest.
-        step: checkpoint step; none: the newest.
         tasks: any of samples, bpb and core.
         bundle: folder of the CORE eval bundle; none: download the published one.
         max_per_task: rows of each CORE task; none: all.
@@ -61,12 +59,8 @@ class Config:
         sample_tokens: length of each completion.
         free_samples: number of samples without a prompt, at temperature 1.
         free_tokens: length of each sample without a prompt.
-        device: auto, cpu, cuda or mps.
-        dtype: auto, float32, bfloat16 or float16.
     """
 
-    run: str | None = None
-    step: int | None = None
     tasks: tuple[Literal["samples", "bpb", "core"], ...] = ("samples", "bpb", "core")
     bundle: Path | None = None
     max_per_task: int | None = None
@@ -81,8 +75,6 @@ class Config:
     sample_tokens: int = 16
     free_samples: int = 8
     free_tokens: int = 128
-    device: Device = "auto"
-    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         require_at_least(self, tokens=1, device_batch_size=1, sample_tokens=1, free_samples=0, free_tokens=1)

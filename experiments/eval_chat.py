@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat import checkpoint, distributed, eval, jsonl, metrics, tasks
-from nanochat.config import Device, Dtype, UserError
+from nanochat.config import UserError
 from nanochat.eval import CHAT_CORE, TITLES, ChatEvalConfig
 from nanochat.text import format_duration, table_row
 
@@ -36,24 +36,16 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ChatEvalConfig):
+class Config(ChatEvalConfig, checkpoint.LoadConfig):
     """What to evaluate; see also `ChatEvalConfig`.
 
     Attributes:
-        run: name or folder of a run; none: the newest.
-        step: checkpoint step; none: the newest.
         tasks: names, with options after colons.
         source: local file or folder of the tasks' rows; none: the hub.
-        device: auto, cpu, cuda or mps.
-        dtype: auto, float32, bfloat16 or float16.
     """
 
-    run: str | None = None
-    step: int | None = None
     tasks: tuple[str, ...] = (*CHAT_CORE, "spellingbee")
     source: Path | None = None
-    device: Device = "auto"
-    dtype: Dtype = "auto"
 
 
 config = Config

@@ -25,17 +25,15 @@ import functools
 from pathlib import Path
 
 from nanochat import checkpoint, distributed, serve
-from nanochat.config import Device, Dtype, UserError, require_at_least
+from nanochat.config import UserError, require_at_least
 from nanochat.text import reason
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(checkpoint.LoadConfig):
     """A server.
 
     Attributes:
-        run: name of a run, or path of its folder. Default: the run that was saved last.
-        step: checkpoint to load. Default: the newest.
         host: address to listen on.
         port: port to listen on; 0: any free one.
         hosts: further names by which clients call the server, behind a proxy.
@@ -49,12 +47,8 @@ class Config:
         compile: torch.compile the decode step. Default: on a GPU only.
         exact: always compute all slots, so that a seed gives the same answer whatever the load. Without it rounding
             depends on the load, and in rare cases the sampled token does too. Slower with few requests.
-        device: auto, cuda, mps or cpu.
-        dtype: auto, float32, bfloat16 or float16.
     """
 
-    run: str | None = None
-    step: int | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     hosts: tuple[str, ...] = ()
@@ -67,8 +61,6 @@ class Config:
     gpus: int | None = None
     compile: bool | None = None
     exact: bool = False
-    device: Device = "auto"
-    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         require_at_least(self, slots=1, queue=0, connections=1, context=2, gpus=1, port=0)

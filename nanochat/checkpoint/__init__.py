@@ -9,7 +9,7 @@ from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from nanochat.checkpoint import convert, manager, pretrained
-    from nanochat.checkpoint.config import CheckpointConfig
+    from nanochat.checkpoint.config import CheckpointConfig, LoadConfig
     from nanochat.checkpoint.integrity import CorruptCheckpointError
     from nanochat.checkpoint.manager import (
         Manager,

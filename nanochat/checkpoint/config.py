@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nanochat.config import require_at_least
+from nanochat.config import Device, Dtype, require_at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,3 +25,20 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, "checkpoint", every_steps=1, keep_last=1, keep_every_steps=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadConfig:
+    """Which trained model to load, and where.
+
+    Attributes:
+        run: a run's name, or the path of its folder; none: the run that was saved last.
+        step: of the checkpoint; none: the newest.
+        device: where to compute; auto: CUDA, else MPS, else the CPU.
+        dtype: dtype of the computation; auto: bfloat16 on GPUs from Ampere on, else float32.
+    """
+
+    run: str | None = None
+    step: int | None = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
