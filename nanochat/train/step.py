@@ -99,7 +99,7 @@ def gradient(
 
     Args:
         loss_fn: (params, batch) -> (0-d loss, aux). grad: see `config.TrainConfig`.
-        compile: `distributed.compile.compile_fn` with its settings bound, or None.
+        compile: `distributed.compile_fn` with its settings bound, or None.
     """
     compile = compile or (lambda f: f)
 
