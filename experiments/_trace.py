@@ -197,8 +197,8 @@ def profile(trace: Trace) -> Profile:
 
 def print_profile(step: Callable[[], Any], runtime: Runtime, seconds: float, path: Path | None) -> dict[str, Any]:
     """Print where the time of a step of `seconds` goes; on a GPU by kernel, with idle gaps and waits of the host."""
-    cuda, path = runtime.device.type == "cuda", path if runtime.is_main else None
-    traced = trace(step, runtime, path=path) if cuda or path else None
+    cuda = runtime.device.type == "cuda"
+    traced = trace(step, runtime, path=path if runtime.is_main else None) if cuda or path else None
     if not cuda or not traced:
         print("time of a step by operation:")
         print(table(top_ops(step, runtime)))

@@ -212,8 +212,8 @@ def test_sweep_has_all_combinations() -> None:
 
 
 @pytest.mark.slow
-def test_scaling_compares_ranks(capfd: pytest.CaptureFixture[str]) -> None:
-    settings = [*TINY, "what=scaling", "ranks=1,2", "modes=zero2", "scaling=weak"]
+def test_scaling_compares_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = [*TINY, "what=scaling", "ranks=1,2", "modes=zero2", "scaling=weak", f"trace={tmp_path / 'trace.json'}"]
     bench_train.run(override(bench_train.config(), settings), HERE)
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
     one, two = result["results"]
