@@ -362,24 +362,25 @@ def print_samples(
 ) -> Result:
     """Return each of `eval.prompts` with the model's continuation of `encode(prompt)`, a line each."""
     config, params = ctx.config.eval, sharding.full_params(state.params)
-    if not config.prompts or not ctx.runtime.is_main:
-        return Result()
-    requests = [
-        infer.Request(tuple(encode(prompt)), config.sample_tokens, config.temperature, config.top_k, seed)
-        for seed, prompt in enumerate(config.prompts)
-    ]
-    needed = max(len(request.prompt) for request in requests) + config.sample_tokens
-    engine = infer.start(
-        params,
-        ctx.shape,
-        ctx.tok,
-        slots=len(requests),
-        context=min(needed, model.CONTEXT_LIMIT * ctx.shape.sequence_len),
-        dtype=ctx.runtime.compute_dtype,
-        compile=False,
-    )
-    texts = (decode(completion.content) for completion in infer.complete(engine, requests))
-    return Result(lines=[f"  {prompt!r} → {text!r}" for prompt, text in zip(config.prompts, texts)])
+    with distributed.raise_on_any_failure():
+        if not config.prompts or not ctx.runtime.is_main:
+            return Result()
+        requests = [
+            infer.Request(tuple(encode(prompt)), config.sample_tokens, config.temperature, config.top_k, seed)
+            for seed, prompt in enumerate(config.prompts)
+        ]
+        needed = max(len(request.prompt) for request in requests) + config.sample_tokens
+        engine = infer.start(
+            params,
+            ctx.shape,
+            ctx.tok,
+            slots=len(requests),
+            context=min(needed, model.CONTEXT_LIMIT * ctx.shape.sequence_len),
+            dtype=ctx.runtime.compute_dtype,
+            compile=False,
+        )
+        texts = (decode(completion.content) for completion in infer.complete(engine, requests))
+        return Result(lines=[f"  {prompt!r} → {text!r}" for prompt, text in zip(config.prompts, texts)])
 
 
 def with_advice(error: NonFiniteLossError, manager: checkpoint.Manager) -> NonFiniteLossError:
