@@ -65,18 +65,18 @@ def test_samples_bits_per_byte_and_core(base: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     (row,) = logger.read_evaluations(base / "runs/bot")
     assert (row["step"], row["stage"], row["failed"]) == (7, "base", {})
-    found = row["metrics"]
+    recorded = row["metrics"]
     names = [f"core/{label}{what}" for label in LABELS for what in ("", "/accuracy")]
-    assert sorted(found) == sorted(["train/bpb", "val/bpb", "core/CORE", *names])
+    assert sorted(recorded) == sorted(["train/bpb", "val/bpb", "core/CORE", *names])
     scores = table(base)
     assert list(scores) == ["Task", *LABELS, "CORE"]
     for label in LABELS:
-        assert float(scores[label][0]) == pytest.approx(found[f"core/{label}/accuracy"], abs=1e-6)
-        assert float(scores[label][1]) == pytest.approx(found[f"core/{label}"], abs=1e-6)
+        assert float(scores[label][0]) == pytest.approx(recorded[f"core/{label}/accuracy"], abs=1e-6)
+        assert float(scores[label][1]) == pytest.approx(recorded[f"core/{label}"], abs=1e-6)
         assert re.search(rf"\d/6 {label} +[\d.]+% +-?[\d.]+ +\d rows, \S+s\n", out), label
-    assert float(scores["CORE"][1]) == pytest.approx(sum(found[f"core/{label}"] for label in LABELS) / 6, abs=1e-6)
-    assert f"{found['val/bpb']:.4f} bits per byte of {base / 'texts'}" in out
-    assert found["val/bpb"] != found["train/bpb"]
+    assert float(scores["CORE"][1]) == pytest.approx(sum(recorded[f"core/{label}"] for label in LABELS) / 6, abs=1e-6)
+    assert f"{recorded['val/bpb']:.4f} bits per byte of {base / 'texts'}" in out
+    assert recorded["val/bpb"] != recorded["train/bpb"]
     lines = (base / "runs/bot/eval/samples_7.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
     assert [(s["prompt"], s["temperature"]) for s in samples] == [("The cat", 0.0), ("", 1.0)]
