@@ -248,10 +248,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
                 raise UserError(f'{path}:{number}: expected a string, or an object with a "prompt"')
             rows.append(row)
     else:
-        try:
-            lines = path.read_text("utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read: {reason(error)}") from None
+        lines = jsonl.read_text(path).split("\n")
         rows = [{"prompt": line.removesuffix("\r")} for line in lines if line.strip()]
     if not rows:
         raise UserError(f"prompts={path}: has no prompt in it")

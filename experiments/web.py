@@ -24,9 +24,8 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from nanochat import checkpoint, distributed, serve
+from nanochat import checkpoint, distributed, jsonl, serve
 from nanochat.config import UserError, require_at_least
-from nanochat.text import reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +118,7 @@ def read_token(config: Config) -> str | None:
     """Return the token that clients must send, or None."""
     token = config.token
     if config.token_file is not None:
-        try:
-            token = config.token_file.read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"token_file={config.token_file}: could not be read ({reason(error)})") from None
+        token = jsonl.read_text(config.token_file, f"token_file={config.token_file}").strip()
     if token is not None and not (token.isascii() and token.isprintable() and token.split() == [token]):
         raise UserError("the token is empty or has characters that a header cannot hold: use letters and digits")
     return token

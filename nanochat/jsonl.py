@@ -54,7 +54,7 @@ def read_text(path: Path, name: str | None = None) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name or path}: cannot be read ({reason(error)})") from None
+        raise UserError(f"{name or path} cannot be read: {reason(error)}") from None
 
 
 def append(path: Path, *rows: Any, sync: bool = True) -> None:

@@ -8,10 +8,10 @@ import random
 import string
 from pathlib import Path
 
+from nanochat import jsonl
 from nanochat.config import UserError
 from nanochat.data import Conversation
 from nanochat.tasks.task import Task, data_file, generated, match_final_number, plain_text, qa_conversation
-from nanochat.text import reason
 
 QUOTES = ("{}", "{}", "'{}'", '"{}"')
 
@@ -84,10 +84,7 @@ def _spelled(word: str) -> str:
 def load_words(source: str | Path | None) -> tuple[str, ...]:
     """Return the words to spell: of a text file with one word a line, of words.txt in a folder, or the shipped list."""
     path = data_file("words.txt", source)
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"source={path}: cannot be read ({reason(error)})") from None
+    lines = [line.strip() for line in jsonl.read_text(path, f"source={path}").splitlines()]
     for number, line in enumerate(lines, start=1):
         if line and not line.isalpha():
             raise UserError(f"source={path} line {number}: expected one word of letters, got {line[:40]!r}")

@@ -177,7 +177,7 @@ WRONG: list[tuple[Change, str]] = [
     (lambda folder: (folder / "core.yaml").write_text("tasks: []"), "core.yaml: has no list of icl_tasks"),
     (edited("core.yaml", "label: copa", "name: copa"), "core.yaml: task 2 of icl_tasks has no label"),
     (edited("core.yaml", "label: copa", "label: arc_easy"), "task 2 .* repeats the label arc_easy"),
-    (lambda folder: (folder / "eval_meta_data.csv").unlink(), "eval_meta_data.csv: cannot be read"),
+    (lambda folder: (folder / "eval_meta_data.csv").unlink(), "eval_meta_data.csv cannot be read"),
     (edited("eval_meta_data.csv", "Random", "Any"), "eval_meta_data.csv:1: has no column 'Random baseline'"),
     (edited("core.yaml", "multiple_choice\n- label: w", "choice\n- label: w"), "icl_task_type 'choice'"),
     (edited("core.yaml", "  - 0", "  - many"), r"copa has num_fewshot 'many'; expected a list of one"),

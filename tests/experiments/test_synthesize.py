@@ -279,7 +279,7 @@ def test_unreachable_endpoint_stops_the_run(settings: synthesize.Config) -> None
     [
         ({"model": None}, "set the model's name at the endpoint: --set model="),
         ({"key_variable": "NO_SUCH_KEY"}, "the environment variable NO_SUCH_KEY holds no API key: export NO_SUCH_KEY="),
-        ({"facts": Path("/no/such.txt")}, r"facts=/no/such.txt: cannot be read \(No such file"),
+        ({"facts": Path("/no/such.txt")}, r"facts=/no/such.txt cannot be read: No such file"),
         ({"output": Path("/proc/no/out.jsonl")}, "/proc/no/out.jsonl cannot be written"),
         ({"output": Path("/")}, r"/ cannot be read: Is a directory"),
         ({"count": 0}, "count=0: must be at least 1"),

@@ -300,7 +300,7 @@ def test_wrong_settings_are_refused_before_anything_starts(
     assert "slots=0" in refused(base, monkeypatch, "slots=0")
     assert "gpus=2" in refused(base, monkeypatch, "gpus=2")
     assert "both set" in refused(base, monkeypatch, "token=a", f"token_file={tmp_path}")
-    assert "could not be read" in refused(base, monkeypatch, f"token_file={tmp_path / 'none'}")
+    assert "cannot be read" in refused(base, monkeypatch, f"token_file={tmp_path / 'none'}")
     assert "token is empty" in refused(base, monkeypatch, "token=a b")
     file = tmp_path / "token"
     file.write_text("secret\n")
