@@ -1,8 +1,7 @@
 """Best-fit packing of documents into rows of a fixed number of tokens.
 
-A buffer holds the next documents. A row takes the longest of them that fits into its remaining space, again and again.
-When none fits, the shortest is cropped to fill the row exactly; with padding, the end of the row stays empty instead.
-Among documents of equal length the earliest goes first.
+A row takes the longest document of a buffer that fits into its remaining space (of equals the earliest), again and
+again. When none fits, the shortest is cropped to fill the row; with padding, the end of the row stays empty instead.
 """
 
 from bisect import bisect_left, insort
