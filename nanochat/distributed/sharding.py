@@ -411,7 +411,8 @@ _ops = torch.ops._c10d_functional  # the dispatcher's: the functions around them
 
 
 def _all_gather(plan: ShardingPlan, shards: Mapping[str, Tensor]) -> list[Tensor]:
-    dims = [plan.sharded[name] for name in shards]
+    sharded = plan.sharded
+    dims = [sharded[name] for name in shards]
     rows = [x.movedim(dim, 0).contiguous() for x, dim in zip(shards.values(), dims)]
     if not rows:
         return []
