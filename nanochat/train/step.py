@@ -150,8 +150,8 @@ def make_update(
         else:
             params, opt_state = optim.update(grads, opt_state, params, hparams, sharding_plan=sharding_plan, **options)
         scaler = _rescale(scaler, finite) if compute_dtype == torch.float16 else scaler
-        new = TrainState(state.step + 1, params, opt_state, scaler)
-        return new, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
+        metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite}
+        return TrainState(state.step + 1, params, opt_state, scaler), metrics
 
     return update
 
@@ -168,8 +168,7 @@ def scheduled(train_step: TrainStep, rows: int | None = None, *, schedule: Sched
     """Return the loop's step: (state, batch, number of the step, statistics of the batch) -> (state, metrics).
 
     Args:
-        rows: of a micro-batch; None: the batch is not split.
-        schedule: (number of the step, statistics of its batch) -> hyperparameters.
+        rows: of a micro-batch; None: the batch is not split. schedule: (number, statistics) -> hyperparameters.
     """
 
     def step_fn(state: TrainState, batch: Any, number: int, stats: Stats) -> tuple[TrainState, Metrics]:
