@@ -78,11 +78,7 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> None:
     if sharding_plan:
         mesh = f"{sharding_plan.replicas} x {sharding_plan.shards}"
         print(f"{runtime.world_size} ranks, {sharding_plan.mode}: mesh of {mesh}")
-    start = time.perf_counter()
-    step()
-    step()
-    distributed.synchronize(runtime.device)
-    compile_seconds = time.perf_counter() - start
+    compile_seconds = timed(step, runtime) + timed(step, runtime)
     print(f"first two steps, with compilation: {compile_seconds:.1f} s", flush=True)
     result: dict[str, Any] = {
         "ranks": runtime.world_size,
@@ -111,9 +107,10 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> None:
             square = 2 * size**3 / value
             result |= {f"matmul_{size}_flops_per_second": square, f"share_of_matmul_{size}": speed / square}
             result["share_of_largest_matmul"] = speed / square
-    if config.profile and config.rounds:
-        result |= communication(config, shape, step, sharding_plan, runtime) if sharding_plan else {}
-        result |= predictions(config, shape, runtime) if runtime.world_size == 1 else {}
+    if config.profile and config.rounds and sharding_plan:
+        result |= communication(config, shape, step, sharding_plan, runtime)
+    elif config.profile and config.rounds:
+        result |= predictions(config, shape, runtime)
     for key, value in result.items():
         print(f"  {key:32}{value:.4g}" if isinstance(value, float) else f"  {key:32}{value}")
     if config.profile and config.rounds:
@@ -218,9 +215,7 @@ def timed(f: Callable[[], Any], runtime: Runtime) -> float:
     return time.perf_counter() - start
 
 
-def seconds_of(f: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of a call of `f`, the best of several; the first of all, which may compile, is too slow."""
-    return distributed.time_best(f, device, tries=5, repeat=5)
+best_seconds = functools.partial(distributed.time_best, tries=5, repeat=5)  # the first try may compile
 
 
 def matmuls(shape: ModelConfig, tokens: int, runtime: Runtime) -> Callable[[], None]:
@@ -265,9 +260,9 @@ def limits(device: torch.device, dtype: torch.dtype) -> Limits:
         x, y = (linear.quantize(t, torch.float8_e4m3fn) for t in tensors)
         scaled: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
         options = {"scale_a": x.scale, "scale_b": y.scale, "out_dtype": dtype, "use_fast_accum": True}
-        fp8 = 2 * size**3 / seconds_of(lambda: scaled(x.values, y.values.t(), **options), device)
-    matmul = 2 * size**3 / seconds_of(lambda: a @ b, device)
-    return Limits(matmul, fp8, 2 * source.numel() / seconds_of(lambda: target.copy_(source), device))
+        fp8 = 2 * size**3 / best_seconds(lambda: scaled(x.values, y.values.t(), **options), device)
+    matmul = 2 * size**3 / best_seconds(lambda: a @ b, device)
+    return Limits(matmul, fp8, 2 * source.numel() / best_seconds(lambda: target.copy_(source), device))
 
 
 def roofline(

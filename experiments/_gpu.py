@@ -148,7 +148,7 @@ def measure_kernels(config: Config, runtime: Runtime) -> None:
         weight = torch.randn(out, width, device=device)
         layers = {"dense": linear.dense, "fp8": fp8}
         seconds = {
-            name: _bench.seconds_of(three_products(layer, x, weight, grad, config.compile), device)
+            name: _bench.best_seconds(three_products(layer, x, weight, grad, config.compile), device)
             for name, layer in layers.items()
         }
         flops, quantize = 6 * n * out * width, (7 * n * (out + width) + 11 * out * width) / reached.copy

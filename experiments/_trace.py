@@ -7,7 +7,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +25,18 @@ Span = tuple[float, float]
 
 
 class Trace(NamedTuple):
-    """One profiled call: start in microseconds, wall seconds, and the events within it."""
+    """One profiled call, and the host's time by operation for it and the call before."""
 
-    start: float
+    start: float  # in microseconds
     seconds: float
     events: list[Event]
+    host_times: Mapping[str, float] = {}  # in microseconds, without the operations within an operation
 
 
 def trace(f: Callable[[], Any], runtime: Runtime, *, path: Path | None = None, shapes: bool = False) -> Trace:
     """Profile the second of two calls; `path` (.json or .json.gz) keeps both for chrome://tracing or perfetto."""
-    with _profiler(runtime, record_shapes=shapes) as profiler:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (runtime.device.type == "cuda")
+    with torch_profile(activities=activities, record_shapes=shapes) as profiler:
         f()
         distributed.synchronize(runtime.device)
         if runtime.world_size > 1:
@@ -50,12 +52,8 @@ def trace(f: Callable[[], Any], runtime: Runtime, *, path: Path | None = None, s
     mark = next(event for event in events if event["name"] == MARK and event.get("cat") != "gpu_user_annotation")
     start, end = mark["ts"], mark["ts"] + mark["dur"]
     inside = [e for e in events if e is not mark and start <= e["ts"] and e["ts"] + e.get("dur", 0) <= end]
-    return Trace(start, mark["dur"] / 1e6, inside)
-
-
-def _profiler(runtime: Runtime, **options: Any) -> torch_profile:
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (runtime.device.type == "cuda")
-    return torch_profile(activities=activities, **options)
+    host_times = {op.key: op.self_cpu_time_total for op in profiler.key_averages() if op.key != MARK}
+    return Trace(start, mark["dur"] / 1e6, inside, host_times)
 
 
 def total_seconds(spans: Iterable[Span]) -> float:
@@ -102,8 +100,7 @@ KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 def sent_bytes(trace: Trace, sharding_plan: ShardingPlan) -> dict[str, float]:
     """Return the bytes that this rank sent in a traced step (with `shapes`), by kind, counted as in `planner.traffic`.
 
-    Raises:
-        LookupError: the trace does not say what was sent.
+    LookupError: the trace does not say what was sent.
     """
     sent: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     calls = sorted((e for e in trace.events if e["name"].startswith("_c10d_functional::")), key=lambda e: e["ts"])
@@ -158,23 +155,15 @@ KERNELS = {
 
 
 class Profile(NamedTuple):
-    """The GPU's part of a traced step.
+    """What the GPU did in a traced step; each list begins with the longest."""
 
-    Attributes:
-        busy_seconds: with at least one kernel running. idle_seconds: the rest of the step.
-        kinds: kind of work -> seconds. top: (kernel, seconds, calls), the longest first.
-        gaps: (seconds, kernel before, kernel after), the longest first.
-    """
-
-    busy_seconds: float
-    idle_seconds: float
-    kinds: dict[str, float]
-    top: list[tuple[str, float, int]]
-    gaps: list[tuple[float, str, str]]
+    busy_seconds: float  # with at least one kernel running
+    kinds: dict[str, float]  # kind of work -> seconds
+    top: list[tuple[str, float, int]]  # kernel, seconds, calls
+    gaps: list[tuple[float, str, str]]  # seconds, kernel before, kernel after
 
 
 def profile(trace: Trace) -> Profile:
-    """Return what the GPU did in a traced step, and how long it was idle."""
     kernels = gpu_events(trace)
     kinds: dict[str, float] = collections.defaultdict(float)
     seconds: dict[str, float] = collections.defaultdict(float)
@@ -192,21 +181,22 @@ def profile(trace: Trace) -> Profile:
     busy = total_seconds(_spans(kernels))
     kinds = dict(sorted(kinds.items(), key=lambda row: -row[1]))
     top = sorted(((name, value, calls[name]) for name, value in seconds.items()), key=lambda row: -row[1])
-    return Profile(busy, trace.seconds - busy, kinds, top, sorted(gaps, reverse=True))
+    return Profile(busy, kinds, top, sorted(gaps, reverse=True))
 
 
 def print_profile(step: Callable[[], Any], runtime: Runtime, seconds: float, path: Path | None) -> dict[str, Any]:
     """Print where the time of a step of `seconds` goes; on a GPU by kernel, with idle gaps and waits of the host."""
-    cuda = runtime.device.type == "cuda"
-    traced = trace(step, runtime, path=path if runtime.is_main else None) if cuda or path else None
-    if not cuda or not traced:
+    traced = trace(step, runtime, path=path if runtime.is_main else None)
+    if runtime.device.type != "cuda":
+        times = sorted(traced.host_times.items(), key=lambda row: -row[1])
+        total = sum(traced.host_times.values())
         print("time of a step by operation:")
-        print(table(top_ops(step, runtime)))
+        print(table([[name[:100], f"{time / total:.1%}"] for name, time in times[:14]]))
         return {}
     gpu = profile(traced)
     idle = max(1 - gpu.busy_seconds / seconds, 0.0)
     print(f"time of a step by kernel: GPU busy {1e3 * gpu.busy_seconds:.1f} of {1e3 * seconds:.1f} ms: idle {idle:.1%} "
-          f"(expected under 3%); while profiled idle {1e3 * gpu.idle_seconds:.1f} ms")  # fmt: skip
+          f"(expected under 3%); while profiled idle {1e3 * (traced.seconds - gpu.busy_seconds):.1f} ms")  # fmt: skip
     rows = [(kind, value, "") for kind, value in gpu.kinds.items()]
     rows += [(name[:90], value, f"{calls} calls") for name, value, calls in gpu.top[:20]]
     print(table([[name, f"{t / gpu.busy_seconds:.1%}", f"{1e3 * t:.2f} ms", calls] for name, t, calls in rows]))
@@ -215,16 +205,6 @@ def print_profile(step: Callable[[], Any], runtime: Runtime, seconds: float, pat
     syncs = host_syncs(step)
     print(f"  host synchronizations within a step: {len(syncs)} (expected: 0)", *sorted(set(syncs))[:8], sep="\n    ")
     return {"idle_share": idle, "seconds_by_kind": gpu.kinds, "host_syncs": len(syncs)}
-
-
-def top_ops(f: Callable[[], Any], runtime: Runtime, count: int = 14) -> list[list[str]]:
-    """Return table rows of the operations that take the largest share of a call's time on the host."""
-    with _profiler(runtime) as profiler:
-        f()
-        distributed.synchronize(runtime.device)
-    events = sorted(profiler.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
-    total = sum(event.self_cpu_time_total for event in events) or 1
-    return [[event.key[:100], f"{event.self_cpu_time_total / total:.1%}"] for event in events[:count]]
 
 
 def host_syncs(f: Callable[[], Any]) -> list[str]:

@@ -74,15 +74,12 @@ def make(config: Config, runtime: Runtime, seconds: Mapping[str, float]) -> None
         if runtime.is_main:
             runs = metrics.run_folder.ancestors(metrics.run_folder.find_run(config.run))
             samples = sampled(config, runtime, runs) if config.samples else []
-            page = metrics.report.write(runs, machine(config, runtime), samples, seconds=seconds)
+            names = hardware.gpus()
+            count = max(len(names), runtime.world_size) if config.gpus is None else config.gpus
+            price = hardware.dollars_per_hour(names[:1] * count)
+            page = metrics.report.write(runs, hardware.system_info(), price, samples, seconds=seconds)
             print(metrics.report.results(runs))
             print(f"\nreport of {' → '.join(info.name for info in runs)}: {page}")
-
-
-def machine(config: Config, runtime: Runtime) -> metrics.Machine:
-    names = hardware.gpus()
-    count = max(len(names), runtime.world_size) if config.gpus is None else config.gpus
-    return metrics.Machine(hardware.system_info(), hardware.dollars_per_hour(names[:1] * count))
 
 
 def sampled(config: Config, runtime: Runtime, runs: Sequence[RunInfo]) -> list[metrics.Sample]:
@@ -103,7 +100,6 @@ def sampled(config: Config, runtime: Runtime, runs: Sequence[RunInfo]) -> list[m
         engine = infer.start(loaded.params, loaded.config, tok, slots=len(texts), compile=False, exact=True)
         requests = [infer.Request(tuple(ids), limit, temperature=0.0, top_k=0) for ids in prompts]
         for text, result in zip(texts, infer.complete(engine, requests)):
-            is_chat = info.stage != "base"
-            answer = chat_format.shown(tok, result.tokens) if is_chat else tok.decode(result.content)
-            samples.append(metrics.Sample(info.stage, text, answer, chat=is_chat))
+            written = tok.decode(result.content) if info.stage == "base" else chat_format.shown(tok, result.tokens)
+            samples.append(metrics.Sample(info.stage, text, written))
     return samples

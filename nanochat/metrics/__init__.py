@@ -7,7 +7,7 @@ from nanochat.lazy import lazy_exports
 if TYPE_CHECKING:
     from nanochat.metrics import config, logger, plots, progress, report, run_folder
     from nanochat.metrics.config import MetricsConfig
-    from nanochat.metrics.report import Machine, Sample
+    from nanochat.metrics.report import Sample
     from nanochat.metrics.run_folder import Curve, RunInfo
 
 __getattr__ = lazy_exports(__name__, __file__)

@@ -49,19 +49,18 @@ def open_log(
     Args:
         resume_step: continue after this step and drop the lines of later ones, so that the file becomes that of a run
             that never stopped. None starts a new file; an existing one is kept as metrics.1.jsonl (or .2, ...).
-        tensorboard, wandb: see `MetricsConfig`.
         enabled: False records nothing.
     """
     if not enabled:
         return Log(None)
-    folder = Path(folder)
     path = folder / FILE
     # Packages first: if one is missing, the files stay as they are.
     summary_writer = _need("torch.utils.tensorboard").SummaryWriter if tensorboard else None
     wandb_package = _need("wandb") if wandb else None
     kept = [] if resume_step is None else [row for row in read(folder) if row["step"] <= resume_step]
     if config is not None:
-        write_config(folder, config)
+        text = json.dumps(_jsonable(dataclasses.asdict(config)), indent=2)
+        jsonl.write_atomic(folder / "config.json", f"{text}\n")
     if resume_step is None and path.exists() and path.stat().st_size:
         number = 1
         while (old := path.with_name(f"metrics.{number}.jsonl")).exists():
@@ -71,12 +70,9 @@ def open_log(
         except OSError as error:
             raise UserError(f"{path} cannot be renamed to {old.name}: {reason(error)}") from None
     jsonl.write_atomic(path, "".join(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in kept))
-    writer = run = None
-    if summary_writer:
-        purge = None if resume_step is None else resume_step + 1
-        writer = summary_writer(str(folder / "tensorboard"), purge_step=purge)
-    if wandb_package:
-        run = _wandb_run(wandb_package, folder, str(wandb), config, resume_step is not None)
+    purge_step = None if resume_step is None else resume_step + 1
+    writer = summary_writer and summary_writer(str(folder / "tensorboard"), purge_step=purge_step)
+    run = wandb_package and _wandb_run(wandb_package, folder, str(wandb), config, resume_step is not None)
     return Log(path, writer, run)
 
 
@@ -107,19 +103,17 @@ def read(folder: Path) -> list[Row]:
     def parse(row: Row) -> Row:
         return {name: float(x) if isinstance(x, str) else x for name, x in row.items()} | {"step": int(row["step"])}
 
-    return _read(Path(folder) / FILE, parse, "metrics")
+    return _read(folder / FILE, parse)
 
 
-def _read(path: Path, parse: Callable[[Row], Row], what: str) -> list[Row]:
-    rows = []
+def _read(path: Path, parse: Callable[[Row], Row]) -> list[Row]:
+    rows, number = [], 0
     try:
-        for number, row in jsonl.read(path, missing_ok=True, drop_partial=True):
-            try:
-                rows.append(parse(row))
-            except (AttributeError, KeyError, TypeError, ValueError):
-                raise jsonl.InvalidLineError(path, number, f"not a line of {what}") from None
-    except jsonl.InvalidLineError as error:
-        raise UserError(f"{path}:{error.number}: not a line of {what}; delete that line") from None
+        for number, row in jsonl.read(path, missing_ok=True, drop_partial=True):  # noqa: B007 (the error names it)
+            rows.append(parse(row))
+    except (jsonl.InvalidLineError, AttributeError, KeyError, TypeError, ValueError) as error:
+        number = getattr(error, "number", number)
+        raise UserError(f"{path}:{number}: not a line of {path.stem}; delete that line") from None
     return rows
 
 
@@ -129,19 +123,11 @@ def curve(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
     return [row["step"] for row in having], [row[name] for row in having]
 
 
-def write_config(folder: Path, config: Any) -> None:
-    """Write a configuration (a dataclass) to config.json atomically; paths, dtypes and the like as strings."""
-    text = json.dumps(_jsonable(dataclasses.asdict(config)), indent=2)
-    jsonl.write_atomic(Path(folder) / "config.json", f"{text}\n")
-
-
 def ema(previous: Sequence[float] | None, value: float, beta: float = 0.9) -> tuple[tuple[float, float], float]:
     """Return (state, debiased mean) of an exponential moving average after one more value.
 
     mean <- beta mean + (1 - beta) value; weight <- beta weight + (1 - beta); debiased = mean / weight.
-
-    Args:
-        previous: the state, (mean, weight), or None at the start. value: ignored if it is not finite.
+    A value that is not finite is ignored.
     """
     mean, weight = previous or (0.0, 0.0)
     if math.isfinite(value):
@@ -159,6 +145,7 @@ def smoothed(values: Iterable[float]) -> list[float]:
 
 
 def _jsonable(value: Any) -> Any:
+    """Return a JSON value: what JSON does not have (paths, dtypes, NaN) as strings."""
     if isinstance(value, dict):
         return {str(name): _jsonable(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
@@ -194,24 +181,18 @@ def _wandb_run(package: Any, folder: Path, project: str, config: Any, resume: bo
 def append_evaluation(
     folder: Path, step: int, stage: str, metrics: Mapping[str, float], failed: Mapping[str, str] | None = None
 ) -> None:
-    """Add one evaluation of a checkpoint to a run's evaluations.jsonl.
-
-    Args:
-        stage: base, mid, sft or rl.
-        metrics: finite numbers.
-        failed: what could not be evaluated -> the reason.
-    """
+    """Add one evaluation of a checkpoint to a run's evaluations.jsonl; `failed`: what could not be evaluated -> why."""
     numbers = {name: int(x) if isinstance(x, int) else float(x) for name, x in metrics.items()}
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     row = {"time": time, "step": int(step), "stage": stage, "metrics": numbers, "failed": dict(failed or {})}
-    jsonl.append(Path(folder) / EVALUATIONS_FILE, row)
+    jsonl.append(folder / EVALUATIONS_FILE, row)
 
 
 def read_evaluations(folder: Path) -> list[Row]:
-    """Return a run's evaluations in the order in which they were made; [] if there are none."""
+    """Return a run's evaluations, the oldest first; [] if there are none."""
 
     def parse(row: Row) -> Row:
         head = {"time": str(row["time"]), "step": int(row["step"]), "stage": str(row["stage"])}
         return head | {"metrics": dict(row["metrics"]), "failed": dict(row["failed"])}
 
-    return _read(Path(folder) / EVALUATIONS_FILE, parse, "evaluations")
+    return _read(folder / EVALUATIONS_FILE, parse)

@@ -34,24 +34,17 @@ NAMED = {
 
 
 class Sample(NamedTuple):
-    """A model's completion of a prompt (of a conversation if `chat`); `title` is the run's stage."""
+    """What a stage's model wrote: a base model's completion of a prompt, another's answer to it."""
 
-    title: str
+    stage: str
     prompt: str
     text: str
-    chat: bool
-
-
-class Machine(NamedTuple):
-    """Facts about the machine by name, and the price of its GPUs, None without one."""
-
-    facts: Mapping[str, str]
-    dollars_per_hour: float | None
 
 
 def write(
     runs: Sequence[RunInfo],
-    here: Machine,
+    machine: Mapping[str, str],
+    dollars_per_hour: float | None,
     samples: Sequence[Sample] = (),
     *,
     seconds: Mapping[str, float] | None = None,
@@ -61,6 +54,8 @@ def write(
 
     Args:
         runs: the oldest first, as from `run_folder.ancestors`.
+        machine: facts about it by name.
+        dollars_per_hour: of its GPUs; None without one.
         seconds: what else took time -> seconds.
         root: the folder of the code.
     """
@@ -73,11 +68,11 @@ def write(
         title(runs),
         results(runs),
         core_tasks(runs),
-        times(runs, here.dollars_per_hour, seconds or {}),
+        times(runs, dollars_per_hour, seconds or {}),
         "\n\n".join(["## Curves", *images]) if images else "",
         samples_section(samples),
         model_section(runs),
-        environment(runs, here, root),
+        environment(runs, machine, dollars_per_hour, root),
         settings(runs),
     ]
     path = folder / "report.md"
@@ -188,14 +183,15 @@ def times(runs: Sequence[RunInfo], dollars_per_hour: float | None, seconds: Mapp
 def samples_section(samples: Sequence[Sample]) -> str:
     """Return the samples, those of one prompt next to each other."""
     parts = []
-    for chat, heading in ((False, "Completions of the base model:"), (True, "Answers:")):
-        blocks: dict[str, list[str]] = {}
-        for sample in samples:
-            if sample.chat == chat:
-                lines = blocks.setdefault(sample.prompt, [f"user: {sample.prompt}"] if chat else [])
-                lines.append(f"{sample.title + ':':<6}{sample.text}" if chat else f"{sample.prompt}{sample.text}")
-        if blocks:
-            parts += [heading, fenced("\n\n".join(map("\n".join, blocks.values())))]
+    if completions := [f"{sample.prompt}{sample.text}" for sample in samples if sample.stage == "base"]:
+        parts += ["Completions of the base model:", fenced("\n\n".join(completions))]
+    answers: dict[str, str] = {}
+    for sample in samples:
+        if sample.stage != "base":
+            before = answers.get(sample.prompt, f"user: {sample.prompt}")
+            answers[sample.prompt] = f"{before}\n{sample.stage + ':':<6}{sample.text}"
+    if answers:
+        parts += ["Answers:", fenced("\n\n".join(answers.values()))]
     return "\n\n".join(["## Samples", *parts]) if parts else ""
 
 
@@ -218,12 +214,10 @@ def model_section(runs: Sequence[RunInfo]) -> str:
     return "\n\n".join(["## Model", facts_table(facts)])
 
 
-def environment(runs: Sequence[RunInfo], here: Machine, root: Path) -> str:
-    """Return the state of the code, the machine, and package versions."""
-    facts = code(root)
-    facts |= {name: escaped(text) for name, text in here.facts.items()}
-    if here.dollars_per_hour is not None:
-        facts["price"] = f"about ${here.dollars_per_hour:.2f} per hour"
+def environment(runs: Sequence[RunInfo], machine: Mapping[str, str], dollars_per_hour: float | None, root: Path) -> str:
+    facts = code(root) | {name: escaped(text) for name, text in machine.items()}
+    if dollars_per_hour is not None:
+        facts["price"] = f"about ${dollars_per_hour:.2f} per hour"
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in hardware.versions().items())
     if trained := dict.fromkeys(str(run.meta["torch"]) for run in runs if run.meta.get("torch")):
         facts["trained with"] = ", ".join(f"torch {version}" for version in trained)

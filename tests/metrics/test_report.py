@@ -18,9 +18,9 @@ from experiments import report as experiment
 from nanochat import distributed
 from nanochat.config import UserError
 from nanochat.distributed import hardware
-from nanochat.metrics import Machine, Sample, logger, report, run_folder
+from nanochat.metrics import Sample, logger, report, run_folder
 
-HERE = Machine({"GPU": "8 x NVIDIA H100", "CPU": "a | b"}, 24.0)
+MACHINE = {"GPU": "8 x NVIDIA H100", "CPU": "a | b"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,9 @@ def last(base: Path, generations: Path) -> Path:
     return base / "runs" / "d1_rl"
 
 
-def write(folder: Path, here: Machine = HERE, *args: Any, **options: Any) -> tuple[str, dict[str, list[str]]]:
+def write(folder: Path, price: float | None = 24.0, **options: Any) -> tuple[str, dict[str, list[str]]]:
     """Return the page, and the cells of its tables by the name to their left; of equal names, the first."""
-    page = report.write(run_folder.ancestors(folder), here, *args, **options).read_text("utf-8")
+    page = report.write(run_folder.ancestors(folder), MACHINE, price, **options).read_text("utf-8")
     rows: dict[str, list[str]] = {}
     for line in page.splitlines():
         if line.startswith("| ") and not line.startswith("| :"):
@@ -100,7 +100,7 @@ def test_all_stages_are_side_by_side(last: Path) -> None:
     assert {Path(file).name for file in files} >= {"base_loss.svg", "base_bpb.svg", "sft_bpb.svg", "rl_reward.svg"}
     assert all(ET.parse(last / file).getroot().tag.endswith("svg") for file in files)
     assert sorted(path.name for path in (last / "report").iterdir()) == sorted(Path(file).name for file in files)
-    _, rows = write(last, Machine({}, None))
+    _, rows = write(last, None)
     assert rows["BASE"][-1] == rows["total"][-1] == "-" and "price" not in rows
 
 
@@ -127,7 +127,7 @@ def test_missing_files_are_missing_sections(base: Path) -> None:
     folder = base / "runs" / "bare"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"num_iterations": 500}')
-    page, rows = write(folder, Machine({}, None), root=base)
+    page, rows = write(folder, None, root=base)
     assert "no checkpoint yet, step 0 of 500" in page and "Not measured: CORE, " in page
     assert "commit" not in rows and "## Curves" not in page and "## Samples" not in page
 
@@ -165,9 +165,9 @@ def test_an_ancestor_that_is_gone_or_was_trained_on(base: Path) -> None:
 
 def test_text_of_a_model_cannot_break_the_page(base: Path) -> None:
     text = "<script>alert(1)</script>\n```\n# not a title"
-    odd = Sample("sft", "Ring!", "a bell: \x07, a bidi mark: \u202e.", True)
-    samples = [Sample("base", "Say:", text, False), Sample("sft", "Why?", text, True), odd]
-    page, _ = write(make(base, "d1", "base"), HERE, samples)
+    odd = Sample("sft", "Ring!", "a bell: \x07, a bidi mark: \u202e.")
+    samples = [Sample("base", "Say:", text), Sample("sft", "Why?", text), odd]
+    page, _ = write(make(base, "d1", "base"), samples=samples)
     fences = re.findall(r"^`{4}(?:text)?$", page, re.MULTILINE)
     assert "a bell: \ufffd, a bidi mark: \ufffd." in page
     assert len(fences) == 4 and page.count(text) == 2
