@@ -94,3 +94,26 @@ def test_ranks_compile_alike_or_all_anew() -> None:
     options = compiling.overlap_options()
     analytical = options.get("aten_distributed_optimizations.compute_estimator") == "analytical"
     assert analytical != (options.get("fx_graph_cache") is False)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="torch.compiler.nested_compile_region: wrong gradients under Inductor")
+def test_regional_compilation_has_right_gradients() -> None:
+    """Once it passes, layers can be compiled once and called often: a step would compile much faster."""
+    torch._dynamo.reset()
+
+    @torch.compiler.nested_compile_region
+    def block(weight: Tensor, x: Tensor) -> Tensor:
+        return x + torch.relu(torch.nn.functional.rms_norm(x, (WIDTH,)) @ weight).square()
+
+    def f(weights: list[Tensor], scales: Tensor, x: Tensor) -> Tensor:
+        first = x
+        for scale, weight in zip(scales, weights):
+            x = block(weight, scale * x + 0.1 * first)  # pyright: ignore[reportCallIssue]
+        return x.square().mean()
+
+    leaves, scales = weights(), torch.ones(LAYERS, requires_grad=True)
+    x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1))
+    want = torch.autograd.grad(f(leaves, scales, x), [scales, *leaves])
+    got = torch.autograd.grad(torch.compile(f, fullgraph=True)(leaves, scales, x), [scales, *leaves])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
