@@ -20,7 +20,7 @@ from nanochat.model import ModelConfig
 
 
 class PlainRow(NamedTuple):
-    """What comes out for a row: prompts, spans, and the answer with its losses."""
+    """The result of a row: prompts, spans, and the answer with its losses."""
 
     prompts: list[list[int]]
     spans: list[tuple[int, int]]
@@ -28,22 +28,40 @@ class PlainRow(NamedTuple):
     losses: list[float]
 
 
-def entries(bundle: Path) -> dict[str, dict[str, Any]]:
-    return {entry["label"]: entry for entry in yaml.safe_load((bundle / "core.yaml").read_text())["icl_tasks"]}
-
-
-def read_rows(bundle: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
-    with (bundle / "eval_data" / entry["dataset_uri"]).open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+@torch.no_grad()
+def answers(
+    bundle: Path, label: str, params: TensorDict, config: ModelConfig, tok: Tokenizer, max_tokens: int
+) -> list[PlainRow]:
+    """Return the answers to the rows of a task."""
+    tasks = yaml.safe_load((bundle / "core.yaml").read_text())["icl_tasks"]
+    (task,) = [task for task in tasks if task["label"] == label]
+    kind, results = task["icl_task_type"], []
+    lines = (bundle / "eval_data" / task["dataset_uri"]).read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     random.Random(1337).shuffle(rows)
-    return rows
+    for index, row in enumerate(rows):
+        encoded = [[tok.bos, *tok.encode(text)] for text in prompt_texts(task, rows, index)]
+        prompts, where = spans(kind, encoded)
+        cut = [max(len(ids) - max_tokens, 0) for ids in prompts]
+        prompts = [ids[n:] for ids, n in zip(prompts, cut)]
+        where = [(max(start - n, 1), end - n) for (start, end), n in zip(where, cut)]
+        losses, correct = [], []
+        for ids, (start, end) in zip(prompts, where):
+            logits = model.apply(params, torch.tensor([ids]), config=config)[0]
+            before, targets = logits[start - 1 : end - 1], torch.tensor(ids[start:end], dtype=torch.int64)
+            losses.append(F.cross_entropy(before, targets).item() if end > start else math.nan)
+            correct.append(bool((before.argmax(-1) == targets).all()))
+        best = min(range(len(losses)), key=lambda i: losses[i])
+        is_correct = correct[0] if kind == "language_modeling" else best == row["gold"]
+        results.append(PlainRow(prompts, where, is_correct, losses))
+    return results
 
 
-def prompt_texts(entry: dict[str, Any], rows: list[dict[str, Any]], index: int) -> list[str]:
-    kind, between = entry["icl_task_type"], entry.get("continuation_delimiter", " ")
+def prompt_texts(task: dict[str, Any], rows: list[dict[str, Any]], index: int) -> list[str]:
+    kind, between = task["icl_task_type"], task.get("continuation_delimiter", " ")
     candidates = list(range(len(rows)))
     candidates.remove(index)
-    shots = [rows[i] for i in random.Random(1234 + index).sample(candidates, entry["num_fewshot"][0])]
+    shots = [rows[i] for i in random.Random(1234 + index).sample(candidates, task["num_fewshot"][0])]
     row, text = rows[index], ""
     if kind == "multiple_choice":
         for shot in shots:
@@ -60,7 +78,7 @@ def prompt_texts(entry: dict[str, Any], rows: list[dict[str, Any]], index: int) 
 
 
 def spans(kind: str, prompts: list[list[int]]) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Return the prompts that are computed, and where the answer stands in each."""
+    """Return the prompts that are computed, and the span of the answer in each."""
     if kind == "language_modeling":
         without, whole = prompts
         assert whole[: len(without)] == without and len(whole) > len(without)
@@ -73,32 +91,3 @@ def spans(kind: str, prompts: list[list[int]]) -> tuple[list[list[int]], list[tu
     while same < shortest and all(ids[-1 - same] == prompts[0][-1 - same] for ids in prompts):
         same += 1
     return prompts, [(len(ids) - same, len(ids)) for ids in prompts]
-
-
-@torch.no_grad()
-def answer(
-    params: TensorDict,
-    config: ModelConfig,
-    tok: Tokenizer,
-    entry: dict[str, Any],
-    rows: list[dict[str, Any]],
-    index: int,
-    max_tokens: int | None = None,
-) -> PlainRow:
-    kind = entry["icl_task_type"]
-    encoded = [[tok.bos, *tok.encode(text)] for text in prompt_texts(entry, rows, index)]
-    prompts, where = spans(kind, encoded)
-    limit = max_tokens or 10 * config.sequence_len
-    cut = [max(len(ids) - limit, 0) for ids in prompts]
-    prompts = [ids[n:] for ids, n in zip(prompts, cut)]
-    where = [(max(start - n, 1), end - n) for (start, end), n in zip(where, cut)]
-    losses, correct = [], []
-    for ids, (start, end) in zip(prompts, where):
-        logits = model.apply(params, torch.tensor([ids]), config=config)[0]
-        before, targets = logits[start - 1 : end - 1], torch.tensor(ids[start:end], dtype=torch.int64)
-        losses.append(F.cross_entropy(before, targets).item() if end > start else math.nan)
-        correct.append(bool((before.argmax(-1) == targets).all()))
-    if kind == "language_modeling":
-        return PlainRow(prompts, where, correct[0], losses)
-    best = min(range(len(losses)), key=lambda i: losses[i])
-    return PlainRow(prompts, where, best == rows[index]["gold"], losses)

@@ -125,6 +125,7 @@ def save_run(
     config: ModelConfig = CONFIG,
     params: TensorDict | None = None,
     tok: Tokenizer | None = TOK,
+    settings: dict[str, Any] | None = None,
     **meta: Any,
 ) -> Path:
     """Write a run as training does, with random parameters (the step is their seed); return its folder."""
@@ -133,10 +134,11 @@ def save_run(
     if tok is not None:
         tokenizer.save(tok, folder / "tokenizer")
         files = {file: folder / "tokenizer" / file for file in tokenizer.FILES}
+    meta = {"model": dataclasses.asdict(config), **({"config": settings} if settings else {}), **meta}
     manager = checkpoint.open_manager(folder / "checkpoints", checkpoint.CheckpointConfig(asynchronous=False))
     for step in steps:
         state = convert.Weights(torch.tensor(step), random_params(config, step) if params is None else params)
-        checkpoint.save(manager, state, {"model": dataclasses.asdict(config), **meta}, files=files)
+        checkpoint.save(manager, state, meta, files=files)
     checkpoint.close(manager)
     return folder
 
