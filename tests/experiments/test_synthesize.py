@@ -1,6 +1,7 @@
 """Synthetic conversations from a local endpoint that answers well, badly, slowly, or not at all."""
 
 import dataclasses
+import itertools
 import json
 import signal
 import threading
@@ -192,7 +193,7 @@ def test_overloaded_endpoint_is_retried_with_backoff(endpoint: Endpoint):
         endpoint.answer = lambda seed, attempt: [*statuses, (200, good())][attempt]
         endpoint.run(count=1, **settings)
         times = [request.time for request in endpoint.requests]
-        return [later - sooner for sooner, later in zip(times, times[1:])]
+        return [later - sooner for sooner, later in itertools.pairwise(times)]
 
     first = waits((408, b""), (429, b""), (503, b""), (500, b""), backoff_seconds=0.05)
     assert all(wait >= least for wait, least in zip(first, (0.05, 0.1, 0.2, 0.4), strict=True))
@@ -210,7 +211,7 @@ def test_timeout_is_retried_and_requests_are_concurrent(endpoint: Endpoint):
 
 def test_failures_are_reported_and_retried_by_the_same_command(endpoint: Endpoint):
     endpoint.answer = lambda seed, attempt: (500 if seed == 2 else 200, completion("?") if seed == 3 else good())
-    with pytest.raises(UserError, match="2 of 12 failed: .*; the same command retries them") as caught:
+    with pytest.raises(UserError, match=r"2 of 12 failed: .*; the same command retries them") as caught:
         endpoint.run(attempts=2)
     assert "HTTP 500 (1x)" in str(caught.value) and "the answer is not valid JSON (1x)" in str(caught.value)
     assert endpoint.seeds() == [0, 1, *range(4, 12)]
