@@ -1,4 +1,4 @@
-"""fp8: its numbers and gradients against the formulas, what it refuses, what it keeps, and a short run with it."""
+"""fp8: its numbers and gradients against the formulas, what it refuses, and what it keeps."""
 
 import functools
 import math
@@ -8,15 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat import model, optim, transform
-from nanochat.model import Compute, Linear, ModelConfig, dense, fp8, fp8_emulated, linear, loss
+from nanochat.model import Linear, dense, fp8, fp8_emulated, linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BOTH = [fp8, fp8_emulated]  # torch's CPU multiplies float8 as well, slowly: the native path runs here too
-COMPILED: dict[Linear, torch.dtype] = {
-    fp8: torch.bfloat16,
-    fp8_emulated: torch.float32,
-}  # by Inductor, once for all tests
+COMPILED: dict[Linear, torch.dtype] = {fp8: torch.bfloat16, fp8_emulated: torch.float32}  # by Inductor, once
 CUDA = torch.device("cuda")
 
 
@@ -63,7 +59,6 @@ def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> Non
 
 @functools.cache
 def compiled(f: Linear, backend: str = "inductor") -> Any:
-    """Return `f` compiled, once for all tests, for each dtype."""
     return torch.compile(f, fullgraph=True, backend=backend)
 
 
@@ -102,24 +97,12 @@ def test_fp8_accepts_any_leading_dimensions_and_strides(f: Linear):
 
 
 @pytest.mark.parametrize(
-    "rows, c, o, fits",
-    [
-        (16, 128, 128, True),
-        (48, 256, 144, True),
-        (17, 128, 128, False),
-        (16, 136, 128, False),
-        (16, 128, 136, False),
-        (16, 112, 256, False),
-        (16, 256, 112, False),
-        (0, 128, 128, False),
-    ],
+    "rows, c, o", [(17, 128, 128), (16, 136, 128), (16, 128, 136), (16, 112, 256), (16, 256, 112), (0, 128, 128)]
 )
-def test_fp8_falls_back_to_dense_for_other_sizes(rows: int, c: int, o: int, fits: bool):
-    x, weight, grad = inputs(rows, c, o)
-    assert linear.fp8_fits(rows, weight) == fits
-    assert linear.matmuls(fp8, rows, weight) is linear.MATMULS[fp8 if fits else dense]
-    got, plain = with_grads(fp8, x, weight, grad), with_grads(dense, x, weight, grad)
-    assert all(torch.equal(a, b) for a, b in zip(got, plain)) != fits
+def test_fp8_falls_back_to_dense_for_other_sizes(rows: int, c: int, o: int):
+    given = inputs(rows, c, o)
+    assert linear.matmuls(fp8, rows, given[1]) is linear.MATMULS[dense]
+    assert all(torch.equal(a, b) for a, b in zip(with_grads(fp8, *given), with_grads(dense, *given)))
 
 
 @pytest.mark.parametrize("f", BOTH)
@@ -203,48 +186,6 @@ def test_fp8_support_runs_a_product_and_compares(monkeypatch: pytest.MonkeyPatch
     for broken in (wrong, fails):
         monkeypatch.setattr(linear, "_multiply", broken)
         assert linear.fp8_support(Device()) == "emulated"  # pyright: ignore[reportArgumentType]
-
-
-# --- a short run ----------------------------------------------------------------------------------------------------
-
-SMALL = ModelConfig(sequence_len=64, vocab_size=250, n_layer=2, n_head=2, n_kv_head=2, n_embd=128)
-
-
-def text(rows: int, generator: torch.Generator) -> Tensor:
-    """Return ids in which the next one mostly follows from the last two: something to learn, at several speeds."""
-    ids = torch.randint(0, 50, (rows, SMALL.sequence_len + 1), generator=generator)
-    noise = torch.rand(ids.shape, generator=generator) < 0.1
-    for t in range(2, ids.shape[1]):
-        follows = (7 * ids[:, t - 1] + ids[:, t - 2] % 3) % 50
-        ids[:, t] = torch.where(noise[:, t], ids[:, t], follows)
-    return ids
-
-
-def final_loss(f: Linear, device: str, steps: int = 30) -> float:
-    """Return the mean loss of the last steps of a run whose learning rate falls, so that rounding moves it little."""
-    params, spec = model.init(SMALL, 0, dtype=torch.bfloat16, device=device), model.spec(SMALL)
-    loss_fn = functools.partial(loss.next_token, compute=Compute(torch.bfloat16, linear=f), chunk_tokens=256)
-    state, run = optim.init(params, spec), transform.value_and_grad(loss_fn, has_aux=True)
-    generator, values = torch.Generator().manual_seed(0), []
-    for step in range(steps):
-        ids = text(8, generator).to(device)
-        grads, (value, _) = run(params, {"inputs": ids[:, :-1], "targets": ids[:, 1:]})
-        settings = optim.param_group_settings(optim.OptimConfig(), SMALL.n_embd)
-        for group in settings.values():
-            group["lr"] *= 0.3 * (1 - step / steps)
-        params, state = optim.update(grads, state, params, optim.as_hparams(settings))
-        values.append(float(value))
-    assert values[0] > 5, "it starts at the logarithm of the vocabulary"
-    return sum(values[-5:]) / 5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_fp8_training_loss_is_within_two_percent_of_bfloat16(device: str):
-    f, _ = linear.choose("fp8", torch.device(device))
-    plain, quantized = final_loss(dense, device), final_loss(f, device)
-    assert plain < 2, "little was learned: there is little to compare"
-    assert plain != quantized and abs(quantized / plain - 1) < 0.02
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
