@@ -55,24 +55,23 @@ def test_tool_calls_are_in_the_loss_mask_and_outputs_are_not() -> None:
     # fmt: on
 
 
-def test_parts_are_encoded_separately() -> None:
-    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "e"}]
-    assert chat_format.render(TOK, talk("x", parts))[0][5:7] == [ord("h"), ord("e")]
+EVIL = "".join(SPECIALS)
 
 
-@pytest.mark.parametrize("place", ["system", "user", "assistant", "python", "python_output"])
-def test_text_never_becomes_a_special_token(place: str) -> None:
-    evil = "".join(SPECIALS)
-    if place in ("python", "python_output"):
-        conversation = talk("u", [{"type": place, "text": evil}])
-    else:
-        conversation = talk(evil if place == "user" else "u", evil if place == "assistant" else "a")
-        if place == "system":
-            conversation = talk("u", "a", system=evil)
+@pytest.mark.parametrize(
+    ("conversation", "markers"),
+    [
+        (talk("u", "a", system=EVIL), []),
+        (talk(EVIL, "a"), []),
+        (talk("u", EVIL), []),
+        (talk("u", [{"type": "python", "text": EVIL}]), [PY, PY_END]),
+        (talk("u", [{"type": "python_output", "text": EVIL}]), [OUT, OUT_END]),
+    ],
+)
+def test_text_never_becomes_a_special_token(conversation: dict[str, Any], markers: list[int]) -> None:
     ids, _ = chat_format.render(TOK, conversation)
-    extra = {"python": [PY, PY_END], "python_output": [OUT, OUT_END]}.get(place, [])
-    assert [i for i in ids if i >= BOS] == [BOS, USER, USER_END, BOT, *extra, BOT_END]
-    assert evil in TOK.decode([i for i in ids if i < BOS])
+    assert [i for i in ids if i >= BOS] == [BOS, USER, USER_END, BOT, *markers, BOT_END]
+    assert EVIL in TOK.decode([i for i in ids if i < BOS])
 
 
 def test_ids_and_mask_are_truncated_to_max_tokens() -> None:
@@ -115,11 +114,10 @@ SYSTEM_X = {"role": "system", "content": "x"}
     ],
 )
 def test_invalid_message_is_named(conversation: Any, message: str) -> None:
-    for refuse in (chat_format.check, lambda c: chat_format.render(TOK, c)):
-        with pytest.raises(ConversationError, match=message) as caught:
-            refuse(conversation)
-        assert isinstance(caught.value, UserError) and isinstance(caught.value, ValueError)
-        assert "\n" not in str(caught.value)
+    with pytest.raises(ConversationError, match=message) as caught:
+        chat_format.render(TOK, conversation)
+    assert isinstance(caught.value, UserError) and isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
 
 
 def test_valid_conversations_pass_the_check() -> None:
@@ -139,9 +137,6 @@ def test_content_of_malformed_answers() -> None:
     assert chat_format.content(TOK, [ord("a"), PY_END, ord("b"), BOS]) == "ab"
     assert chat_format.content(TOK, [PY, ord("1")]) == [{"type": "python", "text": "1"}]
     assert chat_format.content(TOK, [0xC3]) == "\ufffd"
-    for ids in ([PY, PY, OUT], [OUT_END, 0xFF, PY], [USER, USER_END]):
-        content = chat_format.content(TOK, ids)
-        chat_format.render(TOK, talk("x", content))  # can be part of the history
 
 
 def read(ids: list[int], tok: Tokenizer = TOK) -> list[Piece]:
@@ -165,41 +160,28 @@ def test_reader_replaces_an_incomplete_character_at_a_marker_and_at_the_end() ->
     assert read([PY, 0xC3, PY_END, 0xA9]) == [Piece("python", "\ufffd"), Piece("text", "\ufffd")]
     assert read([PY, 0xF0, 0x9F]) == [Piece("python", "\ufffd")]
     assert read([0xC3, BOT_END]) == [Piece("text", "\ufffd")]
-    assert read([0xE2, ord("A")]) == [Piece("text", "\ufffdA")]
-    assert read([0xFF]) == [Piece("text", "\ufffd")]
-
-
-def test_closed_reader_can_be_used_again() -> None:
     reader = Reader(TOK)
     for token in (PY, ord("1"), 0xC3):
         reader.feed(token)
     assert reader.close() == [Piece("python", "\ufffd")]
-    assert reader.close() == []
-    assert reader.feed(ord("a")) == [Piece("text", "a")]
+    assert reader.close() == [] and reader.feed(ord("a")) == [Piece("text", "a")], "a closed reader can be used again"
 
 
-@pytest.mark.parametrize("token", [-1, 268, 10**9])
-def test_reader_refuses_ids_out_of_range(token: int) -> None:
-    with pytest.raises(ValueError, match=r"outside 0\.\.267"):
-        Reader(TOK).feed(token)
+def test_reader_refuses_ids_out_of_range() -> None:
+    for token in (-1, 268, 10**9):
+        with pytest.raises(ValueError, match=r"outside 0\.\.267"):
+            Reader(TOK).feed(token)
 
 
-@given(text=st.text(), data=st.data())
-def test_pieces_join_to_the_text_for_any_tokenization(text: str, data: st.DataObject) -> None:
-    raw = text.encode()
+@given(raw=st.binary() | st.text().map(str.encode), data=st.data())
+def test_pieces_join_to_the_text_for_any_tokenization(raw: bytes, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, len(raw) - 1)))) if len(raw) > 1 else []
     words = [raw[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(raw)]) if raw]
     vocabulary = [*TOK.tokens[:256], *dict.fromkeys(word for word in words if len(word) > 1)]
     tok = Tokenizer(tuple(vocabulary))
     pieces = read([vocabulary.index(word) for word in words], tok)
-    assert "".join(piece.text for piece in pieces) == text
+    assert "".join(piece.text for piece in pieces) == raw.decode("utf-8", "replace")
     assert all(piece.text and piece.kind == "text" for piece in pieces)
-    assert Reader(tok).close() == []
-
-
-@given(raw=st.binary())
-def test_streamed_bytes_decode_as_all_at_once(raw: bytes) -> None:
-    assert "".join(piece.text for piece in read(list(raw))) == raw.decode("utf-8", "replace")
 
 
 @given(ids=st.lists(st.integers(0, TOK.vocab_size - 1) | st.integers(BOS, OUT_END)))

@@ -1,4 +1,5 @@
-import base64
+"""Training, encoding against the tokenizers library, long runs of text, and the files on disk."""
+
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -54,11 +56,7 @@ def test_vocabulary_is_bytes_then_merges_then_specials(tok: Tokenizer):
 
 
 def test_training_is_deterministic_across_processes(tok: Tokenizer):
-    code = (
-        "import sys; sys.path[:0] = ['tests', '.']\n"
-        "from tests.data import test_tokenizer as t\n"
-        "print(t.tokenizer.train(t.sample_texts(), t.VOCAB).fingerprint)"
-    )
+    code = "from tests.data import test_tokenizer as t; print(t.tokenizer.train(t.sample_texts(), t.VOCAB).fingerprint)"
     env = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
@@ -168,16 +166,12 @@ def test_files_round_trip(tok: Tokenizer, tmp_path: Path):
     tokenizer.save(tok, folder)
     again = tokenizer.load(folder)
     assert again == tok and again.fingerprint == tok.fingerprint
-    assert again.encode("verin 안녕 <|bos|>") == tok.encode("verin 안녕 <|bos|>")
     lengths = tokenizer.token_bytes(tok)
     assert (folder / "token_bytes.txt").read_text().split() == [str(n) for n in lengths]
     assert (lengths[:256] == 1).all() and (lengths[-9:] == 0).all()
     assert lengths[tok.encode(sample_texts()[3])].sum() == len(sample_texts()[3].encode())
-    assert sorted(path.name for path in folder.iterdir()) == ["token_bytes.txt", "tokenizer.txt"]
-    lines = (folder / "tokenizer.txt").read_text().splitlines()
-    header = json.loads(lines[0])
-    assert header["vocab_size"] == VOCAB and header["specials"] == list(SPECIALS)
-    assert lines[1] == f"{base64.b64encode(bytes(1)).decode()} 0" and len(lines) == 1 + VOCAB - 9
+    header, first, *_ = (folder / "tokenizer.txt").read_text().splitlines()
+    assert json.loads(header)["specials"] == list(SPECIALS) and first == "AA== 0"
 
 
 def test_fingerprint_differs_between_tokenizers(tok: Tokenizer):
@@ -190,18 +184,11 @@ def test_fingerprint_differs_between_tokenizers(tok: Tokenizer):
     assert len({tok.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
-def with_pattern(header: str, lines: list[str], pattern: str) -> str:
-    tokens = tuple(base64.b64decode(line.split()[0]) for line in lines)
-    fingerprint = Tokenizer(tokens, pattern=pattern).fingerprint
-    return json.dumps({**json.loads(header), "pattern": pattern, "fingerprint": fingerprint})
-
-
 # What is wrong -> (a change of the lines of the file, what is said about it)
 CORRUPT: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
     "header": (lambda x: ["not json", *x[1:]], "line 1: JSONDecodeError"),
     "keys": (lambda x: ["{}", *x[1:]], "line 1: KeyError: 'format'"),
     "format": (lambda x: [x[0].replace(tokenizer.FORMAT, "other-9"), *x[1:]], "format 'other-9' is not supported"),
-    "pattern": (lambda x: [with_pattern(x[0], x[1:-1], "("), *x[1:]], "line 1: ValueError: Parsing error"),
     "base64": (lambda x: [*x[:300], "!!! 299", *x[301:]], "line 301: "),
     "rank": (lambda x: [*x[:300], x[301], *x[301:]], "line 301: ValueError: expected the rank 299"),
     "twice": (lambda x: [*x[:400], f"{x[399].split()[0]} 399", *x[401:]], "do not match the header's fingerprint"),
@@ -219,12 +206,14 @@ def test_corrupt_file_is_refused_with_its_line(tok: Tokenizer, tmp_path: Path, k
     path.write_text("\n".join(change(path.read_text().split("\n"))))
     with pytest.raises(UserError, match=expected) as caught:
         tokenizer.load(tmp_path)
-    message = str(caught.value)
-    assert str(path) in message and "\n" not in message
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_or_unreadable_file_is_refused(tok: Tokenizer, tmp_path: Path):
+def test_missing_or_unusable_file_is_refused(tok: Tokenizer, tmp_path: Path):
     with pytest.raises(UserError, match=r"does not exist.*--experiment=tokenizer"):
+        tokenizer.load(tmp_path)
+    tokenizer.save(Tokenizer(tok.tokens, pattern="("), tmp_path)
+    with pytest.raises(UserError, match="line 1: ValueError: Parsing error"):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.txt").write_bytes(b"\xff\xfe\n")
     with pytest.raises(UserError, match="cannot be read"):
@@ -234,11 +223,8 @@ def test_missing_or_unreadable_file_is_refused(tok: Tokenizer, tmp_path: Path):
 
 
 def test_failed_save_keeps_the_old_files(tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     tokenizer.save(tok, tmp_path)
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(UserError, match="No space left on device"):
         tokenizer.save(Tokenizer(tok.tokens[:300]), tmp_path)
     assert tokenizer.load(tmp_path) == tok
