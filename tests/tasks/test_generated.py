@@ -11,7 +11,7 @@ from task_rows import question, reference
 
 from nanochat import tasks
 from nanochat.config import UserError
-from nanochat.data import Conversation, chat_format, tokenizer
+from nanochat.data import Conversation
 from nanochat.infer import tool_use
 from nanochat.tasks import Task, arithmetic, plain_text, spelling
 
@@ -48,28 +48,28 @@ def test_rows_are_pinned_by_their_seeds() -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_arithmetic_answers_are_correct_and_copy_the_operands(split: str) -> None:
-    task = tasks.load("arithmetic", split, size=600)
+    task = tasks.load("arithmetic", split, size=600, digits=6, product_digits=4)
     operations: Counter[str] = Counter()
+    lengths: dict[str, set[int]] = {"+": set(), "-": set(), "*": set()}
     for row in rows(task):
         a, operation, b = operands(row)
         operations[operation] += 1
+        lengths[operation] |= {len(a), len(b)}
         assert re.findall("[0-9]+", question(row)) == [a, b]
-        assert max(len(a), len(b)) <= (2 if operation == "*" else 3)
         _, call, output, final = (part["text"] for part in reference(row))
         assert tool_use.calculate(call) == output and final == f"\n\n#### {output}"
         assert task.is_correct and task.is_correct(row, plain_text(reference(row)))
         assert not task.is_correct(row, f"#### {output}1") and not task.is_correct(row, output)
-    assert min(operations[operation] for operation in "+-*") > 150
+    assert min(operations.values()) > 150
+    assert lengths == {"+": {1, 2, 3, 4, 5, 6}, "-": {1, 2, 3, 4, 5, 6}, "*": {1, 2, 3, 4}}
 
 
 def test_arithmetic_splits_share_no_operands() -> None:
-    pairs: dict[str, set[tuple[int, int]]] = {"train": set(), "test": set()}
-    for split, seen in pairs.items():
-        for row in rows(tasks.load("arithmetic", split, size=4000)):
-            a, _, b = operands(row)
-            seen.add((min(int(a), int(b)), max(int(a), int(b))))
-    assert len(pairs["train"]) > 1500 and len(pairs["test"]) > 1000
-    assert not pairs["train"] & pairs["test"]
+    train, test = (
+        {frozenset(operands(row)[::2]) for row in rows(tasks.load("arithmetic", split, size=4000))}
+        for split in ("train", "test")
+    )
+    assert len(train) > 1500 and len(test) > 1000 and not train & test
     fraction = sum(arithmetic.is_test_pair(a, b) for a in range(100) for b in range(100)) / 100**2
     assert math.isclose(fraction, 1 / 8, abs_tol=0.01)
 
@@ -82,26 +82,6 @@ def test_identity_sums_look_like_arithmetic_and_are_not_test_problems() -> None:
         assert not arithmetic.is_test_pair(int(a), int(b))
         lead, call, output, final = (part["text"] for part in reference(row))
         assert (lead, final) == ("Let me calculate: ", f"\n\n#### {tool_use.calculate(call)}") and output in final
-
-
-def test_arithmetic_digits_bound_the_operands() -> None:
-    lengths = {operation: set[int]() for operation in "+-*"}
-    for row in rows(tasks.load("arithmetic", "test", size=200, digits=6, product_digits=4)):
-        a, operation, b = operands(row)
-        lengths[operation] |= {len(a), len(b)}
-    assert lengths == {"+": {1, 2, 3, 4, 5, 6}, "-": {1, 2, 3, 4, 5, 6}, "*": {1, 2, 3, 4}}
-
-
-def test_digits_are_the_same_tokens_in_question_and_tool_call() -> None:
-    tok = tokenizer.train([f"{i} is {i * 7} or {i}+{i}\n" for i in range(1000)], 360)
-    for row in rows(tasks.load("arithmetic", "train", size=200)):
-        a, _, b = operands(row)
-        ids, _ = chat_format.render(tok, row)
-        start = ids.index(tok.special("<|python_start|>"))
-        call = ids[start + 1 : ids.index(tok.special("<|python_end|>"))]
-        for number in map(tok.encode, (a, b)):
-            for span in (ids[:start], call):
-                assert any(span[i : i + len(number)] == number for i in range(len(span)))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -24,16 +24,12 @@ ARC = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "a
 MMLU = {"question": "q", "subject": "law", "choices": ["w", "x", "y", "z"], "answer": 1}
 
 
-@pytest.fixture(autouse=True)
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    return tmp_path / "base"
+pytestmark = pytest.mark.usefixtures("base")
 
 
-@pytest.mark.parametrize("size", [1, 10, 999])
-def test_shuffle_equals_that_of_datasets(size: int) -> None:
-    rows = datasets.Dataset.from_dict({"x": list(range(size))})
-    assert hub_table.shuffled_indices(size) == rows.shuffle(seed=42)["x"][:]
+def test_shuffle_equals_that_of_datasets() -> None:
+    rows = datasets.Dataset.from_dict({"x": list(range(999))})
+    assert hub_table.shuffled_indices(999) == rows.shuffle(seed=42)["x"][:]
 
 
 def text_of(parts: Sequence[dict[str, str]]) -> str:
@@ -58,15 +54,16 @@ def test_gsm8k_calculations_become_tool_calls() -> None:
         ("python_output", "14"),
         ("text", "14.\n#### 14"),
     ]
-    for text in ("", "<<1+1=2>>2", "a<<1=1>><<2=2>>", "<<a>>", "<<a=>>", "<<x=1=2>>", "< <1=1>>", "é"):
+    for text in ("", "a<<1=1>><<2=2>>", "<<a>>", "<<a=>>", "<<x=1=2>>", "< <1=1>>"):
         assert text_of(gsm8k.parse_answer(text)) == text
 
 
-def assert_round_trip(task: Task, texts: dict[str, str]) -> None:
-    """Assert that text → parts → tokens → parts → text loses nothing, and that the loss mask skips tool outputs."""
-    assert task.size == len(texts)
-    for index in range(task.size):
-        row = task.row(index)
+def test_gsm8k_rows_round_trip_and_the_loss_mask_skips_tool_outputs() -> None:
+    lines = [json.loads(line) for line in (ROWS / "gsm8k_train.jsonl").read_text("utf-8").splitlines()]
+    task, texts = tasks.load("gsm8k", source=ROWS), {line["question"]: line["answer"] for line in lines}
+    assert [question(task.row(i)) for i in range(3)] == [lines[i]["question"] for i in (15, 9, 14)]
+    assert task.size == len(texts) and task.is_correct
+    for row in map(task.row, range(task.size)):
         parts, text = reference(row), texts[question(row)]
         ids, mask = chat_format.render(TOKENIZER, row)
         start = ids.index(TOKENIZER.special("<|assistant_start|>")) + 1
@@ -75,15 +72,8 @@ def assert_round_trip(task: Task, texts: dict[str, str]) -> None:
         assert text_of(parts) == text
         outputs = [len(part["text"].encode()) + 2 for part in parts if part["type"] == "python_output"]
         assert sum(mask[:start]) == 0 and sum(mask[start:]) == len(ids) - start - sum(outputs)
-        assert task.is_correct and task.is_correct(row, text) and task.is_correct(row, plain_text(parts))
+        assert task.is_correct(row, text) and task.is_correct(row, plain_text(parts))
         assert not task.is_correct(row, text.replace("####", "")) and not task.is_correct(row, f"#### 0.123 {text}")
-
-
-def test_gsm8k_rows_round_trip_in_shuffled_order() -> None:
-    rows = [json.loads(line) for line in (ROWS / "gsm8k_train.jsonl").read_text("utf-8").splitlines()]
-    task = tasks.load("gsm8k", source=ROWS)
-    assert_round_trip(task, {row["question"]: row["answer"] for row in rows})
-    assert [question(task.row(i)) for i in range(3)] == [rows[i]["question"] for i in (15, 9, 14)]
 
 
 def test_arc_rows() -> None:
@@ -115,14 +105,12 @@ def test_mmlu_rows_from_files_as_on_the_hub(tmp_path: Path) -> None:
 def test_humaneval_answers_run_in_the_sandbox() -> None:
     task = tasks.load("humaneval", "test", source=DATA / "humaneval.json", timeout_seconds=60.0)
     assert (task.kind, task.size) == ("generative", 6) and task.is_correct
-    for index in range(task.size):
-        row = task.row(index)
+    for row in map(task.row, range(task.size)):
         assert reference(row).startswith(f"```python\n{question(row)}") and reference(row).endswith("\n```")
         assert task.is_correct(row, reference(row))
     quick = tasks.load("humaneval", "test", source=DATA / "humaneval.json", timeout_seconds=1.0).is_correct
     assert quick
-    returns_none = f"def {row['entry_point']}(*a):\n    return None"
-    for wrong in (returns_none, "", "I do not know.", "import sys; sys.exit(0)", "while True: pass"):
+    for wrong in ("", "I do not know.", f"def {row['entry_point']}(*a): ...", "import sys; sys.exit(0)"):
         assert not quick(row, wrong)
 
 
@@ -196,12 +184,10 @@ def test_unreadable_source_is_named(name: str, content: bytes, message: str, tmp
         tasks.load("gsm8k", "test", source=__file__)
 
 
-def test_local_files_are_cached_in_the_base_folder_and_read_again_when_they_change(tmp_path: Path, base: Path) -> None:
-    path = write(tmp_path / "files" / "rows.jsonl", GSM8K)
-    assert tasks.load("gsm8k", "test", source=path).size == 1
-    write(path, GSM8K, GSM8K | {"question": "another"})
-    assert tasks.load("gsm8k", "test", source=path).size == 2
-    assert {entry.name for entry in tmp_path.iterdir()} == {"files", "base"} and list(base.glob("datasets/**/*.arrow"))
+def test_local_files_are_cached_in_the_base_folder_and_read_again_when_they_change(base: Path) -> None:
+    for count in (1, 2):
+        assert tasks.load("gsm8k", "test", source=write(base / "rows.jsonl", *[GSM8K] * count)).size == count
+    assert list(base.glob("datasets/**/*.arrow"))
 
 
 def test_unreachable_hub_fails_fast(monkeypatch: pytest.MonkeyPatch) -> None:
