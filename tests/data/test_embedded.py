@@ -1,10 +1,6 @@
 """The embedded corpus: its size and splits, and what of a small library becomes prose."""
 
-import ast
 import itertools
-import os
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -66,8 +62,7 @@ else:
 '''
 
 
-def test_documents_of_a_small_library(tmp_path: Path):
-    """The same in two processes that hash strings differently."""
+def test_documents_of_a_small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     library = tmp_path / "library"
     (library / "test").mkdir(parents=True)
     (library / "m.py").write_text(MODULE)
@@ -78,38 +73,30 @@ def test_documents_of_a_small_library(tmp_path: Path):
     (library / "z.html").write_text(
         "<script>it is not for the reader</script><p>It is &lt; that &gt; the other one.</p>"
     )
-    code = (
-        "import sys, sysconfig\n"
-        "from nanochat.data import embedded\n"
-        "embedded._compiled_modules = embedded._help_topics = lambda: ()\n"
-        "sysconfig.get_paths = lambda *_: {'stdlib': sys.argv[1]}\n"
-        "print(embedded.documents())"
-    )
-    for seed in ("1", "2"):
-        command = [sys.executable, "-c", code, str(library)]
-        env = {**os.environ, "PYTHONHASHSEED": seed}
-        output = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, stdout=-1, check=True).stdout
-        assert ast.literal_eval(output.decode()) == [
-            (
-                "m",
-                f"m\n\n{PROSE}\n\nf: A function that is documented as the module is."
-                "\n\ninner: An inner function that is in the subject of the module."
-                "\n\nh: This is a function after the class, and not in it.",
-            ),
-            (
-                "m.A",
-                "m.A\n\nA class is a subject of its own, with all of its methods."
-                "\n\ng: The method that we have in the class is here.",
-            ),
-            ("m.A.B", "m.A.B\n\nA class in a class is a subject of its own."),
-            (
-                "Notes on m",
-                "Notes on m\n\nand this is a comment behind the code"
-                "\n\nOne comment is here, and it goes on in the line that follows this one.",
-            ),
-            ("w", f"w\n\n{PROSE[:-1]} in the wheel."),
-            ("z.html", "z.html\n\nIt is < that > the other one."),
-        ]
+    for name in ("_compiled_modules", "_help_topics"):
+        monkeypatch.setattr(embedded, name, lambda: ())
+    monkeypatch.setattr(embedded.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    assert embedded.documents() == [
+        (
+            "m",
+            f"m\n\n{PROSE}\n\nf: A function that is documented as the module is."
+            "\n\ninner: An inner function that is in the subject of the module."
+            "\n\nh: This is a function after the class, and not in it.",
+        ),
+        (
+            "m.A",
+            "m.A\n\nA class is a subject of its own, with all of its methods."
+            "\n\ng: The method that we have in the class is here.",
+        ),
+        ("m.A.B", "m.A.B\n\nA class in a class is a subject of its own."),
+        (
+            "Notes on m",
+            "Notes on m\n\nand this is a comment behind the code"
+            "\n\nOne comment is here, and it goes on in the line that follows this one.",
+        ),
+        ("w", f"w\n\n{PROSE[:-1]} in the wheel."),
+        ("z.html", "z.html\n\nIt is < that > the other one."),
+    ]
 
 
 def test_wrapped_lines_are_joined_except_in_lists():

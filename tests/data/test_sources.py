@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import pyarrow as pa
@@ -24,6 +25,10 @@ def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     return folder
+
+
+def folders(path: Path) -> list[str]:
+    return [entry.name for entry in path.iterdir() if entry.is_dir()]
 
 
 def docs(start: int, stop: int) -> list[str]:
@@ -143,11 +148,9 @@ def test_truncated_or_corrupt_parquet_is_named(tmp_path: Path):
     zeros = good[:100] + bytes(20_000) + good[20_100:]
     for content in (b"", b"PAR1", good[: len(good) // 2], good[:-8] + b"\xff\xff\xff\x7fPAR1", zeros):
         path.write_bytes(content)
-        with pytest.raises(
-            CorruptShardError, match=r"a.parquet: unreadable parquet .*data.skip_bad_shards=true"
-        ) as caught:
+        with pytest.raises(CorruptShardError, match=r"a.parquet: unreadable parquet .*bad_shards=true$") as caught:
             list(sources.texts(config, "train"))
-        assert caught.value.path == path and "\n" not in str(caught.value)
+        assert caught.value.path == path
     with pytest.raises(CorruptShardError, match="No such file"):
         sources.num_blocks(Shard(tmp_path / "gone.parquet", "gone"))
 
@@ -167,7 +170,6 @@ def test_corrupt_shard_can_be_skipped(tmp_path: Path, capsys: pytest.CaptureFixt
         (b'{"text": "cut of', "line 1003 is not valid JSON"),
         (b'"text"', "line 1003 is not a JSON object"),
         (b'{"text": 7}', "line 1003: 'text' is not text"),
-        (b'{"text": "\xff"}', "line 1003 is not valid JSON"),
     ],
 )
 def test_invalid_line_is_named(tmp_path: Path, line: bytes, message: str):
@@ -176,9 +178,8 @@ def test_invalid_line_is_named(tmp_path: Path, line: bytes, message: str):
     path.write_bytes(b"\n".join([*good[:1002], line, *good[1003:]]))
     shard = Shard(path, "bad")
     assert sources.read_block(shard, 0, "text") == docs(0, 1000)
-    with pytest.raises(CorruptShardError, match=message) as caught:
+    with pytest.raises(CorruptShardError, match=message):
         sources.read_block(shard, 1, "text")
-    assert caught.value.path == path and "\n" not in str(caught.value)
 
 
 def test_missing_text_column_does_not_make_a_shard_corrupt(tmp_path: Path):
@@ -192,18 +193,14 @@ def test_missing_text_column_does_not_make_a_shard_corrupt(tmp_path: Path):
 
 def test_embedded_corpus_is_built_once(base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     config, few = DataConfig(source="embedded"), [(f"s{i}", f"text {i}") for i in range(500)]
-
-    def interrupted() -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(embedded, "documents", interrupted)
+    monkeypatch.setattr(embedded, "documents", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sources.shards_of(config, "train")
-    assert [path for path in (base / "embedded").iterdir() if path.is_dir()] == [], "a failed build leaves something"
+    assert folders(base / "embedded") == [], "a failed build leaves something"
     monkeypatch.setattr(embedded, "documents", lambda: few)
     train, val = read_all(config)
     assert sorted(train + val) == sorted(text for _, text in few) and val
-    assert [path.name for path in (base / "embedded").iterdir() if path.is_dir()] == [embedded.key()]
+    assert folders(base / "embedded") == [embedded.key()]
     assert capfd.readouterr().out.count("writing the embedded corpus") == 2
 
 
@@ -264,21 +261,16 @@ def test_csv_file_and_folder(tmp_path: Path, base: Path):
 
 
 def test_hub_source_passes_name_config_and_split(base: Path, monkeypatch: pytest.MonkeyPatch):
-    calls = []
-
-    def load_dataset(*args: Any, **options: Any) -> Any:
-        calls.append((*args, options))
-        return datasets.Dataset.from_dict({"text": docs(0, 250)}).to_iterable_dataset()
-
+    load_dataset = mock.Mock(side_effect=lambda *_, **__: [{"text": text} for text in docs(0, 250)])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(sources, "SHARD_CHARS", 2000)
     config = DataConfig(source="hub:someone/something")
     check_written(config, 250, base)
     assert len(sources.shards_of(config, "train")) > 2, "large sources become several shards"
     check_written(DataConfig(source="hf:someone/something:small:test"), 250, base)
-    assert calls == [
-        ("someone/something", None, {"split": "train", "streaming": True}),
-        ("someone/something", "small", {"split": "test", "streaming": True}),
+    assert load_dataset.call_args_list == [
+        mock.call("someone/something", None, split="train", streaming=True),
+        mock.call("someone/something", "small", split="test", streaming=True),
     ]
 
 
@@ -291,10 +283,9 @@ def test_unreachable_hub_leaves_nothing(base: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets, "load_dataset", rows)
     message = r"hub:x/y could not be loaded \(ConnectionError: no route to the hub\)"
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message):
         sources.shards_of(DataConfig(source="hub:x/y"), "train")
-    assert "\n" not in str(caught.value)
-    assert [path for path in (base / "hub").iterdir() if path.is_dir()] == []
+    assert folders(base / "hub") == []
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "alone"}])
     with pytest.raises(UserError, match="needs at least two documents"):
         sources.shards_of(DataConfig(source="hub:x/y"), "train")
@@ -302,6 +293,5 @@ def test_unreachable_hub_leaves_nothing(base: Path, monkeypatch: pytest.MonkeyPa
 
 def test_unwritable_base_folder_is_named(base: Path):
     base.write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"cannot be written .*set NANOCHAT_BASE_DIR") as caught:
+    with pytest.raises(UserError, match=r"cannot be written .*set NANOCHAT_BASE_DIR"):
         sources.shards_of(DataConfig(source="embedded"), "train")
-    assert "\n" not in str(caught.value)

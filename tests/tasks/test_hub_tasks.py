@@ -15,7 +15,7 @@ from nanochat import tasks
 from nanochat.config import UserError
 from nanochat.data import chat_format
 from nanochat.sandbox import bubblewrap
-from nanochat.tasks import Task, gsm8k, hub_table, humaneval, plain_text
+from nanochat.tasks import gsm8k, hub_table, humaneval, plain_text
 
 needs_sandbox = pytest.mark.skipif(bool(bubblewrap.available()), reason="needs bubblewrap and a kernel that isolates")
 
