@@ -108,7 +108,12 @@ def save(
     with raise_on_any_failure(group):
         fingerprints = integrity.full_fingerprints(shard_checksums, list(leaves))
         specs = {name: {**spec, "fingerprint": fingerprints[name]} for name, spec in specs.items()}
-        contents = _read_files(files or {}) if group.rank == 0 else {}
+        contents = {}
+        for name, path in (files or {}).items() if group.rank == 0 else ():
+            try:
+                contents[name] = Path(path).read_bytes()
+            except OSError as error:
+                raise UserError(f"{path} cannot be copied to the checkpoint ({integrity.reason(error)})") from error
         step = int(state.step)
         header = integrity.build_header(step, meta, specs, array_specs, contents)
     exists = _from_rank0(group, lambda: step in storage.steps(folder))
@@ -137,13 +142,6 @@ def save(
     background.shutdown(wait=False)
     if not manager.config.asynchronous:
         wait(manager)
-
-
-def _read_files(files: Mapping[str, Path]) -> dict[str, bytes]:
-    try:
-        return {name: Path(path).read_bytes() for name, path in files.items()}
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be copied to the checkpoint ({integrity.reason(error)})") from error
 
 
 def _from_rank0(group: ControlGroup, function: Callable[[], Any]) -> Any:
@@ -206,7 +204,6 @@ def restore(
     Args:
         source: an open manager (a save in the background is waited for), or a folder.
         abstract_state: names, shapes, dtypes and placements of the state: meta tensors, or DTensors over them, will do.
-        step: None: the newest.
 
     Returns: (state, meta, arrays) as they were given to `save`; DTensors where `abstract_state` has them.
     """
@@ -393,8 +390,21 @@ def _write_blocks(group: ControlGroup, folder: Path, blocks: Mapping[str, Block]
 
 
 def _open_orbax(manager: Manager) -> None:
+    """Open rank 0's CheckpointManager, after removing what a killed process left in the folder."""
     step_metrics(manager.folder)  # names a corrupt metrics file; orbax would only raise JSONDecodeError
-    manager.orbax = storage.open_orbax_manager(manager.folder, _preservation_policy(manager.config), _score)
+    storage.remove_partial_steps(manager.folder)
+    ocp = storage.orbax()
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        best_fn=_score,
+        best_mode="min",
+        preservation_policy=_preservation_policy(manager.config),
+        todelete_subdir=storage.DELETED,  # a kill during a deletion must not leave half a step under its name
+        enable_async_checkpointing=False,
+    )
+    handlers = {"state": storage.arrays_handler(), "arrays": storage.arrays_handler()}
+    handlers["meta"] = ocp.JsonCheckpointHandler()
+    manager.orbax = ocp.CheckpointManager(manager.folder, options=options, item_handlers=handlers)
 
 
 def _preservation_policy(config: CheckpointConfig) -> Any:

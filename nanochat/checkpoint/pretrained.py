@@ -57,9 +57,8 @@ def load(
     Args:
         run: see `find_run`.
         step: None: the newest.
-        device: auto: CUDA, else MPS, else the CPU.
-        dtype: to compute in; None: bfloat16 on CUDA of capability 8.0 and above, else float32. Matrices and embeddings
-            are cast to it; vectors stay float32, as in training.
+        device, dtype: see `LoadConfig`. Matrices and embeddings are cast to the dtype; vectors stay float32, as in
+            training.
     """
     folder = find_run(run)
     saved = manager.steps(folder / "checkpoints")
@@ -130,12 +129,9 @@ def infer_config(info: CheckpointInfo) -> ModelConfig:
 
 
 def find_run(run: str | Path | None = None) -> Path:
-    """Return the folder of a run that has a checkpoint.
-
-    Args:
-        run: a name under the base folder, or the path of a run's folder; None: the run that was saved last.
-    """
+    """Return the folder of a run that has a checkpoint, by name or path; None: of the run that was saved last."""
     runs, available = runs_folder(), list_runs()
+    names = [folder.name for folder in available]
     if run is None:
         if available:
             return available[0]
@@ -143,13 +139,13 @@ def find_run(run: str | Path | None = None) -> Path:
     path = Path(run).expanduser().absolute()
     folder = path if (path / "checkpoints").is_dir() and not (runs / run).is_dir() else runs / run
     if not folder.is_dir():
-        others = nearest(str(run), [path.name for path in available]) if available else ""
-        raise UserError(f"run={run}: no such run in {runs}{others or f'; `{TRAIN_COMMAND}` makes one'}")
+        others = nearest(str(run), names) if names else f"; `{TRAIN_COMMAND}` makes one"
+        raise UserError(f"run={run}: no such run in {runs}{others}")
     if not manager.steps(folder / "checkpoints"):
-        others = f"; other runs have: {', '.join(path.name for path in available)}" if available else ""
+        others = f"other runs have: {', '.join(names)}" if names else f"`{TRAIN_COMMAND}` makes one"
         raise UserError(
             f"run={run}: {folder} has no complete checkpoint: training has not saved one yet, or was stopped before "
-            f"(repeat its command with --resume){others or f'; `{TRAIN_COMMAND}` makes one'}"
+            f"(repeat its command with --resume); {others}"
         )
     return folder
 
@@ -187,9 +183,6 @@ def describe_model(loaded: Pretrained) -> str:
 
 def warning(loaded: Pretrained) -> str | None:
     """Return the warning to show before a conversation with a base model; None for other models."""
-    if loaded.stage != "base":
-        return None
-    return (
-        f"{loaded.name} is a base model: it was not trained on conversations, and continues your text rather than "
-        "answers it; --experiment=chat --set complete=true completes plain text"
-    )
+    problem = "it was not trained on conversations, and continues your text rather than answers it"
+    fix = "--experiment=chat --set complete=true completes plain text"
+    return f"{loaded.name} is a base model: {problem}; {fix}" if loaded.stage == "base" else None

@@ -76,27 +76,6 @@ def to_tensor(array: np.ndarray) -> Tensor:
 # Steps in a folder
 
 
-def open_orbax_manager(folder: Path, policy: Any, score: Callable[[Any], float]) -> Any:
-    """Return a synchronous orbax CheckpointManager for `folder`, after removing what a killed process left there.
-
-    Args:
-        policy: orbax's PreservationPolicy, applied after every save.
-        score: maps the metrics of a step to a number; lower is better.
-    """
-    ocp = orbax()
-    remove_partial_steps(folder)
-    options = ocp.CheckpointManagerOptions(
-        create=False,
-        best_fn=score,
-        best_mode="min",
-        preservation_policy=policy,
-        todelete_subdir=DELETED,  # a process killed during a deletion must not leave half a step under its name
-        enable_async_checkpointing=False,
-    )
-    handlers = {"state": _arrays_handler(), "arrays": _arrays_handler(), "meta": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
-
-
 def steps(folder: Path) -> list[int]:
     """Return the complete steps in ascending order; orbax gives a step its name when it is complete."""
     if not folder.is_dir():
@@ -125,16 +104,14 @@ class DeferredArray:
 
 
 def arrays_item(names: Iterable[str], write: Callable[[Path], None]) -> Any:
-    """Return the save arguments of the PyTree {"a": {"b": array}} for the names "a.b".
+    """Return the save arguments of the PyTree {"a": {"b": array}} for the names "a.b" of arrays with elements.
 
-    Args:
-        names: of arrays with elements; orbax stores no empty ones.
-        write: called with the item's folder; has to call `write_blocks` there in every process.
+    `write` is called with the item's folder, and has to call `write_blocks` there in every process.
     """
     return orbax().args.PyTreeSave(tree.nest(dict.fromkeys(names, DeferredArray(write))))
 
 
-def _arrays_handler() -> Any:
+def arrays_handler() -> Any:
     ocp = orbax()
 
     class DeferredArrayHandler(ocp.type_handlers.NumpyHandler):
@@ -191,10 +168,9 @@ def write_blocks(folder: Path, process: int, blocks: Mapping[str, Block]) -> Non
 
 
 def read_blocks(folder: Path, blocks: Mapping[str, tuple[Sequence[int], tuple[slice, ...]]]) -> dict[str, np.ndarray]:
-    """Read a block of each named array of an arrays item; arrays missing there or of another shape are skipped.
+    """Read blocks, {name: (shape of the full array, index of the block)}, of an arrays item.
 
-    Args:
-        blocks: name → (shape of the full array, index of the block).
+    Arrays that are missing or have another shape are skipped.
     """
     import tensorstore
 
