@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import math
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ from nanochat.config import UserError
 from nanochat.metrics import logger
 
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    folder: Path = Path("a/b")
+    betas: tuple[float, ...] = (0.9, float("inf"))
+    dtype: torch.dtype = torch.bfloat16
+    seed: int | None = None
 
 
 def write_metrics(folder: Path, steps: range, resume_step: int | None = None) -> bytes:
@@ -37,7 +45,6 @@ def test_written_lines_are_read_back(tmp_path: Path) -> None:
         '{"step": 2, "bits_per_byte": 1.0}',
     ]
     rows = logger.read(tmp_path / "new" / "run")
-    assert rows[2] == {"step": 2, "bits_per_byte": 1.0}
     assert logger.curve(rows, "loss") == ([1, 2], [1.0, 0.5])
     assert logger.curve(rows, "bits_per_byte") == ([2], [1.0])
     assert logger.curve(rows, "nothing") == ([], [])
@@ -50,8 +57,8 @@ def test_nonfinite_numbers_are_strings_and_tensors_are_numbers(tmp_path: Path) -
     logger.write(log, 1, values | dict(zip("xyz", NOT_FINITE)))
     logger.close(log)
     logger.close(log)
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert line == '{"step": 1, "t": 0.25, "b": 2.0, "done": 1, "x": "nan", "y": "inf", "z": "-inf"}'
+    line = '{"step": 1, "t": 0.25, "b": 2.0, "done": 1, "x": "nan", "y": "inf", "z": "-inf"}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == line
     (row,) = logger.read(tmp_path)
     assert math.isnan(row["x"]) and (row["y"], row["z"], row["t"]) == (math.inf, -math.inf, 0.25)
 
@@ -70,9 +77,9 @@ def test_resumed_file_equals_an_unbroken_one(tmp_path: Path, stopped: int, torn:
 
 @pytest.mark.parametrize("damage", [b"x", b'{"loss": 1}', b"[1]", b'{"step": "x"}', b"\x00\x00"])
 def test_corrupt_line_is_named_and_the_file_left_alone(tmp_path: Path, damage: bytes) -> None:
-    bad = damage + b"\n" + write_metrics(tmp_path, range(1, 4))
+    bad = write_metrics(tmp_path, range(1, 2)) + damage + b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(bad)
-    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a line of metrics; delete that line"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a line of metrics; delete that line"):
         logger.open_log(tmp_path, resume_step=2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == bad
 
@@ -90,28 +97,24 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-KILLED = """
-import sys
+WRITES_FOREVER = """
+import itertools, sys
 from pathlib import Path
 from nanochat.metrics import logger
 log = logger.open_log(Path(sys.argv[1]))
-step = 0
-while True:
-    step += 1
+for step in itertools.count(1):
     logger.write(log, step, {"loss": 1 / step, "a_name_that_makes_the_line_longer": float(step)})
-    if step == 200:
-        print("ready", flush=True)
 """
 
 
 def test_killed_process_loses_no_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True)
-    assert process.stdout and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", WRITES_FOREVER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as process:
+        while len(before := logger.read(tmp_path)) < 200 and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
     rows = logger.read(tmp_path)
-    assert len(rows) >= 200
+    assert len(rows) >= len(before) >= 200
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
 
 
@@ -126,30 +129,10 @@ def test_disk_errors_are_one_clear_error(tmp_path: Path) -> None:
         logger.write(log, 1, {"loss": 1.0})
 
 
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    betas: tuple[float, ...] = (0.9, float("inf"))
-    dtype: torch.dtype = torch.bfloat16
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    depth: int = 12
-    seed: int | None = None
-    compile: bool = True
-    folder: Path = Path("a/b")
-    inner: Inner = Inner()
-
-
 def test_config_is_written(tmp_path: Path) -> None:
     logger.close(logger.open_log(tmp_path, config=Config()))
-    assert json.loads((tmp_path / "config.json").read_text()) == {
-        "depth": 12,
-        "seed": None,
-        "compile": True,
-        "folder": "a/b",
-        "inner": {"betas": [0.9, "inf"], "dtype": "torch.bfloat16"},
-    }
+    expected = {"folder": "a/b", "betas": [0.9, "inf"], "dtype": "torch.bfloat16", "seed": None}
+    assert json.loads((tmp_path / "config.json").read_text()) == expected
 
 
 @pytest.mark.parametrize(("option", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "p"}, "wandb")])
@@ -159,8 +142,7 @@ def test_a_missing_tracker_names_the_extra_and_touches_nothing(
     before = write_metrics(tmp_path, range(1, 4))
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    message = rf'the package {package} is missing: pip install -e "\.\[track\]"'
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf'the package {package} is missing: pip install -e "\.\[track\]"'):
         logger.open_log(tmp_path, config=Config(), **option)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -188,7 +170,7 @@ def test_wandb_gets_the_same_numbers_and_a_resumed_run_its_old_id(
     for resume_step in (None, 1, None):
         log = logger.open_log(tmp_path, wandb="nanochat-test", config=Config(), resume_step=resume_step)
         logger.write(log, 1, {"train/loss": 0.5})
-        assert log.wandb.config["inner.dtype"] == "torch.bfloat16"
+        assert log.wandb.config["dtype"] == "torch.bfloat16"
         assert dict(log.wandb.summary)["train/loss"] == 0.5
         ids.append(log.wandb.id)
         logger.close(log)
@@ -203,34 +185,28 @@ def test_ema_is_debiased_and_ignores_nonfinite_values() -> None:
         assert all(logger.ema(state, x) == (state, mean) for x in NOT_FINITE)
     assert means == pytest.approx([4.0, (0.9 * 4 + 2) / 1.9, (0.81 * 4 + 0.9 * 2 + 3) / 2.71])
     assert means == logger.smoothed((4.0, 2.0, 3.0))
-    restored = json.loads(json.dumps(state))
-    assert logger.ema(restored, 1.5) == logger.ema(state, 1.5)
+    assert logger.ema(json.loads(json.dumps(state)), 1.5) == logger.ema(state, 1.5)
     assert math.isnan(logger.ema(None, math.nan)[1])
 
 
-# Evaluations
-
-
 def test_appended_evaluations_are_read_without_a_partial_last_line(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "new"
+    folder, failed = tmp_path / "runs" / "new", {"core/copa": "line 3: no JSON — é"}
     assert logger.read_evaluations(folder) == []
-    logger.append_evaluation(folder, 600, "base", {"core/CORE": 0.25}, {"core/copa": "line 3: no JSON — é"})
+    logger.append_evaluation(folder, 600, "base", {"core/CORE": 0.25}, failed)
     with (folder / logger.EVALUATIONS_FILE).open("ab") as file:
         file.write(b'{"time": "2026')
     logger.append_evaluation(folder, 700, "sft", {"val/bpb": 1, "chat/GSM8K": 0.5})
     first, second = logger.read_evaluations(folder)
     assert first.pop("time") <= second.pop("time")
-    failed = {"core/copa": "line 3: no JSON — é"}
     assert first == {"step": 600, "stage": "base", "metrics": {"core/CORE": 0.25}, "failed": failed}
     assert second["failed"] == {} and second["metrics"] == {"val/bpb": 1, "chat/GSM8K": 0.5}
     with pytest.raises(ValueError, match="not JSON compliant"):
         logger.append_evaluation(folder, 1, "base", {"a": math.nan})
 
 
-DAMAGED = ["nonsense", "[]", '{"step": 1}', '{"time": "", "step": 1, "stage": "", "metrics": 1, "failed": {}}']
-
-
-@pytest.mark.parametrize("line", DAMAGED)
+@pytest.mark.parametrize(
+    "line", ["nonsense", "[]", '{"step": 1}', '{"time": "", "step": 1, "stage": "", "metrics": 1, "failed": {}}']
+)
 def test_corrupt_evaluation_is_named(tmp_path: Path, line: str) -> None:
     logger.append_evaluation(tmp_path, 1, "base", {"a": 1.0})
     with (tmp_path / logger.EVALUATIONS_FILE).open("a") as file:

@@ -16,7 +16,7 @@ from tiny_run import save_run
 
 from experiments import report as experiment
 from nanochat import distributed
-from nanochat.config import UserError
+from nanochat.config import UserError, override
 from nanochat.distributed import hardware
 from nanochat.metrics import Sample, logger, report, run_folder
 
@@ -76,20 +76,12 @@ def write(folder: Path, price: float | None = 24.0, **options: Any) -> tuple[str
 
 def test_all_stages_are_side_by_side(last: Path) -> None:
     page, rows = write(last, seconds={"tokenizer": 600.0})
-    assert [line for line in page.splitlines() if line.startswith("- **")] == [
-        "- **BASE** `d1`, step 40",
-        "- **SFT** `d1_sft`, step 40",
-        "- **RL** `d1_rl`, step 40",
-    ]
+    assert "- **BASE** `d1`, step 40\n- **SFT** `d1_sft`, step 40\n- **RL** `d1_rl`, step 40\n" in page
     assert list(rows)[:7] == ["", "CORE", "ARC-Easy", "GSM8K", "bits per byte", "Spelling", "pass@1"]
-    assert rows[""] == ["BASE", "SFT", "RL"]
-    assert rows["CORE"] == ["0.2222", "-", "-"]
-    assert rows["ARC-Easy"] == ["-", "0.4100", "-"]
+    assert rows[""] == ["BASE", "SFT", "RL"] and rows["CORE"] == ["0.2222", "-", "-"]
     assert rows["GSM8K"] == ["-", "0.0312", "0.0512"], "the last evaluation of a metric counts"
     assert rows["bits per byte"] == ["1.6000", "1.6000", "-"]
-    assert rows["Spelling"] == ["-", "0.9000", "-"]
-    assert rows["pass@8"] == ["-", "-", "0.7500"]
-    assert rows["copa"] == ["0.5500", "0.1000"]
+    assert rows["pass@8"] == ["-", "-", "0.7500"] and rows["copa"] == ["0.5500", "0.1000"]
     assert "later stages on conversations" in page
     assert "- Not measured: ARC-Challenge, MMLU, HumanEval, SpellingBee, ChatCORE." in page
     # 40 steps of 90 s; 4000 s of wall time, at 24 dollars an hour.
@@ -175,27 +167,22 @@ def test_text_of_a_model_cannot_break_the_page(base: Path) -> None:
 
 
 def test_price_of_known_and_unknown_gpus() -> None:
-    names = ["NVIDIA H100 80GB HBM3", "AMD Instinct MI300X"]
-    prices = [hardware.dollars_per_hour(gpus) for gpus in (names[:1] * 8, names[1:], [])]
-    assert prices == [24.0, hardware.UNKNOWN_DOLLARS_PER_HOUR, None]
+    gpus = [["NVIDIA H100 80GB HBM3"] * 8, ["AMD Instinct MI300X"], []]
+    assert [hardware.dollars_per_hour(names) for names in gpus] == [24.0, hardware.UNKNOWN_DOLLARS_PER_HOUR, None]
 
 
 @pytest.mark.slow
 def test_two_ranks_write_the_page_of_one_with_samples_of_every_stage(
     last: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"run": "d1_rl", "prompts": "the cat", "questions": "the mat?", "sample_tokens": 5, "answer_tokens": 5}
-    config = dataclasses.replace(
-        experiment.config(), **settings | {"prompts": ("the cat",), "questions": ("the mat?",)}
-    )
-    experiment.run(config, distributed.init("cpu", "float32"))
+    settings = ["run=d1_rl", "prompts=the cat", "questions=the mat?", "sample_tokens=5", "answer_tokens=5"]
+    experiment.run(override(experiment.config(), settings), distributed.init("cpu", "float32"))
     page = (last / "report.md").read_text("utf-8")
     assert re.search(r"```text\nthe cat[^`]+\n```", page)
     assert re.search(r"```text\nuser: the mat\?\nsft:  [^`]+\nrl:   [^`]+\n```", page)
     out = capsys.readouterr().out
     assert f"report of d1 → d1_sft → d1_rl: {last / 'report.md'}" in out and "| GSM8K" in out
-    words = [f"--set={name}={value}" for name, value in settings.items()]
-    outs = gloo.launch(2, "--experiment=report", "--set=device=cpu", *words)
+    outs = gloo.launch(2, "--experiment=report", *(f"--set={word}" for word in ["device=cpu", *settings]))
     assert outs[0] and not outs[1]
     same, _, _ = (last / "report.md").read_text("utf-8").partition("## Code and machine")
     assert page.startswith(same)
