@@ -40,15 +40,6 @@ def test_flipped_bit_names_the_leaf_and_the_fix(tmp_path: Path) -> None:
     assert_same(checkpoint.restore(tmp_path, full_state(1))[0], full_state(1))
 
 
-def test_corrupt_existing_step_is_replaced(tmp_path: Path) -> None:
-    manager = save_steps(tmp_path, 1, 2)
-    flip_bit(tmp_path / "2", full_state(2).params["wte"])
-    checkpoint.save(manager, full_state(2), {})
-    checkpoint.close(manager)
-    assert_same(checkpoint.restore(tmp_path, full_state(2))[0], full_state(2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
-
-
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # tracebacks on stderr
 def test_flipped_bit_anywhere_never_gives_wrong_values(tmp_path: Path) -> None:
     state, tokens = full_state(1), np.arange(5000, dtype=np.uint16)
@@ -116,13 +107,11 @@ def test_changed_header_is_detected_and_a_newer_format_refused(tmp_path: Path) -
 
     def error(content: Any) -> UserError:
         path.write_text(json.dumps(content))
-        errors = []
-        for read in (checkpoint.load_params, lambda folder: checkpoint.restore(folder, full_state(1))):
-            with pytest.raises(UserError) as caught:
-                read(tmp_path)
-            errors.append(caught.value)
-        assert type(errors[0]) is type(errors[1]) and str(errors[0]) == str(errors[1])
-        return errors[0]
+        with pytest.raises(UserError) as caught:
+            checkpoint.restore(tmp_path, full_state(1))
+        with pytest.raises(type(caught.value), match=re.escape(str(caught.value))):
+            checkpoint.load_params(tmp_path)
+        return caught.value
 
     changed = error({**header, "meta": {"seed": 3}})
     assert isinstance(changed, CorruptCheckpointError) and "metadata has changed since it was written" in str(changed)

@@ -1,6 +1,7 @@
 """A small state in every sharding mode, and what the ranks of test_sharded_checkpoint.py do with it."""
 
 import contextlib
+import functools
 import os
 import resource
 import shutil
@@ -56,8 +57,8 @@ def full_state(step: int, width: int = 64) -> State:
 
 
 def make_mesh(mode: str, size: int) -> DeviceMesh | None:
-    shape = {"replicate": (size, 1), "fsdp": (1, size), "zero2": (1, size), "hsdp": (2, size // 2)}.get(mode)
-    return None if shape is None else init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    shapes = {"replicate": (size, 1), "fsdp": (1, size), "zero2": (1, size), "hsdp": (2, size // 2)}
+    return init_device_mesh("cpu", shapes[mode], mesh_dim_names=("replicate", "shard")) if mode in shapes else None
 
 
 def place(state: State, mode: str, mesh: DeviceMesh | None) -> State:
@@ -66,15 +67,12 @@ def place(state: State, mode: str, mesh: DeviceMesh | None) -> State:
         return state
     count = mesh.shape[1]
 
-    def place_leaf(leaf: torch.Tensor) -> DTensor:
-        even = [d for d, n in enumerate(leaf.shape) if n and n % count == 0] if count > 1 else []
+    def place_leaf(leaf: torch.Tensor, sharded: bool = True) -> DTensor:
+        even = [d for d, n in enumerate(leaf.shape) if n and n % count == 0] if sharded and count > 1 else []
         placements = (Replicate(), Shard(even[0]) if even else Replicate())
         return distribute_tensor(leaf, mesh, placements, src_data_rank=None)
 
-    def replicate(leaf: torch.Tensor) -> DTensor:
-        return distribute_tensor(leaf, mesh, (Replicate(), Replicate()), src_data_rank=None)
-
-    params = tree.map(replicate if mode == "zero2" else place_leaf, state.params)
+    params = tree.map(functools.partial(place_leaf, sharded=mode != "zero2"), state.params)
     return state._replace(params=params, opt_state=tree.map(place_leaf, state.opt_state))
 
 
