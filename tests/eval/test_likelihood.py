@@ -1,5 +1,6 @@
 """Scores of batched answers with shared prefixes against the logits of each prompt alone."""
 
+import dataclasses
 import functools
 import random
 
@@ -65,7 +66,7 @@ def test_groups_are_scored_as_each_prompt_alone(seed: int, sizes: list[int], tok
     assert_as_alone(SHORT, groups, results)
 
 
-@pytest.mark.parametrize("config", [WINDOWED, ModelConfig(**{**WINDOWED.__dict__, "n_layer": 1})], ids=["3", "1 layer"])
+@pytest.mark.parametrize("config", [WINDOWED, dataclasses.replace(WINDOWED, n_layer=1)], ids=["3", "1 layer"])
 def test_windows_reach_from_continuations_into_the_prefix(config: ModelConfig):
     rng = random.Random(0)
     shared = draw_ids(rng, 300)
@@ -89,13 +90,13 @@ def test_tokens_out_of_reach_are_skipped():
 def test_receptive_tokens_is_exact():
     """A token further before an answer changes nothing; the last one within does."""
     ids = torch.tensor([draw_ids(random.Random(0), 60)])
-    params, config = random_params(SHORT), SHORT
-    want, changed = model.features(params, ids, config=config), []
+    params = random_params(SHORT)
+    want, changed = model.features(params, ids, config=SHORT), []
     for i in range(60):
         other = ids.clone()
         other[0, i] = (other[0, i] + 1) % 100
-        changed.append((model.features(params, other, config=config) != want)[0, 59].any().item())
-    assert changed.index(True) == 59 - likelihood.receptive_tokens(config)
+        changed.append((model.features(params, other, config=SHORT) != want)[0, 59].any().item())
+    assert changed.index(True) == 59 - likelihood.receptive_tokens(SHORT)
 
 
 def test_equal_prompts_get_equal_scores_to_the_last_bit():

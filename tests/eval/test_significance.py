@@ -17,7 +17,7 @@ def texts(draws: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, n
     return a, b, sizes
 
 
-def test_standard_error_equals_a_bootstrap() -> None:
+def test_standard_error_equals_a_bootstrap():
     draws = np.random.default_rng(0)
     a, b, sizes = texts(draws, 400)
     difference, error = significance.paired_difference(a, b, sizes)
@@ -32,7 +32,7 @@ def test_standard_error_equals_a_bootstrap() -> None:
     assert error < 0.2 * alone.std() / math.sqrt(400), "pairing removes most of the noise"
 
 
-def test_interval_covers_the_truth_at_its_level() -> None:
+def test_interval_covers_the_truth_at_its_level():
     draws = np.random.default_rng(1)
     covered = 0
     for _ in range(600):
@@ -45,7 +45,7 @@ def test_interval_covers_the_truth_at_its_level() -> None:
 
 
 @pytest.mark.parametrize(("runs_a", "runs_b"), [(3, 3), (1, 4), (2, 5)])
-def test_interval_of_several_seeds_covers_seeds_and_text(runs_a: int, runs_b: int) -> None:
+def test_interval_of_several_seeds_covers_seeds_and_text(runs_a: int, runs_b: int):
     draws = np.random.default_rng(2)
     truth, seed_noise, covered, tries = 0.003, 0.004, 0, 600
     for _ in range(tries):
@@ -54,11 +54,10 @@ def test_interval_of_several_seeds_covers_seeds_and_text(runs_a: int, runs_b: in
         b = list(1.0 + truth + text + draws.normal(0, seed_noise, runs_b))
         result = significance.interval(a, b, 0.002, 400)
         covered += result.low <= truth <= result.high
-    # Welch's approximation is a few points off for groups of two or three.
-    assert 0.92 < covered / tries <= 0.995
+    assert 0.92 < covered / tries <= 0.995, "Welch's approximation is a few points off for groups of two or three"
 
 
-def test_seeds_widen_the_interval() -> None:
+def test_seeds_widen_the_interval():
     one = significance.interval([1.0], [1.01], 0.002, 100)
     several = significance.interval([1.0, 1.004, 0.996], [1.01, 1.006, 1.014], 0.002, 100)
     assert one.difference == pytest.approx(several.difference) and one.is_significant
@@ -67,7 +66,7 @@ def test_seeds_widen_the_interval() -> None:
     assert (equal.difference, equal.low, equal.high, equal.is_significant) == (0, 0, 0, False)
 
 
-def test_interpolation_is_over_log_x_and_not_beyond_the_ends() -> None:
+def test_interpolation_is_over_log_x_and_not_beyond_the_ends():
     xs, ys = [1.0, 100.0], [3.0, 1.0]
     assert significance.interpolate_log(xs, ys, 10.0) == pytest.approx(2.0)
     assert significance.interpolate_log(xs, ys, 100.0) == pytest.approx(1.0)
@@ -75,6 +74,6 @@ def test_interpolation_is_over_log_x_and_not_beyond_the_ends() -> None:
     assert significance.interpolate_log([], [], 1.0) is None
 
 
-def test_one_piece_of_text_is_refused() -> None:
+def test_one_piece_of_text_is_refused():
     with pytest.raises(ValueError, match="at least two pieces"):
         significance.paired_difference(np.ones(1), np.ones(1), np.ones(1))

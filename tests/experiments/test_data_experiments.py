@@ -29,32 +29,25 @@ def prose(count: int) -> list[str]:
 
 @pytest.fixture
 def source(base: Path) -> DataConfig:
-    folder = base / "texts"
-    folder.mkdir()
-    texts = prose(300)
-    embedded.write_shard(folder / "shard_00000.parquet", texts[:200])
-    embedded.write_shard(folder / "shard_00001.parquet", texts[200:])
-    return DataConfig(str(folder))
+    (base / "texts").mkdir()
+    for index, texts in enumerate((prose(300)[:200], prose(300)[200:])):
+        embedded.write_shard(base / "texts" / download.shard_name(index), texts)
+    return DataConfig(str(base / "texts"))
 
 
 def test_data_downloads_climbmix(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def climbmix(folder: Path, num_shards: int, options: Any, *, base_url: str) -> int:
         assert (num_shards, base_url) == (2, "http://mirror")
-        folder.mkdir(exist_ok=True)
-        new = [folder / download.shard_name(index) for index in (0, 1, download.CLIMBMIX_SHARDS - 1)]
-        new = [path for path in new if not path.exists()]
-        for path in new:
-            embedded.write_shard(path, prose(20))
-        return len(new)
+        folder.mkdir()
+        for index in (0, 1, download.CLIMBMIX_SHARDS - 1):
+            embedded.write_shard(folder / download.shard_name(index), prose(20))
+        return 3
 
     monkeypatch.setattr(download, "climbmix", climbmix)
-    config = data.Config(num_shards=2, base_url="http://mirror", bundle_url=None)
-    run(config)
+    run(data.Config(num_shards=2, base_url="http://mirror", bundle_url=None))
     output = capsys.readouterr().out
     assert "3 files fetched now" in output and "train  2 shards" in output and "val    1 shards" in output
     assert output.splitlines()[-1] == "next: torchrun launch.py --experiment=tokenizer"
-    run(config)
-    assert "all of them were there already" in capsys.readouterr().out
 
 
 def test_data_describes_a_folder(source: DataConfig, capsys: pytest.CaptureFixture[str]):
@@ -70,6 +63,8 @@ def test_only_the_main_rank_works(base: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="--experiment=data"):
         run(tokenizer.Config())
+    with pytest.raises(UserError, match="--experiment=tokenizer"):
+        run(tokenizer.Config(eval_only=True))
 
 
 def test_tokenizer_trains_saves_and_measures(base: Path, source: DataConfig, capsys: pytest.CaptureFixture[str]):
@@ -104,10 +99,8 @@ def test_eval_only_compares_and_names_what_is_skipped(
     bpe.save(tok, base / "tokenizer")
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     config = tokenizer.Config(source, eval_only=True, download_seconds=0.2, eval_chars=3000)
-    try:
-        run(config)
-    finally:
-        hanging.set()
+    run(config)
+    hanging.set()
     lines = capsys.readouterr().out.splitlines()
     assert "cl100k_base  skipped: tiktoken's download did not finish in 0.2 s" in lines
     rows = {line.split()[0]: line.split() for line in lines[lines.index("") :] if line}
@@ -120,8 +113,3 @@ def test_eval_only_compares_and_names_what_is_skipped(
     output = capsys.readouterr().out
     assert "cl100k_base  skipped: tiktoken could not download it (ConnectionError)" in output
     assert "train        skipped: no climbmix shards" in output
-
-
-def test_eval_only_needs_a_tokenizer(base: Path):
-    with pytest.raises(UserError, match="--experiment=tokenizer"):
-        run(tokenizer.Config(eval_only=True))

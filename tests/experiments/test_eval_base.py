@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+import task_rows
 from core_ranks import BUNDLE, small_config, small_tokenizer
 from small_model import random_params
 from tiny_run import save_run
@@ -31,10 +32,9 @@ def save(base: Path, seed: int) -> None:
 def base(base: Path) -> Path:
     """A base folder with texts, and a run that was trained on them."""
     rng = random.Random(0)
-    (base / "texts").mkdir()
     for name in ("train", "val"):
         rows = [{"body": " ".join(rng.choices(["the", "cat", "sat", "up"], k=40))} for _ in range(60)]
-        (base / "texts" / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        task_rows.write(base / "texts" / f"{name}.jsonl", *rows)
     save(base, seed=0)
     return base
 
@@ -46,8 +46,8 @@ def main(*settings: str) -> int:
 
 
 def table(base: Path) -> dict[str, list[str]]:
-    with (base / "runs/bot/eval/core_7.csv").open(newline="") as file:
-        return {name: values for name, *values in csv.reader(file)}
+    lines = (base / "runs/bot/eval/core_7.csv").read_text().splitlines()
+    return {name: values for name, *values in csv.reader(lines)}
 
 
 def test_samples_bits_per_byte_and_core(base: Path, capsys: pytest.CaptureFixture[str]):

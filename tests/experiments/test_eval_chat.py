@@ -2,13 +2,13 @@
 
 import csv
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
+import task_rows
 from tiny_run import TOK, save_run
 
 import launch
@@ -43,11 +43,9 @@ SETTINGS: dict[str, Any] = {"run": "bot", "max_problems": 4, "max_tokens": 6, "d
 def source(base: Path) -> Path:
     """Return a folder with a few rows of each task, beside a run called bot."""
     save_run(base, config=CONFIG, stage="sft")
-    folder = base / "tasks"
-    folder.mkdir()
-    for name in ROWS:
-        write_rows(folder, name)
-    return folder
+    for name, rows in ROWS.items():
+        task_rows.write(base / "tasks" / f"{name}.jsonl", *rows)
+    return base / "tasks"
 
 
 @pytest.fixture
@@ -63,10 +61,6 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def write_rows(folder: Path, name: str) -> None:
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
-
-
 def evaluate(source: Path, **settings: Any) -> None:
     with distributed.distributed_context("cpu") as runtime:
         eval_chat.run(eval_chat.Config(**{**SETTINGS, "source": source, **settings}), runtime)
@@ -76,13 +70,12 @@ def run_folder(source: Path) -> Path:
     return source.parent / "runs" / "bot"
 
 
-def table(source: Path) -> list[dict[str, str]]:
-    with (run_folder(source) / "eval" / "chat_1.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def partial(source: Path) -> Path:
     return run_folder(source) / "eval" / "chat_1.partial.jsonl"
+
+
+def table(source: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((run_folder(source) / "eval" / "chat_1.csv").read_text().splitlines()))
 
 
 def arguments(source: Path, **more: Any) -> list[str]:
@@ -125,9 +118,9 @@ def test_failed_tasks_are_named_and_retried(source: Path, scored: list[str], cap
     with partial(source).open("a") as file:
         file.write('{"task": "gsm8k", "ri')  # from a killed process
 
-    write_rows(source, "humaneval_test")
     (source / "gsm8k_test.jsonl").unlink()  # under the old name, `datasets` might give the old rows
-    write_rows(source, "gsm8k_test")
+    for name in ("humaneval_test", "gsm8k_test"):
+        task_rows.write(source / f"{name}.jsonl", *ROWS[name])
     scored.clear()
     evaluate(source)
     assert scored == ["gsm8k", "humaneval"]

@@ -9,7 +9,7 @@ from small_model import random_params
 from nanochat import distributed
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
-from nanochat.eval import ChatEvalConfig, ModelUnderTest, chat_eval
+from nanochat.eval import ChatEvalConfig, ModelUnderTest, Score, chat_eval
 from nanochat.model import ModelConfig
 from nanochat.tasks import Task, multiple_choice_prompt, qa_conversation
 
@@ -51,29 +51,23 @@ def generative(size: int = 21, is_correct: Any = even) -> Task:
     return Task("gsm8k", "generative", size, row, is_correct)
 
 
-def results() -> list[Any]:
-    """Return the results of each problem on this rank, and the scores."""
+def results() -> tuple[list[bool], list[list[bool]], dict[str, Score]]:
+    """Return the results of each problem, and the scores."""
     model = model_under_test()
-    scores = chat_eval.evaluate(model, [choice(), generative()], SAMPLED)
-    return [
-        chat_eval.score_multiple_choice(model, choice(), range(40), 512),
-        chat_eval.sample_answers(chat_eval.start_engine(model, SAMPLED), TOKENIZER, generative(), range(21), SAMPLED),
-        {name: score._asdict() for name, score in scores.items()},
-    ]
+    letters = chat_eval.score_multiple_choice(model, choice(), range(40), 512)
+    engine = chat_eval.start_engine(model, SAMPLED)
+    samples = chat_eval.sample_answers(engine, TOKENIZER, generative(), range(21), SAMPLED)
+    return letters, samples, chat_eval.evaluate(model, [choice(), generative()], SAMPLED)
 
 
-def failures(rank: int) -> list[str]:
-    """Return what this rank raises when rank 1 cannot check answers, and the result of the next task."""
-    outcomes = []
-    for is_correct in (refuse if rank == 1 else even, even):
-        try:
-            score = chat_eval.evaluate(model_under_test(), [generative(21, is_correct)], SAMPLED)["gsm8k"]
-            outcomes.append(f"{score.total} problems")
-        except UserError as error:
-            outcomes.append(f"{type(error).__name__}: {error}")
-    return outcomes
-
-
-def results_and_failures() -> list[Any]:
+def results_and_failures() -> tuple[Any, list[str]]:
+    """Return the results of this rank, and what becomes of a task that rank 1 cannot check, and of the next."""
+    failures = []
     with distributed.distributed_context("cpu") as here:
-        return [here.rank, results(), failures(here.rank)]
+        for is_correct in (refuse if here.rank == 1 else even, even):
+            try:
+                score = chat_eval.evaluate(model_under_test(), [generative(21, is_correct)], SAMPLED)["gsm8k"]
+                failures.append(f"{score.total} problems")
+            except UserError as error:
+                failures.append(str(error))
+        return results(), failures

@@ -50,10 +50,9 @@ def evaluate_on_ranks(mode: str) -> str:
         sharding_plan = sharding.make_plan(ShardingConfig("fsdp"), here, model.spec(small_config()))
         assert sharding_plan is not None
         shards = {name: sharding.place(sharding_plan, name, x) for name, x in tree.flatten(params).items()}
-        params = tree.unflatten(shards)
-        params = sharding.gather(sharding_plan, params, torch.float32)
+        params = sharding.gather(sharding_plan, tree.unflatten(shards), torch.float32)
         compute = Compute(all_gather=sharding.gather_layer(sharding_plan, torch.float32))
-    random.seed(here.rank)  # nothing may hang on it
+    random.seed(here.rank)  # results do not depend on it
     answers = as_json(evaluate(params, compute))
     distributed.close()
     return answers
