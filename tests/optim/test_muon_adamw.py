@@ -1,6 +1,7 @@
 """AdamW against torch's own, Muon against a second implementation, matrix by matrix in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,12 @@ from nanochat.optim import muon_adamw
 
 def row(group: str) -> model.ParamSpec:
     return model.ParamSpec((), (), lambda x, _: x, group)
+
+
+def assert_same(got: tuple[TensorDict, TensorDict], want: tuple[TensorDict, TensorDict], rtol: float = 0.0) -> None:
+    """Compare (parameters, state)."""
+    for a, b in zip(got, want):
+        assert_trees_close(a, b, rtol=rtol)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -168,31 +175,21 @@ def test_a_zero_gradient_is_harmless():
 # --- the whole model ------------------------------------------------------------------------------------------------
 
 
-def test_state_of_the_model_has_every_parameter_once_in_its_group():
-    params, spec = random_params(dtype=torch.bfloat16), model.spec(CONFIG)
-    state = muon_adamw.init(params, spec)
-    assert state["step"].dtype == torch.int64 and state["step"] == 0
-    for name, p in tree.flatten(params).items():
-        group = spec[name].group
-        parts = ("momentum", "second") if group == "matrix" else ("m", "v")
-        for part in parts:
-            leaf = tree.flatten(state[group, part])[name]
-            assert leaf.dtype == torch.float32 and not leaf.any()
-            assert part == "second" or leaf.shape == p.shape
-    assert len(tree.flatten(state)) == 1 + 2 * len(tree.flatten(params))
-    meta = muon_adamw.init(model.init(CONFIG, 0, device="meta", dtype=torch.bfloat16), spec)
-    assert all(x.is_meta for x in tree.leaves(meta))
-    assert {n: x.shape for n, x in tree.flatten(meta).items()} == {n: x.shape for n, x in tree.flatten(state).items()}
+def model_step(dtype: torch.dtype = torch.float32) -> tuple[TensorDict, muon_adamw.OptState, TensorDict, Any]:
+    """Return gradients, state, parameters and hyperparameters, as `update` takes them."""
+    params, grads = random_params(dtype=dtype), random_params(seed=1, dtype=dtype)
+    h = optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd))
+    return grads, muon_adamw.init(params, model.spec(CONFIG)), params, h
 
 
 def test_update_changes_no_argument_and_keeps_the_structure():
-    params, grads = random_params(), random_params(seed=1)
-    state = muon_adamw.init(params, model.spec(CONFIG))
-    h = optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd))
+    grads, state, params, h = model_step()
+    assert len(tree.flatten(state)) == 1 + 2 * len(tree.flatten(params)) and not any(
+        x.any() for x in tree.leaves(state)
+    )
     for _ in range(2):
         with Unchanged(params, grads, state, h):
             new, new_state = muon_adamw.update(grads, state, params, h)
-        assert list(tree.flatten(new)) == list(tree.flatten(params))
         assert list(tree.flatten(new_state)) == list(tree.flatten(state))
         moved = [n for n, x in tree.flatten(new).items() if not torch.equal(x, tree.flatten(params)[n])]
         assert moved == list(tree.flatten(params)), "every parameter moves"
@@ -200,36 +197,26 @@ def test_update_changes_no_argument_and_keeps_the_structure():
 
 
 def test_update_in_place_does_the_same_in_the_memory_of_its_arguments():
-    params, grads = random_params(dtype=torch.bfloat16), random_params(seed=1, dtype=torch.bfloat16)
-    state = muon_adamw.init(params, model.spec(CONFIG))
-    h = optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd))
+    grads, state, params, h = model_step(torch.bfloat16)
     for _ in range(2):
-        want, wanted_state = muon_adamw.update(grads, state, params, h)
+        want = muon_adamw.update(grads, state, params, h)
         addresses = [x.data_ptr() for x in tree.leaves((params, state))]
         with Unchanged(grads, h):
             muon_adamw.update_(grads, state, params, h)
         assert [x.data_ptr() for x in tree.leaves((params, state))] == addresses
-        assert_trees_close(params, want, rtol=0)
-        assert_trees_close(state, wanted_state, rtol=0)
+        assert_same((params, state), want)
 
 
 def test_scaled_gradients_and_skipped_steps():
-    params, grads = random_params(), random_params(seed=1)
-    state = muon_adamw.init(params, model.spec(CONFIG))
-    h = optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd))
+    grads, state, params, h = model_step()
     params, state = muon_adamw.update(grads, state, params, h)
-    want, wanted_state = muon_adamw.update(grads, state, params, h)
-    big = tree.map(lambda g: 8 * g, grads)
-    got, got_state = muon_adamw.update(big, state, params, h, grad_scale=torch.tensor(1 / 8), skip=torch.tensor(False))
-    assert_trees_close(got, want, rtol=0)
-    assert_trees_close(got_state, wanted_state, rtol=0)
-    bad = tree.map(lambda g: g * torch.nan, grads)
-    kept, kept_state = muon_adamw.update(bad, state, params, h, skip=torch.tensor(True))
-    assert_trees_close(kept, params, rtol=0)
-    assert_trees_close(kept_state, state, rtol=0)
+    big, bad = tree.map(lambda g: 8 * g, grads), tree.map(lambda g: g * torch.nan, grads)
+    got = muon_adamw.update(big, state, params, h, grad_scale=torch.tensor(1 / 8), skip=torch.tensor(False))
+    assert_same(got, muon_adamw.update(grads, state, params, h))
+    kept = muon_adamw.update(bad, state, params, h, skip=torch.tensor(True))
+    assert_same(kept, (params, state))
     muon_adamw.update_(bad, state, params, h, skip=torch.tensor(True))
-    assert_trees_close(params, kept, rtol=0)
-    assert_trees_close(state, kept_state, rtol=0)
+    assert_same((params, state), kept)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -252,10 +239,9 @@ def test_compiled_rules_equal_the_plain_ones_and_do_not_compile_again_for_other_
         h = {**h, **muon_hparams(lr=lr, momentum=0.85 + step / 100, weight_decay=0.2 - step / 20)}
         grads = tree.map(lambda p: numbers(*p.shape, seed=p.numel() + step), params)  # noqa: B023
         scale, keep = torch.tensor(0.5 + step), torch.tensor(step == 2)
-        want, wanted_state = muon_adamw.update(grads, state, params, h, grad_scale=scale, skip=keep)
+        want = muon_adamw.update(grads, state, params, h, grad_scale=scale, skip=keep)
         muon_adamw.update_(grads, state, params, h, grad_scale=scale, skip=keep, rules=rules)
-        assert_trees_close(params, want, rtol=1e-4)
-        assert_trees_close(state, wanted_state, rtol=1e-4)
+        assert_same((params, state), want, rtol=1e-4)
     assert state["step"] == 3
     assert counters["stats"]["unique_graphs"] == 2, "one for AdamW's tables, one for Muon's stack"
 

@@ -11,12 +11,8 @@ RATES = {0: 1 / 40, 1: 2 / 40, 38: 39 / 40, 39: 1, 40: 1, 349: 1, 350: 1, 351: 6
 RATES |= {999: 1 / 650 + 649 / 650 * 0.05}
 
 
-@pytest.mark.parametrize("step", RATES)
-def test_learning_rate(step: int):
-    assert math.isclose(schedules.learning_rate(step, 1000), RATES[step], rel_tol=1e-12)
-
-
-def test_learning_rate_of_other_shapes():
+def test_learning_rate():
+    assert {step: schedules.learning_rate(step, 1000) for step in RATES} == pytest.approx(RATES, rel=1e-12)
     flat = [schedules.learning_rate(s, 10, warmup_steps=0, warmdown_ratio=0.0) for s in range(10)]
     assert flat == [1.0] * 10
     to_zero = [schedules.learning_rate(s, 10, warmup_steps=0, warmdown_ratio=0.2, final=0.0) for s in range(10)]
@@ -31,12 +27,8 @@ MOMENTA = {0: 0.85, 1: 0.8503, 100: 0.88, 200: 0.91, 399: 0.9697, 400: 0.97, 699
 MOMENTA |= {1999: 0.90 + 0.07 / 1300}
 
 
-@pytest.mark.parametrize("step", MOMENTA)
-def test_muon_momentum(step: int):
-    assert math.isclose(schedules.muon_momentum(step, 2000), MOMENTA[step], rel_tol=1e-12)
-
-
-def test_muon_momentum_in_a_short_run_rises_to_step_400_all_the_same():
+def test_muon_momentum():
+    assert {step: schedules.muon_momentum(step, 2000) for step in MOMENTA} == pytest.approx(MOMENTA, rel=1e-12)
     # 600 steps: the way down would begin at 210, but the first 400 steps go up.
     assert math.isclose(schedules.muon_momentum(300, 600), 0.94)
     assert math.isclose(schedules.muon_momentum(400, 600), 0.97 - 0.07 * 190 / 390)
