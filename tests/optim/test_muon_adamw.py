@@ -184,9 +184,7 @@ def model_step(dtype: torch.dtype = torch.float32) -> tuple[TensorDict, muon_ada
 
 def test_update_changes_no_argument_and_keeps_the_structure():
     grads, state, params, h = model_step()
-    assert len(tree.flatten(state)) == 1 + 2 * len(tree.flatten(params)) and not any(
-        x.any() for x in tree.leaves(state)
-    )
+    assert len(tree.leaves(state)) == 1 + 2 * len(tree.leaves(params)) and not any(x.any() for x in tree.leaves(state))
     for _ in range(2):
         with Unchanged(params, grads, state, h):
             new, new_state = muon_adamw.update(grads, state, params, h)
