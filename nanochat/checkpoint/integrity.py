@@ -40,18 +40,13 @@ def checksum(shard: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
 
     The checksums of the shards of a tensor add up to its checksum. A change of one element is always detected (an odd
     multiple of less than 2**32 is not 0 modulo 2**64); swapped elements, rows or leaves are missed with probability
-    2**-32. Runs on the tensor's device in bounded memory, without synchronization.
+    2**-32. Runs on the tensor's device in bounded memory, without synchronization; returns a 0-d int64 tensor.
 
     Args:
-        shard: the tensor or a block of it, any dtype of 1, 2, 4 or 8 bytes.
-        offsets: where the block starts in the full tensor, per dimension; None: at 0.
-
-    Returns: a 0-d int64 tensor, to be read modulo 2**64.
+        shard: the tensor, or its block that starts at `offsets`; any dtype of 1, 2, 4 or 8 bytes.
     """
-    bits = shard.detach()
-    starts = list(offsets) if offsets is not None else [0] * bits.ndim
-    if bits.ndim == 0:
-        bits, starts = bits.reshape(1), [0]
+    bits = torch.atleast_1d(shard.detach())
+    starts = list(offsets or [0] * bits.ndim)
     if bits.element_size() == 8:  # as halves: the difference of an element has to stay below 2**32
         bits = bits.contiguous().view(torch.int32)
         starts[-1] *= 2
@@ -90,11 +85,11 @@ def _odd_weights(dim: int, start: int, count: int, device: torch.device) -> Tens
 
 
 class LocalShard(NamedTuple):
-    """The block of a tensor that a process holds; `index` numbers the distinct blocks of the tensor."""
+    """The block of a tensor that a process holds."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    index: int = 0
+    index: int = 0  # among the distinct blocks of the tensor
 
 
 def local_shard(leaf: Tensor, name: str) -> LocalShard:
@@ -152,19 +147,12 @@ def shards_to_write(shard_checksums: Tensor, rank: int) -> list[bool]:
 
 
 def build_header(
-    step: int, meta: Mapping[str, Any], leaves: Specs, arrays: Specs, files: Mapping[str, bytes]
+    step: int, meta: Mapping[str, Any], state: Specs, arrays: Specs, contents: Mapping[str, bytes]
 ) -> dict[str, Any]:
-    """Return the item `meta`, as JSON will return it; `leaves` with fingerprints, `arrays` from `array_specs`."""
-    return _with_checksum(
-        {
-            "format": FORMAT,
-            "step": step,
-            "meta": dict(meta),
-            "state": dict(leaves),
-            "arrays": dict(arrays),
-            "files": {name: {"sha256": _sha256(content)} for name, content in files.items()},
-        }
-    )
+    """Return the item `meta`, as JSON will return it; `state` with fingerprints, `arrays` from `array_specs`."""
+    files = {name: {"sha256": _sha256(content)} for name, content in contents.items()}
+    header = {"format": FORMAT, "step": step, "meta": meta, "state": state, "arrays": arrays, "files": files}
+    return _with_checksum(header)
 
 
 def tensor_spec(value: Tensor | np.ndarray) -> dict[str, Any]:
@@ -173,7 +161,6 @@ def tensor_spec(value: Tensor | np.ndarray) -> dict[str, Any]:
 
 
 def array_specs(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Return shape, dtype and checksum of each array."""
     return {name: {**tensor_spec(array), "sha256": _sha256(array.tobytes())} for name, array in arrays.items()}
 
 
@@ -230,13 +217,11 @@ def read_leaves(
     like: Mapping[str, Tensor] | None = None,
     group: ControlGroup = ControlGroup(),
 ) -> dict[str, Tensor]:
-    """Read leaves of the state to `device` and verify them there.
+    """Read leaves of the state to `device` and verify them there; return {name: this process's shard}.
 
     Args:
         like: tensors of these shapes whose placements say which shard of each leaf to read; None: full leaves.
         group: the ranks that read together and between them read every shard. Collective call.
-
-    Returns: {name: this process's shard}.
     """
     with raise_on_any_failure(group):
         shards = {name: local_shard(like[name], name) if like else _full_shard(spec) for name, spec in saved.items()}
@@ -256,7 +241,6 @@ def read_leaves(
 
 
 def read_arrays(path: Path, saved: Specs) -> dict[str, np.ndarray]:
-    """Read and verify arrays."""
     arrays = _read_item(path / "arrays", saved, {name: _full_shard(spec) for name, spec in saved.items()})
     for name, array in saved.items():
         if _sha256(arrays[name].tobytes()) != array["sha256"]:

@@ -80,8 +80,8 @@ def save(
 ) -> None:
     """Save `state` as step `int(state.step)`; earlier steps stay intact whatever happens.
 
-    Every rank copies what it will write before this returns, so buffers may be changed in place right away. An error
-    in the background is raised by the next `save`, `wait` or `close`.
+    Buffers may be changed in place when this returns. An error in the background is raised by the next `save`, `wait`
+    or `close`.
 
     An existing step is kept if it is intact and equal, replaced if it is corrupt, and otherwise an error. If the disk
     is too full, steps that this save would delete afterwards are deleted first, if that frees enough and leaves one.
