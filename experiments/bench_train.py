@@ -204,10 +204,11 @@ def changed_settings(config: Config, group: str = "") -> dict[str, Any]:
 
 def run_job(
     config: Config, changes: Mapping[str, Any], ranks: int, env: Mapping[str, str] | None = None
-) -> _jobs.RunResult:
-    """Run one configuration in a job of `ranks` ranks: this one with `changes` by dotted name."""
+) -> dict[str, Any]:
+    """Measure with `changes` by dotted name in a job of `ranks` ranks; return the numbers, and `error` or None."""
     command = _jobs.launch_command("bench_train", changed_settings(config) | dict(changes), ranks)
-    return _jobs.run_subprocess(command, seconds=config.job_seconds, env=env)
+    outcome = _jobs.run_subprocess(command, seconds=config.job_seconds, env=env)
+    return {**(outcome.result or {}), "error": outcome.error or None}
 
 
 def results_table(results: Sequence[Mapping[str, Any]], labels: Sequence[str], columns: Sequence[str]) -> str:
@@ -232,12 +233,12 @@ def sweep(config: Config, runtime: distributed.Runtime) -> None:
     cases, rows = combinations(config, runtime), []
     print(f"{len(cases)} configurations on {runtime.world_size} ranks, each in a job of its own", flush=True)
     for case in cases:
-        outcome, cold_seconds = run_combination(config, case, runtime.world_size)
-        row = {"ranks": runtime.world_size, **case, **(outcome.result or {}), "bench": "train_sweep"}
-        row |= {"compile_cold_seconds": cold_seconds} if cold_seconds is not None else {}
-        row |= {"compile_warm_seconds": row["compile_seconds"]} if outcome.result and case["compile"] else {}
-        rows.append(row | {"error": outcome.error or None})
-        print(json.dumps(rows[-1]), flush=True)
+        result = run_combination(config, case, runtime.world_size)
+        row = {"ranks": runtime.world_size, **case, **result, "bench": "train_sweep"}
+        if case["compile"] and not row["error"]:
+            row["compile_warm_seconds"] = row["compile_seconds"]
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     peak_from = distributed.peak_flops(runtime.device, runtime.compute_dtype)[1]
     print(f"\nMFU: of {peak_from}; of matmul: of the largest one measured")
     print(results_table([row | case for row, case in zip(rows, cases)], list(cases[0]), SWEEP_COLUMNS))
@@ -268,7 +269,7 @@ def combinations(config: Config, runtime: distributed.Runtime) -> list[dict[str,
     return [dict(zip(columns, values)) for values in itertools.product(*columns.values())]
 
 
-def run_combination(config: Config, case: Mapping[str, Any], ranks: int) -> tuple[_jobs.RunResult, float | None]:
+def run_combination(config: Config, case: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     """Return the result of a combination, and the seconds of its first two steps with an empty compiler cache."""
     changes: dict[str, Any] = {"compile": case["compile"], "train.attention": case["kernel"]}
     if case["mode"] != "single":
@@ -278,13 +279,13 @@ def run_combination(config: Config, case: Mapping[str, Any], ranks: int) -> tupl
     else:
         changes["dtype"] = PRECISIONS[case["precision"]]
     if not (case["compile"] and config.cold):
-        return run_job(config, changes, ranks), None
+        return run_job(config, changes, ranks)
     with tempfile.TemporaryDirectory() as folder:
         env = {"TORCHINDUCTOR_CACHE_DIR": folder}
         cold = run_job(config, changes | {"rounds": 0}, ranks, env)
-        if cold.result is None:
-            return cold, None
-        return run_job(config, changes, ranks, env), float(cold.result["compile_seconds"])
+        if cold["error"]:
+            return cold
+        return run_job(config, changes, ranks, env) | {"compile_cold_seconds": cold["compile_seconds"]}
 
 
 def scaling(config: Config, runtime: distributed.Runtime) -> None:
@@ -299,9 +300,7 @@ def scaling(config: Config, runtime: distributed.Runtime) -> None:
 
     @functools.cache  # one rank shards nothing: measured once
     def job(mode: str, n: int, micro_batches: int) -> dict[str, Any]:
-        changes = {"micro_batches": micro_batches} | ({"sharding.mode": mode} if n > 1 else {})
-        outcome = run_job(config, changes, n, env)
-        return {**(outcome.result or {}), "error": outcome.error or None}
+        return run_job(config, {"micro_batches": micro_batches} | ({"sharding.mode": mode} if n > 1 else {}), n, env)
 
     rows: list[dict[str, Any]] = []
     for kind, mode in itertools.product(config.scaling, config.modes or ("replicate", "zero2", "fsdp")):

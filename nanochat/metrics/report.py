@@ -88,14 +88,10 @@ def title(runs: Sequence[RunInfo]) -> str:
     for run in runs:
         total = run.meta.get("num_steps") or run.settings.get("num_iterations")
         of = f" of {total:,}" if total and total > run.last_step else ""
-        if not run.step:
-            state = f"no checkpoint yet, step {run.last_step:,}{of}"
-        elif run.last_step > run.step and run is runs[-1]:
-            state = f"checkpoint of step {run.step:,}, now at step {run.last_step:,}{of}"
-        elif run is runs[-1] and not run.done:
-            state = f"step {run.step:,}{of}, not finished"
-        else:
-            state = f"step {run.step:,}"
+        state = f"step {run.step:,}"
+        if run is runs[-1] and (run.last_step > run.step or not run.done):
+            saved = f"checkpoint of {state}" if run.step else "no checkpoint yet"
+            state = f"{saved}, now at step {run.last_step:,}{of}"
         lines.append(f"- **{run.stage.upper()}** `{run.name}`, {state}")
     if first := runs[0].meta.get("parent"):
         lines.append(

@@ -120,7 +120,7 @@ def test_missing_files_are_missing_sections(base: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"num_iterations": 500}')
     page, rows = write(folder, None, root=base)
-    assert "no checkpoint yet, step 0 of 500" in page and "Not measured: CORE, " in page
+    assert "no checkpoint yet, now at step 0 of 500" in page and "Not measured: CORE, " in page
     assert "commit" not in rows and "## Curves" not in page and "## Samples" not in page
 
 
