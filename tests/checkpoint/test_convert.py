@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,13 +81,10 @@ UNKNOWN = "is not of nanochat's GPT with 3 layers"
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"transformer.h.0.attn.rotary": torch.ones(2)}, f"transformer.h.0.attn.rotary {UNKNOWN}"),
         ({"bert.encoder": torch.ones(2)}, f"bert.encoder {UNKNOWN}"),
         ({"transformer.h.3.mlp.c_fc.weight": torch.ones(2)}, f"transformer.h.3.mlp.c_fc.weight {UNKNOWN}"),
         ({"value_embeds.1.weight": torch.ones(2)}, f"value_embeds.1.weight {UNKNOWN}"),
         ({"lm_head.weight": torch.ones(64, 32)}, "lm_head has shape (64, 32), the config wants (128, 32)"),
-        ({"lm_head.weight": torch.tensor(1.0)}, "lm_head has shape (1,), the config wants (128, 32)"),
-        ({"lm_head.weight": None}, "lm_head.weight is missing"),
         ({"transformer.h.1.attn.c_q.weight": None}, "transformer.h.1.attn.c_q.weight is missing"),
     ],
 )
@@ -147,18 +145,15 @@ def test_pickled_code_is_refused_and_never_runs(tmp_path: Path, write: Callable[
 
 def test_unreadable_files_are_refused(tmp_path: Path):
     (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint at all")
-    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save([torch.ones(1)], tmp_path / "list.pt")
+    torch.save({"model": {"lm_head.weight": torch.ones(1)}}, tmp_path / "nested.pt")
     messages = {
-        "no.pt": r"no\.pt: cannot be read \(No such file or directory\)",
-        ".": r"cannot be read \(Is a directory\)",
-        "garbage.pt": r"garbage\.pt: not a file of plain tensors",
-        "empty.pt": r"empty\.pt: not a file of plain tensors",
+        "no.pt": "cannot be read (No such file or directory)",
+        ".": "cannot be read (Is a directory)",
+        "garbage.pt": "not a file of plain tensors",
+        "list.pt": "not a state_dict",
+        "nested.pt": "not a state_dict",
     }
     for name, message in messages.items():
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path / name}: {message}")):
             convert.load_reference(tmp_path / name, CONFIG)
-    for content in ([torch.ones(1)], {"model": {"lm_head.weight": torch.ones(1)}}, torch.ones(2)):
-        other = tmp_path / "other.pt"
-        torch.save(content, other)
-        with pytest.raises(UserError, match=r"other\.pt: not a state_dict"):
-            convert.load_reference(other, CONFIG)

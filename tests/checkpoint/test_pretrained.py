@@ -104,10 +104,9 @@ def test_converted_run_loads_and_without_tokenizer_is_refused(base: Path):
     convert.run(config, distributed.init("cpu"))
     with pytest.raises(UserError, match=r"mute/checkpoints/7 has no tokenizer.*--set ranks="):
         checkpoint.load("mute")
-    encoded = base / "ranks"
-    tokenizer.save(TOK, base / "saved")
-    encoded.write_text("\n".join((base / "saved" / "tokenizer.txt").read_text().splitlines()[1:]))
-    convert.run(dataclasses.replace(config, name="fluent", ranks=str(encoded)), distributed.init("cpu"))
+    tokenizer.save(TOK, base)
+    (base / "ranks").write_text((base / "tokenizer.txt").read_text().partition("\n")[2])
+    convert.run(dataclasses.replace(config, name="fluent", ranks=str(base / "ranks")), distributed.init("cpu"))
     loaded = checkpoint.load("fluent")
     assert loaded.step == 7 and loaded.tokenizer == TOK
     assert_trees_close(loaded.params, params, rtol=0)
@@ -151,6 +150,7 @@ def test_incomplete_checkpoint_names_an_intact_step(base: Path, lost: str):
     assert checkpoint.load("bot", step=3).step == 3
 
 
+DEEPER = random_params(dataclasses.replace(CONFIG, n_layer=3))
 FEWER = random_params(CONFIG)
 del FEWER["lm_head"]
 
@@ -160,10 +160,7 @@ del FEWER["lm_head"]
     [
         (dict(tok=Tokenizer((*TOK.tokens, b"zz"))), "the tokenizer has 268 tokens, the model 267"),
         (dict(tok=Tokenizer(TOK.tokens, specials=("<|bos|>",))), "the tokenizer has no <|user_start|>"),
-        (
-            dict(params=random_params(dataclasses.replace(CONFIG, n_layer=3))),
-            "has params.resid_lambdas (3), this model expects (2)",
-        ),
+        (dict(params=DEEPER), "has params.resid_lambdas (3), this model expects (2)"),
         (dict(params=FEWER), "has no params.lm_head, this model expects (320, 32)"),
         (dict(model={**dataclasses.asdict(CONFIG), "n_experts": 8}), "'n_experts'); update nanochat?"),
         (dict(model=None), "no model config that this version knows"),
