@@ -141,9 +141,11 @@ def test_a_known_gpu_has_the_limits_of_its_data_sheet(monkeypatch: pytest.Monkey
 
 
 def test_the_limit_of_a_cpu_is_measured() -> None:
-    cpu = torch.device("cpu")
+    cpu, random_state = torch.device("cpu"), torch.get_rng_state()
     limit, source = runtime.peak_flops(cpu, torch.float32)
     assert 1e9 < limit < 1e14 and source.startswith("measured")
+    runtime.measure_matmul(8, cpu, torch.float32)
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import tiny_run
 
 from experiments import pretrain, scaling_laws
@@ -158,19 +157,6 @@ def test_run_of_another_command_is_not_modified(base: Path, trained: list[tuple[
     assert len(trained) == 1
     with pytest.raises(UserError, match="each once"):
         run_series(*series, "depths=1,1")
-
-
-def test_depth_series_on_two_ranks_matches_single_process(base: Path) -> None:
-    series = ("series=depths", "depths=1", "base.num_iterations=3")
-    run_series(*series, "name=on1")
-    arguments = [f"--set={setting}" for setting in settings(*series, "name=on2")]
-    outs = ranks.launch(2, "--experiment=scaling_laws", *arguments)
-    assert "results and plots" in outs[0] and not outs[1]
-    (single,), (sharded,) = (results(base / "miniseries" / name) for name in ("on1", "on2"))
-    for name in scaling_laws.COLUMNS:
-        if name not in ("run", "val_bpb", "train_seconds"):
-            assert single[name] == sharded[name]
-    assert float(single["val_bpb"]) == pytest.approx(float(sharded["val_bpb"]), rel=1e-5)
 
 
 # Series of budgets

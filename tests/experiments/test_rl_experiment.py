@@ -128,9 +128,3 @@ def test_default_length_is_one_epoch(base: Path):
     config = override(experiment.Config(), [*SETTINGS, "num_iterations=none"])
     task = experiment.tasks.from_text(config.task)
     assert experiment.resolve(config, task, distributed.init("cpu")).num_iterations == 64 // 4
-
-
-def test_missing_base_run_names_the_command_that_trains_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    with pytest.raises(UserError, match="no sft model in"):
-        experiment.run(experiment.Config(), distributed.init("cpu"))

@@ -81,13 +81,6 @@ def test_planned_peak_matches_compiled_step() -> None:
     assert max(phase.allocated for phase in planned) - state == pytest.approx(peak, rel=0.1)
 
 
-def test_memory_counts_activations_by_row_and_gradients_of_all_parameters() -> None:
-    forward = [planner.phases(D12, Setup(), rows=n, micro_batches=1)[0].parts["activations"] for n in (5, 6, 7)]
-    assert forward[1] - forward[0] == pytest.approx(forward[2] - forward[1], abs=8) and forward[1] > forward[0]
-    parts = planner.memory(D12, Setup(), rows=2, micro_batches=4).parts
-    assert min(parts.values()) >= 0 and parts["gradients"] >= 4 * model.count(D12)["total"]  # summed in float32
-
-
 @pytest.fixture
 def four_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """This process as rank 1 of 4, with collectives that do nothing."""

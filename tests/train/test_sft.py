@@ -87,13 +87,6 @@ def test_long_conversation_is_truncated_and_one_without_targets_dropped(tok: Tok
     assert got[-1][1]["position"]["read"] == 2 and got[-1][1]["position"]["dropped"] == 1
 
 
-def test_weights_average_over_tokens_of_the_step(tok: Tokenizer):
-    for batch, _, _ in collect(tok):
-        counted = batch["targets"] >= 0
-        # Two micro-batches, whose losses the step averages.
-        torch.testing.assert_close(batch["weights"], counted * (2 / counted.sum()))
-
-
 def test_micro_batch_gradients_average_to_batch_gradient(tok: Tokenizer):
     config = dataclasses.replace(CONFIG, vocab_size=tok.vocab_size, sequence_len=48)
     params = random_params(config)

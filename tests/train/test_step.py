@@ -146,6 +146,8 @@ def test_torch_func_training_matches_autograd_without_custom_backward(monkeypatc
     monkeypatch.setattr(attention, "choose", lambda *_, **__: flex)
     with pytest.raises(UserError, match=r"train\.grad=torch_func: flex .* has a custom backward"):
         train.build_step_functions(dataclasses.replace(settings[1], compile=True), CONFIG, CPU)
+    with pytest.raises(UserError, match=r"train\.grad=torch_func runs in one process"):
+        train.build_step_functions(settings[1], CONFIG, dataclasses.replace(CPU, world_size=2))
 
 
 def test_embeddings_stay_in_half_precision():
@@ -189,12 +191,6 @@ def test_loss_scale_of_float16_alone_halves_and_doubles():
     assert (state.scaler["scale"], state.scaler["good_steps"]) == (2.0**15, 0)
 
 
-def test_abstract_state_has_real_shapes():
-    meta = train.init(model.init(CONFIG, 0, device="meta"), model.spec(CONFIG), torch.float16)
-    for a, b in zip(tree.leaves(meta), tree.leaves(new_state(torch.float16)), strict=True):
-        assert a.is_meta and (a.shape, a.dtype) == (b.shape, b.dtype)
-
-
 # --- compiled -------------------------------------------------------------------------------------------------------
 
 
@@ -230,20 +226,14 @@ class Run:
         self.poisons, self.stop_after = poisons or {}, stop_after
         self.saved: list[tuple[TrainState, Progress]] = []
         self.steps: list[tuple[int, dict[str, float]]] = []
-        self.scheduled: list[int] = []
-        self.sizes: list[int] = []
+        self.scheduled: list[tuple[int, float]] = []
 
-    def batches(self, first: int) -> Iterator[tuple[dict[str, Tensor], Any, dict[str, float]]]:
-        for i in itertools.count(first):
+    def batches(self) -> Iterator[tuple[dict[str, Tensor], Any, dict[str, float]]]:
+        for i in itertools.count():
             yield batch_of(seed=i, poison=self.poisons.get(i, 0)), {"next": i + 1}, {"epoch": i / 10}
 
-    def step(self, state: TrainState, batches: Any, hparams: optim.Hparams) -> Any:
-        self.sizes += [len(batch["inputs"]) for batch in batches]
-        return make_step(donate=True)(state, batches, hparams)
-
     def schedule(self, step: int, stats: Any) -> optim.Hparams:
-        assert stats == {"epoch": step / 10}
-        self.scheduled.append(step)
+        self.scheduled.append((step, stats["epoch"]))
         return HPARAMS
 
     def after_step(self, state: TrainState, progress: Progress, numbers: dict[str, float]) -> Progress:
@@ -253,16 +243,14 @@ class Run:
             os.kill(os.getpid(), signal.SIGTERM)
         return progress._replace(ema=numbers["loss"])
 
-    def fit(
-        self, num_steps: int, state: TrainState | None = None, progress: Progress = Progress(), **options: Any
-    ) -> tuple[TrainState, Progress]:
+    def fit(self, num_steps: int, **options: Any) -> tuple[TrainState, Progress]:
         with train.stop_on_signals() as stop:
             return train.fit(
-                state or new_state(),
-                progress,
-                self.batches(progress.loader["next"] if progress.loader else 0),
+                new_state(),
+                Progress(),
+                self.batches(),
                 num_steps=num_steps,
-                step_fn=train.scheduled(self.step, 2, schedule=self.schedule),
+                step_fn=train.scheduled(make_step(donate=True), 2, schedule=self.schedule),
                 after_step=self.after_step,
                 save=lambda state, progress: self.saved.append((copy_of(state), progress)),
                 stop=stop,
@@ -274,7 +262,7 @@ def test_fit_runs_all_steps_and_reports_metrics():
     run = Run()
     state, progress = run.fit(3)
     assert progress.step == 3 and int(state.step) == 3 and progress.loader == {"next": 3}
-    assert run.scheduled == [0, 1, 2] and run.sizes == [2] * 6 and run.saved == []
+    assert run.scheduled == [(0, 0.0), (1, 0.1), (2, 0.2)] and run.saved == []
     assert [step for step, _ in run.steps] == [1, 2, 3]
     for i, (_, numbers) in enumerate(run.steps):
         timing = {"perf/step_seconds", "perf/data_wait_seconds"}
@@ -282,25 +270,6 @@ def test_fit_runs_all_steps_and_reports_metrics():
         assert numbers["epoch"] == i / 10 and numbers["lr_factor"] == pytest.approx(1)
         assert numbers["perf/step_seconds"] >= numbers["perf/data_wait_seconds"] >= 0
     assert progress.ema == run.steps[-1][1]["loss"], "after_step's progress is kept"
-
-
-def test_fit_of_a_finished_run_does_nothing():
-    run, state, done = Run(), new_state(), Progress(step=3)
-    assert run.fit(3, state, done) == (state, done)
-    assert run.steps == run.saved == []
-
-
-def test_signal_stops_the_loop_after_a_step_and_resuming_gives_the_same_state():
-    whole, _ = Run().fit(5)
-    first = Run(stop_after=2)
-    state, progress = first.fit(5)
-    [(saved, saved_progress)] = first.saved
-    assert_equal(saved, state)
-    assert progress.step == 2 and saved_progress == progress and progress.loader == {"next": 2}
-    second = Run()
-    resumed, _ = second.fit(5, saved, saved_progress)
-    assert second.scheduled == [2, 3, 4]
-    assert_equal(resumed, whole)
 
 
 def test_stop_at_last_step_is_left_to_after_step():
@@ -318,14 +287,6 @@ def test_nonfinite_step_stops_run_with_last_good_state(poison: int, what: str):
     [(saved, progress)] = run.saved
     assert_equal(saved, before)
     assert int(saved.step) == progress.step == 2 and progress.loader == progress_before.loader == {"next": 2}
-
-
-def test_skip_nonfinite_continues_without_the_step():
-    run = Run(poisons={1: 1, 2: 2})
-    state, progress = run.fit(5, skip_nonfinite=True)
-    assert progress.step == 5 and int(state.step) == 5 and int(state.opt_state["step"]) == 3
-    assert progress.skipped_steps == 2
-    assert all(x.isfinite().all() for x in tree.leaves(state)) and run.saved == []
 
 
 def test_skip_nonfinite_raises_after_too_many_in_a_row(monkeypatch: pytest.MonkeyPatch):
