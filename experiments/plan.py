@@ -80,8 +80,10 @@ config = Config
 
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
-    gpu = find_gpu(config.gpu)
-    modes = sharding_modes(config)
+    name, specs = config.gpu.lower(), distributed.GPU_SPECS
+    if name not in specs:
+        raise UserError(f"gpu={config.gpu}: not in GPU_SPECS of nanochat/distributed/hardware.py{nearest(name, specs)}")
+    gpu, modes = specs[name], sharding_modes(config)
     shape, plan = resolve(config, config.depth)
     for rows in {1, config.rows or 1}:  # refuses what does not divide
         optim.scaling.accumulation_steps(plan.total_batch_size, rows, shape.sequence_len, config.world_size)
@@ -98,14 +100,6 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
         print(f"\nall depths on other GPUs: {legend}\n{sweep(config)}", flush=True)
     print("\nassumed\n" + assumptions(config, gpu))
     print(f"\nnext: {command(config, estimates)}")
-
-
-def find_gpu(name: str) -> distributed.GpuSpec:
-    specs = distributed.GPU_SPECS
-    if name.lower() not in specs:
-        place = "GPU_SPECS of nanochat/distributed/hardware.py"
-        raise UserError(f"gpu={name}: not in {place}{nearest(name.lower(), specs)}")
-    return specs[name.lower()]
 
 
 def sharding_modes(config: Config) -> Sequence[str]:
@@ -253,10 +247,8 @@ def command(config: Config, estimates: Mapping[str, train.Estimate | None]) -> s
     if not fitting:
         return "nothing fits: use more or larger GPUs, a smaller depth, or a shorter model.sequence_len"
     nodes = -(-config.world_size // config.gpus_per_node)
-    words = ["torchrun"]
-    if nodes > 1:
-        words += [f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=<first node>:29500"]
-    words += [f"--nproc_per_node={min(config.world_size, config.gpus_per_node)} launch.py --experiment=pretrain"]
+    several = f" --nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=<first node>:29500" if nodes > 1 else ""
+    start = f"torchrun{several} --nproc_per_node={min(config.world_size, config.gpus_per_node)} launch.py"
     settings: dict[str, Any] = {"depth": config.depth, "device_batch_size": fitting.rows}
     if config.world_size > 1:
         settings["sharding.mode"] = mode
@@ -264,8 +256,6 @@ def command(config: Config, estimates: Mapping[str, train.Estimate | None]) -> s
             settings["sharding.shard_ranks"] = config.shard_ranks
     if config.fp8:
         settings["train.linear"] = "fp8"
-    defaults = dict(flatten(Config()))
-    for name, value in flatten(config):
-        if value != defaults[name] and name.split(".")[0] in SHARED:
-            settings[name] = value
-    return " ".join([*words, *(f"--set {name}={value}" for name, value in settings.items())])
+    defaults = set(flatten(Config()))
+    settings |= {name: x for name, x in flatten(config) if (name, x) not in defaults and name.startswith(SHARED)}
+    return " ".join([f"{start} --experiment=pretrain", *(f"--set {name}={value}" for name, value in settings.items())])

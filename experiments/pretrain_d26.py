@@ -1,9 +1,4 @@
-"""Pretrain at depth 26: the reference's run, all else by the scaling rules.
-
-    torchrun launch.py --experiment=pretrain_d26
-
-Settings and output are those of --experiment=pretrain.
-"""
+"""Pretrain at depth 26, a run of the reference; settings and output are those of --experiment=pretrain."""
 
 import functools
 

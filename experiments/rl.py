@@ -160,17 +160,30 @@ def rl_stage(
         latest.append(max(answers, key=lambda group: len({answer.reward for answer in group})))
         return answers
 
+    def schedule(step: int, _: Any) -> optim.Hparams:
+        return optim.hparams(config.optim, plan, step, done=step / num_steps)
+
     def make_step(train_step: Callable[..., Any], rows: int) -> train.StepFn:
-        rl_step = functools.partial(
-            train.rl.rl_step,
-            rollout_fn=rollout_fn,
-            train_step=train_step,
-            batch_rows=rows,
-            pad_tokens=PAD_TOKENS if config.compile else None,
-        )
-        return train.scheduled(
-            rl_step, schedule=lambda step, _: optim.hparams(config.optim, plan, step, done=step / num_steps)
-        )
+        pad_tokens = PAD_TOKENS if config.compile else None
+        options = {"train_step": train_step, "batch_rows": rows, "pad_tokens": pad_tokens}
+        return train.scheduled(functools.partial(train.rl.rl_step, rollout_fn=rollout_fn, **options), schedule=schedule)
+
+    def pass_at_k(ctx: train.RunContext, state: train.TrainState) -> train.Result:
+        params = distributed.sharding.full_params(state.params)
+        with distributed.raise_on_any_failure():
+            values = train.rl.pass_at_k(engine(params), tok, eval_task, config.eval.problems, rollout)
+        text = ", ".join(f"@{name.rpartition('_')[2]} {value:.1%}" for name, value in values.items())
+        return train.Result(values, [f"step {int(state.step)}: pass {text}"])
+
+    def print_answers(ctx: train.RunContext, state: train.TrainState) -> train.Result:
+        """Return a prompt of the last step with its two best answers and its worst, a line each."""
+        if not latest:
+            return train.Result()
+        answers = {repr(chat_format.shown(tok, answer.tokens)): answer.reward for answer in latest[0]}
+        ranked = sorted(answers.items(), key=lambda item: -item[1])
+        prompt = tok.decode(latest[0][0].prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
+        shown = [f"  {reward:g}  {text}" for text, reward in ranked[:2] + ranked[2:][-1:]]
+        return train.Result(lines=[f"step {int(state.step)}: {prompt!r}", *shown])
 
     return train.Stage(
         name="rl",
@@ -182,32 +195,7 @@ def rl_stage(
         batches=lambda state, rows: train.rl.prompt_batches(task, rollout.prompts_per_step, state),
         initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
         evaluations=[
-            train.Evaluation("rl/pass_at_1", config.eval.every_steps, functools.partial(pass_at_k, engine, eval_task)),
-            train.Evaluation(None, config.eval.sample_every_steps, functools.partial(print_answers, latest)),
+            train.Evaluation("rl/pass_at_1", config.eval.every_steps, pass_at_k),
+            train.Evaluation(None, config.eval.sample_every_steps, print_answers),
         ],
     )
-
-
-def pass_at_k(
-    engine: Callable[[model.Params], infer.Engine], task: tasks.Task, ctx: train.RunContext, state: train.TrainState
-) -> train.Result:
-    """Return pass@k on the test split."""
-    config: Any = ctx.config
-    params = distributed.sharding.full_params(state.params)
-    with distributed.raise_on_any_failure():
-        values = train.rl.pass_at_k(engine(params), ctx.tok, task, config.eval.problems, config.rollout)
-    text = ", ".join(f"@{name.rpartition('_')[2]} {value:.1%}" for name, value in values.items())
-    return train.Result(values, [f"step {int(state.step)}: pass {text}"])
-
-
-def print_answers(
-    latest: Sequence[Sequence[train.Rollout]], ctx: train.RunContext, state: train.TrainState
-) -> train.Result:
-    """Return a prompt of the last step with its two best answers and its worst, a line each."""
-    if not latest:
-        return train.Result()
-    answers = {repr(chat_format.shown(ctx.tok, answer.tokens)): answer.reward for answer in latest[0]}
-    ranked = sorted(answers.items(), key=lambda item: -item[1])
-    prompt = ctx.tok.decode(latest[0][0].prompt).rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
-    shown = [f"  {reward:g}  {text}" for text, reward in ranked[:2] + ranked[2:][-1:]]
-    return train.Result(lines=[f"step {int(state.step)}: {prompt!r}", *shown])

@@ -47,6 +47,10 @@ COLUMNS = (
     *("run", "depth", "width", "params_total", "params_scaling", "batch_tokens", "steps", "tokens", "tokens_per_param"),
     *("flops", "val_bpb", "core", "train_seconds"),
 )
+SUMMARY = {
+    "depths": ("depth", "params_scaling", "tokens", "flops", "val_bpb", "core", "train_seconds"),
+    "budgets": ("flops_budget", "depth", "params_scaling", "tokens", "tokens_per_param", "val_bpb", "train_seconds"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +115,9 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
             if runtime.is_main:
                 write(folder, (*key, *COLUMNS), rows)
                 draw_series(folder, name, rows) if budget is None else draw_budgets(folder, name, rows, optima(rows))
-    if config.series == "depths":
-        print(f"\n{summary(rows, ('depth', 'params_scaling', 'tokens', 'flops', 'val_bpb', 'core', 'train_seconds'))}")
-    else:
-        columns = ("flops_budget", "depth", "params_scaling", "tokens", "tokens_per_param", "val_bpb", "train_seconds")
-        print(f"\n{summary(rows, columns)}\n\n{laws(optima(rows))}")
+    print(f"\n{summary(rows, SUMMARY[config.series])}")
+    if config.series == "budgets":
+        print(f"\n{laws(optima(rows))}")
     print(f"\nresults and plots: {folder}")
 
 
@@ -222,20 +224,17 @@ def laws(optima: Sequence[Optimum]) -> str:
     """Return the optima and the exponents, as text."""
     if not optima:
         return "no optimum: a budget needs three depths, and bits per byte that rise on both sides"
-    lines = [f"  {'budget':>10}{'best N':>12}{'best D':>12}{'D / N':>9}{'bits per byte':>16}"]
-    for best in optima:
-        note = "" if best.inside else "   outside of the depths tried: not used"
-        lines.append(
-            f"  {short(best.budget):>10}{best.params:>12.3g}{best.tokens:>12.3g}{best.tokens / best.params:>9.2f}"
-            f"{best.bpb:>16.4f}{note}"
-        )
+    rows = [["budget", "best N", "best D", "D / N", "bits per byte", ""]]
+    for budget, params, tokens, bpb, inside, _ in optima:
+        note = "" if inside else "outside of the depths tried: not used"
+        rows.append([short(budget), f"{params:.3g}", f"{tokens:.3g}", f"{tokens / params:.2f}", f"{bpb:.4f}", note])
     inner = [best for best in optima if best.inside]
-    if len(inner) < 2:
-        return "\n".join([*lines, "no exponents: they need two budgets with an optimum among the depths tried"])
-    budgets = [best.budget for best in inner]
-    a, _ = power_law(budgets, [best.params for best in inner])
-    b, _ = power_law(budgets, [best.tokens for best in inner])
-    return "\n".join([*lines, f"N ~ C^{a:.3f}, D ~ C^{b:.3f}, from {len(inner)} budgets"])
+    text = "no exponents: they need two budgets with an optimum among the depths tried"
+    if len(inner) > 1:
+        budgets, params, tokens, *_ = zip(*inner)
+        (a, _), (b, _) = power_law(budgets, params), power_law(budgets, tokens)
+        text = f"N ~ C^{a:.3f}, D ~ C^{b:.3f}, from {len(inner)} budgets"
+    return f"{table(rows)}\n{text}"
 
 
 # Plots
@@ -275,8 +274,8 @@ def draw_budgets(folder: Path, name: str, rows: Sequence[dict[str, Any]], optima
     inner = [best for best in optima if best.inside]
     if len(inner) < 2:
         return
-    budgets, curves, marks = [best.budget for best in inner], {}, {}
-    for label, values in (("parameters", [best.params for best in inner]), ("tokens", [best.tokens for best in inner])):
+    (budgets, params, tokens, *_), curves, marks = zip(*inner), {}, {}
+    for label, values in (("parameters", params), ("tokens", tokens)):
         power, factor = power_law(budgets, values)
         label = f"{label}, C^{power:.2f}"
         curves[label], marks[label] = (budgets, [factor * budget**power for budget in budgets]), (budgets, values)

@@ -178,17 +178,24 @@ def sft_stage(
     )
 
     def validation_batches(rows: int) -> train.sft.Batches:
-        return stream(
-            val_task, packing=packing._replace(rows_per_step=rows * runtime.world_size, micro_rows=rows, epochs=1)
-        )
+        rows_per_step = rows * runtime.world_size
+        return stream(val_task, packing=packing._replace(rows_per_step=rows_per_step, micro_rows=rows, epochs=1))
+
+    def chat_score(ctx: train.RunContext, state: train.TrainState) -> train.Result:
+        """Return the accuracy of each task, and ChatCORE if its five tasks are among them."""
+        params = distributed.sharding.full_params(state.params)
+        subject = eval.chat_eval.ModelUnderTest(params, shape, tok, runtime.compute_dtype)
+        with distributed.raise_on_any_failure():
+            values = eval.chat_eval.as_metrics(eval.chat_eval.evaluate(subject, chat_tasks, config.chat))
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        return train.Result(values, [f"step {int(state.step)}: {text}"])
 
     validation = functools.partial(train.stage.evaluate_bpb, batches=validation_batches)
     evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
     if chat_tasks:
         first = chat_tasks[0].name
-        score = functools.partial(chat_score, chat_tasks, config.chat)
         key = f"chat/{eval.chat_eval.TITLES.get(first, first)}"
-        evaluations.append(train.Evaluation(key, config.chat.every_steps, score))
+        evaluations.append(train.Evaluation(key, config.chat.every_steps, chat_score))
     samples = functools.partial(
         train.stage.print_samples,
         encode=lambda prompt: chat_format.prompt(tok, [{"role": "user", "content": prompt}]),
@@ -206,16 +213,3 @@ def sft_stage(
         initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
         evaluations=evaluations,
     )
-
-
-def chat_score(
-    chat_tasks: list[tasks.Task], config: ChatConfig, ctx: train.RunContext, state: train.TrainState
-) -> train.Result:
-    """Return the accuracy of each task, and ChatCORE if its five tasks are among them."""
-    subject = eval.chat_eval.ModelUnderTest(
-        distributed.sharding.full_params(state.params), ctx.shape, ctx.tok, ctx.runtime.compute_dtype
-    )
-    with distributed.raise_on_any_failure():
-        scores = eval.chat_eval.evaluate(subject, chat_tasks, config)
-    values = eval.chat_eval.as_metrics(scores)
-    return train.Result(values, [f"step {int(state.step)}: " + ", ".join(f"{n} {x:.4f}" for n, x in values.items())])

@@ -37,6 +37,15 @@ def one_measurement() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The base folder of the tests of a file: short documents and a tokenizer."""
+    from tiny_run import base_folder
+
+    with base_folder(tmp_path_factory.mktemp("base")) as folder:
+        yield folder
+
+
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))

@@ -185,7 +185,7 @@ def build(names: Mapping[int, str], n_time: int, device: torch.device) -> Attend
 
 
 class KernelChoice(NamedTuple):
-    """A kernel for each window, as a value that ranks can exchange, and a description for the log."""
+    """A kernel for each window, and a description for the log."""
 
     names: dict[int, str]
     text: str

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
         OptState,
         compiled,
         init,
-        reduced_axis,
+        second_shape,
         update,
         update_,
     )

@@ -4,7 +4,7 @@ The state is a TensorDict: `step`, and for every optimizer group the moments of 
 says which rule applies to which parameter. Hyperparameters are 0-d tensors: they change every step without recompiling.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,12 +56,10 @@ def init(
     zeros = zeros or (lambda _, shape: torch.zeros(shape, device=device))
     state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.int64, device=device)}
     for name, p in flat.items():
-        group, second_shape = spec[name].group, list(p.shape)
-        if group == MATRIX:
-            second_shape[reduced_axis(p.shape)] = 1
+        group = spec[name].group
         first, second = _moment_names(group)
         state[f"{group}.{first}.{name}"] = zeros(name, p.shape)
-        state[f"{group}.{second}.{name}"] = zeros(name, torch.Size(second_shape))
+        state[f"{group}.{second}.{name}"] = zeros(name, second_shape(p.shape) if group == MATRIX else p.shape)
     return tree.unflatten(state)
 
 
@@ -296,9 +294,15 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x * (min(rows, columns) ** 0.5 / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-6))
 
 
-def reduced_axis(shape: torch.Size | tuple[int, ...]) -> int:
+def reduced_axis(shape: Sequence[int]) -> int:
     """Return the axis that the variance is averaged over: columns (-1) where r >= c, else rows (-2)."""
     return -1 if shape[-2] >= shape[-1] else -2
+
+
+def second_shape(shape: Sequence[int]) -> torch.Size:
+    """Return the shape of Muon's second moment of a matrix or a stack of them."""
+    *stack, r, c = shape
+    return torch.Size([*stack, r, 1] if reduced_axis(shape) == -1 else [*stack, 1, c])
 
 
 def reduce_variance(u: Tensor, second_moment: Tensor, beta2: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,9 +78,7 @@ def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) 
             )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None
-    # The ranks measure different times, so rank 0 decides.
-    names, text = distributed.broadcast_object([list(choice.names.items()), choice.text])
-    return attention.KernelChoice({window: name for window, name in names}, text)
+    return distributed.broadcast_object(choice)  # the ranks measure different times, so rank 0 decides
 
 
 def chunk_tokens(config: StageConfig, runtime: Runtime) -> int:

@@ -31,7 +31,7 @@ class StageStatus(NamedTuple):
     """The status of a stage."""
 
     state: str  # new, in_progress, done, or changed (started with other settings)
-    changes: tuple[str, ...] = ()  # one text per changed setting
+    changes: str = ""  # the first changed settings, as text
     completion_id: str = ""  # unique to each completion; "" before the first
     seconds: float = 0.0  # run time, summed over restarts
     before: str = ""  # id of the newest checkpoint when the stage started
@@ -52,12 +52,13 @@ def read_status(path: Path, current: Mapping[str, Any]) -> StageStatus:
         return StageStatus("new")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} could not be read ({error}); delete it to run its stage again") from None
-    names = [name for name in current if name in old and current[name] != old[name]]
-    changes = tuple(
-        "an earlier stage ran again" if name == "after" else f"{name} {old[name]} → {current[name]}" for name in names
-    )
-    state = "changed" if names else "done" if completion_id else "in_progress"
-    return StageStatus(state, changes, completion_id, 0.0 if names else seconds, before)
+    changed = {name: f"{name} {old[name]} → {x}" for name, x in current.items() if old.get(name, x) != x}
+    if "after" in changed:
+        changed["after"] = "an earlier stage ran again"
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    state = "changed" if changed else "done" if completion_id else "in_progress"
+    changes = ", ".join([*changed.values()][:3]) + more
+    return StageStatus(state, changes, completion_id, 0.0 if changed else seconds, before)
 
 
 def sync_status(
@@ -69,9 +70,8 @@ def sync_status(
         if control_group().rank == 0:
             status = read_status(path, settings(config, after))
             if status.state == "done" and not has_output():
-                status = StageStatus("changed", ("its output is missing",))
-    state, changes, *rest = broadcast_object(list(status))
-    return StageStatus(state, tuple(changes), *rest)
+                status = StageStatus("changed", "its output is missing")
+    return broadcast_object(status)
 
 
 def run_if_needed(
@@ -97,7 +97,7 @@ def run_if_needed(
         print(f"already done, in {format_duration(status.seconds)}", flush=True)
         return status
     if status.state == "changed":
-        print(f"rerun: {reasons(status)}", flush=True)
+        print(f"rerun: {status.changes}", flush=True)
     is_main, flags = control_group().rank == 0, {}
     with raise_on_any_failure():
         if is_main and folder:
@@ -138,12 +138,6 @@ def resume_flags(run: Path, status: StageStatus) -> dict[str, bool]:
         raise UserError(f"run {run} was made by another command: choose another name (--set name=…), or move it")
     restart = status.state == "changed" or (status.state == "in_progress" and latest == status.before)
     return {"resume": status.state == "in_progress" and not restart, "overwrite": bool(latest) and restart}
-
-
-def reasons(status: StageStatus) -> str:
-    """Return why a changed stage runs again, on one line."""
-    more = f" and {len(status.changes) - 3} more" if len(status.changes) > 3 else ""
-    return ", ".join(status.changes[:3]) + more
 
 
 def _write(path: Path, **status: Any) -> None:

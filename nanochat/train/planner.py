@@ -16,7 +16,7 @@ import torch
 from nanochat import model
 from nanochat.distributed import GIB, GpuSpec, shard_dim
 from nanochat.model import ModelConfig
-from nanochat.optim import MATRIX, Plan, reduced_axis
+from nanochat.optim import MATRIX, Plan, second_shape
 
 MODES = ("replicate", "zero2", "fsdp", "hsdp")
 CONTEXT_BYTES = 700 * 2**20  # CUDA context, loaded kernels, cuBLAS workspaces
@@ -188,7 +188,7 @@ def state_bytes(shape: ModelConfig, setup: Setup) -> Mapping[str, int]:
         stored = model.storage_dtype(row, setup.dtype).itemsize
         sizes["parameters"] += stored * (shard if setup.mode in ("fsdp", "hsdp") else numel)
         if row.group == MATRIX:
-            second = _second_moment_shape(row.shape)
+            second = second_shape(row.shape)
             even = dim is not None and any(n % shards == 0 for n in second)
             sizes["optimizer"] += 4 * (shard + math.prod(second) // (shards if even else 1))
         else:
@@ -198,11 +198,6 @@ def state_bytes(shape: ModelConfig, setup: Setup) -> Mapping[str, int]:
         sizes["full_made"] += stored * numel
         sizes["embeddings_f32"] += 4 * numel if stored != 4 else 0
     return sizes
-
-
-def _second_moment_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    axis = reduced_axis(shape) % len(shape)
-    return (*shape[:axis], 1, *shape[axis + 1 :])
 
 
 def _layer_params(shape: ModelConfig) -> int:
@@ -278,7 +273,7 @@ def traffic(shape: ModelConfig, setup: Setup, *, micro_batches: int) -> dict[str
     momentum_size = 2 if setup.dtype == torch.bfloat16 else 4
     for size, n in stacks.items():
         padded = -(-n // shards) * shards
-        second = _second_moment_shape(size)
+        second = second_shape(size)
         sent["all_to_all"] += within * padded * math.prod(size) / shards * (momentum_size + 4)
         if any(m % shards == 0 for m in second):
             sent["all_to_all"] += within * padded * math.prod(second) / shards * (4 + 4)

@@ -29,17 +29,12 @@ from nanochat.metrics import logger
 from nanochat.model import loss
 from nanochat.train import step
 
+pytestmark = pytest.mark.usefixtures("corpus")
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tiny_run.base_folder(tmp_path_factory.mktemp("base")) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(base: Path) -> Path:
+def uninterrupted(corpus: Path) -> Path:
     """An uninterrupted run of six steps."""
     return pretrain_run("name=uninterrupted")
 
@@ -72,7 +67,7 @@ def test_resumed_run_equals_uninterrupted_run(uninterrupted: Path, step: int):
 
 
 @pytest.mark.slow
-def test_run_killed_while_saving_resumes_to_the_same_state(base: Path):
+def test_run_killed_while_saving_resumes_to_the_same_state():
     settings = ("num_iterations=12", "checkpoint.every_steps=1", "eval.every_steps=none")
     folder = train.run_folder("killed") / "checkpoints"
     words = [f"--set={setting}" for setting in tiny_run.settings("name=killed", *settings)]
@@ -105,15 +100,15 @@ def test_resume_runs_the_evaluation_that_a_stop_prevented(
     assert_same_run(uninterrupted, pretrain_run(f"name={name}", "resume=true"))
 
 
-def test_resume_with_buffer_of_one_document(base: Path):
+def test_resume_with_buffer_of_one_document():
     whole = pretrain_run("name=one", "data.buffer_docs=1")
     with stop_after(2):
         pretrain_run("name=one_stopped", "data.buffer_docs=1")
     assert_same_run(whole, pretrain_run("name=one_stopped", "data.buffer_docs=1", "resume=true"))
 
 
-def test_resumed_run_keeps_its_tokenizer(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    tokenizer.save(tokenizer.load(base / "tokenizer"), tmp_path)
+def test_resumed_run_keeps_its_tokenizer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tokenizer.save(tokenizer.load(corpus / "tokenizer"), tmp_path)
     with stop_after(2):
         pretrain_run("name=own", f"tokenizer={tmp_path}")
     tokenizer.save(tokenizer.train(["something else altogether " * 50], 270), tmp_path)
@@ -163,7 +158,7 @@ def test_dry_run_prints_the_plan_without_allocating(
     ],
 )
 def test_invalid_settings_raise_one_line_with_the_fix(
-    base: Path, settings: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    settings: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError) as caught:
@@ -186,7 +181,7 @@ def test_existing_run_survives_a_mistake(uninterrupted: Path, settings: list[str
     assert saved_steps(uninterrupted) == [3, 6]
 
 
-def test_overwrite_keeps_old_checkpoints(base: Path):
+def test_overwrite_keeps_old_checkpoints():
     pretrain_run("name=replaced")
     folder = pretrain_run("name=replaced", "overwrite=true", "num_iterations=3")
     assert saved_steps(folder) == [3] and checkpoint.steps(folder / "checkpoints.old") == [3, 6]
@@ -195,7 +190,7 @@ def test_overwrite_keeps_old_checkpoints(base: Path):
 # --- faults during training -----------------------------------------------------------------------------------------
 
 
-def test_nonfinite_loss_saves_the_last_good_state_and_its_advice_works(base: Path):
+def test_nonfinite_loss_saves_the_last_good_state_and_its_advice_works():
     settings = ("name=diverged", "optim.embedding_lr=1e30", "optim.warmup_steps=1", "num_iterations=20")
     with pytest.raises(UserError, match="is not finite; the last good checkpoint is step") as caught:
         pretrain_run(*settings)
@@ -211,7 +206,7 @@ def test_nonfinite_loss_saves_the_last_good_state_and_its_advice_works(base: Pat
     assert logger.curve(logger.read(folder), "train/skipped_steps")[1][-1] > 0
 
 
-def test_nonfinite_first_step_raises_clear_error(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nonfinite_first_step_raises_clear_error(monkeypatch: pytest.MonkeyPatch):
     init = model.init
 
     def with_nan(*args: Any, **kwargs: Any) -> model.Params:
@@ -223,7 +218,7 @@ def test_nonfinite_first_step_raises_clear_error(base: Path, monkeypatch: pytest
         pretrain_run("name=nan")
 
 
-def test_corrupt_data_during_training_saves_a_checkpoint(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_corrupt_data_during_training_saves_a_checkpoint(monkeypatch: pytest.MonkeyPatch):
     real = loader.batches
 
     def breaking(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -238,7 +233,7 @@ def test_corrupt_data_during_training_saves_a_checkpoint(base: Path, monkeypatch
     assert saved_steps(train.run_folder("bad_data")) == [2]
 
 
-def test_out_of_memory_is_one_line_error(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_out_of_memory_is_one_line_error(monkeypatch: pytest.MonkeyPatch):
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
 
@@ -250,7 +245,7 @@ def test_out_of_memory_is_one_line_error(base: Path, monkeypatch: pytest.MonkeyP
 # --- micro-batches that fit -----------------------------------------------------------------------------------------
 
 
-def test_auto_device_batch_size_fits_estimate_and_trial(base: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_auto_device_batch_size_fits_estimate_and_trial(monkeypatch: pytest.MonkeyPatch, capsys):
     settings = ("device_batch_size=auto", "num_iterations=1", "name=auto")
     pretrain_run(*settings)
     assert re.search(r"step +256 tokens = 1 x 8 rows x 32 tokens", capsys.readouterr().out)
@@ -259,9 +254,9 @@ def test_auto_device_batch_size_fits_estimate_and_trial(base: Path, monkeypatch:
         pretrain_run(*settings)
 
 
-def test_auto_device_batch_size_skips_sizes_that_run_out_of_memory(base: Path, capsys: pytest.CaptureFixture[str]):
+def test_auto_device_batch_size_skips_sizes_that_run_out_of_memory(corpus: Path, capsys: pytest.CaptureFixture[str]):
     config = pretrain_config("device_batch_size=8")
-    shape, _ = pretrain.resolve(config, tokenizer.load(base / "tokenizer"))
+    shape, _ = pretrain.resolve(config, tokenizer.load(corpus / "tokenizer"))
     here = dataclasses.replace(runtime.init("cpu"), device=torch.device("meta"))
 
     def make_step(rows: int) -> Any:
@@ -284,7 +279,7 @@ def test_auto_device_batch_size_skips_sizes_that_run_out_of_memory(base: Path, c
 # --- evaluations, determinism, conversion ---------------------------------------------------------------------------
 
 
-def test_evaluation_reads_eval_tokens(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_evaluation_reads_eval_tokens(monkeypatch: pytest.MonkeyPatch):
     read: list[int] = []
     bits_per_byte = evals.bits_per_byte
 
@@ -298,13 +293,13 @@ def test_evaluation_reads_eval_tokens(base: Path, monkeypatch: pytest.MonkeyPatc
     assert read == [1024, 1024]
 
 
-def test_core_is_evaluated_if_bundle_exists(base: Path, capsys: pytest.CaptureFixture[str]):
+def test_core_is_evaluated_if_bundle_exists(corpus: Path, capsys: pytest.CaptureFixture[str]):
     bundle = Path(__file__).parents[1] / "data" / "core_bundle"
     folder = pretrain_run("name=cored", "num_iterations=2", f"core.bundle={bundle}")
     [score] = logger.curve(logger.read(folder), "core/CORE")[1]
     assert f"step 2: CORE {score:.4f}" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"core.yaml"):
-        pretrain_run("name=uncored", f"core.bundle={base}")
+        pretrain_run("name=uncored", f"core.bundle={corpus}")
     pretrain_run("name=bare", "num_iterations=1")
     assert "CORE is skipped: no evaluation bundle in" in capsys.readouterr().out
 
@@ -330,7 +325,7 @@ def test_compiled_gradients_are_deterministic():
         assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
 
-def test_convert_writes_a_checkpoint_that_loads(base: Path, tmp_path: Path, capsys):
+def test_convert_writes_a_checkpoint_that_loads(corpus: Path, tmp_path: Path, capsys):
     golden = np.load(ROOT / "tests/golden/reference_d4.npz", allow_pickle=False)
     weights = {n.removeprefix("param/"): torch.from_numpy(golden[n]) for n in golden.files if n.startswith("param/")}
     torch.save(weights, tmp_path / "model_7.pt")
@@ -344,7 +339,7 @@ def test_convert_writes_a_checkpoint_that_loads(base: Path, tmp_path: Path, caps
     assert model.config_of(params) == model.ModelConfig(**meta["model"])
     assert logits.shape == (2, 32, 100)
     assert "window_pattern L" in capsys.readouterr().out
-    tok = tokenizer.load(base / "tokenizer")
+    tok = tokenizer.load(corpus / "tokenizer")
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tok.tokens)]
     (tmp_path / "ranks").write_text("\n".join(lines))
     assert convert.read_ranks(tmp_path / "ranks") == tok

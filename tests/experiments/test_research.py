@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import math
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,13 @@ import tiny_run
 
 from experiments import pretrain, scaling_laws
 from nanochat import distributed, train
-from nanochat.config import UserError, override
+from nanochat.config import UserError, base_dir, override
 from nanochat.metrics import logger, run_folder
 from nanochat.train import pipeline, stage
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("corpus")]
 
 TINY = ("eval.every_steps=4", "core.every_steps=none", "checkpoint.every_steps=2", "optim.matrix_lr=0.1")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tiny_run.base_folder(tmp_path_factory.mktemp("base")) as folder:
-        yield folder
 
 
 def settings(*more: str) -> list[str]:
@@ -76,7 +69,7 @@ def test_stage_reruns_when_settings_or_the_stage_before_change(tmp_path: Path) -
     assert first.state == "done" and first.completion_id and len(done) == 1
     assert run(Settings(resume=True, device_batch_size=2)) == first and len(done) == 1  # the result is the same
     status = pipeline.read_status(path, pipeline.settings(Settings(depth=4)))
-    assert (status.state, pipeline.reasons(status)) == ("changed", "depth 3 → 4")
+    assert (status.state, status.changes) == ("changed", "depth 3 → 4")
     assert run(Settings(depth=4)).completion_id != first.completion_id and len(done) == 2
     assert run(Settings(depth=4), after="x").state == "done" and len(done) == 3
     run(Settings(depth=4), after="x", has_output=lambda: False)
@@ -105,12 +98,12 @@ def test_failed_stage_stays_in_progress_and_accumulates_time(tmp_path: Path) -> 
 
 
 def test_interrupted_depth_series_resumes_and_skips_finished_runs(
-    base: Path, trained: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
+    trained: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     series = ("series=depths", "name=mini", "depths=1,2", "base.num_iterations=8")
     with tiny_run.stop_after(5, "mini_d2"):
         run_series(*series)
-    folder = base / "miniseries" / "mini"
+    folder = base_dir() / "miniseries" / "mini"
     assert [row["depth"] for row in results(folder)] == ["1"], "finished runs are in the table"
     run_series(*series)
     assert trained == [("mini_d1", False, False), ("mini_d2", False, False), ("mini_d2", True, False)]
@@ -131,7 +124,6 @@ def test_interrupted_depth_series_resumes_and_skips_finished_runs(
 
 
 def test_changed_setting_retrains_after_failed_start(
-    base: Path,
     trained: list[tuple[str, bool, bool]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -149,7 +141,7 @@ def test_changed_setting_retrains_after_failed_start(
     assert trained == [("again_d1", False, False), ("again_d1", False, True), ("again_d1", False, True)]
 
 
-def test_run_of_another_command_is_not_modified(base: Path, trained: list[tuple[str, bool, bool]]) -> None:
+def test_run_of_another_command_is_not_modified(trained: list[tuple[str, bool, bool]]) -> None:
     tiny_run.pretrain_run("depth=1", "name=mine_d1", "num_iterations=2")
     series = ("series=depths", "name=mine", "base.num_iterations=2")
     with pytest.raises(UserError, match=r"made by another command.*name="):
@@ -163,11 +155,11 @@ def test_run_of_another_command_is_not_modified(base: Path, trained: list[tuple[
 
 
 def test_budget_series_spends_budgets_and_skips_finished_runs(
-    base: Path, trained: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
+    trained: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     series = ("name=laws", "base.num_iterations=none", "base.eval.every_steps=none")
     run_series(*series, "depths=1,2,3", "budgets=6e8,1.2e9")
-    folder = base / "scaling_laws" / "laws"
+    folder = base_dir() / "scaling_laws" / "laws"
     rows = results(folder)
     cells = [(float(row["flops_budget"]), int(row["depth"])) for row in rows]
     assert cells == list(itertools.product((6e8, 1.2e9), (1, 2, 3)))
@@ -183,7 +175,7 @@ def test_budget_series_spends_budgets_and_skips_finished_runs(
     assert trained[6:] == [("laws_4e8_d2", False, False)], "a larger sweep keeps finished runs"
 
 
-def test_num_iterations_and_invalid_budgets_raise(base: Path) -> None:
+def test_num_iterations_and_invalid_budgets_raise() -> None:
     with pytest.raises(UserError, match="num_iterations"):
         run_series("base.num_iterations=3")
     with pytest.raises(UserError, match="budgets=1,0"):

@@ -1,7 +1,6 @@
 """Tiny fine-tuning end to end: loss decreases, bit-exact resume, the same on two ranks."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,11 @@ TUNE = (
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def base(corpus: Path) -> Path:
     """A base folder with a base model of two steps, and conversations."""
-    with tiny_run.base_folder(tmp_path_factory.mktemp("base")) as folder:
-        (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in CONVERSATIONS))
-        tiny_run.pretrain_run(*BASE)
-        yield folder
+    (corpus / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in CONVERSATIONS))
+    tiny_run.pretrain_run(*BASE)
+    return corpus
 
 
 def settings(base: Path, *more: str) -> list[str]:

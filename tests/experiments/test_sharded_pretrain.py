@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,37 +15,31 @@ import ranks
 import tiny_run
 
 from nanochat import checkpoint
+from nanochat.config import base_dir
 from nanochat.metrics import logger
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("corpus")]
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("device_batch_size=2", "checkpoint.every_steps=2", "checkpoint.keep_last=none", "eval.tokens=512")
 TINY += ("optim.warmup_steps=100",)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with texts, and a tokenizer."""
-    with tiny_run.base_folder(tmp_path_factory.mktemp("data")) as folder:
-        yield folder
-
-
-def arguments(data: Path, *more: str) -> list[str]:
+def arguments(*more: str) -> list[str]:
     """Return command-line arguments from settings, and options with their dashes."""
-    given = (*tiny_run.settings(*TINY), f"tokenizer={data / 'tokenizer'}", *more)
+    given = (*tiny_run.settings(*TINY), f"tokenizer={base_dir() / 'tokenizer'}", *more)
     return ["--experiment=pretrain", *(x if x.startswith("--") else f"--set={x}" for x in given)]
 
 
-def run(data: Path, base: Path, count: int, *more: str) -> str:
+def run(base: Path, count: int, *more: str) -> str:
     """Run a job of `count` ranks, and return their output."""
-    return "".join(ranks.launch(count, *arguments(data, *more), env={"NANOCHAT_BASE_DIR": str(base)}))
+    return "".join(ranks.launch(count, *arguments(*more), env={"NANOCHAT_BASE_DIR": str(base)}))
 
 
-def start(data: Path, base: Path, *more: str) -> subprocess.Popen[str]:
+def start(base: Path, *more: str) -> subprocess.Popen[str]:
     """Start a job of two ranks with torchrun, which restarts it once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    command += ["launch.py", *arguments(data, *more)]
+    command += ["launch.py", *arguments(*more)]
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -64,34 +58,34 @@ def assert_same_curves(base: Path, other: Path, rel: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base folder of a single-process run."""
     base = tmp_path_factory.mktemp("single")
-    run(data, base, 1)
+    run(base, 1)
     return base
 
 
-def test_two_ranks_match_single_process(data: Path, tmp_path: Path, single: Path) -> None:
-    output = run(data, tmp_path, 2, "sharding.mode=fsdp")
+def test_two_ranks_match_single_process(tmp_path: Path, single: Path) -> None:
+    output = run(tmp_path, 2, "sharding.mode=fsdp")
     assert re.search(r"sharding +fsdp on 1 x 2 ranks", output)
     assert output.count("done 6 of 6 steps") == 1  # printed by rank 0 only
     assert_same_curves(tmp_path, single, 1e-5)
 
 
-def test_resume_with_other_world_size_and_mode(data: Path, tmp_path: Path, single: Path) -> None:
-    run(data, tmp_path, 2, "sharding.mode=zero2")
+def test_resume_with_other_world_size_and_mode(tmp_path: Path, single: Path) -> None:
+    run(tmp_path, 2, "sharding.mode=zero2")
     for step in checkpoint.steps(checkpoints(tmp_path))[1:]:
         shutil.rmtree(checkpoints(tmp_path) / str(step))
-    output = run(data, tmp_path, 4, "--resume", "sharding.mode=hsdp", "sharding.shard_ranks=2", "device_batch_size=1")
+    output = run(tmp_path, 4, "--resume", "sharding.mode=hsdp", "sharding.shard_ranks=2", "device_batch_size=1")
     assert "resumed from step 2" in output
     assert_same_curves(tmp_path, single, 1e-5)
 
 
-def test_preempted_job_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
+def test_preempted_job_resumes_bit_for_bit(tmp_path: Path) -> None:
     settings = ("num_iterations=40", "sharding.mode=fsdp", "eval.every_steps=none")
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    run(data, unbroken, 2, *settings)
-    with ranks.start_launch(2, *arguments(data, *settings), env={"NANOCHAT_BASE_DIR": str(broken)}) as job:
+    run(unbroken, 2, *settings)
+    with ranks.start_launch(2, *arguments(*settings), env={"NANOCHAT_BASE_DIR": str(broken)}) as job:
         job.until(lambda: checkpoint.steps(checkpoints(broken)))
         job.send_signal(signal.SIGTERM)  # as a scheduler does
         finished = job.wait()
@@ -100,12 +94,12 @@ def test_preempted_job_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
     stopped = checkpoint.latest_step(checkpoints(broken))
     assert stopped is not None and stopped < 40, output
     assert f"stopped by SIGTERM; step {stopped} is saved" in output
-    run(data, broken, 2, *settings, "--resume")
+    run(broken, 2, *settings, "--resume")
     assert_same_curves(broken, unbroken, 0.0)
 
 
-def test_killed_rank_restarts_job_from_last_checkpoint(data: Path, tmp_path: Path) -> None:
-    process = start(data, tmp_path, "num_iterations=60", "optim.warmup_steps=1000")
+def test_killed_rank_restarts_job_from_last_checkpoint(tmp_path: Path) -> None:
+    process = start(tmp_path, "num_iterations=60", "optim.warmup_steps=1000")
     wait_until(lambda: len(checkpoint.steps(checkpoints(tmp_path))) > 1, process)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
@@ -117,9 +111,9 @@ def test_killed_rank_restarts_job_from_last_checkpoint(data: Path, tmp_path: Pat
     assert "done 60 of 60 steps" in output
 
 
-def test_restart_does_not_modify_run_of_another_job(data: Path, tmp_path: Path, single: Path) -> None:
+def test_restart_does_not_modify_run_of_another_job(tmp_path: Path, single: Path) -> None:
     shutil.copytree(single, tmp_path, dirs_exist_ok=True)
-    before, process = curve(tmp_path), start(data, tmp_path, "num_iterations=8")
+    before, process = curve(tmp_path), start(tmp_path, "num_iterations=8")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output
     assert len(re.findall("^error: run .* has checkpoints up to step 6: --resume", output, re.MULTILINE)) == 2

@@ -1,8 +1,6 @@
 """A tiny speedrun: interrupted, resumed, skipped, and rerun after a changed setting."""
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +10,11 @@ import torch
 
 from experiments import speedrun
 from nanochat import checkpoint, distributed, train
-from nanochat.config import UserError, override
+from nanochat.config import UserError, base_dir, override
 from nanochat.metrics import logger, run_folder
 from nanochat.train import pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("corpus")]
 
 STAGE = ("compile=false", "eval.every_steps=none", "eval.tokens=512", "eval.sample_tokens=2", "eval.prompts=hi")
 STAGE += ("checkpoint.every_steps=2", "metrics.every_steps=1", "train.chunk_tokens=100")
@@ -33,12 +31,6 @@ TINY = (
     *("report.sample_tokens=2", "report.answer_tokens=2", "report.questions=hi", "report.prompts=the cat"),
 )
 CPU = distributed.Runtime(0, 0, 1, 1, 0, torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tiny_run.base_folder(tmp_path_factory.mktemp("base")) as folder:
-        yield folder
 
 
 @pytest.fixture
@@ -58,12 +50,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, bool]]:
     return seen
 
 
-def settings(base: Path, *more: str) -> list[str]:
-    return [*TINY, f"source={base / 'text'}", *more]
+def settings(*more: str) -> list[str]:
+    return [*TINY, f"source={base_dir() / 'text'}", *more]
 
 
-def run_speedrun(base: Path, *more: str) -> None:
-    speedrun.run(override(speedrun.Config(), settings(base, *more)), distributed.init("cpu", "float32"))
+def run_speedrun(*more: str) -> None:
+    speedrun.run(override(speedrun.Config(), settings(*more)), distributed.init("cpu", "float32"))
 
 
 def steps(name: str) -> list[int]:
@@ -71,15 +63,15 @@ def steps(name: str) -> list[int]:
 
 
 def test_interrupted_speedrun_resumes_and_then_skips_finished_stages(
-    base: Path, calls: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
+    calls: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for run in ("fast", "fast_sft"):
         with tiny_run.stop_after(3, run):
-            run_speedrun(base, "name=fast")
+            run_speedrun("name=fast")
     out = capsys.readouterr().out
     assert "stopped during pretrain: run the same command again" in out and "stopped during sft" in out
     assert re.search(r"no estimate of time and cost: cpu", out) and "6 steps, 3.07k tokens" in out
-    run_speedrun(base, "name=fast")
+    run_speedrun("name=fast")
     assert calls == [
         ("data", False, False),
         ("tokenizer", False, False),
@@ -99,62 +91,63 @@ def test_interrupted_speedrun_resumes_and_then_skips_finished_stages(
     assert "| eval_chat" in page and "| tokenizer" in page and "rithmetic" in page and "user: hi" in page
     assert len(logger.read_evaluations(train.run_folder("fast"))) == 1
     del calls[:]
-    run_speedrun(base, "name=fast")
+    run_speedrun("name=fast")
     assert calls == [], "finished stages are skipped"
     assert capsys.readouterr().out.count("already done") == 6
 
 
 def test_changed_setting_reruns_its_stage_and_the_later_ones(
-    base: Path, calls: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
+    calls: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     series = ("name=again", "stages=data,tokenizer,pretrain,sft,eval_chat", "pretrain.num_iterations=2")
-    run_speedrun(base, *series, "sft.num_iterations=2")
+    run_speedrun(*series, "sft.num_iterations=2")
     assert [name for name, *_ in calls] == ["data", "tokenizer", "pretrain", "sft", "eval_chat"]
     before = pipeline.latest_checkpoint_id(train.run_folder("again"))
     del calls[:]
     series += ("sft.num_iterations=3",)
-    run_speedrun(base, *series, "sft.device_batch_size=4")
+    run_speedrun(*series, "sft.device_batch_size=4")
     assert calls == [("sft", False, True), ("eval_chat", False, False)]
     out = capsys.readouterr().out
     assert "rerun: num_iterations 2 → 3" in out and "rerun: an earlier stage ran again" in out
     assert steps("again_sft") == [1, 2, 3] and pipeline.latest_checkpoint_id(train.run_folder("again")) == before
     del calls[:]
-    run_speedrun(base, *series, "pretrain.optim.matrix_lr=0.05")
+    run_speedrun(*series, "pretrain.optim.matrix_lr=0.05")
     assert calls == [("pretrain", False, True), ("sft", False, True), ("eval_chat", False, False)]
     assert checkpoint.steps(train.run_folder("again") / "checkpoints.old") == [2], "the replaced checkpoints are kept"
     assert "pretrain   rerun" in capsys.readouterr().out
 
 
 def test_failed_evaluation_does_not_stop_the_run(
-    base: Path, calls: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
+    calls: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = ("name=part", "pretrain.num_iterations=1", "sft.num_iterations=1", "report.samples=false")
     with pytest.raises(UserError, match="eval_chat failed"):
-        run_speedrun(base, *short, "eval_chat.tasks=arithmetic:size=4,gsm8k:/nowhere")
+        run_speedrun(*short, "eval_chat.tasks=arithmetic:size=4,gsm8k:/nowhere")
     assert (train.run_folder("part_sft") / "report.md").exists(), "the report is written anyway"
     assert "next" in capsys.readouterr().out.lower()
     del calls[:]
-    run_speedrun(base, *short)
+    run_speedrun(*short)
     assert [name for name, *_ in calls] == ["eval_chat"]
 
 
-def test_invalid_stages_raise(base: Path) -> None:
+def test_invalid_stages_raise() -> None:
     with pytest.raises(UserError, match="in this order"):
-        run_speedrun(base, "stages=pretrain,data")
+        run_speedrun("stages=pretrain,data")
     with pytest.raises(UserError, match="expected one of data"):
-        run_speedrun(base, "stages=pretraining")
+        run_speedrun("stages=pretraining")
 
 
-def test_stages_inherit_name_device_and_source(base: Path) -> None:
-    config = speedrun.resolve(override(speedrun.Config(), settings(base, "name=x", "fp8=true")), CPU)
+def test_stages_inherit_name_device_and_source() -> None:
+    config = speedrun.resolve(override(speedrun.Config(), settings("name=x", "fp8=true")), CPU)
     assert (config.pretrain.name, config.sft.run, config.sft.name, config.eval_chat.run) == ("x", "x", "x_sft", "x_sft")
-    assert config.pretrain.tokenizer == config.tokenizer.out == str(base / "x_tokenizer")
-    assert {config.data.data.source, config.tokenizer.data.source, config.pretrain.data.source} == {str(base / "text")}
+    assert config.pretrain.tokenizer == config.tokenizer.out == str(base_dir() / "x_tokenizer")
+    sources = {stage.data.source for stage in (config.data, config.tokenizer, config.pretrain)}
+    assert sources == {str(base_dir() / "text")}
     assert config.pretrain.train.linear == "fp8" and config.sft.device == config.pretrain.device == "cpu"
     assert speedrun.resolve(speedrun.Config(), CPU).pretrain.train.linear == "dense"
 
 
-def test_estimate_shows_time_and_cost_on_a_known_gpu(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_shows_time_and_cost_on_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     eight = distributed.Runtime(0, 0, 8, 8, 0, torch.device("cuda", 0), torch.bfloat16)
     config = override(speedrun.Config(), ["pretrain.depth=4"])
@@ -163,8 +156,8 @@ def test_estimate_shows_time_and_cost_on_a_known_gpu(base: Path, monkeypatch: py
     assert "does not fit" in speedrun.estimate(override(config, ["pretrain.device_batch_size=4096"]), eight)
 
 
-def test_speedrun_on_two_ranks(base: Path) -> None:
-    short = settings(base, "name=two", "pretrain.num_iterations=2", "sft.num_iterations=2", "report.samples=false")
+def test_speedrun_on_two_ranks() -> None:
+    short = settings("name=two", "pretrain.num_iterations=2", "sft.num_iterations=2", "report.samples=false")
     outs = ranks.launch(2, "--experiment=speedrun", *(f"--set={setting}" for setting in short), timeout=500)
     assert "Next:" in outs[0] and not outs[1]
     chain = run_folder.ancestors(train.run_folder("two_sft"))
