@@ -28,5 +28,4 @@ def config() -> sft.Config:
 
 
 def run(config: sft.Config, runtime: distributed.Runtime) -> None:
-    """Mid-train a base run."""
     sft.train_stage(config, runtime, "mid", ("base",))

@@ -89,20 +89,20 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
     if runtime.is_main:
         prepare_data(config)
     distributed.barrier()
-    heading(3, f"pretraining: {config.num_iterations} steps")
+    print(f"\n3. pretraining: {config.num_iterations} steps", flush=True)
     pretrain.run(config, runtime)
     if config.sft_steps:
         name = f"{config.name}_sft"
-        heading(4, f"fine-tuning: {config.sft_steps} steps on sums, spelling and identity")
+        print(f"\n4. fine-tuning: {config.sft_steps} steps on sums, spelling and identity", flush=True)
         sft.run(sft_config(config), runtime)
-        heading(5, "evaluation on held-out problems")
+        print("\n5. evaluation on held-out problems", flush=True)
         evaluate(name)
     if config.sft_steps and config.rl_steps:
         name = f"{config.name}_rl"
-        heading(6, f"reinforcement learning: {config.rl_steps} steps on sums")
+        print(f"\n6. reinforcement learning: {config.rl_steps} steps on sums", flush=True)
         rl.run(rl_config(config), runtime)
         evaluate(name)
-    heading(7, "report")
+    print("\n7. report", flush=True)
     report.run(report.Config(**here, run=name, prompts=PROMPTS, questions=QUESTIONS, answer_tokens=64), runtime)
     print(f"quickstart took {format_duration(time.perf_counter() - start)}. Next:")
     for arguments, purpose in (
@@ -111,10 +111,6 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
         ("quickstart --set name=larger --set depth=6 --set num_iterations=1000", "train a larger model"),
     ):
         print(f"  python launch.py --experiment={arguments:<36}  {purpose}")
-
-
-def heading(number: int, text: str) -> None:
-    print(f"\n{number}. {text}", flush=True)
 
 
 def prepare_data(config: Config) -> None:

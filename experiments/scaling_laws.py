@@ -127,7 +127,7 @@ def trained(config: pretrain.Config, folder: Path, runtime: distributed.Runtime)
     train.pipeline.run_if_needed(
         folder / "runs" / f"{config.name}.json",
         config,
-        lambda settings: pretrain.run(settings, runtime),
+        functools.partial(pretrain.run, runtime=runtime),
         folder=run_folder,
         has_output=(run_folder / metrics.logger.FILE).exists,
     )
@@ -157,7 +157,6 @@ def trained(config: pretrain.Config, folder: Path, runtime: distributed.Runtime)
 
 
 def write(folder: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """Write results.csv."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -166,8 +165,6 @@ def write(folder: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) 
 
 
 def summary(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Return columns of the results as a table."""
-
     def cell(name: str, value: Any) -> str:
         if value is None:
             return "-"

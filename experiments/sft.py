@@ -92,7 +92,6 @@ config = Config
 
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
-    """Fine-tune a base or mid-trained run."""
     train_stage(config, runtime, "sft", ("base", "mid"))
 
 

@@ -16,6 +16,7 @@ takes about three hours at 50% MFU, and the other stages about one hour.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -73,8 +74,6 @@ class Config:
 
 
 class Stage(NamedTuple):
-    """A stage to run."""
-
     name: Name
     config: Any
     description: str
@@ -106,7 +105,17 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
             report.make(stage.config, runtime, other)
             continue
         try:
-            status = run_stage(config, stage, after, runtime)
+            status = train.pipeline.run_if_needed(
+                status_file(config, stage.name),
+                stage.config,
+                functools.partial(EXPERIMENTS[stage.name].run, runtime=runtime),
+                after=after,
+                folder=stage.run_dir,
+                has_output=stage.has_output,
+            )
+        except SystemExit:
+            print(f"stopped during {stage.name}: run the same command again to resume")
+            raise
         except distributed.LostRankError:
             raise
         except UserError as error:
@@ -163,7 +172,6 @@ def status_file(config: Config, name: str) -> Path:
 
 
 def make_stages(config: Config) -> list[Stage]:
-    """Return the selected stages."""
     base_run, sft_run = train.run_folder(config.name), train.run_folder(f"{config.name}_sft")
 
     def pretrained() -> bool:  # then data and tokenizer may be deleted: a run has its own copy of the tokenizer
@@ -195,22 +203,6 @@ def make_stages(config: Config) -> list[Stage]:
 
 def has_steps(run_dir: Path) -> bool:
     return bool(checkpoint.steps(run_dir / "checkpoints"))
-
-
-def run_stage(config: Config, stage: Stage, after: str, runtime: distributed.Runtime) -> train.StageStatus:
-    """Run a stage unless it is done, and return its status."""
-
-    def run_experiment(settings: Any) -> None:
-        try:
-            EXPERIMENTS[stage.name].run(settings, runtime)
-        except SystemExit:
-            print(f"stopped during {stage.name}: run the same command again to resume")
-            raise
-
-    path = status_file(config, stage.name)
-    return train.pipeline.run_if_needed(
-        path, stage.config, run_experiment, after=after, folder=stage.run_dir, has_output=stage.has_output
-    )
 
 
 # Messages
@@ -265,15 +257,12 @@ def estimate(config: Config, runtime: distributed.Runtime) -> str:
 
 
 def next_steps(config: Config, seconds: float) -> str:
-    """Return the total time and the next commands."""
     run = final_run(config)
-    lines = [f"speedrun {config.name} took {format_duration(seconds)}. Next:"]
+    commands = [f"  python launch.py --experiment=chat --set run={run} --set complete=true --set prompt=..."]
     if "sft" in config.stages:
-        lines += [
+        commands = [
             f"  python launch.py --experiment=chat --set run={run}     chat in the terminal",
             f"  python launch.py --experiment=web --set run={run}      chat in a browser",
             f"  torchrun launch.py --experiment=rl --set run={run}     RL on GSM8K",
         ]
-    else:
-        lines.append(f"  python launch.py --experiment=chat --set run={run} --set complete=true --set prompt=...")
-    return "\n".join(lines)
+    return "\n".join([f"speedrun {config.name} took {format_duration(seconds)}. Next:", *commands])

@@ -17,7 +17,6 @@ from nanochat.train.config import StageConfig, run_folder
 from nanochat.train.step import TrainState
 
 Config = TypeVar("Config", bound=StageConfig)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +105,7 @@ def init_state_from(
     """
     checkpoints, spec, dtype = base.folder / "checkpoints", model.spec(base.shape), runtime.compute_dtype
     if moments and base.moments:
-        stored = DTYPES[checkpoint.inspect(base.folder, base.step).state["params.wte"]["dtype"]]
+        stored = getattr(torch, checkpoint.inspect(base.folder, base.step).state["params.wte"]["dtype"])
         params = model.init(base.shape, 0, device="meta", dtype=stored, sharding_plan=sharding_plan)
         abstract = train.init(params, spec, stored, sharding_plan)
         state, _, _ = checkpoint.restore(checkpoints, abstract, base.step, device=runtime.device)

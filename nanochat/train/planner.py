@@ -309,9 +309,7 @@ def communication_seconds(
 class Estimate(NamedTuple):
     """What a run on given GPUs takes."""
 
-    memory: Memory  # of one rank
     rows: int  # of a micro-batch
-    micro_batches: int  # of a step on one rank
     traffic: dict[str, float]
     compute_seconds: float  # of a step: matrix products at the given MFU
     exposed_seconds: float  # of a step: communication that is not hidden
@@ -331,7 +329,7 @@ def estimate(
     rows: int | None = None,
     dollars_per_hour: float | None = None,
 ) -> Estimate | None:
-    """Return memory, time and cost of a run, or None if it does not fit.
+    """Return batch, time and cost of a run, or None if it does not fit.
 
     Collectives of every micro-batch (fsdp, hsdp) overlap with computation as long as that lasts; those once a step do
     not overlap.
@@ -347,8 +345,7 @@ def estimate(
     if rows is None:
         return None
     micro_batches = rows_per_rank // rows
-    needed = memory(shape, setup, rows=rows, micro_batches=micro_batches)
-    if not fits(needed, capacity):
+    if not fits(memory(shape, setup, rows=rows, micro_batches=micro_batches), capacity):
         return None
     sent = traffic(shape, setup, micro_batches=micro_batches)
     peak_flops = gpu.half_flops if setup.dtype.itemsize == 2 else gpu.single_flops
@@ -358,6 +355,4 @@ def estimate(
     seconds = compute + exposed
     hours = plan.num_steps * seconds / 3600
     dollars = hours * setup.world_size * (gpu.dollars_per_hour if dollars_per_hour is None else dollars_per_hour)
-    return Estimate(
-        needed, rows, micro_batches, sent, compute, exposed, plan.total_batch_size / seconds, hours, dollars
-    )
+    return Estimate(rows, sent, compute, exposed, plan.total_batch_size / seconds, hours, dollars)

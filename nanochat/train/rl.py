@@ -226,15 +226,13 @@ def summary(groups: Sequence[Sequence[Rollout]], seconds: float) -> Metrics:
     }
 
 
-def pass_at_k(
-    engine: Engine, tok: Tokenizer, task: Task, problems: int, config: RolloutConfig, *, max_k: int = MAX_K
-) -> dict[str, float]:
+def pass_at_k(engine: Engine, tok: Tokenizer, task: Task, problems: int, config: RolloutConfig) -> dict[str, float]:
     """Return {"rl/pass_at_1": …, "rl/pass_at_8": …}: the fraction of problems that one of the first k answers solves.
 
     Args:
         problems: how many rows of the task, the first ones. config: of the sampling; its seeds are always the same.
     """
     settings = {name: getattr(config, name) for name in ("temperature", "top_k", "max_tokens")}
-    sampling = ChatEvalConfig(samples=max_k, **settings)
+    sampling = ChatEvalConfig(samples=MAX_K, **settings)
     solved = chat_eval.sample_answers(engine, tok, task, range(min(problems, task.size)), sampling)
-    return {f"rl/pass_at_{k}": sum(any(row[:k]) for row in solved) / len(solved) for k in range(1, max_k + 1)}
+    return {f"rl/pass_at_{k}": sum(any(row[:k]) for row in solved) / len(solved) for k in range(1, MAX_K + 1)}

@@ -23,6 +23,7 @@ from nanochat.tasks import Task
 
 STATE_VERSION = 1
 RENDER_THREADS, RENDERED_AHEAD = 4, 64  # the tokenizer releases the GIL
+PREFETCHED_BATCHES = 4
 
 State = dict[str, Any]
 Batches = Generator[tuple[dict[str, Tensor], State, dict[str, float]], None, None]
@@ -54,7 +55,6 @@ def batches(
     world_size: int = 1,
     state: State | None = None,
     device: torch.device | str = "cpu",
-    prefetch_batches: int = 4,
 ) -> Batches:
     """Yield (this rank's batch, the state after it, statistics) until the end of the last epoch.
 
@@ -66,7 +66,6 @@ def batches(
     Args:
         task: read in its order.
         state: a JSON value; continue bit for bit after the batch that it came with.
-        prefetch_batches: prepared ahead of time, in a thread.
     """
     if packing.rows_per_step % (packing.micro_rows * world_size):
         raise UserError(
@@ -85,7 +84,7 @@ def batches(
         if position["version"] != STATE_VERSION or changes:
             raise UserError(f"cannot resume with other data ({'; '.join(changes)}): change it back, or start a new run")
     steps = _steps(task, tok, packing, {**position, "made_of": made_of}, rank, world_size)
-    return _to_device(prefetch(steps, prefetch_batches), torch.device(device))
+    return _to_device(prefetch(steps, PREFETCHED_BATCHES), torch.device(device))
 
 
 def _to_device(steps: Batches, device: torch.device) -> Batches:

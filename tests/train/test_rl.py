@@ -172,8 +172,9 @@ def test_prompt_batches_wrap_around_and_resume():
 
 def test_pass_at_k_is_any_of_the_first_k(monkeypatch: pytest.MonkeyPatch):
     solved = [[False, False, True], [True, False, False], [False, False, False], [False, True, True]]
+    monkeypatch.setattr(rl, "MAX_K", 3)
     monkeypatch.setattr(rl.chat_eval, "sample_answers", lambda *_: solved)
-    got = rl.pass_at_k(make_engine(), TOK, task(), 4, ROLLOUTS, max_k=3)
+    got = rl.pass_at_k(make_engine(), TOK, task(), 4, ROLLOUTS)
     assert got == {"rl/pass_at_1": 0.25, "rl/pass_at_2": 0.5, "rl/pass_at_3": 0.75}
 
 
