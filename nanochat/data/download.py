@@ -4,6 +4,7 @@ A file is written to `<name>.part`, which the next attempt resumes, and renamed 
 hub states one) and its content are right.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -87,10 +89,11 @@ def climbmix(
                 return name, _fetch(f"{base_url}/{name}", folder / name, options, _check_parquet, bar)
 
             # The validation shard comes first and alone: without a network one file fails, not thousands.
-            first = 1 if missing[:1] == names[:1] else 0
-            for part in (missing[:first], missing[first:]):
+            parts = [missing[:1], missing[1:]] if missing[:1] == names[:1] else [missing]
+            for part in parts:
                 for name, problem in pool.imap_unordered(fetch_shard, part):
-                    failed |= {name: problem} if problem else {}
+                    if problem:
+                        failed[name] = problem
                     if problem == DISK_FULL:
                         break
                 if failed:
@@ -164,9 +167,10 @@ def _attempt(url: str, path: Path, check: Check, bar: tqdm) -> str:
     with part.open("ab") as file:
         if size is not None and file.tell() > size:  # of another version
             file.seek(file.truncate(0))
-        headers = {"Accept-Encoding": "identity"}
+        options: dict[str, Any] = {"headers": {"Accept-Encoding": "identity"}, "expected_size": size}
+        options["tqdm_class"] = lambda **_: contextlib.nullcontext(bar)  # all files share one bar
         try:
-            http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size, _tqdm_bar=bar)
+            http_get(url, file, resume_size=file.tell(), **options)
         except HfHubHTTPError:
             if not file.tell():
                 part.unlink()

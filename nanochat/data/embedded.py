@@ -57,13 +57,11 @@ def build(folder: Path) -> None:
     """
     train: list[str] = []
     val: list[str] = []
-    collecting = gc.isenabled()
     gc.disable()  # takes a third of the time, as syntax trees are millions of objects without cycles
     try:
         corpus = documents()
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
     for subject, text in sorted(corpus, key=lambda document: _hash(document[1])):
         is_val = int(_hash(subject)[:8], 16) < VAL_FRACTION * 2**32
         (val if is_val else train).append(text)

@@ -31,7 +31,7 @@ SUFFIXES = (".parquet", ".jsonl")
 SHARD_CHARS = 250_000_000  # of shards that are written here, about
 VAL_CHARS = 10_000_000
 DATA_COMMAND = "torchrun launch.py --experiment=data"
-Rows = Iterable[Any]  # mappings from column to value
+Rows = Iterator[Any]  # mappings from column to value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +87,11 @@ def shards_of(config: DataConfig, split: Literal["train", "val"]) -> list[Shard]
     """Return the shards of a split, in order."""
     folder = folder_of(config)
     paths = [folder] if folder.is_file() else _shard_paths(folder)
-    if not paths:
-        raise UserError(f"data.source={config.source}: no *.parquet or *.jsonl in {folder}")
-    if len(paths) == 1:
-        return [_shard(paths[0], split)]
-    return [_shard(path, "all") for path in (paths[:-1] if split == "train" else paths[-1:])]
-
-
-def _shard(path: Path, part: Literal["all", "train", "val"]) -> Shard:
-    stat = path.stat()
-    return Shard(path, f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}:{part}", part)
+    part = split
+    if len(paths) > 1:
+        paths, part = (paths[:-1] if split == "train" else paths[-1:]), "all"
+    stats = [path.stat() for path in paths]
+    return [Shard(p, f"{p.name}:{s.st_size}:{s.st_mtime_ns}:{part}", part) for p, s in zip(paths, stats)]
 
 
 def _shard_paths(folder: Path) -> list[Path]:
@@ -256,8 +251,8 @@ def _from_hub(source: str, text_column: str) -> Path:
     if not name or len(rest) > 2:
         raise UserError(f"data.source={source}: expected hub:<dataset>[:<config>[:<split>]]")
     subset, split = [*rest, "", ""][:2]
-    load = functools.partial(_load_dataset, name, subset or None, split=split or "train")
-    return _written(_slug(f"{name}:{subset}:{split or 'train'}:{text_column}"), load, source, text_column)
+    rows = _stream(name, subset or None, split=split or "train")
+    return _written(_slug(f"{name}:{subset}:{split or 'train'}:{text_column}"), rows, source, text_column)
 
 
 def _from_disk(path: Path, text_column: str) -> Path:
@@ -267,45 +262,46 @@ def _from_disk(path: Path, text_column: str) -> Path:
         raise UserError(f"data.source={path}: the folder is empty")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(json.dumps([str(path.resolve()), text_column, stats]).encode()).hexdigest()[:16]
-    return _written(f"{_slug(path.stem)}-{digest}", functools.partial(_load_local, path), str(path), text_column)
+    return _written(f"{_slug(path.stem)}-{digest}", _local_rows(path), str(path), text_column)
 
 
-def _load_dataset(*args: Any, **options: Any) -> Rows:
+def _stream(*args: Any, **options: Any) -> Rows:
     import datasets  # takes seconds to import, and few sources need it
 
-    return datasets.load_dataset(*args, streaming=True, **options)
+    yield from datasets.load_dataset(*args, streaming=True, **options)
 
 
-def _load_local(path: Path) -> Rows:
+def _local_rows(path: Path) -> Rows:
+    kinds = {".csv": "csv", ".json": "json", ".txt": "text"}
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         import datasets
 
         saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.Dataset):
-            return saved
-        if "train" not in saved:
-            names = ", ".join(map(str, saved))
-            raise UserError(f"data.source={path}: no split train; name one of {names}: {path}/<split>")
-        return saved["train"]
-    if path.is_dir():
-        return _load_dataset(str(path), split="train")
-    kinds = {".csv": "csv", ".json": "json", ".txt": "text"}
-    if path.suffix not in kinds:
+        if isinstance(saved, datasets.DatasetDict):
+            if "train" not in saved:
+                names = ", ".join(map(str, saved))
+                raise UserError(f"data.source={path}: no split train; name one of {names}: {path}/<split>")
+            saved = saved["train"]
+        yield from saved
+    elif path.is_dir():
+        yield from _stream(str(path), split="train")
+    elif path.suffix in kinds:
+        yield from _stream(kinds[path.suffix], data_files=str(path), split="train")
+    else:
         raise UserError(f"data.source={path}: expected a folder or a file of .parquet, .jsonl, {', '.join(kinds)}")
-    return _load_dataset(kinds[path.suffix], data_files=str(path), split="train")
 
 
 def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "__", text).strip("_") or "data"
 
 
-def _written(name: str, load: Callable[[], Rows], source: str, text_column: str) -> Path:
-    """Write the loaded documents as shards. Every hundredth, up to VAL_CHARS in all, goes to the validation shard."""
+def _written(name: str, rows: Rows, source: str, text_column: str) -> Path:
+    """Write the documents of `rows` as shards. Every hundredth, up to VAL_CHARS in all, is for validation."""
     val: list[str] = []
 
     def train() -> Iterator[str]:
         val_chars = 0
-        for number, text in enumerate(_texts_of(load, source, text_column)):
+        for number, text in enumerate(_texts_of(rows, source, text_column)):
             if number % 100 == 1 and val_chars < VAL_CHARS:
                 val.append(text)
                 val_chars += len(text)
@@ -322,9 +318,9 @@ def _written(name: str, load: Callable[[], Rows], source: str, text_column: str)
     return folder
 
 
-def _texts_of(load: Callable[[], Rows], source: str, text_column: str) -> Iterator[str]:
+def _texts_of(rows: Rows, source: str, text_column: str) -> Iterator[str]:
     try:
-        for row in load():
+        for row in rows:
             if text_column not in row:
                 raise _no_column(f"data.source={source}", text_column, row)
             text = row[text_column]
@@ -348,7 +344,11 @@ def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(f".{folder.name}.lock")):
+        with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+            with contextlib.suppress(ImportError):  # Windows has no fcntl: every process builds its own copy
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system when the process dies
             if folder.is_dir():
                 return
             shutil.rmtree(temporary, ignore_errors=True)
@@ -362,14 +362,3 @@ def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> None:
             raise UserError(f"{problem}: free disk space, or set NANOCHAT_BASE_DIR") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on `path`, which the system releases when the process dies."""
-    with path.open("w") as file:
-        with contextlib.suppress(ImportError):  # Windows has no fcntl: every process builds its own copy
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

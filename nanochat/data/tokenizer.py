@@ -250,18 +250,12 @@ def save(tokenizer: Tokenizer, folder: Path | str) -> None:
 
 def load(folder: Path | str) -> Tokenizer:
     """Load and verify the tokenizer that `save` wrote into `folder`; an error names file and line."""
-    path = Path(folder) / TOKENS_FILE
+    path, number, tokens = Path(folder) / TOKENS_FILE, 1, []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: train a tokenizer with `{TRAIN_COMMAND}`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}); train again with `{TRAIN_COMMAND}`") from None
-    number, tokens = 1, []
-    try:
         header = json.loads(lines[0])
         if header["format"] != FORMAT:
-            raise UserError(f"{path}: format {header['format']!r} is not supported, expected {FORMAT!r}")
+            raise ValueError(f"format {header['format']!r} is not supported, expected {FORMAT!r}")
         for number, line in enumerate(lines[1:-1], start=2):
             token, rank = line.split(" ")
             tokens.append(base64.b64decode(token, validate=True))
@@ -274,8 +268,10 @@ def load(folder: Path | str) -> Tokenizer:
         if tokenizer.fingerprint != header["fingerprint"]:
             raise ValueError("the tokens do not match the header's fingerprint")
         tokenizer.encoding.encode_ordinary("")
-    except UserError:
-        raise
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: train a tokenizer with `{TRAIN_COMMAND}`") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     except Exception as error:  # tiktoken reports a bad pattern or token table as a bare ValueError or AssertionError
         problem = f"{path} line {number}: {type(error).__name__}: {reason(error)}"
         raise UserError(f"{problem}; the file is corrupt, train again with `{TRAIN_COMMAND}`") from None

@@ -42,7 +42,9 @@ def spellingbee(split: str = "train", *, source: str | Path | None = None, size:
         split: train or test; a word may occur in both. source: as for `load_words`.
         size: number of rows; None: 80,000 of train, 256 of test.
     """
-    words, questions = load_words(source), phrasings()
+    words = load_words(source)
+    lines = data_file("spelling_questions.txt", None).read_text("utf-8").splitlines()
+    questions = [line for line in lines if not line.startswith("# ")]
 
     def make_row(rng: random.Random) -> Conversation:
         word = rng.choice(words)
@@ -57,12 +59,6 @@ def spellingbee(split: str = "train", *, source: str | Path | None = None, size:
         return qa_conversation(question, counting_answer(word, letter))
 
     return generated("spellingbee", split, size, train_rows=80_000, make_row=make_row, is_correct=match_final_number)
-
-
-def phrasings() -> tuple[str, ...]:
-    """Return the ways to ask how many of a letter are in a word, in seven languages."""
-    lines = data_file("spelling_questions.txt", None).read_text("utf-8").splitlines()
-    return tuple(line for line in lines if not line.startswith("# "))
 
 
 def counting_answer(word: str, letter: str) -> list[dict[str, str]]:

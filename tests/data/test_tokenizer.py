@@ -216,8 +216,10 @@ def test_missing_or_unusable_file_is_refused(tok: Tokenizer, tmp_path: Path):
     with pytest.raises(UserError, match="line 1: ValueError: Parsing error"):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.txt").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"line 1: UnicodeDecodeError.*train again"):
         tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="cannot be read: Not a directory"):
+        tokenizer.load(tmp_path / "tokenizer.txt")
     with pytest.raises(UserError, match=r"token_bytes.txt cannot be written: (File exists|Not a directory)"):
         tokenizer.save(tok, tmp_path / "tokenizer.txt")
 
