@@ -235,7 +235,6 @@ def measure_core(config: CoreConfig, runtime: distributed.Runtime) -> None:
 
 
 def load_core_model(config: CoreConfig, runtime: distributed.Runtime) -> checkpoint.Pretrained:
-    """Return the trained model, or one of random weights."""
     import torch
 
     from experiments import _bench

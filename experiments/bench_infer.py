@@ -192,7 +192,6 @@ def prefill(
 
 
 def random_prompt(loaded: checkpoint.Pretrained, count: int, seed: int) -> tuple[int, ...]:
-    """Return random ids of plain tokens."""
     return tuple(random.Random(seed).choices(range(loaded.config.vocab_size - 9), k=count))
 
 
@@ -332,7 +331,6 @@ def ask(config: ServerConfig, seed: int) -> Answer:
 
 
 def request(config: ServerConfig, method: str, path: str, **options: Any) -> requests.Response:
-    """Return the response to a request, its body unread."""
     session = requests.Session()
     session.trust_env = False  # no proxy in between
     if config.token:

@@ -249,7 +249,6 @@ def sweep(config: Config, runtime: distributed.Runtime) -> None:
 
 
 def combinations(config: Config, runtime: distributed.Runtime) -> list[dict[str, Any]]:
-    """Return the settings of every combination of a sweep, by the names of its columns."""
     from experiments import _bench
 
     gpu, several = runtime.device.type == "cuda", runtime.world_size > 1
@@ -328,7 +327,6 @@ SCALING_RESULTS += ("sent_bytes_expected", "communication_share", "communication
 
 
 def scaling_ranks(config: Config, runtime: distributed.Runtime) -> list[int]:
-    """Return the numbers of ranks to measure, ascending."""
     import torch
 
     most = torch.cuda.device_count() if runtime.device.type == "cuda" else os.cpu_count() or 1

@@ -38,7 +38,6 @@ NEUTRAL = {
 
 
 def reference_name(name: str) -> str:
-    """Return the reference's name of one of our parameters."""
     if not name.startswith("layers."):
         return NAMES.get(name, name)
     _, layer, rest = name.split(".", 2)

@@ -99,7 +99,6 @@ def inspect(run: str | Path | None = None, step: int | None = None) -> Checkpoin
 
 
 def load_tokenizer(info: CheckpointInfo) -> Tokenizer:
-    """Return the tokenizer that a checkpoint's model was trained with."""
     if tokenizer.TOKENS_FILE not in info.files:
         raise UserError(
             f"checkpoint {info.path} has no tokenizer; for a converted checkpoint, convert again with --set ranks=… "
@@ -172,7 +171,6 @@ def _saved_at(folder: Path) -> float:
 
 
 def describe_model(loaded: Pretrained) -> str:
-    """Return a line for the log."""
     embedding, config = loaded.params["wte"], loaded.config
     return (
         f"{loaded.name}, step {loaded.step} ({loaded.stage}): {format_count(model.count(config)['total'])} parameters, "

@@ -132,7 +132,6 @@ def results(runs: Sequence[RunInfo]) -> str:
 
 
 def core_tasks(runs: Sequence[RunInfo]) -> str:
-    """Return the CORE tasks by stage, collapsed; empty if there are none."""
     suffix = "/accuracy"
     scores = {run.stage.upper(): run_folder.scores(run) for run in runs}
     names = {name for of_run in scores.values() for name in of_run if name.startswith("core/")}

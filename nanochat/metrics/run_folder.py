@@ -117,31 +117,31 @@ def scores(run: RunInfo) -> dict[str, Score]:
     return latest
 
 
+# What a run took, on all ranks together and forward and backward; None: it was not recorded.
+
+
 def step_seconds(run: RunInfo) -> float | None:
-    """Return the median time of a step, without evaluations and saving, or None if none was recorded."""
+    """Return the median time of a step, without evaluations and saving."""
     _, seconds = logger.curve(run.rows, "perf/step_seconds")
     return statistics.median(seconds[1:] or seconds) if seconds else None  # the first step compiles
 
 
 def train_seconds(run: RunInfo) -> float | None:
-    """Return the time of all steps, by the median step."""
     each = step_seconds(run)
     return None if each is None else each * run.last_step
 
 
 def wall_seconds(run: RunInfo) -> float | None:
-    """Return the time since the first step, evaluations included, or None if it was not recorded."""
+    """Return the time since the first step, evaluations included."""
     _, seconds = logger.curve(run.rows, "perf/wall_seconds")
     return seconds[-1] if seconds else None
 
 
 def step_tokens(run: RunInfo) -> float | None:
-    """Return the tokens of a step on all ranks, or None if they were not recorded."""
     steps, tokens = logger.curve(run.rows, "train/tokens")
     return tokens[-1] / steps[-1] if steps else None
 
 
 def step_flops(run: RunInfo) -> float | None:
-    """Return the FLOPs of a step, forward and backward, or None if they are unknown."""
     tokens, shape = step_tokens(run), run.shape
     return tokens * model.flops_per_token(shape) if tokens and shape else None
