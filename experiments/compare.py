@@ -82,7 +82,6 @@ class Run(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings by dotted name."""
         return self.info.meta.get("config", {})
 
     @property
@@ -110,15 +109,12 @@ class Side(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The comparison at `limit` of an axis: bits per byte of each run of both sides, and their difference."""
-
-    limit: float
-    values: tuple[list[float], list[float]]
+    limit: float  # FLOPs or minutes
+    values: tuple[list[float], list[float]]  # bits per byte of each run of both sides
     interval: Interval
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Find the runs, measure them on the same text, and report how they differ."""
     if len(config.args) != 2:
         raise UsageError("compare takes two arguments, the runs: python launch.py --experiment=compare <a> <b>")
     with distributed.raise_on_any_failure():
@@ -205,7 +201,6 @@ def measure(config: Config, runtime: Runtime, sides: Sequence[Side]) -> tuple[st
         texts = [] if same_rows else documents(config, runs, toks, tokens)
     sizes, measured = np.zeros(0), []
     for run, tok in zip(runs, toks):
-        name = run.info.name
         with distributed.raise_on_any_failure():
             loaded = checkpoint.load(run.info.folder, step=run.step, device=runtime.device, dtype=runtime.compute_dtype)
         compute = model.Compute(dtype=runtime.compute_dtype)
@@ -217,10 +212,10 @@ def measure(config: Config, runtime: Runtime, sides: Sequence[Side]) -> tuple[st
         turns = itertools.zip_longest(*distributed.all_gather_object(by_batch), fillvalue=[])
         nats, run_sizes = np.array([row for turn in turns for rows in turn for row in rows], np.float64).T
         if len(sizes) and not np.array_equal(run_sizes, sizes):
-            raise UserError(f"run {name} was measured on different text: did the validation data change?")
+            raise UserError(f"run {run.info.name} was measured on different text: did the validation data change?")
         sizes = run_sizes
         measured.append(run._replace(nats=nats))
-        print(f"{name}: {nats.sum() / math.log(2) / sizes.sum():.4f} bits per byte", flush=True)
+        print(f"{run.info.name}: {nats.sum() / math.log(2) / sizes.sum():.4f} bits per byte", flush=True)
     n = len(sides[0].runs)
     sides = [Side(sides[0].name, measured[:n]), Side(sides[1].name, measured[n:])]
     return "rows" if same_rows else "documents", sizes, sides
@@ -243,13 +238,12 @@ def documents(config: Config, runs: Sequence[Run], toks: Sequence[Tokenizer], to
     contexts, sizes = [run.context for run in runs], [tokenizer.token_bytes(tok) for tok in toks]
     texts, read = [], 0
     for text in sources.texts(source, "val"):
-        encoded = text.encode()
         ids = [tok.encode(text)[:context] for tok, context in zip(toks, contexts)]
         end = min(int(size[i].sum()) for size, i in zip(sizes, ids))
-        while (prefix := encoded[:end].decode(errors="ignore")) and any(
-            len(tok.encode(prefix)) > context for tok, context in zip(toks, contexts)
-        ):
+        prefix = text.encode()[:end].decode(errors="ignore")
+        while any(len(tok.encode(prefix)) > context for tok, context in zip(toks, contexts)):
             end -= 8  # the last bytes may take more tokens at the end of a text than within it
+            prefix = text.encode()[:end].decode(errors="ignore")
         if prefix:
             texts.append(prefix)
             read += len(ids[0])
@@ -277,16 +271,14 @@ def padded(texts: Sequence[str], tok: Tokenizer, context: int, runtime: Runtime)
 
 
 def compare(sides: Sequence[Side], sizes: np.ndarray, axis: str, limit: float) -> Comparison | None:
-    """Return the comparison at `limit` of an axis, or None if a run's first evaluation comes after it.
-
-    A run's value is the one measured at its checkpoint, shifted along the run's own curve from there to the limit.
-    """
+    """Return the comparison at `limit` of an axis, or None if a run's first evaluation comes after it."""
     values: tuple[list[float], list[float]] = ([], [])
     for side, side_values in zip(sides, values):
         for run in side.runs:
             at_limit, at_step = run.bpb_at(axis, limit), run.bpb_at(axis, run.per_step[axis] * run.step)
             if at_limit is None or at_step is None:
                 return None
+            # Measured at the checkpoint, and shifted along the run's own curve from there to the limit.
             side_values.append(float(run.nats.sum() / math.log(2) / sizes.sum()) + at_limit - at_step)
     a, b = (np.mean([run.nats for run in side.runs], axis=0) for side in sides)
     _, error = eval.significance.paired_difference(a, b, sizes)
@@ -324,13 +316,9 @@ def notes(sides: Sequence[Side], limit: float) -> Iterator[str]:
 
 
 def conclusion(sides: Sequence[Side], results: dict[str, Comparison | None]) -> str:
-    """Return how the sides differ, in one sentence."""
     a, b = (side.name for side in sides)
     parts = []
-    for axis, result in results.items():
-        if result is None:
-            continue
-        i = result.interval
+    for axis, i in [(axis, result.interval) for axis, result in results.items() if result]:
         if i.is_significant:
             low, high = sorted((abs(i.low), abs(i.high)))
             better = b if i.difference < 0 else a
@@ -344,7 +332,6 @@ def conclusion(sides: Sequence[Side], results: dict[str, Comparison | None]) -> 
 
 
 def coverage(sides: Sequence[Side], unit: str, count: int) -> str:
-    """Return what the interval covers, in one sentence."""
     runs = [len(side.runs) for side in sides]
     text = f"the choice of validation text ({count:,} {unit}, paired)"
     if max(runs) == 1:

@@ -72,9 +72,7 @@ def run(config: Config, runtime: Runtime) -> None:
         meta = json.loads(jsonl.read_text(Path(config.meta)))
         shape = checkpoint.convert.config_from_reference(dict(meta["model_config"]))
     except (ValueError, TypeError, KeyError):
-        raise UserError(
-            f"{config.meta}: no JSON object with a model_config; use the meta_*.json next to the model"
-        ) from None
+        raise UserError(f"{config.meta}: has no model_config; use the meta_*.json next to the model") from None
     params = checkpoint.convert.load_reference(Path(config.model), shape)
     folder = stage.run_folder(config.name)
     if checkpoint.steps(folder / "checkpoints"):

@@ -13,7 +13,7 @@ but this command shows what is in it. Prints the folder, its shards and the next
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nanochat.config import base_dir
 from nanochat.data import DataConfig, Options, download, sources, tokenizer
@@ -22,8 +22,6 @@ from nanochat.text import table
 
 if TYPE_CHECKING:
     from nanochat.distributed import Runtime
-
-SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +56,15 @@ def run(config: Config, runtime: Runtime) -> None:
         print(f"{fetched} files fetched now" if fetched else "all of them were there already")
         if config.bundle_url:
             print(f"evaluation bundle: {core_bundle.fetch(url=config.bundle_url, options=config.download)}")
-    shards = {split: sources.shards_of(config.data, split) for split in SPLITS}
     rows = []
-    for split, files in shards.items():
+    for split in sources.SPLITS:
+        files = sources.shards_of(config.data, split)
         megabytes = sum(shard.path.stat().st_size for shard in files) / 1e6
         part = " (part of it)" if files[0].part != "all" else ""
         rows.append([split, f"{len(files)} shards", f"{megabytes:,.1f} MB{part}"])
     print(table(rows))
-    first = sources.read_block(shards["train"][0], 0, config.data.text_column)
-    print(f"in {sources.folder_of(config.data)}; the first document begins: {first[0][:60]!r}")
+    first = next(sources.texts(config.data, "train"))
+    print(f"in {sources.folder_of(config.data)}; the first document begins: {first[:60]!r}")
     setting = "" if source == DataConfig().source else f" --set data.source={source}"
     trained = (tokenizer.default_dir() / tokenizer.TOKENS_FILE).exists()
     print(f"next: torchrun launch.py --experiment={'pretrain_d20' if trained else 'tokenizer'}{setting}")

@@ -33,7 +33,7 @@ from nanochat.text import format_duration, table_row
 if TYPE_CHECKING:
     from nanochat.checkpoint import CheckpointInfo, Pretrained
     from nanochat.distributed import Runtime
-    from nanochat.eval import Bundle, Results, TaskResult
+    from nanochat.eval import Bundle, TaskResult
 
     Outcome = tuple[dict[str, float], dict[str, str]]  # metrics, and what failed -> the reason
 
@@ -85,7 +85,6 @@ config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Evaluate each part, record the metrics, and report what failed."""
     with distributed.raise_on_any_failure():
         if config.bundle is not None and "core" in config.tasks:
             core_bundle.read(config.bundle)  # a wrong path fails before anything is evaluated
@@ -139,24 +138,21 @@ def write_samples(config: Config, runtime: Runtime, loaded: Pretrained, _info: C
         ]
         path = loaded.folder / "eval" / f"samples_{loaded.step}.jsonl"
         jsonl.write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
-        for row in rows:
-            print(f"  {row['prompt']!r} → {row['completion']!r}")
+        print("\n".join(f"  {row['prompt']!r} → {row['completion']!r}" for row in rows))
     return {}, {}
 
 
 def bits_per_byte(config: Config, runtime: Runtime, loaded: Pretrained, info: CheckpointInfo) -> Outcome:
     """Return bits per byte of the first tokens of both splits: the same full rows on any number of ranks."""
     saved = info.meta.get("config", {})
-    values: dict[str, Any] = {name: saved.get(f"data.{name}") for name in ("source", "text_column", "buffer_docs")}
-    values["source"] = config.source or values["source"]
-    values["text_column"] = config.text_column or values["text_column"]
-    source = DataConfig(**{name: value for name, value in values.items() if value is not None})
+    chosen = {"source": config.source, "text_column": config.text_column, "buffer_docs": None}
+    chosen = {name: value or saved.get(f"data.{name}") for name, value in chosen.items()}
+    source = DataConfig(**{name: value for name, value in chosen.items() if value is not None})
     tokens = config.tokens or saved.get("eval.tokens") or BPB_TOKENS
     compute, chunk_tokens = model.Compute(runtime.compute_dtype), 1024 if runtime.device.type == "cpu" else 8192
     loss = functools.partial(model.loss.next_token, config=loaded.config, compute=compute, chunk_tokens=chunk_tokens)
     results: dict[str, float] = {}
-    splits: tuple[Literal["train", "val"], ...] = ("train", "val")
-    for split in splits:
+    for split in data.sources.SPLITS:
         with distributed.raise_on_any_failure():
             stream = data.loader.batches(
                 source, loaded.tokenizer, split=split, rows_per_step=config.device_batch_size * runtime.world_size,
@@ -229,7 +225,10 @@ def core(config: Config, runtime: Runtime, loaded: Pretrained, info: CheckpointI
         if limits:
             print(f"  of {' and '.join(limits)}: not comparable with published numbers")
     print(f"written: {path}")
-    return as_metrics(results), {f"core/{label}": reason for label, reason in results.failed.items()}
+    values = {} if results.core is None else {"core/CORE": results.core}
+    for label, task in results.tasks.items():
+        values |= {f"core/{label}": task.centered, f"core/{label}/accuracy": task.accuracy}
+    return values, {f"core/{label}": reason for label, reason in results.failed.items()}
 
 
 def task_keys(
@@ -243,11 +242,3 @@ def task_keys(
             task = core_bundle.load(bundle, label, config.max_per_task)
             keys[label] = eval.results.key([*model_key, config.max_tokens], core_bundle.task_hash(task))
     return keys
-
-
-def as_metrics(results: Results) -> dict[str, float]:
-    """Return the scores under the names of evaluations.jsonl."""
-    values = {} if results.core is None else {"core/CORE": results.core}
-    for label, task in results.tasks.items():
-        values |= {f"core/{label}": task.centered, f"core/{label}/accuracy": task.accuracy}
-    return values

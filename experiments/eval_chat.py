@@ -52,7 +52,6 @@ config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    """Evaluate each unfinished task, write the results, and report what failed."""
     names = {text: result_name(text) for text in config.tasks}
     if not names or len(set(names.values())) < len(config.tasks):
         raise UserError(f"tasks={','.join(config.tasks)}: expected at least one task, each once")
@@ -76,8 +75,7 @@ def run(config: Config, runtime: Runtime) -> None:
             reasons = {TITLES.get(name, name): reason for name, reason in failed.items()}
             values = eval.chat_eval.as_metrics(scores)
             metrics.logger.append_evaluation(loaded.folder, loaded.step, loaded.stage, values, reasons)
-    core = eval.chat_eval.chat_core(scores)
-    if core is not None:
+    if (core := eval.chat_eval.chat_core(scores)) is not None:
         print(table_row(["ChatCORE", "", f"{core:.4f}"], eval.results.WIDTHS))
     limits = {"max_problems": config.max_problems, "max_generative": config.max_generative}
     limited = " and ".join(f"{name}={limit}" for name, limit in limits.items() if limit)

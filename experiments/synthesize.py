@@ -114,7 +114,12 @@ def run(config: Config, runtime: Runtime) -> None:
     if config.model is None:
         raise UserError("set the model's name at the endpoint: --set model=…")
     path = config.output or base_dir() / "identity.jsonl"
-    key = read_key(config)
+    key = os.environ.get(config.key_variable, "").strip() if config.key_variable else ""
+    if config.key_variable and not key:
+        raise UserError(
+            f"the environment variable {config.key_variable} holds no API key: export {config.key_variable}=…, use "
+            "another one (--set key_variable=…), or send none (--set key_variable=none)"
+        )
     facts = jsonl.read_text(config.facts, f"facts={config.facts}") if config.facts else prompt_sections()["facts"]
     finished = read_seeds(path)
     seeds = [seed for seed in range(config.seed, config.seed + config.count) if seed not in finished]
@@ -132,10 +137,7 @@ def run(config: Config, runtime: Runtime) -> None:
 
 
 def generate(config: Config, path: Path, key: str, facts: str, seeds: Sequence[int]) -> Counter[str]:
-    """Append the conversations of the seeds to `path` as they arrive; return the number of failures by reason.
-
-    An endpoint that refuses all requests, or too many failures in a row, raise a UserError.
-    """
+    """Append the conversations of the seeds to `path` as they arrive; return the number of failures by reason."""
     failures: Counter[str] = Counter()
     stop, in_a_row = threading.Event(), 0
 
@@ -174,15 +176,15 @@ def request_conversation(
     config: Config, key: str, prompt: str, seed: int, stop: threading.Event
 ) -> list[dict[str, str]] | str:
     """Request a conversation until it is valid, attempts are used up, or `stop` is set; return it or the reason."""
-    reason = "stopped"
+    reason, wait = "stopped", 0.0
     for attempt in range(config.attempts):
-        if stop.is_set():
+        if stop.wait(wait):
             break
-        wait = 0.0
+        wait = config.backoff_seconds * 2**attempt
         try:
             return parse_messages(post(config, key, prompt, seed + 1_000_003 * attempt))
         except RequestError as error:
-            reason, wait = str(error), error.wait_seconds
+            reason, wait = str(error), max(wait, error.wait_seconds)
             if not error.retry:
                 break
         except requests.RequestException as error:
@@ -191,31 +193,27 @@ def request_conversation(
                 reason = "timed out"
             elif isinstance(error, requests.ConnectionError):
                 reason = f"cannot connect to {config.base_url}"
-        if attempt + 1 < config.attempts:
-            stop.wait(min(MAX_WAIT_SECONDS, max(wait, config.backoff_seconds * 2**attempt)))
+        wait = min(wait, MAX_WAIT_SECONDS)
     return reason
 
 
 def build_prompt(facts: str, seed: int) -> str:
     """Return the prompt for the large model; topic, persona, opening and length are drawn from the seed."""
     sections, rng = prompt_sections(), random.Random(seed)
-    topic, persona, opening = (rng.choice(sections[name].splitlines()) for name in ("topics", "personas", "openings"))
+    drawn = {name: rng.choice(sections[f"{name}s"].splitlines()) for name in ("topic", "persona", "opening")}
     count = rng.choice((1, 1, 2, 2, 3, 4))
-    return string.Template(sections["prompt"]).substitute(
-        facts=facts.strip(), topic=topic, persona=persona, opening=opening,
-        exchanges=f"{count} message{'s' if count > 1 else ''}",
-    )  # fmt: skip
+    exchanges = f"{count} message{'s' if count > 1 else ''}"
+    return string.Template(sections["prompt"]).substitute(drawn, facts=facts.strip(), exchanges=exchanges)
 
 
 @functools.cache
 def prompt_sections() -> dict[str, str]:
     """Return the sections of the prompt file by their headings: prompt, facts, topics, personas, openings."""
-    _, *parts = re.split(r"^# (\w+)\n", PROMPTS.read_text("utf-8"), flags=re.MULTILINE)
-    return {name: section.strip() for name, section in zip(parts[::2], parts[1::2])}
+    sections = re.findall(r"^# (\w+)\n(.*?)(?=^# \w+\n|\Z)", PROMPTS.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return {name: section.strip() for name, section in sections}
 
 
 def post(config: Config, key: str, prompt: str, seed: int) -> str:
-    """Send a request and return the text of the answer."""
     messages = [{"role": "user", "content": prompt}]
     body = {"model": config.model, "messages": messages, "temperature": config.temperature, "seed": seed}
     if config.schema:
@@ -290,25 +288,11 @@ def parse_messages(answer: str) -> list[dict[str, str]]:
     return messages
 
 
-def read_key(config: Config) -> str:
-    """Return the API key; empty for none."""
-    if config.key_variable is None:
-        return ""
-    key = os.environ.get(config.key_variable, "").strip()
-    if not key:
-        raise UserError(
-            f"the environment variable {config.key_variable} holds no API key: export {config.key_variable}=…, use "
-            "another one (--set key_variable=…), or send none (--set key_variable=none)"
-        )
-    return key
-
-
 def read_seeds(path: Path) -> set[int]:
     """Return the seeds of the conversations in a file, without a partial last line."""
     rows = jsonl.read(path, missing_ok=True, drop_partial=True)
     foreign = [number for number, row in rows if not isinstance(row, dict) or "seed" not in row]
-    if not rows and path.exists() and path.stat().st_size:
-        foreign = [1]
-    if foreign:
-        raise UserError(f"output={path} line {foreign[0]}: not written by synthesize; choose another file")
+    if foreign or (not rows and path.exists() and path.stat().st_size):
+        line = min(foreign, default=1)
+        raise UserError(f"output={path} line {line}: not written by synthesize; choose another file")
     return {row["seed"] for _, row in rows}

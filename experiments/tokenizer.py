@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tiktoken
 from tqdm import tqdm
@@ -118,7 +118,7 @@ def first_chars(texts: Iterable[str], max_chars: int) -> list[str]:
 
 
 def evaluate(config: Config, folder: Path) -> None:
-    """Print bytes per token of every text by every tokenizer, and the difference in tokens to the first one."""
+    """Print bytes per token of every text by every tokenizer, and the others' difference in tokens to ours."""
     ours = tokenizer.load(folder)
     encoders: dict[str, Callable[[str], list[int]]] = {"ours": ours.encode}
     print(f"ours         {ours.vocab_size:>8,} tokens, {folder}")
@@ -130,8 +130,7 @@ def evaluate(config: Config, folder: Path) -> None:
             encoders[name] = baseline.encode_ordinary
     samples = Path(__file__).with_name("tokenizer_samples")
     texts = {name: [(samples / f"{name}.txt").read_text("utf-8")] for name in SAMPLES}
-    splits: tuple[Literal["train", "val"], ...] = ("train", "val")
-    for split in splits:
+    for split in sources.SPLITS:
         try:
             texts[split] = first_chars(sources.texts(config.data, split), config.eval_chars)
         except UserError as error:
@@ -156,10 +155,8 @@ def load_baselines(seconds: float) -> dict[str, tiktoken.Encoding | str]:
         except Exception as error:  # any network error
             loaded[name] = f"tiktoken could not download it ({type(error).__name__})"
 
-    # tiktoken downloads without a time limit, hence the threads.
-    threads = [threading.Thread(target=load, args=(name,), daemon=True) for name in BASELINES]
-    for thread in threads:
+    for name in BASELINES:
+        thread = threading.Thread(target=load, args=(name,), daemon=True)  # tiktoken has no time limit of its own
         thread.start()
-    for thread in threads:
         thread.join(seconds)
     return dict(loaded)

@@ -31,6 +31,7 @@ SUFFIXES = (".parquet", ".jsonl")
 SHARD_CHARS = 250_000_000  # of shards that are written here, about
 VAL_CHARS = 10_000_000
 DATA_COMMAND = "torchrun launch.py --experiment=data"
+SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 Rows = Iterator[Any]  # mappings from column to value
 
 

@@ -42,12 +42,11 @@ class Score(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the problems that were solved."""
         return self.right / self.total
 
     @property
     def centered(self) -> float:
-        """Accuracy above guessing: (accuracy − baseline) / (1 − baseline)."""
+        """Accuracy above guessing: 0 at the baseline, 1 if all are correct."""
         return (self.accuracy - self.baseline) / (1 - self.baseline)
 
 
@@ -81,11 +80,7 @@ def score(
     *,
     show_progress: bool = False,
 ) -> Score:
-    """Return the score of one task; `engine` returns that of `start_engine`, and is called for generative tasks only.
-
-    Raises:
-        UserError: the task has no correct answers, a row is malformed, or an answer cannot be checked here.
-    """
+    """Return the score of a task; `engine`: returns that of `start_engine`, and is called for generative tasks only."""
     if task.kind == "chat":
         raise UserError(f"{task.name}: is of kind chat and has no correct answers")
     limits = [task.size, config.max_problems, config.max_generative if task.kind == "generative" else None]
@@ -115,7 +110,6 @@ def as_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
 
 
 # Multiple choice
-
 
 _Question = tuple[list[int], list[int], int]  # token ids: the prompt, its letters, the correct letter
 
@@ -171,11 +165,12 @@ def _make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 def _most_likely_letters(model: ModelUnderTest, questions: Sequence[_Question]) -> list[int]:
     """Return the token of the most likely letter of each question, the first of equal ones."""
     params, config, compute = model.params, model.config, Compute(model.dtype)
-    lengths, device = [len(prompt) for prompt, *_ in questions], params["wte"].device
-    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt, *_ in questions]
-    x_BTC = features(params, torch.tensor(padded, device=device), config=config, compute=compute)
+    prompts, device = [torch.tensor(prompt) for prompt, *_ in questions], params["wte"].device
+    tokens_BT = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
+    x_BTC = features(params, tokens_BT, config=config, compute=compute)
     # Only the logits of the letters at the last position of each prompt are needed.
-    x_BC = x_BTC[torch.arange(len(questions), device=device), torch.tensor(lengths, device=device) - 1]
+    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    x_BC = x_BTC[torch.arange(len(prompts), device=device), last_B]
     all_letters = sorted({token for _, letters, _ in questions for token in letters})
     logits_BA = unembed(x_BC, params["lm_head"][torch.tensor(all_letters, device=device)], config, compute)
     logits = [dict(zip(all_letters, row)) for row in logits_BA.tolist()]

@@ -32,8 +32,6 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A model's answer to a row."""
-
     is_correct: bool
     choice: int  # index of the prompt with the lowest loss
     losses: tuple[float, ...]  # of each prompt's answer, nats a token; nan for an answer without tokens
@@ -49,7 +47,7 @@ class TaskResult:
     accuracy: float
     centered: float  # accuracy above random guessing: 0 at the baseline, 1 if all are correct
     seconds: float
-    answers: tuple[Answer, ...] = dataclasses.field(default=(), repr=False)
+    answers: tuple[Answer, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ def evaluate(
     """Return a model's scores on the tasks of a bundle. Collective: all ranks get the same scores.
 
     Args:
-        params: as from `model.init`, full or (with `compute.all_gather`) this rank's shards.
+        params: full or (with `compute.all_gather`) this rank's shards.
         max_per_task: rows of each task, after the shuffle; None: all.
         max_tokens: longer prompts keep their last tokens; None: what the model supports.
         tokens_per_batch: as for `likelihood.score`.

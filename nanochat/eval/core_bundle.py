@@ -50,41 +50,27 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle whose rows are not read yet.
-
-    Attributes:
-        entries: label -> the task's entry in core.yaml.
-        baselines: label -> (line of the CSV, percent as text).
-    """
+    """A bundle whose rows are not read yet."""
 
     folder: Path
-    entries: Mapping[str, Mapping[str, Any]] = dataclasses.field(repr=False)
-    baselines: Mapping[str, tuple[int, str]] = dataclasses.field(repr=False)
+    entries: Mapping[str, Mapping[str, Any]]  # label -> the task's entry in core.yaml
+    baselines: Mapping[str, tuple[int, str]]  # label -> (line of the CSV, percent as text)
 
 
 @dataclasses.dataclass(frozen=True)
 class CoreTask:
-    """A task, ready to be evaluated.
-
-    Attributes:
-        kind: one of FIELDS.
-        path: the file of the rows.
-        delimiter: between query and answer.
-        baseline: accuracy of random guessing, in [0, 1).
-        rows: shuffled, then truncated.
-    """
+    """A task, ready to be evaluated."""
 
     label: str
-    kind: str
-    path: Path
+    kind: str  # one of FIELDS
+    path: Path  # of the rows
     num_fewshot: int
-    delimiter: str
-    baseline: float
-    rows: tuple[Row, ...] = dataclasses.field(repr=False)
+    delimiter: str  # between query and answer
+    baseline: float  # accuracy of random guessing, in [0, 1)
+    rows: tuple[Row, ...]  # shuffled, then truncated
 
 
 def default_dir() -> Path:
-    """Return the folder that the bundle is downloaded to."""
     return base_dir() / "eval_bundle"
 
 
@@ -95,7 +81,8 @@ def fetch(folder: Path | None = None, *, url: str = URL, options: download.Optio
         return folder
     archive, unpacked = folder.with_name(f"{folder.name}.zip"), folder.with_name(f".{folder.name}.{os.getpid()}")
     if not archive.exists():
-        download.fetch(url, archive, options, check=_zip_problem)
+        problem = "not a zip file; does a proxy answer in the server's place?"
+        download.fetch(url, archive, options, check=lambda path: "" if zipfile.is_zipfile(path) else problem)
     try:
         with zipfile.ZipFile(archive) as file:
             file.extractall(unpacked)
@@ -109,10 +96,6 @@ def fetch(folder: Path | None = None, *, url: str = URL, options: download.Optio
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
     return folder
-
-
-def _zip_problem(path: Path) -> str:
-    return "" if zipfile.is_zipfile(path) else "not a zip file; does a proxy answer in the server's place?"
 
 
 def _bundle_folder(folder: Path) -> Path:

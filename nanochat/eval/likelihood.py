@@ -76,7 +76,7 @@ def score(
     """Return the score of each prompt of each group. Collective: all ranks pass the same and get the same.
 
     Args:
-        params: as from `model.init`, full or (with `compute.all_gather`) this rank's shards.
+        params: full or (with `compute.all_gather`) this rank's shards.
         groups: prompts that may share a prefix. Equal prompts of a group get equal scores, to the last bit.
         padding: a token id.
         tokens_per_batch: computed at once, padding included; a longer row is a batch of its own. None: by device.
