@@ -4,7 +4,6 @@ Inductor's passes run here as on a GPU, with fixed times in place of measured on
 and then run as it is, node by node, on two gloo ranks, so its gradients can be compared.
 """
 
-import collections
 import contextlib
 import functools
 import logging
@@ -53,20 +52,16 @@ def kind(graph: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
     return "product" if "aten.mm." in target or "attention" in target else None
 
 
-def order(graph: torch.fx.GraphModule) -> list[tuple[str, str]]:
-    """Return (kind, name) of the nodes that matter, as they run; a wait has the name of what it waits for."""
-    rows, started = [], {}
-    for node in graph.graph.nodes:
-        what = kind(graph, node)
-        if what in ("gather", "scatter"):
-            started[node] = node.name
-        name = node.name
-        if what == "wait":
-            inputs = [x for x in node.all_input_nodes if x in started]
-            # among a wrapped wait's inputs are what it has to follow; its own collective is the last argument
-            name = started[inputs[-1]] if len(inputs) == 1 else started[node.args[-1]]
-        if what:
-            rows.append((what, name))
+def hidden_behind(graph: torch.fx.GraphModule) -> list[tuple[str, int]]:
+    """Return, for each collective in order of its start, its kind and the number of products before its wait."""
+    kinds = {node: kind(graph, node) for node in graph.graph.nodes}
+    nodes, rows = list(kinds), []
+    for start, node in enumerate(nodes):
+        if kinds[node] in ("gather", "scatter"):
+            # A wrapped wait has what it must follow among its arguments; its own collective is the last of them.
+            wait = next(user for user in node.users if kinds[user] == "wait" and user.args[-1] is node)
+            between = [kinds[other] for other in nodes[start : nodes.index(wait)]]
+            rows.append((kinds[node], between.count("product")))
     return rows
 
 
@@ -79,10 +74,10 @@ def recorded(graphs: list[Any]) -> Iterator[None]:
     """Within, graphs go through Inductor's passes, into `graphs`, and are run by torch's own kernels."""
 
     def lower(graph: torch.fx.GraphModule, inputs: Any, is_inference: bool = False, **_: Any) -> Any:
-        before = order(graph)
+        before = hidden_behind(graph)
         with V.set_fake_mode(detect_fake_mode(inputs)):
             post_grad_passes(graph, is_inference)
-        graphs.append((before, order(graph)))
+        graphs.append((before, hidden_behind(graph)))
         for node in graph.graph.nodes:
             if str(node.target) == "control_deps":  # Inductor lowers it; torch has no kernel for it in every version
                 node.target = call_in_place
@@ -136,35 +131,20 @@ def compile_with_overlap() -> dict[str, Any]:
     worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(tree.leaves(grads), tree.leaves(eager)))
     worst = max(distributed.all_reduce_sum([worst]))
     distributed.close()
-    return {"graphs": graphs, "worst": worst, "cut": len(sharding_plan.sharded)}
-
-
-def hidden_behind(rows: list[Any]) -> list[tuple[str, int]]:
-    """Return, for each collective in order of its start, its kind and the number of products before its wait."""
-    at = {(what, name): i for i, (what, name) in enumerate(rows)}
-    products = [i for i, (what, _) in enumerate(rows) if what == "product"]
-    spans = [(what, at[what, name], at["wait", name]) for what, name in rows if what in ("gather", "scatter")]
-    assert all(start < wait for _, start, wait in spans)
-    return [(what, sum(start < i < wait for i in products)) for what, start, wait in spans]
+    return {"graphs": graphs, "worst": worst}
 
 
 def test_collectives_of_a_layer_run_beside_the_products_of_the_next() -> None:
     results = ranks.call(2, compile_with_overlap)[0]
     assert results["worst"] < 1e-5, "gradients of the reordered graph differ from the eager ones"
     (before, forward), (before_backward, backward) = results["graphs"]
+    assert {n for _, n in before + before_backward} == {0}, "without the pass nothing runs beside a collective"
+    gathers = [n for _, n in forward]
+    again, scatters = ([n for what, n in backward if what == wanted] for wanted in ("gather", "scatter"))
     tables = 2 + sum(map(CONFIG.has_value_embed, range(CONFIG.n_layer)))  # of tokens, of the head, of values
-    kinds = collections.Counter(what for what, _ in forward)
-    assert kinds["gather"] == kinds["wait"] == CONFIG.n_layer + tables, "a layer is one collective, its table another"
-    kinds = collections.Counter(what for what, _ in backward)
-    assert kinds["scatter"] == CONFIG.n_layer + tables < results["cut"]
-    assert kinds["gather"] == CONFIG.n_layer, "the layers are gathered again; the tables are not needed"
-    assert kinds["wait"] == kinds["scatter"] + kinds["gather"]
-    for graph in (before, before_backward):
-        assert {n for _, n in hidden_behind(graph)} == {0}, "without the pass nothing runs beside a collective"
-    gathers = [n for what, n in hidden_behind(forward) if what == "gather"]
+    assert len(gathers) == len(scatters) == CONFIG.n_layer + tables, "a layer is one collective, its table another"
+    assert len(again) == CONFIG.n_layer, "the layers are gathered again; the tables are not needed"
     assert all(n >= COLLECTIVE_MS / PRODUCT_MS for n in gathers[2:]), gathers  # the first two have nothing before them
-    again = [n for what, n in hidden_behind(backward) if what == "gather"]
     assert all(n > 0 for n in again[1:]), again
     assert max(gathers + again) <= 1.25 * compile.PREFETCH_PRODUCTS  # whole layers take memory: not much earlier
-    scatters = [n for what, n in hidden_behind(backward) if what == "scatter"]
     assert all(n >= COLLECTIVE_MS / PRODUCT_MS for n in scatters[:-2]), scatters  # nothing comes after the last

@@ -154,10 +154,8 @@ def derivatives(runtime: Runtime) -> Row:
     gather = sharding.gather_layer(plan, torch.float64)
     assert plan and gather
     plan.dims["layers.0.attn.proj"] = 1  # pyright: ignore[reportIndexIssue] (columns are sharded as well)
-    shapes, generator = (
-        {"lm_head": (64, 64), "layers.0.attn.proj": (64, 32)},
-        torch.Generator().manual_seed(runtime.rank),
-    )
+    shapes = {"lm_head": (64, 64), "layers.0.attn.proj": (64, 32)}
+    generator = torch.Generator().manual_seed(runtime.rank)
     shards, ways = (
         {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()} for _ in range(2)
     )

@@ -108,21 +108,6 @@ def test_empty_cache_uses_the_attention_kernel():
         torch.testing.assert_close(tree.flatten(new)[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_first_rows_and_copied_rows_decode():
-    params, tokens = random_params(WINDOWED), ids(3, 150)
-    cache = kv_cache.empty(WINDOWED, 3, 200)
-    one = kv_cache.empty(WINDOWED, 1, 150)
-    for b in range(3):
-        _, alone = model.decode(params, tokens[b : b + 1, : 140 + b], one, config=WINDOWED)
-        kv_cache.copy_row_(cache, 2 - b, alone)
-    assert cache["length"].tolist() == [142, 141, 140]
-    part, last = kv_cache.first_rows(cache, rows=2), torch.stack([tokens[2, 142:143], tokens[1, 141:142]])
-    logits, _ = model.decode(params, last, part, span=150, config=WINDOWED)
-    for row, (b, n) in enumerate(((2, 143), (1, 142))):
-        want = model.apply(params, tokens[b : b + 1, :n], config=WINDOWED)[0, -1]
-        assert (logits[row, 0] - want).abs().max() < TOLERANCE
-
-
 def test_decode_changes_no_argument():
     params, tokens = random_params(), ids(2, 4)
     _, cache = model.decode(params, tokens, kv_cache.empty(CONFIG, 2, 16), config=CONFIG)

@@ -71,8 +71,6 @@ def test_weights_give_a_weighted_sum(chunk: int | None):
     assert_trees_close(grads, wanted_grads, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(f(params, weights), wanted)
-    counted = (batch["targets"] >= 0) / (batch["targets"] >= 0).sum()
-    torch.testing.assert_close(f(params, counted), loss.next_token(params, batch, config=CONFIG, chunk_tokens=chunk)[0])
     grads, value = transform.value_and_grad(f)(params, torch.zeros_like(weights))
     assert value == 0 and not any(g.any() for g in tree.leaves(grads))
 
@@ -180,8 +178,6 @@ def test_chunked_fp8_equals_the_formulas_eager_and_compiled(f: linear.Linear, ba
             # A gradient next to the middle of two e5m2 values may round the other way.
             assert (value.double() - expected).norm() < 3e-3 * expected.norm()
         assert not got[2][250:].any(), "the padding of the vocabulary got a gradient"
-    for value, plain in zip(want, with_grads(lambda x, w, t: loss.chunked(x, w, t, 250, 32), (x, weight, targets))):
-        assert (value - plain).norm() > 5e-3 * plain.norm() or value.dim() == 0, "fp8 should be seen to differ"
     # Rows that are no multiple of 16 are dense, in every chunk.
     odd = (x[:40], weight, targets[:40])
     for a, b in zip(with_grads(run, odd), with_grads(lambda x, w, t: loss.chunked(x, w, t, 250, 32), odd)):
