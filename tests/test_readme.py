@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 
 from nanochat.config import override
 
@@ -28,21 +29,11 @@ def test_python_examples_run():
     assert float(str(namespace["noise"].item())) > 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_examples_run_on_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from nanochat import checkpoint, model, train
-    from nanochat.data import tokenizer
-
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    tokenizer.save(tokenizer.train(["the cat sat on the mat " * 9], 270), tmp_path / "tokenizer")
-    config = model.ModelConfig(sequence_len=64, vocab_size=270, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
-    state = train.init(model.init(config, 0), model.spec(config))
-    files = {name: tmp_path / "tokenizer" / name for name in tokenizer.FILES}
-    manager = checkpoint.open_manager(tmp_path / "runs/quickstart/checkpoints")
-    checkpoint.save(manager, state, {"model": vars(config)}, files=files)
-    checkpoint.close(manager)
+def test_examples_run_on_a_checkpoint(base: Path):
+    tiny_run.save_run(base, "quickstart")
     namespace: dict[str, Any] = {}
     exec(next(b for b in blocks("python notest") if "model.apply" in b), namespace)
-    assert namespace["logits"].shape[0] == 1 and namespace["loaded"].config == config
+    assert namespace["logits"].shape[0] == 1 and namespace["loaded"].config == tiny_run.CONFIG
     exec(next(b for b in blocks("python notest") if "infer.run" in b), namespace)
     assert namespace["event"].finish
 

@@ -112,7 +112,6 @@ def test_flash_traces_forward_and_backward(window: int):
 # --- choosing -------------------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
-Calls = list[dict[str, Any]]
 
 
 def choose(kernel: str, windows: tuple[int, ...] = (4, 16), **options: Any) -> attention.KernelChoice:
@@ -162,33 +161,25 @@ def test_choose_refuses_unknown_kernels_and_uncompiled_flex():
         choose("flex", compile=False)
 
 
-def package(attend: Any, calls: Calls | None = None) -> types.ModuleType:
+def package(attend: Any) -> Any:
     """Return a module with a flash_attn_func of the packages' signature, computed by `attend(q, k, v, window)`."""
 
     def flash_attn_func(
         q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1)
     ) -> Any:
-        if calls is not None:
-            calls.append({"causal": causal, "window": window_size, "heads": (q.shape[2], k.shape[2])})
-        assert causal and window_size[1] == 0
+        assert causal and window_size in ((3, 0), (4, 0), (-1, 0))
         return attend(q, k, v, window_size[0] if window_size[0] >= 0 else q.shape[1])
 
-    module = types.ModuleType("fake")
-    module.flash_attn_func = flash_attn_func  # pyright: ignore[reportAttributeAccessIssue]
-    return module
+    return types.SimpleNamespace(flash_attn_func=flash_attn_func)
 
 
 def test_external_flash_gets_its_own_window_convention(monkeypatch: pytest.MonkeyPatch):
-    calls: Calls = []
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", package(attention.math, calls))
-    choice = choose("fa3", compile=False)
-    assert choice.names == {4: "fa3", 16: "fa3"}
-    assert {(c["window"], c["causal"], c["heads"]) for c in calls} == {((4, 0), True, (4, 2)), ((-1, 0), True, (4, 2))}
-    inputs = qkv(16, (4, 2))
-    attend = attention.build(choice.names, 16, CPU)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package(attention.math))
+    names = choose("fa3", compile=False).names
+    assert names == {4: "fa3", 16: "fa3"}
+    inputs, attend = qkv(16, (4, 2)), attention.build(names, 16, CPU)
     for window in (4, 16):
-        for got, want in zip(with_grads(attend, inputs, window), with_grads(attention.math, inputs, window)):
-            assert torch.equal(got, want)
+        assert torch.equal(attend(*inputs, window), attention.math(*inputs, window))
 
 
 def test_external_flash_compiles_and_may_return_a_tuple(monkeypatch: pytest.MonkeyPatch):
@@ -215,10 +206,7 @@ def broken(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 WRONG = {
-    "numbers": (
-        lambda q, k, v, w: 1.05 * attention.math(q, k, v, w),
-        r"its output differs from the reference by 4\.\d%",
-    ),
+    "numbers": (lambda q, k, v, w: 1.05 * attention.math(q, k, v, w), r"its output differs from the reference by 4"),
     "nan": (lambda q, k, v, w: attention.math(q, k, v, w) * math.nan, "differs from the reference by nan%"),
     "gradient": (lambda q, k, v, w: attention.math(q.detach() + 0 * q, k, v, w), "its grad q differs"),
     "no gradient": (lambda q, k, v, w: attention.math(q, k, v, w).detach(), "does not require grad"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_model import CONFIG, WINDOWED, Unchanged, random_params
+from small_model import CONFIG, WINDOWED, Unchanged, assert_trees_close, random_params
 from tensordict import TensorDict
 from torch._inductor.utils import run_and_get_code
 
@@ -104,8 +104,7 @@ def test_empty_cache_uses_the_attention_kernel():
     )
     assert called == [128, 128, 256]
     assert (x - want_x)[0].abs().max() < TOLERANCE and (x - want_x)[1, :133].abs().max() < TOLERANCE
-    for name, value in tree.flatten(want).items():
-        torch.testing.assert_close(tree.flatten(new)[name], value, rtol=1e-4, atol=1e-4, msg=name)
+    assert_trees_close(new, want, atol=1e-4)
 
 
 def test_decode_changes_no_argument():
@@ -124,8 +123,7 @@ def test_inplace_decode_writes_into_the_cache():
     before = {name: x.data_ptr() for name, x in tree.flatten(cache).items() if name.startswith("layers")}
     got, got_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED, inplace=True)
     assert torch.equal(got, want)
-    for name, value in tree.flatten(want_cache).items():
-        assert torch.equal(tree.flatten(got_cache)[name], value), name
+    assert_trees_close(got_cache, want_cache, rtol=0)
     assert {name: tree.flatten(got_cache)[name].data_ptr() for name in before} == before
 
 
@@ -157,7 +155,6 @@ def test_compiled_step_equals_eager_and_copies_no_cache():
         want, want_cache = model.decode(params, tokens[:, 140:141], cache, config=config)
         got, (code,) = run_and_get_code(compile_fn(step), params, tokens[:, 140:141], cache)
     assert (got - want).abs().max() < 1e-5
-    for name, value in tree.flatten(want_cache).items():
-        torch.testing.assert_close(tree.flatten(cache)[name], value, msg=name)
+    assert_trees_close(cache, want_cache, atol=1e-5)
     made = [tuple(map(int, shape.split(","))) for shape in re.findall(r"empty_strided_cpu\(\(([\d, ]+\d),? ?\)", code)]
     assert made and max(math.prod(shape) for shape in made) < rows * 129 * config.n_kv_head * config.head_dim

@@ -140,16 +140,12 @@ def test_half_precision_is_close_and_returns_float32_logits():
 
 
 def test_apply_and_gradients_change_no_argument():
-    params, batch = random_params(), random_batch()
-    tree.map(lambda x: x.requires_grad_(), params)
-    with Unchanged(params, batch):
-        model.apply(params, batch["inputs"], config=CONFIG)
-    plain = random_params()
-    f = lambda p: loss.next_token(p, batch, config=CONFIG)[0]  # noqa: E731
-    for p in (params, plain):
-        with Unchanged(p, batch):
-            transform.value_and_grad(f)(p)
-            torch.func.grad(f)(p)
+    batch, f = random_batch(), lambda p: loss.next_token(p, batch)[0]
+    for params in (random_params(), tree.map(lambda x: x.requires_grad_(), random_params())):
+        with Unchanged(params, batch):
+            model.apply(params, batch["inputs"])
+            transform.value_and_grad(f)(params)
+            torch.func.grad(f)(params)
 
 
 # --- the config travels with the parameters -------------------------------------------------------------------------
@@ -199,9 +195,9 @@ def test_number_of_parameters(depth: int, total: int):
 
 
 def test_flops():
-    config, keys = model.from_depth(12), 9 * 512 + 3 * 2048  # of nine short windows and three full ones
-    assert model.flops_per_token(config) == 6 * (110_100_912 + 24) + 12 * 768 * keys
-    assert model.flops_per_token(config, 256) == 6 * (110_100_912 + 24) + 12 * 768 * 12 * 256
+    config, matmuls = model.from_depth(12), 6 * (110_100_912 + 24)
+    assert model.flops_per_token(config) == matmuls + 12 * 768 * (9 * 512 + 3 * 2048)  # nine windows are short
+    assert model.flops_per_token(config, 256) == matmuls + 12 * 768 * 12 * 256
 
 
 @pytest.mark.parametrize("depth, n_head", [(1, 1), (3, 2), (13, 7), (20, 10)])
