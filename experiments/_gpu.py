@@ -34,8 +34,6 @@ def run(config: Config, runtime: Runtime) -> None:
     """Run the units one after the other while there is time; print and keep what each gives, and a closing table."""
     if runtime.device.type != "cuda" and config.device != "cpu":
         raise UserError("what=gpu needs a CUDA device, and there is none; --set device=cpu is a dry run")
-    if runtime.world_size > 1:
-        raise UserError("what=gpu measures one GPU: start it without --nproc_per_node; what=scaling measures several")
     names = unit_names(config)
     folder = Path(config.gpu.out or os.environ.get("OUT") or base_dir() / "runs" / "bench_gpu")
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,10 +65,10 @@ def unit_names(config: Config) -> list[str]:
     first, *others = config.gpu.depths
     names = ["tests", f"train:{first}:dense", f"train:{first}:fp8", f"kernels:{first}"]
     names += [f"train:{depth}:{kind}" for depth in others for kind in ("dense", "fp8")] + [f"decode:{first}"]
-    chosen = {unit: [name for name in names if f"{name}:".startswith(f"{unit}:")] for unit in config.gpu.units}
+    chosen = {unit: [name for name in names if f"{name}:".startswith(f"{unit}:")] for unit in config.gpu.units or names}
     if wrong := [unit for unit, matches in chosen.items() if not matches]:
         raise UserError(f"gpu.units={wrong[0]}: expected some of {', '.join(names)}, or their beginnings")
-    return [name for name in names if not chosen or any(name in matches for matches in chosen.values())]
+    return [name for name in names if any(name in matches for matches in chosen.values())]
 
 
 def commands(config: Config, runtime: Runtime, name: str, folder: Path) -> list[list[str]]:

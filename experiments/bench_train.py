@@ -143,13 +143,14 @@ config = Config
 def run(config: Config, runtime: distributed.Runtime) -> None:
     from experiments import _bench, _gpu
 
+    if config.what in ("scaling", "gpu"):
+        distributed.require_single(runtime, f"what={config.what}")
     resolved, shape = resolve(config)  # rejects an impossible shape before any job starts
+    others = {"sweep": sweep, "scaling": scaling, "kernels": _gpu.measure_kernels, "gpu": _gpu.run}
     if config.what == "step":
         _bench.measure(resolved, shape, runtime)
     else:
-        {"sweep": sweep, "scaling": scaling, "kernels": _gpu.measure_kernels, "gpu": _gpu.run}[config.what](
-            config, runtime
-        )
+        others[config.what](config, runtime)
 
 
 def resolve(config: Config) -> tuple[Config, model.ModelConfig]:
@@ -289,8 +290,6 @@ def run_combination(config: Config, case: Mapping[str, Any], ranks: int) -> dict
 
 def scaling(config: Config, runtime: distributed.Runtime) -> None:
     """Run the same work on more ranks (strong) and more work on more ranks (weak), and print how they compare."""
-    if runtime.world_size > 1:
-        raise UserError("what=scaling starts its own jobs: start it without --nproc_per_node")
     if config.rounds < 1:
         raise UserError("rounds=0: what=scaling needs at least 1")
     cpu, sizes = runtime.device.type != "cuda", scaling_ranks(config, runtime)

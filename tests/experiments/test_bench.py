@@ -166,7 +166,7 @@ def test_depth_gives_the_shape_of_pretraining() -> None:
         (bench_train, ["head_dim=0"], 1, "head_dim=0: must be at least 1"),
         (bench_train, ["what=sweep"], 2, "one node"),
         (bench_train, ["what=scaling", "ranks=2,3"], 1, "ranks=2: must divide 3"),
-        (bench_train, ["what=scaling"], 2, "without --nproc_per_node"),
+        (bench_train, ["what=scaling"], 2, "what=scaling runs in one process"),
         (bench_train, ["what=gpu"], 1, "needs a CUDA device"),
         (bench_train, ["what=gpu", "device=cpu", "gpu.units=trian"], 1, "trian: expected some of tests, train:20"),
         (bench_infer, ["batches=0"], 1, "at least 1"),
