@@ -33,10 +33,6 @@ SOURCES = [*sorted(PACKAGE.glob("**/*.py")), *sorted((ROOT / "experiments").glob
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
 
 
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_bytes(), str(path))
-
-
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
@@ -47,7 +43,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.glob("**/*.py")) i
 def imports(path: Path) -> set[str]:
     """Return the modules of the project that a file imports, inside functions as well; a page's lazy list not."""
     names = set()
-    for node in ast.walk(parse(path)):
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
