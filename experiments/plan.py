@@ -123,25 +123,21 @@ def resolve(config: Config, depth: int) -> tuple[model.ModelConfig, optim.Plan]:
 
 
 def step_setup(config: Config, mode: str) -> train.planner.Setup:
-    import torch
-
-    shard_ranks = config.shard_ranks or min(config.gpus_per_node, config.world_size)
-    return train.planner.Setup(mode, config.world_size, shard_ranks, torch.bfloat16, config.fp8, config.chunk_tokens)
+    return train.planner.Setup(
+        mode,
+        config.world_size,
+        config.shard_ranks or min(config.gpus_per_node, config.world_size),
+        fp8=config.fp8,
+        chunk_tokens=config.chunk_tokens,
+        node_ranks=config.gpus_per_node,
+    )
 
 
 def estimate(
     config: Config, mode: str, shape: model.ModelConfig, plan: optim.Plan, gpu: distributed.GpuSpec
 ) -> train.Estimate | None:
-    return train.planner.estimate(
-        shape,
-        plan,
-        gpu,
-        step_setup(config, mode),
-        node_ranks=config.gpus_per_node,
-        mfu=config.mfu,
-        rows=config.rows,
-        dollars_per_hour=config.dollars_per_hour,
-    )
+    setup, price = step_setup(config, mode), config.dollars_per_hour
+    return train.planner.estimate(shape, plan, gpu, setup, mfu=config.mfu, rows=config.rows, dollars_per_hour=price)
 
 
 def counts(shape: model.ModelConfig, plan: optim.Plan) -> str:

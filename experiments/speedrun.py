@@ -247,7 +247,7 @@ def estimate(config: Config, runtime: distributed.Runtime) -> str:
         return f"{size}; no estimate of time and cost: {name} is not in hardware.GPU_SPECS"
     setup = train.planner_setup(config.pretrain, runtime)
     rows = None if config.pretrain.device_batch_size == "auto" else config.pretrain.device_batch_size
-    cost = train.planner.estimate(shape, plan, gpu, setup, node_ranks=runtime.node_ranks, rows=rows)
+    cost = train.planner.estimate(shape, plan, gpu, setup, rows=rows)
     if cost is None:
         return f"{size}; it does not fit by the planner's estimate: --experiment=plan shows what does"
     return (

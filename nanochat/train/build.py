@@ -108,6 +108,7 @@ def planner_setup(config: StageConfig, runtime: Runtime) -> planner.Setup:
         dtype=runtime.compute_dtype,
         fp8=config.train.linear == "fp8",
         chunk_tokens=chunk_tokens(config, runtime),
+        node_ranks=runtime.node_ranks,
     )
 
 

@@ -35,6 +35,7 @@ class Setup:
     dtype: torch.dtype = torch.bfloat16
     fp8: bool = False  # whether large matrix products use float8
     chunk_tokens: int = 8192  # of the loss
+    node_ranks: int = 8  # groups of more ranks communicate over the network
 
     @property
     def shards(self) -> int:
@@ -282,15 +283,13 @@ def traffic(shape: ModelConfig, setup: Setup, *, micro_batches: int) -> dict[str
     return sent
 
 
-def communication_seconds(
-    sent: dict[str, float], setup: Setup, gpu: GpuSpec, *, node_ranks: int
-) -> tuple[float, float]:
+def communication_seconds(sent: dict[str, float], setup: Setup, gpu: GpuSpec) -> tuple[float, float]:
     """Return the seconds of a step's collectives: those of every micro-batch, and those once a step.
 
     A ring over several nodes enters each of them once, over the network of all its GPUs together; reductions between
     the groups of hsdp, and all_to_all across nodes, have the network of each GPU for themselves.
     """
-    link, network = gpu.link_bytes_per_second, gpu.network_bytes_per_second
+    link, network, node_ranks = gpu.link_bytes_per_second, gpu.network_bytes_per_second, setup.node_ranks
 
     def ring(ranks: int) -> float:
         return link if ranks <= node_ranks else min(link, network * node_ranks)
@@ -324,7 +323,6 @@ def estimate(
     gpu: GpuSpec,
     setup: Setup,
     *,
-    node_ranks: int,
     mfu: float = MFU,
     rows: int | None = None,
     dollars_per_hour: float | None = None,
@@ -335,7 +333,6 @@ def estimate(
     not overlap.
 
     Args:
-        node_ranks: GPUs in a node; groups of more ranks communicate over the network.
         mfu: share of the GPU's 16-bit peak. rows: of a micro-batch; default: the most that fit.
         dollars_per_hour: of one GPU; default: the table's.
     """
@@ -350,7 +347,7 @@ def estimate(
     sent = traffic(shape, setup, micro_batches=micro_batches)
     peak_flops = gpu.half_flops if setup.dtype.itemsize == 2 else gpu.single_flops
     compute = plan.flops_per_token * plan.total_batch_size / setup.world_size / (mfu * peak_flops)
-    every_micro_batch, once = communication_seconds(sent, setup, gpu, node_ranks=node_ranks)
+    every_micro_batch, once = communication_seconds(sent, setup, gpu)
     exposed = once + max(every_micro_batch - compute, 0.0)
     seconds = compute + exposed
     hours = plan.num_steps * seconds / 3600

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,7 +99,10 @@ def test_preempted_job_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_killed_rank_restarts_job_from_last_checkpoint(tmp_path: Path) -> None:
     process = start(tmp_path, "num_iterations=60", "optim.warmup_steps=1000")
-    wait_until(lambda: len(checkpoint.steps(checkpoints(tmp_path))) > 1, process)
+    end = time.monotonic() + 120
+    while len(checkpoint.steps(checkpoints(tmp_path))) < 2:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.05)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=240)
@@ -118,11 +120,3 @@ def test_restart_does_not_modify_run_of_another_job(tmp_path: Path, single: Path
     assert process.returncode == 1, output
     assert len(re.findall("^error: run .* has checkpoints up to step 6: --resume", output, re.MULTILINE)) == 2
     assert curve(tmp_path) == before and checkpoint.latest_step(checkpoints(tmp_path)) == 6
-
-
-def wait_until(done: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.05)
