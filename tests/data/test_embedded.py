@@ -1,7 +1,6 @@
 """The embedded corpus: its size and splits, and what of a small library becomes prose."""
 
 import itertools
-import time
 import zipfile
 from pathlib import Path
 
@@ -15,9 +14,7 @@ PROSE = "This is a sentence of plain English, and it is not the only one that we
 
 @pytest.mark.slow
 def test_corpus_is_megabytes_of_prose_in_two_splits(tmp_path: Path):
-    start = time.process_time()
     embedded.build(tmp_path)
-    assert time.process_time() - start < 60
     paths = sorted(tmp_path.iterdir())
     assert [path.name for path in paths] == [f"shard_{i:05d}.parquet" for i in range(len(paths))] and len(paths) >= 3
     assert all(pq.ParquetFile(path).metadata.row_group(0).num_rows <= embedded.ROW_GROUP_DOCS for path in paths)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -25,12 +24,13 @@ import torch
 from experiments import bench_data
 from nanochat import distributed
 from nanochat.config import UserError, override
-from nanochat.data import DataConfig, Tokenizer, packing
+from nanochat.data import DataConfig, Tokenizer, embedded, packing
 from nanochat.data import loader as dataloader
 from nanochat.data.loader import LoaderState
 from nanochat.data.sources import CorruptShardError
 
 TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
+OTHER_TOK = Tokenizer((*TOK.tokens, b"ab"))
 BOS = 256
 Item = tuple[dict[str, torch.Tensor], LoaderState, dict[str, float]]
 
@@ -53,8 +53,7 @@ def text(length: int) -> str:
 def write(folder: Path, shards: list[list[str]], block_docs: int = 10) -> Path:
     folder.mkdir()
     for i, texts in enumerate(shards):
-        table = pa.table({"text": pa.array(texts, pa.string())})
-        pq.write_table(table, folder / f"shard_{i:05d}.parquet", row_group_size=block_docs)
+        embedded.write_shard(folder / f"shard_{i:05d}.parquet", texts, row_group_docs=block_docs)
     return folder
 
 
@@ -184,21 +183,16 @@ def test_resumes_with_a_different_number_of_ranks_and_rows(folder: Path) -> None
 def test_resumes_from_a_state_of_the_first_version(tmp_path: Path) -> None:
     # Written before the loader was restructured: checkpoints of runs hold such states.
     golden = json.loads((Path(__file__).parents[1] / "golden" / "loader_state.json").read_text())
-    source = tmp_path / "source"
-    source.mkdir()
     for shard in range(4):
-        texts = [
+        lines = [
             "".join(chr(97 + (shard * 31 + i * 7 + j * j) % 26) for j in range((shard * 13 + i * 37) % 61))
             for i in range(2300)
         ]
-        (source / f"{shard}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (tmp_path / f"{shard}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     for saved in golden["states"]:
-        state = LoaderState(
-            position=saved["position"],
-            tokens=np.array(saved["tokens"], np.uint16),
-            lengths=np.array(saved["lengths"], np.int32),
-        )
-        items = take(40, loader(source, rows=8, length=48, seed=7, buffer_docs=20, state=state))
+        tokens, lengths = np.array(saved["tokens"], np.uint16), np.array(saved["lengths"], np.int32)
+        state = LoaderState(position=saved["position"], tokens=tokens, lengths=lengths)
+        items = take(40, loader(tmp_path, rows=8, length=48, seed=7, buffer_docs=20, state=state))
         assert items[0][0]["inputs"][0].tolist() == saved["next_inputs_row"]
         data = b"".join(batch[name].numpy().tobytes() for batch, _, _ in items for name in ("inputs", "targets"))
         assert hashlib.sha256(data).hexdigest() == saved["next_40_sha256"]
@@ -235,17 +229,16 @@ def test_waiting_documents_do_not_keep_their_blocks_in_memory(tmp_path: Path, mo
 
 def test_state_of_a_different_stream_is_refused(folder: Path) -> None:
     state = take(3, loader(folder))[-1][1]
-    other = Tokenizer((*TOK.tokens, b"ab"))
-    for name, options in {
+    for message, option in {
         "seed was 0, is 5": {"seed": 5},
         "sequence_len was 24, is 32": {"length": 32},
         "data.buffer_docs was 8, is 9": {"buffer_docs": 9},
         "data.shuffle was True, is False": {"shuffle": False},
-        "tokenizer was": {"tok": other},
+        "tokenizer was": {"tok": OTHER_TOK},
         "split was train, is val": {"split": "val"},
     }.items():
-        with pytest.raises(UserError, match=name):
-            loader(folder, state=state, **options)
+        with pytest.raises(UserError, match=message):
+            loader(folder, state=state, **option)
     damaged = LoaderState(position=state["position"], tokens=state["tokens"][:-1], lengths=state["lengths"])
     with pytest.raises(UserError, match="corrupt"):
         loader(folder, state=damaged)
@@ -291,8 +284,7 @@ def test_cached_batches_are_the_same(folder: Path, base: Path, monkeypatch: pyte
 
 def test_cache_depends_on_tokenizer_and_text(folder: Path) -> None:
     before = rows_of(take(20, loader(folder)))
-    other = Tokenizer((*TOK.tokens, b"ab"))
-    assert not np.array_equal(rows_of(take(20, loader(folder, tok=other))), before)
+    assert not np.array_equal(rows_of(take(20, loader(folder, tok=OTHER_TOK))), before)
     shutil.rmtree(folder)
     write(folder, [[text(20) for _ in range(37)] for _ in range(4)])
     assert plain(take(20, loader(folder))) == plain(take(20, loader(folder, token_cache=False)))
@@ -380,9 +372,9 @@ def test_one_short_document_is_enough(tmp_path: Path) -> None:
 def test_invalid_settings_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="4 rows does not divide among 3 ranks"):
         loader(folder, world_size=3)
-    for options in ({"buffer_docs": 0}, {"prefetch_batches": 0}, {"tokenizer_threads": 0}):
-        with pytest.raises(UserError, match=f"data.{next(iter(options))}=0"):
-            loader(folder, **dict[str, Any](options))
+    for name in ("buffer_docs", "prefetch_batches", "tokenizer_threads"):
+        with pytest.raises(UserError, match=f"data.{name}=0"):
+            loader(folder, **{name: 0})
     with pytest.raises(UserError, match="sequence_len=0"):
         loader(folder, length=0)
 

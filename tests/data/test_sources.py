@@ -97,17 +97,6 @@ def test_single_file_is_split(tmp_path: Path, name: str, count: int):
     assert 1 <= len(val) <= max(10, count // 20) or (count == 5000 and len(val) == 1000)  # jsonl: one block of five
 
 
-def test_fingerprint_changes_with_the_file(tmp_path: Path):
-    path = write(tmp_path / "a.parquet", docs(0, 20))
-    write(tmp_path / "b.parquet", docs(0, 20))
-    config = DataConfig(source=str(tmp_path))
-    before = sources.shards_of(config, "train")
-    assert sources.shards_of(config, "train") == before and read_all(config)[0] == docs(0, 20)
-    write(path, docs(50, 90))
-    assert sources.shards_of(config, "train")[0].fingerprint != before[0].fingerprint
-    assert read_all(config)[0] == docs(50, 90)  # nothing that was remembered about the old file is used
-
-
 def test_climbmix_needs_its_validation_shard(base: Path):
     write(base / "climbmix" / "shard_00000.parquet", docs(0, 5))
     with pytest.raises(UserError, match=r"shard_06542.parquet, the validation split, is missing.*--experiment=data"):

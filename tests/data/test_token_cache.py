@@ -62,11 +62,10 @@ Readers = Callable[..., loader.BlockReader]
 
 
 @pytest.fixture
-def readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Readers]:
+def readers(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Readers]:
     """Makes readers of one shard; all of its blocks hold TEXTS."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setattr(loader, "read_block", lambda *_: TEXTS)
-    shards = (sources.Shard(tmp_path / "0.jsonl", "fingerprint"),)
+    shards = (sources.Shard(base / "0.jsonl", "fingerprint"),)
     opened: list[loader.BlockReader] = []
 
     def make(rank: int = 0, world_size: int = 1, **config: Any) -> loader.BlockReader:
@@ -125,6 +124,6 @@ def test_full_disk_stops_caching_with_one_warning(
     started = [reader.request(ref) for ref in REFS[:2]]
     assert [docs_of(get_block()) for get_block in started] == [TOKENS] * 2
     assert [read(reader, ref) for ref in REFS[2:6]] == [TOKENS] * 4
-    assert [path for path in (tmp_path / "base").rglob("*") if path.is_file()] == [], "a partial block fills the disk"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [], "a partial block fills the disk"
     warnings = capfd.readouterr().err.splitlines()
     assert len(warnings) == 1 and "No space left on device" in warnings[0] and str(tmp_path) in warnings[0]

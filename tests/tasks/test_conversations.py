@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from task_rows import ROWS, TOKENIZER, question, reference, write
+from task_rows import ROWS, TOKENIZER, question, write
 
 from nanochat import tasks
 from nanochat.config import UserError
@@ -16,9 +16,6 @@ def test_shipped_identity_conversations() -> None:
     every, train, test = (tasks.load("identity", split) for split in ("all", "train", "test"))
     rows = [every.row(i) for i in range(every.size)]
     assert every.size > 100 and train.size + test.size == every.size and test.size == every.size // 10
-    assert sum(len(row["messages"]) > 3 for row in rows) >= 10
-    assert any(row["messages"][0]["role"] == "system" for row in rows)
-    assert any(isinstance(reference(row), list) for row in rows)
     splits = [{json.dumps(task.row(i)) for i in range(task.size)} for task in (train, test)]
     assert not splits[0] & splits[1]
     for row in rows:
