@@ -158,19 +158,11 @@ def _split_long_runs(text: str) -> Iterator[str]:
 
 
 def train(
-    texts: Iterable[str],
-    vocab_size: int,
-    *,
-    max_chars: int = 2_000_000_000,
-    max_chars_per_doc: int = 10_000,
+    texts: Iterable[str], vocab_size: int, *, max_chars: int = 2_000_000_000, max_chars_per_doc: int = 10_000
 ) -> Tokenizer:
-    """Train a tokenizer on documents; deterministic.
+    """Train a tokenizer of `vocab_size` ids, special tokens included, on documents; deterministic.
 
-    Args:
-        texts: read until they end or `max_chars` is reached.
-        vocab_size: number of ids, the nine special tokens included.
-        max_chars: characters to read in total.
-        max_chars_per_doc: characters to read per document, so that a few long ones do not dominate.
+    Of a document it reads at most `max_chars_per_doc` characters, so that a few long ones do not dominate.
     """
     least = 256 + len(SPECIALS)
     if vocab_size < least:

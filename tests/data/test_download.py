@@ -57,9 +57,6 @@ class Handler(BaseHTTPRequestHandler):
         """Answer with `body` or the requested range of it; with `send` bytes only, then hang up."""
         requested = self.headers.get("Range") if ranges else None
         start = int(requested.removeprefix("bytes=").removesuffix("-")) if requested else 0
-        if requested and start >= len(body):
-            self.answer(416, {"Content-Range": f"bytes */{len(body)}", "Content-Length": 0})
-            return
         extra = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if requested else {}
         part = body[start:]
         self.answer(206 if requested else 200, {"Content-Length": len(part), **extra})
