@@ -282,9 +282,8 @@ def time_task(
             scores = [[score_singly(loaded, prompt) for prompt in options] for options in prompts]
         else:
             scores = eval.likelihood.score(
-                loaded.params, loaded.config, prompts, padding=loaded.tokenizer.bos,
-                tokens_per_batch=config.tokens_per_batch, compute=compute,
-            )  # fmt: skip
+                loaded.params, loaded.config, prompts, tokens_per_batch=config.tokens_per_batch, compute=compute
+            )
         answers[way] = [eval.core.answer(*pair) for pair in zip(questions, scores)]
         distributed.synchronize(runtime.device)
         best[way] = min(best[way], time.perf_counter() - start)

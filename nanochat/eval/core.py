@@ -100,9 +100,8 @@ def evaluate(
             on_task(label, failed[label])
             continue
         scored = likelihood.score(
-            params, config, [question.prompts for question in rows], padding=tokenizer.bos,
-            tokens_per_batch=tokens_per_batch, compute=compute,
-        )  # fmt: skip
+            params, config, [q.prompts for q in rows], tokens_per_batch=tokens_per_batch, compute=compute
+        )
         answers = [answer(question, scores) for question, scores in zip(rows, scored)]
         right = sum(answer.is_correct for answer in answers)
         accuracy, seconds = right / len(answers), time.perf_counter() - start

@@ -74,9 +74,9 @@ def default_dir() -> Path:
     return base_dir() / "eval_bundle"
 
 
-def fetch(folder: Path | None = None, *, url: str = URL, options: download.Options = download.Options()) -> Path:
+def fetch(url: str = URL, options: download.Options = download.Options()) -> Path:
     """Download and unpack the published bundle if it is not there yet; return its folder."""
-    folder = folder or default_dir()
+    folder = default_dir()
     if (folder / TASKS_FILE).exists():
         return folder
     archive, unpacked = folder.with_name(f"{folder.name}.zip"), folder.with_name(f".{folder.name}.{os.getpid()}")

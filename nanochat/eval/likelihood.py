@@ -69,7 +69,6 @@ def score(
     config: ModelConfig,
     groups: Sequence[Sequence[Prompt]],
     *,
-    padding: int,
     tokens_per_batch: int | None = None,
     compute: Compute = Compute(),
 ) -> list[list[Scored]]:
@@ -78,7 +77,6 @@ def score(
     Args:
         params: full or (with `compute.all_gather`) this rank's shards.
         groups: prompts that may share a prefix. Equal prompts of a group get equal scores, to the last bit.
-        padding: a token id.
         tokens_per_batch: computed at once, padding included; a longer row is a batch of its own. None: by device.
     """
     rows, numbers = pack_rows(groups, receptive_tokens(config))
@@ -89,7 +87,7 @@ def score(
         surplus = first >= len(batches)
         # Ranks that hold shards of the parameters gather them in every batch, so all need the same number of batches.
         if not surplus or compute.all_gather is not None:
-            batch = assemble(batches[0 if surplus else first], padding)
+            batch = assemble(batches[0 if surplus else first])
             losses = _target_losses(nested, config, batch, compute, device)
             results += [] if surplus else [(batch.prompt_R, *losses)]
     sums = torch.zeros(2, sum(map(len, groups)), dtype=torch.float64)
@@ -165,12 +163,12 @@ def make_batches(rows: Sequence[PackedRow], tokens_per_batch: int) -> list[list[
     return batches
 
 
-def assemble(rows: Sequence[PackedRow], padding: int) -> Batch:
+def assemble(rows: Sequence[PackedRow]) -> Batch:
     """Return rows as the tensors of a batch, on the CPU."""
     prefix_width = max(len(row.prefix) for row in rows)
     shape = (len(rows), prefix_width + max(sum(map(len, row.continuations)) for row in rows))
-    tokens, segment_ids = torch.full(shape, padding), torch.full(shape, PADDING)
-    position, previous = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    tokens, position, previous = torch.zeros(3, *shape, dtype=torch.int64)
+    segment_ids = torch.full(shape, PADDING)
     previous[:, 1:prefix_width] = torch.arange(prefix_width - 1)
     segment_ids[:, :prefix_width] = PREFIX_PADDING
     targets = []

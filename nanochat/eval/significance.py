@@ -27,8 +27,6 @@ class Interval(NamedTuple):
     difference: float
     low: float
     high: float
-    text_error: float  # standard error due to the choice of text
-    seed_error: float | None  # due to the seeds; None with one run a side
 
     @property
     def is_significant(self) -> bool:
@@ -52,9 +50,7 @@ def paired_difference(nats_a: np.ndarray, nats_b: np.ndarray, sizes: np.ndarray)
     return ratio, math.sqrt(n / (n - 1) * float(np.square(residuals).sum())) / scale
 
 
-def interval(
-    values_a: Sequence[float], values_b: Sequence[float], text_error: float, pieces: int, level: float = LEVEL
-) -> Interval:
+def interval(values_a: Sequence[float], values_b: Sequence[float], text_error: float, pieces: int) -> Interval:
     """Return the difference between the means of two groups of runs, with its interval.
 
     Each group has its own variance (Welch); a group of one run is assumed to vary as much as the other. With one run
@@ -74,9 +70,8 @@ def interval(
     difference = statistics.fmean(values_b) - statistics.fmean(values_a)
     low, high = difference, difference
     if spread:
-        low, high = scipy.stats.t.interval(level, df=total**2 / spread, loc=difference, scale=math.sqrt(total))
-    seed_error = math.sqrt(sum(variance for variance, _ in variances[1:])) if len(variances) > 1 else None
-    return Interval(difference, float(low), float(high), text_error, seed_error)
+        low, high = scipy.stats.t.interval(LEVEL, df=total**2 / spread, loc=difference, scale=math.sqrt(total))
+    return Interval(difference, float(low), float(high))
 
 
 def interpolate_log(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:

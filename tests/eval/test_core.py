@@ -34,7 +34,7 @@ def assert_as_plain(
     params, max_tokens = random_params(config), max_tokens or 10 * config.sequence_len
     task = core_bundle.load(core_bundle.read(folder), label)
     questions = list(core.questions(task, tok, max_tokens))
-    scored = likelihood.score(params, config, [q.prompts for q in questions], padding=tok.bos, **batch)
+    scored = likelihood.score(params, config, [q.prompts for q in questions], **batch)
     plain = plain_core.answers(folder, label, params, config, tok, max_tokens)
     for index, (question, scores, want) in enumerate(zip(questions, scored, plain, strict=True)):
         got = core.answer(question, scores)
@@ -194,12 +194,11 @@ def test_task_hash_covers_everything_that_decides_a_result():
 
 
 @pytest.mark.parametrize("top", ["eval_bundle/", ""])
-def test_bundle_is_downloaded_and_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top: str):
+def test_bundle_is_downloaded_and_unpacked_once(base: Path, monkeypatch: pytest.MonkeyPatch, top: str):
     urls = []
 
     def fetch(url: str, path: Path, options: Options, *, check: Callable[[Path], str]) -> None:
         urls.append(url)
-        path.parent.mkdir()
         path.write_bytes(b"<html>log in first</html>")
         assert check(path) == "not a zip file; does a proxy answer in the server's place?"
         with zipfile.ZipFile(path, "w") as file:
@@ -208,15 +207,14 @@ def test_bundle_is_downloaded_and_unpacked_once(tmp_path: Path, monkeypatch: pyt
         assert check(path) == ""
 
     monkeypatch.setattr(download, "fetch", fetch)
-    folder = tmp_path / "base" / "eval_bundle"
-    for _ in range(2):
-        assert core_bundle.fetch(folder) == folder
+    folder = base / "eval_bundle"
+    assert core_bundle.fetch() == core_bundle.fetch() == folder
     assert urls == [core_bundle.URL] and list(core_bundle.read(folder).entries) == LABELS
     assert [path.name for path in folder.parent.iterdir()] == ["eval_bundle"]
 
 
-def test_corrupt_download_is_named(tmp_path: Path):
-    (tmp_path / "eval_bundle.zip").write_bytes(b"PK not a zip")
+def test_corrupt_download_is_named(base: Path):
+    (base / "eval_bundle.zip").write_bytes(b"PK not a zip")
     with pytest.raises(UserError, match=r"eval_bundle.zip cannot be unpacked .*; delete both to download"):
-        core_bundle.fetch(tmp_path / "eval_bundle")
-    assert not (tmp_path / "eval_bundle").exists()
+        core_bundle.fetch()
+    assert not (base / "eval_bundle").exists()

@@ -1,7 +1,6 @@
 """Scores of batched answers with shared prefixes against the logits of each prompt alone."""
 
 import dataclasses
-import functools
 import random
 
 import pytest
@@ -16,9 +15,7 @@ from nanochat.eval import likelihood
 from nanochat.eval.likelihood import PackedRow, Prompt, Scored
 from nanochat.model import ModelConfig
 
-PADDING = 99
 SHORT = ModelConfig(sequence_len=8, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="L")
-score = functools.partial(likelihood.score, padding=PADDING)
 
 
 def alone(config: ModelConfig, prompt: Prompt) -> tuple[float, int]:
@@ -37,7 +34,7 @@ def draw_group(rng: random.Random, prompts: int, most: int) -> list[Prompt]:
     """Return prompts that may share a prefix, with answers anywhere after the first token."""
     shared, group = draw_ids(rng, rng.randint(0, most)), []
     for _ in range(prompts):
-        ids = [PADDING, *shared, *draw_ids(rng, rng.randint(1, 9))]
+        ids = [99, *shared, *draw_ids(rng, rng.randint(1, 9))]
         start = rng.randint(1, len(ids) - 1)
         group.append(Prompt(ids, start, rng.randint(start, len(ids))))
     return group
@@ -62,7 +59,7 @@ def test_groups_are_scored_as_each_prompt_alone(seed: int, sizes: list[int], tok
     """Includes prompts longer than the reach of all windows of SHORT (25 tokens)."""
     rng = random.Random(seed)
     groups = [draw_group(rng, size, 60) for size in sizes]
-    results = score(random_params(SHORT), SHORT, groups, tokens_per_batch=tokens_per_batch)
+    results = likelihood.score(random_params(SHORT), SHORT, groups, tokens_per_batch=tokens_per_batch)
     assert_as_alone(SHORT, groups, results)
 
 
@@ -72,7 +69,7 @@ def test_windows_reach_from_continuations_into_the_prefix(config: ModelConfig):
     shared = draw_ids(rng, 300)
     prompts = [Prompt([*shared, *draw_ids(rng, n)], 301, 300 + n) for n in (5, 140, 2)]
     other = [Prompt([*shared[:200], *draw_ids(rng, n)], 199, 200 + n) for n in (3, 4)]
-    results = score(random_params(config), config, [prompts, other], tokens_per_batch=2000)
+    results = likelihood.score(random_params(config), config, [prompts, other], tokens_per_batch=2000)
     assert_as_alone(config, [prompts, other], results)
 
 
@@ -104,7 +101,7 @@ def test_equal_prompts_get_equal_scores_to_the_last_bit():
     rows, numbers = likelihood.pack_rows([[one, other, one], [one]], 100)
     assert numbers == [[0, 1, 0], [3]]
     assert [row.continuations for row in rows] == [[[2, 3, 4], [2, 5]], []]
-    first, _, third = score(random_params(), CONFIG, [[one, other, one]])[0]
+    first, _, third = likelihood.score(random_params(), CONFIG, [[one, other, one]])[0]
     assert first == third
 
 
@@ -113,7 +110,8 @@ def test_greedy_tokens_are_counted():
     for _ in range(4):
         ids.append(int(model.apply(params, torch.tensor([ids]), config=CONFIG)[0, -1].argmax()))
     wrong = [*ids[:-1], (ids[-1] + 1) % 100]
-    (right, but_one), (empty,) = score(params, CONFIG, [[Prompt(ids, 3, 7), Prompt(wrong, 3, 7)], [Prompt(ids, 2, 2)]])
+    groups = [[Prompt(ids, 3, 7), Prompt(wrong, 3, 7)], [Prompt(ids, 2, 2)]]
+    (right, but_one), (empty,) = likelihood.score(params, CONFIG, groups)
     assert right[1:] == (4, 4) and but_one[1:] == (3, 4)
     assert empty == Scored(0.0, 0, 0)
 
@@ -126,7 +124,7 @@ def test_batches_hold_every_row_once_and_bound_size_and_padding():
     assert sorted(row.targets[0][2] for batch in batches for row in batch) == list(range(200))
     sizes = []
     for batch in batches:
-        tokens = likelihood.assemble(batch, 0).tokens_BT
+        tokens = likelihood.assemble(batch).tokens_BT
         used = sum(len(row.prefix) + sum(map(len, row.continuations)) for row in batch)
         assert tokens.numel() <= 2000
         assert tokens.numel() - used <= tokens.numel() / 8 or tokens.numel() <= 2000 / 8
@@ -139,6 +137,6 @@ def test_logits_are_computed_at_targets_only():
     config = ModelConfig(sequence_len=64, vocab_size=5000, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
     groups, params = [[Prompt(draw_ids(random.Random(i), 60), 58, 60)] for i in range(8)], random_params(config)
     with LargestTensor() as largest:
-        score(params, config, groups)
+        likelihood.score(params, config, groups)
     n_targets, table = 16, params["lm_head"].numel()
     assert largest.numel <= max(n_targets * config.vocab_size, table) < 60 * config.vocab_size

@@ -40,7 +40,6 @@ def test_interval_covers_the_truth_at_its_level():
         difference, error = significance.paired_difference(a, b, sizes)
         result = significance.interval([0.0], [difference], error, 60)
         covered += result.low <= -0.01 / math.log(2) <= result.high
-        assert result.seed_error is None
     assert 0.93 < covered / 600 < 0.97
 
 
@@ -61,7 +60,7 @@ def test_seeds_widen_the_interval():
     one = significance.interval([1.0], [1.01], 0.002, 100)
     several = significance.interval([1.0, 1.004, 0.996], [1.01, 1.006, 1.014], 0.002, 100)
     assert one.difference == pytest.approx(several.difference) and one.is_significant
-    assert several.low < one.low and several.seed_error == pytest.approx(math.sqrt(2 * 0.004**2 / 3))
+    assert several.low < one.low
     equal = significance.interval([1.0], [1.0], 0.0, 100)
     assert (equal.difference, equal.low, equal.high, equal.is_significant) == (0, 0, 0, False)
 
