@@ -160,7 +160,7 @@ def _parse_int(text: str) -> int:
             base, power, exponent = factor.partition("^")
             if power and not 0 <= int(exponent) <= 64:  # a negative power is not an integer, a huge one never ends
                 raise ValueError
-            number *= _integer(base) ** int(exponent) if power else _integer(base)
+            number *= _integer(base) ** int(exponent or 1)
     except ValueError:
         raise ValueError("expected an integer") from None
     return number

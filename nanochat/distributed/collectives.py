@@ -1,8 +1,6 @@
-"""Messages between the ranks of a job: plain values, and errors that every rank raises.
+"""Messages between the ranks of a job, on the CPU by gloo: plain values, and errors that every rank raises.
 
-An operation that touches the disk must end the same way on every rank: a rank that fails alone leaves the others in a
-collective that it never reaches. `raise_on_any_failure` makes the failure of one the failure of all. Values travel on
-the CPU, through gloo groups that are made once per job, one for each thread that communicates.
+A rank that fails alone leaves the others in a collective that it never reaches: see `raise_on_any_failure`.
 """
 
 import contextlib

@@ -1,11 +1,7 @@
 """How a step's functions are compiled: which options, and why.
 
-In a compiled graph each collective is followed at once by its wait, so it does not overlap with the computation.
-Inductor's overlap pass (`aten_distributed_optimizations`) moves each start up and each wait down, within the limits
-below. The function chooses what is transferred together: one collective per layer (`sharding.gather_layer`) is large
-enough for the network, and small enough to gather the next layer during this one.
-
-Source: SimpleFSDP (arXiv 2411.00284), for the reordering; torch's activation memory budget, for the recomputation.
+In a compiled graph each collective is followed at once by its wait. Inductor's overlap pass moves the start up and the
+wait down, within the limits below. Source: SimpleFSDP (arXiv 2411.00284).
 """
 
 import functools

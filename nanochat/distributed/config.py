@@ -21,3 +21,7 @@ class ShardingConfig:
     shard_ranks: int | None = None
     gather: Literal["layer", "step"] = "layer"
     overlap: bool = True
+
+    @property
+    def resolved_mode(self) -> str:
+        return "zero2" if self.mode == "auto" else self.mode

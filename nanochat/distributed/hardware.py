@@ -118,8 +118,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 MMAP_THRESHOLD_BYTES = 32 * 2**20  # the largest that glibc accepts
 
 
-def tune_allocator() -> bool:
-    """Keep freed memory in the process, in huge pages where torch can; return whether the C library supports it.
+def tune_allocator() -> None:
+    """Keep freed memory in the process, in huge pages where torch can; does nothing where the C library cannot.
 
     Call it before torch is imported; variables that are set already stay. A training step on the CPU allocates and
     frees the same large buffers over and over. By default glibc gives them back to the kernel, which hands out zeroed
@@ -129,12 +129,10 @@ def tune_allocator() -> bool:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
         # Segments that grow: less of a full GPU is lost between blocks of different sizes.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, other C libraries may not
-    if mallopt is None:
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    # glibc has it, other C libraries may not.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt and mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def freeze_garbage() -> None:

@@ -126,12 +126,7 @@ def describe(config: ShardingConfig, runtime: Runtime) -> str:
     if runtime.world_size == 1:
         return "none: one process"
     replicas, shards = mesh_shape(config, runtime.world_size, runtime.node_ranks)
-    return f"{resolve(config).mode} on {replicas} x {shards} ranks (replicate x shard)"
-
-
-def resolve(config: ShardingConfig) -> ShardingConfig:
-    """Return the configuration with auto replaced by a mode."""
-    return dataclasses.replace(config, mode="zero2") if config.mode == "auto" else config
+    return f"{config.resolved_mode} on {replicas} x {shards} ranks (replicate x shard)"
 
 
 def make_plan(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any]) -> ShardingPlan | None:
@@ -141,7 +136,6 @@ def make_plan(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any])
     """
     if runtime.world_size == 1:
         return None
-    mode = resolve(config).mode
     shape = mesh_shape(config, runtime.world_size, runtime.node_ranks)
     mesh = _mesh(runtime.device.type, shape, dist.group.WORLD)
     dims = {name: shard_dim(row.shape, row.axes, shape[1]) for name, row in spec.items()}
@@ -150,7 +144,7 @@ def make_plan(config: ShardingConfig, runtime: Runtime, spec: Mapping[str, Any])
         more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
         print(f"sharding: {uneven[0]} {spec[uneven[0]].shape}{more} do not divide by {shape[1]}: full on every rank")
     no_regather = frozenset(n for n, row in spec.items() if row.embedding or row.group == "unembedding")
-    return ShardingPlan(mode, mesh, dims, no_regather, config.gather)
+    return ShardingPlan(config.resolved_mode, mesh, dims, no_regather, config.gather)
 
 
 @functools.lru_cache(maxsize=4)
@@ -200,7 +194,7 @@ def _shard(plan: ShardingPlan, x: Tensor, dim: int) -> Tensor:
 
 @torch.no_grad()
 def local_shards(state: Any) -> Any:
-    """Return a tree with every DTensor replaced by this rank's shard, a plain tensor that shares its memory."""
+    """Return a tree with every DTensor replaced by this rank's shard, a plain tensor of the same memory."""
     return tree.map(lambda x: x.to_local() if isinstance(x, DTensor) else x, state)
 
 

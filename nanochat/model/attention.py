@@ -147,7 +147,6 @@ def external_flash(module: str) -> Attend:
 
 
 def hub_kernel(name: str) -> Any:
-    """Return the module of a compiled kernel, downloaded by the `kernels` package."""
     get_kernel: Any = importlib.import_module("kernels").get_kernel
     takes_version = "version" in inspect.signature(get_kernel).parameters  # required by newer versions
     return get_kernel(name, version=1) if takes_version else get_kernel(name)
@@ -217,9 +216,6 @@ def choose(
             of KERNELS.
         n_time: sequence length in tokens. windows: one per layer. heads: (N, K, H).
         rows: sequences per micro-batch. compile: whether attention will be compiled.
-
-    Raises:
-        ValueError: unknown kernel, or one that does not run here.
     """
     if kernel != "auto" and kernel not in KERNELS:
         raise ValueError(f"attention={kernel}: expected auto, {', '.join(KERNELS)}")

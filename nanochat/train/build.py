@@ -102,7 +102,7 @@ def init_state(
 def planner_setup(config: StageConfig, runtime: Runtime) -> planner.Setup:
     """Return the settings as the planner takes them."""
     return planner.Setup(
-        mode=sharding.resolve(config.sharding).mode,
+        mode=config.sharding.resolved_mode,
         world_size=runtime.world_size,
         shard_ranks=sharding.mesh_shape(config.sharding, runtime.world_size, runtime.node_ranks)[1],
         dtype=runtime.compute_dtype,
