@@ -158,11 +158,17 @@ def write_blocks(folder: Path, process: int, blocks: Mapping[str, Block]) -> Non
             "store_data_equal_to_fill_value": True,
         }
         arrays[name] = tensorstore.open(spec, create=True, open=True, context=context)
+    _wait_for_all(arrays.values())
     writes = []
     for name, block in blocks.items():
         index = tuple(slice(start, start + size) for start, size in zip(block.offsets, block.values.shape))
         writes.append(arrays[name].result()[index].write(block.values, can_reference_source_data_indefinitely=True))
-    for error in [write.exception() for write in writes]:  # waits for all
+    _wait_for_all(writes)
+
+
+def _wait_for_all(futures: Iterable[Any]) -> None:
+    """Wait until all futures have ended, and only then raise the first error: nothing may write to the folder later."""
+    for error in [future.exception() for future in futures]:
         if error is not None:
             raise error
 
