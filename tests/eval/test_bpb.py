@@ -45,14 +45,6 @@ def test_bits_per_byte_equals_a_loop():
     assert row_nats == pytest.approx(nats, rel=1e-5) and row_bytes == n_bytes
 
 
-def test_uniform_byte_model_has_eight_bits_per_byte():
-    def uniform(_params: TensorDict, batch: evals.bpb.Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return torch.tensor(math.log(256)), {"targets": (batch["targets"] >= 0).sum()}
-
-    bytes_only = [{**b, "targets": b["targets"].clamp_max(255)} for b in BATCHES]
-    assert evals.bits_per_byte(PARAMS, bytes_only, TOK, uniform) == pytest.approx(8.0, rel=1e-6)
-
-
 def test_batch_without_text_is_skipped():
     empty = {**BATCHES[0], "targets": torch.full_like(BATCHES[0]["targets"], -1)}
     with_empty = evals.bits_per_byte(PARAMS, [*BATCHES, empty], TOK, loss_fn)

@@ -15,7 +15,6 @@ import launch
 from experiments import eval_chat
 from nanochat import distributed
 from nanochat.config import UserError
-from nanochat.eval import chat_eval
 from nanochat.metrics import logger
 from nanochat.model import ModelConfig
 
@@ -46,19 +45,6 @@ def source(base: Path) -> Path:
     for name, rows in ROWS.items():
         task_rows.write(base / "tasks" / f"{name}.jsonl", *rows)
     return base / "tasks"
-
-
-@pytest.fixture
-def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the names of the tasks that are evaluated: a list that grows."""
-    names, score = [], chat_eval.score
-
-    def recorded(model: Any, task: Any, *args: Any, **kwargs: Any) -> chat_eval.Score:
-        names.append(task.name)
-        return score(model, task, *args, **kwargs)
-
-    monkeypatch.setattr(chat_eval, "score", recorded)
-    return names
 
 
 def evaluate(source: Path, **settings: Any) -> None:
@@ -105,7 +91,7 @@ def test_all_tasks_are_in_the_table_and_the_record(source: Path, capsys: pytest.
     assert "max_problems=4: not of all" in out and "--experiment=chat --set run=bot" in out
 
 
-def test_failed_tasks_are_named_and_retried(source: Path, scored: list[str], capsys: pytest.CaptureFixture[str]):
+def test_failed_tasks_are_named_and_retried(source: Path, capsys: pytest.CaptureFixture[str]):
     (source / "humaneval_test.jsonl").unlink()
     (source / "gsm8k_test.jsonl").write_text('{"question": "What?", "solution": "#### 1"}\n')
     with pytest.raises(UserError, match="2 of 6 tasks failed: gsm8k, humaneval"):
@@ -121,31 +107,27 @@ def test_failed_tasks_are_named_and_retried(source: Path, scored: list[str], cap
     (source / "gsm8k_test.jsonl").unlink()  # under the old name, `datasets` might give the old rows
     for name in ("humaneval_test", "gsm8k_test"):
         task_rows.write(source / f"{name}.jsonl", *ROWS[name])
-    scored.clear()
     evaluate(source)
-    assert scored == ["gsm8k", "humaneval"]
     assert capsys.readouterr().out.count("done before") == 4
     assert len(table(source)) == 7 and not partial(source).exists()
     latest = logger.read_evaluations(run_folder(source))[-1]["metrics"]
     assert "chat/ChatCORE" in latest and record["metrics"].items() <= latest.items()
 
 
-def test_results_of_other_settings_or_another_checkpoint_are_not_reused(
-    source: Path, scored: list[str], capsys: pytest.CaptureFixture[str]
-):
-    def evaluates_mmlu(**settings: Any) -> bool:
-        scored.clear()
+def test_results_are_reused_for_the_same_model_and_settings(source: Path, capsys: pytest.CaptureFixture[str]):
+    def output(mmlu: str = "mmlu", **settings: Any) -> str:
         with pytest.raises(UserError, match="1 of 2 tasks failed"):  # so the results of the other are kept
-            evaluate(source, **{"tasks": ("mmlu", "gsm8k:/nowhere"), **settings})
-        return "mmlu" in scored
+            evaluate(source, tasks=(mmlu, "gsm8k:/nowhere"), **settings)
+        return capsys.readouterr().out
 
-    assert evaluates_mmlu() and not evaluates_mmlu() and not evaluates_mmlu(compile=True)
-    assert evaluates_mmlu(tasks=(f"mmlu:{source}/mmlu_test.jsonl", "gsm8k:/nowhere")), "rows of another file"
-    assert evaluates_mmlu(max_tokens=9) and "or other settings: its results are ignored" in capsys.readouterr().out
-    assert not evaluates_mmlu()
+    assert "done before" not in output()
+    assert "done before" in output() and "done before" in output(compile=True)
+    assert "its results are ignored" in output(f"mmlu:{source}/mmlu_test.jsonl"), "rows of another file"
+    assert "its results are ignored" in output(max_tokens=9)
+    assert "done before" in output()
     shutil.rmtree(run_folder(source) / "checkpoints")
     save_run(source.parent, config=dataclasses.replace(CONFIG, n_layer=1), stage="sft")
-    assert evaluates_mmlu()
+    assert "its results are ignored" in output()
     partial(source).write_text("no json\n")
     with pytest.raises(UserError, match="not valid JSON"):
         evaluate(source)
