@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +21,6 @@ from nanochat import infer
 from nanochat.config import UserError
 from nanochat.data.chat_format import Piece
 from nanochat.serve import Limits, app, middleware, scheduler, schema
-from tests.serve.test_schema import BODIES
 
 REPLIES = {
     "hello": ["Hi ", "there", "!"],
@@ -119,6 +118,8 @@ def test_prompt_and_sampling_parameters_reach_the_model(server: scripted.Server)
     content, request = server.requests[-1]
     assert content == "hello" and request == infer.Request(request.prompt, 2, 0.0, 0, 7)
     assert events(post(server, "hello", max_tokens=2))[-1] == {"done": True, "finish_reason": "length"}
+    post(server, "hello")
+    assert server.requests[-2][1].seed != server.requests[-1][1].seed, "the default is random"
     turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "hello")]
     messages = [{"role": role, "content": text} for role, text in turns]
     HTTP.post(server.url + "/chat/completions", json={"messages": messages})
@@ -126,30 +127,8 @@ def test_prompt_and_sampling_parameters_reach_the_model(server: scripted.Server)
         "<|bos|><|user_start|>S\n\na<|user_end|><|assistant_start|>b<|assistant_end|><|user_start|>hello<|user_end|>"
         "<|assistant_start|>"
     )
-
-
-def test_default_seed_is_random(server: scripted.Server) -> None:
-    del server.requests[:]
-    for _ in range(2):
-        post(server, "hello")
-    assert len({request.seed for _, request in server.requests}) == 2
-
-
-@pytest.mark.parametrize(
-    ("turns", "message"),
-    [
-        ([("assistant", "x")], "message 1"),
-        ([("user", "x"), ("user", "y")], "message 2"),
-        ([("user", "x"), ("system", "y")], "message 2"),
-        ([("user", "x"), ("assistant", "y")], "last message"),
-        ([("system", "x")], "no user message"),
-        ([("user", [{"type": "python", "text": "1"}])], "content of the user must be a string"),
-    ],
-)
-def test_turns_out_of_order_are_refused(server: scripted.Server, turns: list[tuple[str, Any]], message: str) -> None:
-    messages = [{"role": role, "content": text} for role, text in turns]
-    detail = error(HTTP.post(server.url + "/chat/completions", json={"messages": messages}), 400)
-    assert message in detail["message"] and detail["param"] == "messages"
+    detail = error(HTTP.post(server.url + "/chat/completions", json={"messages": messages * 2}), 400)
+    assert "message 5" in detail["message"] and detail["param"] == "messages"
 
 
 def test_prompt_beyond_the_context_is_refused() -> None:
@@ -162,7 +141,8 @@ def test_prompt_beyond_the_context_is_refused() -> None:
 def test_all_errors_have_openai_shape(server: scripted.Server) -> None:
     with httpx.Client(base_url=server.url) as http:
         url, json_type = "/chat/completions", {"content-type": "application/json"}
-        error(http.get("/nothing"), 404)
+        for path in ("/nothing", "/%00", "/v1/%2e%2e/etc/passwd"):
+            error(http.get(path), 404)
         assert error(http.get(url), 405) and "POST" in http.get(url).headers["allow"]
         assert http.head("/health").status_code == http.head("/metrics").status_code == 200
         error(http.post(url, content=b"{}", headers={"content-type": "text/plain"}), 415)
@@ -274,16 +254,24 @@ def test_shutdown_ends_streams_with_an_error() -> None:
 # OpenAI's dialect
 
 
+def create(client: openai.OpenAI, content: str = "hello", model: str = "scripted", **more: Any) -> Any:
+    messages: Any = [{"role": "user", "content": content}]
+    return client.chat.completions.create(**{"model": model, "messages": messages} | more)
+
+
+def streamed_text(chunks: Iterable[Any], index: int = 0) -> str:
+    choices = [chunk.choices[0] for chunk in chunks]
+    return "".join(choice.delta.content or "" for choice in choices if choice.index == index)
+
+
 def test_openai_completion(client: openai.OpenAI, server: scripted.Server) -> None:
     assert [model.id for model in client.models.list()] == ["scripted"]
-    got = client.chat.completions.create(
-        model="scripted", messages=[{"role": "user", "content": "hello"}], seed=3, max_completion_tokens=100
-    )
+    got = create(client, seed=3, max_completion_tokens=100)
     assert got.choices[0].message.content == "Hi there!" and got.choices[0].finish_reason == "stop"
-    assert got.usage and (got.usage.prompt_tokens, got.usage.completion_tokens) == (9, 10)
+    assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (9, 10)
     assert server.requests[-1][1].max_tokens == 100
     for model in ("nanochat", "scripted"):
-        got = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hello"}], max_tokens=2)
+        got = create(client, model=model, max_tokens=2)
         assert (got.choices[0].message.content, got.choices[0].finish_reason, got.model) == ("Hi", "length", "scripted")
 
 
@@ -308,24 +296,19 @@ def test_openai_stream_bytes(server: scripted.Server, include_usage: bool) -> No
 
 
 def test_openai_n_choices(client: openai.OpenAI, server: scripted.Server) -> None:
-    messages: Any = [{"role": "user", "content": "hello"}]
     del server.requests[:]
-    got = client.chat.completions.create(model="scripted", messages=messages, n=3, seed=2**63 - 1)
+    got = create(client, n=3, seed=2**63 - 1)
     assert [choice.message.content for choice in got.choices] == ["Hi there!"] * 3
-    assert got.usage and got.usage.completion_tokens == 30
+    assert got.usage.completion_tokens == 30
     assert [request.seed for _, request in server.requests] == [2**63 - 1, 0, 1]
-    texts = {0: "", 1: ""}
-    for chunk in client.chat.completions.create(model="scripted", messages=messages, n=2, stream=True):
-        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
-    assert texts == {0: "Hi there!", 1: "Hi there!"}
+    chunks = list(create(client, n=2, stream=True))
+    assert [streamed_text(chunks, index) for index in (0, 1)] == ["Hi there!"] * 2
 
 
 def test_openai_stop_sequences(client: openai.OpenAI, server: scripted.Server) -> None:
-    messages: Any = [{"role": "user", "content": "stops"}]
-    got = client.chat.completions.create(model="scripted", messages=messages, stop=["never", "STOP"])
+    got = create(client, "stops", stop=["never", "STOP"])
     assert (got.choices[0].message.content, got.choices[0].finish_reason) == ("one ", "stop")
-    stream = client.chat.completions.create(model="scripted", messages=messages, stop="two", stream=True)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "one STOP "
+    assert streamed_text(create(client, "stops", stop="two", stream=True)) == "one STOP "
     wait_for(lambda: idle(server))
 
 
@@ -355,15 +338,12 @@ def test_stop_filter_holds_back_only_possible_prefixes() -> None:
 
 
 def test_openai_tool_calls_are_separate_and_can_be_sent_back(client: openai.OpenAI, server: scripted.Server) -> None:
-    messages: Any = [{"role": "user", "content": "tool"}]
-    message = client.chat.completions.create(model="scripted", messages=messages).choices[0].message
+    message = create(client, "tool").choices[0].message
     assert message.content == "It is 2."
-    messages += [message, {"role": "user", "content": "hello"}]
-    client.chat.completions.create(model="scripted", messages=messages)
+    create(client, messages=[{"role": "user", "content": "tool"}, message, {"role": "user", "content": "hello"}])
     called = "It is <|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>2.<|assistant_end|>"
     assert called in server.prompts[-1]
-    stream = client.chat.completions.create(model="scripted", messages=messages[:1], stream=True)
-    extra = [(c.choices[0].delta.model_extra or {}).get("nanochat_parts") for c in stream]
+    extra = [(c.choices[0].delta.model_extra or {}).get("nanochat_parts") for c in create(client, "tool", stream=True)]
     assert [part for parts in extra if parts for part in parts] == [
         {"type": "python", "text": "1+1"},
         {"type": "python_output", "text": "2"},
@@ -371,18 +351,14 @@ def test_openai_tool_calls_are_separate_and_can_be_sent_back(client: openai.Open
 
 
 def test_openai_client_raises_its_exceptions(client: openai.OpenAI) -> None:
-    def create(content: str = "hello", model: str = "scripted", **more: Any) -> Any:
-        messages: Any = [{"role": "user", "content": content}]
-        return client.chat.completions.create(model=model, messages=messages, **more)
-
     with pytest.raises(openai.BadRequestError, match="tools is not supported"):
-        create(tools=[{"type": "function", "function": {"name": "f"}}])
+        create(client, tools=[{"type": "function", "function": {"name": "f"}}])
     with pytest.raises(openai.NotFoundError, match="this server has scripted"):
-        create(model="gpt-4")
+        create(client, model="gpt-4")
     with pytest.raises(openai.InternalServerError, match="refused"):
-        create("refuse")
+        create(client, "refuse")
     with pytest.raises(openai.APIError, match="refused"):
-        list(create("refuse", stream=True))
+        list(create(client, "refuse", stream=True))
 
 
 # Access
@@ -572,6 +548,19 @@ def test_conversations_are_not_logged(capfd: pytest.CaptureFixture[str], caplog:
 # Fuzzing
 
 
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | JSON, "content": JSON})
+# Wrong in many ways, and at times right
+BODIES = st.builds(
+    lambda fields, messages: {"messages": messages} | fields,
+    st.dictionaries(st.sampled_from([*schema.CompletionRequest.model_fields]) | st.text(max_size=5), JSON, max_size=4),
+    st.lists(MESSAGE, max_size=3) | JSON | st.just(body("hello")["messages"]),
+)
+
+
 @pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions"])
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=BODIES, garbage=st.tuples(st.integers(0, 50), st.binary(max_size=3)) | st.none())
@@ -584,17 +573,6 @@ def test_random_requests_never_return_500(server: scripted.Server, path: str, va
     assert response.status_code in (200, 400, 404), (response.status_code, content)
     if response.status_code != 200:
         error(response, response.status_code)
-
-
-PATHS = ["/chat/completions", "/v1/chat/completions", "/stats", "/v1/models", "/openapi.json", "/"]
-PATHS += ["//", "/%00", "/../etc/passwd", "/health/", "/?a=%ff"]
-
-
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "FOO"])
-def test_methods_and_paths_never_return_500(server: scripted.Server, method: str) -> None:
-    with httpx.Client(base_url=server.url) as http:
-        for path in PATHS:
-            assert http.request(method, path).status_code < 500, (method, path)
 
 
 # Start and end
@@ -630,7 +608,4 @@ def test_long_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -
     with scripted.serve({"": [0.3, "a"]}) as server:
         assert post(server, "x").text.count(": waiting\n\n") >= 3
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
-            stream = client.chat.completions.create(
-                model="nanochat", messages=[{"role": "user", "content": "x"}], stream=True
-            )
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "a"
+            assert streamed_text(create(client, "x", stream=True)) == "a"

@@ -3,7 +3,6 @@
 The model is tiny and random. Its answers are nonsense, but a function of prompt and seed, whatever the load.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -26,7 +25,6 @@ import pytest
 import small_model
 import web_clients
 from tiny_run import save_run
-from web_clients import whole_answer
 
 from experiments import bench_infer, web
 from nanochat import distributed, infer
@@ -116,10 +114,6 @@ def run_clients(url: str, answers: list[str], requests: int, seed: int) -> int:
     return int(done.stdout)
 
 
-async def one_by_one(url: str) -> list[str]:
-    return [await whole_answer(url, question) for question in QUESTIONS]
-
-
 def settle(url: str) -> dict[str, Any]:
     """Return /stats as soon as the server is idle."""
     end = time.monotonic() + 5
@@ -140,16 +134,16 @@ def test_start_prints_model_and_address(servers: list[Running]) -> None:
 
 def test_answers_under_load_equal_those_without_load(servers: list[Running]) -> None:
     url, pids = servers[0].url, (servers[0].process.pid, servers[0].worker)
-    answers = asyncio.run(one_by_one(url))
+    http = httpx.Client(base_url=url)
+    answers = [web_clients.ask(http, question) for question in QUESTIONS]
     assert len(set(answers)) > len(QUESTIONS) // 2, "the questions have different answers"
     run_clients(url, answers, 250, seed=0)
     settle(url)
     before = [rss_mb(pid) for pid in pids]
-    http, clients = httpx.Client(), ThreadPoolExecutor().submit(run_clients, url, answers, 250, seed=1)
-    seconds = []
+    clients, seconds = ThreadPoolExecutor().submit(run_clients, url, answers, 250, seed=1), []
     while not clients.done():
         start = time.perf_counter()
-        assert http.get(url + "/health").json()["ready"]
+        assert http.get("/health").json()["ready"]
         seconds.append(time.perf_counter() - start)
         time.sleep(0.02)
     stats = settle(url)
@@ -160,20 +154,19 @@ def test_answers_under_load_equal_those_without_load(servers: list[Running]) -> 
     for pid, size in zip(pids, before):
         assert rss_mb(pid) < size + 8, f"{size:.0f} MB grew to {rss_mb(pid):.0f} MB"
     # No slot has leaked: all of them answer at once. A busy machine may be too slow to see that in the first attempt.
-    assert any(asyncio.run(most_active(url)) > SLOTS // 2 for _ in range(5))
+    assert any(most_active(http) > SLOTS // 2 for _ in range(5))
 
 
-async def most_active(url: str) -> int:
+def most_active(http: httpx.Client) -> int:
     """Return how many of SLOTS requests were seen being answered at once; none of them may wait in the queue."""
-    question = QUESTIONS[0] | {"max_tokens": 100}
-    tasks = [asyncio.create_task(whole_answer(url, question | {"seed": i})) for i in range(SLOTS)]
-    most = 0
-    async with httpx.AsyncClient(base_url=url) as http:
-        while not all(task.done() for task in tasks):
-            stats = (await http.get("/stats")).json()
+    question, most = QUESTIONS[0] | {"max_tokens": 100}, 0
+    with ThreadPoolExecutor(SLOTS) as pool:
+        answers = [pool.submit(web_clients.ask, http, question | {"seed": i}) for i in range(SLOTS)]
+        while not all(answer.done() for answer in answers):
+            stats = http.get("/stats").json()
             most = max(most, stats["active"])
             assert stats["queue"]["length"] == 0
-    assert len([task.result() for task in tasks]) == SLOTS
+    assert all(answer.result() for answer in answers)
     return most
 
 
@@ -285,29 +278,27 @@ def test_worker_drops_cancelled_requests_at_once() -> None:
     assert not worker.is_alive(), "a closed pipe ends it"
 
 
-def refused(base: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> str:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    with pytest.raises(UserError) as caught:
-        web.run(override(web.config(), ["device=cpu", "compile=false", "port=0", *settings]), distributed.init("cpu"))
-    return str(caught.value)
-
-
-def test_wrong_settings_are_refused_before_anything_starts(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["run=tinny"], "run=tinny: no such run"),
+        (["step=999"], "step"),
+        (["slots=0"], "slots=0"),
+        (["gpus=2"], "gpus=2"),
+        (["token=a", "token_file=none"], "both set"),
+        (["token_file=none"], "token_file=none cannot be read"),
+        (["token=a b"], "token is empty"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], message: str
 ) -> None:
-    assert "no trained model" in refused(tmp_path, monkeypatch)
-    assert "run=tinny: no such run" in refused(base, monkeypatch, "run=tinny")
-    assert "slots=0" in refused(base, monkeypatch, "slots=0")
-    assert "gpus=2" in refused(base, monkeypatch, "gpus=2")
-    assert "both set" in refused(base, monkeypatch, "token=a", f"token_file={tmp_path}")
-    assert "cannot be read" in refused(base, monkeypatch, f"token_file={tmp_path / 'none'}")
-    assert "token is empty" in refused(base, monkeypatch, "token=a b")
-    file = tmp_path / "token"
-    file.write_text("secret\n")
-    config = override(web.config(), [f"token_file={file}"])
-    assert web.read_token(config) == "secret"
-    assert "secret" not in repr(dataclasses.replace(config, token="secret", token_file=None))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    with pytest.raises(UserError, match=message):
+        web.run(override(web.config(), ["device=cpu", "compile=false", "port=0", *settings]), distributed.init("cpu"))
 
 
-def test_missing_step_ends_the_server(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert re.search("step", refused(base, monkeypatch, "step=999"))
+def test_token_comes_from_a_file_and_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    assert web.read_token(web.Config(token_file=tmp_path / "token")) == "secret"
+    assert "secret" not in repr(web.Config(token="secret"))
