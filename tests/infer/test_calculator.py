@@ -44,41 +44,26 @@ def test_values(text: str, expected: str) -> None:
     assert calculate(text) == expected
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", " ", ".", "...", "()", "1,2", "1,0000", "1234,567", "1,000,00", "(1,000,)", "1;2", "1\n+2", "1 2", "01"),
-        *("2**3", "9**9**9", "7//2", "7%2", "1e5", "1_000", "0x10", "1j", "1<2", "1if 1else 2", "~1", "1@2", "3(4)"),
-        *(
-            "x",
-            "True",
-            "None",
-            "abs(-1)",
-            "(1).real",
-            "1 .real",
-            "[1][0]",
-            "{}",
-            "lambda: 1",
-            "'a'",
-            "'a'*3",
-            "'a'+'b'",
-        ),
-        *("'a'.count", "'a'.count()", "'a'.count('a', 1)", "'a'.upper()", "'a'.count(1)", "b'a'.count(b'a')"),
-        *("'a'.count(x)", "f'{1}'.count('1')", "'a'.count(sub='a')", "'a'.count('a').real", r"'\d'.count('d')"),
-        *("__import__('os').system('true')", "'a'.__class__", "().__class__.__bases__", "'a'.count('a')+1"),
-        *("1/0", "1/(1-1)", "0/0", "1.0/0", "9" * 200, "1" * 400 + ".0", "1" * 400 + "/3.5", "9" * 400 + "/7"),
-        *("(" * 250, "(" * 250 + "1" + ")" * 250, "-" * 999 + "1", "1" + "+1" * 499, "1" * 5000),
-        *("１+１", "٣+1", "2×3", "1\x0c+1", "1\0", "\ud800", "'\ud800'.count('a')", "'a\0'.count('a')", "\ufeff1+1"),
-    ],
-)
+NO_RESULT = [
+    *("", " ", ".", "...", "()", "1,2", "1,0000", "1234,567", "1,000,00", "(1,000,)", "1;2", "1\n+2", "1 2", "01"),
+    *("2**3", "9**9**9", "10**10**10", "7//2", "7%2", "1e5", "1_000", "0x10", "1j", "1<2", "~1", "1@2", "3(4)"),
+    *("x", "True", "None", "abs(-1)", "print(1)", "(1).real", "1 .real", "[1][0]", "{}", "{1:2}[1]", "lambda: 1"),
+    *("1if 1else 2", "0or 1", "await x", "(yield)", "a:=1", "*1", "**1", "[x for x in range(10**9)]", "exec('1')"),
+    *("'a'", "'a'*3", "'a'*10**9", "'a'+'b'", "'a'.join('b')", "'%s'.format(1)", "f'{9**9**9}'", "f'{1}'.count('1')"),
+    *("'a'.count", "'a'.count()", "'a'.count('a', 1)", "'a'.upper()", "'a'.count(1)", "b'a'.count(b'a')"),
+    *("'a'.count(x)", "'a'.count(sub='a')", "'a'.count('a').real", "'a'.count('a')+1", r"'\d'.count('d')"),
+    *("__import__('os').system('true')", "open('/etc/passwd').read()", "'a'.__class__", "'a'.count('a').__class__"),
+    *("().__class__.__bases__", "().__class__.__mro__[1].__subclasses__()"),
+    *("1/0", "1/(1-1)", "0/0", "1.0/0", "9" * 200, "1" * 400 + ".0", "1" * 400 + "/3.5", "9" * 400 + "/7"),
+    f"1/({'9' * 200}.0*{'9' * 200}.0)",  # 0.0 by way of infinity
+    *("(" * 250, "(" * 250 + "1" + ")" * 250, "-" * 999 + "1", "1" + "+1" * 499, "1" * 5000),
+    *("１+１", "٣+1", "2×3", "1\x0c+1", "1\0", "\ud800", "'\ud800'.count('a')", "'a\0'.count('a')", "\ufeff1+1"),
+]
+
+
+@pytest.mark.parametrize("text", NO_RESULT)
 def test_no_result(text: str) -> None:
     assert calculate(text) is None
-
-
-def test_intermediate_infinity_has_no_result() -> None:
-    huge = "9" * 200 + ".0"
-    assert eval(f"1/({huge}*{huge})") == 0.0
-    assert calculate(f"1/({huge}*{huge})") is None
 
 
 def random_expression(rng: random.Random, depth: int) -> str:
@@ -118,25 +103,8 @@ def test_equals_python_on_valid_expressions() -> None:
     assert results > 4000
 
 
-def test_thousands_separators_are_ignored() -> None:
-    rng = random.Random(1)
-    for _ in range(2000):
-        a, b = rng.randrange(10 ** rng.randrange(1, 15)), rng.randrange(10 ** rng.randrange(1, 15))
-        operation = rng.choice("+-*")
-        assert calculate(f"{a:,} {operation} ({b:,})") == str(eval(f"{a}{operation}{b}")), (a, b)
-
-
 ALPHABET = "0123456789+-*/()., "
-CODE = [
-    *(
-        "__import__('os').system('touch /tmp/x')",
-        "().__class__.__mro__[1].__subclasses__()",
-        "open('/etc/passwd').read()",
-    ),
-    *("exec('1')", "[x for x in range(10**9)]", "9**9**9", "'a'*10**9", "10**10**10", "lambda:0", "(yield)", "a:=1"),
-    *("'a'.count('a').__class__", "f'{9**9**9}'", "'%s'.format(1)", "'a'.join('b')", "1if 1else 2", "0or 1", "await x"),
-    *("'strawberry'.count('r')", '"a b".count("")', r"'\d'.count('d')", "print(1)", "...", "{1:2}[1]", "*1", "**1"),
-]
+COUNTS = ["'strawberry'.count('r')", '"a b".count("")', "'abcabc'.count('b')"]
 
 
 def random_unicode(rng: random.Random) -> str:
@@ -145,12 +113,11 @@ def random_unicode(rng: random.Random) -> str:
 
 
 def mutated(rng: random.Random) -> str:
-    text = rng.choice([random_expression(rng, 4), rng.choice(CODE), "1,000*(2+3)", "'abcabc'.count('b')"])
+    text = rng.choice([random_expression(rng, 4), rng.choice(NO_RESULT), "1,000*(2+3)", rng.choice(COUNTS)])
     for _ in range(rng.randrange(1, 4)):
         at = rng.randrange(len(text) + 1)
-        new = rng.choice(
-            [rng.choice(ALPHABET), chr(rng.randrange(128)), chr(rng.randrange(0x3000)), rng.choice(CODE), ""]
-        )
+        characters = [rng.choice(ALPHABET), chr(rng.randrange(128)), chr(rng.randrange(0x3000))]
+        new = rng.choice([*characters, rng.choice(NO_RESULT), ""])
         text = text[:at] + new + text[at + rng.randrange(3) :]
     return text
 
@@ -159,6 +126,11 @@ def deep(rng: random.Random) -> str:
     n = rng.choice([10, 50, 99, 150, 199, 300, 10_000])
     a, b = rng.choice([("(", ")"), ("-", ""), ("+-", ""), ("(-", ")"), ("1+", ""), ("2*(1+", ")"), ("'a'.count(", ")")])
     return a * n + rng.choice(["1", "1.5", "", "x"]) + b * rng.choice([n, n, n - 1])
+
+
+def thousands(rng: random.Random) -> str:
+    a, b = (rng.randrange(10 ** rng.randrange(1, 15)) for _ in range(2))
+    return f"{a:,} {rng.choice('+-*')} ({b:,})"
 
 
 def huge(rng: random.Random) -> str:
@@ -174,6 +146,7 @@ KINDS: list[Callable[[random.Random], str]] = [
     mutated,
     lambda rng: random_expression(rng, 7),
     deep,
+    thousands,
     huge,
 ]
 
