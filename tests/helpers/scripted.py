@@ -41,9 +41,12 @@ class Server:
     uvicorn: middleware.Server
     url: str
     requests: list[tuple[str, infer.Request]]  # (last user message, request) in the order in which answers began
-    prompts: list[str]  # as text
     cancelled: list[str]  # messages whose answers were cancelled
     stop: Callable[[], None]  # ends the server as a signal would, and waits for that
+
+    @property
+    def prompts(self) -> list[str]:
+        return [TOKENIZER.decode(request.prompt) for _, request in self.requests]
 
 
 @contextlib.contextmanager
@@ -68,12 +71,12 @@ def serve(
         delay: seconds before each piece. load_seconds: until a worker is ready. wait: for all workers to be ready.
         slots: answers at once per worker. notice: as in `WorkerInfo`. limits: fields of `Limits`.
     """
-    requests, prompts, cancelled = [], [], []
+    requests, cancelled = [], []
     info = worker.WorkerInfo("scripted", 1, "base" if notice else "sft", notice, TOKENIZER, context, slots, "cpu", "")
 
     def connect(deliver: worker.Deliver) -> worker.WorkerHandle:
         asyncio.get_running_loop().call_later(load_seconds, deliver, ("ready", info))
-        return ScriptedWorker(replies, delay, deliver, requests, prompts, cancelled)
+        return ScriptedWorker(replies, delay, deliver, requests, cancelled)
 
     connects, limits_ = [connect] * workers, dataclasses.replace(Limits(port=0), **limits)
     scheduler_ = scheduler.create(connects, queue_limit)
@@ -93,7 +96,7 @@ def serve(
                 assert thread.is_alive() and time.monotonic() < end, "the server did not start"
                 time.sleep(0.005)
             url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-            yield Server(scheduler_, uvicorn, url, requests, prompts, cancelled, stop)
+            yield Server(scheduler_, uvicorn, url, requests, cancelled, stop)
         finally:
             stop()
 
@@ -101,23 +104,22 @@ def serve(
 class ScriptedWorker(worker.WorkerHandle):
     """A worker that follows its script in the server's event loop."""
 
-    def __init__(self, replies: Replies, delay: float, deliver: worker.Deliver, requests, prompts, cancelled) -> None:
+    def __init__(self, replies: Replies, delay: float, deliver: worker.Deliver, requests, cancelled) -> None:
         self._replies, self._delay, self._deliver = replies, delay, deliver
-        self._requests, self._prompts, self._cancelled = requests, prompts, cancelled
+        self._requests, self._cancelled = requests, cancelled
         self._answers: dict[int, tuple[asyncio.Task[None], str]] = {}
 
     def send(self, message: worker.Message) -> None:
         if message[0] == "new":
             _, key, request = message
-            prompt = TOKENIZER.decode(request.prompt)
-            content = prompt.rpartition("<|user_start|>")[2].partition("<|user_end|>")[0]
+            last = TOKENIZER.decode(request.prompt).rpartition("<|user_start|>")[2]
+            content = last.partition("<|user_end|>")[0]
             self._requests.append((content, request))
-            self._prompts.append(prompt)
             self._answers[key] = asyncio.get_running_loop().create_task(self._answer(key, content, request)), content
-        elif message[1] in self._answers:
-            task, content = self._answers.pop(message[1])
-            task.cancel()
-            self._cancelled.append(content)
+        else:
+            task, content = self._answers[message[1]]
+            if task.cancel():
+                self._cancelled.append(content)
 
     def close(self) -> None:  # the answers end by themselves, ignored
         pass
@@ -140,17 +142,15 @@ class ScriptedWorker(worker.WorkerHandle):
             if piece is LENGTH:
                 finish = "length"
                 break
-            tokens = [] if isinstance(piece, float) else _tokens(piece)[:room]
-            room -= len(tokens)
-            events: list[Any] = [(key, token, None) for token in tokens]
-            if room == 0:
-                events[-1] = (key, tokens[-1], "length")
-                self._answers.pop(key, None)
-            if events:
-                self._deliver(("tokens", events))
-            if room == 0:
+            if isinstance(piece, float):
+                continue
+            events: list[Any] = []
+            for token in _tokens(piece)[:room]:
+                room -= 1
+                events.append((key, token, None if room else "length"))
+            self._deliver(("tokens", events))
+            if not room:
                 return
-        self._answers.pop(key, None)
         self._deliver(("tokens", [(key, TOKENIZER.special("<|assistant_end|>"), finish)]))
 
 

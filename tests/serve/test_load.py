@@ -283,8 +283,8 @@ def test_worker_drops_cancelled_requests_at_once() -> None:
         (["step=999"], "step"),
         (["slots=0"], "slots=0"),
         (["gpus=2"], "gpus=2"),
-        (["token=a", "token_file=none"], "both set"),
-        (["token_file=none"], "token_file=none cannot be read"),
+        (["token=a", "token_file=/none"], "both set"),
+        (["token_file=/none"], "token_file=/none cannot be read"),
         (["token=a b"], "token is empty"),
     ],
 )

@@ -179,9 +179,11 @@ def test_new_chat(chat: Opener, action: str) -> None:
     assert server.prompts[-1].count("<|user_start|>") == 1
 
 
-def test_conversation_survives_a_reload(chat: Opener) -> None:
+def test_conversation_with_a_tool_call_survives_a_reload(chat: Opener) -> None:
     page, server = chat({"tool": ["It is ", ("python", "1+1"), ("output", "2"), "2."]})
     converse(page, "tool")
+    expect(page.locator("#live")).to_have_text("It is [calculator: 1+1 = 2]2.")
+    assert [page.locator(f".tool {part}").inner_text() for part in (".call", ".result")] == ["1+1", "2"]
     say(page, "/temperature 1.5")
     page.locator("#text").fill("a draft")
     shown = texts(page)

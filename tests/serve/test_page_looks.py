@@ -43,22 +43,6 @@ def test_content_security_policy_blocks_injected_scripts(chat: Opener) -> None:
     assert page.evaluate("fetch('https://example.com/').then(() => 'sent', () => 'stopped')") == "stopped"
 
 
-def test_tool_calls_are_shown_separately_and_sent_back(chat: Opener) -> None:
-    page, server = chat({"sum": ["It is ", ("python", "12*3"), ("output", "36"), "36."], "more": ["ok"]})
-    say(page, "sum")
-    finished(page, 1)
-    tool = page.locator(".tool")
-    expect(tool).to_have_count(1)
-    assert tool.text_content() == "calculator: 12*3=36"
-    assert [tool.locator(part).inner_text() for part in (".call", ".result")] == ["12*3", "36"]
-    assert answer(page).inner_text().startswith("It is") and answer(page).inner_text().endswith("36.")
-    expect(page.locator("#live")).to_have_text("It is [calculator: 12*3 = 36]36.")
-    say(page, "more")
-    finished(page, 2)
-    called = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36.<|assistant_end|>"
-    assert called in server.prompts[1]
-
-
 def test_markdown_and_copy_buttons(chat: Opener) -> None:
     code = "for i in range(3):\n    print(i * 2)  # **not bold**"
     lists = "3. three\n4. four\n\n- x\n  - y\n"
