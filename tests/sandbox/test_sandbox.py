@@ -321,17 +321,21 @@ def test_files_and_environment_of_the_host_are_hidden(
     assert result.stdout.endswith(f"{names} None sandbox 65534 1\n")
 
 
-def listener() -> socket.socket:
-    server = socket.create_server(("127.0.0.1", 0))
-    server.settimeout(0.05)
-    return server
+@contextlib.contextmanager
+def unreachable_server() -> Iterator[tuple[str, int]]:
+    """Give the address of a server, and check that nobody connected to it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()
+        server.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            server.accept()
 
 
 def test_network_is_unreachable(kernel: str) -> None:
-    with listener() as server:
+    with unreachable_server() as address:
         run_attempts(f"""
             import socket, urllib.request
-            attempt(socket.create_connection, {server.getsockname()}, 1)
+            attempt(socket.create_connection, {address}, 1)
             attempt(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
             attempt(socket.socket, socket.AF_UNIX)
             attempt(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW)
@@ -339,45 +343,40 @@ def test_network_is_unreachable(kernel: str) -> None:
             attempt(socket.create_server, ("127.0.0.1", 0))
             attempt(socket.gethostbyname, "localhost")
         """)
-        with pytest.raises(TimeoutError):
-            server.accept()
 
 
 def test_system_calls_through_ctypes_are_refused(kernel: str) -> None:
-    with listener() as server:
-        result = run(f"""
-            import ctypes, os
-            libc = ctypes.CDLL(None, use_errno=True)
-            def call(function, *arguments, name=None):
-                ctypes.set_errno(0)
-                code = getattr(libc, function)(*arguments)
-                outcome = "refused" if code == -1 else "ALLOWED"
-                print(outcome, name or function, code, os.strerror(ctypes.get_errno()))
-            zero = ctypes.c_long(0)
-            for function, *arguments in [
-                ("fork",), ("vfork",), ("execv", b"/bin/sh", None), ("kill", {os.getpid()}, 9),
-                ("kill", {os.getpid()}, 0),
-                ("socket", 2, 1, 0), ("socketpair", 2, 1, 0, (ctypes.c_int * 2)()), ("unshare", 0x10000000),
-                ("unshare", 0x20000), ("setns", 0, 0), ("mount", b"tmpfs", b"/tmp", b"tmpfs", zero, None),
-                ("umount2", b"/tmp", 2), ("chroot", b"/tmp"), ("ptrace", 16, 1, zero, zero),
-                ("process_vm_readv", 1, None, zero, None, zero, zero), ("memfd_create", b"x", 0),
-                ("shmget", 0, 4096, 0o1600), ("semget", 0, 1, 0o1600), ("msgget", 0, 0o1600), ("inotify_init1", 0),
-                ("personality", zero), ("prctl", 4, zero, zero, zero, zero), ("prctl", 22, zero, None),
-                ("prlimit", 1, 7, None, None), ("ioctl", 0, 0x5412, b"x"), ("setuid", 0), ("sethostname", b"x", 1),
-                ("reboot", 0), ("swapon", b"x", 0),
-            ]:
-                call(function, *arguments)
-            print("refused" if libc.system(b"true") in (-1, 127 << 8) else "ALLOWED", "system")
-            for name, number in dict(
-                clone3=435, io_uring_setup=425, pidfd_open=434, bpf=321, keyctl=250, perf_event_open=298,
-                userfaultfd=323, add_key=248, kexec_load=246, memfd_secret=447, pidfd_getfd=438, open_by_handle_at=304,
-                fsopen=430, mount_setattr=442, landlock=444, clone=56,
-            ).items():
-                if os.uname().machine == "x86_64":
-                    call("syscall", ctypes.c_long(number), ctypes.c_long(17), zero, zero, zero, zero, name=name)
-        """)
-        with pytest.raises(TimeoutError):
-            server.accept()
+    result = run(f"""
+        import ctypes, os
+        libc = ctypes.CDLL(None, use_errno=True)
+        def call(function, *arguments, name=None):
+            ctypes.set_errno(0)
+            code = getattr(libc, function)(*arguments)
+            outcome = "refused" if code == -1 else "ALLOWED"
+            print(outcome, name or function, code, os.strerror(ctypes.get_errno()))
+        zero = ctypes.c_long(0)
+        for function, *arguments in [
+            ("fork",), ("vfork",), ("execv", b"/bin/sh", None), ("kill", {os.getpid()}, 9),
+            ("kill", {os.getpid()}, 0),
+            ("socket", 2, 1, 0), ("socketpair", 2, 1, 0, (ctypes.c_int * 2)()), ("unshare", 0x10000000),
+            ("unshare", 0x20000), ("setns", 0, 0), ("mount", b"tmpfs", b"/tmp", b"tmpfs", zero, None),
+            ("umount2", b"/tmp", 2), ("chroot", b"/tmp"), ("ptrace", 16, 1, zero, zero),
+            ("process_vm_readv", 1, None, zero, None, zero, zero), ("memfd_create", b"x", 0),
+            ("shmget", 0, 4096, 0o1600), ("semget", 0, 1, 0o1600), ("msgget", 0, 0o1600), ("inotify_init1", 0),
+            ("personality", zero), ("prctl", 4, zero, zero, zero, zero), ("prctl", 22, zero, None),
+            ("prlimit", 1, 7, None, None), ("ioctl", 0, 0x5412, b"x"), ("setuid", 0), ("sethostname", b"x", 1),
+            ("reboot", 0), ("swapon", b"x", 0),
+        ]:
+            call(function, *arguments)
+        print("refused" if libc.system(b"true") in (-1, 127 << 8) else "ALLOWED", "system")
+        for name, number in dict(
+            clone3=435, io_uring_setup=425, pidfd_open=434, bpf=321, keyctl=250, perf_event_open=298,
+            userfaultfd=323, add_key=248, kexec_load=246, memfd_secret=447, pidfd_getfd=438, open_by_handle_at=304,
+            fsopen=430, mount_setattr=442, landlock=444, clone=56,
+        ).items():
+            if os.uname().machine == "x86_64":
+                call("syscall", ctypes.c_long(number), ctypes.c_long(17), zero, zero, zero, zero, name=name)
+    """)
     assert result.success, result
     lines = result.stdout.splitlines()
     assert len(lines) >= 30 and [line for line in lines if not line.startswith("refused")] == []
@@ -404,10 +403,10 @@ for _ in range(3):
 def test_namespaces_isolate_without_the_filter(kernel: str, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     monkeypatch.setattr(sandbox, "_filter", lambda weak: b"")
     monkeypatch.setattr(sandbox, "_jail", lambda jail=sandbox._jail: jail().replace('"RLIMIT_NPROC"', '"RLIMIT_CORE"'))
-    with listener() as server:
+    with unreachable_server() as address:
         code = f"""
 import os, socket
-try: socket.create_connection({server.getsockname()}, 1)
+try: socket.create_connection({address}, 1)
 except OSError as error: print(error.strerror)
 for pid in ({os.getpid()}, {os.getppid()}):
     try: os.kill(pid, 9)
@@ -417,8 +416,6 @@ print("made", flush=True)
 {end}
 """
         result = run(code, timeout_seconds=0.7)
-        with pytest.raises(TimeoutError):
-            server.accept()
     assert result.success == ("end" in end), result
     expected = ["Connection refused", "No such process", "No such process", "made", *(["end"] if "end" in end else [])]
     assert result.stdout.splitlines() == expected
@@ -472,8 +469,6 @@ def test_humaneval_solutions(kernel: str, task: dict[str, str]) -> None:
     assert result.success, result
     wrong = run(f"{task['prompt']}    return None\n{check}")
     assert not wrong.success and str(wrong.error).startswith(("AssertionError", "TypeError")), wrong
-    left = run(f"{task['prompt']}    import sys; sys.exit(0)\n{check}")
-    assert not left.success
 
 
 def clear_caches(monkeypatch: pytest.MonkeyPatch) -> None:
