@@ -374,7 +374,7 @@ def test_invalid_settings_are_refused(folder: Path) -> None:
         loader(folder, world_size=3)
     for name in ("buffer_docs", "prefetch_batches", "tokenizer_threads"):
         with pytest.raises(UserError, match=f"data.{name}=0"):
-            loader(folder, **{name: 0})
+            loader(folder, **dict[str, Any]({name: 0}))
     with pytest.raises(UserError, match="sequence_len=0"):
         loader(folder, length=0)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from datasets import config
 from task_rows import DATA, ROWS, TOKENIZER, question, reference, write
 
 from nanochat import tasks
@@ -191,23 +192,23 @@ def test_local_files_are_cached_in_the_base_folder_and_read_again_when_they_chan
 
 
 def test_unreachable_hub_fails_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
     began = time.monotonic()
     message = "the data set openai/gsm8k, split test, could not be loaded: the hub is not reachable"
     with pytest.raises(UserError, match=f"{message}.*give a file or folder with its rows: source=/path$"):
         tasks.load("gsm8k", "test")
     assert time.monotonic() - began < 20  # five attempts of `datasets` take longer
-    assert datasets.config.HF_HUB_OFFLINE is False
+    assert config.HF_HUB_OFFLINE is False
 
 
 def test_cached_download_is_used_when_the_hub_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*arguments: Any, **options: Any) -> Any:
         assert (*arguments, options) == ("openai/gsm8k", "main", {"split": "train"})
-        assert datasets.config.HF_HUB_OFFLINE  # only its cache is read
+        assert config.HF_HUB_OFFLINE  # only its cache is read
         return datasets.Dataset.from_list([GSM8K])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_table, "_responds", lambda url: False)
-    assert tasks.load("gsm8k").size == 1 and not datasets.config.HF_HUB_OFFLINE
+    assert tasks.load("gsm8k").size == 1 and not config.HF_HUB_OFFLINE
