@@ -176,12 +176,3 @@ def test_peak_memory_is_the_process_s_own_and_in_bytes() -> None:
     before, grown = map(int, done.stdout.split())
     assert block.all() and 20 << 20 < before < 800 << 20
     assert 192 << 20 < grown < 384 << 20
-
-
-@pytest.mark.gpu
-def test_peak_memory_of_a_gpu() -> None:
-    device = torch.device("cuda", 0)
-    torch.cuda.reset_peak_memory_stats(device)
-    block = torch.ones(64 << 20, dtype=torch.uint8, device=device)
-    del block
-    assert runtime.peak_memory_bytes(device) >= 64 << 20

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import distributed, model, optim, train, tree
-from nanochat.distributed import Runtime, ShardingConfig, ShardingPlan, compile_fn, sharding
+from nanochat.distributed import Runtime, ShardingConfig, ShardingPlan, sharding
 from nanochat.model import Compute, ModelConfig, loss
 
 CONFIG = ModelConfig(sequence_len=32, vocab_size=250, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
@@ -58,19 +58,19 @@ def hparams(step: int) -> optim.Hparams:
     return optim.as_hparams(groups)
 
 
-def start(plan: ShardingPlan | None, config: ModelConfig = CONFIG, compile: bool = False) -> tuple[Any, Any]:
+def start(plan: ShardingPlan | None) -> tuple[Any, Any]:
     # Zeros would make gradients of nothing but rounding, and Muon makes any gradient as large as the others.
-    flat, dtype = tree.flatten(small_model.random_params(config)), torch.float32
+    flat, dtype = tree.flatten(small_model.random_params(CONFIG)), torch.float32
     params = tree.unflatten({name: sharding.place(plan, name, x) for name, x in flat.items()})
     compute = Compute(dtype, all_gather=sharding.gather_layer(plan, dtype))
-    loss_fn = functools.partial(loss.next_token, config=config, compute=compute, chunk_tokens=64)
+    loss_fn = functools.partial(loss.next_token, config=CONFIG, compute=compute, chunk_tokens=64)
     step_fn = functools.partial(
         train.train_step,
-        value_and_grad=train.gradient(loss_fn, compile=compile_fn if compile else None),
-        update=train.make_update(donate=True, compile=compile, sharding_plan=plan),
+        value_and_grad=train.gradient(loss_fn),
+        update=train.make_update(donate=True, sharding_plan=plan),
         gather=functools.partial(sharding.gather, plan, dtype=dtype),
     )
-    return train.init(params, model.spec(config), dtype, plan), step_fn
+    return train.init(params, model.spec(CONFIG), dtype, plan), step_fn
 
 
 def full(params: TensorDict) -> dict[str, Tensor]:
@@ -176,28 +176,8 @@ def derivatives(runtime: Runtime) -> Row:
     return dict(zip(("eager", "compiled", "difference"), sums))
 
 
-def graphs(runtime: Runtime) -> Row:
-    """Return the collectives of the compiled forward and backward, and how far its gradients are from eager ones."""
-    config = ModelConfig(sequence_len=32, vocab_size=250, n_layer=2, n_head=4, n_kv_head=4, n_embd=64)
-    seen: list[dict[str, int]] = []
-
-    def note(graph: torch.fx.Graph) -> None:
-        names = [str(node.target).split(".")[1] for node in graph.nodes if "_c10d_functional." in str(node.target)]
-        seen.append(dict(collections.Counter(names)))
-
-    torch._inductor.config.post_grad_custom_post_pass = note  # pyright: ignore
-    plan, grads = sharding.make_plan(MODES["fsdp"], runtime, model.spec(config)), []
-    rows = batch(data()[0, 0][runtime.rank :: runtime.world_size])
-    for compile in (True, False):
-        state, step_fn = start(plan, config, compile)
-        params = sharding.gather(plan, state.params, torch.float32)
-        grads.append(step_fn.keywords["value_and_grad"](params, rows, torch.ones(()))[0])
-    error = max((a - b).abs().max().item() for a, b in zip(tree.leaves(grads[0]), tree.leaves(grads[1])))
-    return {"graphs": seen, "error": error}
-
-
 def run(*names: str) -> dict[str, Any]:
     """Return the results of each case, by its name."""
-    cases = {case.__name__: case for case in (modes, few_steps, nonfinite, derivatives, graphs)}
+    cases = {case.__name__: case for case in (modes, few_steps, nonfinite, derivatives)}
     with distributed.distributed_context("cpu") as runtime:
         return {name: cases[name](runtime) for name in names}

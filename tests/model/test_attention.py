@@ -276,16 +276,13 @@ def test_torch_fa3_replaces_flash_only_when_built(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kernel", [name for name in attention.KERNELS if name != "math"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_kernels_on_cuda_in_bfloat16_with_gradients(kernel: str, heads: tuple[int, int]):
-    n_time, windows = 640, (128, 200, 640)
-    device = torch.device("cuda")
-    if kernel == "cudnn":
-        windows = (640,)
+    n_time, device = 640, torch.device("cuda")
+    windows = (640,) if kernel == "cudnn" else (128, 200, 640)
     try:
         choice = attention.choose(kernel, n_time, windows, (*heads, 64), device, torch.bfloat16)
     except ValueError as error:
-        if kernel in ("sdpa", "flex") or (
-            kernel in ("flash", "cudnn") and torch.cuda.get_device_capability() >= (9, 0)
-        ):
+        hopper = torch.cuda.get_device_capability() >= (9, 0)
+        if kernel in ("sdpa", "flex", *(("flash", "cudnn") if hopper else ())):
             raise
         pytest.skip(str(error))
     attend = attention.build(choice.names, n_time, device)
