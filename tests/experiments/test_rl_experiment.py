@@ -110,12 +110,10 @@ def test_two_ranks_match_single_process(base: Path, uninterrupted: Path, mode: s
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("run=nothing", "run=nothing: no such run"),
         ("rollout.prompts_per_step=65", "arithmetic has 64 rows: too few for a step of 65"),
         ("train.attention=flex", "train.attention=flex: answers have many lengths"),
         ("device_batch_size=0", "device_batch_size=0"),
         ("task=customjson:/nowhere.jsonl", "/nowhere.jsonl"),
-        ("eval_task=nothing", "'nothing': no such task"),
     ],
 )
 def test_invalid_settings_raise_one_line_error(base: Path, setting: str, message: str):
