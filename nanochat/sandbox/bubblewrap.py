@@ -137,7 +137,7 @@ open("/tmp/x", "w").close()
 
 
 def _run(code: str, limits: Limits, weak: bool) -> Result:
-    """Start an interpreter, send it the program, monitor it, and leave no process, file or descriptor behind."""
+    """Run a program, and leave no process, file or descriptor behind."""
     program = code.encode("utf-8", "surrogatepass")  # a lone surrogate is for the interpreter to refuse
     call_filter, secret = _filter(weak), b"s" + secrets.token_bytes(32)
     with contextlib.ExitStack() as stack:

@@ -68,7 +68,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
-    """The engine follows the script; what it is asked for."""
+    """The requests that the engine gets; it follows the script."""
     return script_draws(monkeypatch, script)
 
 

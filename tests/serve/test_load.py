@@ -89,8 +89,9 @@ def ready(process: "subprocess.Popen[str]") -> Running:
     assert process.stdout
     for line in process.stdout:
         printed += line
-        if found := re.search(r"open (http://localhost:\d+) ", line):
-            return Running(process, found[1], *worker_pids(process.pid), printed)  # type: ignore[call-arg]
+        if match := re.search(r"open (http://localhost:\d+) ", line):
+            (worker,) = worker_pids(process.pid)
+            return Running(process, match[1], worker, printed)
     raise AssertionError(f"it exited:\n{printed}")
 
 
