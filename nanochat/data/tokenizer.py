@@ -266,7 +266,5 @@ def load(folder: Path | str) -> Tokenizer:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
     except Exception as error:  # tiktoken reports a bad pattern or token table as a bare ValueError or AssertionError
         problem = f"{path} line {number}: {type(error).__name__}: {reason(error)}"
-        raise UserError(
-            f"{problem}; the file is corrupt or of another version, train again with `{TRAIN_COMMAND}`"
-        ) from None
+        raise UserError(f"{problem}; corrupt or of another version: train again with `{TRAIN_COMMAND}`") from None
     return tokenizer
