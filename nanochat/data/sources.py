@@ -311,7 +311,7 @@ def _written(name: str, rows: Rows, source: str, text_column: str) -> Path:
         if not val:
             raise UserError(f"data.source={source}: needs at least two documents, one for each split")
 
-    def build(target: Path) -> None:
+    def build(target: Path) -> None:  # `val` is complete when it is written: after `train`
         embedded.write_shards(target, train(), val, SHARD_CHARS, column=text_column, row_group_docs=1000)
 
     folder = base_dir() / "hub" / name
