@@ -24,7 +24,7 @@ Results = dict[str, Any]  # of rank 0, by case
 @pytest.fixture(scope="module")
 def two_ranks() -> Results:
     """All cases of two ranks, by one job: its start takes as long as they do."""
-    return ranks.call(2, sharded_steps.run, "modes", "nonfinite", "derivatives")[0]
+    return ranks.call(2, sharded_steps.run, "modes", "nonfinite", "compiled", "derivatives")[0]
 
 
 def check_modes(rows: list[dict[str, Any]], number: int) -> None:
@@ -48,6 +48,11 @@ def test_every_mode_on_four_ranks_equals_a_single_process() -> None:
     rows = ranks.call(4, sharded_steps.run, "modes")[0]["modes"]
     assert [row["mode"].split(",")[0] for row in rows] == ["replicate", "zero2", "fsdp", "fsdp", "hsdp", "hsdp"]
     check_modes(rows, 4)
+
+
+@pytest.mark.slow
+def test_compiled_step_equals_an_uncompiled_one(two_ranks: Results) -> None:
+    assert two_ranks["compiled"]["loss"] < 1e-5 and two_ranks["compiled"]["params"] < 1e-4
 
 
 @pytest.mark.slow

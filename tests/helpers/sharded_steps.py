@@ -58,7 +58,7 @@ def hparams(step: int) -> optim.Hparams:
     return optim.as_hparams(groups)
 
 
-def start(plan: ShardingPlan | None) -> tuple[Any, Any]:
+def start(plan: ShardingPlan | None, *, compile: bool = False) -> tuple[Any, Any]:
     # Zeros would make gradients of nothing but rounding, and Muon makes any gradient as large as the others.
     flat, dtype = tree.flatten(small_model.random_params(CONFIG)), torch.float32
     params = tree.unflatten({name: sharding.place(plan, name, x) for name, x in flat.items()})
@@ -66,8 +66,8 @@ def start(plan: ShardingPlan | None) -> tuple[Any, Any]:
     loss_fn = functools.partial(loss.next_token, config=CONFIG, compute=compute, chunk_tokens=64)
     step_fn = functools.partial(
         train.train_step,
-        value_and_grad=train.gradient(loss_fn),
-        update=train.make_update(donate=True, sharding_plan=plan),
+        value_and_grad=train.gradient(loss_fn, compile=distributed.compile_fn if compile else None),
+        update=train.make_update(compile=compile, donate=True, sharding_plan=plan),
         gather=functools.partial(sharding.gather, plan, dtype=dtype),
     )
     return train.init(params, model.spec(CONFIG), dtype, plan), step_fn
@@ -148,6 +148,18 @@ def nonfinite(runtime: Runtime) -> list[Row]:
     return results
 
 
+def compiled(runtime: Runtime) -> Row:
+    """A compiled step where every layer is gathered, against the same step uncompiled."""
+    plan = sharding.make_plan(MODES["fsdp"], runtime, model.spec(CONFIG))
+    rows, results = batch(data()[0, 0][runtime.rank :: runtime.world_size]), []
+    for compile in (True, False):
+        state, step_fn = start(plan, compile=compile)
+        state, metrics = step_fn(state, [rows], hparams(0))
+        results.append((float(metrics["loss"]), full(state.params)))
+    (loss, got), (wanted_loss, wanted) = results
+    return {"loss": abs(loss / wanted_loss - 1), "params": difference(got, wanted)}
+
+
 def derivatives(runtime: Runtime) -> Row:
     """Σ_ranks <gradient, direction> against the finite difference of Σ_ranks loss, through gathers, in float64."""
     plan = sharding.make_plan(MODES["fsdp"], runtime, model.spec(CONFIG))
@@ -178,6 +190,6 @@ def derivatives(runtime: Runtime) -> Row:
 
 def run(*names: str) -> dict[str, Any]:
     """Return the results of each case, by its name."""
-    cases = {case.__name__: case for case in (modes, few_steps, nonfinite, derivatives)}
+    cases = {case.__name__: case for case in (modes, few_steps, nonfinite, compiled, derivatives)}
     with distributed.distributed_context("cpu") as runtime:
         return {name: cases[name](runtime) for name in names}
