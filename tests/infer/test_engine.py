@@ -133,8 +133,7 @@ def test_random_loads_equal_a_loop_without_cache(monkeypatch: pytest.MonkeyPatch
     assert int(llm.cache["length"].max()) <= context
 
 
-@pytest.mark.parametrize("async_depth", [0, 1])
-def test_tool_calls_force_their_result_into_the_row(monkeypatch: pytest.MonkeyPatch, async_depth: int):
+def test_tool_calls_force_their_result_into_the_row(monkeypatch: pytest.MonkeyPatch):
     texts = [
         "I say <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|> so 36.<|assistant_end|>",
         "<|python_start|>1/0<|python_end|> nothing<|assistant_end|>",  # no result: it continues by itself
@@ -142,7 +141,7 @@ def test_tool_calls_force_their_result_into_the_row(monkeypatch: pytest.MonkeyPa
         "<|python_start|>7<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|><|bos|>",
     ]
     script_draws(monkeypatch, lambda request: ids(texts[request.seed]))
-    llm = start(async_depth=async_depth)
+    llm = start()
     completions = list(engine.complete(llm, [Request(prompt(5, i), seed=i) for i in range(len(texts))]))
     assert [completion.tokens for completion in completions] == [ids(text) for text in texts]
     forced = [token for token, sampled in zip(completions[0].tokens, completions[0].sampled) if not sampled]
@@ -252,12 +251,7 @@ def test_warm_up_covers_every_shape_and_changes_nothing():
 
 def test_draw_settings_fit_the_largest_top_k():
     all_tokens = engine.GENERAL | {"candidates": 300}
-    for top_ks, expected in (
-        ([50, 64], engine.USUAL),
-        ([65], engine.GENERAL),
-        ([0], engine.GENERAL),
-        ([257, 0], all_tokens),
-    ):
+    for top_ks, expected in (([50, 64], engine.USUAL), ([65, 0], engine.GENERAL), ([257, 0], all_tokens)):
         requests = [Request((1,), top_k=top_k) for top_k in top_ks]
         assert engine._draw_settings(requests, vocab_size=300) == expected
     assert engine._draw_settings([Request((1,), top_k=0, temperature=0)], vocab_size=300) == engine.USUAL

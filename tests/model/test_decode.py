@@ -107,19 +107,11 @@ def test_empty_cache_uses_the_attention_kernel():
     assert_trees_close(new, want, atol=1e-4)
 
 
-def test_decode_changes_no_argument():
-    params, tokens = random_params(), ids(2, 4)
-    _, cache = model.decode(params, tokens, kv_cache.empty(CONFIG, 2, 16), config=CONFIG)
-    assert isinstance(cache, TensorDict)
-    for n_time in (1, 3):
-        with Unchanged(params, cache):
-            model.decode(params, tokens[:, :n_time], cache, config=CONFIG)
-
-
-def test_inplace_decode_writes_into_the_cache():
+def test_decode_is_pure_and_inplace_decode_writes_into_the_cache():
     params, tokens = random_params(WINDOWED), ids(2, 141)
     _, cache = model.decode(params, tokens[:, :140], kv_cache.empty(WINDOWED, 2, 200), config=WINDOWED)
-    want, want_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED)
+    with Unchanged(params, cache):
+        want, want_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED)
     before = {name: x.data_ptr() for name, x in tree.flatten(cache).items() if name.startswith("layers")}
     got, got_cache = model.decode(params, tokens[:, 140:], cache, config=WINDOWED, inplace=True)
     assert torch.equal(got, want)

@@ -62,17 +62,11 @@ def compiled(f: Linear, backend: str = "inductor") -> Any:
     return torch.compile(f, fullgraph=True, backend=backend)
 
 
-@pytest.mark.parametrize(
-    "f, dtype, backend",
-    [
-        (f, dtype, "inductor" if dtype == COMPILED[f] else "aot_eager")
-        for f in BOTH
-        for dtype in (torch.float32, torch.bfloat16)
-    ],
-)
+@pytest.mark.parametrize("f", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.slow
-def test_fp8_eager_and_compiled_equal_the_formulas(f: Linear, dtype: torch.dtype, backend: str):
-    given = inputs(dtype=dtype)
+def test_fp8_eager_and_compiled_equal_the_formulas(f: Linear, dtype: torch.dtype):
+    given, backend = inputs(dtype=dtype), "inductor" if dtype == COMPILED[f] else "aot_eager"
     want = formulas(*given)
     for run in (f, compiled(f, backend)):
         got = with_grads(run, *given)

@@ -103,23 +103,13 @@ def test_chunked_float16_gradients_neither_underflow_nor_overflow(factor: float)
         assert (got.float() - want).norm() < 0.003 * want.norm()
 
 
-def test_no_targets_give_zero_loss_and_gradient():
-    x, weight, targets = head_inputs()
-    for f in (plain, lambda x, w, t: loss.chunked(x, w, t, 100, 7)):
-        for got in with_grads(f, (x, weight, torch.full_like(targets, -1))):
-            assert not got.any()
-    params, batch = random_params(), random_batch()
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_no_targets_give_zero_loss_and_gradient(chunk: int | None):
+    batch = random_batch()
     nothing = {**batch, "targets": torch.full_like(batch["targets"], -1)}
-    for chunk in (None, 7):
-        f = transform.value_and_grad(lambda p: loss.next_token(p, nothing, config=CONFIG, chunk_tokens=chunk)[0])  # noqa: B023
-        grads, value = f(params)
-        assert value == 0 and not any(g.any() for g in tree.leaves(grads))
-
-
-def test_extreme_logits_stay_finite():
-    x, weight, targets = head_inputs()
-    for got in with_grads(lambda x, w, t: loss.chunked(x, w, t, 100, 7), (1e4 * x, weight, targets)):
-        assert got.isfinite().all()
+    f = transform.value_and_grad(lambda p: loss.next_token(p, nothing, config=CONFIG, chunk_tokens=chunk)[0])
+    grads, value = f(random_params())
+    assert value == 0 and not any(g.any() for g in tree.leaves(grads))
 
 
 def test_chunked_loss_never_holds_all_logits():
@@ -208,13 +198,6 @@ def test_per_example_gradients_equal_a_loop(compute: Compute):
     for i in range(3):
         alone = transform.value_and_grad(one)(params, batch["inputs"][i], batch["targets"][i])[0]
         assert_trees_close(tree.map(lambda g: g[i], each), alone, rtol=1e-9)  # noqa: B023
-
-
-def test_vmapped_ensemble_equals_a_loop():
-    members, batch = [random_params(seed=s) for s in range(3)], random_batch()
-    stacked = tree.map(lambda *leaves: torch.stack(leaves), *members)
-    got = torch.func.vmap(lambda p: mean_loss(p, batch, MATH))(stacked)
-    torch.testing.assert_close(got, torch.stack([mean_loss(p, batch) for p in members]))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:Attempted to insert a get_attr Node")

@@ -50,22 +50,14 @@ def test_logits():
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 20])
-def test_losses(chunk_tokens: int | None):
-    params = golden_params("param/")
-    mean, aux = loss.next_token(params, FIRST, config=CONFIG, chunk_tokens=chunk_tokens)
+def test_losses_and_every_gradient(chunk_tokens: int | None):
+    params, options = golden_params("param/"), {"config": CONFIG, "chunk_tokens": chunk_tokens}
+    grads, (mean, aux) = transform.value_and_grad(loss.next_token, has_aux=True)(params, FIRST, **options)
     assert aux["targets"] == 58
     torch.testing.assert_close(mean, golden("loss"), rtol=1e-4, atol=0)
+    assert_close(grads, golden_params("grad/"))
     each = loss.per_token(params, FIRST, config=CONFIG, chunk_tokens=chunk_tokens)
     torch.testing.assert_close(each.flatten(), golden("loss_none"), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("chunk_tokens", [None, 20])
-def test_every_gradient(chunk_tokens: int | None):
-    def f(params: model.Params) -> Tensor:
-        return loss.next_token(params, FIRST, config=CONFIG, chunk_tokens=chunk_tokens)[0]
-
-    grads, _ = transform.value_and_grad(f)(golden_params("param/"))
-    assert_close(grads, golden_params("grad/"))
 
 
 def test_three_steps():

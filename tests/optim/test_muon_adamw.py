@@ -1,7 +1,6 @@
 """AdamW against torch's own, Muon against a second implementation, matrix by matrix in float64."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -18,12 +17,6 @@ def row(group: str) -> model.ParamSpec:
     return model.ParamSpec((), (), lambda x, _: x, group)
 
 
-def assert_same(got: tuple[TensorDict, TensorDict], want: tuple[TensorDict, TensorDict], rtol: float = 0.0) -> None:
-    """Compare (parameters, state)."""
-    for a, b in zip(got, want):
-        assert_trees_close(a, b, rtol=rtol)
-
-
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -32,10 +25,8 @@ def hparams(group: str, **values: float) -> muon_adamw.Hparams:
     return optim.as_hparams({group: values})
 
 
-def muon_hparams(
-    lr: float = 0.02, momentum: float = 0.9, beta2: float = 0.9, weight_decay: float = 0.1
-) -> muon_adamw.Hparams:
-    return hparams("matrix", lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay)
+def muon_hparams(**given: float) -> muon_adamw.Hparams:
+    return hparams("matrix", **{"lr": 0.02, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.1} | given)
 
 
 def matrices(*shapes: tuple[int, int], seed: int = 0) -> TensorDict:
@@ -168,15 +159,10 @@ def test_a_zero_gradient_is_harmless():
 # --- the whole model ------------------------------------------------------------------------------------------------
 
 
-def model_step(dtype: torch.dtype = torch.float32) -> tuple[TensorDict, muon_adamw.OptState, TensorDict, Any]:
-    """Return gradients, state, parameters and hyperparameters, as `update` takes them."""
-    params, grads = random_params(dtype=dtype), random_params(seed=1, dtype=dtype)
-    h = optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd))
-    return grads, muon_adamw.init(params, model.spec(CONFIG)), params, h
-
-
 def test_update_changes_no_argument_and_keeps_the_structure():
-    grads, state, params, h = model_step()
+    params, grads = random_params(), random_params(seed=1)
+    state = muon_adamw.init(params, model.spec(CONFIG))
+    h = optim.as_hparams(optim.param_group_settings(optim.OptimConfig(), CONFIG.n_embd))
     assert len(tree.leaves(state)) == 1 + 2 * len(tree.leaves(params)) and not any(x.any() for x in tree.leaves(state))
     for _ in range(2):
         with Unchanged(params, grads, state, h):
@@ -185,29 +171,6 @@ def test_update_changes_no_argument_and_keeps_the_structure():
         moved = [n for n, x in tree.flatten(new).items() if not torch.equal(x, tree.flatten(params)[n])]
         assert moved == list(tree.flatten(params)), "every parameter moves"
         params, state = new, new_state
-
-
-def test_update_in_place_does_the_same_in_the_memory_of_its_arguments():
-    grads, state, params, h = model_step(torch.bfloat16)
-    for _ in range(2):
-        want = muon_adamw.update(grads, state, params, h)
-        addresses = [x.data_ptr() for x in tree.leaves((params, state))]
-        with Unchanged(grads, h):
-            muon_adamw.update_(grads, state, params, h)
-        assert [x.data_ptr() for x in tree.leaves((params, state))] == addresses
-        assert_same((params, state), want)
-
-
-def test_scaled_gradients_and_skipped_steps():
-    grads, state, params, h = model_step()
-    params, state = muon_adamw.update(grads, state, params, h)
-    big, bad = tree.map(lambda g: 8 * g, grads), tree.map(lambda g: g * torch.nan, grads)
-    got = muon_adamw.update(big, state, params, h, grad_scale=torch.tensor(1 / 8), skip=torch.tensor(False))
-    assert_same(got, muon_adamw.update(grads, state, params, h))
-    kept = muon_adamw.update(bad, state, params, h, skip=torch.tensor(True))
-    assert_same(kept, (params, state))
-    muon_adamw.update_(bad, state, params, h, skip=torch.tensor(True))
-    assert_same((params, state), kept)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -232,7 +195,8 @@ def test_compiled_rules_equal_the_plain_ones_and_do_not_compile_again_for_other_
         scale, keep = torch.tensor(0.5 + step), torch.tensor(step == 2)
         want = muon_adamw.update(grads, state, params, h, grad_scale=scale, skip=keep)
         muon_adamw.update_(grads, state, params, h, grad_scale=scale, skip=keep, rules=rules)
-        assert_same((params, state), want, rtol=1e-4)
+        for a, b in zip((params, state), want):
+            assert_trees_close(a, b, rtol=1e-4)
     assert state["step"] == 3
     assert counters["stats"]["unique_graphs"] == 2, "one for AdamW's tables, one for Muon's stack"
 

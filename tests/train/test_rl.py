@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from rl_ranks import ascii_share
+from scripted_draws import script_draws
 from small_model import Unchanged, assert_trees_close, random_params
 from torch import Tensor
 
 from nanochat import infer, model, optim, train, tree
 from nanochat.config import UserError
 from nanochat.data import Tokenizer, chat_format
-from nanochat.infer import sampling
 from nanochat.model import ModelConfig, loss
 from nanochat.tasks import Task, qa_conversation
 from nanochat.train import Rollout, RolloutConfig, TrainState, rl
@@ -139,13 +139,8 @@ def test_rollouts_mark_tool_tokens_and_carry_rewards(monkeypatch: pytest.MonkeyP
     row = qa_conversation("3+4?", "7")
     n_prompt = len(chat_format.prompt(TOK, row["messages"][:1]))
     texts = [[*call, *result, *b"#7", END], [*b"It is 5", END], [*call, *result, *b"8", END]]
-    order = {rl.seed_of(1, 0, i): text for i, text in enumerate(texts)}
-
-    def drawn(logits_BV: Tensor, *, seed_B: Tensor, position_B: Tensor, **_: Any) -> Tensor:
-        pairs = zip(seed_B.tolist(), position_B.tolist())
-        return torch.tensor([order.get(s, [0])[p - n_prompt] if s in order and p >= n_prompt else 0 for s, p in pairs])
-
-    monkeypatch.setattr(sampling, "draw", drawn)
+    script = {rl.seed_of(1, 0, i): text for i, text in enumerate(texts)}
+    script_draws(monkeypatch, lambda request: script[request.seed])
     sum_task = Task("sum", "generative", 1, lambda i: row, lambda row, text: text == "#7")
     config = dataclasses.replace(ROLLOUTS, max_tokens=20)
     (group,) = rl.rollouts(make_engine(), TOK, sum_task, rl.correct_reward(sum_task), [0], config=config, seed=1)

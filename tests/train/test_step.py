@@ -34,8 +34,8 @@ def hparams_of(config: ModelConfig) -> optim.Hparams:
 HPARAMS = hparams_of(CONFIG)
 
 
-def new_state(compute_dtype: torch.dtype = torch.float32, config: ModelConfig = CONFIG) -> TrainState:
-    return train.init(random_params(config), model.spec(config), compute_dtype)
+def new_state(compute_dtype: torch.dtype = torch.float32, stored: torch.dtype = torch.float32) -> TrainState:
+    return train.init(random_params(dtype=stored), model.spec(CONFIG), compute_dtype)
 
 
 def poisoned_loss(params: TensorDict, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,10 +55,10 @@ def batch_of(rows: int = 4, seed: int = 0, poison: int = 0) -> dict[str, Tensor]
     return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "poison": torch.full((rows,), poison)}
 
 
-def make_step(*, grad: str = "autograd", donate: bool = False, compute_dtype: torch.dtype = torch.float32) -> Any:
+def make_step(*, donate: bool = False, compute_dtype: torch.dtype = torch.float32) -> Any:
     return functools.partial(
         train.train_step,
-        value_and_grad=train.gradient(poisoned_loss, grad=grad),
+        value_and_grad=train.gradient(poisoned_loss),
         update=train.make_update(compute_dtype=compute_dtype, donate=donate),
     )
 
@@ -90,14 +90,17 @@ def test_step_is_pure_and_updates_all_parameters():
     assert not any(x.requires_grad for x in tree.leaves((new, metrics)))
 
 
-def test_inplace_step_overwrites_state_with_the_same_values():
-    state, batch = new_state(), batch_of()
-    want, wanted_metrics = make_step()(copy_of(state), [batch], HPARAMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inplace_step_overwrites_state_with_the_same_values(dtype: torch.dtype):
+    state = new_state(dtype, stored=dtype)
     addresses = [x.data_ptr() for x in tree.leaves(state[1:3])]
-    new, metrics = make_step(donate=True)(state, [batch], HPARAMS)
-    assert [x.data_ptr() for x in tree.leaves(new[1:3])] == addresses
-    assert_equal(new, want)
-    assert_equal(metrics, wanted_metrics)
+    pure, inplace = (make_step(compute_dtype=dtype, donate=donate) for donate in (False, True))
+    for seed in (0, 1):
+        want, wanted_metrics = pure(copy_of(state), [batch_of(seed=seed)], HPARAMS)
+        state, metrics = inplace(state, [batch_of(seed=seed)], HPARAMS)
+        assert [x.data_ptr() for x in tree.leaves(state[1:3])] == addresses
+        assert_equal(state, want)
+        assert_equal(metrics, wanted_metrics)
 
 
 def test_micro_batches_match_one_large_batch():
@@ -152,15 +155,13 @@ def test_torch_func_training_matches_autograd_without_custom_backward(monkeypatc
 
 
 def test_embeddings_stay_in_half_precision():
-    state = train.init(random_params(dtype=torch.bfloat16), model.spec(CONFIG), torch.bfloat16)
+    state = new_state(torch.bfloat16, stored=torch.bfloat16)
     want, wanted_metrics = make_step()(new_state(), [batch_of()], HPARAMS)
-    for donate in (False, True):
-        step = make_step(compute_dtype=torch.bfloat16, donate=donate)
-        new, metrics = step(copy_of(state), [batch_of()], HPARAMS)
-        assert [x.dtype for x in tree.leaves(new)] == [x.dtype for x in tree.leaves(state)]
-        assert math.isclose(metrics["loss"], wanted_metrics["loss"], rel_tol=0.02)
-        assert math.isclose(metrics["grad_norm"], wanted_metrics["grad_norm"], rel_tol=0.05)
-        assert (new.params["lm_head"] - want.params["lm_head"]).abs().mean() < 0.1 * 0.04  # of a step of 0.04
+    new, metrics = make_step(compute_dtype=torch.bfloat16)(state, [batch_of()], HPARAMS)
+    assert [x.dtype for x in tree.leaves(new)] == [x.dtype for x in tree.leaves(state)]
+    assert math.isclose(metrics["loss"], wanted_metrics["loss"], rel_tol=0.02)
+    assert math.isclose(metrics["grad_norm"], wanted_metrics["grad_norm"], rel_tol=0.05)
+    assert (new.params["lm_head"] - want.params["lm_head"]).abs().mean() < 0.1 * 0.04  # of a step of 0.04
 
 
 # --- float16's loss scale -------------------------------------------------------------------------------------------
