@@ -42,16 +42,13 @@ class Config:
 def test_override_sets_leaves_at_any_depth_and_leaves_the_rest() -> None:
     before = Config()
     after = override(before, ["optim.matrix_lr=0.5", "name=x=y", "model.depth=12", "model.depth=20", "resume=yes"])
-    expected = Config(name="x=y", resume=True, optim=Optim(matrix_lr=0.5), model=Model(depth=20))
-    assert after == expected
-    assert before == Config()
-    assert override(before, []) is before
+    assert after == Config(name="x=y", resume=True, optim=Optim(matrix_lr=0.5), model=Model(depth=20))
+    assert before == Config() and override(before, []) is before
 
 
 @pytest.mark.parametrize(
     ("assignment", "name", "value"),
     [
-        ("model.depth=2**19", "model.depth", 2**19),
         ("model.depth=80*2**19", "model.depth", 80 * 2**19),
         ("model.depth=1e6", "model.depth", 1_000_000),
         ("model.depth = 5 ", "model.depth", 5),
@@ -79,7 +76,6 @@ def test_values_are_parsed_by_the_annotation(assignment: str, name: str, value: 
     [
         ("model.depth=2**-1", "--set model.depth=2**-1: expected an integer"),
         ("model.depth=9**9**9", "expected an integer"),
-        ("model.depth=0.5", "expected an integer"),
         ("model.depth=none", "expected an integer"),
         ("optim.matrix_lr=nan", "expected a number"),
         ("optim.betas=0.9", "expected 2 values separated by commas, got 1"),
@@ -89,7 +85,6 @@ def test_values_are_parsed_by_the_annotation(assignment: str, name: str, value: 
         ("made=1", "--set made: no such setting"),
         ("model.depht=1", "--set model.depht: no such setting; did you mean model.depth?"),
         ("depth=1", "no such setting; did you mean model.depth?"),
-        ("embeding_lr=1", "did you mean optim.embedding_lr"),
         ("model=1", "--set model: is a group of settings; set one of model.depth, model.width"),
         ("zzzzqqq=1", "there are: name, resume, dtype"),
         ("resume", "--set resume: expected name=value"),
@@ -99,8 +94,7 @@ def test_values_are_parsed_by_the_annotation(assignment: str, name: str, value: 
 def test_a_wrong_override_is_one_clear_line(assignment: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         override(Config(), [assignment])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_nearest_prefers_the_exact_leaf() -> None:

@@ -63,15 +63,16 @@ def run(config, runtime):
         raise ZeroDivisionError("internal")
     if config.fail == "package":
         import wandb
+    if config.fail == "unknown package":
+        import no_such_package
     if config.fail in ("wait", "rank1"):
         print("waiting", flush=True)
         time.sleep(60)
 '''
+EXTRA = '"""Need more."""\nimport uvicorn\n'
 BARE = '''
 """Do nothing at all."""
 import dataclasses
-
-import launch_test_marker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +96,8 @@ def project(tmp_path: Path) -> Path:
     (folder / "experiments").mkdir(parents=True)
     for name in ("launch.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    for name, code in {
-        "toy": TOY,
-        "bare": BARE,
-        "_hidden": BARE,
-        "extra": '"""Need more."""\nimport uvicorn\n',
-    }.items():
+    for name, code in {"toy": TOY, "bare": BARE, "_hidden": BARE, "extra": EXTRA}.items():
         (folder / "experiments" / f"{name}.py").write_text(code.lstrip())
-    (folder / "launch_test_marker.py").write_text("")
     return folder
 
 
@@ -161,9 +156,6 @@ def test_help(launch: Launch, capsys: Capture) -> None:
         (["--expriment=toy"], "Unknown command line flag 'expriment'. Did you mean: experiment ?"),
         (["--experiment"], "Missing value for flag --experiment"),
         (["--experiment=toy", "--set", "inner.rat=1"], "--set inner.rat: no such setting; did you mean inner.rate?"),
-        (["--experiment=toy", "--set", "depth=deep"], "--set depth=deep: expected an integer"),
-        (["--experiment=toy", "--set", "depth"], "--set depth: expected name=value"),
-        (["--experiment=toy", "--depth=5"], "Unknown command line flag 'depth'"),
         (["--experiment=bare", "--resume"], "--resume: bare has nothing to resume"),
         (["--experiment=bare", "word"], "word: unexpected argument; change a setting with --set name=value"),
     ],
@@ -171,8 +163,7 @@ def test_help(launch: Launch, capsys: Capture) -> None:
 def test_wrong_usage_ends_with_2(launch: Launch, capsys: Capture, words: list[str], message: str) -> None:
     assert launch(*words) == 2
     out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert out == "" and err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
 def test_a_user_error_is_one_line(launch: Launch, capsys: Capture) -> None:
@@ -182,29 +173,23 @@ def test_a_user_error_is_one_line(launch: Launch, capsys: Capture) -> None:
     assert capsys.readouterr().err == "error: device=abacus: expected auto, cpu, cuda or mps\n"
 
 
-def test_other_exceptions_show_where_they_come_from(launch: Launch, capsys: Capture) -> None:
-    assert launch("--experiment=toy", "--set", "fail=bug") == 1
+@pytest.mark.parametrize(
+    ("fail", "last"), [("bug", "ZeroDivisionError: internal\n"), ("unknown package", "named 'no_such_package'\n")]
+)
+def test_other_exceptions_show_where_they_come_from(launch: Launch, capsys: Capture, fail: str, last: str) -> None:
+    assert launch("--experiment=toy", "--set", f"fail={fail}") == 1
     err = capsys.readouterr().err
-    assert err.startswith("Traceback") and "toy.py" in err and err.endswith("ZeroDivisionError: internal\n")
+    assert err.startswith("Traceback") and "toy.py" in err and err.endswith(last)
 
 
 @pytest.mark.parametrize(
     ("words", "package", "extra"),
     [(["--experiment=extra"], "uvicorn", "serve"), (["--experiment=toy", "--set=fail=package"], "wandb", "track")],
 )
-def test_a_missing_package_names_its_extra(
-    launch: Launch, capsys: Capture, monkeypatch: Patch, words: list[str], package: str, extra: str
-) -> None:
+def test_a_missing_package_names_its_extra(launch: Launch, capsys: Capture, monkeypatch: Patch, words, package, extra):
     monkeypatch.setitem(sys.modules, package, None)  # pyright: ignore[reportArgumentType] (None: its import fails)
     assert launch(*words) == 1
     assert capsys.readouterr().err == f'error: the package {package} is missing: pip install -e ".[{extra}]"\n'
-
-
-def test_a_package_without_an_extra_is_a_bug(launch: Launch, capsys: Capture) -> None:
-    sys.modules.pop("launch_test_marker", None)
-    (Path.cwd() / "project" / "launch_test_marker.py").write_text("import no_such_package_of_ours")
-    assert launch("--experiment=bare") == 1
-    assert "ModuleNotFoundError: No module named 'no_such_package_of_ours'" in capsys.readouterr().err
 
 
 def test_the_process_group_is_left_at_the_end_and_not_after_an_error(launch: Launch, monkeypatch: Patch) -> None:
@@ -213,9 +198,9 @@ def test_the_process_group_is_left_at_the_end_and_not_after_an_error(launch: Lau
 
     closed = []
     monkeypatch.setattr(runtime, "close", lambda: closed.append(True))
-    for fail, times in {"": 1, "user": 1, "bug": 1}.items():
+    for fail in ("", "user", "bug"):
         launch("--experiment=toy", "--set", f"fail={fail}")
-        assert len(closed) == times
+        assert len(closed) == 1
 
 
 def test_usage_errors_and_help_do_not_import_torch(project: Path) -> None:
@@ -261,16 +246,13 @@ def test_torchrun_shows_a_mistake_once_and_in_its_summary(project: Path) -> None
     _, err = process.communicate(timeout=100)
     line = "error: --experiment=tyo: no such experiment; did you mean toy?"
     assert process.returncode != 0
-    assert err.splitlines().count(line) == 1
-    assert "exitcode  : 2" in err
-    assert f"traceback : {line}" in err
+    assert err.splitlines().count(line) == 1 and "exitcode  : 2" in err and f"traceback : {line}" in err
 
 
 @pytest.mark.slow
 def test_torchrun_shows_the_error_of_the_rank_that_has_it(project: Path) -> None:
     process = start(project, "--experiment=toy", "--set", "fail=rank1", processes=2)
     out, err = process.communicate(timeout=100)
-    assert process.returncode != 0
-    assert out.count("waiting\n") == 1
+    assert process.returncode != 0 and out.count("waiting\n") == 1
     shown = [text for text in err.splitlines() if text.startswith("error:")]
     assert shown == ["error: data/x.parquet: cannot be read by rank 1; download it again"]

@@ -28,16 +28,12 @@ TINY += ["compile=false"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def one_thread(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
 
 
 def event(name: str, ts: float, dur: float, cat: str = "kernel") -> dict[str, Any]:
     return {"name": name, "ts": ts, "dur": dur, "cat": cat, "ph": "X"}
-
-
-# Traces
 
 
 def test_gpu_profile_has_busy_time_and_gaps() -> None:
@@ -78,9 +74,6 @@ def test_host_synchronizations_are_counted() -> None:
     assert len(_trace.host_syncs(lambda: [float(x.sum()), float(x.sum())])) == 2
 
 
-# Predictions
-
-
 def test_roofline_agrees_with_flop_counts() -> None:
     shape = model.ModelConfig(1024, 512, 4, 2, 2, 256, "SSSL")
     limits = Limits(1e12, 2e12, 1e11)
@@ -95,9 +88,6 @@ def test_roofline_agrees_with_flop_counts() -> None:
     assert all(fp8[name] == dense[name] for name in ("attention", "muon", "optimizer"))
     twice = _bench.roofline(shape, 2, limits, torch.bfloat16, True, micro_batches=2)
     assert all(twice[name] == fp8[name] * (1 if name in ("muon", "optimizer") else 2) for name in fp8)
-
-
-# Jobs
 
 
 def run_python(code: str, seconds: float = 20, **options: Any) -> _jobs.RunResult:
@@ -148,9 +138,6 @@ def test_settings_round_trip_through_the_command_line() -> None:
     assert override(bench_train.config(), given) == config
 
 
-# bench_train
-
-
 def test_depth_gives_the_shape_of_pretraining() -> None:
     config, shape = bench_train.resolve(override(bench_train.config(), ["depth=20"]))
     assert shape == pretrain.resolve(pretrain.Config(depth=20), None)[0]
@@ -169,7 +156,6 @@ def test_depth_gives_the_shape_of_pretraining() -> None:
         (bench_train, ["what=scaling"], 2, "what=scaling runs in one process"),
         (bench_train, ["what=gpu"], 1, "needs a CUDA device"),
         (bench_train, ["what=gpu", "device=cpu", "gpu.units=trian"], 1, "trian: expected some of tests, train:20"),
-        (bench_infer, ["batches=0"], 1, "at least 1"),
         (bench_infer, ["depth=1", "prompt_tokens=500"], 1, "exceed the context"),
         (bench_infer, ["vocab_size=100"], 1, "at least 265"),
     ],
@@ -211,9 +197,6 @@ def test_scaling_compares_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert 0 < two["communication_exposed_share"] <= two["communication_share"] < 1
 
 
-# what=gpu
-
-
 GPU = ["what=gpu", "device=cpu", "head_dim=64", "sequence_len=256", "vocab_size=512", "rounds=1", "compile=false"]
 GPU += ["gpu.depths=1", "gpu.batches=1,2", "gpu.step_tokens=512"]
 
@@ -247,9 +230,6 @@ def test_gpu_suite_continues_after_a_failure_and_lists_the_rest(tmp_path: Path, 
     assert "--set gpu.units=tests,kernels:1" in last and "--set head_dim=64" in last
 
 
-# Inference
-
-
 def test_bench_infer_reports_every_batch_and_its_floor(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["depth=1", "vocab_size=300", "sequence_len=64", "batches=1,3", "prompt_tokens=10", "new_tokens=6"]
     bench_infer.run(override(bench_infer.config(), [*settings, "rounds=1", "compile=false"]), HERE)
@@ -271,9 +251,6 @@ def test_decode_flops_and_bytes_of_a_step() -> None:
     matrices = 2 * 12 * 32**2 - 2 * 2 * 32 * 16 + 12 * 2 + 24 + 64 * 32  # gates and the unembedding included
     assert model.decode_flops(shape, 200) == 2 * matrices + 4 * 32 * (128 + 200)
     assert model.decode_bytes(shape, 3, 200, 2) == 2 * (matrices + 3 * 2 * 2 * 8 * (128 + 200))
-
-
-# The CORE evaluation
 
 
 def test_core_benchmark_compares_both_ways(capsys: pytest.CaptureFixture[str]) -> None:

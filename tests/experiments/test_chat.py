@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted_draws import script_draws
@@ -50,10 +51,8 @@ def main(argv: list[str]) -> int:
     return launch.main(argv)
 
 
-COMMAND = [
-    *(sys.executable, "-c"),
-    "import sys; from tests.experiments import test_chat; sys.exit(test_chat.main(['launch.py', *sys.argv[1:]]))",
-]
+CODE = "import sys; from tests.experiments import test_chat; sys.exit(test_chat.main(['launch.py', *sys.argv[1:]]))"
+COMMAND = [sys.executable, "-c", CODE, "--experiment=chat", "--set=run=sft"]
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +90,6 @@ def environment(base: Path, **more: str) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers"), env.get("PYTHONPATH", "")])
     return env | {"PYTHONPATH": path, "NANOCHAT_BASE_DIR": str(base), "TERM": "xterm", "OMP_NUM_THREADS": "1", **more}
-
-
-# A prompt, and piped messages
 
 
 def test_only_the_answer_goes_to_standard_output(run: Run, requests: list[Request]):
@@ -180,10 +176,8 @@ def test_colors_and_control_characters(monkeypatch: pytest.MonkeyPatch):
         return out.getvalue(), err.getvalue()
 
     dim, plain = "\x1b[2m", "\x1b[0m"
-    assert shown() == (
-        "a\ufffdb\n",
-        f"{dim}[calculator: 1+1 = 2]{plain}{dim}[calculator: x]{plain}{dim}n{plain}\n",
-    )
+    notes = f"{dim}[calculator: 1+1 = 2]{plain}{dim}[calculator: x]{plain}{dim}n{plain}\n"
+    assert shown() == ("a\ufffdb\n", notes)
     monkeypatch.setenv("NO_COLOR", "1")
     assert shown() == ("a\ufffdb\n", "[calculator: 1+1 = 2][calculator: x]n\n")
     assert chat.printable("\x1b[0m\r\n", io.StringIO()) == "\x1b[0m\r\n", "into a file goes what the model wrote"
@@ -191,10 +185,9 @@ def test_colors_and_control_characters(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_answer_streams_and_a_closed_pipe_is_not_an_error(base: Path):
-    command = [*COMMAND, "--experiment=chat", "--set", "run=sft", "--set", "prompt=long", "--set", "max_tokens=40"]
-    with subprocess.Popen(
-        command, env=environment(base), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    command, pipe = [*COMMAND, "--set=prompt=long", "--set=max_tokens=40"], subprocess.PIPE
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
+    with subprocess.Popen(command, env=environment(base), **streams) as process:
         assert process.stdout and process.stderr
         first = os.read(process.stdout.fileno(), 1000)
         assert 0 < len(first) < 20, "the answer comes while it is made"
@@ -202,9 +195,6 @@ def test_answer_streams_and_a_closed_pipe_is_not_an_error(base: Path):
         err = process.stderr.read().decode()
         assert process.wait(20) == 0, err
     assert "Traceback" not in err and "rokenPipe" not in err
-
-
-# At a terminal
 
 
 class Session:
@@ -238,8 +228,7 @@ class Session:
 @contextlib.contextmanager
 def session(base: Path, **env: str) -> Iterator[Session]:
     terminal, slave = pty.openpty()
-    command = [*COMMAND, "--experiment=chat", "--set", "run=sft", "--set", "max_tokens=1000"]
-    command = ["setsid", "--ctty", *command]  # Ctrl-C interrupts who owns the terminal
+    command = ["setsid", "--ctty", *COMMAND, "--set=max_tokens=1000"]  # Ctrl-C interrupts who owns the terminal
     process = subprocess.Popen(command, env=environment(base, **env), stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     try:
@@ -299,9 +288,6 @@ def test_ctrl_c_stops_an_answer_and_the_chat_continues(base: Path):
     assert "Traceback" not in terminal.text
 
 
-# Plain text
-
-
 def test_plain_text_is_completed_without_chat_tokens(run: Run, requests: list[Request]):
     out, err = run("complete=true", "run=bot", "prompt=once upon")
     assert out == " …upon42\n"
@@ -335,9 +321,7 @@ def test_file_of_prompts(run: Run, requests: list[Request], tmp_path: Path, kind
     assert run(*settings)[0] == file.read_text("utf-8")
 
 
-def test_interrupted_completions_are_kept(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_interrupted_completions_are_kept(run: Run, tmp_path: Path, monkeypatch, capsys):
     def interrupted(request: Request) -> list[int]:
         if request.prompt[-1] == ord("c"):
             raise KeyboardInterrupt
@@ -373,13 +357,3 @@ def test_invalid_prompt_files_are_refused(run: Run, tmp_path: Path):
         assert message in error(f"prompts={file}")
     file.write_text('"a"')
     assert f"output={tmp_path}/no/out: cannot be written" in error(f"prompts={file}", f"output={tmp_path}/no/out")
-
-
-def test_completion_can_be_repeated_alone_by_its_seed(run: Run, tmp_path: Path):
-    (tmp_path / "in.txt").write_text("the\na cat\n")
-    settings = ("complete=true", "run=bot", "max_tokens=12")
-    together = run(*settings, f"prompts={tmp_path / 'in.txt'}", "samples=2", "slots=3", "seed=3")[0]
-    rows = [json.loads(line) for line in together.splitlines()]
-    assert len({row["completion"] for row in rows}) == 4
-    for row in rows:
-        assert run(*settings, f"prompt={row['prompt']}", f"seed={row['seed']}")[0] == row["completion"] + "\n"

@@ -36,13 +36,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         texts = sources.texts(data.DataConfig(str(folder / "text")), "train")
         tokenizer.save(tokenizer.train(texts, 280), folder / "tokenizer280")
         patch.setattr(stage, "peak_flops", lambda *_: (1e12, "made up"))
-        tiny_run.pretrain_run(*SETTINGS, "name=one")
-        tiny_run.pretrain_run(*SETTINGS, "name=one_b", "seed=1")
-        tiny_run.pretrain_run(*SETTINGS, "name=slow", *SLOW)
-        tiny_run.pretrain_run(*SETTINGS, "name=slow_b", *SLOW, "seed=1")
-        tokenizer280 = f"tokenizer={folder / 'tokenizer280'}"
-        tiny_run.pretrain_run(*SETTINGS, "name=other", "model.sequence_len=64", tokenizer280)
-        tiny_run.pretrain_run(*SETTINGS, "name=long", "num_iterations=16")
+        runs: dict[str, tuple[str, ...]] = {"one": (), "one_b": ("seed=1",), "slow": SLOW, "slow_b": (*SLOW, "seed=1")}
+        runs["other"] = ("model.sequence_len=64", f"tokenizer={folder / 'tokenizer280'}")
+        for name, more in (runs | {"long": ("num_iterations=16",)}).items():
+            tiny_run.pretrain_run(*SETTINGS, f"name={name}", *more)
         yield folder
 
 

@@ -84,9 +84,7 @@ def test_tokenizer_trains_saves_and_measures(base: Path, source: DataConfig, cap
     assert bpe.load(base / "other") == bpe.train(train, 600, max_chars=20000) != tok
 
 
-def test_eval_only_compares_and_names_what_is_skipped(
-    base: Path, source: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_eval_only_compares_and_names_what_is_skipped(base: Path, source: DataConfig, monkeypatch, capsys):
     hanging, gpt2 = threading.Event(), bpe.train(prose(1), 265).encoding  # one token per byte
 
     def get_encoding(name: str) -> tiktoken.Encoding:

@@ -40,7 +40,6 @@ def base(base: Path) -> Path:
 
 
 def main(*settings: str) -> int:
-    """Run the experiment in this process; return its exit code."""
     words = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
     return launch.main(["launch.py", "--experiment=eval_base", *words])
 
@@ -107,10 +106,7 @@ def test_failed_task_is_reported_and_retried(base: Path, capsys: pytest.CaptureF
     assert main("tasks=core", f"bundle={base / 'bundle'}") == 1
     out, err = capsys.readouterr()
     assert re.search(r"\d/6 copa +failed: \S+copa\.jsonl:9: expected a string", out)
-    assert err == (
-        "error: 1 failed: core/copa, and so CORE, the mean over all its tasks; the reasons are above, and the same "
-        "command retries them\n"
-    )
+    assert err.startswith("error: 1 failed: core/copa, and so CORE, the mean over all its tasks; ") and "retries" in err
     assert "CORE" not in table(base) and len(table(base)) == 6
     (row,) = logger.read_evaluations(base / "runs/bot")
     assert list(row["failed"]) == ["core/copa"]

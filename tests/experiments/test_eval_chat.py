@@ -17,6 +17,7 @@ from nanochat import distributed
 from nanochat.config import UserError
 from nanochat.metrics import logger
 from nanochat.model import ModelConfig
+from nanochat.train import run_folder
 
 CONFIG = ModelConfig(sequence_len=160, vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 ARC = [
@@ -52,16 +53,12 @@ def evaluate(source: Path, **settings: Any) -> None:
         eval_chat.run(eval_chat.Config(**{**SETTINGS, "source": source, **settings}), runtime)
 
 
-def run_folder(source: Path) -> Path:
-    return source.parent / "runs" / "bot"
+def partial() -> Path:
+    return run_folder("bot") / "eval" / "chat_1.partial.jsonl"
 
 
-def partial(source: Path) -> Path:
-    return run_folder(source) / "eval" / "chat_1.partial.jsonl"
-
-
-def table(source: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((run_folder(source) / "eval" / "chat_1.csv").read_text().splitlines()))
+def table() -> list[dict[str, str]]:
+    return list(csv.DictReader((run_folder("bot") / "eval" / "chat_1.csv").read_text().splitlines()))
 
 
 def arguments(source: Path, **more: Any) -> list[str]:
@@ -72,7 +69,7 @@ def arguments(source: Path, **more: Any) -> list[str]:
 def test_all_tasks_are_in_the_table_and_the_record(source: Path, capsys: pytest.CaptureFixture[str]):
     assert launch.main(["launch.py", *arguments(source)]) == 0
     out = capsys.readouterr().out
-    *rows, last = table(source)
+    *rows, last = table()
     assert [row["Task"] for row in rows] == NAMES and last["Task"] == "ChatCORE"
     assert [int(row["Total"]) for row in rows] == [4, 4, 4, 4, 1, 4]
     for row in rows:
@@ -83,11 +80,11 @@ def test_all_tasks_are_in_the_table_and_the_record(source: Path, capsys: pytest.
         assert f"{row['Right']} of {row['Total']}" in out
     core = sum(float(row["Centered"]) for row in rows[:5]) / 5
     assert float(last["Centered"]) == pytest.approx(core, abs=1e-5)
-    (record,) = logger.read_evaluations(run_folder(source))
+    (record,) = logger.read_evaluations(run_folder("bot"))
     assert (record["step"], record["stage"], record["failed"]) == (1, "sft", {})
     assert record["metrics"]["chat/ChatCORE"] == pytest.approx(core, abs=1e-5)
     assert set(record["metrics"]) == {f"chat/{name}" for name in [*NAMES, "ChatCORE"]}
-    assert not partial(source).exists()
+    assert not partial().exists()
     assert "max_problems=4: not of all" in out and "--experiment=chat --set run=bot" in out
 
 
@@ -98,10 +95,10 @@ def test_failed_tasks_are_named_and_retried(source: Path, capsys: pytest.Capture
         evaluate(source)
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if " failed: " in line}
     assert "has no column answer" in lines["GSM8K"] and "has no file of humaneval" in lines["HumanEval"]
-    assert [row["Task"] for row in table(source)] == ["ARC-Easy", "ARC-Challenge", "MMLU", "SpellingBee"]
-    (record,) = logger.read_evaluations(run_folder(source))
+    assert [row["Task"] for row in table()] == ["ARC-Easy", "ARC-Challenge", "MMLU", "SpellingBee"]
+    (record,) = logger.read_evaluations(run_folder("bot"))
     assert set(record["failed"]) == {"GSM8K", "HumanEval"} and "chat/ChatCORE" not in record["metrics"]
-    with partial(source).open("a") as file:
+    with partial().open("a") as file:
         file.write('{"task": "gsm8k", "ri')  # from a killed process
 
     (source / "gsm8k_test.jsonl").unlink()  # under the old name, `datasets` might give the old rows
@@ -109,8 +106,8 @@ def test_failed_tasks_are_named_and_retried(source: Path, capsys: pytest.Capture
         task_rows.write(source / f"{name}.jsonl", *ROWS[name])
     evaluate(source)
     assert capsys.readouterr().out.count("done before") == 4
-    assert len(table(source)) == 7 and not partial(source).exists()
-    latest = logger.read_evaluations(run_folder(source))[-1]["metrics"]
+    assert len(table()) == 7 and not partial().exists()
+    latest = logger.read_evaluations(run_folder("bot"))[-1]["metrics"]
     assert "chat/ChatCORE" in latest and record["metrics"].items() <= latest.items()
 
 
@@ -125,10 +122,10 @@ def test_results_are_reused_for_the_same_model_and_settings(source: Path, capsys
     assert "its results are ignored" in output(f"mmlu:{source}/mmlu_test.jsonl"), "rows of another file"
     assert "its results are ignored" in output(max_tokens=9)
     assert "done before" in output()
-    shutil.rmtree(run_folder(source) / "checkpoints")
+    shutil.rmtree(run_folder("bot") / "checkpoints")
     save_run(source.parent, config=dataclasses.replace(CONFIG, n_layer=1), stage="sft")
     assert "its results are ignored" in output()
-    partial(source).write_text("no json\n")
+    partial().write_text("no json\n")
     with pytest.raises(UserError, match="not valid JSON"):
         evaluate(source)
 
@@ -136,7 +133,7 @@ def test_results_are_reused_for_the_same_model_and_settings(source: Path, capsys
 def test_tasks_with_options_and_sources(source: Path):
     evaluate(Path("/nowhere"), tasks=(f"mmlu:{source}/mmlu_test.jsonl", "arithmetic:train:size=3", "arithmetic"))
     totals = {"MMLU": "4", "arithmetic:train:size=3": "3", "Arithmetic": "4"}
-    assert {row["Task"]: row["Total"] for row in table(source)} == totals
+    assert {row["Task"]: row["Total"] for row in table()} == totals
     for tasks in ((), ("mmlu", "gsm8k", "mmlu")):
         with pytest.raises(UserError, match="at least one task, each once"):
             evaluate(source, tasks=tasks)
@@ -148,8 +145,8 @@ def test_tasks_with_options_and_sources(source: Path):
 def test_two_ranks_write_the_table_of_one(source: Path):
     settings = {"slots": 1, "batch_tokens": 300}
     evaluate(source, tasks=("arc_easy", "mmlu", "arithmetic"), **settings)
-    want = table(source)
-    (run_folder(source) / "eval" / "chat_1.csv").unlink()
+    want = table()
+    (run_folder("bot") / "eval" / "chat_1.csv").unlink()
     outs = ranks.launch(2, *arguments(source, tasks="arc_easy,mmlu,arithmetic", **settings))
-    assert table(source) == want and outs[1] == ""
-    assert len(logger.read_evaluations(run_folder(source))) == 2
+    assert table() == want and outs[1] == ""
+    assert len(logger.read_evaluations(run_folder("bot"))) == 2

@@ -19,6 +19,8 @@ from nanochat.train import pipeline, stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("corpus")]
 
+Capture = pytest.CaptureFixture[str]
+Trained = list[tuple[str, bool, bool]]
 TINY = ("eval.every_steps=4", "core.every_steps=none", "checkpoint.every_steps=2", "optim.matrix_lr=0.1")
 
 
@@ -31,9 +33,9 @@ def run_series(*more: str) -> None:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, bool]]:
+def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     """The pretraining runs that were started: (name, resume, overwrite)."""
-    seen: list[tuple[str, bool, bool]] = []
+    seen: Trained = []
     original = pretrain.run
 
     def watched(config: pretrain.Config, runtime: distributed.Runtime) -> None:
@@ -47,9 +49,6 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, bool]]:
 def results(folder: Path) -> list[dict[str, str]]:
     with (folder / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-# Status of stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +93,7 @@ def test_failed_stage_stays_in_progress_and_accumulates_time(tmp_path: Path) -> 
         pipeline.read_status(path, wanted)
 
 
-# Series of depths
-
-
-def test_interrupted_depth_series_resumes_and_skips_finished_runs(
-    trained: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_interrupted_depth_series_resumes_and_skips_finished_runs(trained: Trained, capsys: Capture):
     series = ("series=depths", "name=mini", "depths=1,2", "base.num_iterations=8")
     with tiny_run.stop_after(5, "mini_d2"):
         run_series(*series)
@@ -123,11 +117,7 @@ def test_interrupted_depth_series_resumes_and_skips_finished_runs(
     assert len(trained) == 3 and "already done" in capsys.readouterr().out
 
 
-def test_changed_setting_retrains_after_failed_start(
-    trained: list[tuple[str, bool, bool]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_changed_setting_retrains_after_failed_start(trained: Trained, monkeypatch, capsys: Capture):
     series = ("series=depths", "name=again", "depths=1", "base.num_iterations=4")
     run_series(*series)
     with monkeypatch.context() as patch:
@@ -141,7 +131,7 @@ def test_changed_setting_retrains_after_failed_start(
     assert trained == [("again_d1", False, False), ("again_d1", False, True), ("again_d1", False, True)]
 
 
-def test_run_of_another_command_is_not_modified(trained: list[tuple[str, bool, bool]]) -> None:
+def test_run_of_another_command_is_not_modified(trained: Trained):
     tiny_run.pretrain_run("depth=1", "name=mine_d1", "num_iterations=2")
     series = ("series=depths", "name=mine", "base.num_iterations=2")
     with pytest.raises(UserError, match=r"made by another command.*name="):
@@ -151,12 +141,7 @@ def test_run_of_another_command_is_not_modified(trained: list[tuple[str, bool, b
         run_series(*series, "depths=1,1")
 
 
-# Series of budgets
-
-
-def test_budget_series_spends_budgets_and_skips_finished_runs(
-    trained: list[tuple[str, bool, bool]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_budget_series_spends_budgets_and_skips_finished_runs(trained: Trained, capsys: Capture):
     series = ("name=laws", "base.num_iterations=none", "base.eval.every_steps=none")
     run_series(*series, "depths=1,2,3", "budgets=6e8,1.2e9")
     folder = base_dir() / "scaling_laws" / "laws"

@@ -72,10 +72,8 @@ def test_run_writes_config_metrics_and_checkpoint(base: Path, capsys: pytest.Cap
     meta = checkpoint.load_params(folder / "checkpoints")[1]
     assert meta["stage"] == "rl" and meta["parent"] == {"run": "tuned", "step": 1, "stage": "sft"}
     assert meta["loader"] == {"read": 20, "task": "arithmetic", "size": 64}
-    loaded = checkpoint.load("seen", device="cpu")
-    assert loaded.stage == "rl" and not torch.equal(
-        loaded.params["lm_head"], checkpoint.load("tuned").params["lm_head"]
-    )
+    loaded, parent = checkpoint.load("seen", device="cpu"), checkpoint.load("tuned", device="cpu")
+    assert loaded.stage == "rl" and not torch.equal(loaded.params["lm_head"], parent.params["lm_head"])
 
 
 def test_zero_learning_rate_freezes_group(base: Path):

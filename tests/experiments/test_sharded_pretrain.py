@@ -31,7 +31,6 @@ def arguments(*more: str) -> list[str]:
 
 
 def run(base: Path, count: int, *more: str) -> str:
-    """Run a job of `count` ranks, and return their output."""
     return "".join(ranks.launch(count, *arguments(*more), env={"NANOCHAT_BASE_DIR": str(base)}))
 
 

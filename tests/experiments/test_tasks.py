@@ -1,8 +1,8 @@
 """The viewer of tasks: supervised tokens, token borders, colors, the list of tasks."""
 
-import io
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from task_rows import ROWS, TOKENIZER
@@ -48,17 +48,13 @@ def test_tokens_letters_and_truncation(folder: str, capsys: pytest.CaptureFixtur
     ]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_colors_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     row = tasks.qa_conversation("é\x1b[5m", "b")
     pieces = viewer.pieces(TOKENIZER, *chat_format.render(TOKENIZER, row), "")
-    assert "".join(viewer.mark(*piece, Terminal()) for piece in pieces) == (
+    terminal = mock.Mock(isatty=lambda: True)
+    assert "".join(viewer.mark(*piece, terminal) for piece in pieces) == (
         "\x1b[2m<|bos|><|user_start|>\x1b[0mé\ufffd[5m\x1b[2m<|user_end|><|assistant_start|>\x1b[0m"
         "\x1b[32mb<|assistant_end|>\x1b[0m"
     )

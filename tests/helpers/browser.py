@@ -87,13 +87,11 @@ def chat(visit: Opener) -> Iterator[Opener]:
 
 
 def say(page: Page, text: str) -> None:
-    """Type a message and send it by Enter."""
     page.locator("#text").fill(text)
     page.locator("#text").press("Enter")
 
 
 def answer(page: Page, index: int = -1) -> Any:
-    """The body of an answer."""
     return page.locator("article.answer .body").nth(index)
 
 
@@ -104,7 +102,6 @@ def finished(page: Page, count: int) -> None:
 
 
 def texts(page: Page) -> list[str]:
-    """The conversation as it is shown."""
     return [text.strip() for text in page.locator("article .bubble, article .body").all_inner_texts()]
 
 

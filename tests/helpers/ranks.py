@@ -102,12 +102,9 @@ class Job:
         self._receive(values)
         self._kill()
         out = [Path(self._file(rank, "out")) for rank in range(len(self.processes))]
-        return [
-            Finished(
-                int(process.exitcode or 0), values.get(rank), path.read_text(), path.with_suffix(".err").read_text()
-            )
-            for rank, (process, path) in enumerate(zip(self.processes, out))
-        ]
+        texts = [(path.read_text(), path.with_suffix(".err").read_text()) for path in out]
+        codes = [int(process.exitcode or 0) for process in self.processes]
+        return [Finished(codes[rank], values.get(rank), *text) for rank, text in enumerate(texts)]
 
     def _receive(self, values: dict[int, Any]) -> None:
         for rank, reader in enumerate(self._readers):
@@ -123,9 +120,7 @@ def _server() -> Any:
     return context
 
 
-def _child(
-    variables: dict[str, str], files: str, function: Callable[..., Any], args: tuple, writer: Connection
-) -> None:
+def _child(variables: dict[str, str], files: str, function: Callable[..., Any], args: tuple, writer: Connection):
     os.setpgid(0, 0)
     os.environ.clear()
     os.environ.update(variables)
@@ -168,7 +163,6 @@ def launch(count: int, *words: str, timeout: float = 240, env: Mapping[str, str]
 
 
 def start_launch(count: int, *words: str, env: Mapping[str, str] | None = None) -> Job:
-    """Start `launch.py <words>` on so many ranks."""
     return start(count, _launch, *words, env=env)
 
 

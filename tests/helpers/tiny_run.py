@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from small_model import random_params
-from tensordict import TensorDict
 
 from experiments import convert, pretrain
 from nanochat import checkpoint, distributed, model, train, tree
@@ -118,15 +117,7 @@ TEXT = torch.tensor([[TOK.bos, *TOK.encode("the text of a test")]])
 
 
 def save_run(
-    base: Path,
-    name: str = "bot",
-    *,
-    steps: tuple[int, ...] = (1,),
-    config: ModelConfig = CONFIG,
-    params: TensorDict | None = None,
-    tok: Tokenizer | None = TOK,
-    settings: dict[str, Any] | None = None,
-    **meta: Any,
+    base: Path, name="bot", *, steps=(1,), config=CONFIG, params=None, tok: Any = TOK, settings=None, **meta: Any
 ) -> Path:
     """Write a run as training does, with random parameters (the step is their seed); return its folder."""
     folder = base / "runs" / name
