@@ -109,9 +109,6 @@ def test_config_from_meta_file(capsys: pytest.CaptureFixture[str]):
         convert.config_from_reference(fields)
 
 
-# Files
-
-
 class Payload:
     """Runs code when unpickled: here it would make a folder."""
 

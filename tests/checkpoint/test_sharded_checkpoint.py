@@ -39,7 +39,7 @@ def test_any_sharding_restores_any_other(saved: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_every_shard_is_written_once_and_all_ranks_write(saved: Path, run: str) -> None:
+def test_all_ranks_write_every_shard_once_and_one_process_reads_params_and_files(saved: Path, run: str) -> None:
     size = int(run[0])
     full_bytes = tree.nbytes(tuple(tree.flatten(full_state(3)._asdict()).values()))
     state = saved / run / "3" / "state"
@@ -51,10 +51,6 @@ def test_every_shard_is_written_once_and_all_ranks_write(saved: Path, run: str) 
     stored = b"".join(p.read_bytes() for p in state.glob("ocdbt.process_*/d/*"))
     for row in range(0, 64, 16):
         assert stored.count(raw(full_state(3).params["wte"][row : row + 16])) == 1
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_one_process_reads_params_and_files_of_any_sharding(saved: Path, run: str) -> None:
     params, meta, files = checkpoint.load_params(saved / run)
     assert_same(full_state(3)._replace(params=params), full_state(3))
     assert meta == {"seed": 1, "rank": 0}
@@ -109,9 +105,6 @@ def test_failure_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
 def test_exit_of_one_rank_does_not_block_the_others(tmp_path: Path) -> None:
     ranks.call(4, ranks_checkpoint.exit_on_one_rank, tmp_path)
     assert_same(checkpoint.restore(tmp_path, full_state(1, 4096))[0], full_state(1, 4096))
-
-
-# Killed saves
 
 
 def check_steps(folder: Path, allowed: set[int]) -> int:
@@ -173,9 +166,6 @@ def test_save_killed_at_ten_times_never_damages_a_complete_step(tmp_path: Path, 
         latest = check_steps(tmp_path, {latest, latest + 1})
     assert interrupted, f"no kill fell into the {closed - returned:.2f} s of writing"
     assert kill_all or lost, "no rank met the loss of another"
-
-
-# In one process
 
 
 def test_chunked_arrays_are_read_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

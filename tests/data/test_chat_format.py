@@ -26,15 +26,13 @@ def talk(*contents: Any, system: str | None = None) -> dict[str, Any]:
     return {"messages": ([{"role": "system", "content": system}] if system is not None else []) + messages}
 
 
-def test_conversation_of_two_turns_is_rendered_with_its_mask() -> None:
+def test_conversation_is_rendered_with_its_mask_and_truncated_to_max_tokens() -> None:
     ids, mask = chat_format.render(TOK, talk("hey", "he é", "q", "r"))
-    # fmt: off
-    assert ids == [
-        BOS, USER, 256, ord("y"), USER_END, BOT, 256, 258, BOT_END,
-        USER, ord("q"), USER_END, BOT, ord("r"), BOT_END,
-    ]
+    first = [BOS, USER, 256, ord("y"), USER_END, BOT, 256, 258, BOT_END]
+    assert ids == [*first, USER, ord("q"), USER_END, BOT, ord("r"), BOT_END]
     assert mask == [0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1]
-    # fmt: on
+    for length in (1, 6, 7, 9, 100):
+        assert chat_format.render(TOK, talk("hey", "he é", "q", "r"), length) == (ids[:length], mask[:length])
 
 
 def test_system_message_is_merged_into_the_first_user_message() -> None:
@@ -46,13 +44,9 @@ def test_system_message_is_merged_into_the_first_user_message() -> None:
 
 def test_tool_calls_are_in_the_loss_mask_and_outputs_are_not() -> None:
     ids, mask = chat_format.render(TOK, talk("x", TOOL))
-    # fmt: off
-    assert ids == [
-        BOS, USER, ord("x"), USER_END, BOT, ord("h"), ord("m"), ord(" "), PY, ord("2"), ord("*"), ord("3"), PY_END,
-        OUT, ord("6"), OUT_END, ord("!"), BOT_END,
-    ]
+    call, output = [PY, *b"2*3", PY_END], [OUT, ord("6"), OUT_END]
+    assert ids == [BOS, USER, ord("x"), USER_END, BOT, *b"hm ", *call, *output, ord("!"), BOT_END]
     assert mask == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1]
-    # fmt: on
 
 
 EVIL = "".join(SPECIALS)
@@ -72,12 +66,6 @@ def test_text_never_becomes_a_special_token(conversation: dict[str, Any], marker
     ids, _ = chat_format.render(TOK, conversation)
     assert [i for i in ids if i >= BOS] == [BOS, USER, USER_END, BOT, *markers, BOT_END]
     assert EVIL in TOK.decode([i for i in ids if i < BOS])
-
-
-def test_ids_and_mask_are_truncated_to_max_tokens() -> None:
-    ids, mask = chat_format.render(TOK, talk("hey", "he é"))
-    for length in (1, 6, 7, 9, 100):
-        assert chat_format.render(TOK, talk("hey", "he é"), length) == (ids[:length], mask[:length])
 
 
 def test_prompt_ends_where_the_answer_starts() -> None:
@@ -101,11 +89,9 @@ SYSTEM_X = {"role": "system", "content": "x"}
         ({"messages": [SYSTEM_X]}, "no user message: add one after the system's"),
         ({"messages": ["hello"]}, r"message 1: expected an object .* got 'hello'"),
         ({"messages": [BOT_X]}, "message 1: role 'assistant', expected user"),
-        ({"messages": [USER_X, USER_X]}, "message 2: role 'user', expected assistant"),
         ({"messages": [USER_X, SYSTEM_X]}, "message 2: role 'system', expected assistant.*may only come first"),
         ({"messages": [{"role": [], "content": ""}]}, r"message 1: role \[\], expected user"),
         ({"messages": [{"role": "user", "content": TOOL}]}, "message 1: content of the user must be a string"),
-        ({"messages": [{"role": "system", "content": None}, USER_X]}, "message 1: content of the system must be"),
         (talk("x", None), "message 2: content must be a string or a list of parts, got None"),
         (talk("x", ["text"]), r"message 2, part 1: expected .*python_output.* got 'text'"),
         (talk("x", [TOOL[0], {"type": "image", "text": ""}]), "message 2, part 2: .*'image'"),
@@ -116,11 +102,6 @@ def test_invalid_message_is_named(conversation: Any, message: str) -> None:
         chat_format.render(TOK, conversation)
     assert isinstance(caught.value, UserError) and isinstance(caught.value, ValueError)
     assert "\n" not in str(caught.value)
-
-
-def test_valid_conversations_pass_the_check() -> None:
-    for conversation in (talk("x"), talk("x", "y"), talk("", "", system=""), talk("x", TOOL, "z"), talk("x", [])):
-        assert chat_format.check({**conversation, "source": "other keys are none of our business"}) is None
 
 
 def test_content_is_the_inverse_of_render() -> None:
@@ -156,7 +137,6 @@ def test_reader_yields_whole_characters_by_kind() -> None:
 def test_reader_replaces_an_incomplete_character_at_a_marker_and_at_the_end() -> None:
     assert read([0xC3, PY, ord("1")]) == [Piece("text", "\ufffd"), Piece("python", "1")]
     assert read([PY, 0xC3, PY_END, 0xA9]) == [Piece("python", "\ufffd"), Piece("text", "\ufffd")]
-    assert read([PY, 0xF0, 0x9F]) == [Piece("python", "\ufffd")]
     assert read([0xC3, BOT_END]) == [Piece("text", "\ufffd")]
     reader = Reader(TOK)
     for token in (PY, ord("1"), 0xC3):

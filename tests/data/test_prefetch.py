@@ -62,10 +62,7 @@ def test_error_is_raised_after_the_items_before_it() -> None:
     assert wait_for(lambda: running() == 0)
 
 
-@pytest.mark.parametrize(
-    ("ending", "code"),
-    [("pass", 0), ("raise RuntimeError", 1), ("next(stuck)", -2)],
-)
+@pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("raise RuntimeError", 1), ("next(stuck)", -2)])
 @pytest.mark.slow
 def test_process_exits_while_a_generator_is_open(ending: str, code: int) -> None:
     program = f"""

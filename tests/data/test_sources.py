@@ -130,27 +130,21 @@ def test_source_without_documents_is_named(source: str, message: str, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-def test_truncated_or_corrupt_parquet_is_named(tmp_path: Path):
+def test_truncated_or_corrupt_parquet_is_named_or_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write(tmp_path / "a.parquet", [f"{i}" * 50 for i in range(2000)], 500)
     write(tmp_path / "b.parquet", docs(0, 5))
+    write(tmp_path / "c.parquet", docs(30, 35))
     good, config = path.read_bytes(), DataConfig(source=str(tmp_path))
     zeros = good[:100] + bytes(20_000) + good[20_100:]
-    for content in (b"", b"PAR1", good[: len(good) // 2], good[:-8] + b"\xff\xff\xff\x7fPAR1", zeros):
+    for content in (zeros, b"PAR1", good[: len(good) // 2], good[:-8] + b"\xff\xff\xff\x7fPAR1", b""):
         path.write_bytes(content)
         with pytest.raises(CorruptShardError, match=r"a.parquet: unreadable parquet .*bad_shards=true$") as caught:
             list(sources.texts(config, "train"))
         assert caught.value.path == path
+    assert read_all(dataclasses.replace(config, skip_bad_shards=True)) == (docs(0, 5), docs(30, 35))
+    assert "a.parquet" in capsys.readouterr().out
     with pytest.raises(CorruptShardError, match="No such file"):
         sources.num_blocks(Shard(tmp_path / "gone.parquet", "gone"))
-
-
-def test_corrupt_shard_can_be_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for number, name in enumerate("abcd"):
-        write(tmp_path / f"{name}.parquet", docs(10 * number, 10 * number + 5))
-    (tmp_path / "b.parquet").write_bytes(b"")
-    config = DataConfig(source=str(tmp_path), skip_bad_shards=True)
-    assert read_all(config) == (docs(0, 5) + docs(20, 25), docs(30, 35))
-    assert "b.parquet" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

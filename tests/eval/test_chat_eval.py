@@ -20,7 +20,6 @@ END = TOKENIZER.special("<|assistant_end|>")
 
 
 def plain_choice(task: Task, index: int) -> bool:
-    """Return whether a problem is solved, from all logits of its row alone."""
     row, params = task.row(index), model_under_test().params
     prompt = chat_format.prompt(TOKENIZER, row["messages"][:-1])[-CONFIG.sequence_len :]
     logits_V = model.apply(params, torch.tensor([prompt]), config=CONFIG)[0, -1]

@@ -30,7 +30,6 @@ WINDOWS = dataclasses.replace(WINDOWED, vocab_size=400)
 def assert_as_plain(
     folder: Path, label: str, config: ModelConfig, tok: Tokenizer, max_tokens: int | None = None, **batch: Any
 ) -> None:
-    """Compare prompts, spans and answers of a task's rows with those of the plain implementation."""
     params, max_tokens = random_params(config), max_tokens or 10 * config.sequence_len
     task = core_bundle.load(core_bundle.read(folder), label)
     questions = list(core.questions(task, tok, max_tokens))
@@ -92,18 +91,15 @@ def test_rows_that_begin_with_space_are_encoded_with_the_text_before(tmp_path: P
         assert_as_plain(folder, "copa", config, tok)
 
 
-def test_lowest_mean_loss_wins_and_ties_go_to_the_first():
+def test_lowest_mean_loss_wins_and_a_continuation_is_correct_if_every_token_is_the_argmax():
     prompts = [Prompt([0], 1, 1)] * 3
 
     def choice(*scores: tuple[float, int]) -> int:
         return core.answer(Question(prompts, 1), [Scored(nats, 0, tokens) for nats, tokens in scores]).choice
 
     assert choice((4.0, 2), (3.0, 1), (9.0, 9)) == 2
-    assert choice((4.0, 2), (2.0, 1), (6.0, 3)) == 0
+    assert choice((4.0, 2), (2.0, 1), (6.0, 3)) == 0, "the first of equals"
     assert choice((9.0, 1), (2.0, 1), (0.0, 0)) == 1, "an answer without tokens has no loss"
-
-
-def test_continuation_is_correct_if_every_token_is_the_argmax():
     question = Question([Prompt([0], 1, 1)], None)
     assert core.answer(question, [Scored(1.5, 3, 3)]) == (True, 0, (0.5,))
     assert core.answer(question, [Scored(1.5, 2, 3)]) == (False, 0, (0.5,))
@@ -155,8 +151,10 @@ WRONG: list[tuple[Change, str]] = [
     (edited(COPA, '"gold": 1', '"gold": one'), r"copa.jsonl:1: not valid JSON \("),
     (lambda folder: (folder / COPA).write_text("\n[1]\n"), "copa.jsonl:2: expected an object"),
     (edited(COPA, '"query": "', '"query": 1, "x": "'), "copa.jsonl:1: expected a string 'query'"),
-    (edited(COPA, '"choices"', '"options"'), "copa.jsonl:1: .* list of at least two strings 'choices'"),
-    (edited(COPA, '"choices": [', '"choices": ["a"], "x": ['), "list of at least two strings 'choices'"),
+    (
+        edited(COPA, '"choices": [', '"choices": ["a"], "x": ['),
+        "copa.jsonl:1: .* list of at least two strings 'choices'",
+    ),
     (edited(COPA, '"gold": 1', '"gold": 2'), "copa.jsonl:1: gold is 2; expected the index .* 0 … 1"),
     (edited(COPA, '"gold": 1', '"gold": true'), "gold is True"),
     (edited("eval_meta_data.csv", "copa", "cola"), "eval_meta_data.csv: has no line for copa"),

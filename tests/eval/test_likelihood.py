@@ -19,7 +19,7 @@ SHORT = ModelConfig(sequence_len=8, vocab_size=100, n_layer=3, n_head=4, n_kv_he
 
 
 def alone(config: ModelConfig, prompt: Prompt) -> tuple[float, int]:
-    """Return an answer's loss and how many of its tokens are the argmax, from the logits of the whole prompt."""
+    """Return (nats, greedy tokens) of an answer, from the logits of the whole prompt."""
     ids, start, end = prompt
     logits = model.apply(random_params(config), torch.tensor([ids]), config=config)[0, start - 1 : end - 1]
     targets = torch.tensor(ids[start:end], dtype=torch.int64)

@@ -77,7 +77,6 @@ def place(state: State, mode: str, mesh: DeviceMesh | None) -> State:
 
 
 def abstract(state: State) -> State:
-    """The same placements over meta tensors."""
     return sharding.as_dtensors(tree.to(sharding.local_shards(state), "meta"), state)
 
 
@@ -173,7 +172,6 @@ def fail_on_one_rank(folder: Path) -> None:
     checkpoint.save(manager, make(1), {})
     save("params.wte differs between rank 1 and rank 3", 3, lambda s: s.params["wte"].to_local()[0, 0].add_(1))
     save("scaler.scale differs between rank 0 and rank 2", 2, lambda s: s.scaler["scale"].mul_(2))
-    save("step differs between rank 0 and rank 1", 1, lambda s: s.step.add_(1))
     save("params.new differs between rank 0 and rank 1", 1, lambda s: s.params.set("new", torch.zeros(2)))
     save("position differs between rank 0 and rank 3", arrays={"position": np.array([here.rank == 3])})
     save("gone cannot be copied to the checkpoint", files={"gone": folder / "gone"})
@@ -207,10 +205,6 @@ def fail_on_one_rank(folder: Path) -> None:
     torch.distributed.barrier()
     with pytest.raises(CorruptCheckpointError, match=r"params.wte is corrupt: .*; step 1 exists too: delete .*/2 to"):
         checkpoint.restore(manager, abstract(want))
-    other = abstract(want)
-    other.params["wte"] = torch.empty(3, device="meta")
-    with pytest.raises(UserError, match=r"has params.wte \(64, 4096\) float32, this model expects \(3\) float32"):
-        checkpoint.restore(manager, other)
     save()  # the corrupt step is replaced
     assert_same(checkpoint.restore(manager, abstract(want))[0], want)
     with pytest.raises(UserError, match=r"checkpoint folder .*/run cannot be created: Not a directory"):
@@ -267,20 +261,15 @@ def resume_and_save(folder: Path, mode: str, step: int, victims: tuple[int, ...]
 
 
 def _kill_at(moment: str) -> None:
-    write, remove = storage.write_blocks, storage.remove_partial_steps
+    name = "remove_partial_steps" if moment == "published" else "write_blocks"
+    original = getattr(storage, name)
 
-    def write_blocks(folder: Path, process: int, blocks: Any) -> None:
+    def and_kill(*arguments: Any) -> None:
         if moment == "while_writing":
-            write(folder, process, dict(list(blocks.items())[:2]))
-        elif moment == "after_writing":
-            write(folder, process, blocks)
+            folder, process, blocks = arguments
+            original(folder, process, dict(list(blocks.items())[:2]))
+        elif moment != "before_writing":
+            original(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def remove_partial_steps(folder: Path) -> None:
-        remove(folder)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if moment == "published":
-        storage.remove_partial_steps = remove_partial_steps
-    else:
-        storage.write_blocks = write_blocks
+    setattr(storage, name, and_kill)

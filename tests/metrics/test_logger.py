@@ -204,9 +204,7 @@ def test_appended_evaluations_are_read_without_a_partial_last_line(tmp_path: Pat
         logger.append_evaluation(folder, 1, "base", {"a": math.nan})
 
 
-@pytest.mark.parametrize(
-    "line", ["nonsense", "[]", '{"step": 1}', '{"time": "", "step": 1, "stage": "", "metrics": 1, "failed": {}}']
-)
+@pytest.mark.parametrize("line", ["[]", '{"time": "", "step": 1, "stage": "", "metrics": 1, "failed": {}}'])
 def test_corrupt_evaluation_is_named(tmp_path: Path, line: str) -> None:
     logger.append_evaluation(tmp_path, 1, "base", {"a": 1.0})
     with (tmp_path / logger.EVALUATIONS_FILE).open("a") as file:

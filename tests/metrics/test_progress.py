@@ -19,7 +19,6 @@ from nanochat.metrics import progress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A fake clock that tests advance."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
     monkeypatch.delenv("RANK", raising=False)
@@ -89,17 +88,14 @@ def test_last_state_is_logged_after_an_error(
     assert capsys.readouterr().err.splitlines()[-1] == last
 
 
-@pytest.mark.parametrize(("rank", "enabled", "speaks"), [("1", None, False), ("0", None, True), ("0", False, False)])
-def test_other_ranks_are_silent(
-    clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    rank: str, enabled: bool | None, speaks: bool,
-) -> None:  # fmt: skip
-    monkeypatch.setenv("RANK", rank)
-    with progress.Bar(2, label="train", enabled=enabled) as shown:
-        shown.update()
-        shown.write("a sample")
-    out, err = capsys.readouterr()
-    assert out == ("a sample\n" if speaks else "") and bool(err) is speaks
+def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, enabled, speaks in (("1", None, False), ("0", None, True), ("0", False, False)):
+        monkeypatch.setenv("RANK", rank)
+        with progress.Bar(2, label="train", enabled=enabled) as shown:
+            shown.update()
+            shown.write("a sample")
+        out, err = capsys.readouterr()
+        assert out == ("a sample\n" if speaks else "") and bool(err) is speaks
 
 
 ON_A_TERMINAL = """

@@ -58,7 +58,6 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def last(base: Path, generations: Path) -> Path:
-    """The youngest of three generations, in the base folder."""
     shutil.copytree(generations, base, dirs_exist_ok=True)
     return base / "runs" / "d1_rl"
 

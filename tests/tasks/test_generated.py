@@ -1,11 +1,9 @@
 """Arithmetic and spelling: rows, correct answers, disjoint splits, and the words to spell."""
 
 import math
-import random
 import re
 from collections import Counter
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from task_rows import question, reference
@@ -43,8 +41,16 @@ def test_rows_are_pinned_by_their_seeds() -> None:
         {"type": "python_output", "text": "2"},
         {"type": "text", "text": "\n\n#### 2"},
     ]
+    for name, *first_questions in [
+        ("arithmetic", "43 minus 8 = ?", "How much is 44 minus 875?"),
+        ("spellingbee", """How many "e"s are in 'prefixed'?""", "How many t are in operator?"),
+        ("simplespelling", "Spell the word: prefixed", "Spell the word: operator"),
+    ]:
+        assert [question(tasks.load(name, split).row(0)) for split in ("train", "test")] == first_questions
     few, many = tasks.load("spellingbee", size=10), tasks.load("spellingbee")
     assert [few.row(i) for i in reversed(range(10))] == [many.row(i) for i in range(10)][::-1]
+    with pytest.raises(IndexError):
+        few.row(10)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -103,20 +109,6 @@ def test_spelling_answers_are_correct(split: str) -> None:
         assert reference(row) == f"{word}:{','.join(word)}"
         assert task.is_correct and task.is_correct(row, f" {reference(row)}\n")
         assert not task.is_correct(row, reference(row)[:-1])
-
-
-@pytest.mark.parametrize("name", ["arithmetic", "spellingbee", "simplespelling"])
-def test_train_and_test_rows_have_different_seeds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = mock.Mock(side_effect=random.Random)
-    monkeypatch.setattr("nanochat.tasks.task.random.Random", made)
-    train, test = tasks.load(name, "train"), tasks.load(name, "test")
-    for task in (train, test):
-        task.row(0)
-        task.row(task.size - 1)
-    seeds = [0, train.size - 1, 10_000_000, 10_000_000 + test.size - 1]
-    assert made.call_args_list == list(map(mock.call, seeds))
-    with pytest.raises(IndexError):
-        train.row(train.size)
 
 
 def test_words_from_a_file(tmp_path: Path) -> None:

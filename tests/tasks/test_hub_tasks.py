@@ -33,15 +33,12 @@ def test_shuffle_equals_that_of_datasets() -> None:
     assert hub_table.shuffled_indices(999) == rows.shuffle(seed=42)["x"][:]
 
 
-def text_of(parts: Sequence[dict[str, str]]) -> str:
-    """Return the answer that `gsm8k.parse_answer` took apart."""
-    pieces = []
-    for part, following in zip(parts, [*parts[1:], {"type": "text"}]):
-        text = part["text"]
-        if part["type"] == "python":
-            text = f"<<{text}=" if following["type"] == "python_output" else f"<<{text}>>"
-        pieces.append(f"{text}>>" if part["type"] == "python_output" else text)
-    return "".join(pieces)
+def joined(parts: Sequence[dict[str, str]]) -> str:
+    return "".join(part["text"] for part in parts)
+
+
+def without_marks(answer: str) -> str:
+    return re.sub("<<(.*?)>>", lambda call: "".join(call[1].rsplit("=", 1)), answer)
 
 
 def test_gsm8k_calculations_become_tool_calls() -> None:
@@ -56,7 +53,7 @@ def test_gsm8k_calculations_become_tool_calls() -> None:
         ("text", "14.\n#### 14"),
     ]
     for text in ("", "a<<1=1>><<2=2>>", "<<a>>", "<<a=>>", "<<x=1=2>>", "< <1=1>>"):
-        assert text_of(gsm8k.parse_answer(text)) == text
+        assert joined(gsm8k.parse_answer(text)) == without_marks(text)
 
 
 def test_gsm8k_rows_round_trip_and_the_loss_mask_skips_tool_outputs() -> None:
@@ -70,7 +67,7 @@ def test_gsm8k_rows_round_trip_and_the_loss_mask_skips_tool_outputs() -> None:
         start = ids.index(TOKENIZER.special("<|assistant_start|>")) + 1
         read = chat_format.content(TOKENIZER, ids[start:])
         assert read == (parts if len(parts) > 1 else parts[0]["text"])
-        assert text_of(parts) == text
+        assert joined(parts) == without_marks(text)
         outputs = [len(part["text"].encode()) + 2 for part in parts if part["type"] == "python_output"]
         assert sum(mask[:start]) == 0 and sum(mask[start:]) == len(ids) - start - sum(outputs)
         assert task.is_correct(row, text) and task.is_correct(row, plain_text(parts))
@@ -144,9 +141,7 @@ def test_unavailable_sandbox_is_one_clear_error(monkeypatch: pytest.MonkeyPatch)
         ("gsm8k", GSM8K | {"question": None}, "row 1 (counted from 0): question is 'None', expected str"),
         ("arc_easy", ARC | {"answerKey": "E"}, "answerKey 'E' is not one of the labels A, B"),
         ("arc_easy", ARC | {"choices": {"text": ["a"], "label": ["A", "B"]}}, "one text for each label"),
-        ("arc_challenge", ARC | {"choices": {"text": [], "label": []}}, "one text for each label"),
         ("mmlu", MMLU | {"answer": 4}, "expected four choices and an answer of 0 to 3, got answer 4"),
-        ("mmlu", MMLU | {"choices": ["a"]}, "expected four choices"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

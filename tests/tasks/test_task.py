@@ -80,12 +80,7 @@ def test_tokenizer_that_merges_a_letter_with_its_sign_is_refused() -> None:
 
 
 def test_answer_is_correct_by_the_number_after_the_marker() -> None:
-    numbers = {
-        "so it is\n#### 42": "42",
-        "#### -1,234.5 dollars": "-1234.5",
-        "#### 1 then #### 2": "1",
-        "#### 7.": "7.",
-    }
+    numbers = {"so\n#### 42": "42", "#### -1,234.5 dollars": "-1234.5", "#### 1 then #### 2": "1", "#### 7.": "7."}
     for text, number in (numbers | dict.fromkeys(("####7", "#### $7", "42"))).items():
         assert final_answer(text) == number
     parts = [{"type": "python", "text": "9"}, {"type": "python_output", "text": "#### 9"}]
@@ -116,7 +111,6 @@ def test_text_names_a_task_with_split_source_and_options(tmp_path: Path) -> None
         ("arithmetic:size=0", "size=0: expected 1 to 10,000,000"),
         ("arithmetic:digits=0", "digits=0, product_digits=2: expected 1 or more"),
         ("arithmetic:validation", "task arithmetic has no split validation; it has train and test"),
-        ("identity:val", "task identity has no split val; it has train, test and all"),
         ("humaneval:train", "task humaneval has no split train, only test"),
         ("customjson", "task customjson needs a file of conversations"),
         ("customjson:test:/x.jsonl", "a file is all train"),
