@@ -67,9 +67,8 @@ def test_documents_of_a_small_library(tmp_path: Path, monkeypatch: pytest.Monkey
     (library / "test" / "test_m.py").write_text(f'"""{PROSE} And a test."""')
     with zipfile.ZipFile(library / "w.whl", "w") as wheel:
         wheel.writestr("w/__init__.py", f'"""{PROSE[:-1]} in the wheel."""')
-    (library / "z.html").write_text(
-        "<script>it is not for the reader</script><p>It is &lt; that &gt; the other one.</p>"
-    )
+    page = "<script>it is not for the reader</script><p>It is &lt; that &gt; the other one.</p>"
+    (library / "z.html").write_text(page)
     for name in ("_compiled_modules", "_help_topics"):
         monkeypatch.setattr(embedded, name, lambda: ())
     monkeypatch.setattr(embedded.sysconfig, "get_paths", lambda: {"stdlib": str(library)})

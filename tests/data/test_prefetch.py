@@ -78,8 +78,7 @@ def test_process_exits_while_a_generator_is_open(ending: str, code: int) -> None
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start() if "stuck" in {ending!r} else None
         {ending}
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == code, result.stderr
     assert "Exception ignored" not in result.stderr and "Fatal" not in result.stderr

@@ -82,13 +82,6 @@ def read(reader: loader.BlockReader, ref: loader.BlockRef) -> list[list[int]]:
     return docs_of(reader.request(ref)())
 
 
-def test_documents_keep_their_order_across_chunks(readers: Readers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "CHUNK_CHARS", 100)
-    texts = [f"document {i}" * (1 + i % 7) for i in range(500)]
-    monkeypatch.setattr(loader, "read_block", lambda *_: texts)
-    assert read(readers(token_cache=False), REFS[0]) == [[256, *text.encode()] for text in texts]
-
-
 def test_continues_without_a_dead_rank(readers: Readers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "OTHER_RANK_SECONDS", 0.3)
     reader = readers(rank=0, world_size=3)

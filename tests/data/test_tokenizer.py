@@ -31,9 +31,8 @@ def sample_texts() -> list[str]:
     texts = []
     for i in range(300):
         chosen = draw.choices(words, weights=[1 / (k + 1) for k in range(len(words))], k=120)
-        texts.append(
-            " ".join(chosen) + f". It's {i * 37} (see  §{i}),\n\n\tif x_{i} >= {i}.5:\n        y['k'] += 1\r\n🙂 "
-        )
+        rest = f". It's {i * 37} (see  §{i}),\n\n\tif x_{i} >= {i}.5:\n        y['k'] += 1\r\n🙂 "
+        texts.append(" ".join(chosen) + rest)
     return texts
 
 
@@ -48,10 +47,8 @@ def test_vocabulary_is_bytes_then_merges_then_specials(tok: Tokenizer):
     assert len(set(tok.tokens)) == VOCAB - 9
     assert [tok.special(name) for name in SPECIALS] == list(range(VOCAB - 9, VOCAB))
     assert tok.bos == VOCAB - 9
-    assert all(
-        any(token[:i] in tok.tokens and token[i:] in tok.tokens for i in range(1, len(token)))
-        for token in tok.tokens[256:]
-    )
+    for token in tok.tokens[256:]:
+        assert any(token[:i] in tok.tokens and token[i:] in tok.tokens for i in range(1, len(token)))
     with pytest.raises(KeyError, match="not a special token"):
         tok.special("<|eos|>")
 
