@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,8 @@ import torch
 
 from nanochat.distributed import runtime
 
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The models are tiny: a second thread only waits, ten times as long as the work takes when the cores are busy.
 torch.set_num_threads(1)
 
