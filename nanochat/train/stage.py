@@ -217,10 +217,8 @@ def init_or_restore(
         if before != value and name not in NOT_COMPARED:
             print(f"changed since the checkpoint: {name} = {value} (was {before})")
     print(f"resumed from step {int(state.step)} in {manager.folder}")
-    if meta["config"]["dtype"] != now["dtype"]:
-        state = state._replace(
-            scaler=train.init_scaler(runtime.compute_dtype, runtime.device)
-        )  # a loss scale is for one dtype
+    if meta["config"]["dtype"] != now["dtype"]:  # a loss scale is for one dtype
+        state = state._replace(scaler=train.init_scaler(runtime.compute_dtype, runtime.device))
     loader = {"position": meta["loader"], **{n.removeprefix("loader_"): array for n, array in arrays.items()}}
     at = progress_from(meta)._replace(loader=loader)
     if stage.num_steps is not None:
@@ -361,9 +359,12 @@ def print_samples(
     ctx: RunContext, state: TrainState, *, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]
 ) -> Result:
     """Return each of `eval.prompts` with the model's continuation of `encode(prompt)`, a line each."""
-    config, params = ctx.config.eval, sharding.full_params(state.params)
+    config = ctx.config.eval
+    if not config.prompts:
+        return Result()
+    params = sharding.full_params(state.params)
     with distributed.raise_on_any_failure():
-        if not config.prompts or not ctx.runtime.is_main:
+        if not ctx.runtime.is_main:
             return Result()
         requests = [
             infer.Request(tuple(encode(prompt)), config.sample_tokens, config.temperature, config.top_k, seed)
