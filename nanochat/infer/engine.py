@@ -107,9 +107,8 @@ class Engine:
     graphs: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] | None
     active: dict[Hashable, _Row] = dataclasses.field(default_factory=dict)
     pending: deque[_PendingStep] = dataclasses.field(default_factory=deque)
-    prefilled: tuple[tuple[int, ...], kv_cache.CacheLike] | None = (
-        None  # the last prompt, which further samples of it reuse
-    )
+    # The last prompt and its cache, which further samples of it reuse.
+    prefilled: tuple[tuple[int, ...], kv_cache.CacheLike] | None = None
 
 
 def start(
