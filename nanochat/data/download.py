@@ -142,7 +142,7 @@ def _fetch(url: str, path: Path, options: Options, check: Check, bar: tqdm) -> s
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return DISK_FULL
             if isinstance(error, OSError) and error.filename:
-                return f"{error.filename} cannot be written: {error.strerror}"
+                return f"{error.filename} cannot be written: {reason(error)}"
             problems = {"ConnectError": "cannot connect; is there a network?", "ReadTimeout": "timed out"}
             problem = problems.get(type(error).__name__) or reason(error)
     return f"{problem} ({options.attempts} attempts)"

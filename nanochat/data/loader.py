@@ -30,6 +30,7 @@ from nanochat.data import packing
 from nanochat.data.sources import CorruptShardError, DataConfig, Shard, num_blocks, read_block, shards_of
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.distributed import cpu_cores
+from nanochat.text import reason
 
 T = TypeVar("T")
 
@@ -331,7 +332,7 @@ class BlockReader:
                 write_block(path, block)
             except OSError as error:
                 if self._cache_failed.acquire(blocking=False):
-                    why = f"{path.parent} cannot be written ({error.strerror})"
+                    why = f"{path.parent} cannot be written ({reason(error)})"
                     print(f"warning: tokens are no longer cached: {why}", file=sys.stderr, flush=True)
         return block
 
