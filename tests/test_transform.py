@@ -112,7 +112,7 @@ def test_custom_backward_is_used(compiled: bool):
     assert value == 6 and grads.tolist() == [5, 5, 5]
 
 
-@pytest.mark.xfail(strict=False, reason="torch.compile of torch.func.grad drops a custom backward without a word")
+@pytest.mark.xfail(strict=True, reason="torch.compile of torch.func.grad drops a custom backward without a word")
 def test_compiled_torch_func_grad_uses_a_custom_backward():
     """Once it passes, `--set train.grad=torch_func` may use the chunked loss under torch.compile as well."""
     compiled = torch.compile(torch.func.grad(doubled), fullgraph=True, backend="eager")
