@@ -53,6 +53,11 @@ def test_run_writes_checkpoints_metrics_and_curves(uninterrupted: Path):
     assert tokenizer.load(files["tokenizer.txt"].parent).vocab_size == 300
 
 
+def test_full_parameters_are_not_gathered_without_prompts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distributed.sharding, "full_params", lambda params: pytest.fail("gathered"))
+    pretrain_run("name=quiet", "eval.prompts=none", "num_iterations=2")
+
+
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_resumed_run_equals_uninterrupted_run(uninterrupted: Path, step: int):
     name = f"name=stopped{step}"
