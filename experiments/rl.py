@@ -11,7 +11,7 @@ mean of their prompt (nanochat/train/rl.py). pass@k on the test split is measure
 --experiment=tasks and must be able to score an answer: gsm8k, arithmetic, spellingbee. For another reward, change
 `reward` in `run`. A learning rate of 0 freezes its group: a small model trained for a minute does best where only the
 unembedding learns (experiments/RESULTS.md). Writes runs/<base run>_rl: checkpoints, metrics.jsonl, reward.svg,
-length.svg, pass.svg. One epoch of GSM8K is 467 steps.
+length.svg, pass.svg. One epoch of GSM8K is 467 steps, and leaves the checkpoints of 60, 120, … 420 and 467.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanochat import distributed, infer, metrics, model, optim, tasks, train
+from nanochat.checkpoint import CheckpointConfig
 from nanochat.config import UserError, require_at_least
 from nanochat.data import chat_format
 from nanochat.optim import FinetunePlan, OptimConfig
@@ -81,6 +82,7 @@ class Config(StageConfig):
     device_batch_size: int = 8
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OPTIM
+    checkpoint: CheckpointConfig = CheckpointConfig(every_steps=60, keep_last=8)  # all of an epoch of GSM8K
     train: TrainConfig = TrainConfig(attention="sdpa")  # flex, and so perhaps auto, needs sequences of one length
     eval: PassAtKConfig = PassAtKConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 

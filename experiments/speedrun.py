@@ -9,8 +9,9 @@ finished stages; a changed setting reruns its stage and the later ones. Each sta
 such as pretrain.depth or sft.num_iterations; name, device and dtype apply to all stages. A failed evaluation, for
 example without a network, does not stop the run; it is reported at the end.
 
-Writes runs/<name>, runs/<name>_sft (with the report) and <name>_tokenizer to the base folder. On 8 H100, pretraining
-takes about three hours at 50% MFU, and the other stages about one hour.
+Writes runs/<name>, runs/<name>_sft (with the report) and <name>_tokenizer to the base folder. The defaults are the
+reference's: depth 24, 8 tokens per scaling parameter, fp8. On 8 H100, pretraining takes about two hours at 50% MFU
+($48 at $3 an hour and GPU), and the other stages about one hour.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Config:
         name: of the base run; the fine-tuned run is <name>_sft.
         stages: the stages to run, in order.
         source: text source of data, tokenizer and pretraining; default: each stage's own.
-        fp8: float8 for the large matrix products of pretraining; default: if the GPU supports it natively.
+        fp8: float8 for the large matrix products of pretraining; default: if the GPU supports it natively, or
+            pretrain.train.linear asks for it.
         resume: no effect: a speedrun always resumes.
         data, tokenizer, pretrain, eval_base, sft, eval_chat, report: settings of these experiments.
         device, dtype: auto, or see `distributed.init`.
@@ -66,7 +68,7 @@ class Config:
     dtype: Dtype = "auto"
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
-    pretrain: PretrainConfig = PretrainConfig(depth=24, device_batch_size=16)
+    pretrain: PretrainConfig = PretrainConfig(depth=24, target_param_data_ratio=8.0, device_batch_size=16)
     eval_base: EvalBaseConfig = EvalBaseConfig()
     sft: SftConfig = SftConfig(tasks=(*SftConfig().tasks, *PERSONALITY))
     eval_chat: EvalChatConfig = EvalChatConfig()
@@ -139,7 +141,9 @@ def resolve(config: Config, runtime: distributed.Runtime) -> Config:
     shared = {"device": config.device, "dtype": config.dtype}
     sft_name = f"{config.name}_sft"
     tokenizer_dir = str(base_dir() / f"{config.name}_tokenizer")
-    fp8 = config.fp8 if config.fp8 is not None else model.linear.fp8_support(runtime.device) == "native"
+    fp8 = config.fp8
+    if fp8 is None:
+        fp8 = config.pretrain.train.linear == "fp8" or model.linear.fp8_support(runtime.device) == "native"
 
     def with_source(settings: Any, **changes: Any) -> Any:
         source = config.source or settings.data.source
@@ -188,11 +192,19 @@ def make_stages(config: Config) -> list[Stage]:
 
     source = config.data.data.source
     text = f"{source}, {config.data.num_shards} shards" if source == "climbmix" else source
+    fallback = "dense" if config.fp8 is False else "dense, as this device has no native fp8"
+    matmuls = "fp8" if config.pretrain.train.linear == "fp8" else fallback
     length = "one epoch" if config.sft.num_iterations is None else f"{config.sft.num_iterations:,} steps"
     stages = [
         Stage("data", config.data, text, None, has_data),
         Stage("tokenizer", config.tokenizer, f"{config.tokenizer.vocab_size:,} tokens", None, has_tokenizer),
-        Stage("pretrain", config.pretrain, f"depth {config.pretrain.depth}", base_run, lambda: has_steps(base_run)),
+        Stage(
+            "pretrain",
+            config.pretrain,
+            f"depth {config.pretrain.depth}, {matmuls}",
+            base_run,
+            lambda: has_steps(base_run),
+        ),
         Stage("eval_base", config.eval_base, ", ".join(config.eval_base.tasks)),
         Stage("sft", config.sft, f"{length} of {', '.join(config.sft.tasks)}", sft_run, lambda: has_steps(sft_run)),
         Stage("eval_chat", config.eval_chat, ", ".join(config.eval_chat.tasks)),

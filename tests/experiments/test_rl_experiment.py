@@ -1,6 +1,7 @@
 """Tiny RL end to end: recorded run and metrics, bit-exact resume, the same on two ranks."""
 
 import itertools
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 
 from experiments import rl as experiment
 from nanochat import checkpoint, distributed, text, train, tree
+from nanochat.checkpoint import manager
 from nanochat.config import UserError, override
 from nanochat.metrics import logger
-from nanochat.train import rl
+from nanochat.train import rl, stage
 
 SETTINGS = (
     "run=tuned", "task=arithmetic:size=64", "eval_task=arithmetic:size=6", "num_iterations=5", "device_batch_size=3",
@@ -124,3 +126,11 @@ def test_default_length_is_one_epoch(base: Path):
     config = override(experiment.Config(), [*SETTINGS, "num_iterations=none"])
     task = experiment.tasks.from_text(config.task)
     assert experiment.resolve(config, task, distributed.init("cpu")).num_iterations == 64 // 4
+
+
+def test_epoch_of_gsm8k_leaves_a_checkpoint_each_60_steps():
+    config = experiment.Config()
+    saved = [step for step in range(1, 468) if stage.is_due(step, config.checkpoint.every_steps) or step == 467]
+    infos = [types.SimpleNamespace(step=step, metrics=None) for step in saved]
+    kept = manager._preservation_policy(config.checkpoint).should_preserve(infos, context=None)
+    assert [info.step for info, keep in zip(infos, kept) if keep] == [60, 120, 180, 240, 300, 360, 420, 467]

@@ -9,10 +9,11 @@ import ranks
 import tiny_run
 import torch
 
-from experiments import speedrun
+from experiments import pretrain, speedrun
 from nanochat import checkpoint, distributed, train
 from nanochat.config import UserError, base_dir, override
 from nanochat.metrics import logger, run_folder
+from nanochat.model import linear
 from nanochat.train import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("corpus")]
@@ -131,6 +132,16 @@ def test_stages_inherit_name_device_and_source() -> None:
     assert sources == {str(base_dir() / "text")}
     assert config.pretrain.train.linear == "fp8" and config.sft.device == config.pretrain.device == "cpu"
     assert speedrun.resolve(speedrun.Config(), CPU).pretrain.train.linear == "dense"
+
+
+def test_defaults_are_the_references(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(linear, "fp8_support", lambda _: "native")
+    config = speedrun.resolve(speedrun.Config(), CPU).pretrain
+    assert (config.depth, config.device_batch_size, config.train.linear) == (24, 16, "fp8")
+    assert pretrain.resolve(config, None)[1].num_steps == 5568 and config.target_param_data_ratio == 8
+    monkeypatch.setattr(linear, "fp8_support", lambda _: "emulated")
+    stages = speedrun.make_stages(speedrun.resolve(speedrun.Config(), CPU))
+    assert stages[2].description == "depth 24, dense, as this device has no native fp8"
 
 
 def test_estimate_shows_time_and_cost_on_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
