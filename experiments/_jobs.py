@@ -83,5 +83,5 @@ def launch_command(experiment: str, settings: Mapping[str, Any], ranks: int = 1)
 
 def _cli_value(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(_cli_value, value))
+        return ",".join(_cli_value(item).replace(",", r"\,") for item in value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -126,7 +126,8 @@ def evaluate(
 
 def result_name(text: str) -> str:
     """Return the name of a task's result: the task as requested, without the path of its rows."""
-    return ":".join(word for word in text.split(":") if "/" not in word and not word.endswith((".parquet", ".jsonl")))
+    name, _, words = tasks.split_text(text)
+    return ":".join([name, *words])
 
 
 def to_csv(scores: Mapping[str, Score]) -> str:

@@ -134,12 +134,16 @@ def resolve(config: Config, base: train.InitCheckpoint, runtime: distributed.Run
 
 def mix(texts: tuple[str, ...], source: str | None) -> tasks.Task:
     """Return a mixture of tasks, each with how often its rows are repeated before it (`3*gsm8k`)."""
-    chosen: list[tasks.Task] = []
+    repeats: list[tuple[str, int]] = []
     for text in texts:
-        times, star, name = text.rpartition("*")
-        if star and not times.isdigit():
+        times, star, name = text.partition("*")
+        if ":" in times or not star:  # a star within a path
+            times, name = "", text
+        elif not times.isdigit():
             raise UserError(f"tasks: {text!r}: expected a number before the *, as in 3*gsm8k")
-        chosen += [tasks.from_text(name, source=source)] * int(times or 1)
+        tasks.options_of(tasks.split_text(name)[0])  # a misspelled name is an error before anything is downloaded
+        repeats.append((name, int(times or 1)))
+    chosen = [task for name, times in repeats for task in [tasks.from_text(name, source=source)] * times]
     if not chosen:
         raise UserError("tasks: name at least one")
     return tasks.mixture(chosen, name=",".join(texts))

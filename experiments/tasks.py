@@ -34,7 +34,8 @@ class Config:
     """What to show.
 
     Attributes:
-        task: name[:split][:source][:option=value]..., e.g. mmlu:auxiliary_train, arithmetic:digits=2; none: list all.
+        task: name[:split][:source][:option=value]..., e.g. mmlu:auxiliary_train, arithmetic:digits=2, gsm8k:start=10;
+            none: list all.
         split: train or test, or another split of the data set.
         source: a local file or folder to read in place of the hub.
         start: index of the first row.

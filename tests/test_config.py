@@ -58,6 +58,7 @@ def test_override_sets_leaves_at_any_depth_and_leaves_the_rest() -> None:
         ("cap=3", "cap", 3),
         ("optim.betas=0.9,0.99", "optim.betas", (0.9, 0.99)),
         ("columns=a, b", "columns", ("a", "b")),
+        (r"columns=a\,b, c", "columns", ("a,b", "c")),
         ("sizes=[1,2**4]", "sizes", (1, 16)),
         ("resume=ON", "resume", True),
         ("dtype=BFloat16", "dtype", "bfloat16"),

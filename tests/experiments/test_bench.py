@@ -129,7 +129,7 @@ def test_hanging_job_is_stopped_with_its_children(tmp_path: Path) -> None:
 
 
 def test_settings_round_trip_through_the_command_line() -> None:
-    settings = ["compiles=true,false", "kernels=auto,sdpa", "depth=none", "compile=false", "train.memory_budget=0.5"]
+    settings = ["compiles=true,false", r"kernels=auto,a\,b", "depth=none", "compile=false", "train.memory_budget=0.5"]
     config = override(bench_train.config(), settings)
     values = {"compiles": config.compiles, "kernels": config.kernels, "depth": None, "compile": False}
     words = _jobs.launch_command("bench_train", values | {"train.memory_budget": 0.5}, 2)

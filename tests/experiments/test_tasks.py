@@ -63,7 +63,9 @@ def test_colors_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
 def test_list_of_tasks_and_wrong_settings(folder: str, capsys: pytest.CaptureFixture[str]):
     show()
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == tasks.names() and "(size, digits, product_digits)" in out
+    assert [
+        line.split()[0] for line in out.splitlines()
+    ] == tasks.names() and "(size, digits, product_digits, start, stop)" in out
     with pytest.raises(UserError, match="start=300: arithmetic has 256 rows"):
         show(task="arithmetic:test", start=300, tokenizer=folder)
     with pytest.raises(UserError, match="train a tokenizer"):

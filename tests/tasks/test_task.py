@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from task_rows import ROWS, question, write
 
+from experiments import eval_chat, sft
 from nanochat import tasks
-from nanochat.config import UserError
+from nanochat.config import UserError, override
 from nanochat.data import Tokenizer, chat_format, tokenizer
 from nanochat.tasks import Task
 from nanochat.tasks.task import final_answer, match_final_number
@@ -101,9 +102,48 @@ def test_text_names_a_task_with_split_source_and_options(tmp_path: Path) -> None
     assert tasks.from_text("gsm8k:test", source=ROWS).size == 20
 
 
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("talks 2025-03-01 10:30/talks.jsonl", "C:/talks.jsonl", "notes:v2.jsonl", "a::b.jsonl", "10:30/v:2.json"),
+        *("run=3/t.jsonl", "t:size=3.jsonl", "[draft] (1)/t[0].jsonl", "x,y/t, u.jsonl", "test/2*x.jsonl"),
+    ],
+)
+def test_path_may_have_any_characters(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / path, *[TALK] * 5)
+    assert tasks.from_text(f"customjson:{path}").size == tasks.from_text(f"customjson:{tmp_path / path}").size == 5
+    assert tasks.from_text(f"customjson:train:./{path}:stop=2").size == 2
+    setting = f"tasks=2*customjson:{path}:start=1,arithmetic:size=3".replace(path, path.replace(",", r"\,"))
+    config = override(sft.Config(), [setting])
+    assert sft.mix(config.tasks, None).size == 11
+    assert eval_chat.result_name(f"customjson:{path}:start=1") == "customjson:start=1"
+
+
+def test_every_task_can_be_cut(tmp_path: Path) -> None:
+    for name in ("gsm8k", "spellingbee", "arithmetic"):
+        every, part = (tasks.from_text(f"{name}:test{cut}", source=ROWS) for cut in ("", ":start=3:stop=9"))
+        assert (part.name, part.size) == (name, 6) and part.is_correct
+        assert questions(part) == questions(tasks.slice_task(every, 3, 9))
+    assert tasks.load("gsm8k", "test", source=ROWS, start=-4).size == 4
+    assert tasks.load("gsm8k", "test", source=ROWS, stop=5200).size == 20
+
+
+def test_misspelled_task_is_noticed_before_the_first_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "from_text", lambda *_, **__: pytest.fail("a task was loaded"))
+    for second, message in (("gms8k", "did you mean gsm8k"), ("y/t.jsonl", r"a comma within a path is written \,")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            sft.mix(("customjson:x", second), None)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("arithmetic:start=20000", "start=20000, stop=None: contains none of the 20,000 rows"),
+        ("arithmetic:test-2", "task arithmetic has no split test-2"),
         ("arithmetik", "'arithmetik': no such task; did you mean arithmetic?"),
         ("", "'': no such task; there are: arc_challenge"),
         ("arithmetic:sise=3", "task arithmetic has no option sise; did you mean size?"),
