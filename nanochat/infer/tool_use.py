@@ -6,6 +6,9 @@ Between <|python_start|> and <|python_end|> the sampled tokens are an expression
     expression = numbers with + - * / ( ), unary signs, and commas between thousands: (1,000 - 1) * 2.5
                | 'text'.count('x'), with plain string literals
 
+Results are written as GSM8K writes them, which the model is taught: 10/2 is 5 and 0.1+0.2 is 0.3. The reference writes
+them as Python does, 5.0 and 0.30000000000000004 (its pull request 786): here we differ on purpose.
+
 Model output is never executed: it has to match a pattern of allowed characters, is parsed with `ast`, and only the
 nodes of this grammar are evaluated. Length, nesting and result are bounded, and so is the time: it has no powers.
 """
@@ -16,6 +19,8 @@ import operator
 import re
 import sys
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import NamedTuple
 
 from nanochat.data import Tokenizer
@@ -30,38 +35,38 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _LITERAL = r"(?:'[^'\\\r\n\0]*'|\"[^\"\\\r\n\0]*\")"
 _COUNT = re.compile(rf"{_LITERAL}[ \t]*\.[ \t]*count[ \t]*\([ \t]*{_LITERAL}[ \t]*\)")
 
-_BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
+_BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_UNARY: dict[type[ast.unaryop], Callable[[float], float]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_UNARY: dict[type[ast.unaryop], Callable[[Fraction], Fraction]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def calculate(expression: str) -> str | None:
-    """Return `str` of the value: "2000" for `1,000*2`, "3.5" for `7/2`, "3" for `'strawberry'.count('r')`.
+    """Return the value as text: "2000" for `1,000*2`, "3.5" for `7/2`, "3" for `'strawberry'.count('r')`.
 
-    None if the expression is outside of the grammar or the limits, divides by zero, or is not finite. Never raises.
+    It is exact if it is whole, else rounded to the nearest float; it has no `.0` and no exponent. None if the
+    expression is outside of the grammar or the limits, divides by zero, or is beyond the range of floats. Never raises.
     """
     if len(expression) > MAX_CHARACTERS:
         return None
     expression = expression.strip(" \t\r\n")
     try:
         if _ARITHMETIC.fullmatch(expression):
-            value = _arithmetic(expression)
+            result = _decimal_text(_arithmetic(expression))
         elif _COUNT.fullmatch(expression):
-            value = _count(expression)
+            result = str(_count(expression))
         else:
             return None
-        result = str(value)
     # The parser raises on syntax, lone surrogates and callers near the end of their stack; the rest is arithmetic.
     except (SyntaxError, ValueError, RecursionError, MemoryError, ArithmeticError):
         return None
     return result if len(result) <= MAX_RESULT_CHARACTERS else None
 
 
-def _arithmetic(expression: str) -> float:
+def _arithmetic(expression: str) -> Fraction:
     if sum(map(expression.count, "+-*/(")) > MAX_OPERATORS:
         raise ValueError(expression)
     expression = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), expression)
@@ -70,20 +75,24 @@ def _arithmetic(expression: str) -> float:
     return _value(ast.parse(expression, mode="eval").body)
 
 
-def _value(node: ast.expr) -> float:
+def _value(node: ast.expr) -> Fraction:
     match node:
-        case ast.Constant(value=int() | float() as value):
-            result = value
+        case ast.Constant(value=int() | float() as value) if value < math.inf:
+            return Fraction(str(value))
         case ast.BinOp(left, op, right) if type(op) in _BINARY:
-            result = _BINARY[type(op)](_value(left), _value(right))
+            return _BINARY[type(op)](_value(left), _value(right))
         case ast.UnaryOp(op, operand) if type(op) in _UNARY:
-            result = _UNARY[type(op)](_value(operand))
-        case _:
-            raise ValueError("outside of the grammar")
-    # An int of any size is finite, and math.isfinite could overflow on it.
-    if isinstance(result, float) and not math.isfinite(result):
-        raise ValueError("not finite")
-    return result
+            return _UNARY[type(op)](_value(operand))
+    raise ValueError("outside of the grammar")
+
+
+def _decimal_text(value: Fraction) -> str:
+    if value.denominator == 1:
+        return str(value.numerator)
+    nearest = float(value)
+    if not nearest:
+        raise ValueError("beyond the range of floats")
+    return f"{Decimal(str(nearest)).normalize():f}"
 
 
 def _count(expression: str) -> int:

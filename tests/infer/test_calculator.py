@@ -1,17 +1,20 @@
-"""Calculator: Python's values inside its grammar, nothing outside of it, in bounded time, in any thread."""
+"""Calculator: exact values inside its grammar, nothing outside of it, in bounded time, in any thread."""
 
-import math
 import random
+import re
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from nanochat.infer import calculate, tool_use
+from nanochat.tasks import gsm8k
 
 FUZZ_STRINGS = 100_000
 LIMIT_SECONDS = 0.05
@@ -34,6 +37,20 @@ LIMIT_SECONDS = 0.05
 )
 def test_values(text: str, expected: str) -> None:
     assert calculate(text) == expected
+
+
+# As GSM8K writes results. The reference has Python's: 5.0, 63.00000000000001, 0.30000000000000004, 1e-06 and so on.
+LESSONS = """<<10/2=5>> <<80*.05=4>> <<5.0*2=10>> <<70*.01*90=63>> <<2.8*700=1960>> <<11/15*300=220>> <<18.10-7.10=11>>
+<<0.1+0.2=0.3>> <<2.4/12=0.2>> <<80-78.2=1.8>> <<2+2+2+1/3+1/3+1/3=7>> <<1/8=0.125>> <<1/3=0.3333333333333333>>
+<<2/3=0.6666666666666666>> <<1/1000000=0.000001>> <<1/4000000*2=0.0000005>> <<0*-1=0>> <<-0.0=0>> <<1-1.0=0>>
+<<7.0=7>> <<3000000*1000000.0*10000=30000000000000000>> <<-9/2=-4.5>> <<-9/3=-3>> <<1,800*1.5=2700>>"""
+
+
+@pytest.mark.parametrize(("text", "expected"), re.findall("<<(.*)=(.*)>>", LESSONS.replace(" ", "\n")))
+def test_results_are_written_as_in_the_lessons(text: str, expected: str) -> None:
+    assert calculate(text) == expected
+    call, output = gsm8k.parse_answer(f"<<{text}={expected}>>")
+    assert calculate(call["text"]) == output["text"]
 
 
 NO_RESULT = [
@@ -73,23 +90,27 @@ def random_expression(rng: random.Random, depth: int) -> str:
     return f"{parts[0]}{space}{rng.choice('+-*/')}{space}{parts[1]}"
 
 
-def python_value(text: str) -> str | None:
+def exact_value(text: str) -> str | None:
+    """Return the value in fractions, which is rounded to a float at the end if it is not whole."""
+    fractions = re.sub(r"\d+\.\d*|\.\d+|\d+", lambda n: f"F({float(n[0]) if '.' in n[0] else n[0]!r})", text)
     try:
-        value = eval(text, {"__builtins__": {}})
-    except ArithmeticError:
+        value = eval(
+            fractions if text[:1] not in "'\"" else text, {"__builtins__": {}, "F": lambda x: Fraction(str(x))}
+        )
+        whole = value.denominator == 1
+        result = str(value.numerator) if whole else f"{Decimal(repr(float(value))).normalize():f}"
+    except (ArithmeticError, ValueError):
         return None
-    if not math.isfinite(value) or len(str(value)) > tool_use.MAX_RESULT_CHARACTERS:
-        return None
-    return str(value)
+    return result if len(result) <= tool_use.MAX_RESULT_CHARACTERS and (whole or Fraction(result)) else None
 
 
-def test_equals_python_on_valid_expressions() -> None:
+def test_equals_exact_fractions_on_valid_expressions() -> None:
     rng = random.Random(0)
     results = 0
     for _ in range(5000):
         text = random_expression(rng, rng.randrange(7))
         if len(text) <= tool_use.MAX_CHARACTERS and sum(map(text.count, "+-*/(")) <= tool_use.MAX_OPERATORS:
-            expected = python_value(text)
+            expected = exact_value(text)
             assert calculate(text) == expected, text
             results += expected is not None
     assert results > 4000
@@ -166,7 +187,7 @@ def test_fuzzed_expressions_never_raise_warn_or_take_long() -> None:
                 arithmetic = set(bare) <= set(ALPHABET + "\t")
                 assert arithmetic or (bare[0] in "'\"" and "count" in bare), text
                 assert "**" not in text or not arithmetic, text
-                assert result == python_value(bare.replace(",", "") if arithmetic else bare), text
+                assert result == exact_value(bare.replace(",", "") if arithmetic else bare), text
     assert slowest[0] < LIMIT_SECONDS, slowest
     assert FUZZ_STRINGS * 0.1 < results < FUZZ_STRINGS * 0.9
 
