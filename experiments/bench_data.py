@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from nanochat import checkpoint, data, distributed, eval, model
-from nanochat.config import base_dir, require_at_least
+from nanochat.config import PositiveInt, Seed, Settings, base_dir
 from nanochat.data import DataConfig
 from nanochat.text import table
 
 
 @dataclasses.dataclass(frozen=True)
-class CoreConfig:
+class CoreConfig(Settings):
     """The CORE evaluation to measure.
 
     Attributes:
@@ -49,22 +49,19 @@ class CoreConfig:
     """
 
     bundle: Path | None = None
-    rows: int | None = None
+    rows: PositiveInt | None = None
     run: str | None = None
-    depth: int = 4
-    vocab_size: int = 4096
-    sequence_len: int = 512
-    max_tokens: int | None = None
-    tokens_per_batch: int | None = None
-    rounds: int = 1
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        require_at_least(self, "core", rows=1, rounds=1, max_tokens=1, tokens_per_batch=1)
+    depth: PositiveInt = 4
+    vocab_size: PositiveInt = 4096
+    sequence_len: PositiveInt = 512
+    max_tokens: PositiveInt | None = None
+    tokens_per_batch: PositiveInt | None = None
+    rounds: PositiveInt = 1
+    threads: PositiveInt | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to measure.
 
     Attributes:
@@ -79,12 +76,12 @@ class Config:
 
     what: Literal["loader", "core"] = "loader"
     data: DataConfig = DataConfig(source="embedded")
-    tokens: int = 2_000_000
-    rounds: int = 5
-    rows: int = 32
-    sequence_len: int = 2048
-    vocab_size: int = 4096
-    seed: int = 42
+    tokens: PositiveInt = 2_000_000
+    rounds: PositiveInt = 5
+    rows: PositiveInt = 32
+    sequence_len: PositiveInt = 2048
+    vocab_size: PositiveInt = 4096
+    seed: Seed = 42
     device: str = "auto"
     dtype: str = "auto"
     core: CoreConfig = CoreConfig()

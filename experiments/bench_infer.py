@@ -26,17 +26,17 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import requests
 
 from nanochat import checkpoint, data, distributed, infer, model
-from nanochat.config import UserError
+from nanochat.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Settings, UserError
 from nanochat.text import table
 
 
 @dataclasses.dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(Settings):
     """Load on a running server.
 
     Attributes:
@@ -49,20 +49,21 @@ class ServerConfig:
 
     url: str = "http://localhost:8000"
     token: str | None = dataclasses.field(default=None, repr=False)
-    clients: tuple[int, ...] = (1, 4, 16, 64)
-    seconds: float = 30.0
+    clients: tuple[PositiveInt, ...] = (1, 4, 16, 64)
+    seconds: PositiveFloat = 30.0
     prompt: str = "Tell me a long story about the sea."
-    max_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int = 50
+    max_tokens: PositiveInt = 128
+    temperature: NonNegativeFloat = 0.8
+    top_k: NonNegativeInt = 50
 
     def __post_init__(self) -> None:
-        if min(self.clients, default=0) < 1 or self.seconds <= 0:
-            raise UserError("server.clients: expected numbers of at least 1; server.seconds: a number above 0")
+        super().__post_init__()
+        if not self.clients:
+            raise UserError("server.clients: name at least one number")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to measure.
 
     Attributes:
@@ -82,26 +83,27 @@ class Config:
 
     what: Literal["decode", "server"] = "decode"
     run: str | None = None
-    depth: int = 4
-    vocab_size: int = 4096
-    sequence_len: int = 512
-    batches: tuple[int, ...] = (1, 8, 32, 128)
-    prompt_tokens: int = 110
-    new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 50
-    rounds: int = 3
-    prefill_tokens: int | None = None
+    depth: PositiveInt = 4
+    vocab_size: PositiveInt = 4096
+    sequence_len: PositiveInt = 512
+    batches: tuple[PositiveInt, ...] = (1, 8, 32, 128)
+    prompt_tokens: PositiveInt = 110
+    new_tokens: Annotated[int, "at least 2", lambda x: x >= 2] = 128
+    temperature: NonNegativeFloat = 1.0
+    top_k: NonNegativeInt = 50
+    rounds: PositiveInt = 3
+    prefill_tokens: PositiveInt | None = None
     compile: bool = True
     exact: bool = False
-    threads: int | None = None
+    threads: PositiveInt | None = None
     device: str = "auto"
     dtype: str = "auto"
     server: ServerConfig = ServerConfig()
 
     def __post_init__(self) -> None:
-        if min(self.batches, default=0) < 1 or self.rounds < 1 or self.prompt_tokens < 1 or self.new_tokens < 2:
-            raise UserError("batches, rounds and prompt_tokens have to be at least 1, new_tokens at least 2")
+        super().__post_init__()
+        if not self.batches:
+            raise UserError("batches: name at least one")
 
 
 config = Config

@@ -40,7 +40,7 @@ from typing import Any, Literal
 from experiments import _jobs
 from nanochat import config as configs
 from nanochat import distributed, model
-from nanochat.config import UserError, require_at_least
+from nanochat.config import NonNegativeInt, PositiveFloat, PositiveInt, Settings, UserError
 from nanochat.distributed import ShardingConfig
 from nanochat.text import format_count, table
 from nanochat.train import StageConfig, TrainConfig
@@ -51,7 +51,7 @@ NOTE = "record what is worth keeping, with date, machine and commit, in experime
 
 
 @dataclasses.dataclass(frozen=True)
-class GpuConfig:
+class GpuConfig(Settings):
     """Units of what=gpu; the defaults are for an H100 or H200.
 
     Attributes:
@@ -69,16 +69,16 @@ class GpuConfig:
 
     units: tuple[str, ...] = ()
     out: str | None = None
-    minutes: float = 8.5
-    unit_seconds: float = 300.0
-    depths: tuple[int, ...] = (20, 24, 12)
-    batches: tuple[int, ...] = (64, 32, 16, 8)
-    step_tokens: int = 2**19
+    minutes: PositiveFloat = 8.5
+    unit_seconds: PositiveFloat = 300.0
+    depths: tuple[PositiveInt, ...] = (20, 24, 12)
+    batches: tuple[PositiveInt, ...] = (64, 32, 16, 8)
+    step_tokens: PositiveInt = 2**19
     tests: str = "tests"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to measure.
 
     Attributes:
@@ -103,17 +103,17 @@ class Config:
     """
 
     what: Literal["step", "sweep", "scaling", "kernels", "gpu"] = "step"
-    depth: int | None = None
-    width: int | None = None
-    head_dim: int | None = None
-    kv_heads: int | None = None
-    vocab_size: int | None = None
-    sequence_len: int | None = None
+    depth: PositiveInt | None = None
+    width: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    kv_heads: PositiveInt | None = None
+    vocab_size: PositiveInt | None = None
+    sequence_len: PositiveInt | None = None
     window_pattern: str | None = None
-    batch_size: int | None = None
-    micro_batches: int = 1
-    rounds: int = 5
-    steps_per_round: int = 4
+    batch_size: PositiveInt | None = None
+    micro_batches: PositiveInt = 1
+    rounds: NonNegativeInt = 5
+    steps_per_round: PositiveInt = 4
     compile: bool = True
     profile: bool = True
     trace: str | None = None
@@ -126,15 +126,10 @@ class Config:
     precisions: tuple[Literal["bf16", "fp16", "fp32", "fp8"], ...] = ()
     compiles: tuple[bool, ...] = ()
     cold: bool = True
-    ranks: tuple[int, ...] = ()
+    ranks: tuple[PositiveInt, ...] = ()
     scaling: tuple[Literal["weak", "strong"], ...] = ("weak", "strong")
-    job_seconds: int = 900
+    job_seconds: PositiveInt = 900
     gpu: GpuConfig = GpuConfig()
-
-    def __post_init__(self) -> None:
-        require_at_least(self, micro_batches=1, rounds=0, steps_per_round=1, batch_size=1)
-        if wrong := [n for n in self.ranks if n < 1]:
-            raise UserError(f"ranks={wrong[0]}: must be at least 1")
 
 
 config = Config

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat import checkpoint, data, distributed, infer, jsonl
-from nanochat.config import UserError, require_at_least
+from nanochat.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError
 from nanochat.data import chat_format
 from nanochat.metrics import progress
 from nanochat.text import reason
@@ -68,20 +68,20 @@ class Config(checkpoint.LoadConfig):
     """
 
     prompt: str | None = None
-    temperature: float | None = None
-    top_k: int = 50
-    max_tokens: int | None = None
-    seed: int | None = None
+    temperature: NonNegativeFloat | None = None
+    top_k: NonNegativeInt = 50
+    max_tokens: PositiveInt | None = None
+    seed: Seed | None = None
     compile: bool = False
     verbose: bool = False
     complete: bool = False
     prompts: Path | None = None
     output: Path | None = None
-    samples: int = 1
-    slots: int = 16
+    samples: PositiveInt = 1
+    slots: PositiveInt = 16
 
     def __post_init__(self) -> None:
-        require_at_least(self, temperature=0, top_k=0, max_tokens=1, samples=1, slots=1)
+        super().__post_init__()
         if not self.complete and (self.prompts or self.output or self.samples > 1):
             raise UserError("prompts, output and samples are for plain text: add --set complete=true")
 

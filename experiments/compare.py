@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nanochat import checkpoint, data, distributed, eval, metrics, model
-from nanochat.config import Device, Dtype, UsageError, UserError, base_dir
+from nanochat.config import Device, Dtype, PositiveInt, Settings, UsageError, UserError, base_dir
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.metrics import plots
 from nanochat.text import format_duration, table
@@ -49,7 +49,7 @@ SCHEDULE_END = 0.97  # before this fraction of a run, its learning rate is still
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to compare.
 
     Attributes:
@@ -61,7 +61,7 @@ class Config:
     """
 
     args: tuple[str, ...] = ()
-    tokens: int | None = None
+    tokens: PositiveInt | None = None
     source: str | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -128,7 +128,7 @@ def run(config: Config, runtime: Runtime) -> None:
     print("\n".join(f"note: {note}" for note in notes(sides, limits["FLOPs"])))
     print(f"{conclusion(sides, results)}\n{coverage(sides, unit, len(sizes))}")
     if runtime.is_main:
-        folder = base_dir() / "compare" / re.sub(r"[^\w.,-]+", "-", f"{sides[0].name}_{sides[1].name}")
+        folder = base_dir() / "compare" / re.sub(r"[^\w.,-]+", "-", f"{sides[0].name}_{sides[1].name}")[:200]
         plot(folder, sides, results)
         print(f"curves and their difference: {folder}")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from nanochat import checkpoint, data, distributed, jsonl, model
-from nanochat.config import UserError
+from nanochat.config import Settings, UserError
 from nanochat.data import tokenizer
 from nanochat.train import config as stage
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to convert.
 
     Attributes:
@@ -48,7 +48,7 @@ class Config:
     model: str = ""
     meta: str = ""
     ranks: str | None = None
-    name: str = "reference"
+    name: stage.RunName = "reference"
     stage: Literal["base", "mid", "sft", "rl"] = "base"
 
 

@@ -13,9 +13,9 @@ but this command shows what is in it. Prints the folder, its shards and the next
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from nanochat.config import base_dir
+from nanochat.config import Settings, base_dir
 from nanochat.data import DataConfig, Options, download, sources, tokenizer
 from nanochat.eval import core_bundle
 from nanochat.text import table
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to fetch, and how.
 
     Attributes:
@@ -36,7 +36,7 @@ class Config:
     """
 
     data: DataConfig = DataConfig()
-    num_shards: int = 170
+    num_shards: Annotated[int, "at least 1, or -1 for all", lambda x: x == -1 or x >= 1] = 170
     base_url: str = download.CLIMBMIX_URL
     bundle_url: str | None = core_bundle.URL
     download: Options = Options()

@@ -22,10 +22,10 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from nanochat import checkpoint, data, distributed, eval, infer, jsonl, metrics, model, train
-from nanochat.config import UserError, require_at_least
+from nanochat.config import NonNegativeInt, PositiveInt, UserError
 from nanochat.data import DataConfig
 from nanochat.eval import core_bundle
 from nanochat.text import format_duration, table_row
@@ -63,22 +63,18 @@ class Config(checkpoint.LoadConfig):
 
     tasks: tuple[Literal["samples", "bpb", "core"], ...] = ("samples", "bpb", "core")
     bundle: Path | None = None
-    max_per_task: int | None = None
-    max_tokens: int | None = None
-    tokens_per_batch: int | None = None
+    max_per_task: PositiveInt | None = None
+    max_tokens: Annotated[int, "at least 2", lambda x: x >= 2] | None = None
+    tokens_per_batch: PositiveInt | None = None
     overwrite: bool = False
     source: str | None = None
     text_column: str | None = None
-    tokens: int | None = None
-    device_batch_size: int = 16
+    tokens: PositiveInt | None = None
+    device_batch_size: PositiveInt = 16
     prompts: tuple[str, ...] = train.PROMPTS
-    sample_tokens: int = 16
-    free_samples: int = 8
-    free_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        require_at_least(self, tokens=1, device_batch_size=1, sample_tokens=1, free_samples=0, free_tokens=1)
-        require_at_least(self, max_per_task=1, max_tokens=2, tokens_per_batch=1)
+    sample_tokens: PositiveInt = 16
+    free_samples: NonNegativeInt = 8
+    free_tokens: PositiveInt = 128
 
 
 config = Config

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from experiments import pretrain
 from nanochat import distributed, model, optim, train
-from nanochat.config import UserError, flatten, nearest
+from nanochat.config import NonNegativeFloat, PositiveFloat, PositiveInt, Settings, UserError, flatten, nearest
 from nanochat.text import format_count, format_duration, table
 
 DEPTHS = (12, 16, 20, 24, 26, 30, 34)
@@ -28,7 +28,7 @@ SHARED = ("model", "total_batch_size", "num_iterations", "target_flops", "target
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to plan for.
 
     Attributes:
@@ -46,29 +46,23 @@ class Config:
         table: whether to print the table over depths and GPUs.
     """
 
-    depth: int = 20
-    world_size: int = 1
+    depth: PositiveInt = 20
+    world_size: PositiveInt = 1
     gpu: str = "h100"
-    gpus_per_node: int = 8
+    gpus_per_node: PositiveInt = 8
     mode: Literal["all", "replicate", "zero2", "fsdp", "hsdp"] = "all"
-    shard_ranks: int | None = None
-    device_batch_size: int | Literal["auto"] = "auto"
+    shard_ranks: PositiveInt | None = None
+    device_batch_size: PositiveInt | Literal["auto"] = "auto"
     fp8: bool = False
-    mfu: float = 0.5
-    dollars_per_hour: float | None = None
-    chunk_tokens: int = 8192
+    mfu: Annotated[float, "above 0, at most 1", lambda x: 0 < x <= 1] = 0.5
+    dollars_per_hour: NonNegativeFloat | None = None
+    chunk_tokens: PositiveInt = 8192
     table: bool = True
-    total_batch_size: int | None = None
-    num_iterations: int | None = None
-    target_flops: float | None = None
-    target_param_data_ratio: float = 12.0
+    total_batch_size: PositiveInt | None = None
+    num_iterations: PositiveInt | None = None
+    target_flops: PositiveFloat | None = None
+    target_param_data_ratio: PositiveFloat = 12.0
     model: pretrain.ShapeConfig = pretrain.ShapeConfig()
-
-    def __post_init__(self) -> None:
-        for name in ("world_size", "gpus_per_node", "mfu", "chunk_tokens", "shard_ranks", "device_batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and value <= 0:
-                raise UserError(f"{name}={value}: must be more than 0")
 
     @property
     def rows(self) -> int | None:

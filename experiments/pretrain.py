@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 
 from nanochat import data, distributed, eval, model, optim, train
-from nanochat.config import UserError
+from nanochat.config import PositiveFloat, PositiveInt, Settings, UserError
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.eval import core_bundle
 from nanochat.optim import OptimConfig, scaling
@@ -24,7 +24,7 @@ from nanochat.train import StageConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ShapeConfig:
+class ShapeConfig(Settings):
     """The parts of the model's shape that do not follow from its depth.
 
     Attributes:
@@ -35,15 +35,15 @@ class ShapeConfig:
         vocab_size: size of the vocabulary; none: the tokenizer's.
     """
 
-    sequence_len: int = 2048
-    aspect_ratio: int = 64
-    head_dim: int = 128
+    sequence_len: PositiveInt = 2048
+    aspect_ratio: PositiveInt = 64
+    head_dim: PositiveInt = 128
     window_pattern: str = "SSSL"
-    vocab_size: int | None = None
+    vocab_size: PositiveInt | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class CoreConfig:
+class CoreConfig(Settings):
     """Evaluation of CORE during the run; skipped with a message if there is no evaluation bundle.
 
     Attributes:
@@ -52,8 +52,8 @@ class CoreConfig:
         bundle: folder of the evaluation bundle; none: the one that --experiment=data downloads.
     """
 
-    every_steps: int | None = 2000
-    max_per_task: int = 500
+    every_steps: PositiveInt | None = 2000
+    max_per_task: PositiveInt = 500
     bundle: str | None = None
 
 
@@ -71,14 +71,14 @@ class Config(StageConfig):
         target_param_data_ratio: tokens per scaling parameter (matrices and unembedding).
     """
 
-    depth: int = 20
+    depth: PositiveInt = 20
     dry_run: bool = False
     tokenizer: str | None = None
     data: DataConfig = DataConfig()
-    total_batch_size: int | None = None
-    num_iterations: int | None = None
-    target_flops: float | None = None
-    target_param_data_ratio: float = 12.0
+    total_batch_size: PositiveInt | None = None
+    num_iterations: PositiveInt | None = None
+    target_flops: PositiveFloat | None = None
+    target_param_data_ratio: PositiveFloat = 12.0
     model: ShapeConfig = ShapeConfig()
     optim: OptimConfig = OptimConfig()
     core: CoreConfig = CoreConfig()

@@ -18,7 +18,7 @@ from typing import Any
 from experiments import eval_chat, pretrain, report, rl, sft
 from nanochat import distributed
 from nanochat.checkpoint import CheckpointConfig
-from nanochat.config import UserError, base_dir
+from nanochat.config import NonNegativeInt, base_dir
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.optim import OptimConfig
 from nanochat.text import format_duration
@@ -40,12 +40,8 @@ class Config(pretrain.Config):
         sft_steps: fine-tuning steps; 0 skips fine-tuning and RL. rl_steps: RL steps; 0 skips RL.
     """
 
-    sft_steps: int = 220
-    rl_steps: int = 24
-
-    def __post_init__(self) -> None:
-        if min(self.sft_steps, self.rl_steps) < 0:
-            raise UserError(f"sft_steps={self.sft_steps}, rl_steps={self.rl_steps}: must be 0 or more")
+    sft_steps: NonNegativeInt = 220
+    rl_steps: NonNegativeInt = 24
 
 
 def config() -> Config:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nanochat import checkpoint, distributed, infer, metrics
-from nanochat.config import Device, Dtype, require_at_least
+from nanochat.config import Device, Dtype, NonNegativeInt, PositiveInt, Settings
 from nanochat.data import chat_format
 from nanochat.distributed import hardware
 from nanochat.train import PROMPTS
@@ -36,7 +36,7 @@ QUESTIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to report on.
 
     Attributes:
@@ -51,14 +51,11 @@ class Config:
     samples: bool = True
     prompts: tuple[str, ...] = PROMPTS
     questions: tuple[str, ...] = QUESTIONS
-    sample_tokens: int = 32
-    answer_tokens: int = 128
-    gpus: int | None = None
+    sample_tokens: PositiveInt = 32
+    answer_tokens: PositiveInt = 128
+    gpus: NonNegativeInt | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
-
-    def __post_init__(self) -> None:
-        require_at_least(self, sample_tokens=1, answer_tokens=1, gpus=0)
 
 
 config = Config

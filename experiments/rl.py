@@ -24,7 +24,7 @@ from typing import Any
 
 from nanochat import distributed, infer, metrics, model, optim, tasks, train
 from nanochat.checkpoint import CheckpointConfig
-from nanochat.config import UserError, require_at_least
+from nanochat.config import NonNegativeInt, PositiveInt, Settings, UserError
 from nanochat.data import chat_format
 from nanochat.optim import FinetunePlan, OptimConfig
 from nanochat.train import RolloutConfig, StageConfig, TrainConfig
@@ -42,7 +42,7 @@ PAD_TOKENS = 64  # the shortest sequence length that is compiled for
 
 
 @dataclasses.dataclass(frozen=True)
-class PassAtKConfig:
+class PassAtKConfig(Settings):
     """Evaluation during the run.
 
     Attributes:
@@ -51,12 +51,9 @@ class PassAtKConfig:
         sample_every_steps: steps between printed answers; none: only after the last step.
     """
 
-    every_steps: int | None = 60
-    problems: int = 400
-    sample_every_steps: int | None = 20
-
-    def __post_init__(self) -> None:
-        require_at_least(self, "eval", every_steps=1, problems=1, sample_every_steps=1)
+    every_steps: PositiveInt | None = 60
+    problems: PositiveInt = 400
+    sample_every_steps: PositiveInt | None = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +71,12 @@ class Config(StageConfig):
     """
 
     run: str | None = None
-    step: int | None = None
+    step: NonNegativeInt | None = None
     task: str = "gsm8k"
     eval_task: str | None = None
     source: str | None = None
-    num_iterations: int | None = None
-    device_batch_size: int = 8
+    num_iterations: PositiveInt | None = None
+    device_batch_size: PositiveInt = 8
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OPTIM
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=60, keep_last=8)  # all of an epoch of GSM8K
@@ -87,7 +84,7 @@ class Config(StageConfig):
     eval: PassAtKConfig = PassAtKConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
-        require_at_least(self, device_batch_size=1)
+        super().__post_init__()
         if self.train.attention in ("auto", "flex"):
             raise UserError(
                 f"train.attention={self.train.attention}: answers have many lengths, which flex does not support; "

@@ -37,7 +37,7 @@ from numpy.polynomial import Polynomial
 
 from experiments import pretrain
 from nanochat import distributed, jsonl, metrics, model, train
-from nanochat.config import Device, Dtype, UserError, base_dir
+from nanochat.config import Device, Dtype, PositiveFloat, PositiveInt, Settings, UserError, base_dir
 from nanochat.metrics import plots
 from nanochat.text import format_count, format_duration, table
 
@@ -54,7 +54,7 @@ SUMMARY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """A series of pretraining runs.
 
     Attributes:
@@ -68,9 +68,9 @@ class Config:
     """
 
     series: Literal["depths", "budgets"] = "budgets"
-    name: str | None = None
-    depths: tuple[int, ...] | None = None
-    budgets: tuple[float, ...] = (1e18, 2.15e18, 4.64e18, 1e19)
+    name: train.RunName | None = None
+    depths: tuple[PositiveInt, ...] | None = None
+    budgets: tuple[PositiveFloat, ...] = (1e18, 2.15e18, 4.64e18, 1e19)
     base: pretrain.Config = pretrain.Config()
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -95,8 +95,8 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
     name, depths = config.name or FOLDERS[config.series], config.depths or DEPTHS[config.series]
     budgets = config.budgets if config.series == "budgets" else (None,)
     for field, values in (("depths", depths), ("budgets", config.budgets)):
-        if not values or len(set(values)) < len(values) or min(values) <= 0:
-            raise UserError(f"{field}={','.join(f'{x:g}' for x in values)}: expected one or more above 0, each once")
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"{field}={','.join(f'{x:g}' for x in values)}: expected one or more, each once")
     if config.series == "budgets" and config.base.num_iterations is not None:
         raise UserError("base.num_iterations: the budgets set the length of a run; set it to none")
     folder = base_dir() / FOLDERS[config.series] / name

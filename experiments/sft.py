@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from nanochat import distributed, eval, model, optim, tasks, train
-from nanochat.config import UserError
+from nanochat.config import NonNegativeInt, PositiveInt, UserError
 from nanochat.data import chat_format
 from nanochat.eval import CHAT_CORE, ChatEvalConfig
 from nanochat.optim import FinetunePlan, OptimConfig, scaling
@@ -50,8 +50,8 @@ class ChatConfig(ChatEvalConfig):
     """
 
     tasks: tuple[str, ...] = tuple(f"{name}:test" for name in CHAT_CORE)
-    every_steps: int | None = 200
-    max_generative: int | None = 24
+    every_steps: PositiveInt | None = 200
+    max_generative: PositiveInt | None = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +72,15 @@ class Config(StageConfig):
     """
 
     run: str | None = None
-    step: int | None = None
+    step: NonNegativeInt | None = None
     tasks: tuple[str, ...] = ("smoltalk", "3*mmlu:auxiliary_train", "4*gsm8k")
     val_tasks: tuple[str, ...] = ("smoltalk:test", "mmlu:test", "gsm8k:test")
     source: str | None = None
     assistant_only: bool = True
-    buffer_conversations: int = 100
-    device_batch_size: int | Literal["auto"] | None = None
-    total_batch_size: int | None = None
-    num_iterations: int | None = None
+    buffer_conversations: PositiveInt = 100
+    device_batch_size: PositiveInt | Literal["auto"] | None = None
+    total_batch_size: PositiveInt | None = None
+    num_iterations: PositiveInt | None = None
     optim: OptimConfig = OPTIM
     eval: EvalConfig = EvalConfig(
         every_steps=200, tokens=40 * 2**19, sample_every_steps=None, sample_tokens=128, prompts=PROMPTS

@@ -31,7 +31,7 @@ from experiments.report import Config as ReportConfig
 from experiments.sft import Config as SftConfig
 from experiments.tokenizer import Config as TokenizerConfig
 from nanochat import checkpoint, distributed, model, train
-from nanochat.config import Device, Dtype, UserError, base_dir
+from nanochat.config import Device, Dtype, Settings, UserError, base_dir
 from nanochat.data import sources
 from nanochat.data import tokenizer as bpe
 from nanochat.distributed import hardware
@@ -45,7 +45,7 @@ PERSONALITY = ("2*identity", "simplespelling:size=200000", "spellingbee:size=800
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Which stages to run, and their settings.
 
     Attributes:
@@ -59,7 +59,7 @@ class Config:
         device, dtype: auto, or see `distributed.init`.
     """
 
-    name: str = "speedrun"
+    name: train.RunName = "speedrun"
     stages: tuple[Name, ...] = STAGES
     source: str | None = None
     fp8: bool | None = None

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import requests
 
 from nanochat import jsonl, text
-from nanochat.config import UserError, base_dir, require_at_least
+from nanochat.config import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Settings, UserError, base_dir
 from nanochat.metrics import progress
 from nanochat.text import format_duration
 
@@ -58,7 +58,7 @@ SCHEMA = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to generate, and at which endpoint.
 
     Attributes:
@@ -81,20 +81,15 @@ class Config:
     base_url: str = "https://api.openai.com/v1"
     key_variable: str | None = "OPENAI_API_KEY"
     output: Path | None = None
-    count: int = 1000
-    seed: int = 0
+    count: PositiveInt = 1000
+    seed: Seed = 0
     facts: Path | None = None
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     schema: bool = True
-    workers: int = 8
-    attempts: int = 5
-    timeout_seconds: float = 120.0
-    backoff_seconds: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_at_least(self, count=1, temperature=0, workers=1, attempts=1, backoff_seconds=0)
-        if self.timeout_seconds <= 0:
-            raise UserError(f"timeout_seconds={self.timeout_seconds}: must be above 0")
+    workers: PositiveInt = 8
+    attempts: PositiveInt = 5
+    timeout_seconds: PositiveFloat = 120.0
+    backoff_seconds: NonNegativeFloat = 1.0
 
 
 class RequestError(Exception):

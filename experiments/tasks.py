@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from experiments import chat
 from nanochat import checkpoint, tasks
-from nanochat.config import UserError, require_at_least
+from nanochat.config import NonNegativeInt, PositiveInt, Settings, UserError
 from nanochat.data import chat_format, tokenizer
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to show.
 
     Attributes:
@@ -49,15 +49,12 @@ class Config:
     task: str | None = None
     split: str = "train"
     source: str | None = None
-    start: int = 0
-    count: int = 3
-    max_tokens: int | None = None
+    start: NonNegativeInt = 0
+    count: PositiveInt = 3
+    max_tokens: PositiveInt | None = None
     tokens: bool = False
     run: str | None = None
     tokenizer: str | None = None
-
-    def __post_init__(self) -> None:
-        require_at_least(self, start=0, count=1, max_tokens=1)
 
 
 config = Config

@@ -20,12 +20,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tiktoken
 from tqdm import tqdm
 
-from nanochat.config import UserError
+from nanochat.config import PositiveFloat, PositiveInt, Settings, UserError
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.text import table
 
@@ -38,7 +38,7 @@ SAMPLES = ("news", "code", "maths", "science", "korean", "german", "chinese")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What to train on, and what to measure.
 
     Attributes:
@@ -52,13 +52,13 @@ class Config:
     """
 
     data: DataConfig = DataConfig()
-    vocab_size: int = 32768
-    max_chars: int = 2_000_000_000
-    max_chars_per_doc: int = 10_000
+    vocab_size: Annotated[int, "at least 265", lambda x: x >= 265] = 32768
+    max_chars: PositiveInt = 2_000_000_000
+    max_chars_per_doc: PositiveInt = 10_000
     out: str | None = None
     eval_only: bool = False
-    eval_chars: int = 2_000_000
-    download_seconds: float = 60.0
+    eval_chars: PositiveInt = 2_000_000
+    download_seconds: PositiveFloat = 60.0
 
 
 config = Config

@@ -23,9 +23,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Annotated
 
 from nanochat import checkpoint, distributed, jsonl, serve
-from nanochat.config import UserError, require_at_least
+from nanochat.config import NonNegativeInt, PositiveInt, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +50,20 @@ class Config(checkpoint.LoadConfig):
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, "from 0 to 65535", lambda x: 0 <= x < 2**16] = 8000
     hosts: tuple[str, ...] = ()
     token: str | None = dataclasses.field(default=None, repr=False)
     token_file: Path | None = None
-    slots: int | None = None
-    queue: int = 256
-    connections: int = 512
-    context: int | None = None
-    gpus: int | None = None
+    slots: PositiveInt | None = None
+    queue: NonNegativeInt = 256
+    connections: PositiveInt = 512
+    context: Annotated[int, "at least 2", lambda x: x >= 2] | None = None
+    gpus: PositiveInt | None = None
     compile: bool | None = None
     exact: bool = False
 
     def __post_init__(self) -> None:
-        require_at_least(self, slots=1, queue=0, connections=1, context=2, gpus=1, port=0)
+        super().__post_init__()
         if self.token is not None and self.token_file is not None:
             raise UserError("token and token_file are both set: use one of them")
 

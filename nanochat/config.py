@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 C = TypeVar("C")
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -33,6 +33,34 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """A `UserError` about the command line itself; the process exits with code 2."""
+
+
+# Ranges of settings: the type, what is allowed, in words, and whether a value is.
+PositiveInt = Annotated[int, "at least 1", lambda x: x >= 1]
+NonNegativeInt = Annotated[int, "at least 0", lambda x: x >= 0]
+PositiveFloat = Annotated[float, "above 0, and finite", lambda x: 0 < x < math.inf]
+NonNegativeFloat = Annotated[float, "at least 0, and finite", lambda x: 0 <= x < math.inf]
+Fraction = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
+Seed = Annotated[int, "from -2**63 to 2**63 - 1", lambda x: -(2**63) <= x < 2**63]
+
+
+class Settings:
+    """Base of the dataclasses of settings: a value out of its annotation's range is a UserError."""
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            require_in_range(name, getattr(self, name), hint)
+
+
+def require_in_range(name: str, value: Any, hint: Any) -> None:
+    """Raise a UserError if a setting's value, or an item of a tuple, is out of the range in its annotation."""
+    if typing.get_origin(hint) is Annotated:
+        kind, allowed, is_allowed = typing.get_args(hint)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, (int, float) if kind is float else kind) and not is_allowed(item):
+                raise UserError(f"{name}={item!r}: must be {allowed}")
+    for part in typing.get_args(hint):
+        require_in_range(name, value, part)
 
 
 def override(config: C, assignments: Sequence[str], renamed: Mapping[str, str] | None = None) -> C:
@@ -74,6 +102,8 @@ def _replace(node: Any, path: list[str], name: str, text: str, root: Any) -> Any
             new = parse(text, typing.get_type_hints(type(node))[field])
         except ValueError as error:
             raise UsageError(f"--set {name}={text}: {error}") from None
+        hint = typing.get_type_hints(type(node), include_extras=True)[field]
+        require_in_range(name, text if new is None else new, hint)
     return dataclasses.replace(node, **{field: new})
 
 
@@ -208,7 +238,8 @@ def describe(config: Any) -> str:
 
 def explain(config: Any, prefix: str = "") -> str:
     """Return a paragraph for each setting: name, type or choices, default, and its meaning from the docstring."""
-    hints, meanings, paragraphs = typing.get_type_hints(type(config)), _meanings(type(config)), []
+    hints, meanings = typing.get_type_hints(type(config), include_extras=True), _meanings(type(config))
+    paragraphs = []
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -236,6 +267,8 @@ def _meanings(kind: type) -> dict[str, str]:
 
 def _type_text(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return f"{_type_text(args[0])} ({args[1]})"
     if origin in (Union, types.UnionType):
         return " | ".join(_type_text(kind) for kind in args)
     if origin is Literal:

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from nanochat.config import Device, Dtype, require_at_least
+from nanochat.config import Device, Dtype, NonNegativeInt, PositiveInt, Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings):
     """When checkpoints are written and which ones are kept.
 
     Attributes:
@@ -17,18 +17,15 @@ class CheckpointConfig:
         asynchronous: write in the background; `save` returns once it has copied the state.
     """
 
-    every_steps: int | None = None
-    keep_last: int | None = 2
+    every_steps: PositiveInt | None = None
+    keep_last: PositiveInt | None = 2
     keep_best: bool = True
-    keep_every_steps: int | None = None
+    keep_every_steps: PositiveInt | None = None
     asynchronous: bool = True
-
-    def __post_init__(self) -> None:
-        require_at_least(self, "checkpoint", every_steps=1, keep_last=1, keep_every_steps=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadConfig:
+class LoadConfig(Settings):
     """Which trained model to load, and where.
 
     Attributes:
@@ -39,6 +36,6 @@ class LoadConfig:
     """
 
     run: str | None = None
-    step: int | None = None
+    step: NonNegativeInt | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"

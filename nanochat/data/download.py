@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanochat.config import UserError
+from nanochat.config import NonNegativeFloat, PositiveInt, Settings, UserError
 from nanochat.text import reason
 
 CLIMBMIX_URL = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main"
@@ -30,7 +30,7 @@ Check = Callable[[Path], str]  # returns "" for a valid file, or what is wrong w
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Settings):
     """How to download. The time limit of a connection is huggingface_hub's: HF_HUB_DOWNLOAD_TIMEOUT.
 
     Attributes:
@@ -39,9 +39,9 @@ class Options:
         backoff_seconds: wait after the first failed attempt; doubled after each further one, up to a minute.
     """
 
-    workers: int = 8
-    attempts: int = 6
-    backoff_seconds: float = 1.0
+    workers: PositiveInt = 8
+    attempts: PositiveInt = 6
+    backoff_seconds: NonNegativeFloat = 1.0
 
 
 def fetch(url: str, path: Path, options: Options = Options(), *, check: Check = lambda _: "") -> None:

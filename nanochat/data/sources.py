@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import jsonl
-from nanochat.config import UserError, base_dir, nearest, require_at_least
+from nanochat.config import PositiveInt, Settings, UserError, base_dir, nearest
 from nanochat.data import embedded
 from nanochat.text import reason
 
@@ -36,7 +36,7 @@ Rows = Iterator[Any]  # mappings from column to value
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Where documents come from and how they are read.
 
     Attributes:
@@ -55,13 +55,10 @@ class DataConfig:
     text_column: str = "text"
     skip_bad_shards: bool = False
     token_cache: bool = True
-    buffer_docs: int = 1000
+    buffer_docs: PositiveInt = 1000
     shuffle: bool = True
-    prefetch_batches: int = 4
-    tokenizer_threads: int | None = None
-
-    def __post_init__(self) -> None:
-        require_at_least(self, "data", buffer_docs=1, prefetch_batches=1, tokenizer_threads=1)
+    prefetch_batches: PositiveInt = 4
+    tokenizer_threads: PositiveInt | None = None
 
 
 class CorruptShardError(UserError):

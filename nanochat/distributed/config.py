@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Literal
 
+from nanochat.config import PositiveInt, Settings
+
 
 @dataclasses.dataclass(frozen=True)
-class ShardingConfig:
+class ShardingConfig(Settings):
     """How the ranks of a training job divide parameters, gradients and optimizer state; see `sharding`.
 
     Attributes:
@@ -18,7 +20,7 @@ class ShardingConfig:
     """
 
     mode: Literal["auto", "replicate", "zero2", "fsdp", "hsdp"] = "auto"
-    shard_ranks: int | None = None
+    shard_ranks: PositiveInt | None = None
     gather: Literal["layer", "step"] = "layer"
     overlap: bool = True
 

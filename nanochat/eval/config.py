@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nanochat.config import UserError, require_at_least
+from nanochat.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Settings, UserError
 
 CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 TITLES = {
@@ -18,7 +18,7 @@ TITLES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatEvalConfig:
+class ChatEvalConfig(Settings):
     """How chat tasks are evaluated.
 
     Attributes:
@@ -34,19 +34,18 @@ class ChatEvalConfig:
         compile: use torch.compile for generation; none: on a GPU only.
     """
 
-    max_problems: int | None = None
-    max_generative: int | None = None
-    samples: int = 1
-    temperature: float = 0.0
-    top_k: int = 50
-    max_tokens: int = 512
-    seed: int = 42
-    slots: int = 32
-    batch_tokens: int = 16384
+    max_problems: PositiveInt | None = None
+    max_generative: PositiveInt | None = None
+    samples: PositiveInt = 1
+    temperature: NonNegativeFloat = 0.0
+    top_k: NonNegativeInt = 50
+    max_tokens: PositiveInt = 512
+    seed: Seed = 42
+    slots: PositiveInt = 32
+    batch_tokens: PositiveInt = 16384
     compile: bool | None = None
 
     def __post_init__(self) -> None:
-        require_at_least(self, max_problems=1, max_generative=1, samples=1, max_tokens=1, slots=1, batch_tokens=1)
-        require_at_least(self, temperature=0, top_k=0)
+        super().__post_init__()
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"samples={self.samples}: are all the same at temperature 0; set temperature=1")

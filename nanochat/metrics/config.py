@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from nanochat.config import require_at_least
+from nanochat.config import PositiveInt, Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class MetricsConfig:
+class MetricsConfig(Settings):
     """What is recorded of a run, and where.
 
     Attributes:
@@ -15,9 +15,6 @@ class MetricsConfig:
         wandb: also send to this wandb project; none for no.
     """
 
-    every_steps: int = 10
+    every_steps: PositiveInt = 10
     tensorboard: bool = False
     wandb: str | None = None
-
-    def __post_init__(self) -> None:
-        require_at_least(self, "metrics", every_steps=1)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nanochat.config import UserError
+from nanochat.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Settings, UserError
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH_TOKENS = 2**19
@@ -16,7 +16,7 @@ BATCH_EXPONENT = 0.383
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """Learning rates before they are scaled by width and batch size, and their schedule.
 
     Attributes:
@@ -32,15 +32,15 @@ class OptimConfig:
         moments: start with the base run's optimizer moments instead of zeros; nothing in pretraining.
     """
 
-    embedding_lr: float | None = 0.3
-    unembedding_lr: float | None = 0.008
-    matrix_lr: float | None = 0.02
-    scalar_lr: float | None = 0.5
-    lr_fraction: float = 1.0
-    weight_decay: float = 0.28
-    warmup_steps: int = 40
-    warmdown_ratio: float = 0.65
-    final_lr_fraction: float = 0.05
+    embedding_lr: NonNegativeFloat | None = 0.3
+    unembedding_lr: NonNegativeFloat | None = 0.008
+    matrix_lr: NonNegativeFloat | None = 0.02
+    scalar_lr: NonNegativeFloat | None = 0.5
+    lr_fraction: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.28
+    warmup_steps: NonNegativeInt = 40
+    warmdown_ratio: Fraction = 0.65
+    final_lr_fraction: Fraction = 0.05
     moments: bool = False
 
 
@@ -113,15 +113,6 @@ def plan(
         target_flops, num_iterations, total_batch_size (tokens): given numbers replace the rule's.
         weight_decay: base value, at the reference.
     """
-    numbers = {
-        "target_param_data_ratio": target_param_data_ratio,
-        "target_flops": target_flops,
-        "num_iterations": num_iterations,
-        "total_batch_size": total_batch_size,
-    }
-    for name, number in numbers.items():
-        if number is not None and number <= 0:
-            raise UserError(f"{name}={number}: must be more than 0")
     tokens = target_param_data_ratio * scaling_params
     reference_tokens = target_param_data_ratio * reference_params
     wanted = REFERENCE_BATCH_TOKENS * (tokens / reference_tokens) ** BATCH_EXPONENT

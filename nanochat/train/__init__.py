@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         PROMPTS,
         EvalConfig,
         RolloutConfig,
+        RunName,
         StageConfig,
         TrainConfig,
         describe,

@@ -1,16 +1,34 @@
 """Settings that the training stages share."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from nanochat import config as configs
 from nanochat.checkpoint import CheckpointConfig
-from nanochat.config import Device, Dtype, UserError, base_dir, require_at_least
+from nanochat.config import (
+    Device,
+    Dtype,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Settings,
+    base_dir,
+)
 from nanochat.distributed import ShardingConfig
 from nanochat.metrics import MetricsConfig
 
+# Of a run; names made of it (`<name>_sft`) fit into the 255 bytes that file systems allow.
+RunName = Annotated[
+    str,
+    "a name of 1 to 200 bytes that does not begin with . or - and has no slash or control character",
+    lambda x: x.isprintable() and re.fullmatch(r"[^.\-/\\][^/\\]*", x) and len(x.encode()) <= 200,
+]
 PROMPTS = (
     "The capital of France is",
     "The chemical symbol of gold is",
@@ -23,7 +41,7 @@ PROMPTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How a step is computed.
 
     Attributes:
@@ -41,16 +59,13 @@ class TrainConfig:
     grad: Literal["autograd", "torch_func"] = "autograd"
     attention: Literal["auto", "fa3", "fa3_hub", "fa3_torch", "fa2", "flex", "cudnn", "flash", "sdpa", "math"] = "auto"
     linear: Literal["dense", "fp8"] = "dense"
-    chunk_tokens: int | None = None
-    memory_budget: float = 1.0
+    chunk_tokens: PositiveInt | None = None
+    memory_budget: Fraction = 1.0
     skip_nonfinite: bool = False
-
-    def __post_init__(self) -> None:
-        require_at_least(self, "train", chunk_tokens=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Settings):
     """Bits per byte and samples during the run.
 
     Attributes:
@@ -63,47 +78,39 @@ class EvalConfig:
         top_k: sample from the k most likely tokens; 0: from all.
     """
 
-    every_steps: int | None = 250
-    tokens: int = 80 * 2**19
-    sample_every_steps: int | None = 2000
-    sample_tokens: int = 16
+    every_steps: PositiveInt | None = 250
+    tokens: PositiveInt = 80 * 2**19
+    sample_every_steps: PositiveInt | None = 2000
+    sample_tokens: PositiveInt = 16
     prompts: tuple[str, ...] = PROMPTS
-    temperature: float = 0.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        require_at_least(self, "eval", every_steps=1, sample_every_steps=1, tokens=1, sample_tokens=1)
-        require_at_least(self, "eval", temperature=0, top_k=0)
+    temperature: NonNegativeFloat = 0.0
+    top_k: NonNegativeInt = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Settings):
     """How a step of reinforcement learning samples answers.
 
     Attributes:
         prompts_per_step: prompts of a step, over all ranks.
         samples_per_prompt: answers to each prompt.
-        temperature: sampling temperature. The loss uses the probabilities at temperature 1 over all tokens.
+        temperature: sampling temperature; at 0 all answers would be the same. The loss uses the probabilities
+            at temperature 1 over all tokens.
         top_k: sample from the k most likely tokens; 0: from all.
         max_tokens: length limit of an answer, tool results included.
         slots: answers that a rank generates at once.
     """
 
-    prompts_per_step: int = 16
-    samples_per_prompt: int = 16
-    temperature: float = 1.0
-    top_k: int = 50
-    max_tokens: int = 256
-    slots: int = 64
-
-    def __post_init__(self) -> None:
-        require_at_least(self, "rollout", prompts_per_step=1, samples_per_prompt=2, top_k=0, max_tokens=1, slots=1)
-        if self.temperature <= 0:
-            raise UserError(f"rollout.temperature={self.temperature}: must be above 0, or all answers are the same")
+    prompts_per_step: PositiveInt = 16
+    samples_per_prompt: Annotated[int, "at least 2", lambda x: x >= 2] = 16
+    temperature: PositiveFloat = 1.0
+    top_k: NonNegativeInt = 50
+    max_tokens: PositiveInt = 256
+    slots: PositiveInt = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Settings):
     """Settings of every training stage.
 
     Attributes:
@@ -117,14 +124,14 @@ class StageConfig:
         device_batch_size: sequences of a micro-batch on each device; auto: the most that fit in memory.
     """
 
-    name: str | None = None
-    seed: int = 42
+    name: RunName | None = None
+    seed: Seed = 42
     device: Device = "auto"
     dtype: Dtype = "auto"
     compile: bool = True
     resume: bool = False
     overwrite: bool = False
-    device_batch_size: int | Literal["auto"] = 32
+    device_batch_size: PositiveInt | Literal["auto"] = 32
     train: TrainConfig = TrainConfig()
     sharding: ShardingConfig = ShardingConfig()
     eval: EvalConfig = EvalConfig()

@@ -68,8 +68,6 @@ def test_given_numbers_replace_the_rules():
     [
         ({"total_batch_size": 2**31}, "total_batch_size=2147483648: one step is more than 1321210944 tokens in all"),
         ({"target_flops": 1e9}, "total_batch_size=524288: one step is more than target_flops=1e+09; lower it"),
-        ({"num_iterations": 0}, "num_iterations=0: must be more than 0"),
-        ({"target_flops": -1.0}, "target_flops=-1.0: must be more than 0"),
     ],
 )
 def test_impossible_plans_are_refused(given: dict[str, float], message: str):

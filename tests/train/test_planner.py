@@ -196,7 +196,7 @@ def test_plan_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     ("settings", "message"),
     [
         (["gpu=h1000"], "gpu=h1000: not in GPU_SPECS .* did you mean h100"),
-        (["world_size=0"], "world_size=0: must be more than 0"),
+        (["world_size=0"], "world_size=0: must be at least 1"),
         (["world_size=7"], "total_batch_size=1048576: not a multiple"),
         (["device_batch_size=7"], "device_batch_size=7: does not divide"),
         (["world_size=8", "mode=hsdp", "shard_ranks=3"], "groups of 3 do not divide world_size=8"),
