@@ -21,6 +21,7 @@ from typing import Literal
 from nanochat import distributed, eval, model, optim, tasks, train
 from nanochat.config import NonNegativeInt, PositiveInt, UserError
 from nanochat.data import chat_format
+from nanochat.data.chat_format import TooLong
 from nanochat.eval import CHAT_CORE, ChatEvalConfig
 from nanochat.optim import FinetunePlan, OptimConfig, scaling
 from nanochat.train import EvalConfig, StageConfig
@@ -64,7 +65,10 @@ class Config(StageConfig):
         tasks: tasks to train on, each with how often its rows are repeated.
         val_tasks: tasks for validation bits per byte.
         source: folder with local files of the tasks; none: the Hugging Face hub.
-        assistant_only: compute the loss on the assistant's tokens only; false: on all.
+        assistant_only: compute the loss on the assistant's tokens only; false: on all, except the assistant's messages
+            that are switched off.
+        long_conversations: longer than the context. truncate: cut at its last token; whole_turns: keep the exchanges
+            that fit; drop.
         buffer_conversations: conversations that the packing chooses from.
         device_batch_size: sequences of a micro-batch on each device; auto: the most that fit; none: the base run's.
         total_batch_size: tokens of an optimizer step; none: the base run's.
@@ -77,6 +81,7 @@ class Config(StageConfig):
     val_tasks: tuple[str, ...] = ("smoltalk:test", "mmlu:test", "gsm8k:test")
     source: str | None = None
     assistant_only: bool = True
+    long_conversations: TooLong = "truncate"
     buffer_conversations: PositiveInt = 100
     device_batch_size: PositiveInt | Literal["auto"] | None = None
     total_batch_size: PositiveInt | None = None
@@ -176,6 +181,7 @@ def sft_stage(
         micro_rows=0,
         sequence_len=length,
         assistant_only=config.assistant_only,
+        long_conversations=config.long_conversations,
         epochs=None if config.num_iterations else 1,
         buffer_conversations=config.buffer_conversations,
     )

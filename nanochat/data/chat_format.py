@@ -1,17 +1,26 @@
 """The chat format: conversations to tokens with a loss mask, prompts, and tokens back to text, also while streaming.
 
-A conversation is {"messages": [...]}: an optional system message, then user and assistant in turn. It becomes
+A conversation is {"messages": [{"role": …, "content": …}, …]}. It becomes
 
     <|bos|> (<|user_start|> … <|user_end|> <|assistant_start|> … <|assistant_end|>)*
 
-The system message is merged into the first user message, with a blank line between. An assistant's content is text, or
-a list of parts {"type": …, "text": …}: `text`, `python` (a tool call, between <|python_start|> and <|python_end|>) or
-`python_output` (its result, between <|output_start|> and <|output_end|>). Text never becomes a special token.
+by one rule, `normalize`, for training, evaluation, chat and the API:
+
+- Everything up to the next assistant message is one user turn: system (or developer) and user messages in their order,
+  joined by a blank line. It needs at least one user message, so no conversation starts with the assistant.
+- Consecutive assistant messages are one assistant turn, joined by a blank line.
+- Content is text, or a list of parts {"type": …, "text": …}. A part is `text`, or in the assistant's messages `python`
+  (a tool call, between <|python_start|> and <|python_end|>) or `python_output` (its result, between <|output_start|>
+  and <|output_end|>). The text parts of other roles are joined by a line break. Text never becomes a special token.
+- A switch (`"weight": 0`, `"train": false`, …, see `SWITCHES`) takes an assistant's message, or all of those of a
+  conversation, out of the loss. It changes the mask, never the tokens.
+- null stands for an absent key. Roles and keys that would change the meaning (the role `tool`, `tool_calls`, `images`,
+  …) are refused; other keys have no effect: `unused_keys` names them.
 """
 
 import codecs
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from nanochat.config import UserError
 from nanochat.data.tokenizer import Tokenizer
@@ -25,9 +34,21 @@ PART_AFTER = {
     "<|output_start|>": "python_output",
     "<|output_end|>": "text",
 }
+# Roles, those of ShareGPT among them -> whose turn it is.
+SIDES = dict.fromkeys(("system", "developer", "user", "human"), "user")
+SIDES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+# Keys of a message or a conversation -> the value that leaves it in the loss; the other value takes it out.
+SWITCHES = {"weight": True, "loss_weight": True, "train": True, "training": True, "loss": True, "masked": False}
+UNSUPPORTED = (
+    *("tool_calls", "tool_call_id", "tools", "function_call", "functions", "images", "image", "audio", "audios"),
+    *("video", "videos", "refusal", "reasoning", "reasoning_content", "thinking", "mask", "loss_mask", "train_detail"),
+    *("chosen", "rejected", "history"),
+)
+EMPTY = (None, "", [], {})  # values that say nothing
 
 Conversation = Mapping[str, Any]
 Message = Mapping[str, Any]
+TooLong = Literal["truncate", "whole_turns", "drop"]
 
 
 class ConversationError(UserError, ValueError):
@@ -41,38 +62,94 @@ class Piece(NamedTuple):
     text: str
 
 
-def check(conversation: Conversation) -> None:
-    """Raise a ConversationError if `conversation` is invalid."""
+class Turn(NamedTuple):
+    """What one side says before the other answers."""
+
+    side: str  # "user" or "assistant"
+    parts: list[tuple[str, str, bool]]  # (type, text, supervised), at least one; of the user exactly one
+
+
+def normalize(conversation: Conversation) -> list[Turn]:
+    """Return the turns of a conversation by the rule above. Raises ConversationError if it is invalid."""
     if not isinstance(conversation, Mapping) or not isinstance(conversation.get("messages"), list | tuple):
         raise ConversationError('expected a conversation {"messages": [{"role": …, "content": …}, …]}')
-    messages = conversation["messages"]
-    system = bool(messages) and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
-    if len(messages) <= system:
-        raise ConversationError("the conversation has no user message: add one" + " after the system's" * system)
-    for number, message in enumerate(messages, start=1):
+    default = _switch("the conversation", conversation)
+    turns: list[Turn] = []
+    has_question = False  # the user turn has a message of the user
+    for number, message in enumerate(conversation["messages"], start=1):
         where = f"message {number}"
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ConversationError(f'{where}: expected an object {{"role": …, "content": …}}, got {_short(message)}')
-        expected = "system" if system and number == 1 else ("assistant", "user")[(number - system) % 2]
-        if message["role"] != expected:
-            rule = f"{expected}: user and assistant take turns, and a system message may only come first"
-            if number == 1:
-                rule = "user (or system): a conversation starts with one of them"
-            raise ConversationError(f"{where}: role {_short(message['role'])}, expected {rule}")
-        _check_content(where, message["role"], message["content"])
+        switch = _switch(where, message)
+        role, parts = _checked(where, message)
+        side = SIDES[role]
+        continues = bool(turns) and turns[-1].side == side
+        if side == "user":
+            if switch:
+                keys = "/".join(key for key in SWITCHES if message.get(key) is not None)
+                raise ConversationError(
+                    f"{where}: {keys} asks to train on the {role}'s message: only the assistant's can"
+                )
+            has_question = role in ("user", "human") or (continues and has_question)
+            texts = [turns.pop().parts[0][1]] if continues else []
+            texts.append("\n".join(text for _, text in parts))
+            turns.append(Turn("user", [("text", "\n\n".join(texts), False)]))
+        elif not has_question:
+            raise ConversationError(f"{where}: role {role!r}, expected user: the assistant answers a user's message")
+        else:
+            supervised = next(value for value in (switch, default, True) if value is not None)
+            if continues:
+                parts.insert(0, ("text", "\n\n"))
+            else:
+                turns.append(Turn("assistant", []))
+            turns[-1].parts.extend((kind, text, supervised) for kind, text in parts)
+    if not has_question:
+        raise ConversationError("the conversation has no user message: add one" + " after the system's" * bool(turns))
+    return turns
 
 
-def _check_content(where: str, role: str, content: Any) -> None:
-    if isinstance(content, str):
-        return
-    if role != "assistant":
-        raise ConversationError(f"{where}: content of the {role} must be a string, got {_short(content)}")
-    if not isinstance(content, list | tuple):
+def unused_keys(conversation: Conversation) -> set[str]:
+    """Return the keys of a valid conversation's messages and parts that have no effect, without empty ones."""
+    unused: set[str] = set()
+    for message in conversation["messages"]:
+        parts = [] if isinstance(message["content"], str) else message["content"]
+        for holder, used in [(message, {"role", "content", *SWITCHES}), *((part, {"type", "text"}) for part in parts)]:
+            unused |= {key for key, value in holder.items() if key not in used and value not in EMPTY}
+    return unused
+
+
+def _checked(where: str, message: Any) -> tuple[str, list[tuple[str, str]]]:
+    """Return the role and the parts of a message."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise ConversationError(f'{where}: expected an object {{"role": …, "content": …}}, got {_short(message)}')
+    role, content = message["role"], message["content"]
+    if str(role).lower() not in SIDES:
+        known = "system, developer, user or assistant; tool calls and results are parts of the assistant's content"
+        raise ConversationError(f"{where}: role {_short(role)}, expected {known}")
+    if not isinstance(content, str | list | tuple):
         raise ConversationError(f"{where}: content must be a string or a list of parts, got {_short(content)}")
-    for number, part in enumerate(content, start=1):
-        if not isinstance(part, Mapping) or part.get("type") not in PART_TYPES or not isinstance(part.get("text"), str):
-            form = f'{{"type": {" | ".join(PART_TYPES)}, "text": string}}'
+    role = role.lower()
+    types = PART_TYPES if SIDES[role] == "assistant" else ("text",)
+    for number, part in enumerate([] if isinstance(content, str) else content, start=1):
+        if not isinstance(part, Mapping) or part.get("type") not in types or not isinstance(part.get("text"), str):
+            form = f'{{"type": {" | ".join(types)}, "text": string}}'
             raise ConversationError(f"{where}, part {number}: expected {form}, got {_short(part)}")
+    return role, _parts(content) or [("text", "")]
+
+
+def _switch(where: str, holder: Any) -> bool | None:
+    """Return whether a message, or all of a conversation's, are in the loss; None if nothing says so."""
+    if not isinstance(holder, Mapping):
+        return None
+    for key in UNSUPPORTED:
+        if holder.get(key) not in EMPTY:
+            raise ConversationError(f"{where}: {key} is not supported: remove it, or the conversation")
+    given = {key: holder[key] for key in SWITCHES if holder.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise ConversationError(f"{where}: {key} is {_short(value)}, expected 0 or 1, or false or true")
+    switches = {value == SWITCHES[key] for key, value in given.items()}
+    if len(switches) > 1:
+        raise ConversationError(f"{where}: {' and '.join(given)} contradict each other: remove one")
+    return switches.pop() if switches else None
 
 
 def _short(value: Any) -> str:
@@ -81,46 +158,55 @@ def _short(value: Any) -> str:
 
 
 def render(
-    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = None
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    max_tokens: int | None = None,
+    *,
+    too_long: TooLong = "truncate",
+    assistant_only: bool = True,
 ) -> tuple[list[int], list[int]]:
-    """Return a valid conversation's (ids, loss mask), of equal length, truncated to `max_tokens`.
+    """Return a conversation's (ids, loss mask), of equal length.
 
     The mask is 1 on the assistant's text, its tool calls with both markers, and <|assistant_end|>. It is 0 on all
-    else, tool outputs with their markers included.
-    """
-    check(conversation)
-    ids, mask = [tokenizer.bos], [0]
+    else, tool outputs with their markers included, and on messages that are switched off.
 
-    def add(supervised: int, *pieces: str | int) -> None:
+    Args:
+        too_long: what to do with more than `max_tokens`. truncate: the ids end there; whole_turns: they end with the
+            last answer that fits, none of them remains if the first does not; drop: none of them remains.
+        assistant_only: False: the mask is 1 on all but the assistant's messages that are switched off.
+    """
+    other = not assistant_only
+    ids, mask, ends = [tokenizer.bos], [int(other)], [0]
+
+    def add(supervised: bool, *pieces: str | int) -> None:
         for piece in pieces:
             tokens = tokenizer.encode(piece) if isinstance(piece, str) else [piece]
             ids.extend(tokens)
-            mask.extend([supervised] * len(tokens))
+            mask.extend([int(supervised)] * len(tokens))
 
     special = tokenizer.special
-    messages = conversation["messages"]
-    if messages[0]["role"] == "system":
-        system, user, *rest = messages
-        messages = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
-    for message in messages:
-        if message["role"] == "user":
-            add(0, special("<|user_start|>"), message["content"], special("<|user_end|>"))
+    for side, parts in normalize(conversation):
+        if side == "user":
+            add(other, special("<|user_start|>"), parts[0][1], special("<|user_end|>"))
             continue
-        add(0, special("<|assistant_start|>"))
-        for kind, text in _parts(message["content"]):
+        add(other, special("<|assistant_start|>"))
+        for kind, text, supervised in parts:
             if kind == "text":
-                add(1, text)
+                add(supervised, text)
             else:
                 start, end = MARKERS[kind]
-                add(int(kind == "python"), special(start), text, special(end))
-        add(1, special("<|assistant_end|>"))
+                add(supervised and (other or kind == "python"), special(start), text, special(end))
+        add(parts[-1][2], special("<|assistant_end|>"))
+        ends.append(len(ids))
+    if max_tokens is not None and len(ids) > max_tokens and too_long != "truncate":
+        max_tokens = max(end for end in ends if end <= max_tokens) if too_long == "whole_turns" else 0
     return ids[:max_tokens], mask[:max_tokens]
 
 
 def prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Return the tokens that precede an answer to the last message, the user's, up to <|assistant_start|>."""
+    """Return the tokens that precede an answer to the last turn, the user's, up to <|assistant_start|>."""
     ids, _ = render(tokenizer, {"messages": messages})
-    if messages[-1]["role"] != "user":
+    if ids[-1] != tokenizer.special("<|user_end|>"):
         raise ConversationError(f"message {len(messages)}: the last message must be the user's")
     return [*ids, tokenizer.special("<|assistant_start|>")]
 

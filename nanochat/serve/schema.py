@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError, to_json
 
 from nanochat.config import nearest
+from nanochat.data import chat_format
 from nanochat.data.chat_format import Piece
 
 MAX_MESSAGES = 500
@@ -113,6 +114,7 @@ class Strict(BaseModel):
 class Part(Strict):
     type: Literal["text", "python", "python_output"]
     text: str
+    cache_control: Any = Field(None, exclude=True)  # changes no answer
 
 
 def _as_parts(value: Any) -> Any:
@@ -125,15 +127,26 @@ Content = Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_typ
 
 
 class Message(Strict):
-    """A turn. Limits: 8,000 characters a message, 32,000 in all."""
+    """A message. Limits: 8,000 characters a message, 32,000 in all."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
     nanochat_parts: list[Part] | None = Field(None, description="Replaces the content of an assistant's message.")
+    type: Literal["text", "message"] | None = None
+    name: Any = Field(None, description="Has no effect.")
+    annotations: Any = Field(None, description="Has no effect.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, value: Any) -> Any:
+        """An unknown field that says nothing (`"tool_calls": []`, `"refusal": ""`) stands for an absent one."""
+        if not isinstance(value, dict):
+            return value
+        return {name: x for name, x in value.items() if name in cls.model_fields or x not in chat_format.EMPTY}
 
 
 def _check_messages(messages: list[Message]) -> list[Message]:
-    """Check what neither types nor `chat_format.check` do."""
+    """Check what neither types nor `chat_format.normalize` do."""
     total = 0
     for number, message in enumerate(messages):
         param = f"messages[{number}].{'content' if message.nanochat_parts is None else 'nanochat_parts'}"
@@ -142,7 +155,7 @@ def _check_messages(messages: list[Message]) -> list[Message]:
         if message.content is None and message.nanochat_parts is None:
             _refuse(param, "is missing")
         text = "".join(part.text for part in message.nanochat_parts or message.content or ())
-        if not text:
+        if not text and message.role == "user":
             _refuse(param, "is empty")
         if text.encode("utf-8", "replace").decode() != text:
             _refuse(param, "has half of a surrogate pair, which is not a character")
@@ -268,15 +281,9 @@ def _constant(text: str) -> NoReturn:
 
 
 def conversation(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Return checked messages as `chat_format.prompt` takes them: text, or parts if there are tool calls."""
-    turns = []
-    for message in messages:
-        parts = message.nanochat_parts or message.content or []
-        content: Any = ("" if message.role == "assistant" else "\n").join(part.text for part in parts)
-        if any(part.type != "text" for part in parts):
-            content = [part.model_dump() for part in parts]
-        turns.append({"role": message.role, "content": content})
-    return turns
+    """Return checked messages as `chat_format.prompt` takes them."""
+    both = [(message.role, message.nanochat_parts or message.content or []) for message in messages]
+    return [{"role": role, "content": [part.model_dump() for part in parts]} for role, parts in both]
 
 
 # Responses

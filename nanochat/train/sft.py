@@ -18,6 +18,7 @@ from torch import Tensor
 from nanochat.config import UserError
 from nanochat.data import Tokenizer, chat_format, prefetch
 from nanochat.data import packing as best_fit
+from nanochat.data.chat_format import TooLong
 from nanochat.model import IGNORE
 from nanochat.tasks import Task
 
@@ -34,8 +35,9 @@ class Packing(NamedTuple):
 
     rows_per_step: int  # over all ranks
     micro_rows: int  # rows of a micro-batch of one rank
-    sequence_len: int  # tokens T per input row; longer conversations are truncated
+    sequence_len: int  # tokens T per input row
     assistant_only: bool = True  # loss on the assistant's tokens only; False: on all tokens
+    long_conversations: TooLong = "truncate"  # what to do with more tokens than T
     epochs: int | None = 1  # passes over the task; None: unlimited
     buffer_conversations: int = 100  # to choose from
 
@@ -79,7 +81,8 @@ def batches(
     made_of = {"task": task.name, "conversations": task.size, "tokenizer": tok.fingerprint[:16], **settings}
     position = {"version": STATE_VERSION, "read": 0, "dropped": 0, "learned_tokens": 0, "waiting": []}
     if state is not None:
-        position, saved = state["position"], state["position"]["made_of"]
+        position = state["position"]
+        saved = {"long_conversations": "truncate"} | position["made_of"]  # older states do not have it
         changes = [f"{name} was {saved.get(name)}, is {x}" for name, x in made_of.items() if saved.get(name) != x]
         if position["version"] != STATE_VERSION or changes:
             raise UserError(f"cannot resume with other data ({'; '.join(changes)}): change it back, or start a new run")
@@ -104,8 +107,14 @@ def _steps(
     now = dict(position)  # its counts as of the last conversation that was read
 
     def render(index: int) -> Conversation:
-        ids, mask = chat_format.render(tok, task.row(index % task.size), packing.sequence_len)
-        return Conversation(index, np.array(ids, np.int64), np.array(mask, bool) | (not packing.assistant_only))
+        ids, mask = chat_format.render(
+            tok,
+            task.row(index % task.size),
+            packing.sequence_len,
+            too_long=packing.long_conversations,
+            assistant_only=packing.assistant_only,
+        )
+        return Conversation(index, np.array(ids, np.int64), np.array(mask, bool))
 
     def conversations(threads: ThreadPoolExecutor) -> Iterator[tuple[int, Conversation]]:
         """Yield (length, conversation): those that wait in the packing buffer, then new ones."""

@@ -42,6 +42,94 @@ def test_system_message_is_merged_into_the_first_user_message() -> None:
     assert mask == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1]
 
 
+def say(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def marked(conversation: Any, **options: Any) -> str:
+    """Return a conversation as text, with U and A for the sides and [ ] around what is in the loss."""
+    text, before = "", 0
+    for token, supervised in zip(*chat_format.render(TOK, conversation, **options)):
+        text += {(0, 1): "[", (1, 0): "]"}.get((before, supervised), "")
+        text += {USER: "U:", BOT: "A:", BOS: "", USER_END: "|", BOT_END: "|"}.get(token, TOK.decode([token]))
+        before = supervised
+    return text + "]" * before
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([say("developer", "d"), say("user", "q"), say("assistant", "a")], "U:d\n\nq|A:[a|]"),
+        ([say("system", "s"), say("system", "t"), say("user", "q")], "U:s\n\nt\n\nq|"),
+        ([say("user", "q"), say("assistant", "a"), say("system", "s"), say("user", "r")], "U:q|A:[a|]U:s\n\nr|"),
+        ([say("user", "q"), say("system", "s"), say("assistant", "a")], "U:q\n\ns|A:[a|]"),
+        ([say("user", "q"), say("user", "r"), say("user", "s")], "U:q\n\nr\n\ns|"),
+        ([say("user", "q"), say("assistant", "a"), say("assistant", "b")], "U:q|A:[a\n\nb|]"),
+        ([say("user", "q"), say("assistant", "a", weight=0), say("assistant", "b")], "U:q|A:a[\n\nb|]"),
+        ([say("user", "q"), say("assistant", "a"), say("assistant", "b", masked=True)], "U:q|A:[a]\n\nb|"),
+        ([say("system", ""), say("user", "q"), say("assistant", "")], "U:\n\nq|A:[|]"),
+        ([say("human", "q"), say("gpt", "a"), say("User", "r"), say("Model", "b")], "U:q|A:[a|]U:r|A:[b|]"),
+        ([say("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}])], "U:q\nr|"),
+        ([say("user", "q", name=None, weight=0), say("assistant", "a", tool_calls=[], weight=1.0)], "U:q|A:[a|]"),
+    ],
+)
+def test_rule_for_roles_and_consecutive_messages(messages: list[Any], expected: str) -> None:
+    assert marked({"messages": messages}) == expected
+
+
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": 0}, {"masked": True}])
+def test_switch_takes_a_message_or_all_of_a_conversation_out_of_the_loss(off: dict[str, Any]) -> None:
+    on = {key: not value for key, value in off.items()}
+    questions = [say("user", "q"), say("user", "r")]
+    messages = [questions[0], say("assistant", "a", **off), questions[1], say("assistant", "b")]
+    assert marked({"messages": messages}) == "U:q|A:a|U:r|A:[b|]"
+    assert marked({"messages": messages}, assistant_only=False) == "[U:q|A:]a|[U:r|A:b|]"
+    assert marked({"messages": messages, **off}) == "U:q|A:a|U:r|A:b|"
+    messages[3].update(on)
+    assert marked({"messages": messages, **off}) == "U:q|A:a|U:r|A:[b|]", "a message's own switch comes first"
+
+
+def test_unused_keys_are_those_that_say_something() -> None:
+    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}, "image_url": None}
+    messages = [say("user", [part], name="Bob", id=0), say("assistant", "x", annotations=[], weight=1, audio=None)]
+    assert chat_format.unused_keys({"messages": messages}) == {"cache_control", "name", "id"}
+
+
+TEXTS = st.text("ab \n.é", max_size=6)
+PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(chat_format.PART_TYPES), "text": TEXTS}), max_size=3)
+USERS = st.builds(say, st.sampled_from(["system", "developer", "user"]), TEXTS)
+ANSWER = st.builds(say, st.just("assistant"), TEXTS | PARTS, weight=st.sampled_from([None, 0, 1]))
+EXCHANGE = st.tuples(st.lists(USERS, max_size=2), st.builds(say, st.just("user"), TEXTS), st.lists(ANSWER, min_size=1))
+EXCHANGES = st.lists(EXCHANGE, min_size=1, max_size=3)
+
+
+@given(exchanges=EXCHANGES)
+def test_prompt_equals_the_training_text_before_each_answer(exchanges: list[Any]) -> None:
+    messages: list[Any] = []
+    for before, question, answers in exchanges:
+        messages += [*before, question]
+        prompt = chat_format.prompt(TOK, messages)
+        messages += answers
+        ids, mask = chat_format.render(TOK, {"messages": messages})
+        assert ids[: len(prompt)] == prompt and USER not in ids[len(prompt) :]
+    plain = [{key: message[key] for key in ("role", "content")} for message in messages]
+    every_ids, every_mask = chat_format.render(TOK, {"messages": plain})
+    assert ids == every_ids, "switches do not change the tokens"
+    off = all(message["weight"] == 0 for message in messages if message["role"] == "assistant")
+    assert all(a <= b for a, b in zip(mask, every_mask)) and any(mask) != off
+
+
+@given(exchanges=EXCHANGES, limit=st.integers(1, 60))
+def test_long_conversation_ends_with_the_last_answer_that_fits(exchanges: list[Any], limit: int) -> None:
+    messages = [message for before, *rest in exchanges for message in (*before, rest[0], *rest[1])]
+    ids, mask = chat_format.render(TOK, {"messages": messages})
+    ends = [0, *(i + 1 for i, token in enumerate(ids) if token == BOT_END)]
+    end = max(end for end in ends if end <= limit)
+    assert chat_format.render(TOK, {"messages": messages}, limit, too_long="whole_turns") == (ids[:end], mask[:end])
+    kept = limit if len(ids) <= limit else 0
+    assert chat_format.render(TOK, {"messages": messages}, limit, too_long="drop") == (ids[:kept], mask[:kept])
+
+
 def test_tool_calls_are_in_the_loss_mask_and_outputs_are_not() -> None:
     ids, mask = chat_format.render(TOK, talk("x", TOOL))
     call, output = [PY, *b"2*3", PY_END], [OUT, ord("6"), OUT_END]
@@ -89,9 +177,21 @@ SYSTEM_X = {"role": "system", "content": "x"}
         ({"messages": [SYSTEM_X]}, "no user message: add one after the system's"),
         ({"messages": ["hello"]}, r"message 1: expected an object .* got 'hello'"),
         ({"messages": [BOT_X]}, "message 1: role 'assistant', expected user"),
-        ({"messages": [USER_X, SYSTEM_X]}, "message 2: role 'system', expected assistant.*may only come first"),
-        ({"messages": [{"role": [], "content": ""}]}, r"message 1: role \[\], expected user"),
-        ({"messages": [{"role": "user", "content": TOOL}]}, "message 1: content of the user must be a string"),
+        ({"messages": [SYSTEM_X, BOT_X]}, "message 2: role 'assistant', expected user"),
+        ({"messages": [USER_X, BOT_X, SYSTEM_X, BOT_X]}, "message 4: role 'assistant', expected user"),
+        ({"messages": [{"role": [], "content": ""}]}, r"message 1: role \[\], expected system, developer, user"),
+        ({"messages": [USER_X, {"role": "tool", "content": "1"}]}, "message 2: role 'tool', expected .*parts of the"),
+        ({"messages": [USER_X, {"role": "assistant", "tool_calls": [{}]}]}, "message 2: tool_calls is not supported"),
+        ({"messages": [USER_X, BOT_X | {"refusal": "no"}]}, "message 2: refusal is not supported"),
+        ({"messages": [USER_X, BOT_X], "tools": [{}]}, "the conversation: tools is not supported"),
+        ({"messages": [{"role": "user", "content": TOOL}]}, 'message 1, part 2: expected {"type": text, "text"'),
+        ({"messages": [USER_X, BOT_X | {"weight": 0.5}]}, "message 2: weight is 0.5, expected 0 or 1"),
+        ({"messages": [USER_X, BOT_X | {"train": "no"}]}, "message 2: train is 'no', expected 0 or 1"),
+        ({"messages": [USER_X, BOT_X | {"train": False, "weight": 1}]}, "message 2: weight and train contradict"),
+        ({"messages": [USER_X, BOT_X | {"train_detail": [{}]}]}, "message 2: train_detail is not supported"),
+        ({"messages": [USER_X, BOT_X], "loss": 1.7}, "the conversation: loss is 1.7, expected 0 or 1"),
+        ({"messages": [USER_X | {"weight": 1}, BOT_X]}, "message 1: weight asks to train on the user's message"),
+        ({"messages": [SYSTEM_X | {"masked": False}, USER_X]}, "message 1: masked asks to train on the system's"),
         (talk("x", None), "message 2: content must be a string or a list of parts, got None"),
         (talk("x", ["text"]), r"message 2, part 1: expected .*python_output.* got 'text'"),
         (talk("x", [TOOL[0], {"type": "image", "text": ""}]), "message 2, part 2: .*'image'"),
