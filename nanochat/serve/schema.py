@@ -111,7 +111,18 @@ class Strict(BaseModel):
         }
 
 
-class Part(Strict):
+class MessageField(Strict):
+    """An unknown name with an empty value (`"tool_calls": []`, `"refusal": ""`) stands for an absent one, too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: x for name, x in value.items() if name in cls.model_fields or x not in chat_format.EMPTY}
+
+
+class Part(MessageField):
     type: Literal["text", "python", "python_output"]
     text: str
     cache_control: Any = Field(None, exclude=True)  # changes no answer
@@ -126,7 +137,7 @@ def _as_parts(value: Any) -> Any:
 Content = Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
 
 
-class Message(Strict):
+class Message(MessageField):
     """A message. Limits: 8,000 characters a message, 32,000 in all."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -135,14 +146,6 @@ class Message(Strict):
     type: Literal["text", "message"] | None = None
     name: Any = Field(None, description="Has no effect.")
     annotations: Any = Field(None, description="Has no effect.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, value: Any) -> Any:
-        """An unknown field that says nothing (`"tool_calls": []`, `"refusal": ""`) stands for an absent one."""
-        if not isinstance(value, dict):
-            return value
-        return {name: x for name, x in value.items() if name in cls.model_fields or x not in chat_format.EMPTY}
 
 
 def _check_messages(messages: list[Message]) -> list[Message]:

@@ -1,6 +1,6 @@
 """Conversations to train on: SmolTalk (arXiv 2502.02737), files of your own, and the assistant's identity.
 
-A row of a conversation file is one of
+A row of a conversation file (.jsonl, .json, .parquet, .csv; compressed as well) is one of
 
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]      or {"messages": [...]} (OpenAI)
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}                 (ShareGPT)
@@ -10,26 +10,29 @@ A row of a conversation file is one of
 with "system", a system message, if it is not among the messages. What the messages mean is in `data.chat_format`.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat import jsonl
 from nanochat.config import UserError
-from nanochat.data import Conversation, chat_format
+from nanochat.data import Conversation, chat_format, records
+from nanochat.data.chat_format import EMPTY
 from nanochat.tasks.hub_table import HubTable, hub_task, shuffled_indices
 from nanochat.tasks.task import Task, data_file
 
 SMOLTALK = HubTable("HuggingFaceTB/smol-smoltalk", None, "data", {"messages": list})
 DIALOGS = ("messages", "conversations", "conversation")
-QUESTIONS, CONTEXTS = ("instruction", "prompt", "question", "query"), ("input", "context")
+QUESTIONS = ("instruction", "prompt", "question", "query")
 ANSWERS = ("output", "completion", "response", "answer")
-SYSTEMS = ("system", "system_prompt")
+# Keys of rows that are one message -> its role, in the order of the messages.
+ROLES = dict.fromkeys(("system", "system_prompt"), "system") | dict.fromkeys((*QUESTIONS, "input", "context"), "user")
+ROLES |= dict.fromkeys(ANSWERS, "assistant")
 OTHER_FORMATS = {
-    "chosen": "preference data: keep the better answer as messages",
     "role": "a single message: put all messages of a conversation into one array",
     "from": "a single message: put all messages of a conversation into one array",
+    "chosen": "preference data: keep the better answer as messages",
     "label": "preference data: keep the good answers, without the label",
     "text": "plain text, for pretraining: split it into messages",
 }
@@ -39,20 +42,17 @@ TEST_FRACTION = 10  # every tenth identity conversation is in the test split
 def smoltalk(split: str = "train", *, source: str | Path | None = None) -> Task:
     """SmolTalk: 460,000 conversations on many topics, in the edition for small models."""
 
-    reported: set[str] = set()
-
     def conversation(row: dict[str, Any]) -> Conversation:
         made, unused = from_row({**row, "source": None})
-        if new := unused - reported:
-            reported.update(new)
-            print(f"warning: smoltalk: keys without effect: {', '.join(sorted(new))}", flush=True)
+        for key in unused:
+            _warn(f"warning: smoltalk: key without effect: {key}")
         return made
 
     return hub_task("smoltalk", "chat", SMOLTALK, conversation, split, source)
 
 
 def customjson(split: str = "train", *, source: str | Path | None = None) -> Task:
-    """CustomJSON: your own conversations, a jsonl file with an array of messages on each line."""
+    """CustomJSON: your own conversations, a file of JSON, parquet or CSV."""
     if source is None:
         raise UserError("task customjson needs a file of conversations: customjson:/path/file.jsonl")
     if split != "train":
@@ -90,20 +90,20 @@ def read_conversations(path: Path) -> list[Conversation]:
     """Return the conversations of a file, in its order; each has to end with an answer."""
     rows: list[Conversation] = []
     unused: Counter[str] = Counter()
-    for number, value in jsonl.read(path):
+    for number, value in records.read(path, is_row=_has_messages):
         try:
             row, keys = from_row(value)
             if chat_format.SIDES[row["messages"][-1]["role"].lower()] != "assistant":
                 raise UserError("the last message must be the assistant's")
         except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+            raise UserError(f"{path}: row {number}: {error}") from None
         rows.append(row)
         unused.update(keys)
     if not rows:
         raise UserError(f"{path}: contains no conversations")
     if unused:
         counts = ", ".join(f"{key} ({count:,} rows)" for key, count in sorted(unused.items()))
-        print(f"warning: {path}: keys without effect: {counts}", flush=True)
+        _warn(f"warning: {path}: keys without effect: {counts}")
     return rows
 
 
@@ -112,45 +112,39 @@ def from_row(row: Any) -> tuple[Conversation, set[str]]:
     row = {"messages": row} if isinstance(row, list) else row
     if not isinstance(row, dict):
         raise UserError(f"expected a conversation, an array of messages or an object, got {str(row)[:40]!r}")
-    row = {key: value for key, value in row.items() if value is not None}
-    dialogs, answers = [key for key in DIALOGS if key in row], [key for key in ANSWERS if key in row]
-    contexts, systems = [key for key in CONTEXTS if row.get(key)], [key for key in SYSTEMS if row.get(key)]
-    questions = [key for key in QUESTIONS if key in row] or [key for key in contexts if key == "input"]
-    if dialogs:
-        used, messages = dialogs[:1], row[dialogs[0]]
-        if not isinstance(messages, list):
-            raise UserError(f"{dialogs[0]} is {str(messages)[:40]!r}, expected an array of messages")
-        messages = _messages(messages)
-    elif len(questions) == len(answers) == 1 and not isinstance(row.get("label"), bool):
-        used = list(dict.fromkeys([*questions, *contexts, *answers]))
-        messages = [message for key in used[:-1] for message in _messages(_wrapped(row[key], "user"))]
-        messages = [
-            {"weight": 0} | m if isinstance(m, dict) else m for m in messages
-        ]  # the completion is to be learned
-        messages += _messages(_wrapped(row[answers[0]], "assistant"))
+    row = {key: value for key, value in row.items() if value not in EMPTY or key in (*DIALOGS, *ANSWERS)}
+    texts = [key for key in ROLES if key in row]
+    numbers = [sum(key in names for key in texts) for names in (QUESTIONS, ANSWERS)]
+    if dialog := next((key for key in DIALOGS if key in row), None):
+        used = [*(key for key in texts if ROLES[key] == "system"), dialog]
+    elif numbers in ([1, 1], [0, 1]) and len(texts) > 1 and not isinstance(row.get("label"), bool):
+        used = texts
     else:
         known = [f"this is {name}" for key, name in OTHER_FORMATS.items() if key in row]
         expected = "messages, conversations (ShareGPT), instruction and output (Alpaca), or prompt and completion"
         raise UserError([*known, f"the row has the keys {', '.join(row)[:80]}; expected {expected}"][0])
-    used += systems[:1]
-    messages = [*({"role": "system", "content": row[key]} for key in systems[:1]), *messages]
-    kept = (*chat_format.SWITCHES, *chat_format.UNSUPPORTED)
-    made = {"messages": messages} | {key: row[key] for key in kept if key in row}
+    messages = [message for key in used for message in _messages(row[key], key)]
+    options = [key for key in (*chat_format.SWITCHES, *chat_format.UNSUPPORTED) if key in row]
+    made = {"messages": messages} | {key: row[key] for key in options}
     chat_format.normalize(made)
-    unused = {k for k, value in row.items() if k not in (*used, *kept) and value not in chat_format.EMPTY}
-    return made, unused | chat_format.unused_keys(made)
+    return made, chat_format.unused_keys(made) | (row.keys() - {*used, *options})
 
 
-def _wrapped(value: Any, role: str) -> list[Any]:
-    return value if isinstance(value, list) else [{"role": role, "content": value}]
-
-
-def _messages(values: list[Any]) -> list[Any]:
-    """Return messages with ShareGPT's keys renamed to OpenAI's."""
+def _messages(value: Any, key: str) -> list[dict[str, Any]]:
+    """Return a text as a message, or an array of messages with ShareGPT's keys renamed to OpenAI's."""
+    if key in ROLES and not isinstance(value, list):
+        return [{"role": ROLES[key], "content": value}]
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise UserError(f"{key}: expected an array of messages, got {str(value)[:40]!r}")
     names = {"from": "role", "value": "content"}
-    return [
-        {names.get(key, key): x for key, x in value.items()}
-        if isinstance(value, dict) and "role" not in value
-        else value
-        for value in values
-    ]
+    before = {} if key in (*DIALOGS, *ANSWERS) else {"weight": 0}  # the answers in a prompt are given
+    return [before | {names.get(name, name): x for name, x in message.items()} for message in value]
+
+
+def _has_messages(rows: list[Any]) -> bool:
+    return any(isinstance(row, dict) and {"role", "from"} & row.keys() for row in rows)
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    print(text, flush=True)

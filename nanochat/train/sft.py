@@ -107,12 +107,9 @@ def _steps(
     now = dict(position)  # its counts as of the last conversation that was read
 
     def render(index: int) -> Conversation:
+        row = task.row(index % task.size)
         ids, mask = chat_format.render(
-            tok,
-            task.row(index % task.size),
-            packing.sequence_len,
-            too_long=packing.long_conversations,
-            assistant_only=packing.assistant_only,
+            tok, row, packing.sequence_len, too_long=packing.long_conversations, assistant_only=packing.assistant_only
         )
         return Conversation(index, np.array(ids, np.int64), np.array(mask, bool))
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from nanochat import infer
 from nanochat.config import UserError
+from nanochat.data import chat_format
 from nanochat.data.chat_format import Piece
 from nanochat.serve import Limits, app, middleware, scheduler, schema
 
@@ -127,8 +128,24 @@ def test_prompt_and_sampling_parameters_reach_the_model(server: scripted.Server)
         "<|bos|><|user_start|>S\n\na<|user_end|><|assistant_start|>b<|assistant_end|><|user_start|>hello<|user_end|>"
         "<|assistant_start|>"
     )
-    detail = error(HTTP.post(server.url + "/chat/completions", json={"messages": messages * 2}), 400)
-    assert "message 5" in detail["message"] and detail["param"] == "messages"
+    detail = error(HTTP.post(server.url + "/chat/completions", json={"messages": messages[:3]}), 400)
+    assert "message 3: the last message must be the user's" in detail["message"] and detail["param"] == "messages"
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [("developer", "S"), ("user", "hello")],
+        [("system", "S"), ("user", "a"), ("user", "b"), ("user", "hello")],
+        [("user", "hello"), ("assistant", ""), ("assistant", "b"), ("system", ""), ("user", "hello")],
+        [("user", "hello"), ("system", "S")],
+    ],
+)
+def test_prompt_is_the_one_of_training(server: scripted.Server, turns: list[tuple[str, str]]) -> None:
+    messages = [{"role": role, "content": text} for role, text in turns]
+    sent = [message | {"type": "text"} for message in messages]
+    assert HTTP.post(server.url + "/v1/chat/completions", json={"messages": sent}).status_code == 200
+    assert server.requests[-1][1].prompt == tuple(chat_format.prompt(scripted.TOKENIZER, messages))
 
 
 def test_prompt_beyond_the_context_is_refused() -> None:

@@ -28,13 +28,13 @@ def refusal(model: type[ChatRequest], body: Any) -> ErrorDetail:
 
 
 def content(messages: list[Any]) -> list[Any]:
-    return [turn["content"] for turn in schema.conversation(parse(ChatRequest, {"messages": messages}).messages)]
+    return [message["content"] for message in schema.conversation(parse(ChatRequest, {"messages": messages}).messages)]
 
 
 def test_defaults_and_null() -> None:
     request = parse(ChatRequest, {"messages": HI})
     assert (request.temperature, request.top_k, request.token_limit, request.seed) == (0.8, 50, 512, None)
-    assert schema.conversation(request.messages) == HI
+    assert schema.conversation(request.messages) == [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     request = parse(CompletionRequest, {"messages": HI, "temperature": None, "stop": None, "n": None})
     assert request == parse(CompletionRequest, {"messages": HI}) and (request.n, request.stream) == (1, False)
 
@@ -77,8 +77,22 @@ def test_bodies_other_than_a_strict_json_object_are_refused(body: bytes, message
         ([{"role": "user", "content": {}}], "messages[0].content", "is an object, expected"),
         ([{"role": "user", "content": "x" * 8001}], "messages[0].content", "8,001 characters: at most 8,000"),
         ([{"role": "user", "content": "x" * 8000}] * 5, "messages", "40,000 characters: at most 32,000"),
-        ([{"role": "tool", "content": "x"}], "messages[0].role", "role is \"tool\", expected 'system', 'user'"),
-        ([{"role": "user", "content": "x", "name": "Bob"}], "messages[0].name", "name is not supported"),
+        ([{"role": "tool", "content": "x"}], "messages[0].role", "role is \"tool\", expected 'system', 'developer'"),
+        (
+            [*HI, {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
+            "messages[1].tool_calls",
+            "not sup",
+        ),
+        ([*HI, {"role": "assistant", "content": None, "refusal": "no"}], "messages[1].refusal", "not supported"),
+        ([*HI, {"role": "assistant", "content": None}], "messages[1].content", "is missing"),
+        ([{"role": "user", "content": "x", "audio": {"id": "1"}}], "messages[0].audio", "not supported"),
+        (
+            [{"role": "user", "content": "x", "type": "function_call"}],
+            "messages[0].type",
+            "expected 'text' or 'message'",
+        ),
+        ([{"role": "user", "content": "x", "weight": 1}], "messages[0].weight", "not supported"),
+        ([{"role": "user", "content": ""}], "messages[0].content", "content is empty"),
         ([{"role": "user", "content": "a\ud800"}], "messages[0].content", "surrogate"),
         ([{"role": "user", "content": [{"type": "image", "text": "x"}]}], "messages[0].content[0].type", "image"),
         ([{"role": "user", "nanochat_parts": []}], "messages[0].nanochat_parts", "assistant's messages"),
@@ -87,6 +101,21 @@ def test_bodies_other_than_a_strict_json_object_are_refused(body: bytes, message
 def test_wrong_messages_are_refused_by_name(messages: Any, param: str, message: str) -> None:
     error = refusal(ChatRequest, {"messages": messages})
     assert error.param == param and message in error.message and len(error.message) < 300
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"type": "text"},
+        {"type": "message"},
+        {"name": "Bob"},
+        {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": []},
+        {"refusal": "", "provider_specific_fields": {}, "reasoning_content": None},
+        {"content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "annotations": []}]},
+    ],
+)
+def test_fields_of_a_message_that_say_nothing_are_accepted(extra: dict[str, Any]) -> None:
+    assert content([HI[0] | extra]) == [[{"type": "text", "text": "hi"}]]
 
 
 def test_the_largest_conversation_is_accepted() -> None:
@@ -155,12 +184,10 @@ def test_openai_parameters_that_change_nothing_are_accepted() -> None:
     assert (request.n, request.token_limit, request.stop, request.model, request.stream) == (3, 7, ["a"], "m", True)
 
 
-def test_text_parts_are_joined_and_tool_calls_stay_parts() -> None:
-    lines = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert content([{"role": "user", "content": lines}]) == ["a\nb"]
-    assert content([*HI, {"role": "assistant", "content": lines}])[1] == "ab"
-    called = [{"type": "text", "text": "a"}, {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
-    assert content([*HI, {"role": "assistant", "content": called}])[1] == called
+def test_parts_are_passed_on_as_they_are() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
+    assert content([*HI, {"role": "assistant", "content": parts}])[1] == parts
+    assert content([*HI, {"role": "assistant", "content": "x", "nanochat_parts": parts}])[1] == parts
 
 
 def test_events_are_one_line_each() -> None:

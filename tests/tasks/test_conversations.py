@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from task_rows import ROWS, TOKENIZER, question, write
@@ -53,17 +54,89 @@ USER, BOT = '{"role": "user", "content": "q"}', '{"role": "assistant", "content"
         ('[{"role": "user"', "not valid JSON"),
         ("42", "expected a conversation"),
         (f"[{USER}]", "the last message must be the assistant's"),
-        (f"[{USER}, {USER}]", "message 2: role 'user', expected assistant"),
+        (f"[{BOT}, {USER}]", "message 1: role 'assistant', expected user"),
+        (USER, "this is a single message"),
+        ('{"from": "human", "value": "q"}', "this is a single message"),
+        ('{"text": "q"}', "this is plain text"),
+        ('{"prompt": "q", "chosen": "a", "rejected": "b"}', "this is preference data"),
+        ('{"prompt": "q", "completion": "a", "label": false}', "this is preference data"),
+        ('{"instruction": "q", "output": "a", "history": [["b", "c"]]}', "history is not supported"),
+        ('{"question": "q", "answer": "a", "output": "b"}', "has the keys question, answer, output; expected messages"),
+        ('{"conversations": "[]"}', "conversations: expected an array of messages, got '[]'"),
+        (f'{{"messages": [{USER}, {BOT}], "images": ["a.png"]}}', "images is not supported"),
+        (f'{{"messages": [{USER}, {BOT}], "weight": 0.5}}', "weight is 0.5, expected 0 or 1"),
+        (f'{{"messages": [{USER}, {{"role": "tool", "content": "a"}}]}}', "message 2: role 'tool'"),
     ],
 )
 def test_malformed_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "my.jsonl"
     path.write_text(f"[{USER}, {BOT}]\n\n{line}\n")
-    with pytest.raises(UserError, match=f"my.jsonl:3: .*{re.escape(message)}"):
+    with pytest.raises(UserError, match=f"my.jsonl: (row|line) 3.*{re.escape(message)}"):
         tasks.load("customjson", source=path)
     path.write_text("\n")
     with pytest.raises(UserError, match="contains no conversations"):
         tasks.load("customjson", source=path)
+
+
+def texts(task: tasks.Task, index: int = 0) -> list[tuple[str, str, bool]]:
+    turns = chat_format.normalize(task.row(index))
+    return [(turn.side, text, supervised) for turn in turns for _, text, supervised in turn.parts]
+
+
+QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"messages": QA}, "q"),
+        ({"conversations": SHAREGPT}, "q"),
+        ({"conversation": QA, "system": "s"}, "s\n\nq"),
+        ({"conversations": [{"from": "system", "value": "s"}, *SHAREGPT], "tools": None}, "s\n\nq"),
+        ({"instruction": "q", "input": "", "output": "a"}, "q"),
+        ({"instruction": "q", "input": "i", "output": "a", "history": []}, "q\n\ni"),
+        ({"instruction": "q", "context": "c", "response": "a"}, "q\n\nc"),
+        ({"prompt": "q", "completion": "a"}, "q"),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, "s\n\nq"),
+        ({"prompt": QA[:1], "completion": QA[1:]}, "q"),
+    ],
+)
+def test_formats_of_rows(row: dict[str, Any], question: str, tmp_path: Path) -> None:
+    expected = [("user", question, False), ("assistant", "a", True)]
+    paths = [write(tmp_path / f"my.{kind}", row, row) for kind in ("jsonl", "parquet")]
+    for name, value in {"array": [row, row], "pretty": [row, row]}.items():
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(value, indent=2 if name == "pretty" else None))
+    for path in paths:
+        task = tasks.load("customjson", source=path)
+        assert task.size == 2 and texts(task) == expected, path
+
+
+@pytest.mark.parametrize(
+    ("value", "size"), [(QA, 1), ([QA], 1), ([QA, QA], 2), ([SHAREGPT, QA], 2), ({"messages": QA}, 1)]
+)
+def test_file_of_one_json_value(value: Any, size: int, tmp_path: Path) -> None:
+    for indent in (None, 2):
+        (tmp_path / "my.json").write_text(json.dumps(value, indent=indent))
+        assert tasks.load("customjson", source=tmp_path / "my.json").size == size
+
+
+def test_switches_of_a_file_are_honored(tmp_path: Path) -> None:
+    sharegpt = [SHAREGPT[0], SHAREGPT[1] | {"weight": 0}, *SHAREGPT]
+    completion = {"prompt": [*QA, QA[0]], "completion": "b"}
+    path = write(tmp_path / "my.jsonl", {"conversations": sharegpt}, {"messages": QA, "train": False}, completion)
+    task = tasks.load("customjson", source=path)
+    supervised = sorted([part[2] for part in texts(task, i) if part[0] == "assistant"] for i in range(3))
+    assert supervised == [[False], [False, True], [False, True]]
+
+
+def test_keys_without_effect_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"messages": QA, "id": i, "tools": []} for i in range(3)]
+    rows[0]["messages"] = [QA[0] | {"name": "Bob", "tool_calls": None}, QA[1]]
+    path = write(tmp_path / "my.jsonl", *rows)
+    tasks.load("customjson", source=path)
+    assert capsys.readouterr().out == f"warning: {path}: keys without effect: id (3 rows), name (1 rows)\n"
 
 
 def test_smoltalk_rows(tmp_path: Path) -> None:

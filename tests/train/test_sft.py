@@ -87,6 +87,16 @@ def test_long_conversation_is_truncated_and_one_without_targets_dropped(tok: Tok
     assert got[-1][1]["position"]["read"] == 2 and got[-1][1]["position"]["dropped"] == 1
 
 
+@pytest.mark.parametrize(("long", "kept"), [("truncate", [40, 40]), ("whole_turns", [37]), ("drop", [])])
+def test_long_conversations_are_kept_in_part_or_dropped(tok: Tokenizer, long: Any, kept: list[int]):
+    exchange = [{"role": "user", "content": "Who are you?" * 2}, {"role": "assistant", "content": "I count."}]
+    texts = [exchange * 4, [exchange[0], {"role": "assistant", "content": TEXT}]]
+    rows = Task("long", "chat", 2, lambda i: {"messages": texts[i]})
+    packing = Packing(1, 1, 40, long_conversations=long, assistant_only=False)
+    got = collect(tok, packing, rows)
+    assert [len(piece) for batch, *_ in got for piece in documents(tok, batch["inputs"], batch["targets"])] == kept
+
+
 def test_micro_batch_gradients_average_to_batch_gradient(tok: Tokenizer):
     config = dataclasses.replace(CONFIG, vocab_size=tok.vocab_size, sequence_len=48)
     params = random_params(config)
@@ -138,5 +148,9 @@ def test_invalid_settings_and_state_raise(tok: Tokenizer):
     state = collect(tok)[0][1]
     with pytest.raises(UserError, match=r"cannot resume with other data .conversations was 50, is 49"):
         collect(tok, task=task(49), state=state)
+    with pytest.raises(UserError, match="long_conversations was truncate, is drop"):
+        collect(tok, PACKING._replace(long_conversations="drop"), state=state)
+    del state["position"]["made_of"]["long_conversations"]  # as in the states of earlier versions
+    assert len(collect(tok, state=state)) == len(collect(tok)) - 1
     with pytest.raises(UserError, match="no training targets"):
         collect(tok, task=task(0))
