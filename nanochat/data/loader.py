@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanochat.config import UserError, base_dir
 from nanochat.data import packing
-from nanochat.data.sources import CorruptShardError, DataConfig, Shard, num_blocks, read_block, shards_of
+from nanochat.data.sources import CorruptShardError, DataConfig, Shard, block_hash, num_blocks, read_block, shards_of
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.distributed import cpu_cores
 from nanochat.text import reason
@@ -297,11 +297,11 @@ class BlockReader:
 
     def cache_path(self, ref: BlockRef) -> Path | None:
         config, shard = self._stream.config, self._stream.shards[ref.shard_index]
-        if not config.token_cache:
+        content = block_hash(shard, ref.block_index, config.text_column) if config.token_cache else None
+        if content is None:
             return None
-        key = json.dumps([str(shard.path.absolute()), shard.fingerprint, config.text_column])
-        folder = f"{shard.path.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        return base_dir() / "tokens" / self._stream.tok.fingerprint[:16] / folder / f"{ref.block_index:06d}.tokens"
+        folder = base_dir() / "tokens" / self._stream.tok.fingerprint[:16] / shard.path.name
+        return folder / f"{ref.block_index:06d}-{shard.part}-{content[:32]}.tokens"
 
     def _owner(self, ref: BlockRef) -> int:
         return self._ranks[(ref.shard + ref.block) % len(self._ranks)]

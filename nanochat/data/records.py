@@ -10,6 +10,7 @@ byte order mark; half a surrogate pair becomes U+FFFD. Strings stay strings, wha
 """
 
 import codecs
+import contextlib
 import csv
 import io
 import itertools
@@ -29,19 +30,19 @@ from nanochat.text import reason
 
 KINDS = {".parquet": ".parquet", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".json": ".json"}
 KINDS |= {".csv": ".csv", ".tsv": ".csv", ".txt": ".txt"}
+TABLES = (".parquet", ".jsonl", ".json", ".csv")  # kinds whose rows have columns
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes: names may be wrong
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zst")
 EXPECTED = "a file of .parquet, .jsonl, .ndjson, .json, .csv, .tsv or .txt (all but parquet may be .gz, .bz2 or .zst)"
 MAX_TEXT_CHARS = 10_000  # of a row of a text file: packing crops what is longer than a training row
-PARQUET_BATCH_ROWS = 1000
 SPACES = re.compile(r"\s*")
 Row = tuple[int, Any]
 
 
 class UnreadableFileError(UserError):
-    def __init__(self, path: Path, problem: str):
+    def __init__(self, path: Path | str, problem: str):
         super().__init__(f"{path}: {problem}")
-        self.path, self.problem = path, problem
+        self.problem = problem
 
 
 def kind_of(path: Path) -> str | None:
@@ -60,17 +61,25 @@ def read(path: Path, is_row: Callable[[Any], bool] = lambda value: isinstance(va
     Args:
         is_row: of a JSON file that holds nothing but an array: whether it is a row, and not a list of rows.
     """
-    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".txt": _read_text}
+    readers = {".parquet": ParquetRows, ".csv": _read_csv, ".txt": _read_text}
     kind = kind_of(path)
     if kind is None:
         raise UserError(f"{path}: expected {EXPECTED}")
-    try:
+    with errors_of(path):
         yield from readers[kind](path) if kind in readers else _read_json(path, is_row)
-    except (OSError, pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
+
+
+@contextlib.contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Raise what the operating system and the libraries raise as an UnreadableFileError."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        kind = kind_of(path) or path.suffix
         raise UnreadableFileError(path, f"unreadable {kind[1:]} ({reason(error)})") from None
 
 
-def text_of(row: Row, column: str, path: Path) -> str:
+def text_of(row: Row, column: str, path: Path | str) -> str:
     """Return the text in a row's column, "" for null."""
     number, value = row
     if not isinstance(value, dict):
@@ -195,15 +204,23 @@ def column_values(column: Any, path: Path, first_number: int) -> list[Any]:
     return values
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    start = 1
-    with pq.ParquetFile(path) as file:
-        check_names(path, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-            columns = [column_values(column, path, start) for column in batch.columns]
-            for number, values in enumerate(zip(*columns), start=start):
-                yield number, dict(zip(batch.schema.names, values))
-            start += batch.num_rows
+class ParquetRows(Sequence[Row]):
+    """The rows of a parquet file, each made when it is asked for: as Python objects, all of them take much memory."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        with errors_of(path), pq.ParquetFile(path) as file:
+            check_names(path, file.schema_arrow.names)
+            self._table = file.read()
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= len(self):
+            raise IndexError(index)
+        columns = zip(self._table.column_names, self._table.columns)
+        return index + 1, {name: column_values(c.slice(index, 1), self._path, index + 1)[0] for name, c in columns}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -241,6 +258,18 @@ def _read_json(path: Path, is_row: Callable[[Any], bool]) -> Iterator[Row]:
     if len(values) == 1 and isinstance(values[0], list) and not is_row(values[0]):
         [values] = values
     yield from enumerate(values, start=1)
+
+
+def has_plain_lines(path: Path) -> bool:
+    """Return whether a JSON file is UTF-8, not compressed and has one value a line: lines can be read on their own."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        head = file.read(4)
+        if head.startswith((*COMPRESSIONS, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return False
+        file.seek(0)
+        line = next((line for line in file if line.strip()), b"").decode("utf-8-sig", "replace")
+        return not line or not (line.lstrip().startswith("[") or _is_cut(line))
+    return True  # reading it names the problem
 
 
 def _is_cut(line: str) -> bool:

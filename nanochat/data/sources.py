@@ -1,7 +1,7 @@
-"""Sources of documents: folders of `*.parquet` or `*.jsonl` shards, sorted by name; the last one validates.
+"""Sources of documents: folders of parquet or JSON Lines shards, sorted by name; the last one validates.
 
-The embedded corpus, and what `datasets` loads from the hub or the disk, are written as such a folder on first use. A
-shard is read in blocks: a parquet row group, or 1000 lines of jsonl.
+The embedded corpus, data sets of the hub and files of other kinds are written as such a folder on first use. A shard is
+read in blocks: a parquet row group, or 1000 lines.
 """
 
 import contextlib
@@ -13,21 +13,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat import jsonl
 from nanochat.config import PositiveInt, Settings, UserError, base_dir, nearest
-from nanochat.data import embedded
+from nanochat.data import embedded, records
 from nanochat.text import reason
 
 JSONL_BLOCK_LINES = 1000
 CLIMBMIX_VAL = "shard_06542.parquet"
-SUFFIXES = (".parquet", ".jsonl")
 SHARD_CHARS = 250_000_000  # of shards that are written here, about
 VAL_CHARS = 10_000_000
 DATA_COMMAND = "torchrun launch.py --experiment=data"
@@ -40,9 +38,9 @@ class DataConfig(Settings):
     """Where documents come from and how they are read.
 
     Attributes:
-        source: embedded, climbmix, a folder of *.parquet / *.jsonl, hub:<dataset>[:<config>[:<split>]], or a local
-            path that `datasets` can load.
-        text_column: the column (or JSON field) that holds a document's text.
+        source: embedded, climbmix, hub:<dataset>[:<config>[:<split>]], or a file or folder: parquet, JSON, CSV, text
+            (a file is a document, split at blank lines every 10,000 characters), or saved by `datasets`.
+        text_column: the column (or JSON field) that holds a document's text; "text" for text files.
         skip_bad_shards: skip a corrupt shard with a warning instead of stopping.
         token_cache: keep the tokens of documents on disk, so that a second pass does not tokenize again.
         buffer_docs: documents that packing chooses from.
@@ -72,7 +70,7 @@ class Shard:
     """A file of documents, or the training or validation part of a source that is a single file.
 
     Attributes:
-        fingerprint: name, size in bytes and time of change (ns): cheap, and different once the file changes.
+        fingerprint: name, size in bytes and times of change (ns): cheap, and different once the file changes.
         part: of a single file, the last 5% (whole blocks if it has several) are the validation split.
     """
 
@@ -89,11 +87,26 @@ def shards_of(config: DataConfig, split: Literal["train", "val"]) -> list[Shard]
     if len(paths) > 1:
         paths, part = (paths[:-1] if split == "train" else paths[-1:]), "all"
     stats = [path.stat() for path in paths]
-    return [Shard(p, f"{p.name}:{s.st_size}:{s.st_mtime_ns}:{part}", part) for p, s in zip(paths, stats)]
+    return [Shard(p, f"{p.name}:{_version(s)}:{part}", part) for p, s in zip(paths, stats)]
+
+
+def _version(stat: os.stat_result) -> str:
+    return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"  # `cp -p` and `rsync -t` set mtime, but not ctime
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("[!.]*") if path.suffix in SUFFIXES and path.is_file())
+    return sorted(path for path in folder.glob("[!.]*") if path.is_file() and _shard_kind(path))
+
+
+def _shard_kind(path: Path) -> str | None:
+    kind = records.kind_of(path)
+    return kind if kind == ".parquet" or (kind == ".jsonl" and path.suffix.lower() in records.KINDS) else None
+
+
+def _is_shard(path: Path) -> bool:
+    """Return whether blocks of a file can be read where it is."""
+    kind = _shard_kind(path)
+    return kind == ".parquet" or (kind == ".jsonl" and records.has_plain_lines(path))
 
 
 def folder_of(config: DataConfig) -> Path:
@@ -113,8 +126,12 @@ def folder_of(config: DataConfig) -> Path:
             f"data.source={source}: no such file or folder{near if 'mean' in near else ''}"
             " (embedded, climbmix, hub:<dataset> or a path)"
         )
-    has_shards = path.suffix in SUFFIXES if path.is_file() else _shard_paths(path)
-    return path if has_shards else _from_disk(path, config.text_column)
+    shards = [path] if path.is_file() else _shard_paths(path)
+    if not shards or not all(map(_is_shard, shards)):
+        return _from_disk(path, config)
+    if path.is_dir():
+        _name_unread(path, tuple(file for file in _visible_files(path) if file not in shards))
+    return path
 
 
 def _climbmix() -> Path:
@@ -139,7 +156,7 @@ def num_blocks(shard: Shard) -> int:
 
 def read_block(shard: Shard, index: int, text_column: str) -> list[str]:
     """Return the documents of block `index` that have text."""
-    read = _read_parquet if shard.path.suffix == ".parquet" else _read_jsonl
+    read = _read_parquet if _shard_kind(shard.path) == ".parquet" else _read_jsonl
     with _corrupt_if_unreadable(shard.path):
         texts = read(shard, _blocks(shard)[index], text_column)
     if shard.part == "all" or _blocks_in_file(shard.path, shard.fingerprint) > 1:
@@ -152,14 +169,25 @@ def read_block(shard: Shard, index: int, text_column: str) -> list[str]:
 
 def texts(config: DataConfig, split: Literal["train", "val"]) -> Iterator[str]:
     """Yield the documents of a split once, in the order of the files."""
+    empty = True
     for shard in shards_of(config, split):
-        try:
+        with _skip_if_corrupt(config):
             for block in range(num_blocks(shard)):
-                yield from read_block(shard, block, config.text_column)
-        except CorruptShardError as error:
-            if not config.skip_bad_shards:
-                raise
-            print(f"warning: skipping the rest of a shard: {error}", flush=True)
+                texts = read_block(shard, block, config.text_column)
+                empty = empty and not texts
+                yield from texts
+    if empty:
+        raise UserError(f"data.source={config.source}: no documents to read for split {split}")
+
+
+@contextlib.contextmanager
+def _skip_if_corrupt(config: DataConfig) -> Iterator[None]:
+    try:
+        yield
+    except CorruptShardError as error:
+        if not config.skip_bad_shards:
+            raise
+        print(f"warning: skipping the rest of a shard: {error}", flush=True)
 
 
 def _blocks(shard: Shard) -> range:
@@ -178,8 +206,8 @@ def _held_out(count: int) -> int:
 @functools.cache
 def _blocks_in_file(path: Path, fingerprint: str) -> int:
     with _corrupt_if_unreadable(path):
-        if path.suffix == ".jsonl":
-            return len(_jsonl_offsets(path, fingerprint))
+        if _shard_kind(path) == ".jsonl":
+            return len(_jsonl_offsets(path, fingerprint)) - 1
         with pq.ParquetFile(path) as file:
             return file.metadata.num_row_groups
 
@@ -187,40 +215,36 @@ def _blocks_in_file(path: Path, fingerprint: str) -> int:
 @contextlib.contextmanager
 def _corrupt_if_unreadable(path: Path) -> Iterator[None]:
     try:
-        yield
-    except jsonl.InvalidLineError as error:
-        raise CorruptShardError(path, f"line {error.number} is {error.reason}") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorruptShardError(path, f"unreadable {path.suffix[1:]} ({reason(error)})") from None
+        with records.errors_of(path):
+            yield
+    except records.UnreadableFileError as error:
+        raise CorruptShardError(path, error.problem) from None
 
 
 def _read_parquet(shard: Shard, index: int, text_column: str) -> list[str]:
     with pq.ParquetFile(shard.path) as file:
-        schema = file.schema_arrow
-        if text_column not in schema.names:
-            raise _no_column(shard.path, text_column, schema.names)
-        kind = schema.field(text_column).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        names = file.schema_arrow.names
+        if text_column not in names:
+            raise records.no_column(shard.path, text_column, names)
+        records.check_names(shard.path, [name for name in names if name == text_column])
+        kind = file.schema_arrow.field(text_column).type
+        if not records.is_string(kind):
             raise UserError(f"{shard.path}: column {text_column!r} holds {kind}, not text: set data.text_column")
-        return [text for text in file.read_row_group(index, columns=[text_column]).column(0).to_pylist() if text]
-
-
-def _no_column(path: Path | str, column: str, names: Iterable[str]) -> UserError:
-    return UserError(f"{path}: no text column {column!r}, it has {', '.join(names)}: set data.text_column")
+        first_row = 1 + sum(file.metadata.row_group(group).num_rows for group in range(index))
+        column = file.read_row_group(index, columns=[text_column]).column(0)
+        return [text for text in records.column_values(column, shard.path, first_row) if text]
 
 
 @functools.cache
 def _jsonl_offsets(path: Path, fingerprint: str) -> tuple[int, ...]:
-    """Return the byte offset of every 1000th line."""
+    """Return the byte offset of every 1000th line, and the size of the file."""
     offsets, position = [], 0
     with path.open("rb") as file:
         for number, line in enumerate(file):
             if number % JSONL_BLOCK_LINES == 0:
                 offsets.append(position)
             position += len(line)
-    return tuple(offsets)
+    return (*offsets, position)
 
 
 def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
@@ -228,16 +252,41 @@ def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
     with path.open("rb") as file:
         file.seek(_jsonl_offsets(path, shard.fingerprint)[index])
         lines = list(itertools.islice(file, JSONL_BLOCK_LINES))
-    for number, record in jsonl.parse(lines, path, first_number=index * JSONL_BLOCK_LINES + 1):
-        if not isinstance(record, dict):
-            raise CorruptShardError(path, f"line {number} is not a JSON object")
-        if text_column not in record:
-            raise _no_column(f"{path} line {number}", text_column, record)
-        if not isinstance(text := record[text_column], str | None):
-            raise CorruptShardError(path, f"line {number}: {text_column!r} is not text")
-        if text:
-            texts.append(text)
-    return texts
+    for number, line in enumerate(lines, start=index * JSONL_BLOCK_LINES + 1):
+        text = records.decode(line, path, f"line {number}").removeprefix("\ufeff" if number == 1 else "")
+        if not text.isspace():
+            texts.append(records.text_of((number, records.parse_line(text, path, number)), text_column, path))
+    return [text for text in texts if text]
+
+
+def block_hash(shard: Shard, index: int, text_column: str) -> str | None:
+    """Return the SHA-256 (hex) of the bytes of the file that hold a block's documents; None if they are unreadable."""
+    path = shard.path
+    try:
+        if _shard_kind(path) == ".jsonl":
+            start, stop = _jsonl_offsets(path, shard.fingerprint)[index : index + 2]
+        else:
+            start, stop = _parquet_ranges(path, shard.fingerprint, text_column)[index]
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(stop - start)).hexdigest()
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError):
+        return None
+
+
+@functools.cache
+def _parquet_ranges(path: Path, fingerprint: str, text_column: str) -> tuple[tuple[int, int], ...]:
+    """Return where in the file the text column of each row group starts and stops."""
+    ranges = []
+    with pq.ParquetFile(path) as file:
+        [column] = [
+            i for i in range(len(file.schema)) if file.schema.column(i).path == text_column
+        ]  # ValueError: see _read_parquet
+        for index in range(file.metadata.num_row_groups):
+            chunk = file.metadata.row_group(index).column(column)
+            start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+            ranges.append((start, start + chunk.total_compressed_size))
+    return tuple(ranges)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -250,17 +299,57 @@ def _from_hub(source: str, text_column: str) -> Path:
         raise UserError(f"data.source={source}: expected hub:<dataset>[:<config>[:<split>]]")
     subset, split = [*rest, "", ""][:2]
     rows = _stream(name, subset or None, split=split or "train")
-    return _written(_slug(f"{name}:{subset}:{split or 'train'}:{text_column}"), rows, source, text_column)
+    texts = _texts_of(rows, source, text_column)
+    return _written(_slug(f"{name}:{subset}:{split or 'train'}:{text_column}"), texts, source, text_column)
 
 
-def _from_disk(path: Path, text_column: str) -> Path:
-    """Return the shards of a file or folder that `datasets` loads; written anew when it changes."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+def _from_disk(path: Path, config: DataConfig) -> Path:
+    """Return the shards of a file or folder that is not read in place; written anew when it changes."""
+    files = _visible_files(path) if path.is_dir() else [path]
     if not files:
         raise UserError(f"data.source={path}: the folder is empty")
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(json.dumps([str(path.resolve()), text_column, stats]).encode()).hexdigest()[:16]
-    return _written(f"{_slug(path.stem)}-{digest}", _local_rows(path), str(path), text_column)
+    stats = [(str(file), _version(file.stat())) for file in files]
+    key = [str(path.resolve()), config.text_column, config.skip_bad_shards, records.MAX_TEXT_CHARS, stats]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        texts = _texts_of(_saved_rows(path), str(path), config.text_column)
+    else:
+        texts = _texts_in(path, files, config)
+    return _written(f"{_slug(path.stem)}-{digest}", texts, str(path), config.text_column)
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Return all files under a folder but hidden ones, broken links included, sorted."""
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(folder).parts))
+
+
+def _texts_in(path: Path, files: list[Path], config: DataConfig) -> Iterator[str]:
+    """Yield the documents of the files that can be read; if some are named train, of those alone."""
+    chosen = [file for file in files if file.is_file() and records.kind_of(file)]
+    train = [file for file in chosen if re.search("(?<![a-z])train(?![a-z])", str(file.relative_to(path)).lower())]
+    chosen = train or chosen
+    if not chosen:
+        names = ", ".join(sorted({file.suffix or file.name for file in files}))
+        raise UserError(f"data.source={path}: expected {records.EXPECTED}, found only {names}")
+    _name_unread(path, tuple(file for file in files if file not in chosen))
+    for file in chosen:
+        with _skip_if_corrupt(config), _corrupt_if_unreadable(file):
+            if records.kind_of(file) == ".parquet":
+                shard = Shard(file, _version(file.stat()))
+                for block in range(num_blocks(shard)):
+                    yield from read_block(shard, block, config.text_column)
+            else:
+                for row in records.read(file):
+                    yield records.text_of(row, config.text_column, file)
+
+
+@functools.cache
+def _name_unread(folder: Path, files: tuple[Path, ...]) -> None:
+    if files and os.environ.get("RANK", "0") == "0":
+        names = [str(file.relative_to(folder)) for file in files]
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        print(f"not read in {folder}: {', '.join(names[:10])}{more}", flush=True)
 
 
 def _stream(*args: Any, **options: Any) -> Rows:
@@ -269,44 +358,39 @@ def _stream(*args: Any, **options: Any) -> Rows:
     yield from datasets.load_dataset(*args, streaming=True, **options)
 
 
-def _local_rows(path: Path) -> Rows:
-    kinds = {".csv": "csv", ".json": "json", ".txt": "text"}
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        import datasets
+def _saved_rows(path: Path) -> Rows:
+    import datasets
 
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.DatasetDict):
-            if "train" not in saved:
-                names = ", ".join(map(str, saved))
-                raise UserError(f"data.source={path}: no split train; name one of {names}: {path}/<split>")
-            saved = saved["train"]
-        yield from saved
-    elif path.is_dir():
-        yield from _stream(str(path), split="train")
-    elif path.suffix in kinds:
-        yield from _stream(kinds[path.suffix], data_files=str(path), split="train")
-    else:
-        raise UserError(f"data.source={path}: expected a folder or a file of .parquet, .jsonl, {', '.join(kinds)}")
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.DatasetDict):
+        if "train" not in saved:
+            names = ", ".join(map(str, saved))
+            raise UserError(f"data.source={path}: no split train; name one of {names}: {path}/<split>")
+        saved = saved["train"]
+    yield from saved
 
 
 def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "__", text).strip("_") or "data"
 
 
-def _written(name: str, rows: Rows, source: str, text_column: str) -> Path:
-    """Write the documents of `rows` as shards. Every hundredth, up to VAL_CHARS in all, is for validation."""
+def _written(name: str, texts: Iterator[str], source: str, text_column: str) -> Path:
+    """Write documents as shards. Every hundredth, up to VAL_CHARS in all, is for validation."""
     val: list[str] = []
 
     def train() -> Iterator[str]:
         val_chars = 0
-        for number, text in enumerate(_texts_of(rows, source, text_column)):
+        for number, text in enumerate(filter(None, texts)):
             if number % 100 == 1 and val_chars < VAL_CHARS:
                 val.append(text)
                 val_chars += len(text)
             else:
                 yield text
         if not val:
-            raise UserError(f"data.source={source}: needs at least two documents, one for each split")
+            raise UserError(
+                f"data.source={source}: needs at least two documents, one for each split (a text file of up to "
+                f"{records.MAX_TEXT_CHARS:,} characters is one)"
+            )
 
     def build(target: Path) -> None:  # `val` is complete when it is written: after `train`
         embedded.write_shards(target, train(), val, SHARD_CHARS, column=text_column, row_group_docs=1000)
@@ -318,14 +402,8 @@ def _written(name: str, rows: Rows, source: str, text_column: str) -> Path:
 
 def _texts_of(rows: Rows, source: str, text_column: str) -> Iterator[str]:
     try:
-        for row in rows:
-            if text_column not in row:
-                raise _no_column(f"data.source={source}", text_column, row)
-            text = row[text_column]
-            if not isinstance(text, str | None):
-                raise UserError(f"data.source={source}: column {text_column!r} is not text: set data.text_column")
-            if text:
-                yield text
+        for row in enumerate(rows, start=1):
+            yield records.text_of(row, text_column, f"data.source={source}")
     except UserError:
         raise
     except Exception as error:  # the hub, its caches and its readers fail in dozens of ways: one line for all

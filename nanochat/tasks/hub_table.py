@@ -1,20 +1,19 @@
 """Tasks whose rows come from a data set of the Hugging Face hub, or from local files with its columns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import requests
 
-from nanochat.config import UserError, base_dir
-from nanochat.data import Conversation
+from nanochat.config import UserError
+from nanochat.data import Conversation, records
 from nanochat.tasks.task import Task
 from nanochat.text import reason
 
 SHUFFLE_SEED = 42
 HUB_TIMEOUT_SECONDS = 5.0
-SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
 class HubTable(NamedTuple):
@@ -40,33 +39,46 @@ def hub_task(
     Args:
         make_row: makes a conversation of a row whose columns have the right types; raises UserError if it is malformed.
         source: None: the hub; a file, which is taken for the requested split; or a folder with <name>_<split>.parquet
-            or <split>*.parquet (or .jsonl), in it, in a folder named after the task, or in the folder of the hub.
+            or <split>*.parquet (or .jsonl, .json, .csv) in it, in a folder named as the task, or in that of the hub.
     """
     if source is None:
-        origin, rows = f"{table.repo}, split {split}", _load_from_hub(table, split)
+        hub_rows = _load_from_hub(table, split)
+        origin, size = f"{table.repo}, split {split}", len(hub_rows)
+
+        def read(index: int) -> tuple[str, dict[str, Any]]:
+            return f"{origin}, row {index} (counted from 0)", hub_rows[index]
+
     else:
         files = _find_files(name, table, split, Path(source).expanduser())
-        origin, rows = f"source={files[0]}", _load_files(files)
-    missing = [column for column in table.columns if column not in rows.column_names]
-    if missing:
-        raise UserError(
-            f"{origin}: has no column {missing[0]}, which {name} needs; it has {', '.join(rows.column_names)}"
-        )
-    if len(rows) == 0:
+        rows = [(file, rows, index) for file, rows in _load_files(files) for index in range(len(rows))]
+        origin, size = f"source={files[0]}", len(rows)
+
+        def read(index: int) -> tuple[str, dict[str, Any]]:
+            file, file_rows, number = rows[index]
+            number, row = file_rows[number]
+            if not isinstance(row, dict):
+                raise UserError(f"source={file}, row {number}: is not a JSON object")
+            return f"source={file}, row {number}", row
+
+    if size == 0:
         raise UserError(f"{origin}: has no rows")
-    order = shuffled_indices(len(rows))
+    columns = list(read(0)[1])
+    missing = [column for column in table.columns if column not in columns]
+    if missing:
+        raise UserError(f"{origin}: has no column {missing[0]}, which {name} needs; it has {', '.join(columns)}")
+    order = shuffled_indices(size)
 
     def conversation(index: int) -> Conversation:
-        row = rows[order[index]]
+        place, row = read(order[index])
         try:
             for column, kind in table.columns.items():
-                if not isinstance(row[column], kind):
-                    raise UserError(f"{column} is {str(row[column])[:40]!r}, expected {kind.__name__}")
+                if not isinstance(value := row.get(column), kind):
+                    raise UserError(f"{column} is {str(value)[:40]!r}, expected {kind.__name__}")
             return make_row(row)
         except UserError as error:
-            raise UserError(f"{origin}, row {order[index]} (counted from 0): {error}") from None
+            raise UserError(f"{place}: {error}") from None
 
-    return Task(name, kind, len(rows), conversation, is_correct, baseline)
+    return Task(name, kind, size, conversation, is_correct, baseline)
 
 
 def shuffled_indices(size: int) -> list[int]:
@@ -76,14 +88,14 @@ def shuffled_indices(size: int) -> list[int]:
 
 def _find_files(name: str, table: HubTable, split: str, path: Path) -> list[Path]:
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise UserError(f"source={path}: expected a folder or a file of {', '.join(SUFFIXES)}")
+        if records.kind_of(path) in (None, ".txt"):
+            raise UserError(f"source={path}: expected a folder or a file of {', '.join(records.TABLES)}")
         return [path]
     if not path.is_dir():
         raise UserError(f"source={path}: no such file or folder")
     for folder in (path, path / name, path / table.folder):
         for stem in (f"{name}_{split}", split):
-            if files := sorted(file for file in folder.glob(f"{stem}[.-]*") if file.suffix in SUFFIXES):
+            if files := sorted(file for file in folder.glob(f"{stem}[.-]*") if records.kind_of(file) in records.TABLES):
                 return files
     raise UserError(
         f"source={path}: has no file of {name}, {split}: expected {name}_{split}.parquet (or .jsonl), "
@@ -91,19 +103,11 @@ def _find_files(name: str, table: HubTable, split: str, path: Path) -> list[Path
     )
 
 
-def _load_files(files: list[Path]) -> Any:
-    import datasets  # takes seconds to import, and many tasks do not need it
-
-    builder = "parquet" if files[0].suffix == ".parquet" else "json"
-    cache, progress_bars = str(base_dir() / "datasets"), not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+def _load_files(files: list[Path]) -> list[tuple[Path, Sequence[records.Row]]]:
     try:
-        return datasets.load_dataset(builder, data_files=[str(f) for f in files], split="train", cache_dir=cache)
-    except Exception as error:  # its readers raise dozens of types
-        raise UserError(f"source={files[0]}: cannot be read ({reason(error.__cause__ or error)})") from error
-    finally:
-        if progress_bars:
-            datasets.enable_progress_bars()
+        return [(f, records.ParquetRows(f) if records.kind_of(f) == ".parquet" else [*records.read(f)]) for f in files]
+    except records.UnreadableFileError as error:
+        raise UserError(f"source={error}") from None
 
 
 def _load_from_hub(table: HubTable, split: str) -> Any:
