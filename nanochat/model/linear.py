@@ -32,17 +32,16 @@ def fp8(x: Tensor, weight: Tensor) -> Tensor:
 
         grad_x = q5(grad_y) @ q4(weight),  grad_weight = q5(grad_y).T @ q4(x)
 
-    A custom backward: for torch.autograd.grad, not for torch.func. Shapes that `fp8_fits` refuses use `dense`. The
-    result is all NaN if `x` or `weight` is not finite somewhere.
+    Shapes that `fp8_fits` refuses use `dense`. The result is all NaN if `x` or `weight` is not finite somewhere.
 
     Source: FP8 Formats for Deep Learning (arXiv 2209.05433).
     """
-    return _fp8(x, weight, "native")
+    return _fp8(x, weight, "fp8")
 
 
 def fp8_emulated(x: Tensor, weight: Tensor) -> Tensor:
     """Return what `fp8` does, up to rounding, on any device: quantized operands in float32 products."""
-    return _fp8(x, weight, "emulated")
+    return _fp8(x, weight, "fp8_emulated")
 
 
 def choose(name: Literal["dense", "fp8"], device: torch.device) -> tuple[Linear, str]:
@@ -129,11 +128,11 @@ class Matmuls(NamedTuple):
     grad_w: Callable[[Any, Any, torch.dtype], Tensor]  # (grad_RO, x_RC, dtype) -> grad.T @ x
 
 
-def matmuls(linear: Linear, rows: int, weight: Tensor) -> Matmuls:
-    """Return the products of which `linear`, one of this file, consists for (rows, in) times (out, in)."""
-    if linear not in MATMULS:
-        raise ValueError(f"linear {linear}: its products are unknown, expected one of nanochat.model.linear")
-    return MATMULS[linear if fp8_fits(rows, weight) else dense]
+def matmuls(name: str, rows: int, weight: Tensor) -> Matmuls:
+    """Return the products of which the linear of this name consists for (rows, in) times (out, in)."""
+    if name not in MATMULS:
+        raise ValueError(f"linear {name}: its products are unknown, expected one of {', '.join(MATMULS)}")
+    return MATMULS[name if fp8_fits(rows, weight) else "dense"]
 
 
 def _fp8_matmuls(mode: str) -> Matmuls:
@@ -146,41 +145,52 @@ def _fp8_matmuls(mode: str) -> Matmuls:
     )
 
 
-FP8_MATMULS = {"native": _fp8_matmuls("native"), "emulated": _fp8_matmuls("emulated")}
-MATMULS: dict[Linear, Matmuls] = {
-    dense: Matmuls(
+MATMULS = {
+    "dense": Matmuls(
         cast,
         cast,
         lambda x, weight, dtype: cast(x @ weight.t(), dtype),
         lambda grad, weight, dtype: cast(grad @ weight, dtype),
         lambda grad, x, dtype: cast(grad.t() @ x, dtype),
     ),
-    fp8: FP8_MATMULS["native"],
-    fp8_emulated: FP8_MATMULS["emulated"],
+    "fp8": _fp8_matmuls("native"),
+    "fp8_emulated": _fp8_matmuls("emulated"),
 }
 
 
-def _fp8(x: Tensor, weight: Tensor, mode: str) -> Tensor:
+def _fp8(x: Tensor, weight: Tensor, name: str) -> Tensor:
     rows = x.shape[:-1].numel()
     if not fp8_fits(rows, weight):
         return dense(x, weight)
-    y: Any = _Fp8.apply(x.reshape(rows, x.shape[-1]), weight, mode)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _fp8_product(x.reshape(rows, x.shape[-1]), weight, name).view(*x.shape[:-1], weight.shape[0])
+
+
+# Dynamo must not look inside: it would trace the forward and let torch.func derive another backward from that.
+@torch.compiler.allow_in_graph
+def _fp8_product(x_RC: Tensor, weight_OC: Tensor, name: str) -> Tensor:
+    return _Fp8.apply(x_RC, weight_OC, name)[0]  # pyright: ignore
 
 
 class _Fp8(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RC: Tensor, weight_OC: Tensor, mode: str) -> Tensor:
-        products = FP8_MATMULS[mode]
-        x, weight = products.operand(x_RC, x_RC.dtype), products.operand(weight_OC, x_RC.dtype)
-        ctx.save_for_backward(*x, *weight)
-        ctx.mode, ctx.dtypes = mode, (x_RC.dtype, weight_OC.dtype)
-        return products.y(x, weight, x_RC.dtype)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore
+    def forward(x_RC: Tensor, weight_OC: Tensor, name: str) -> tuple[Tensor, ...]:
+        products = MATMULS[name]
+        x, weight = products.operand(x_RC, x_RC.dtype), products.operand(weight_OC, x_RC.dtype)
+        return products.y(x, weight, x_RC.dtype), *x, *weight
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: tuple[Tensor, ...]) -> None:
+        x_RC, weight_OC, ctx.name = inputs
+        ctx.dtypes = x_RC.dtype, weight_OC.dtype
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore
         x_values, x_scale, weight_values, weight_scale = ctx.saved_tensors
         x, weight = Float8(x_values, x_scale), Float8(weight_values, weight_scale)
-        products, (x_dtype, weight_dtype) = FP8_MATMULS[ctx.mode], ctx.dtypes
+        products, (x_dtype, weight_dtype) = MATMULS[ctx.name], ctx.dtypes
         grad = products.grad_operand(grad_RO, x_dtype)
         return products.grad_x(grad, weight, x_dtype), products.grad_w(grad, x, weight_dtype), None

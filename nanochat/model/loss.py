@@ -87,15 +87,14 @@ def chunked(
     """Return the mean, or weighted sum, of the cross entropy of capped logits, computed in chunks of tokens; 0-d.
 
     The forward pass also makes the gradient of each chunk while its logits exist: three matrix products in all, as in
-    the plain form, and no (R, V) tensor. It is a custom backward, so compiled torch.func.grad ignores it.
+    the plain form, and no (R, V) tensor.
 
     Args:
         x_RC: final activations. lm_head_VC: float32, with rows for the padded vocabulary.
         linear: one of nanochat.model.linear.
     """
     if torch.is_grad_enabled():
-        args = (x_RC, lm_head_VC, targets_R, vocab_size, chunk_tokens, linear, weights_R)
-        return _Chunked.apply(*args)[0]  # pyright: ignore
+        return _chunked(x_RC, lm_head_VC, targets_R, vocab_size, chunk_tokens, linear.__name__, weights_R)
     total = at_least_float32(x_RC.new_zeros(()))
     weights_R, scale = _normalized_weights(targets_R, weights_R, total.dtype)
     for x, targets, weights in zip(*(tensor.split(chunk_tokens) for tensor in (x_RC, targets_R, weights_R))):
@@ -130,7 +129,14 @@ def _chunk_loss(
     return (weights_R * (sum_R.log() - target_logit_R)).sum(), tanh_RV, exp_RV, sum_R
 
 
+@torch.compiler.allow_in_graph  # see nanochat.model.linear
+def _chunked(*args: Any) -> Tensor:
+    return _Chunked.apply(*args)[0]  # pyright: ignore
+
+
 class _Chunked(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x_RC: Tensor,
@@ -138,7 +144,7 @@ class _Chunked(torch.autograd.Function):
         targets_R: Tensor,
         vocab_size: int,
         chunk_tokens: int,
-        linear: Linear,
+        linear: str,
         weights_R: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = x_RC.dtype

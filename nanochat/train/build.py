@@ -30,24 +30,27 @@ def build_step_functions(
         if not shutil.which(compiler):
             raise UserError(f"compile=true needs a C++ compiler on the CPU: install {compiler}, or set compile=false")
     dtype = runtime.compute_dtype
-    chosen = choose_attention(config, shape, runtime)
+    chosen, torch_func = choose_attention(config, shape, runtime), config.train.grad == "torch_func"
     try:
-        attend = attention.build(chosen.names, shape.sequence_len, runtime.device)
+        attend = attention.build(chosen.names, shape.sequence_len, runtime.device, torch_func=torch_func)
     except ImportError as error:  # on another node than rank 0's
         raise UserError(
             f"train.attention: rank 0 has {chosen.text}, and here {error}; install it, or set sdpa"
         ) from None
     linear, precision = linears.choose(config.train.linear, runtime.device)
-    chunk: int | None = chunk_tokens(config, runtime)
-    if config.train.grad == "torch_func":
-        distributed.require_single(runtime, "train.grad=torch_func")
-        if set(chosen.names.values()) - {"math", "sdpa"} or config.train.linear == "fp8":
-            raise UserError(
-                f"train.grad=torch_func: {chosen.text} or train.linear={config.train.linear} has a custom backward, "
-                "which torch.func.grad ignores when compiled; set train.attention=sdpa and train.linear=dense"
-            )
-        chunk = None  # the chunked loss has a custom backward too; the plain one has the same value
+    chunk = chunk_tokens(config, runtime)
     gather = sharding.gather_layer(sharding_plan, dtype)
+    if torch_func and gather:
+        raise UserError(
+            f"train.grad=torch_func: sharding.mode={config.sharding.resolved_mode} gathers each layer inside of the "
+            "gradient, which torch.func cannot differentiate; set sharding.gather=step, sharding.mode=zero2 or "
+            "train.grad=autograd"
+        )
+    if torch_func and config.train.memory_budget != 1:  # it is for a backward that is a graph of its own
+        raise UserError(
+            f"train.memory_budget={config.train.memory_budget} has no effect with train.grad=torch_func: set "
+            "train.grad=autograd"
+        )
     overlap = gather is not None and config.sharding.overlap and runtime.device.type == "cuda"
     compile_fn = functools.partial(distributed.compile_fn, overlap=overlap, memory_budget=config.train.memory_budget)
     compile = compile_fn if config.compile else lambda f: f
@@ -67,14 +70,14 @@ def build_step_functions(
 def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> attention.KernelChoice:
     """Return the attention kernel of each window, the same on all ranks."""
     kernel = config.train.attention
-    if kernel == "auto" and (config.train.grad == "torch_func" or not config.compile):
+    if kernel == "auto" and not config.compile:
         kernel = "sdpa"
     heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
     try:
         with distributed.raise_on_any_failure():
             choice = attention.choose(
                 kernel, shape.sequence_len, shape.windows, heads, runtime.device, runtime.compute_dtype,
-                rows=config.rows, compile=config.compile,
+                rows=config.rows, compile=config.compile, torch_func=config.train.grad == "torch_func",
             )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -45,8 +45,8 @@ class TrainConfig(Settings):
     """How a step is computed.
 
     Attributes:
-        grad: autograd: torch.autograd.grad over the compiled loss; torch_func: torch.func.grad_and_value, in one
-            process, without custom backwards.
+        grad: autograd: torch.autograd.grad over the compiled loss; torch_func: torch.func.grad_and_value, wherever
+            no layer is gathered inside of the gradient.
         attention: attention kernel; auto: the fastest that is correct on this device. fa3 stands for whichever of
             fa3_hub and fa3_torch is installed.
         linear: matmuls of the training step: dense, in the compute dtype, or fp8 (Hopper and later; emulated

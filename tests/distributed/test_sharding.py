@@ -24,7 +24,7 @@ Results = dict[str, Any]  # of rank 0, by case
 @pytest.fixture(scope="module")
 def two_ranks() -> Results:
     """All cases of two ranks, by one job: its start takes as long as they do."""
-    return ranks.call(2, sharded_steps.run, "modes", "nonfinite", "compiled", "derivatives")[0]
+    return ranks.call(2, sharded_steps.run, "modes", "nonfinite", "compiled", "torch_func", "derivatives")[0]
 
 
 def check_modes(rows: list[dict[str, Any]], number: int) -> None:
@@ -53,6 +53,12 @@ def test_every_mode_on_four_ranks_equals_a_single_process() -> None:
 @pytest.mark.slow
 def test_compiled_step_equals_an_uncompiled_one(two_ranks: Results) -> None:
     assert two_ranks["compiled"]["loss"] < 1e-5 and two_ranks["compiled"]["params"] < 1e-4
+
+
+@pytest.mark.slow
+def test_torch_func_trains_like_autograd_on_two_ranks(two_ranks: Results) -> None:
+    assert len(two_ranks["torch_func"]) == 3
+    assert max(two_ranks["torch_func"].values()) < 1e-6, two_ranks["torch_func"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import distributed, model, optim, train, tree
 from nanochat.distributed import Runtime, ShardingConfig, ShardingPlan, sharding
-from nanochat.model import Compute, ModelConfig, loss
+from nanochat.model import Compute, ModelConfig, dense, fp8_emulated, loss
 
 CONFIG = ModelConfig(sequence_len=32, vocab_size=250, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
 STEPS, MICRO_BATCHES, ROWS = 10, 2, 8
@@ -58,19 +59,26 @@ def hparams(step: int) -> optim.Hparams:
     return optim.as_hparams(groups)
 
 
-def start(plan: ShardingPlan | None, *, compile: bool = False) -> tuple[Any, Any]:
+def start(
+    plan: ShardingPlan | None,
+    *,
+    compile: bool = False,
+    grad: str = "autograd",
+    linear: Any = dense,
+    config: ModelConfig = CONFIG,
+) -> tuple[Any, Any]:
     # Zeros would make gradients of nothing but rounding, and Muon makes any gradient as large as the others.
-    flat, dtype = tree.flatten(small_model.random_params(CONFIG)), torch.float32
+    flat, dtype = tree.flatten(small_model.random_params(config)), torch.float32
     params = tree.unflatten({name: sharding.place(plan, name, x) for name, x in flat.items()})
-    compute = Compute(dtype, all_gather=sharding.gather_layer(plan, dtype))
-    loss_fn = functools.partial(loss.next_token, config=CONFIG, compute=compute, chunk_tokens=64)
+    compute = Compute(dtype, linear=linear, all_gather=sharding.gather_layer(plan, dtype))
+    loss_fn = functools.partial(loss.next_token, config=config, compute=compute, chunk_tokens=64)
     step_fn = functools.partial(
         train.train_step,
-        value_and_grad=train.gradient(loss_fn, compile=distributed.compile_fn if compile else None),
+        value_and_grad=train.gradient(loss_fn, grad=grad, compile=distributed.compile_fn if compile else None),
         update=train.make_update(compile=compile, donate=True, sharding_plan=plan),
         gather=functools.partial(sharding.gather, plan, dtype=dtype),
     )
-    return train.init(params, model.spec(CONFIG), dtype, plan), step_fn
+    return train.init(params, model.spec(config), dtype, plan), step_fn
 
 
 def full(params: TensorDict) -> dict[str, Tensor]:
@@ -160,6 +168,23 @@ def compiled(runtime: Runtime) -> Row:
     return {"loss": abs(loss / wanted_loss - 1), "params": difference(got, wanted)}
 
 
+def torch_func(runtime: Runtime) -> Row:
+    """The largest difference of 20 losses between torch.func and autograd, compiled, with the chunked loss."""
+    wide = dataclasses.replace(CONFIG, n_layer=2, n_embd=128)  # as fp8 needs it
+    cases = [("zero2", fp8_emulated, wide), ("zero2", dense, CONFIG), ("fsdp, gathered once a step", dense, CONFIG)]
+    results = {}
+    for mode, linear, config in cases:
+        plan, losses = sharding.make_plan(MODES[mode], runtime, model.spec(config)), []
+        for grad in ("autograd", "torch_func"):
+            state, step_fn = start(plan, compile=True, grad=grad, linear=linear, config=config)
+            for step in range(20):
+                micro_batches = [batch(x[runtime.rank :: runtime.world_size]) for x in data()[step % STEPS]]
+                state, metrics = step_fn(state, micro_batches, hparams(step))
+                losses.append(float(metrics["loss"]))
+        results[f"{mode}, {linear.__name__}"] = max(abs(a - b) for a, b in zip(losses, losses[20:]))
+    return results
+
+
 def derivatives(runtime: Runtime) -> Row:
     """Σ_ranks <gradient, direction> against the finite difference of Σ_ranks loss, through gathers, in float64."""
     plan = sharding.make_plan(MODES["fsdp"], runtime, model.spec(CONFIG))
@@ -190,6 +215,6 @@ def derivatives(runtime: Runtime) -> Row:
 
 def run(*names: str) -> dict[str, Any]:
     """Return the results of each case, by its name."""
-    cases = {case.__name__: case for case in (modes, few_steps, nonfinite, compiled, derivatives)}
+    cases = {case.__name__: case for case in (modes, few_steps, nonfinite, compiled, torch_func, derivatives)}
     with distributed.distributed_context("cpu") as runtime:
         return {name: cases[name](runtime) for name in names}

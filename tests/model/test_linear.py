@@ -95,7 +95,7 @@ def test_fp8_accepts_any_leading_dimensions_and_strides(f: Linear):
 )
 def test_fp8_falls_back_to_dense_for_other_sizes(rows: int, c: int, o: int):
     given = inputs(rows, c, o)
-    assert linear.matmuls(fp8, rows, given[1]) is linear.MATMULS[dense]
+    assert linear.matmuls("fp8", rows, given[1]) is linear.MATMULS["dense"]
     assert all(torch.equal(a, b) for a, b in zip(with_grads(fp8, *given), with_grads(dense, *given)))
 
 
@@ -145,10 +145,19 @@ def test_fp8_saves_eight_bits_for_the_backward(f: Linear):
     assert sum(t.nbytes for t in kept) == x.numel() + weight.numel() + 2 * 4
 
 
-def test_torch_func_refuses_fp8():
-    x, weight, _ = inputs()
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: fp8_emulated(x, weight).sum())(x)
+@pytest.mark.parametrize("compile", [False, True])
+def test_torch_func_uses_the_backward_of_fp8(compile: bool):
+    x, weight, grad = inputs()
+
+    def f(x: Tensor, weight: Tensor) -> Tensor:
+        return (fp8_emulated(x, weight) * grad).sum()
+
+    of_func: Any = torch.func.grad(f, argnums=(0, 1))
+    of_func = torch.compile(of_func, fullgraph=True, backend="aot_eager") if compile else of_func
+    got, want = of_func(x, weight), with_grads(fp8_emulated, x, weight, grad)[1:]
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    members = torch.func.vmap(f)(torch.stack([x, 2 * x]), torch.stack([weight, 3 * weight]))
+    torch.testing.assert_close(members, torch.stack([f(x, weight), f(2 * x, 3 * weight)]))
 
 
 def test_choose_describes_the_linear(monkeypatch: pytest.MonkeyPatch):

@@ -18,8 +18,8 @@ from torch._dynamo.utils import counters
 
 from nanochat import model, optim, train, transform, tree
 from nanochat.config import UserError
-from nanochat.distributed import Runtime, compile_fn
-from nanochat.model import Compute, ModelConfig, attention, loss
+from nanochat.distributed import Runtime, compile_fn, sharding
+from nanochat.model import Compute, ModelConfig, loss
 from nanochat.train import Progress, TrainState
 from nanochat.train import step as steps
 
@@ -129,29 +129,34 @@ def test_nonfinite_step_keeps_parameters_and_moments(poison: int, donate: bool):
     assert new.step == 2 and new.opt_state["step"] == 1, "the data moves on, the moments' count does not"
 
 
-def test_torch_func_training_matches_autograd_without_custom_backward(monkeypatch: pytest.MonkeyPatch):
-    """Under torch.compile, torch.func silently drops a custom backward: see test_transform."""
+def test_torch_func_trains_like_autograd_with_the_chunked_loss(monkeypatch: pytest.MonkeyPatch):
     settings = [train.StageConfig(compile=False, train=train.TrainConfig(grad=g)) for g in ("autograd", "torch_func")]
-    autograd, torch_func = (train.build_step_functions(config, CONFIG, CPU)[0] for config in settings)
+    steps = [train.build_step_functions(config, CONFIG, CPU)[0] for config in settings]
     batches = train.split_batch({name: x for name, x in batch_of().items() if name != "poison"}, 2)
-    want, metrics = autograd(new_state(), batches, HPARAMS)
+    want, got = ([step(new_state(), batches, HPARAMS)] for step in steps)
+    assert_equal(got, want)
 
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("the chunked loss was called")
 
     monkeypatch.setattr(loss, "chunked", refuse)
-    got, same = torch_func(new_state(), batches, HPARAMS)
-    assert float(same["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
-    assert float(same["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
-    assert_trees_close(got.params, want.params, rtol=1e-2)  # Muon makes the rounding of small directions large
-    with pytest.raises(AssertionError, match="the chunked loss was called"):  # the default is the one that uses it
-        autograd(new_state(), batches, HPARAMS)
-    flex = attention.KernelChoice(dict.fromkeys(CONFIG.windows, "flex"), "flex")
-    monkeypatch.setattr(attention, "choose", lambda *_, **__: flex)
-    with pytest.raises(UserError, match=r"train\.grad=torch_func: flex .* has a custom backward"):
-        train.build_step_functions(dataclasses.replace(settings[1], compile=True), CONFIG, CPU)
-    with pytest.raises(UserError, match=r"train\.grad=torch_func runs in one process"):
-        train.build_step_functions(settings[1], CONFIG, dataclasses.replace(CPU, world_size=2))
+    for step in steps:
+        with pytest.raises(AssertionError, match="the chunked loss was called"):
+            step(new_state(), batches, HPARAMS)
+
+
+def test_torch_func_refuses_what_it_cannot_differentiate(monkeypatch: pytest.MonkeyPatch):
+    config = train.StageConfig(train=train.TrainConfig(grad="torch_func"))
+    flex = dataclasses.replace(config, train=dataclasses.replace(config.train, attention="flex"))
+    with pytest.raises(UserError, match="attention=flex has no gradient by torch.func"):
+        train.build_step_functions(flex, CONFIG, CPU)
+    monkeypatch.setattr(sharding, "gather_layer", lambda *_: dict)
+    with pytest.raises(UserError, match=r"sharding\.mode=\w+ gathers each layer inside of the gradient"):
+        train.build_step_functions(config, CONFIG, CPU)
+    less = dataclasses.replace(config, train=dataclasses.replace(config.train, memory_budget=0.5))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"train\.memory_budget=0\.5 has no effect with train\.grad=torch_func"):
+        train.build_step_functions(less, CONFIG, CPU)
 
 
 def test_embeddings_stay_in_half_precision():
