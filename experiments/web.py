@@ -6,7 +6,10 @@
 
 Prints the address of the page once the model is loaded. That takes seconds, and minutes when the decode step is
 compiled for the first time: by default on a GPU, on a CPU with compile=true. There is one worker process for each GPU
-(gpus=2 takes the first two; on a CPU there is one) and one queue for all of them. Ctrl-C stops it.
+(gpus=2 takes the first two; on a CPU there is one) and one queue for all of them.
+
+Ctrl-C and SIGTERM stop it: requests under way have grace_seconds to end, new ones get status 503, and so does /health,
+for a load balancer. What cannot end then gets an error, and the exit code is 0. A second signal stops it at once.
 
     curl -N localhost:8000/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
@@ -26,7 +29,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nanochat import checkpoint, distributed, jsonl, serve
-from nanochat.config import NonNegativeInt, PositiveInt, UserError
+from nanochat.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Config(checkpoint.LoadConfig):
         slots: requests that a worker answers at once. Default: 64 on a GPU, 16 elsewhere.
         queue: requests that may wait for a slot; further ones get status 503.
         connections: open at once.
+        grace_seconds: for requests under way to end after Ctrl-C or SIGTERM. The default fits the 10 s that docker stop
+            leaves; Kubernetes and torchrun leave 30, so 25 there.
         context: tokens of a conversation, answer included. Default: the model's.
         gpus: number of workers, one for each GPU. Default: all GPUs.
         compile: torch.compile the decode step. Default: on a GPU only.
@@ -57,6 +62,7 @@ class Config(checkpoint.LoadConfig):
     slots: PositiveInt | None = None
     queue: NonNegativeInt = 256
     connections: PositiveInt = 512
+    grace_seconds: NonNegativeFloat = 8.0
     context: Annotated[int, "at least 2", lambda x: x >= 2] | None = None
     gpus: PositiveInt | None = None
     compile: bool | None = None
@@ -75,7 +81,14 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
     """Load the model in a process for each device, and serve it until a signal comes."""
     distributed.require_single(runtime, "web, which starts a process for each GPU by itself,")
     folder = checkpoint.find_run(config.run)  # a wrong name is an error now, not when a process has started
-    limits = serve.Limits(config.host, config.port, read_token(config), config.hosts, config.connections)
+    limits = serve.Limits(
+        config.host,
+        config.port,
+        read_token(config),
+        config.hosts,
+        config.connections,
+        grace_seconds=config.grace_seconds,
+    )
     is_cuda = runtime.device.type == "cuda"
     compile = is_cuda if config.compile is None else config.compile
     slots = config.slots or (64 if is_cuda else 16)

@@ -56,7 +56,7 @@ def create_app(scheduler: Scheduler, limits: Limits) -> FastAPI:
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
-        middleware=[Middleware(middleware.SecurityMiddleware, limits=limits, metrics=scheduler.metrics)],
+        middleware=[Middleware(middleware.SecurityMiddleware, limits=limits, scheduler=scheduler)],
         exception_handlers={HTTPException: _handle_error, RequestValidationError: _handle_error},
         responses={"default": {"model": schema.ErrorResponse, "description": "An error."}},
     )
@@ -109,13 +109,16 @@ class StrictJsonRoute(APIRoute):
 # State of the server
 
 
-async def health(request: Request) -> dict[str, Any]:
-    """Return whether the server can answer; open to everyone."""
+async def health(request: Request, response: Response) -> dict[str, Any]:
+    """Return whether the server can answer, with status 503 while it shuts down; open to everyone."""
     scheduler: Scheduler = request.app.state.scheduler
     status = "ok" if scheduler.ready else "restarting" if scheduler.info else "loading"
+    if scheduler.draining:  # a load balancer has to send new requests elsewhere
+        status, response.status_code = "draining", 503
     workers = [{"gpu": index, "ready": bool(worker.info)} for index, worker in enumerate(scheduler.workers)]
     notice = scheduler.info.notice if scheduler.info else None
-    return {"status": status, "ready": scheduler.ready, "workers": workers, "notice": notice}
+    ready = scheduler.ready and not scheduler.draining
+    return {"status": status, "ready": ready, "workers": workers, "notice": notice}
 
 
 async def stats(request: Request) -> dict[str, Any]:
@@ -169,7 +172,7 @@ class Update(NamedTuple):
     index: int
     pieces: Sequence[Piece] = ()
     finish: str | None = None
-    error: str | None = None
+    error: ApiError | None = None
 
 
 async def chat(request: Request, body: ChatRequest) -> Response:
@@ -207,7 +210,7 @@ async def completion(request: Request, body: CompletionRequest) -> Any:
             pieces[update.index] += update.pieces
             reasons[update.index] = update.finish or ""
             if update.error:
-                raise ApiError(500, update.error, type="server_error")
+                raise update.error
     choices = [
         schema.Choice(index=index, message=schema.assistant_message(answer), finish_reason=reason)
         for index, (answer, reason) in enumerate(zip(pieces, reasons))
@@ -242,10 +245,10 @@ def _usage(streams: Sequence[Stream]) -> schema.Usage:
     return schema.Usage(prompt_tokens=prompt, completion_tokens=answers, total_tokens=prompt + answers)
 
 
-def _encode(values: Sequence[BaseModel | dict[str, Any]], error: str | None = None) -> bytes:
+def _encode(values: Sequence[BaseModel | dict[str, Any]], error: ApiError | None = None) -> bytes:
     """Return server-sent events, an error at the end if there is one; a comment if there are none."""
     if error is not None:
-        values = [*values, ApiError(500, error, type="server_error").body]
+        values = [*values, error.body]
     return b"".join(map(schema.event, values)) or b": waiting\n\n"
 
 
@@ -354,7 +357,7 @@ async def _without_exceptions(chunks: AsyncIterator[bytes]) -> AsyncIterator[byt
             yield chunk
     except Exception:  # the status line is sent: the client can only be told in the stream, the operator in the log
         log.exception("a stream failed")
-        yield _encode([], "internal server error in the middle of the answer")
+        yield _encode([], schema.server_error("internal server error in the middle of the answer"))
 
 
 @contextlib.asynccontextmanager

@@ -12,8 +12,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from ipaddress import ip_address
+from types import FrameType
+from typing import Any
 from urllib.parse import urlsplit
 
 import h11
@@ -26,8 +29,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.config import UserError
 from nanochat.serve import scheduler as scheduling
-from nanochat.serve.scheduler import Metrics, Scheduler
-from nanochat.serve.schema import MAX_BODY_BYTES, ApiError
+from nanochat.serve.scheduler import Scheduler
+from nanochat.serve.schema import MAX_BODY_BYTES, ApiError, server_error
 from nanochat.text import reason
 
 PUBLIC_PATHS = ("/", "/health")  # without a token; the page asks for it before it calls the rest
@@ -38,7 +41,8 @@ SECURITY_HEADERS = {
     "x-frame-options": "DENY",
     "cache-control": "no-store",
 }
-SHUTDOWN_SECONDS = 5  # for connections to close
+CLOSE_SECONDS = 1.0  # at the end, for clients to read what was sent to them
+SAME_SIGNAL_SECONDS = 0.3  # a signal so soon after the first is the same one: sent to the group and passed on as well
 
 log = logging.getLogger("nanochat.serve")
 
@@ -56,6 +60,7 @@ class Limits:
     header_seconds: float = 10.0
     send_seconds: float = 30.0  # that a client may leave sent data unread
     idle_seconds: int = 15  # between two requests of a connection
+    grace_seconds: float = 8.0  # after a signal, for requests under way
 
     @property
     def is_local(self) -> bool:
@@ -111,8 +116,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 class SecurityMiddleware:
     """ASGI middleware: refuses strangers, adds headers, counts responses."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
-        self._app, self._limits, self._metrics = app, limits, metrics
+    def __init__(self, app: ASGIApp, limits: Limits, scheduler: Scheduler) -> None:
+        self._app, self._limits, self._scheduler = app, limits, scheduler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -123,8 +128,10 @@ class SecurityMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                self._metrics.responses.labels(message["status"]).inc()
+                self._scheduler.metrics.responses.labels(message["status"]).inc()
                 headers = MutableHeaders(scope=message)
+                if self._scheduler.draining:
+                    headers["connection"] = "close"
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
@@ -140,7 +147,7 @@ class SecurityMiddleware:
             if started:
                 raise
             log.exception("internal server error")
-            error = ApiError(500, "internal server error; the server's log has the details", type="server_error")
+            error = server_error("internal server error; the server's log has the details")
             await error_response(error)(scope, receive, send_secured)
 
 
@@ -185,6 +192,12 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             elif "header" not in self._timers:  # a byte now and then gains no time
                 self._start_timer("header", limits.header_seconds, self.transport.abort)
 
+        @property
+        def is_busy(self) -> bool:
+            """True if there is a request to answer, or an answer to send."""
+            is_answering = self.cycle is not None and not self.cycle.response_complete
+            return is_answering or self.transport.get_write_buffer_size() > 0
+
         def pause_writing(self) -> None:
             super().pause_writing()
             self._start_timer("send", limits.send_seconds, self.transport.abort)
@@ -222,16 +235,20 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             retry = {"retry-after": "1"} if status == 503 else {}
             response = error_response(ApiError(status, message, type=type, headers={"connection": "close"} | retry))
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                is_head = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
                 head = h11.Response(status_code=status, headers=response.raw_headers)
-                for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                for event in (head, h11.Data(data=b"" if is_head else bytes(response.body)), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
+            if self.cycle is not None:  # a route may be about to answer the request whose body is broken
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
             self.transport.close()
 
     return LimitedProtocol
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends the streams before it waits for their connections, and exits on a fatal error."""
+    """uvicorn's server, which drains after a signal and stops at once after a second one, or on a fatal error."""
 
     def __init__(
         self, app: ASGIApp, scheduler: Scheduler, limits: Limits, on_ready: Callable[[int], None] | None = None
@@ -249,10 +266,10 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 timeout_keep_alive=limits.idle_seconds,
-                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
         )
-        self._scheduler, self._on_ready = scheduler, on_ready
+        self._scheduler, self._on_ready, self._grace_seconds = scheduler, on_ready, limits.grace_seconds
+        self._signal_time: float | None = None  # of the first
 
     async def on_tick(self, counter: int) -> bool:
         """Every tenth of a second: report that the model is ready; exit if it never will be."""
@@ -261,8 +278,26 @@ class Server(uvicorn.Server):
             self._on_ready = None
         return await super().on_tick(counter) or self._scheduler.fatal_error is not None
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain after the first signal, which counts as handled; a later one is raised again when all is closed."""
+        if self._signal_time is None:
+            self.should_exit, self._signal_time = True, time.monotonic()
+        elif time.monotonic() - self._signal_time > SAME_SIGNAL_SECONDS:
+            self._captured_signals.append(sig)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what is under way for the grace period, still listening to refuse the rest; then end everything."""
+        self._scheduler.draining = True
+        connections: set[Any] = self.server_state.connections
+        busy, seconds = {c for c in connections if c.is_busy}, self._grace_seconds
+        if busy:
+            log.warning("stopping; requests under way: %d, for %g s at most; again to stop at once", len(busy), seconds)
+        end = time.monotonic() + seconds
+        while busy and time.monotonic() < end and not self._captured_signals:
+            await asyncio.sleep(0.05)
+            busy = {c for c in busy if c.is_busy}
         scheduling.end_streams(self._scheduler)
+        asyncio.get_running_loop().call_later(CLOSE_SECONDS, lambda: [c.transport.abort() for c in tuple(connections)])
         await super().shutdown(sockets)
 
 
@@ -280,14 +315,13 @@ def listen(limits: Limits) -> socket.socket:
 def run(app: ASGIApp, scheduler: Scheduler, limits: Limits, on_ready: Callable[[int], None] | None = None) -> None:
     """Serve until a signal, or until no worker can be started; `on_ready` gets the port as soon as one is ready."""
     is_main = threading.current_thread() is threading.main_thread()
-    # uvicorn raises a signal again when all is closed: the program then has to exit cleanly too, as after Ctrl-C.
+    # A second signal is raised again when all is closed: the program then has to exit cleanly too, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if is_main else None
     try:
-        gc.freeze()  # collecting all that is imported takes as long as /health may
+        gc.freeze()  # collecting all that is imported takes as long as /health may, and a second at the exit
         with listen(limits) as sock:
             Server(app, scheduler, limits, on_ready).run(sockets=[sock])
     finally:
-        gc.unfreeze()
         if is_main:
             signal.signal(signal.SIGTERM, before)
     if scheduler.fatal_error:

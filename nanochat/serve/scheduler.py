@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nanochat.infer import Request
-from nanochat.serve.schema import ApiError
+from nanochat.serve.schema import ApiError, server_error
 from nanochat.serve.worker import Deliver, Message, WorkerHandle, WorkerInfo
 
 BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -23,7 +23,6 @@ RESTART_SECONDS = (1.0, 60.0)  # the first pause before a restart, and the longe
 HANG_SECONDS = 120.0  # a worker with requests that is silent for longer is treated as hung
 STABLE_SECONDS = 60.0  # a worker that ran for longer starts again after the first pause
 FINISHES = ("stop", "length", "cancelled", "failed")
-SHUTDOWN = "the server is shutting down"
 
 Connect = Callable[[Deliver], WorkerHandle]  # starts a worker
 
@@ -41,7 +40,7 @@ class Stream:
     tokens: list[int] = dataclasses.field(default_factory=list)  # that the client has not taken
     n_tokens: int = 0
     finish: str | None = None  # "stop" or "length" after a normal end
-    error: str | None = None  # the reason of any other end
+    error: ApiError | None = None  # the reason of any other end
     arrived: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
@@ -93,7 +92,7 @@ class Scheduler:
     metrics: Metrics
     info: WorkerInfo | None = None  # of the model, as soon as a worker has been ready
     fatal_error: str | None = None  # why no worker can ever be ready
-    closing: bool = False
+    draining: bool = False  # what was accepted is answered, and nothing more is accepted
     queue: dict[int, Stream] = dataclasses.field(default_factory=dict)
     keys: itertools.count = dataclasses.field(default_factory=itertools.count)
     tasks: list[asyncio.Task] = dataclasses.field(default_factory=list)  # one for each worker, which keeps it running
@@ -129,19 +128,17 @@ def start(scheduler: Scheduler) -> None:
 
 
 async def stop(scheduler: Scheduler) -> None:
-    """End all streams and workers."""
-    end_streams(scheduler)
+    """End all workers."""
     for task in scheduler.tasks:
         task.cancel()
     await asyncio.gather(*scheduler.tasks, return_exceptions=True)
 
 
 def end_streams(scheduler: Scheduler) -> None:
-    """End all streams and accept no more, for a shutdown."""
-    scheduler.closing = True
+    """End the streams that are under way when the time to drain is over."""
     running = [stream for worker in scheduler.workers for stream in worker.streams.values()]
     for stream in [*scheduler.queue.values(), *running]:
-        cancel(scheduler, stream, SHUTDOWN)
+        cancel(scheduler, stream, shutting_down())
 
 
 # Streams
@@ -149,8 +146,8 @@ def end_streams(scheduler: Scheduler) -> None:
 
 def submit(scheduler: Scheduler, requests: Sequence[Request], wake: asyncio.Event) -> list[Stream]:
     """Queue one stream for each request, all of them or none."""
-    if scheduler.closing:
-        raise overloaded(SHUTDOWN, 5)
+    if scheduler.draining:
+        raise shutting_down()
     free = sum(worker.free_slots for worker in scheduler.workers)
     if max(0, len(scheduler.queue) + len(requests) - free) > scheduler.queue_limit:
         raise overloaded(f"{len(scheduler.queue)} requests are waiting: try again later", _retry_seconds(scheduler))
@@ -160,7 +157,7 @@ def submit(scheduler: Scheduler, requests: Sequence[Request], wake: asyncio.Even
     return streams
 
 
-def cancel(scheduler: Scheduler, stream: Stream, reason: str = "cancelled") -> None:
+def cancel(scheduler: Scheduler, stream: Stream, error: ApiError | None = None) -> None:
     """End a stream that has not ended, and give its slot to the next."""
     if stream.ended:
         return
@@ -170,12 +167,16 @@ def cancel(scheduler: Scheduler, stream: Stream, reason: str = "cancelled") -> N
         if worker.handle:
             worker.handle.send(("cancel", stream.key))
     scheduler.queue.pop(stream.key, None)
-    _fail(scheduler, stream, reason, "cancelled")
+    _fail(scheduler, stream, error or ApiError(499, "cancelled"), "cancelled")
     _dispatch(scheduler)
 
 
 def overloaded(message: str, retry_after_seconds: int) -> ApiError:
     return ApiError(503, message, type="overloaded_error", headers={"Retry-After": str(retry_after_seconds)})
+
+
+def shutting_down() -> ApiError:
+    return overloaded("the server is shutting down: try again", 5)
 
 
 def _retry_seconds(scheduler: Scheduler) -> int:
@@ -187,7 +188,7 @@ def _retry_seconds(scheduler: Scheduler) -> int:
 
 
 def _dispatch(scheduler: Scheduler) -> None:
-    while scheduler.queue and not scheduler.closing:
+    while scheduler.queue:
         index = max(range(len(scheduler.workers)), key=lambda i: scheduler.workers[i].free_slots)
         worker = scheduler.workers[index]
         if worker.free_slots <= 0 or worker.handle is None:
@@ -215,8 +216,8 @@ def _add(scheduler: Scheduler, worker: Worker, stream: Stream, token: int, finis
     stream.wake.set()
 
 
-def _fail(scheduler: Scheduler, stream: Stream, reason: str, finish: str = "failed") -> None:
-    stream.error = reason
+def _fail(scheduler: Scheduler, stream: Stream, error: ApiError, finish: str = "failed") -> None:
+    stream.error = error
     scheduler.metrics.answers.labels(finish).inc()
     stream.wake.set()
 
@@ -244,7 +245,7 @@ async def _supervise(scheduler: Scheduler, index: int) -> None:
             worker.error = worker.error or "its process ended"
             lost, worker.streams = worker.streams, {}
             for stream in lost.values():
-                _fail(scheduler, stream, "the model's process failed while it was answering: try again")
+                _fail(scheduler, stream, server_error("the model's process failed while it was answering: try again"))
             await asyncio.shield(loop.run_in_executor(None, handle.close))
         if scheduler.fatal_error:
             return
@@ -280,7 +281,7 @@ def _handle(scheduler: Scheduler, worker: Worker, message: Message) -> None:
             worker.info, worker.error, scheduler.info = info, None, info
         case ("refused", key, reason):
             if stream := worker.streams.pop(key, None):
-                _fail(scheduler, stream, reason)
+                _fail(scheduler, stream, server_error(reason))
         case ("failed", reason, is_fatal):
             worker.error = reason
             if is_fatal and scheduler.info is None:

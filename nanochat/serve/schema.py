@@ -50,6 +50,10 @@ class ApiError(HTTPException):
         self.body = ErrorResponse(error=ErrorDetail(message=message, **detail))
 
 
+def server_error(message: str) -> ApiError:
+    return ApiError(500, message, type="server_error")
+
+
 UNSUPPORTED = "unsupported_parameter"
 MESSAGES = {
     UNSUPPORTED: "{name} is not supported{hint}",

@@ -23,6 +23,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from nanochat.infer import Engine, Request
 from nanochat.text import reason
 
 CPU_NICE = 5  # a worker that computes on the CPU leaves the server, which needs little, the first turn
-EXIT_SECONDS = 3.0  # for a process to exit when it is asked to, and again after each signal
+EXIT_SECONDS = 3.0  # for a process to exit when it is asked to, and again when it is killed
 
 Message = tuple[Any, ...]
 Deliver = Callable[[Message], None]  # what a handle calls, from any thread, with each message of its worker
@@ -81,7 +82,12 @@ class WorkerHandle:
         self._pipe, theirs = context.Pipe()
         name = f"worker on {config.device}"
         self._process = context.Process(target=main, args=(theirs, config), name=name, daemon=True)
+        # A signal to the whole group (Ctrl-C, torchrun, a service manager) is for the server: it ends its workers last.
+        signals = (signal.SIGINT, signal.SIGTERM)
+        resource_tracker.ensure_running()  # its start would unblock the signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # inherited, from the first instruction on
         self._process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # or the end of the process would not close the pipe
         self._writer = ThreadPoolExecutor(1, "write")
         self._reader = threading.Thread(target=self._read, args=(deliver,), name="read", daemon=True)
@@ -95,10 +101,9 @@ class WorkerHandle:
         """End the worker and return when it has exited."""
         self.send(("end",))
         self._process.join(EXIT_SECONDS)
-        for signal_process in (self._process.terminate, self._process.kill):  # it is loading, or hangs
-            if self._process.is_alive():
-                signal_process()
-                self._process.join(EXIT_SECONDS)
+        if self._process.is_alive():  # it is loading, or hangs
+            self._process.kill()
+            self._process.join(EXIT_SECONDS)
         self._writer.shutdown(wait=False, cancel_futures=True)
         self._reader.join(EXIT_SECONDS)
 
@@ -114,7 +119,6 @@ class WorkerHandle:
 
 def main(pipe: Connection, config: WorkerConfig) -> None:
     """Run a worker: the target of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server ends us
     if config.device == "cpu":
         os.nice(CPU_NICE)
     threading.Thread(target=_exit_with_parent, name="exit with parent", daemon=True).start()

@@ -11,11 +11,15 @@ A piece of an answer is one of
     scripted.FAIL               the worker exits: the stream ends in an error event, the worker is restarted
     scripted.REFUSE             the worker refuses the request: an error event
     scripted.LENGTH             ends the answer with finish_reason "length" (else it is "stop")
+
+`python scripted.py '{"hello": ["Hi"]}' GRACE_SECONDS` is the server as a process of its own, for signals.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,7 +82,7 @@ def serve(
         asyncio.get_running_loop().call_later(load_seconds, deliver, ("ready", info))
         return ScriptedWorker(replies, delay, deliver, requests, cancelled)
 
-    connects, limits_ = [connect] * workers, dataclasses.replace(Limits(port=0), **limits)
+    connects, limits_ = [connect] * workers, dataclasses.replace(Limits(port=0, grace_seconds=0), **limits)
     scheduler_ = scheduler.create(connects, queue_limit)
     with middleware.listen(limits_) as sock:
         uvicorn = middleware.Server(app.create_app(scheduler_, limits_), scheduler_, limits_)
@@ -160,3 +164,20 @@ def _tokens(piece: Piece) -> list[int]:
         kind, text = piece
         return [TOKENIZER.special(f"<|{kind}_start|>"), *text.encode(), TOKENIZER.special(f"<|{kind}_end|>")]
     return list(piece if isinstance(piece, bytes) else piece.encode())
+
+
+def main() -> None:
+    """Serve until a signal; prints the port."""
+    info = worker.WorkerInfo("scripted", 1, "sft", None, TOKENIZER, 40_000, 64, "cpu", "")
+    limits = Limits(port=0, grace_seconds=float(sys.argv[2]))
+
+    def connect(deliver: worker.Deliver) -> worker.WorkerHandle:
+        deliver(("ready", info))
+        return ScriptedWorker(json.loads(sys.argv[1]), 0.0, deliver, [], [])
+
+    scheduler_ = scheduler.create([connect], 64)
+    middleware.run(app.create_app(scheduler_, limits), scheduler_, limits, lambda port: print(port, flush=True))
+
+
+if __name__ == "__main__":
+    main()

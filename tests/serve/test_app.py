@@ -533,6 +533,30 @@ def test_broken_http_is_refused_in_json(server: scripted.Server) -> None:
         assert json.loads(content)["error"]["type"] == "invalid_request_error"
 
 
+BROKEN_BODIES = {
+    "chunk size": b"zz\r\nabc\r\n0\r\n\r\n",
+    "chunk end": b"3\r\nabcdef\r\n0\r\n\r\n",
+    "second chunk": b"3\r\nabc\r\n-5\r\n\r\n",
+    "trailer": b"0\r\n\x00bad\r\n\r\n",
+    "chunk extension": b"3;" + b"e" * 200_000 + b"\r\nabc\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("body", BROKEN_BODIES.values(), ids=BROKEN_BODIES.keys())
+@pytest.mark.parametrize(
+    "start", ["GET /", "HEAD /health", "GET /metrics", "POST /nothing", "DELETE /health", "POST /chat/completions"]
+)
+@pytest.mark.parametrize("host", ["localhost", "evil.example"])
+def test_broken_chunked_body_is_a_400_without_traceback(
+    server: scripted.Server, caplog: pytest.LogCaptureFixture, start: str, body: bytes, host: str
+) -> None:
+    head = f"{start} HTTP/1.1\r\nHost: {host}\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head, _, content = raw(server, head.encode() + body).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"connection: close" in head
+    assert bool(content) == (not start.startswith("HEAD"))
+    assert not caplog.records and idle(server)
+
+
 # Metrics and logs
 
 

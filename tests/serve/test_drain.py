@@ -1,0 +1,131 @@
+"""What happens to requests under way after a signal, with the server as a process of its own (helpers/scripted.py)."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import scripted
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+REPLIES = {"short": ["a", 1.0, "b"], "long": ["a", 60.0, "b"]}
+KINDS = {"chat": ("/chat/completions", {}), "stream": ("/v1/chat/completions", {"stream": True})}
+KINDS |= {"plain": ("/v1/chat/completions", {})}
+
+
+@contextlib.contextmanager
+def serve(grace_seconds: float) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
+    command = [sys.executable, scripted.__file__, json.dumps(REPLIES), str(grace_seconds)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
+        try:
+            assert process.stdout
+            url, limits = f"http://127.0.0.1:{int(process.stdout.readline())}", httpx.Limits(max_connections=None)
+            with httpx.Client(base_url=url, limits=limits, timeout=20) as http:
+                yield process, http
+        finally:
+            process.kill()
+
+
+def ask(http: httpx.Client, kind: str, content: str) -> httpx.Response:
+    path, more = KINDS[kind]
+    return http.post(path, json={"messages": [{"role": "user", "content": content}], **more})
+
+
+def ask_all(http: httpx.Client, pool: ThreadPoolExecutor, requests: list[tuple[str, str]]) -> list[Any]:
+    """Send requests (kind, content); returns them with their futures as soon as all are being answered."""
+    asked = [(kind, content, pool.submit(ask, http, kind, content)) for kind, content in requests]
+    end = time.monotonic() + 5
+    while http.get("/stats").json()["active"] < len(asked):
+        assert time.monotonic() < end
+    return asked
+
+
+def assert_answered(kind: str, response: httpx.Response) -> None:
+    assert response.status_code == 200
+    if kind == "plain":
+        assert response.json()["choices"][0]["message"]["content"] == "ab"
+    else:
+        *_, last = [line for line in response.text.split("\n") if line]
+        assert last == ("data: [DONE]" if kind == "stream" else 'data: {"done":true,"finish_reason":"stop"}')
+
+
+def assert_cut(kind: str, response: httpx.Response) -> None:
+    if kind == "plain":
+        assert_refused(response)
+        return
+    *events, last = [line.removeprefix("data: ") for line in response.text.split("\n") if line]
+    assert response.status_code == 200 and any('"a"' in event for event in events)
+    error = json.loads(last)["error"]
+    assert error["type"] == "overloaded_error" and "shutting down" in error["message"]
+
+
+def assert_refused(response: httpx.Response) -> None:
+    assert response.status_code == 503 and int(response.headers["retry-after"]) > 0
+    assert response.headers["connection"] == "close" and "shutting down" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_requests_under_way_have_the_grace_period(number: int) -> None:
+    with serve(2.5) as (process, http), ThreadPoolExecutor(24) as pool:
+        asked = ask_all(http, pool, [(kind, content) for kind in KINDS for content in REPLIES] * 4)
+        start = time.monotonic()
+        for _ in range(2):  # to the group, and passed on by a parent
+            os.killpg(process.pid, number)
+        while (health := http.get("/health")).status_code == 200:
+            time.sleep(0.02)
+        assert health.status_code == 503 and health.headers["connection"] == "close"
+        assert (health.json()["status"], health.json()["ready"]) == ("draining", False)
+        for kind in KINDS:
+            assert_refused(ask(http, kind, "short"))
+        for kind, content, future in asked:
+            (assert_answered if content == "short" else assert_cut)(kind, future.result())
+        assert 2.4 < time.monotonic() - start < 5
+        assert process.wait(5) == 0
+        stopping = "stopping; requests under way: 24, for 2.5 s at most; again to stop at once\n"
+        assert process.stderr and process.stderr.read() == stopping
+
+
+def test_second_signal_stops_at_once() -> None:
+    with serve(30) as (process, http), ThreadPoolExecutor(3) as pool:
+        asked = ask_all(http, pool, [(kind, "long") for kind in KINDS])
+        process.terminate()
+        time.sleep(0.5)
+        process.terminate()
+        start = time.monotonic()
+        for kind, _, future in asked:
+            assert_cut(kind, future.result())
+        assert process.wait(5) == 128 + signal.SIGTERM and time.monotonic() - start < 3
+
+
+def test_client_that_does_not_read_holds_up_the_exit_no_longer(caplog: pytest.LogCaptureFixture) -> None:
+    with scripted.serve({"": ["x"] * 4096}, grace_seconds=0.5) as server, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", urlsplit(server.url).port or 0))
+        content = json.dumps(
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4096, "n": 8, "stream": True}
+        )
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        sock.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+        end = time.monotonic() + 10
+        while not server.requests or server.scheduler.active:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        start = time.monotonic()
+        server.stop()
+        assert 0.5 < time.monotonic() - start < 4
+    assert [record.name for record in caplog.records] == ["nanochat.serve"], "no traceback of uvicorn's"
