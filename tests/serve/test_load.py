@@ -284,6 +284,7 @@ def test_worker_drops_cancelled_requests_at_once() -> None:
         (["run=tinny"], "run=tinny: no such run"),
         (["step=999"], "step"),
         (["slots=0"], "slots=0"),
+        (["grace_seconds=-1"], "grace_seconds=-1.0: must be at least 0"),
         (["gpus=2"], "gpus=2"),
         (["token=a", "token_file=/none"], "both set"),
         (["token_file=/none"], "token_file=/none cannot be read"),
