@@ -65,10 +65,8 @@ class Config(StageConfig):
         tasks: tasks to train on, each with how often its rows are repeated.
         val_tasks: tasks for validation bits per byte.
         source: folder with local files of the tasks; none: the Hugging Face hub.
-        assistant_only: compute the loss on the assistant's tokens only; false: on all, except the assistant's messages
-            that are switched off.
-        long_conversations: longer than the context. truncate: cut at its last token; whole_turns: keep the exchanges
-            that fit; drop.
+        assistant_only: compute the loss on the assistant's tokens only; false: on all but messages with weight 0.
+        long_conversations: truncate them at the context; whole_turns: after the last answer that fits; or drop them.
         buffer_conversations: conversations that the packing chooses from.
         device_batch_size: sequences of a micro-batch on each device; auto: the most that fit; none: the base run's.
         total_batch_size: tokens of an optimizer step; none: the base run's.

@@ -35,7 +35,7 @@ PART_AFTER = {
     "<|output_end|>": "text",
 }
 # Roles, those of ShareGPT among them -> whose turn it is.
-SIDES = dict.fromkeys(("system", "developer", "user", "human"), "user")
+SIDES: dict[str, str] = dict.fromkeys(("system", "developer", "user", "human"), "user")
 SIDES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 # Keys of a message or a conversation -> the value that leaves it in the loss; the other value takes it out.
 SWITCHES = {"weight": True, "loss_weight": True, "train": True, "training": True, "loss": True, "masked": False}
@@ -85,9 +85,7 @@ def normalize(conversation: Conversation) -> list[Turn]:
         if side == "user":
             if switch:
                 keys = "/".join(key for key in SWITCHES if message.get(key) is not None)
-                raise ConversationError(
-                    f"{where}: {keys} asks to train on the {role}'s message: only the assistant's can"
-                )
+                raise ConversationError(f"{where}: {keys} on the {role}'s message: only the assistant's are trained on")
             has_question = role in ("user", "human") or (continues and has_question)
             texts = [turns.pop().parts[0][1]] if continues else []
             texts.append("\n".join(text for _, text in parts))
@@ -96,11 +94,8 @@ def normalize(conversation: Conversation) -> list[Turn]:
             raise ConversationError(f"{where}: role {role!r}, expected user: the assistant answers a user's message")
         else:
             supervised = next(value for value in (switch, default, True) if value is not None)
-            if continues:
-                parts.insert(0, ("text", "\n\n"))
-            else:
-                turns.append(Turn("assistant", []))
-            turns[-1].parts.extend((kind, text, supervised) for kind, text in parts)
+            before = [*turns.pop().parts, ("text", "\n\n", supervised)] if continues else []
+            turns.append(Turn("assistant", [*before, *((kind, text, supervised) for kind, text in parts)]))
     if not has_question:
         raise ConversationError("the conversation has no user message: add one" + " after the system's" * bool(turns))
     return turns

@@ -18,7 +18,6 @@ from typing import Any
 
 from nanochat.config import UserError
 from nanochat.data import Conversation, chat_format, records
-from nanochat.data.chat_format import EMPTY
 from nanochat.tasks.hub_table import HubTable, hub_task, shuffled_indices
 from nanochat.tasks.task import Task, data_file
 
@@ -27,8 +26,8 @@ DIALOGS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query")
 ANSWERS = ("output", "completion", "response", "answer")
 # Keys of rows that are one message -> its role, in the order of the messages.
-ROLES = dict.fromkeys(("system", "system_prompt"), "system") | dict.fromkeys((*QUESTIONS, "input", "context"), "user")
-ROLES |= dict.fromkeys(ANSWERS, "assistant")
+ROLES: dict[str, str] = dict.fromkeys(("system", "system_prompt"), "system")
+ROLES |= dict.fromkeys((*QUESTIONS, "input", "context"), "user") | dict.fromkeys(ANSWERS, "assistant")
 OTHER_FORMATS = {
     "role": "a single message: put all messages of a conversation into one array",
     "from": "a single message: put all messages of a conversation into one array",
@@ -45,7 +44,7 @@ def smoltalk(split: str = "train", *, source: str | Path | None = None) -> Task:
     def conversation(row: dict[str, Any]) -> Conversation:
         made, unused = from_row({**row, "source": None})
         for key in unused:
-            _warn(f"warning: smoltalk: key without effect: {key}")
+            _warn(f"warning: smoltalk: ignored key: {key}")
         return made
 
     return hub_task("smoltalk", "chat", SMOLTALK, conversation, split, source)
@@ -102,17 +101,17 @@ def read_conversations(path: Path) -> list[Conversation]:
     if not rows:
         raise UserError(f"{path}: contains no conversations")
     if unused:
-        counts = ", ".join(f"{key} ({count:,} rows)" for key, count in sorted(unused.items()))
-        _warn(f"warning: {path}: keys without effect: {counts}")
+        counts = ", ".join(f"{key} (in {count:,} of {len(rows):,} rows)" for key, count in sorted(unused.items()))
+        _warn(f"warning: {path}: ignored keys: {counts}")
     return rows
 
 
 def from_row(row: Any) -> tuple[Conversation, set[str]]:
-    """Return a row's conversation, and the keys that have no effect. Raises UserError for another format."""
+    """Return a row's conversation, and the keys that are ignored. Raises UserError for another format."""
     row = {"messages": row} if isinstance(row, list) else row
     if not isinstance(row, dict):
         raise UserError(f"expected a conversation, an array of messages or an object, got {str(row)[:40]!r}")
-    row = {key: value for key, value in row.items() if value not in EMPTY or key in (*DIALOGS, *ANSWERS)}
+    row = {key: value for key, value in row.items() if value not in chat_format.EMPTY or key in (*DIALOGS, *ANSWERS)}
     texts = [key for key in ROLES if key in row]
     numbers = [sum(key in names for key in texts) for names in (QUESTIONS, ANSWERS)]
     if dialog := next((key for key in DIALOGS if key in row), None):
@@ -130,14 +129,14 @@ def from_row(row: Any) -> tuple[Conversation, set[str]]:
     return made, chat_format.unused_keys(made) | (row.keys() - {*used, *options})
 
 
-def _messages(value: Any, key: str) -> list[dict[str, Any]]:
+def _messages(value: Any, key: str) -> list[Any]:
     """Return a text as a message, or an array of messages with ShareGPT's keys renamed to OpenAI's."""
     if key in ROLES and not isinstance(value, list):
         return [{"role": ROLES[key], "content": value}]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f"{key}: expected an array of messages, got {str(value)[:40]!r}")
     names = {"from": "role", "value": "content"}
-    before = {} if key in (*DIALOGS, *ANSWERS) else {"weight": 0}  # the answers in a prompt are given
+    before: dict[str, Any] = {} if key in (*DIALOGS, *ANSWERS) else {"weight": 0}  # answers in a prompt are given
     return [before | {names.get(name, name): x for name, x in message.items()} for message in value]
 
 

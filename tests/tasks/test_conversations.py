@@ -131,12 +131,13 @@ def test_switches_of_a_file_are_honored(tmp_path: Path) -> None:
     assert supervised == [[False], [False, True], [False, True]]
 
 
-def test_keys_without_effect_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"messages": QA, "id": i, "tools": []} for i in range(3)]
+def test_ignored_keys_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[Any] = [{"messages": QA, "id": i, "tools": []} for i in range(3)]
     rows[0]["messages"] = [QA[0] | {"name": "Bob", "tool_calls": None}, QA[1]]
     path = write(tmp_path / "my.jsonl", *rows)
     tasks.load("customjson", source=path)
-    assert capsys.readouterr().out == f"warning: {path}: keys without effect: id (3 rows), name (1 rows)\n"
+    wanted = f"warning: {path}: ignored keys: id (in 3 of 3 rows), name (in 1 of 3 rows)\n"
+    assert capsys.readouterr().out == wanted
 
 
 def test_smoltalk_rows(tmp_path: Path) -> None:
@@ -146,5 +147,5 @@ def test_smoltalk_rows(tmp_path: Path) -> None:
     task = tasks.load("smoltalk", source=tmp_path)
     assert [task.row(i) for i in range(task.size)] == [{"messages": talk}] * 2
     write(tmp_path / "data" / "test-00000-of-00001.parquet", {"messages": talk[:1], "source": "x"})
-    with pytest.raises(UserError, match=r"test-00000-of-00001.parquet, row 0 \(counted from 0\): .*no user message"):
+    with pytest.raises(UserError, match=r"test-00000-of-00001.parquet, row 1: .*no user message"):
         tasks.load("smoltalk", "test", source=tmp_path).row(0)
