@@ -21,7 +21,7 @@ from nanochat import config as configs
 from nanochat.config import UserError
 from nanochat.data import Tokenizer, tokenizer
 from nanochat.distributed import Runtime, ShardingPlan, hardware, mark_restart, peak_flops, sharding
-from nanochat.metrics import logger, plots, progress
+from nanochat.metrics import logger, plots, progress, run_lock
 from nanochat.model import ModelConfig
 from nanochat.text import format_count, format_duration
 from nanochat.train import build
@@ -87,6 +87,7 @@ class RunContext:
     loss_fn: Callable  # for evaluation
     peak_flops: float  # of a device
     folder: Path
+    check_lock: Callable[[], None]  # raises if another job has taken the folder
     manager: checkpoint.Manager
     log: logger.Log
     bar: progress.Bar
@@ -117,7 +118,8 @@ def run_stage(
         limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
         print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
 
-        stop = stack.enter_context(train.stop_on_signals())  # entered first, left last: the last save is protected too
+        check_lock = stack.enter_context(run_lock.held(folder))
+        stop = stack.enter_context(train.stop_on_signals())  # left after the manager: the last save is protected too
         manager = open_checkpoints(folder, config, runtime)
         stack.callback(checkpoint.close, manager)  # waits for the last save, after an error as well
         mark_restart(f"opened {config.name}")  # a restart of the job by torchrun resumes this run
@@ -136,7 +138,8 @@ def run_stage(
         stack.callback(logger.close, log)
         bar = stack.enter_context(progress.Bar(stage.num_steps, initial=at.step, label=str(config.name)))
         ctx = RunContext(
-            config, stage, shape, tok, runtime, sharding_plan, loss_fn, limit, folder, manager, log, bar, stop, at.step,
+            config, stage, shape, tok, runtime, sharding_plan, loss_fn, limit, folder, check_lock, manager, log, bar,
+            stop, at.step,
         )  # fmt: skip
         if not evals_done(ctx, at):  # a stop prevented them
             run_evals(ctx, state, at)
@@ -303,6 +306,7 @@ def save_checkpoint(ctx: RunContext, state: TrainState, at: Progress) -> None:
         "num_steps": ctx.stage.num_steps,
         "torch": torch.__version__,
     }
+    ctx.check_lock()
     # No random state: every random draw has its own generator, seeded by the run's seed and a name or step.
     arrays = {f"loader_{name}": array for name, array in at.loader.items() if name != "position"}
     files = {name: ctx.folder / "tokenizer" / name for name in tokenizer.FILES}
