@@ -47,7 +47,7 @@ def other_process(folder: Path) -> Iterator[subprocess.Popen]:
 def test_second_process_is_refused_and_a_killed_one_frees_the_lock_at_once(tmp_path: Path) -> None:
     with other_process(tmp_path) as first:
         assert first.stdout and first.stdout.readline() == "held\n"
-        name = rf"in use by process {first.pid} on {os.uname().nodename} since \d{{4}}-.*; wait for it, stop it, or --set name="
+        name = rf"process {first.pid} on {os.uname().nodename} since \d{{4}}-.*; wait for it, stop it, or --set name="
         with pytest.raises(UserError, match=name), run_lock.held(tmp_path):
             pass
         first.send_signal(signal.SIGKILL)
