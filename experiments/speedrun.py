@@ -9,6 +9,8 @@ finished stages; a changed setting reruns its stage and the later ones. Each sta
 such as pretrain.depth or sft.num_iterations; name, device and dtype apply to all stages. A failed evaluation, for
 example without a network, does not stop the run; it is reported at the end.
 
+The tokenizer trains on the first 8 shards of ClimbMix while the others are fetched in the background.
+
 Writes runs/<name>, runs/<name>_sft (with the report) and <name>_tokenizer to the base folder. The defaults are the
 reference's: depth 24, 8 tokens per scaling parameter, fp8. On 8 H100, pretraining takes about two hours at 50% MFU
 ($48 at $3 an hour and GPU), and the other stages about one hour.
@@ -19,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -30,9 +33,9 @@ from experiments.pretrain import Config as PretrainConfig
 from experiments.report import Config as ReportConfig
 from experiments.sft import Config as SftConfig
 from experiments.tokenizer import Config as TokenizerConfig
-from nanochat import checkpoint, distributed, model, train
+from nanochat import checkpoint, distributed, metrics, model, train
 from nanochat.config import Device, Dtype, Settings, UserError, base_dir
-from nanochat.data import sources
+from nanochat.data import download, sources
 from nanochat.data import tokenizer as bpe
 from nanochat.distributed import hardware
 from nanochat.text import format_count, format_duration
@@ -41,6 +44,7 @@ Name = Literal["data", "tokenizer", "pretrain", "eval_base", "sft", "eval_chat",
 STAGES: tuple[Name, ...] = get_args(Name)
 EXPERIMENTS = dict(zip(STAGES, (data, tokenizer, pretrain, eval_base, sft, eval_chat, report), strict=True))
 
+FIRST_SHARDS = 8  # of ClimbMix: the two billion characters that the tokenizer reads
 PERSONALITY = ("2*identity", "simplespelling:size=200000", "spellingbee:size=80000")
 
 
@@ -95,22 +99,31 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
     if not config.stages or config.stages != tuple(name for name in STAGES if name in config.stages):
         raise UserError(f"stages={','.join(config.stages)}: expected some of {', '.join(STAGES)}, in this order")
     config = resolve(config, runtime)
-    stages = make_stages(config)
+    with metrics.run_lock.held(status_file(config, "").parent):
+        run_stages(config, make_stages(config), runtime)
+
+
+def run_stages(config: Config, stages: list[Stage], runtime: distributed.Runtime) -> None:
     print(overview(config, stages, runtime), flush=True)
     seconds: dict[str, float] = {}
     failed: dict[str, str] = {}
-    after = ""
+    after, wait_for_shards = "", lambda: None
     for number, stage in enumerate(stages, start=1):
         print(f"\n[{number}/{len(stages)}] {stage.name}: {stage.description}", flush=True)
         if stage.name == "report":
             other = {name: x for name, x in seconds.items() if name not in ("pretrain", "sft")}
             report.make(stage.config, runtime, other)
             continue
+        run_stage = EXPERIMENTS[stage.name].run
+        if stage.name == "data" and stage.config.data.source == "climbmix":
+            run_stage = fetch_first_shards
+        elif stage.name != "tokenizer":
+            wait_for_shards()
         try:
             status = train.pipeline.run_if_needed(
                 status_file(config, stage.name),
                 stage.config,
-                functools.partial(EXPERIMENTS[stage.name].run, runtime=runtime),
+                functools.partial(run_stage, runtime=runtime),
                 after=after,
                 folder=stage.run_dir,
                 has_output=stage.has_output,
@@ -126,14 +139,41 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
             failed[stage.name] = str(error)
             print(f"{stage.name} failed: {error}", flush=True)
             continue
+        if run_stage == fetch_first_shards:
+            wait_for_shards = fetch_other_shards(config, runtime)
         seconds[stage.name] = status.seconds
         after = after if stage.is_eval else status.completion_id  # no stage depends on an evaluation
+    wait_for_shards()
     print(f"\n{next_steps(config, sum(seconds.values()))}")
     if failed:
         raise UserError(
             f"{' and '.join(failed)} failed ({next(iter(failed.values()))}); everything else is done: run the same "
             "command to retry"
         )
+
+
+def fetch_first_shards(config: DataConfig, runtime: distributed.Runtime) -> None:
+    """Run the data stage with the shards that the tokenizer reads."""
+    few = min(config.num_shards, FIRST_SHARDS) if config.num_shards > 0 else FIRST_SHARDS
+    data.run(dataclasses.replace(config, num_shards=few), runtime)
+
+
+def fetch_other_shards(config: Config, runtime: distributed.Runtime) -> Callable[[], None]:
+    """Fetch in the background what pretraining lacks of the shards; the returned collective call waits for it."""
+    fetching = None
+    if runtime.is_main and not pretrained(config):
+        arguments = (base_dir() / "climbmix", config.data.num_shards, config.data.download)
+        options = {"base_url": config.data.base_url}
+        fetching = ThreadPool(1).apply_async(download.climbmix, arguments, options)
+
+    def wait() -> None:
+        with distributed.raise_on_any_failure():
+            if fetching and not fetching.ready():
+                print("waiting for the rest of the shards", flush=True)
+            if fetching:
+                fetching.get()
+
+    return wait
 
 
 def resolve(config: Config, runtime: distributed.Runtime) -> Config:
@@ -175,20 +215,22 @@ def status_file(config: Config, name: str) -> Path:
     return base_dir() / "speedrun" / config.name / f"{name}.json"
 
 
+def pretrained(config: Config) -> bool:
+    """Return whether data and tokenizer may be deleted: the finished run has its own copy of the tokenizer."""
+    return bool(train.pipeline.read_status(status_file(config, "pretrain"), {}).completion_id)
+
+
 def make_stages(config: Config) -> list[Stage]:
     base_run, sft_run = train.run_folder(config.name), train.run_folder(f"{config.name}_sft")
-
-    def pretrained() -> bool:  # then data and tokenizer may be deleted: a run has its own copy of the tokenizer
-        return bool(train.pipeline.read_status(status_file(config, "pretrain"), {}).completion_id)
 
     def has_data() -> bool:
         try:
             return bool(sources.shards_of(config.pretrain.data, "train"))
         except UserError:
-            return pretrained()
+            return pretrained(config)
 
     def has_tokenizer() -> bool:
-        return (Path(str(config.tokenizer.out)) / bpe.TOKENS_FILE).exists() or pretrained()
+        return (Path(str(config.tokenizer.out)) / bpe.TOKENS_FILE).exists() or pretrained(config)
 
     source = config.data.data.source
     text = f"{source}, {config.data.num_shards} shards" if source == "climbmix" else source

@@ -2,17 +2,21 @@
 
 import functools
 import re
+import threading
+from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import ranks
 import tiny_run
 import torch
+from pyarrow import parquet
 
 from experiments import pretrain, speedrun
 from nanochat import checkpoint, distributed, train
 from nanochat.config import UserError, base_dir, override
-from nanochat.metrics import logger, run_folder
+from nanochat.metrics import logger, run_folder, run_lock
 from nanochat.model import linear
 from nanochat.train import pipeline
 
@@ -142,6 +146,40 @@ def test_defaults_are_the_references(monkeypatch: pytest.MonkeyPatch, capsys: Ca
     monkeypatch.setattr(linear, "fp8_support", lambda _: "emulated")
     stages = speedrun.make_stages(speedrun.resolve(speedrun.Config(), CPU))
     assert stages[2].description == "depth 24, dense, as this device has no native fp8"
+
+
+def test_tokenizer_trains_on_first_shards_while_others_are_fetched(calls: Calls, monkeypatch, base: Path) -> None:
+    tokenizer_done, order = threading.Event(), []
+    train_tokenizer = speedrun.tokenizer.run
+
+    def climbmix(folder: Path, num_shards: int, *_: Any, **__: Any) -> int:
+        if num_shards > 8:
+            assert tokenizer_done.wait(60)
+        folder.mkdir(exist_ok=True)
+        for index in [*range(num_shards), 6542]:
+            parquet.write_table(
+                pyarrow.table({"text": ["the cat sat on a mat"] * 9}), folder / f"shard_{index:05}.parquet"
+            )
+        order.append(num_shards)
+        return num_shards + 1
+
+    def tokenizer_run(config: Any, runtime: Any) -> None:
+        order.append("tokenizer")
+        train_tokenizer(config, runtime)
+        tokenizer_done.set()
+
+    monkeypatch.setattr(speedrun.download, "climbmix", climbmix)
+    monkeypatch.setattr(speedrun.tokenizer, "run", tokenizer_run)
+    settings = ["stages=data,tokenizer", "data.num_shards=12", "data.bundle_url=none", "tokenizer.vocab_size=270"]
+    speedrun.run(override(speedrun.Config(), settings), CPU)
+    assert order == [8, "tokenizer", 12] and len(list((base / "climbmix").iterdir())) == 13
+    speedrun.run(override(speedrun.Config(), settings), CPU)
+    assert order[3:] == [12], "a speedrun that was stopped meanwhile fetches the rest before it pretrains"
+
+
+def test_second_speedrun_of_a_name_is_refused(base: Path) -> None:
+    with run_lock.held(base / "speedrun" / "speedrun"), pytest.raises(UserError, match="speedrun is in use by process"):
+        speedrun.run(speedrun.Config(), CPU)
 
 
 def test_estimate_shows_time_and_cost_on_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
