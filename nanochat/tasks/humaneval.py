@@ -1,7 +1,11 @@
 """HumanEval (arXiv 2107.03374): functions to complete from signature and docstring, tested in the sandbox."""
 
+import ast
 import itertools
 import re
+import textwrap
+import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,12 @@ from nanochat.tasks.task import Task, qa_conversation
 
 COLUMNS = ("prompt", "canonical_solution", "entry_point", "test")
 TABLE = HubTable("openai/openai_humaneval", None, "openai_humaneval", dict.fromkeys(COLUMNS, str))
-CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
+HELPERS = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign
+FENCE = re.compile(r"^.*(?:```|~~~).*$", re.MULTILINE)
+GLUED_FENCE = re.compile(r"(?<=[^\s`])(```+[ \t]*)$", re.MULTILINE)
+QUOTE = re.compile(r"^(?:>>>|\.\.\.|>|`+(?:python )?) ?|`+$", re.MULTILINE)
+FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|[^;\n]*);?[ \t]*", re.MULTILINE)
+STATEMENT = re.compile(r"([ \t]*)(?:@|(?:async|class|def|for|from|if|import|try|while|with)\b|\w[\w, ]*(?::.*)?=[^=])")
 
 
 def humaneval(
@@ -40,10 +49,79 @@ def _conversation(row: dict[str, Any]) -> Conversation:
 
 def program(row: Conversation, answer: str) -> str:
     """Return the program that succeeds if and only if the answer passes the row's tests."""
-    block = CODE_BLOCK.search(answer)
-    code = (block[1] if block else answer).strip("\r\n")  # without a code block, the whole answer
-    # Models seldom repeat the imports at the top of a prompt.
-    lines = row["messages"][0]["content"].splitlines()
-    top = itertools.takewhile(lambda line: line.startswith(("import ", "from ", "#")) or not line.strip(), lines)
-    imports = "\n".join(line for line in top if line.startswith(("import ", "from ")))
-    return "\n\n".join([imports, code, row["test"], f"check({row['entry_point']})\n"])
+    prompt, name = row["messages"][0]["content"], row["entry_point"]
+    # Models seldom repeat what a prompt imports and defines above its function.
+    above = [node for node in _parse(prompt.split("\n"))[0] if getattr(node, "name", "") != name]
+    text = f"{ast.unparse(above)}\n\n{code(row, answer)}"
+    header = FUTURE.findall(text)  # has to come first
+    if "__name__" in text:
+        header.append('__name__ = "builtins"')  # what an answer does as a script is not part of it
+    return "\n\n".join(["\n".join(header), FUTURE.sub("", text), row["test"], f"check({name})\n"])
+
+
+def code(row: Conversation, answer: str) -> str:
+    """Return the code in an answer: its first lines that are Python and define the row's function.
+
+    Prose and the fences of code blocks are not Python, so neither they nor the language of a block matter. If no lines
+    define the function, a block, or the whole answer, may be the rest of the prompt. A definition without a `return`,
+    as a repeated prompt is one, counts only where there is no other, and so does what comes before a </think>.
+    """
+    prompt, name = row["messages"][0]["content"].rstrip("\n"), row["entry_point"]
+    answer = GLUED_FENCE.sub(r"\n\1", re.sub("\r\n?", "\n", answer))
+    final = answer.rpartition("</think>")[2]
+    blocks = FENCE.split(final)
+    indented = [textwrap.indent(textwrap.dedent(block.expandtabs(4)), "    ") for block in blocks]
+    rests = [*blocks, *indented, *("    " + block.lstrip() for block in blocks)]
+    texts = [final, QUOTE.sub("", final), answer, *(f"{prompt}\n{rest}" for rest in rests)]
+    rank, chosen = max((_find(name, text.split("\n")) for text in texts), key=lambda ranked: ranked[0])
+    return chosen if rank else (blocks[1:] or blocks)[0]
+
+
+def _find(name: str, lines: list[str]) -> tuple[int, str]:
+    """Return (2 for a function with a return, 1 without, 0 for none; the lines that define it, below its helpers)."""
+    found: list[tuple[int, str, list[ast.stmt]]] = []
+    end = 0
+    for number, line in enumerate(lines):
+        start = STATEMENT.match(line)
+        if start and number >= end:
+            inside = re.compile(start[1] + r"|\s*$").match
+            own = [line.removeprefix(start[1]) for line in itertools.takewhile(inside, lines[number:])]
+            body, size = _parse(own)
+            found.append((max((_rank(node, name) for node in body), default=0), "\n".join(own[:size]), body))
+            end = number + size
+    rank, text, _ = chosen = max(found, key=lambda code: code[0], default=(0, "", []))
+    others = [node for code in found if code is not chosen for node in code[2] if isinstance(node, HELPERS)]
+    helpers = [f"try:\n{textwrap.indent(ast.unparse(node), '    ')}\nexcept Exception:\n    pass" for node in others]
+    return rank, "\n\n".join([*helpers, text])
+
+
+def _rank(node: ast.stmt, name: str) -> int:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+        return 2 if _contains(node, ast.Return | ast.Yield) else 1
+    return 2 if isinstance(node, ast.Assign) and name in map(ast.unparse, node.targets) else 0
+
+
+def _parse(lines: list[str]) -> tuple[list[ast.stmt], int]:
+    """Return the statements that lines begin with, without a word of prose after them, and how many lines they are."""
+    end = len(lines)
+    while end > 0:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                body = ast.parse("\n".join(lines[:end])).body
+        except SyntaxError as error:
+            end = min(end, error.lineno or end) - 1
+            while end > 0 and not lines[end][:1].strip():  # to the start of the statement
+                end -= 1
+            continue
+        except (ValueError, MemoryError, RecursionError):
+            break
+        while (
+            body and isinstance(body[-1], ast.Expr | ast.AnnAssign) and not _contains(body[-1], ast.Call | ast.Constant)
+        ):
+            body.pop()
+        return body, body[-1].end_lineno or 0 if body else 0
+    return [], 0
+
+
+def _contains(node: ast.AST, kinds: types.UnionType) -> bool:
+    return any(isinstance(inner, kinds) for inner in ast.walk(node))

@@ -18,7 +18,7 @@ from nanochat import tasks
 from nanochat.config import UserError
 from nanochat.data import chat_format
 from nanochat.sandbox import bubblewrap
-from nanochat.tasks import gsm8k, hub_table, humaneval, plain_text
+from nanochat.tasks import gsm8k, hub_table, plain_text
 
 needs_sandbox = pytest.mark.skipif(bool(bubblewrap.available()), reason="needs bubblewrap and a kernel that isolates")
 
@@ -112,19 +112,6 @@ def test_humaneval_answers_run_in_the_sandbox() -> None:
     assert quick
     for wrong in ("", "I do not know.", f"def {row['entry_point']}(*a): ...", "import sys; sys.exit(0)"):
         assert not quick(row, wrong)
-
-
-CODE = "def f(): ..."
-
-
-@pytest.mark.parametrize(
-    "answer", [CODE, f"Here:\n```python\n{CODE}\n```\nDone.", f"```\n{CODE}\n```\n```\nx\n```", f"```py\n{CODE}"]
-)
-def test_humaneval_program_has_the_imports_of_the_prompt_and_the_first_code_block(answer: str) -> None:
-    prompt = "import math\n\n# why\nfrom a import b\nx = 1\nimport os\n"
-    row = {**tasks.qa_conversation(prompt, ""), "entry_point": "f", "test": "def check(c): ..."}
-    program = f"import math\nfrom a import b\n\n{CODE}\n\ndef check(c): ...\n\ncheck(f)\n"
-    assert humaneval.program(row, answer) == program
 
 
 def test_unavailable_sandbox_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
