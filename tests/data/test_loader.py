@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -289,6 +290,38 @@ def test_cache_depends_on_tokenizer_and_text(folder: Path) -> None:
     shutil.rmtree(folder)
     write(folder, [[text(20) for _ in range(37)] for _ in range(4)])
     assert plain(take(20, loader(folder))) == plain(take(20, loader(folder, token_cache=False)))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_shard_rewritten_with_the_same_size_and_time_is_tokenized_again(tmp_path: Path, suffix: str) -> None:
+    before = ["a" * 20] * 2500
+    after = [*before[:1700], "b" * 20, *before[1701:]]
+    (tmp_path / "data").mkdir()
+    stats = []
+    for texts in (before, after):
+        for name in ("a", "b"):
+            path = tmp_path / "data" / f"{name}{suffix}"
+            if suffix == ".parquet":
+                pq.write_table(pa.table({"text": texts}), path, 1000, compression="none", use_dictionary=False)
+            else:
+                path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            os.utime(path, ns=(1, 1))  # as `cp -p` and `rsync -t` do
+        stats.append((path.stat().st_size, path.stat().st_mtime_ns))
+        rows = rows_of(take(1, loader(path.parent, rows=2500, length=20, shuffle=False, buffer_docs=1)))
+        assert [bytes(row[1:].tolist()).decode() for row in rows] == texts
+    assert stats[0] == stats[1]
+
+
+@pytest.mark.parametrize("change", ["move", "touch"])
+def test_tokens_of_moved_or_touched_files_are_reused(
+    folder: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(take(30, loader(folder)))
+    monkeypatch.setattr(dataloader, "read_block", lambda *_: pytest.fail("tokenized again"))
+    folder = folder.rename(folder.with_name("moved")) if change == "move" else folder
+    for path in folder.iterdir():
+        path.touch()
+    assert (rows_of(take(30, loader(folder))) == rows).all()
 
 
 def test_ranks_tokenize_each_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """Sources: shards and blocks of folders and single files, sources written on first use, and what is wrong with them."""
 
 import dataclasses
+import gzip
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import ranks
 
 from nanochat.config import UserError
-from nanochat.data import CorruptShardError, DataConfig, embedded, sources
+from nanochat.data import CorruptShardError, DataConfig, embedded, sources, tokenizer
 from nanochat.data.sources import Shard
 
 
@@ -81,10 +83,125 @@ def test_documents_without_text_are_skipped(tmp_path: Path):
     assert read_all(DataConfig(source=str(tmp_path))) == (["one", "two", "three"], ["four", "five"])
 
 
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_large_and_dictionary_strings_are_read(tmp_path: Path, kind: pa.DataType):
-    pq.write_table(pa.table({"body": pa.array(docs(0, 40)).cast(kind)}), tmp_path / "a.parquet")
-    assert read_all(DataConfig(source=str(tmp_path), text_column="body")) == (docs(0, 38), docs(38, 40))
+@pytest.mark.parametrize(
+    "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=["large", "view", "dict"]
+)
+@pytest.mark.parametrize("name", ["a.parquet", "A.PARQUET", "nested/a.parquet"])
+def test_strings_of_every_type_are_read(tmp_path: Path, kind: pa.DataType, name: str):
+    (tmp_path / "in" / "nested").mkdir(parents=True)
+    table = pa.table([pa.array(docs(0, 40)).cast(kind), range(40), range(40)], names=["body", "id", "id"])
+    pq.write_table(table, tmp_path / "in" / name)
+    train, val = read_all(DataConfig(source=str(tmp_path / "in"), text_column="body"))
+    assert sorted(train + val) == sorted(docs(0, 40)) and val
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ([[["a"], ["b"]]], "column 'text' holds list<element: string>, not text: set data.text_column"),
+        ([[{"a": "b"}]], "column 'text' holds struct<a: string>, not text"),
+        ([["a"], ["b"]], "2 columns are named 'text': rename or delete the others"),
+        ([pa.array([b"a"] * 1001 + [b"\xff"]).view(pa.string())], "row 1002 is not UTF-8 (byte 0xff)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.parquet", "nested/a.parquet"])
+def test_column_that_is_not_text_is_named(tmp_path: Path, columns: list[Any], problem: str, name: str):
+    (tmp_path / "nested").mkdir()
+    pq.write_table(pa.table(columns, names=["text"] * len(columns)), tmp_path / name, row_group_size=1000)
+    with pytest.raises(UserError) as caught:
+        read_all(DataConfig(source=str(tmp_path)))
+    assert str(caught.value).startswith(f"{tmp_path / name}: {problem}")
+
+
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in docs(0, 40))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.JSONL", LINES),
+        ("a.ndjson", LINES),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.jsonl", gzip.compress(LINES.encode())),
+        ("a.jsonl", LINES.encode("utf-16")),
+        ("a.jsonl", json.dumps([{"text": text} for text in docs(0, 40)])),
+        ("a.json", json.dumps([{"text": text} for text in docs(0, 40)], indent=2)),
+        ("a.json", LINES),
+        ("a.tsv", "id\ttext\n" + "".join(f"2024-01-01\t{text}\n" for text in docs(0, 40))),
+        ("2025-03-01 10:30, C:/all [1]*/a, b:c.jsonl", LINES),
+        ("2025-03-01 10:30, C:/all [1]*/a, b:c.json", LINES),
+    ],
+)
+def test_file_and_its_folder_are_read(tmp_path: Path, name: str, content: str | bytes):
+    path = tmp_path / "in" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for source in (path, path.parent, tmp_path / "in"):
+        train, val = read_all(DataConfig(source=str(source)))
+        assert sorted(train + val) == sorted(docs(0, 40)) and val
+
+
+def test_text_files_are_documents(tmp_path: Path):
+    texts = {f"{i}/{i}.TXT": f"Dear {i},\n\n    indented\nEnd." for i in range(5)}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text.replace("\n", "\r\n"))
+    train, val = read_all(DataConfig(source=str(tmp_path)))
+    assert (val, train) == ([texts.pop("1/1.TXT")], list(texts.values()))
+    with pytest.raises(UserError, match=r"two documents.* \(a text file of up to 10,000 characters is one\)"):
+        read_all(DataConfig(source=str(tmp_path / "0" / "0.TXT")))
+    long = "A line.\n\n" * 3000
+    (tmp_path / "0" / "0.TXT").write_text(long)
+    train, val = read_all(DataConfig(source=str(tmp_path / "0" / "0.TXT")))
+    assert "".join([train[0], *val, *train[1:]]) == long
+
+
+@pytest.mark.parametrize(
+    ("files", "unread", "train"),
+    [
+        (["a.jsonl", "b.JSONL", "c.jsonl", "d.csv.bz2", "e.txt", ".hidden"], "d.csv.bz2, e.txt", 80),
+        (["a.jsonl", "b.jsonl", "sub/c.jsonl", "LICENSE"], "LICENSE, sub/c.jsonl", 40),
+        (["x/train-0.jsonl", "x/test-0.jsonl", "README.md"], "README.md, x/test-0.jsonl", 39),
+        (["x/a.jsonl.xz", "x/a.ndjson", "y/b.json"], "x/a.jsonl.xz", 79),
+    ],
+)
+def test_files_that_are_not_read_are_named(tmp_path: Path, files: list[str], unread: str, train: int, capsys):
+    for name in files:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(LINES)
+    assert len(read_all(DataConfig(source=str(tmp_path / "in")))[0]) == train
+    assert capsys.readouterr().out.splitlines()[-1] == f"not read in {tmp_path / 'in'}: {unread}"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_deeply_nested_json_is_named_or_skipped(tmp_path: Path, name: str):
+    data = f'{LINES}{{"text": {"[" * 100_000}\n'.encode()
+    path = write(tmp_path / "in" / name, [])
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    for other in "bc":
+        write(path.parent / f"{other}{'.jsonl' if name == 'a.jsonl' else '.json'}", docs(50, 60))
+    config = DataConfig(source=str(path.parent))
+    with pytest.raises(CorruptShardError, match=r"line 41 is not valid JSON \(nested too deeply\)"):
+        read_all(config)
+    train, val = read_all(dataclasses.replace(config, skip_bad_shards=True))
+    assert {*docs(50, 60)} <= {*train, *val}
+
+
+def test_converted_file_with_the_same_size_and_time_is_read_again(tmp_path: Path):
+    for first in (0, 50):
+        path = write(tmp_path / "a.json", docs(first + 10, first + 50))
+        os.utime(path, ns=(1, 1))
+        train, val = read_all(DataConfig(source=str(path)))
+        assert sorted(train + val) == docs(first + 10, first + 50)
+
+
+@pytest.mark.parametrize("escape", [r"\ud83d", r"\ude00\ud83d", r"\uDBFF."])
+def test_half_a_character_is_the_same_for_every_consumer(tmp_path: Path, escape: str):
+    (tmp_path / "a.jsonl").write_text(f'{LINES}{{"text": "half {escape}"}}\n{{"text": "x"}}')
+    train, val = read_all(DataConfig(source=str(tmp_path)))
+    [half] = [text for text in train + val if text.startswith("half")]
+    tok = tokenizer.train([half, *train], 300)
+    assert "\ufffd" in half and tok.decode(tok.encode(half)) == half
 
 
 @pytest.mark.parametrize("name", ["only.parquet", "only.jsonl"])
@@ -119,12 +236,16 @@ def test_climbmix_needs_its_validation_shard(base: Path):
         ("{here}/empty", "the folder is empty"),
         ("{here}/x.docx", "expected a file of .parquet, .jsonl, .* found only .docx"),
         ("{here}/one.jsonl", "a single file needs two documents"),
+        ("{here}/none.jsonl", "no documents to read for split train"),
+        ("{here}/one.csv", "row 1 has 2 fields, the header 1"),
     ],
 )
 def test_source_without_documents_is_named(source: str, message: str, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.docx").write_bytes(b"x")
     write(tmp_path / "one.jsonl", docs(0, 1))
+    write(tmp_path / "none.jsonl", [])
+    (tmp_path / "one.csv").write_text("text\nHello, world\n")
     with pytest.raises(UserError, match=message) as caught:
         read_all(DataConfig(source=source.format(here=tmp_path)))
     assert "\n" not in str(caught.value)

@@ -183,7 +183,7 @@ def test_local_file_is_read_again_even_if_size_and_time_are_the_same(base: Path,
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.JSONL", "rows.jsonl.gz", "rows.csv"])
 def test_strings_of_local_files_stay_strings(tmp_path: Path, name: str) -> None:
-    rows = [GSM8K | {"question": "2024-03-01T12:00:00"}, GSM8K | {"question": "007"}]
+    rows = [GSM8K | {"question": "2024-03-01T12:00:00"}, GSM8K | {"question": "2024-03-02"}]
     lines = [json.dumps(rows, indent=1) if name == "rows.json" else "\n".join(map(json.dumps, rows))]
     lines = ["question,answer", *(",".join(row.values()) for row in rows)] if name == "rows.csv" else lines
     data = "\n".join(lines).encode()
