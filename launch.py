@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     try:
         start(argv)
         return 0
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else fail(f"{stopped.code}", 1)
     except UserError as error:
         return fail(f"error: {error}", 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
@@ -97,4 +99,5 @@ def extra_with(package: str) -> str:
 if __name__ == "__main__":
     code = main(sys.argv)
     sys.stdout.flush()
-    (os._exit if code and "RANK" in os.environ else sys.exit)(code)  # an orderly end would wait for the other ranks
+    # An orderly end would wait: for the other ranks, and after a signal for threads that are reading.
+    (os._exit if code > 128 or (code and "RANK" in os.environ) else sys.exit)(code)

@@ -140,10 +140,7 @@ def base_stage(
         world_size=runtime.world_size,
         device=runtime.device,
     )
-    validation = functools.partial(
-        train.stage.evaluate_bpb, batches=lambda rows: stream(split="val", rows_per_step=rows * runtime.world_size)
-    )
-    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
+    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, train.stage.evaluate_bpb)]
     if bundle := find_bundle(config.core):
         score = functools.partial(core_score, bundle, config.core.max_per_task)
         evaluations.append(train.Evaluation("core/CORE", config.core.every_steps, score))
@@ -159,6 +156,7 @@ def base_stage(
         flops_per_token=plan.flops_per_token,
         make_step=functools.partial(train.scheduled, schedule=lambda step, _: optim.hparams(config.optim, plan, step)),
         batches=lambda state, _: stream(split="train", rows_per_step=rows_per_step, state=state),
+        validation_batches=lambda rows: stream(split="val", rows_per_step=rows * runtime.world_size),
         evaluations=evaluations,
     )
 

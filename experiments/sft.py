@@ -197,8 +197,7 @@ def sft_stage(
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         return train.Result(values, [f"step {int(state.step)}: {text}"])
 
-    validation = functools.partial(train.stage.evaluate_bpb, batches=validation_batches)
-    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, validation)]
+    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, train.stage.evaluate_bpb)]
     if chat_tasks:
         first = chat_tasks[0].name
         key = f"chat/{eval.chat_eval.TITLES.get(first, first)}"
@@ -217,6 +216,7 @@ def sft_stage(
         flops_per_token=model.flops_per_token(shape),
         make_step=functools.partial(train.scheduled, schedule=schedule),
         batches=lambda state, rows: stream(train_task, packing=packing._replace(micro_rows=rows), state=state),
+        validation_batches=validation_batches,
         initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
         evaluations=evaluations,
     )

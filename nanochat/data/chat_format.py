@@ -171,7 +171,7 @@ def render(
         assistant_only: False: the mask is 1 on all but the assistant's messages that are switched off.
     """
     other = not assistant_only
-    ids, mask, ends = [tokenizer.bos], [int(other)], [0]
+    ids, mask = [tokenizer.bos], [int(other)]
 
     def add(supervised: bool, *pieces: str | int) -> None:
         for piece in pieces:
@@ -192,10 +192,18 @@ def render(
                 start, end = MARKERS[kind]
                 add(supervised and (other or kind == "python"), special(start), text, special(end))
         add(parts[-1][2], special("<|assistant_end|>"))
-        ends.append(len(ids))
-    if max_tokens is not None and len(ids) > max_tokens and too_long != "truncate":
-        max_tokens = max(end for end in ends if end <= max_tokens) if too_long == "whole_turns" else 0
-    return ids[:max_tokens], mask[:max_tokens]
+    kept = len(ids) if max_tokens is None else kept_tokens(tokenizer, ids, max_tokens, too_long)
+    return ids[:kept], mask[:kept]
+
+
+def kept_tokens(tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int, too_long: TooLong) -> int:
+    """Return how many of a rendered conversation's tokens remain; `too_long` as for `render`."""
+    if len(ids) <= max_tokens or too_long == "truncate":
+        return min(len(ids), max_tokens)
+    if too_long == "drop":
+        return 0
+    end = tokenizer.special("<|assistant_end|>")
+    return max((n for n in range(1, max_tokens + 1) if ids[n - 1] == end), default=0)
 
 
 def prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

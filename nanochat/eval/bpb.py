@@ -62,5 +62,13 @@ def _with_sizes(params: TensorDict, batches: Iterable[Batch], tok: Tokenizer) ->
     """Yield each batch with the number of bytes of its targets, (B, T) int64."""
     token_bytes_V = torch.from_numpy(tokenizer.token_bytes(tok)).to(params["wte"].device)
     for batch in batches:
-        targets_BT = batch["targets"]
-        yield batch, token_bytes_V[targets_BT.clamp_min(0)] * (targets_BT != IGNORE)
+        yield batch, _sizes(batch, token_bytes_V)
+
+
+def has_text(batch: Batch, tok: Tokenizer) -> bool:
+    """Return whether a target of the batch stands for text."""
+    return bool(_sizes(batch, torch.from_numpy(tokenizer.token_bytes(tok)).to(batch["targets"].device)).any())
+
+
+def _sizes(batch: Batch, token_bytes_V: Tensor) -> Tensor:
+    return token_bytes_V[batch["targets"].clamp_min(0)] * (batch["targets"] != IGNORE)

@@ -7,7 +7,7 @@ ranks.
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ class Conversation(NamedTuple):
     index: int  # in the stream of all epochs
     ids: np.ndarray
     mask: np.ndarray  # tokens with loss
+    shortened: bool
 
 
 def batches(
@@ -61,9 +62,9 @@ def batches(
     """Yield (this rank's batch, the state after it, statistics) until the end of the last epoch.
 
     A batch is {"inputs", "targets": (rows_per_step / world_size, T) int64, "weights": the same shape, float32}; rows of
-    the last one may be padding only. Statistics are "share": fraction of all conversations in earlier batches; "epoch":
-    the same, in epochs; "padding_fraction": of this batch; "dropped": conversations without targets so far;
-    "learned_tokens": targets so far; "last": 1.0 for the last batch.
+    the last one may be padding only. An epoch without any target raises a UserError. Statistics are "share": fraction
+    of all conversations in earlier batches; "epoch": the same, in epochs; "padding_fraction": of this batch; "dropped":
+    conversations without targets so far; "learned_tokens": targets so far; "last": 1.0 for the last batch.
 
     Args:
         task: read in its order.
@@ -79,9 +80,10 @@ def batches(
     # Everything that determines the rows, except how many there are per step.
     settings = packing._replace(rows_per_step=0, micro_rows=0, epochs=None)._asdict()
     made_of = {"task": task.name, "conversations": task.size, "tokenizer": tok.fingerprint[:16], **settings}
-    position = {"version": STATE_VERSION, "read": 0, "dropped": 0, "learned_tokens": 0, "waiting": []}
+    position = {"version": STATE_VERSION, "waiting": [], "learned_tokens": 0}
+    position |= {"read": 0, "dropped": 0, "too_long": 0, "shortened": 0}  # counts of conversations
     if state is not None:
-        position = state["position"]
+        position |= state["position"]
         saved = {"long_conversations": "truncate"} | position["made_of"]  # older states do not have it
         changes = [f"{name} was {saved.get(name)}, is {x}" for name, x in made_of.items() if saved.get(name) != x]
         if position["version"] != STATE_VERSION or changes:
@@ -107,11 +109,9 @@ def _steps(
     now = dict(position)  # its counts as of the last conversation that was read
 
     def render(index: int) -> Conversation:
-        row = task.row(index % task.size)
-        ids, mask = chat_format.render(
-            tok, row, packing.sequence_len, too_long=packing.long_conversations, assistant_only=packing.assistant_only
-        )
-        return Conversation(index, np.array(ids, np.int64), np.array(mask, bool))
+        ids, mask = chat_format.render(tok, task.row(index % task.size), assistant_only=packing.assistant_only)
+        kept = chat_format.kept_tokens(tok, ids, packing.sequence_len, packing.long_conversations)
+        return Conversation(index, np.array(ids[:kept], np.int64), np.array(mask[:kept], bool), kept < len(ids))
 
     def conversations(threads: ThreadPoolExecutor) -> Iterator[tuple[int, Conversation]]:
         """Yield (length, conversation): those that wait in the packing buffer, then new ones."""
@@ -122,11 +122,18 @@ def _steps(
         while pending:
             conversation = pending.popleft().result()
             pending.extend(threads.submit(render, index) for index in itertools.islice(indices, 1))
-            now["read"] = max(now["read"], conversation.index + 1)
-            if conversation.mask[1:].any():
+            has_targets = bool(conversation.mask[1:].any())
+            if conversation.index >= now["read"]:
+                now["read"] = conversation.index + 1
+                now["dropped"] += not has_targets
+                now["too_long"] += conversation.shortened and not has_targets
+                now["shortened"] += conversation.shortened and has_targets
+            if has_targets:
                 yield len(conversation.ids), conversation
-            else:
-                now["dropped"] += 1
+            elif now["dropped"] == now["read"] >= task.size:
+                none = f"none of the {task.size:,} conversations has anything to learn within"
+                why = "; ".join(_skipped(now, packing))
+                raise UserError(f"{task.name}: {none} {packing.sequence_len} tokens (context): {why}")
 
     with ThreadPoolExecutor(RENDER_THREADS, "render") as threads:
         plan = best_fit.plan(conversations(threads), row_tokens, packing.buffer_conversations, pad=True)
@@ -144,7 +151,7 @@ def _steps(
                 "dropped": now["dropped"],
                 "learned_tokens": now["learned_tokens"],
             }
-            state = {"position": dict(now)}
+            state = {"position": {**now, "skipped": _skipped(now, packing)}}
             rank_rows = rows[rank::world_size]
             rank_rows += [[]] * (packing.rows_per_step // world_size - len(rank_rows))
             batch = _batch(rank_rows, packing.sequence_len, tok.bos, micro_steps / max(n_targets, 1))
@@ -152,6 +159,21 @@ def _steps(
             packed = list(itertools.islice(plan, packing.rows_per_step))
             stats |= ({"share": before / total} if total else {}) | ({} if packed else {"last": 1.0})
             yield batch, state, stats
+
+
+def _skipped(now: Mapping[str, Any], packing: Packing) -> list[str]:
+    """Return what was not trained on of the conversations read so far, a sentence each."""
+    keep = "long_conversations=whole_turns or " if packing.long_conversations == "drop" else ""
+    longer = (
+        f"longer than {packing.sequence_len} tokens; {keep}a base model with a longer model.sequence_len keeps them"
+    )
+    sentences = {
+        f"dropped: {longer}": now["too_long"],
+        f"shortened: {longer}": now["shortened"],
+        "dropped: their answers are all switched off": now["dropped"] - now["too_long"],
+    }
+    read = now["read"]
+    return [f"{n:,} of {read:,} conversations ({n / read:.1%}) {text}" for text, n in sentences.items() if n]
 
 
 def _batch(rows: list[list[Conversation]], sequence_len: int, bos: int, weight: float) -> dict[str, Tensor]:

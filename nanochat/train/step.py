@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tensordict import TensorDict
@@ -17,6 +17,8 @@ from nanochat.config import UserError
 from nanochat.distributed import ShardingPlan, sharding
 from nanochat.model import ParamSpec
 from nanochat.optim import Hparams, OptState
+
+T = TypeVar("T")
 
 PROBLEM = 1000  # above all signals
 MAX_SKIPPED_STEPS = 50  # consecutive steps without a finite loss before skipping gives up
@@ -196,6 +198,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.since = 0.0
+        self.waiting = False  # for data: a signal interrupts that
 
     def agreed(self, problem: bool = False) -> bool:
         """Return whether any rank has a signal or a problem, and share the signal. A collective call."""
@@ -204,18 +207,45 @@ class StopFlag:
             self.signal = self.signal or signal.Signals(code)
         return bool(code)
 
+    def each(self, items: Iterator[T]) -> Iterator[T]:
+        """Yield `items` until they end, any rank has a signal, or one has a UserError, which all raise. Collective.
+
+        A signal does not wait for the next item: it ends `items`, if they are a generator.
+        """
+        while True:
+            item = problem = None
+            try:
+                with contextlib.suppress(KeyboardInterrupt):  # from `handle`
+                    try:
+                        self.waiting = True
+                        item = None if self.signal else next(items, None)
+                    finally:
+                        self.waiting = False
+            except UserError as error:
+                problem = error
+            if self.agreed(problem is not None):
+                with distributed.raise_on_any_failure():  # the same message on all
+                    if problem:
+                        raise problem
+                return
+            if item is None:
+                return
+            yield item
+
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Let the first SIGTERM or SIGINT only set the flag; a SIGINT more than two seconds later interrupts at once."""
+    """Let the first SIGTERM or SIGINT set the flag and end a wait for data; a SIGINT two seconds later interrupts."""
     flag = StopFlag()
 
     def handle(number: int, _frame: Any) -> None:
         # torchrun forwards a Ctrl-C that the terminal has already sent, hence the two seconds.
-        if flag.signal and number == signal.SIGINT and time.monotonic() - flag.since > 2:
-            raise KeyboardInterrupt
+        repeated = flag.signal and number == signal.SIGINT and time.monotonic() - flag.since > 2
         if not flag.signal:
             flag.signal, flag.since = signal.Signals(number), time.monotonic()
+        if repeated or flag.waiting:
+            flag.waiting = False
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -259,20 +289,18 @@ def fit(
         after_step: logs, saves and evaluates as is due, given the step's numbers; returns the progress, updated.
         save: called before the loop ends by a signal, a UserError of the data or (unless skipped) a non-finite step.
     """
-    skipped, began = 0, time.perf_counter() - progress.wall_seconds
+    skipped, began, items = 0, time.perf_counter() - progress.wall_seconds, stop.each(batches)
     while num_steps is None or progress.step < num_steps:
         started = time.perf_counter()
         try:
-            item, problem = None if stop.signal else next(batches, None), None
+            item = next(items, None)
         except UserError as error:
-            item, problem = None, error
-        if stop.agreed(problem is not None):  # on any rank: all ranks stop here together
-            save(state, progress)
-            with distributed.raise_on_any_failure():  # the same message on all
-                if problem:
-                    raise problem
-            break
+            if not isinstance(error, distributed.LostRankError):
+                save(state, progress)
+            raise
         if item is None:
+            if stop.signal:
+                save(state, progress)
             break
         batch, loader, stats = item
         scaler, waited = state.scaler, time.perf_counter() - started

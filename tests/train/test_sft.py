@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections import Counter
 from typing import Any
 
@@ -87,14 +88,64 @@ def test_long_conversation_is_truncated_and_one_without_targets_dropped(tok: Tok
     assert got[-1][1]["position"]["read"] == 2 and got[-1][1]["position"]["dropped"] == 1
 
 
-@pytest.mark.parametrize(("long", "kept"), [("truncate", [40, 40]), ("whole_turns", [37]), ("drop", [])])
-def test_long_conversations_are_kept_in_part_or_dropped(tok: Tokenizer, long: Any, kept: list[int]):
+KEEPS = "longer than 40 tokens; a base model with a longer model.sequence_len keeps them"
+
+
+@pytest.mark.parametrize(
+    ("long", "kept", "skipped"),
+    [
+        ("truncate", [19, 40, 40], [f"2 of 3 conversations (66.7%) shortened: {KEEPS}"]),
+        (
+            "whole_turns",
+            [19, 37],
+            [f"1 of 3 conversations (33.3%) {what}: {KEEPS}" for what in ("dropped", "shortened")],
+        ),
+        (
+            "drop",
+            [19],
+            [
+                "2 of 3 conversations (66.7%) dropped: "
+                + KEEPS.replace("a base", "long_conversations=whole_turns or a base")
+            ],
+        ),
+    ],
+)
+def test_long_conversations_are_shortened_or_dropped_and_counted(
+    tok: Tokenizer, long: Any, kept: list[int], skipped: list[str]
+):
     exchange = [{"role": "user", "content": "Who are you?" * 2}, {"role": "assistant", "content": "I count."}]
-    texts = [exchange * 4, [exchange[0], {"role": "assistant", "content": TEXT}]]
-    rows = Task("long", "chat", 2, lambda i: {"messages": texts[i]})
+    texts = [exchange * 4, [exchange[0], {"role": "assistant", "content": TEXT}], exchange]
+    rows = Task("long", "chat", 3, lambda i: {"messages": texts[i]})
     packing = Packing(1, 1, 40, long_conversations=long, assistant_only=False)
     got = collect(tok, packing, rows)
-    assert [len(piece) for batch, *_ in got for piece in documents(tok, batch["inputs"], batch["targets"])] == kept
+    pieces = [len(piece) for batch, *_ in got for piece in documents(tok, batch["inputs"], batch["targets"])]
+    assert sorted(pieces) == kept and got[-1][1]["position"]["skipped"] == skipped
+
+
+@pytest.mark.parametrize("epochs", [1, 3, None])
+@pytest.mark.parametrize(
+    ("answer", "options", "why"),
+    [
+        ({}, {}, "12 of 12 conversations (100.0%) dropped: longer than 40 tokens; a base model"),
+        (
+            {"weight": 0},
+            {"sequence_len": 4000},
+            "12 of 12 conversations (100.0%) dropped: their answers are all switched off",
+        ),
+        (
+            {},
+            {"long_conversations": "drop"},
+            "12 of 12 conversations (100.0%) dropped: longer than 40 tokens; long_conversations=whole",
+        ),
+    ],
+)
+def test_nothing_to_learn_in_an_epoch_raises(tok: Tokenizer, epochs: Any, answer: Any, options: Any, why: str):
+    messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "yes", **answer}]
+    rows = Task("mine", "chat", 12, lambda _: {"messages": messages})
+    packing = Packing(2, 1, 40, epochs=epochs)._replace(**options)
+    for rank in range(2):
+        with pytest.raises(UserError, match=f"mine: none of the 12 conversations has anything .*: {re.escape(why)}"):
+            next(sft.batches(rows, tok, packing, rank=rank, world_size=2))
 
 
 def test_micro_batch_gradients_average_to_batch_gradient(tok: Tokenizer):
