@@ -121,13 +121,12 @@ def _checked(where: str, message: Any) -> tuple[str, list[tuple[str, str]]]:
         raise ConversationError(f"{where}: role {_short(role)}, expected {known}")
     if not isinstance(content, str | list | tuple):
         raise ConversationError(f"{where}: content must be a string or a list of parts, got {_short(content)}")
-    role = role.lower()
-    types = PART_TYPES if SIDES[role] == "assistant" else ("text",)
+    types = PART_TYPES if SIDES[role.lower()] == "assistant" else ("text",)
     for number, part in enumerate([] if isinstance(content, str) else content, start=1):
         if not isinstance(part, Mapping) or part.get("type") not in types or not isinstance(part.get("text"), str):
             form = f'{{"type": {" | ".join(types)}, "text": string}}'
             raise ConversationError(f"{where}, part {number}: expected {form}, got {_short(part)}")
-    return role, _parts(content) or [("text", "")]
+    return role.lower(), _parts(content) or [("text", "")]
 
 
 def _switch(where: str, holder: Any) -> bool | None:

@@ -89,15 +89,18 @@ def read_conversations(path: Path) -> list[Conversation]:
     """Return the conversations of a file, in its order; each has to end with an answer."""
     rows: list[Conversation] = []
     unused: Counter[str] = Counter()
+    invalid: list[str] = []
     for number, value in records.read(path, is_row=_has_messages):
         try:
             row, keys = from_row(value)
             if chat_format.SIDES[row["messages"][-1]["role"].lower()] != "assistant":
                 raise UserError("the last message must be the assistant's")
+            rows.append(row)
+            unused.update(keys)
         except UserError as error:
-            raise UserError(f"{path}: row {number}: {error}") from None
-        rows.append(row)
-        unused.update(keys)
+            invalid.append(f"{path}: row {number}: {error}")
+    if invalid:
+        raise UserError(invalid[0] + (f" (and {len(invalid) - 1:,} more rows are invalid)" if invalid[1:] else ""))
     if not rows:
         raise UserError(f"{path}: contains no conversations")
     if unused:
@@ -122,11 +125,10 @@ def from_row(row: Any) -> tuple[Conversation, set[str]]:
         known = [f"this is {name}" for key, name in OTHER_FORMATS.items() if key in row]
         expected = "messages, conversations (ShareGPT), instruction and output (Alpaca), or prompt and completion"
         raise UserError([*known, f"the row has the keys {', '.join(row)[:80]}; expected {expected}"][0])
-    messages = [message for key in used for message in _messages(row[key], key)]
-    options = [key for key in (*chat_format.SWITCHES, *chat_format.UNSUPPORTED) if key in row]
-    made = {"messages": messages} | {key: row[key] for key in options}
+    made = {key: row[key] for key in (*chat_format.SWITCHES, *chat_format.UNSUPPORTED) if key in row}
+    made["messages"] = [message for key in used for message in _messages(row[key], key)]
     chat_format.normalize(made)
-    return made, chat_format.unused_keys(made) | (row.keys() - {*used, *options})
+    return made, chat_format.unused_keys(made) | (row.keys() - {*used, *made})
 
 
 def _messages(value: Any, key: str) -> list[Any]:

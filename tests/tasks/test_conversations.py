@@ -73,6 +73,9 @@ def test_malformed_line_is_named(line: str, message: str, tmp_path: Path) -> Non
     path.write_text(f"[{USER}, {BOT}]\n\n{line}\n")
     with pytest.raises(UserError, match=f"my.jsonl: (row|line) 3.*{re.escape(message)}"):
         tasks.load("customjson", source=path)
+    path.write_text(f"[{USER}]\n[{USER}, {BOT}]\n" + f"{BOT}\n" * 5)
+    with pytest.raises(UserError, match=r"row 1: the last .* \(and 5 more rows are invalid\)"):
+        tasks.load("customjson", source=path)
     path.write_text("\n")
     with pytest.raises(UserError, match="contains no conversations"):
         tasks.load("customjson", source=path)
