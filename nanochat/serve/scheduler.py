@@ -176,7 +176,7 @@ def overloaded(message: str, retry_after_seconds: int) -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    return overloaded("the server is shutting down: try again", 5)
+    return overloaded("the server is shutting down", 5)
 
 
 def _retry_seconds(scheduler: Scheduler) -> int:
