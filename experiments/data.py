@@ -32,6 +32,7 @@ class Config(Settings):
         num_shards: ClimbMix shards to train on, -1 for all; the one that validates comes on top.
         base_url: address of the folder that holds ClimbMix's shards.
         bundle_url: address of the bundle that the CORE metric is computed with; none: not fetched.
+        bundle_sha256: SHA-256 that its zip file must have; none: any.
         download: workers, attempts and the wait between them.
     """
 
@@ -39,6 +40,7 @@ class Config(Settings):
     num_shards: Annotated[int, "at least 1, or -1 for all", lambda x: x == -1 or x >= 1] = 170
     base_url: str = download.CLIMBMIX_URL
     bundle_url: str | None = core_bundle.URL
+    bundle_sha256: str | None = core_bundle.SHA256
     download: Options = Options()
 
 
@@ -55,7 +57,8 @@ def run(config: Config, runtime: Runtime) -> None:
         fetched = download.climbmix(folder, config.num_shards, config.download, base_url=config.base_url)
         print(f"{fetched} files fetched now" if fetched else "all of them were there already")
         if config.bundle_url:
-            print(f"evaluation bundle: {core_bundle.fetch(url=config.bundle_url, options=config.download)}")
+            bundle = core_bundle.fetch(config.bundle_url, config.download, config.bundle_sha256)
+            print(f"evaluation bundle: {bundle}")
     rows = []
     for split in sources.SPLITS:
         files = sources.shards_of(config.data, split)

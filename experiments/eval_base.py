@@ -47,6 +47,7 @@ class Config(checkpoint.LoadConfig):
     Attributes:
         tasks: any of samples, bpb and core.
         bundle: folder of the CORE eval bundle; none: download the published one.
+        bundle_sha256: SHA-256 that the downloaded zip file must have; none: any.
         max_per_task: rows of each CORE task; none: all.
         max_tokens: longer CORE prompts keep their last tokens; none: what the model supports.
         tokens_per_batch: tokens in a CORE batch, padding included; none: a fast value for the device.
@@ -63,6 +64,7 @@ class Config(checkpoint.LoadConfig):
 
     tasks: tuple[Literal["samples", "bpb", "core"], ...] = ("samples", "bpb", "core")
     bundle: Path | None = None
+    bundle_sha256: str | None = core_bundle.SHA256
     max_per_task: PositiveInt | None = None
     max_tokens: Annotated[int, "at least 2", lambda x: x >= 2] | None = None
     tokens_per_batch: PositiveInt | None = None
@@ -103,7 +105,9 @@ def run(config: Config, runtime: Runtime) -> None:
     if results or failed:
         with distributed.raise_on_any_failure():
             if runtime.is_main:
-                metrics.logger.append_evaluation(loaded.folder, loaded.step, loaded.stage, results, failed)
+                digest = core_bundle.read_hash(config.bundle or core_bundle.default_dir())
+                more = {"core_bundle_sha256": digest} if digest and "core" in config.tasks else {}
+                metrics.logger.append_evaluation(loaded.folder, loaded.step, loaded.stage, results, failed, **more)
         print(f"recorded in {loaded.folder / metrics.logger.EVALUATIONS_FILE}")
     if failed:
         mean = ", and so CORE, the mean over all its tasks" if any(name.startswith("core/") for name in failed) else ""
@@ -180,7 +184,7 @@ def core(config: Config, runtime: Runtime, loaded: Pretrained, info: CheckpointI
     partial = folder / f"core_{loaded.step}.partial.jsonl"
     with distributed.raise_on_any_failure():
         if config.bundle is None and runtime.local_rank == 0:
-            core_bundle.fetch()
+            core_bundle.fetch(sha256=config.bundle_sha256)
     with distributed.raise_on_any_failure():
         bundle = core_bundle.read(config.bundle or core_bundle.default_dir())
         keys = task_keys(config, runtime, loaded, info, bundle) if is_main else {}

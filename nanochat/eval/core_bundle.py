@@ -18,9 +18,10 @@ import json
 import os
 import random
 import shutil
+import stat
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
 
 import yaml
@@ -28,9 +29,13 @@ import yaml
 from nanochat import jsonl
 from nanochat.config import UserError, base_dir, nearest
 from nanochat.data import download
+from nanochat.text import reason
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"
+MAX_BYTES, MAX_FILES = 2 * 10**9, 1000  # unpacked; the published bundle has 0.2 GB in 86 files and folders
 TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
+HASH_FILE = "archive.sha256"  # of the zip file that was unpacked, as sha256sum prints it
 NUM_TASKS = 22  # of the published bundle
 SHUFFLE_SEED = 1337
 # kind of task -> (fields of a row that are strings, the field that is a list of strings, to which gold is an index)
@@ -74,28 +79,66 @@ def default_dir() -> Path:
     return base_dir() / "eval_bundle"
 
 
-def fetch(url: str = URL, options: download.Options = download.Options()) -> Path:
-    """Download and unpack the published bundle if it is not there yet; return its folder."""
+def fetch(url: str = URL, options: download.Options = download.Options(), sha256: str | None = SHA256) -> Path:
+    """Download and unpack the published bundle if it is not there yet; return its folder.
+
+    Its zip file must have this SHA-256, unless that is None. One that is refused is deleted if it was downloaded now.
+    """
     folder = default_dir()
     if (folder / TASKS_FILE).exists():
+        if sha256 and (unpacked_hash := read_hash(folder)) not in (None, sha256):
+            problem = f"was unpacked from a file with the SHA-256 {unpacked_hash}, expected {sha256}"
+            raise UserError(
+                f"{folder} {problem}; delete it to download it again, or --set bundle_sha256={unpacked_hash}"
+            )
         return folder
     archive, unpacked = folder.with_name(f"{folder.name}.zip"), folder.with_name(f".{folder.name}.{os.getpid()}")
-    if not archive.exists():
+    is_new = not archive.exists()
+    if is_new:
         problem = "not a zip file; does a proxy answer in the server's place?"
         download.fetch(url, archive, options, check=lambda path: "" if zipfile.is_zipfile(path) else problem)
     try:
-        with zipfile.ZipFile(archive) as file:
-            file.extractall(unpacked)
+        _unpack(archive, unpacked, sha256)
         os.replace(_bundle_folder(unpacked), folder)
         archive.unlink()
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of the disk, the format, the compression, the encryption: those of zipfile vary
+        if is_new:
+            archive.unlink(missing_ok=True)
         raise UserError(
-            f"{archive} cannot be unpacked into {folder} ({error}); delete both to download it again, or set the "
-            "unpacked folder: --set bundle=…"
+            f"{archive} cannot be unpacked into {folder} ({reason(error)}); delete both to download it again, or set "
+            "the unpacked folder: --set bundle=…"
         ) from None
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
     return folder
+
+
+def _unpack(archive: Path, folder: Path, sha256: str | None) -> None:
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 not in (None, digest):
+            raise ValueError(f"its SHA-256 is {digest}, expected {sha256}: --set bundle_sha256={digest} accepts it")
+    with zipfile.ZipFile(archive) as content:
+        members = content.infolist()
+        size = sum(member.file_size for member in members)  # zipfile unpacks no more than a member declares
+        if len(members) > MAX_FILES or size > MAX_BYTES:
+            limits = f"at most {MAX_FILES} of {MAX_BYTES / 1e9:g} GB are allowed"
+            raise ValueError(f"it has {len(members):,} files of {size / 1e9:,.1f} GB; {limits}")
+        for member in members:
+            path, kind = PurePosixPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
+            if path.is_absolute() or ".." in path.parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise ValueError(f"{member.filename!r} is a link or leads out of the folder")
+        content.extractall(folder)
+    folder = _bundle_folder(folder)
+    if not (folder / TASKS_FILE).exists():
+        raise ValueError(f"it has no {TASKS_FILE}")
+    (folder / HASH_FILE).write_text(f"{digest}  {archive.name}\n")
+
+
+def read_hash(folder: Path) -> str | None:
+    """Return the SHA-256 of the zip file from which `fetch` unpacked this folder; None if another way was taken."""
+    path = folder / HASH_FILE
+    return jsonl.read_text(path).partition(" ")[0] if path.exists() else None
 
 
 def _bundle_folder(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -206,13 +207,62 @@ def test_bundle_is_downloaded_and_unpacked_once(base: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(download, "fetch", fetch)
     folder = base / "eval_bundle"
-    assert core_bundle.fetch() == core_bundle.fetch() == folder
-    assert urls == [core_bundle.URL] and list(core_bundle.read(folder).entries) == LABELS
-    assert [path.name for path in folder.parent.iterdir()] == ["eval_bundle"]
-
-
-def test_corrupt_download_is_named(base: Path):
-    (base / "eval_bundle.zip").write_bytes(b"PK not a zip")
-    with pytest.raises(UserError, match=r"eval_bundle.zip cannot be unpacked .*; delete both to download"):
+    with pytest.raises(UserError, match=f"its SHA-256 is [0-9a-f]{{64}}, expected {core_bundle.SHA256}"):
         core_bundle.fetch()
-    assert not (base / "eval_bundle").exists()
+    assert core_bundle.fetch(sha256=None) == core_bundle.fetch(sha256=None) == folder
+    assert urls == [core_bundle.URL] * 2 and list(core_bundle.read(folder).entries) == LABELS
+    assert [path.name for path in folder.parent.iterdir()] == ["eval_bundle"]
+    digest = core_bundle.read_hash(folder)
+    assert core_bundle.fetch(sha256=digest) == folder
+    with pytest.raises(UserError, match=f"was unpacked from a file with the SHA-256 {digest}, expected .*; delete it"):
+        core_bundle.fetch()
+
+
+def zipped(name: str, content: bytes = b"", mode: int = 0, **fields: int) -> Callable[[zipfile.ZipFile], None]:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = mode << 16
+
+    def write(file: zipfile.ZipFile) -> None:
+        file.writestr(info, content, zipfile.ZIP_DEFLATED)
+        for field, value in fields.items():
+            setattr(file.filelist[-1], field, value)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "problem"),
+    [
+        (zipped("../outside", b"x"), "'../outside' is a link or leads out of the folder"),
+        (zipped("/tmp/outside", b"x"), "'/tmp/outside' is a link or leads out"),
+        (zipped("eval_data/link", b"/etc/passwd", stat.S_IFLNK | 0o777), "'eval_data/link' is a link"),
+        (zipped("pipe", mode=stat.S_IFIFO), "'pipe' is a link"),
+        (zipped("bomb", bytes(1000), file_size=10**12), r"it has 2 files of 1,000.0 GB; at most 1000 of 2 GB"),
+        (zipped("bomb", bytes(10**6), file_size=10), "Bad CRC-32 for file 'bomb'"),
+        (zipped("secret", b"x", flag_bits=1), "'secret' .* is encrypted"),
+        (zipped("new", b"x", compress_type=99), "compression method is not supported"),
+        (zipped("core.yaml/x", b"x"), "Not a directory|File exists"),
+        (lambda file: [file.writestr(f"{i}", b"") for i in range(1000)], "it has 1,001 files"),
+    ],
+)
+def test_archive_that_is_refused_leaves_nothing(
+    base: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[zipfile.ZipFile], None], problem: str
+):
+    def fetch(url: str, path: Path, options: Options, *, check: Callable[[Path], str]) -> None:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("core.yaml", "icl_tasks: []")
+            write(file)
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    before = sorted(base.parent.rglob("*"))
+    with pytest.raises(UserError, match=rf"eval_bundle.zip cannot be unpacked .*{problem}.*delete both") as error:
+        core_bundle.fetch(sha256=None)
+    assert "\n" not in str(error.value) and sorted(base.parent.rglob("*")) == before
+
+
+def test_damaged_archive_of_the_user_is_named_and_kept(base: Path):
+    (base / "eval_bundle.zip").write_bytes(b"PK not a zip")
+    for sha256, problem in ((None, "File is not a zip file"), ("0" * 64, "its SHA-256 is d12ee")):
+        with pytest.raises(UserError, match=rf"eval_bundle.zip cannot be unpacked .*{problem}"):
+            core_bundle.fetch(sha256=sha256)
+    assert [path.name for path in base.iterdir()] == ["eval_bundle.zip"]

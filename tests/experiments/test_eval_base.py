@@ -103,6 +103,7 @@ def test_failed_task_is_reported_and_retried(base: Path, capsys: pytest.CaptureF
     copa = base / "bundle/eval_data/commonsense_reasoning/copa.jsonl"
     text = copa.read_text()
     copa.write_text(text + "{}\n")
+    (base / "bundle/archive.sha256").write_text("abc  eval_bundle.zip\n")
     assert main("tasks=core", f"bundle={base / 'bundle'}") == 1
     out, err = capsys.readouterr()
     assert re.search(r"\d/6 copa +failed: \S+copa\.jsonl:9: expected a string", out)
@@ -111,6 +112,7 @@ def test_failed_task_is_reported_and_retried(base: Path, capsys: pytest.CaptureF
     (row,) = logger.read_evaluations(base / "runs/bot")
     assert list(row["failed"]) == ["core/copa"]
     assert "core/winograd" in row["metrics"] and "core/CORE" not in row["metrics"]
+    assert '"core_bundle_sha256": "abc"' in (base / "runs/bot/evaluations.jsonl").read_text()
     copa.write_text(text)
     assert main("tasks=core", f"bundle={base / 'bundle'}") == 0
     assert capsys.readouterr().out.count("done before") == 5
