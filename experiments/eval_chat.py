@@ -7,8 +7,9 @@
 
 Multiple choice compares the logits of the letters. Other tasks generate answers, greedily and with tools, and check
 them; programs run in the sandbox. ChatCORE is the mean of ARC-Easy, ARC-Challenge, MMLU, GSM8K and HumanEval, each
-centered from random guessing (0) to perfect (1). Tasks are named as in nanochat/tasks, with options after colons:
-gsm8k:/data/gsm8k_test.parquet, arithmetic:size=500.
+centered from random guessing (0) to perfect (1). Where answers end with a number, a second, lenient score counts the
+right number in any form, as $18.00 without the #### that is taught. Tasks are named as in nanochat/tasks, with options
+after colons: gsm8k:/data/gsm8k_test.parquet, arithmetic:size=500.
 
 A task that fails, for example without a network, is skipped and listed at the end; the same command resumes and skips
 finished tasks. Writes eval/chat_<step>.csv and a line of evaluations.jsonl to the run's folder. The quickstart's model
@@ -103,7 +104,7 @@ def evaluate(
         title = TITLES.get(name, name)
         try:
             if text in finished:
-                score = eval.Score(*(finished[text][field] for field in eval.Score._fields))
+                score = eval.Score(*(finished[text].get(field) for field in eval.Score._fields))
             else:
                 with distributed.raise_on_any_failure():
                     task = tasks.from_text(text, "test", source=config.source)
@@ -119,7 +120,8 @@ def evaluate(
             print(f"  {title} failed: {error}", flush=True)
             continue
         scores[name] = score
-        status = f"{score.right} of {score.total}, {status}"
+        lenient = "" if score.lenient is None else f", {score.lenient} by the lenient check"
+        status = f"{score.right} of {score.total}{lenient}, {status}"
         print(eval.results.line(title, score.accuracy, score.centered, status), flush=True)
     return scores, failed
 
@@ -132,7 +134,7 @@ def result_name(text: str) -> str:
 
 def to_csv(scores: Mapping[str, Score]) -> str:
     """Return the scores as CSV, with a last line ChatCORE if all of its tasks are there."""
-    rows = [(TITLES.get(name, name), s.accuracy, s.centered, s.right, s.total) for name, s in scores.items()]
+    rows = [(TITLES.get(name, name), s.accuracy, s.centered, s.right, s.total, s.lenient) for name, s in scores.items()]
     core = eval.chat_eval.chat_core(scores)
-    mean = [] if core is None else [("ChatCORE", "", core, "", "")]
-    return eval.results.csv_text([("Task", "Accuracy", "Centered", "Right", "Total"), *rows, *mean])
+    mean = [] if core is None else [("ChatCORE", "", core, "", "", "")]
+    return eval.results.csv_text([("Task", "Accuracy", "Centered", "Right", "Total", "Lenient"), *rows, *mean])

@@ -34,11 +34,15 @@ class ModelUnderTest(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The result of a task: number of problems solved, number of problems, accuracy of random guessing."""
+    """The result of a task: number of problems solved, number of problems, accuracy of random guessing.
+
+    `lenient` is the number solved by the task's lenient check; None if it has none.
+    """
 
     right: int
     total: int
     baseline: float
+    lenient: int | None = None
 
     @property
     def accuracy(self) -> float:
@@ -89,10 +93,10 @@ def score(
         raise UserError(f"{task.name}: has no rows")
     if task.kind == "multiple_choice":
         solved = score_multiple_choice(model, task, indices, config.batch_tokens, show_progress=show_progress)
-    else:
-        samples = sample_answers(engine(), model.tokenizer, task, indices, config, show_progress=show_progress)
-        solved = [any(correct) for correct in samples]
-    return Score(sum(solved), len(solved), task.baseline)
+        return Score(sum(solved), len(solved), task.baseline)
+    grades = sample_answers(engine(), model.tokenizer, task, indices, config, grade, show_progress=show_progress)
+    right, lenient = (sum(any(answer[column] for answer in answers) for answers in grades) for column in (0, 1))
+    return Score(right, len(grades), task.baseline, lenient if task.is_correct_lenient else None)
 
 
 def chat_core(scores: Mapping[str, Score]) -> float | None:
@@ -103,8 +107,11 @@ def chat_core(scores: Mapping[str, Score]) -> float | None:
 
 
 def as_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
-    """Return {"chat/GSM8K": accuracy, …}, with "chat/ChatCORE" if all of its tasks are there."""
+    """Return {"chat/GSM8K": accuracy, "chat/GSM8K-lenient": …}, with "chat/ChatCORE" if all of its tasks are there."""
     values = {f"chat/{TITLES.get(name, name)}": score.accuracy for name, score in scores.items()}
+    for name, score in scores.items():
+        if score.lenient is not None:
+            values[f"chat/{TITLES.get(name, name)}-lenient"] = score.lenient / score.total
     core = chat_core(scores)
     return values if core is None else values | {"chat/ChatCORE": core}
 
@@ -186,12 +193,16 @@ def sample_answers(
     task: Task,
     indices: Sequence[int],
     config: ChatEvalConfig,
+    check: Callable[[Task, Conversation, str], Any] | None = None,
     *,
     show_progress: bool = False,
-) -> list[list[bool]]:
+) -> list[list[Any]]:
     """Return for each problem whether each of its `config.samples` answers is correct; the engine must be idle.
 
     The seed of an answer depends on the index of the problem alone.
+
+    Args:
+        check: None: `is_correct`; with another, such as `grade`, the results are what it returns.
     """
     group, results, samples = distributed.control_group(), [], config.samples
     size = max(1, ANSWERS_PER_SLOT * engine.slots // samples)
@@ -199,7 +210,8 @@ def sample_answers(
     own_batches = batches[group.rank :: group.size]
     total = samples * sum(map(len, own_batches))
     with distributed.raise_on_any_failure(), _progress_bar(task, total, show_progress, "answer") as bar:
-        is_correct(task, task.row(indices[0]), "")  # raises now, before anything is generated
+        check = check or is_correct
+        check(task, task.row(indices[0]), "")  # raises now, before anything is generated
         for batch in own_batches:
             rows = [task.row(index) for index in batch]
             requests = []
@@ -213,7 +225,7 @@ def sample_answers(
                 bar.update(1)
             for n, (index, row) in enumerate(zip(batch, rows)):
                 answers = texts[n * samples : (n + 1) * samples]
-                results.append([index, [is_correct(task, row, text) for text in answers]])
+                results.append([index, [check(task, row, text) for text in answers]])
     return _gather(results)
 
 
@@ -227,6 +239,12 @@ def is_correct(task: Task, row: Conversation, text: str) -> bool:
     if task.is_correct is None:
         raise UserError(f"{task.name}: cannot check answers")
     return task.is_correct(row, text)
+
+
+def grade(task: Task, row: Conversation, text: str) -> list[bool]:
+    """Return whether the answer to a row is correct, and whether it is by the task's lenient check, if it has one."""
+    correct = is_correct(task, row, text)
+    return [correct, task.is_correct_lenient(row, text) if task.is_correct_lenient else correct]
 
 
 # Ranks

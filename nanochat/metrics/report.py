@@ -104,12 +104,13 @@ def results(runs: Sequence[RunInfo]) -> str:
     """Return the table of metrics by stage, with the missing ones named below it."""
     scores = [run_folder.scores(run) for run in runs]
     present = {name for of_run in scores for name in of_run}
-    others = sorted(name for name in present - NAMED.keys() if name.startswith("chat/"))
+    others = sorted(name for name in present - NAMED.keys() if re.fullmatch("chat/.*(?<!-lenient)", name))
     names = NAMED | {name: name.removeprefix("chat/") for name in others}
     names |= {f"rl/pass_at_{k}": f"pass@{k}" for k in (1, 8) if f"rl/pass_at_{k}" in present}
+    rows = [pair for name, title in names.items() for pair in ((name, title), (f"{name}-lenient", f"{title}, lenient"))]
     lines = [["", *(run.stage.upper() for run in runs)]]
     partial = False
-    for name in [name for name in names if name in present]:
+    for name, title in [(name, title) for name, title in rows if name in present]:
         cells = []
         for run, of_run in zip(runs, scores):
             score = of_run.get(name)
@@ -119,8 +120,10 @@ def results(runs: Sequence[RunInfo]) -> str:
             if score and run.step and score.step != run.step:
                 cell += f" (step {score.step:,})"
             cells.append(cell)
-        lines.append([names[name], *cells])
+        lines.append([title, *cells])
     notes = ["CORE and ChatCORE are centered: 0 is random guessing, 1 is perfect. Tasks: accuracy."]
+    if any(name.endswith("-lenient") for name in present):
+        notes.append("Lenient: of answers with the right number in any form.")
     if runs[0].stage == "base" and len(runs) > 1:
         notes.append("Bits per byte: BASE on documents, later stages on conversations; not comparable.")
     if partial:

@@ -7,6 +7,7 @@ import random
 import re
 from array import array
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,11 @@ from nanochat.config import UserError
 from nanochat.data import Conversation
 
 FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
+THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\[,!]|['_\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # separators besides the comma
+NUMBER = re.compile(
+    r"(?<![^\W_])(?<![.,/])([-−–]?)[$€£]?([-−–]?)(\.?\d[\d.,/]*(?:e[-+]?\d{1,3}(?!\w))?)", re.IGNORECASE
+)
+VALUE = re.compile(r"(\d{1,3}(,\d{3})+|\d*)(\.\d+)?(e[-+]?\d+)?|\d+/\d+", re.IGNORECASE)
 TEST_SEED = 10_000_000  # row i of a generated test split has the seed TEST_SEED + i; row i of a training split, i
 TEST_ROWS = 256
 
@@ -38,6 +44,11 @@ class Task:
     row: Callable[[int], Conversation]
     is_correct: Callable[[Conversation, str], bool] | None = None
     baseline: float = 0.0
+
+    @property
+    def is_correct_lenient(self) -> Callable[[Conversation, str], bool] | None:
+        """As `is_correct`, however an answer is written, for a second score; None if there is no such check."""
+        return match_any_number if self.is_correct is match_final_number else None
 
 
 def slice_task(task: Task, start: int | None = 0, stop: int | None = None, step: int | None = 1) -> Task:
@@ -122,3 +133,30 @@ def match_final_number(row: Conversation, answer: str) -> bool:
     """Return whether an answer gives the final number of the row's reference answer."""
     number = final_answer(answer)
     return number is not None and number == final_answer(plain_text(row["messages"][-1]["content"]))
+
+
+def match_any_number(row: Conversation, answer: str) -> bool:
+    """Return whether an answer gives the final number of the row's reference answer, in whatever form.
+
+    It is the number after `####` or in \\boxed{}, else the last number. 18 is also 18., $18, 18.00, **18** or 36/2, and
+    1800 is 1,800 or 1.8e3, compared exactly, as fractions; 1,80 and 1.8.0 are not numbers.
+
+    Source: the filter flexible-extract of lm-evaluation-harness.
+    """
+    number = _last_number(answer)
+    right = number is not None and number == _last_number(plain_text(row["messages"][-1]["content"]))
+    return right or match_final_number(row, answer)
+
+
+def _last_number(text: str) -> Fraction | None:
+    text = THOUSANDS.sub(",", text)
+    after_marker = text.partition("####")[2] or text.rpartition("\\boxed{")[2] * ("\\boxed{" in text)
+    match = NUMBER.search(after_marker) or next(reversed(list(NUMBER.finditer(text))), None)
+    digits = match[3].rstrip(".,/") if match else ""
+    if not match or not VALUE.fullmatch(digits):
+        return None
+    try:
+        value = Fraction(digits.replace(",", ""))
+    except (ValueError, ZeroDivisionError):  # more digits than Python reads, or a fraction with 0 below
+        return None
+    return -value if match[1] or match[2] else value

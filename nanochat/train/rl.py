@@ -229,10 +229,19 @@ def summary(groups: Sequence[Sequence[Rollout]], seconds: float) -> Metrics:
 def pass_at_k(engine: Engine, tok: Tokenizer, task: Task, problems: int, config: RolloutConfig) -> dict[str, float]:
     """Return {"rl/pass_at_1": …, "rl/pass_at_8": …}: the fraction of problems that one of the first k answers solves.
 
+    Beside it {"rl/pass_at_1-lenient": …, "rl/pass_at_8-lenient": …} of a task that has a lenient check.
+
     Args:
         problems: how many rows of the task, the first ones. config: of the sampling; its seeds are always the same.
     """
     settings = {name: getattr(config, name) for name in ("temperature", "top_k", "max_tokens")}
     sampling = ChatEvalConfig(samples=MAX_K, **settings)
-    solved = chat_eval.sample_answers(engine, tok, task, range(min(problems, task.size)), sampling)
-    return {f"rl/pass_at_{k}": sum(any(row[:k]) for row in solved) / len(solved) for k in range(1, MAX_K + 1)}
+    grades = chat_eval.sample_answers(engine, tok, task, range(min(problems, task.size)), sampling, chat_eval.grade)
+
+    def passed(column: int, k: int) -> float:
+        return sum(any(grade[column] for grade in answers[:k]) for answers in grades) / len(grades)
+
+    values = {f"rl/pass_at_{k}": passed(0, k) for k in range(1, MAX_K + 1)}
+    if task.is_correct_lenient:
+        values |= {f"rl/pass_at_{k}-lenient": passed(1, k) for k in (1, MAX_K)}
+    return values

@@ -15,6 +15,7 @@ from nanochat.config import UserError
 from nanochat.data import chat_format
 from nanochat.eval import ChatEvalConfig, Score, chat_eval
 from nanochat.tasks import Task, qa_conversation
+from nanochat.tasks.task import match_final_number
 
 END = TOKENIZER.special("<|assistant_end|>")
 
@@ -78,6 +79,19 @@ def test_generated_answers_are_checked_by_the_task(monkeypatch: pytest.MonkeyPat
     for limits, score in (({}, (8, 12)), ({"max_generative": 5}, (4, 5)), ({"max_problems": 1}, (1, 1))):
         scores = chat_eval.evaluate(model_under_test(), [task], dataclasses.replace(config, **limits))
         assert scores["gsm8k"] == Score(*score, 0.0)
+
+
+def test_lenient_score_is_beside_the_strict_one(monkeypatch: pytest.MonkeyPatch):
+    answers = ["#### 18", "So it is $18.00.", "#### 19", "18 or 19", "#### 18.", "\\boxed{18}"]
+    script_draws(monkeypatch, lambda request: [*answers[request.seed].encode(), END])
+    row = qa_conversation("?", "#### 18")
+    task = Task("gsm8k", "generative", 6, lambda i: row, match_final_number)
+    config = ChatEvalConfig(max_tokens=40, seed=0, compile=False)
+    scores = chat_eval.evaluate(model_under_test(), [task], config)
+    assert scores["gsm8k"] == Score(1, 6, 0.0, 4) and scores["gsm8k"].accuracy == 1 / 6
+    assert chat_eval.as_metrics(scores) == {"chat/GSM8K": 1 / 6, "chat/GSM8K-lenient": 4 / 6}
+    task = dataclasses.replace(task, is_correct=lambda row, text: text == "#### 18")
+    assert chat_eval.evaluate(model_under_test(), [task], config)["gsm8k"] == Score(1, 6, 0.0)
 
 
 def test_max_generative_does_not_limit_multiple_choice():

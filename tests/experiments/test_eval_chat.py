@@ -36,6 +36,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 NAMES = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
+LENIENT = ["GSM8K-lenient", "SpellingBee-lenient"]
 SETTINGS: dict[str, Any] = {"run": "bot", "max_problems": 4, "max_tokens": 6, "device": "cpu"}
 
 
@@ -83,7 +84,9 @@ def test_all_tasks_are_in_the_table_and_the_record(source: Path, capsys: pytest.
     (record,) = logger.read_evaluations(run_folder("bot"))
     assert (record["step"], record["stage"], record["failed"]) == (1, "sft", {})
     assert record["metrics"]["chat/ChatCORE"] == pytest.approx(core, abs=1e-5)
-    assert set(record["metrics"]) == {f"chat/{name}" for name in [*NAMES, "ChatCORE"]}
+    assert set(record["metrics"]) == {f"chat/{name}" for name in [*NAMES, "ChatCORE", *LENIENT]}
+    assert [row["Task"] + "-lenient" for row in table() if row["Lenient"]] == LENIENT
+    assert out.count("by the lenient check") == 2
     assert not partial().exists()
     assert "max_problems=4: not of all" in out and "--experiment=chat --set run=bot" in out
 

@@ -52,7 +52,7 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logger.append_evaluation(second, 40, "sft", {"chat/GSM8K": 0.0301, "chat/ARC-Easy": 0.41, "chat/Spelling": 0.9})
     logger.append_evaluation(second, 40, "sft", {"chat/GSM8K": 0.0312}, {"MMLU": "no network"})
     last = make(base, "d1_rl", "rl", {"run": "d1_sft", "step": 40, "stage": "sft"})
-    logger.append_evaluation(last, 40, "rl", {"chat/GSM8K": 0.0512})
+    logger.append_evaluation(last, 40, "rl", {"chat/GSM8K": 0.0512, "chat/GSM8K-lenient": 0.0733})
     return base
 
 
@@ -76,9 +76,10 @@ def write(folder: Path, price: float | None = 24.0, **options: Any) -> tuple[str
 def test_all_stages_are_side_by_side(last: Path) -> None:
     page, rows = write(last, seconds={"tokenizer": 600.0})
     assert "- **BASE** `d1`, step 40\n- **SFT** `d1_sft`, step 40\n- **RL** `d1_rl`, step 40\n" in page
-    assert list(rows)[:7] == ["", "CORE", "ARC-Easy", "GSM8K", "bits per byte", "Spelling", "pass@1"]
+    assert list(rows)[:7] == ["", "CORE", "ARC-Easy", "GSM8K", "GSM8K, lenient", "bits per byte", "Spelling"]
     assert rows[""] == ["BASE", "SFT", "RL"] and rows["CORE"] == ["0.2222", "-", "-"]
     assert rows["GSM8K"] == ["-", "0.0312", "0.0512"], "the last evaluation of a metric counts"
+    assert rows["GSM8K, lenient"] == ["-", "-", "0.0733"] and "Lenient: of answers" in page
     assert rows["bits per byte"] == ["1.6000", "1.6000", "-"]
     assert rows["pass@8"] == ["-", "-", "0.7500"] and rows["copa"] == ["0.5500", "0.1000"]
     assert "later stages on conversations" in page

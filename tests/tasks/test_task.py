@@ -16,7 +16,7 @@ from nanochat import tasks
 from nanochat.config import UserError, override
 from nanochat.data import Tokenizer, chat_format, tokenizer
 from nanochat.tasks import Task
-from nanochat.tasks.task import final_answer, match_final_number
+from nanochat.tasks.task import final_answer, match_any_number, match_final_number
 
 
 def numbers(name: str, size: int) -> Task:
@@ -91,6 +91,34 @@ def test_answer_is_correct_by_the_number_after_the_marker() -> None:
     assert not match_final_number(tasks.qa_conversation("?", "no number"), "no number")
 
 
+RIGHT = {
+    "18": r"18|18.|$18|18.00|18 dollars|**18**|\boxed{18}|\boxed{18} in 3 steps|The answer is 18.|####18|#### $18|18%"
+    r"|#### **18**|_18_|36/2|1.8e1|18€|9 + 9 = 18|a:18|18th|18.0000000000000000000|#### 18 cents, 5 left|\$18\)|(18),",
+    "1,800": r"1,800|1800|$1,800.00|1.8e3|1{,}800|1\,800|1'800|#### 1,800.",
+    "-3": "-3|−3|-$3|$-3|x = -3.0|(-3)",
+    "0.75": "3/4|.75|75e-2|0.750",
+    "123456789012345678901": "123,456,789,012,345,678,901|the 123456789012345678901.0",
+}
+WRONG = {
+    "18": "|no|180|1.8|18.5|-18|118|1,8|18,00|18/5|1/18|18 and 19|B18|18:30|18.1.1|18e1|#### 19, not 18|18\n#### 19",
+    "1,800": "1,80|180|1.800|18,00|1,8000|12,1800|800",
+    "4": "3/4|4/0|1.2.4|1,4",
+    "3": "-3|5-3=2",
+    "123456789012345678901": "123456789012345678902|1.2345678901234568e20",
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "answers", "right"), [(*x, True) for x in RIGHT.items()] + [(*x, False) for x in WRONG.items()]
+)
+def test_lenient_check_reads_the_last_number_in_any_form(number: str, answers: str, right: bool) -> None:
+    row = tasks.qa_conversation("?", f"so 5\n#### {number}")
+    for answer in answers.split("|"):
+        assert match_any_number(row, answer) is right, answer
+        assert right or not match_final_number(row, answer)
+    assert match_any_number(row, f"#### {number}\nOr 7?") and not match_any_number(row, "9" * 9000)
+
+
 def test_text_names_a_task_with_split_source_and_options(tmp_path: Path) -> None:
     task = tasks.from_text("arithmetic:test:size=7:digits=1")
     assert (task.name, task.size) == ("arithmetic", 7)
@@ -154,7 +182,7 @@ def test_misspelled_task_is_noticed_before_the_first_is_loaded(monkeypatch: pyte
         ("humaneval:train", "task humaneval has no split train, only test"),
         ("customjson", "task customjson needs a file of conversations"),
         ("customjson:test:/x.jsonl", "a file is all train"),
-        ("customjson:/no/such.jsonl", "/no/such.jsonl cannot be read: No such file or directory"),
+        ("customjson:/no/such.jsonl", "No such file or directory"),
         ("gsm8k:/no/such", "source=/no/such: no such file or folder"),
     ],
 )

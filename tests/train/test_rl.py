@@ -17,6 +17,7 @@ from nanochat.config import UserError
 from nanochat.data import Tokenizer, chat_format
 from nanochat.model import ModelConfig, loss
 from nanochat.tasks import Task, qa_conversation
+from nanochat.tasks.task import match_final_number
 from nanochat.train import Rollout, RolloutConfig, TrainState, rl
 
 TOK = Tokenizer(tuple(bytes([i]) for i in range(256)))
@@ -168,9 +169,15 @@ def test_prompt_batches_wrap_around_and_resume():
 def test_pass_at_k_is_any_of_the_first_k(monkeypatch: pytest.MonkeyPatch):
     solved = [[False, False, True], [True, False, False], [False, False, False], [False, True, True]]
     monkeypatch.setattr(rl, "MAX_K", 3)
-    monkeypatch.setattr(rl.chat_eval, "sample_answers", lambda *_: solved)
+    grades = [[[correct, n < 2] for n, correct in enumerate(answers)] for answers in solved]
+    monkeypatch.setattr(rl.chat_eval, "sample_answers", lambda *_: grades)
     got = rl.pass_at_k(make_engine(), TOK, task(), 4, ROLLOUTS)
     assert got == {"rl/pass_at_1": 0.25, "rl/pass_at_2": 0.5, "rl/pass_at_3": 0.75}
+    by_number = dataclasses.replace(task(), is_correct=match_final_number)
+    assert rl.pass_at_k(make_engine(), TOK, by_number, 4, ROLLOUTS) == got | {
+        "rl/pass_at_1-lenient": 1.0,
+        "rl/pass_at_3-lenient": 1.0,
+    }
 
 
 def test_task_without_reward_and_invalid_settings_raise():
