@@ -3,6 +3,8 @@
     torchrun launch.py --experiment=pretrain --set depth=16
     torchrun launch.py --experiment=pretrain_d20 --set dry_run=true     # print the plan, allocate nothing
     torchrun launch.py --experiment=pretrain_d20 --resume               # continue a stopped run
+    torchrun launch.py --experiment=pretrain_d20 --set init_from=d20@4000 --set name=d20_cooldown \
+        --set num_iterations=4400 --set optim.warmdown_ratio=0.09       # branch off: another end from step 4000 on
 
 Needs data (--experiment=data) and a tokenizer (--experiment=tokenizer). Writes checkpoints, metrics.jsonl, the resolved
 configuration and curves to runs/<name> under the base folder. Depth 20 on 8 H100 is the reference's run.
@@ -13,9 +15,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
-from nanochat import data, distributed, eval, model, optim, train
+from nanochat import checkpoint, data, distributed, eval, model, optim, train
 from nanochat.config import PositiveFloat, PositiveInt, Settings, UserError
 from nanochat.data import DataConfig, sources, tokenizer
 from nanochat.eval import core_bundle
@@ -64,6 +68,9 @@ class Config(StageConfig):
     Attributes:
         depth: number of layers, from which everything else follows.
         dry_run: print the plan and stop, without allocating anything.
+        init_from: a run, or run@step, that this new run branches from: it continues with the weights, the optimizer
+            state, the step count, the place in the data and the tokenizer of that checkpoint, and its own settings.
+            Other data, or another order of it, is read from its beginning.
         tokenizer: folder of the tokenizer; none: the default one.
         total_batch_size: tokens of an optimizer step; none: by the scaling rules.
         num_iterations: optimizer steps; none: by target_flops.
@@ -73,6 +80,7 @@ class Config(StageConfig):
 
     depth: PositiveInt = 20
     dry_run: bool = False
+    init_from: str | None = None
     tokenizer: str | None = None
     data: DataConfig = DataConfig()
     total_batch_size: PositiveInt | None = None
@@ -89,15 +97,19 @@ config = Config
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
     """Resolve the configuration, print the plan, and pretrain."""
-    name = config.name or f"d{config.depth}"
-    config = train.resume_after_restart(config, name, runtime)
+    config = dataclasses.replace(config, name=config.name or f"d{config.depth}")
+    config = train.resume_after_restart(config, str(config.name), runtime)
     if not config.dry_run:
         sources.shards_of(config.data, "train")  # report missing data first
-    tok = load_tokenizer(config, name, required=not config.dry_run)
+    config, start = load_start(config)
+    tok = load_tokenizer(config, start, required=not config.dry_run)
     shape, plan = resolve(config, tok)
+    if start and branches_at(config, start) and start.step >= plan.num_steps:
+        raise UserError(
+            f"num_iterations={plan.num_steps}: set more, as the branch counts on from step {start.step} of its base"
+        )
     config = dataclasses.replace(
         config,
-        name=name,
         total_batch_size=plan.total_batch_size,
         num_iterations=plan.num_steps,
         model=dataclasses.replace(config.model, vocab_size=shape.vocab_size),
@@ -108,26 +120,54 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
         config = dataclasses.replace(config, device_batch_size=train.estimate_batch_size(config, shape, rows, runtime))
     print(describe(config, shape, plan, runtime), flush=True)
     if tok and not config.dry_run:
-        train.run_stage(config, base_stage(config, shape, plan, tok, runtime), shape, tok, runtime, try_rows=auto)
+        train.run_stage(
+            config, base_stage(config, shape, plan, tok, runtime, start), shape, tok, runtime, try_rows=auto
+        )
 
 
 def tokenizer_folder(config: Config) -> Path:
     return Path(config.tokenizer) if config.tokenizer else tokenizer.default_dir()
 
 
-def load_tokenizer(config: Config, name: str, *, required: bool = True) -> data.Tokenizer | None:
-    """Return the tokenizer: of a resumed run its own copy; None if there is none and it is not required."""
-    own, folder = train.run_folder(name) / "tokenizer", tokenizer_folder(config)
-    if config.resume and own.exists():
-        tok = tokenizer.load(own)
-        if folder.exists() and tokenizer.load(folder).fingerprint != tok.fingerprint:
-            print(f"resuming with the run's own tokenizer in {own}; {folder} holds another one now")
-        return tok
-    return tokenizer.load(folder) if required or folder.exists() else None
+def load_start(config: Config) -> tuple[Config, train.InitCheckpoint | None]:
+    """Return the settings, and the checkpoint to resume or to branch from; None: the run starts at step 0."""
+    if start := train.load_own(config):
+        return dataclasses.replace(config, init_from=config.init_from or start.settings.get("init_from")), start
+    if config.init_from is None:
+        return config, None
+    start = train.init_from.load(config.init_from)
+    if start.folder == train.run_folder(str(config.name)):
+        raise UserError(f"init_from={config.init_from}: is run {config.name} itself; set another name, or resume_step")
+    if not start.moments or (start.origin or {})["stage"] != "base":
+        raise UserError(f"init_from={config.init_from}: not a pretraining run with its optimizer state")
+    run, _ = checkpoint.split_step(config.init_from)
+    return dataclasses.replace(config, init_from=f"{run}@{start.step}"), start
+
+
+def branches_at(config: Config, start: train.InitCheckpoint) -> bool:
+    """Return whether the run starts where it branches from another, rather than at a later step of its own."""
+    return str(config.init_from).endswith(f"@{start.step}")
+
+
+def load_tokenizer(
+    config: Config, start: train.InitCheckpoint | None, *, required: bool = True
+) -> data.Tokenizer | None:
+    """Return the tokenizer: of a checkpoint to start from its own; None if there is none and it is not required."""
+    folder = tokenizer_folder(config)
+    if start is None:
+        return tokenizer.load(folder) if required or folder.exists() else None
+    if folder.exists() and tokenizer.load(folder).fingerprint != start.tokenizer.fingerprint:
+        print(f"using the run's own tokenizer, of {start.folder}; {folder} holds another one now")
+    return start.tokenizer
 
 
 def base_stage(
-    config: Config, shape: model.ModelConfig, plan: optim.Plan, tok: data.Tokenizer, runtime: distributed.Runtime
+    config: Config,
+    shape: model.ModelConfig,
+    plan: optim.Plan,
+    tok: data.Tokenizer,
+    runtime: distributed.Runtime,
+    start: train.InitCheckpoint | None,
 ) -> train.Stage:
     """Return the stage: packed documents, the plan's hyperparameters, bits per byte, CORE and samples."""
     stream = functools.partial(
@@ -149,15 +189,26 @@ def base_stage(
     )
     evaluations.append(train.Evaluation(None, config.eval.sample_every_steps, samples))
     rows_per_step = plan.total_batch_size // shape.sequence_len
+
+    def train_batches(state: Any, _: int) -> Generator[data.loader.Batch, None, None]:
+        try:
+            return stream(split="train", rows_per_step=rows_per_step, state=state)
+        except data.loader.OtherDataError:
+            if not start or not branches_at(config, start):
+                raise
+            print(f"the data, or its order, is not that of {start.folder.name}: it is read from its beginning")
+            return stream(split="train", rows_per_step=rows_per_step)
+
     return train.Stage(
         name="base",
         num_steps=plan.num_steps,
         step_tokens=plan.total_batch_size,
         flops_per_token=plan.flops_per_token,
         make_step=functools.partial(train.scheduled, schedule=lambda step, _: optim.hparams(config.optim, plan, step)),
-        batches=lambda state, _: stream(split="train", rows_per_step=rows_per_step, state=state),
+        batches=train_batches,
         validation_batches=lambda rows: stream(split="val", rows_per_step=rows * runtime.world_size),
         evaluations=evaluations,
+        branch=(start.folder, start.step) if start else None,
     )
 
 

@@ -61,7 +61,7 @@ class Config(StageConfig):
     """A run of reinforcement learning.
 
     Attributes:
-        run: name or folder of the run to start from; none: the newest fine-tuned run.
+        run: name or folder of the run to start from; none: the newest fine-tuned run. name@100: its step 100.
         step: its checkpoint; none: the newest.
         task: task to train on.
         eval_task: task to measure pass@k on; none: the test split of `task`.

@@ -60,7 +60,7 @@ class Config(StageConfig):
     """A fine-tuning run.
 
     Attributes:
-        run: name or folder of the base run; none: the newest base or mid-trained run.
+        run: name or folder of the base run; none: the newest base or mid-trained run. name@100: its step 100.
         step: its checkpoint; none: the newest.
         tasks: tasks to train on, each with how often its rows are repeated.
         val_tasks: tasks for validation bits per byte.

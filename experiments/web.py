@@ -80,7 +80,8 @@ config = Config
 def run(config: Config, runtime: distributed.Runtime) -> None:
     """Load the model in a process for each device, and serve it until a signal comes."""
     distributed.require_single(runtime, "web, which starts a process for each GPU by itself,")
-    folder = checkpoint.find_run(config.run)  # a wrong name is an error now, not when a process has started
+    run, step = checkpoint.split_step(config.run, config.step)
+    folder = checkpoint.find_run(run)  # a wrong name is an error now, not when a process has started
     limits = serve.Limits(
         config.host,
         config.port,
@@ -94,7 +95,7 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
     slots = config.slots or (64 if is_cuda else 16)
     dtype = str(runtime.compute_dtype).removeprefix("torch.")
     workers = [
-        serve.WorkerConfig(str(folder), config.step, device, dtype, slots, config.context, compile, config.exact)
+        serve.WorkerConfig(str(folder), step, device, dtype, slots, config.context, compile, config.exact)
         for device in worker_devices(config.gpus, runtime.device.type)
     ]
     print(f"loading {folder.name} on {', '.join(worker.device for worker in workers)}", flush=True)

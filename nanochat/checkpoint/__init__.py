@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         load,
         load_tokenizer,
         runs_folder,
+        split_step,
         warning,
     )
 

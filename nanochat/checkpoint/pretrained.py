@@ -4,6 +4,7 @@ Everything is read from the checkpoint, so later changes of the settings or the 
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,11 +56,11 @@ def load(
     """Read a model, and check that parameters, config and tokenizer belong together.
 
     Args:
-        run: see `find_run`.
-        step: None: the newest.
+        run, step: see `find_run` and `split_step`; None: the newest.
         device, dtype: see `LoadConfig`. Matrices and embeddings are cast to the dtype; vectors stay float32, as in
             training.
     """
+    run, step = split_step(run, step)
     folder = find_run(run)
     saved = manager.steps(folder / "checkpoints")
     step = saved[-1] if step is None else step
@@ -91,6 +92,7 @@ def load(
 
 def inspect(run: str | Path | None = None, step: int | None = None) -> CheckpointInfo:
     """Return what a checkpoint (of `find_run(run)`; by default the newest step) says about itself."""
+    run, step = split_step(run, step)
     folder = find_run(run)
     path = manager.step_path(folder / "checkpoints", step)
     header = integrity.read_header(path)
@@ -147,6 +149,16 @@ def find_run(run: str | Path | None = None) -> Path:
             f"(repeat its command with --resume); {others}"
         )
     return folder
+
+
+def split_step(run: str | Path | None, step: int | None = None) -> tuple[str | Path | None, int | None]:
+    """Return run and step of `run@step`, unless that is a run's own name; any other run and `step` as they are."""
+    name, _, number = str(run or "").rpartition("@")
+    if not name or not re.fullmatch("[0-9]+", number) or (runs_folder() / str(run)).is_dir() or Path(str(run)).is_dir():
+        return run, step
+    if step not in (None, int(number)):
+        raise UserError(f"run={run} and step={step}: set one of the two steps")
+    return name, int(number)
 
 
 def runs_folder() -> Path:

@@ -182,6 +182,10 @@ class Document(NamedTuple):
     next_doc: int  # the number of the document after it in its block
 
 
+class OtherDataError(UserError):
+    """The state is of another stream of rows."""
+
+
 def _restore(stream: StreamConfig, state: LoaderState | None) -> tuple[Position, list[Document]]:
     if state is None:
         return Position(), []
@@ -191,7 +195,9 @@ def _restore(stream: StreamConfig, state: LoaderState | None) -> tuple[Position,
     saved = position["made_of"]
     changes = [f"{k} was {saved.get(k)}, is {v}" for k, v in stream.fingerprint.items() if saved.get(k) != v]
     if changes:
-        raise UserError(f"cannot resume with different data ({'; '.join(changes)}): change it back, or start a new run")
+        raise OtherDataError(
+            f"cannot resume with different data ({'; '.join(changes)}): change it back, or start a new run"
+        )
     lengths = np.asarray(state["lengths"]).astype(np.int64)
     tokens = np.array(state["tokens"], stream.token_type)
     kept = np.minimum(lengths, stream.row_tokens)

@@ -39,6 +39,7 @@ def open_log(
     folder: Path,
     *,
     resume_step: int | None = None,
+    rows_from: Path | None = None,
     tensorboard: bool = False,
     wandb: str | None = None,
     config: Any = None,
@@ -49,6 +50,7 @@ def open_log(
     Args:
         resume_step: continue after this step and drop the lines of later ones, so that the file becomes that of a run
             that never stopped. None starts a new file; an existing one is kept as metrics.1.jsonl (or .2, ...).
+        rows_from: start a new file with the lines up to that step of the run in this folder.
         enabled: False records nothing.
     """
     if not enabled:
@@ -57,11 +59,11 @@ def open_log(
     # Packages first: if one is missing, the files stay as they are.
     summary_writer = _need("torch.utils.tensorboard").SummaryWriter if tensorboard else None
     wandb_package = _need("wandb") if wandb else None
-    kept = [] if resume_step is None else [row for row in read(folder) if row["step"] <= resume_step]
+    kept = [] if resume_step is None else [row for row in read(rows_from or folder) if row["step"] <= resume_step]
     if config is not None:
         text = json.dumps(_jsonable(dataclasses.asdict(config)), indent=2)
         jsonl.write_atomic(folder / "config.json", f"{text}\n")
-    if resume_step is None and path.exists() and path.stat().st_size:
+    if (resume_step is None or rows_from) and path.exists() and path.stat().st_size:
         number = 1
         while (old := path.with_name(f"metrics.{number}.jsonl")).exists():
             number += 1

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         describe,
         run_folder,
     )
-    from nanochat.train.init_from import InitCheckpoint, init_state_from, load_base, resume_after_restart
+    from nanochat.train.init_from import InitCheckpoint, init_state_from, load_base, load_own, resume_after_restart
     from nanochat.train.pipeline import StageStatus
     from nanochat.train.planner import Estimate
     from nanochat.train.rl import Reward, Rollout

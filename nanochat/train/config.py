@@ -120,6 +120,8 @@ class StageConfig(Settings):
         dtype: dtype of the computation; auto: bfloat16 on GPUs from Ampere on, else float32.
         compile: use torch.compile.
         resume: continue from the run's last checkpoint.
+        resume_step: continue from the run's checkpoint of this step; those after it move to checkpoints.old, and
+            their metrics are kept as metrics.1.jsonl (or .2, …).
         overwrite: replace a run of the same name; its checkpoints move to checkpoints.old.
         device_batch_size: sequences of a micro-batch on each device; auto: the most that fit in memory.
     """
@@ -130,6 +132,7 @@ class StageConfig(Settings):
     dtype: Dtype = "auto"
     compile: bool = True
     resume: bool = False
+    resume_step: PositiveInt | None = None
     overwrite: bool = False
     device_batch_size: PositiveInt | Literal["auto"] = 32
     train: TrainConfig = TrainConfig()

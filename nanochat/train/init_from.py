@@ -1,6 +1,7 @@
-"""What a run starts from: its own last checkpoint, or that of a base run with what the stage inherits from it."""
+"""What a run starts from: its own checkpoint, or that of a base run with what the stage inherits from it."""
 
 import dataclasses
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,24 +77,62 @@ def load_base(
     Args:
         run, step: the base run; None: the newest run of one of `stages`.
     """
-    start: str | Path | None = run
+    start, step = checkpoint.split_step(run, step)
     if config.name is None:
         start = start or newest(stages)
         config = dataclasses.replace(config, name=f"{Path(start).expanduser().absolute().name}_{stage}")
     config = resume_after_restart(config, str(config.name), runtime)
+    return config, load_own(config) or load(start or newest(stages), step)
+
+
+def load_own(config: StageConfig) -> InitCheckpoint | None:
+    """Return the checkpoint that a run resumes from; None if it does not, or has none yet."""
     own = run_folder(str(config.name))
     # A network disk may differ between ranks: all of them resume, or none.
-    if config.resume and distributed.all_reduce_max(bool(checkpoint.steps(own / "checkpoints"))):
-        return config, load(own, resume=True)
-    return config, load(start or newest(stages), step)
+    if config.resume_step is None and not (
+        config.resume and distributed.all_reduce_max(bool(checkpoint.steps(own / "checkpoints")))
+    ):
+        return None
+    return load(own, config.resume_step, resume=True)
 
 
 def resume_after_restart(config: Config, name: str, runtime: Runtime) -> Config:
-    """Return the settings, with `resume` set if torchrun has restarted a job that had opened the run `name`."""
-    if runtime.restarts and not config.resume and was_restarted(f"opened {name}"):
+    """Return the settings, with `resume` set if a step is set to resume from, or torchrun restarts the job.
+
+    Then it resumes from the last checkpoint, if the job had opened the run `name`.
+    """
+    if runtime.restarts and was_restarted(f"opened {name}"):
         print(f"restart {runtime.restarts} by torchrun: resuming from the last checkpoint")
-        return dataclasses.replace(config, resume=True)
-    return config
+        return dataclasses.replace(config, resume=True, resume_step=None)
+    return dataclasses.replace(config, resume=config.resume or config.resume_step is not None)
+
+
+def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> checkpoint.Manager:
+    """Open the checkpoints of a new run, a resumed one, or with `overwrite` one that replaces an old run."""
+    checkpoints, old = folder / "checkpoints", folder / "checkpoints.old"
+    saved = checkpoint.steps(checkpoints) if runtime.is_main else []
+    last = distributed.all_reduce_max(saved[-1] if saved else -1)  # a network disk may differ between ranks
+    if last >= 0 and not config.resume:
+        if not config.overwrite:
+            raise UserError(
+                f"run {folder} has checkpoints up to step {last}: --resume continues it, --set name=<other> "
+                "starts another, --set overwrite=true replaces it"
+            )
+        if runtime.is_main:
+            shutil.rmtree(old, ignore_errors=True)
+            checkpoints.rename(old)
+        print(f"the checkpoints of the replaced run are kept in {old}, until the next replacement")
+    later = [step for step in saved if config.resume_step is not None and step > config.resume_step]
+    for step in later:
+        old.mkdir(exist_ok=True)
+        shutil.rmtree(old / str(step), ignore_errors=True)
+        (checkpoints / str(step)).rename(old / str(step))
+    if later:
+        print(f"the checkpoints after step {config.resume_step} ({', '.join(map(str, later))}) are kept in {old}")
+    distributed.barrier()
+    if config.resume and last < 0:
+        print(f"nothing to resume in {checkpoints}: starting at step 0")
+    return checkpoint.open_manager(checkpoints, config.checkpoint)
 
 
 def init_state_from(

@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +23,12 @@ from nanochat.distributed import Runtime, ShardingPlan, hardware, mark_restart, 
 from nanochat.metrics import logger, plots, progress, run_lock
 from nanochat.model import ModelConfig
 from nanochat.text import format_count, format_duration
-from nanochat.train import build
+from nanochat.train import build, init_from
 from nanochat.train import step as train
 from nanochat.train.config import StageConfig, run_folder
 from nanochat.train.step import NonFiniteLossError, Progress, StepFn, StopFlag, TrainState
 
-NOT_COMPARED = ("resume", "overwrite", "dry_run")
+NOT_COMPARED = ("name", "init_from", "resume", "resume_step", "overwrite", "dry_run")
 UNTIMED_STEPS = 10  # of every start: they compile and warm up
 
 
@@ -64,6 +63,7 @@ class Stage:
         skipped: sentences that say what else was skipped.
         origin: run, step and stage of the checkpoint that this stage starts from, or None.
         initial_state: (sharding_plan) -> the state before the first step; None: random parameters.
+        branch: folder and step of another run that a new run continues from there; None: it starts at step 0.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Stage:
     skipped: Sequence[str] = ()
     origin: Mapping[str, Any] | None = None
     initial_state: Callable[[ShardingPlan | None], TrainState] | None = None
+    branch: tuple[Path, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +128,19 @@ def run_stage(
             check_validation(stage.validation_batches(config.rows), tok)
         check_lock = stack.enter_context(run_lock.held(folder))
         stop = stack.enter_context(train.stop_on_signals())  # left after the manager: the last save is protected too
-        manager = open_checkpoints(folder, config, runtime)
+        manager = init_from.open_checkpoints(folder, config, runtime)
         stack.callback(checkpoint.close, manager)  # waits for the last save, after an error as well
         mark_restart(f"opened {config.name}")  # a restart of the job by torchrun resumes this run
-        state, at = init_or_restore(config, stage, shape, manager, runtime, sharding_plan)
+        is_new = checkpoint.latest_step(manager) is None
+        start = stage.branch if is_new else (folder, None)
+        state, at = init_or_restore(config, stage, shape, start, runtime, sharding_plan)
         batches = stack.enter_context(contextlib.closing(stage.batches(at.loader, config.rows)))
-        if at.step == 0 and runtime.is_main:
+        if is_new and runtime.is_main:
             tokenizer.save(tok, folder / "tokenizer")  # the run's own copy: the original may be trained again
         log = logger.open_log(
             folder,
-            resume_step=at.step if config.resume else None,
+            resume_step=at.step if config.resume or start else None,
+            rows_from=start[0] if start and (is_new or config.resume_step is not None) else None,
             tensorboard=config.metrics.tensorboard,
             wandb=config.metrics.wandb,
             config=config,
@@ -192,49 +196,28 @@ def check_validation(batches: Generator, tok: Tokenizer) -> None:
         raise UserError("the validation data has no text to predict: change data.source or val_tasks")
 
 
-def open_checkpoints(folder: Path, config: StageConfig, runtime: Runtime) -> checkpoint.Manager:
-    """Open the checkpoints of a new run, a resumed one, or with `overwrite` one that replaces an old run."""
-    checkpoints = folder / "checkpoints"
-    saved = checkpoint.steps(checkpoints) if runtime.is_main else []
-    last = distributed.all_reduce_max(saved[-1] if saved else -1)  # a network disk may differ between ranks
-    if last >= 0 and not config.resume:
-        if not config.overwrite:
-            raise UserError(
-                f"run {folder} has checkpoints up to step {last}: --resume continues it, --set name=<other> "
-                "starts another, --set overwrite=true replaces it"
-            )
-        old = checkpoints.with_name("checkpoints.old")
-        if runtime.is_main:
-            shutil.rmtree(old, ignore_errors=True)
-            checkpoints.rename(old)
-        distributed.barrier()
-        print(f"the checkpoints of the replaced run are kept in {old}, until the next replacement")
-    if config.resume and last < 0:
-        print(f"nothing to resume in {checkpoints}: starting at step 0")
-    return checkpoint.open_manager(checkpoints, config.checkpoint)
-
-
 def init_or_restore(
     config: StageConfig,
     stage: Stage,
     shape: ModelConfig,
-    manager: checkpoint.Manager,
+    start: tuple[Path, int | None] | None,
     runtime: Runtime,
     sharding_plan: ShardingPlan | None,
 ) -> tuple[TrainState, Progress]:
-    """Return the state and progress of the last checkpoint, or those before the first step."""
-    if checkpoint.latest_step(manager) is None:
+    """Return the state and progress at a step of a run (None: its last), or without `start` before the first step."""
+    if start is None:
         if stage.initial_state:
             return stage.initial_state(sharding_plan), Progress()
         return build.init_state(config, shape, runtime, sharding_plan), Progress()
     abstract = build.init_state(config, shape, runtime, sharding_plan, device="meta")
-    state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
+    folder, step = start
+    state, meta, arrays = checkpoint.restore(folder / "checkpoints", abstract, step, device=runtime.device)
     now = json.loads(json.dumps(dict(configs.flatten(config))))
     for name, value in now.items():
         before = meta["config"].get(name, value)
         if before != value and name not in NOT_COMPARED:
             print(f"changed since the checkpoint: {name} = {value} (was {before})")
-    print(f"resumed from step {int(state.step)} in {manager.folder}")
+    print(f"resumed from step {int(state.step)} in {folder / 'checkpoints'}")
     if meta["config"]["dtype"] != now["dtype"]:  # a loss scale is for one dtype
         state = state._replace(scaler=train.init_scaler(runtime.compute_dtype, runtime.device))
     loader = {"position": meta["loader"], **{n.removeprefix("loader_"): array for n, array in arrays.items()}}
@@ -425,7 +408,7 @@ def with_advice(error: NonFiniteLossError, manager: checkpoint.Manager) -> NonFi
         "--set train.skip_nonfinite=true skips this batch"
     )
     if len(saved) > 1:
-        text += f"; or delete {manager.folder / str(saved[-1])} and --resume from step {saved[-2]} with {lower}"
+        text += f"; --set resume_step={saved[-2]} goes back to step {saved[-2]}, for {lower}"
     return NonFiniteLossError(text)
 
 

@@ -407,7 +407,7 @@ def test_invalid_settings_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="4 rows does not divide among 3 ranks"):
         loader(folder, world_size=3)
     for name in ("buffer_docs", "prefetch_batches", "tokenizer_threads"):
-        with pytest.raises(UserError, match=f"data.{name}=0"):
+        with pytest.raises(UserError, match=f"{name}=0: must be at least 1"):
             loader(folder, **dict[str, Any]({name: 0}))
     with pytest.raises(UserError, match="sequence_len=0"):
         loader(folder, length=0)

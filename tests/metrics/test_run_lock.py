@@ -109,7 +109,8 @@ def test_silent_owner_on_another_machine_is_waited_for(tmp_path: Path, monkeypat
 
 
 def test_owner_that_has_been_silent_for_long_is_not_waited_for(tmp_path: Path) -> None:
-    os.utime(foreign(tmp_path), (time.time() - 61,) * 2)
+    past = time.time() - 61
+    os.utime(foreign(tmp_path), (past, past))
     with run_lock.held(tmp_path):
         pass
 
