@@ -3,6 +3,7 @@
 Each program gets a fresh interpreter with the standard library, behind these layers, from the outside inwards:
     bubblewrap   own user, mount, process, network, IPC and host name namespaces. The program sees the interpreter and
                  the system's libraries, read-only: no /home, /etc, /proc, network, or environment variables of ours.
+    the jail     process 1 of the namespace: ends with the program, and is reaped, so that nothing is left behind.
     tmpfs        /tmp, the only writable folder, in memory, limited in bytes and files; removed with the process.
     rlimits      memory, CPU time, file size, open files, no core dump.
     seccomp      an allow-list of system calls: no other process, program or socket (`nanochat.sandbox.seccomp`).
@@ -10,9 +11,12 @@ Each program gets a fresh interpreter with the standard library, behind these la
 
 A program succeeds only if it runs to its last line: `sys.exit(0)` or `os._exit(0)` before it is a failure. Not
 guaranteed: that a program cannot find the secret that reports success, since both run in one interpreter, or that the
-kernel has no security hole. `weak=True` does without bubblewrap: a process group, an empty environment, a temporary
-folder, rlimits, and seccomp if libseccomp is installed. That contains mistakes; a hostile program can still read files
-and signal processes of the same user.
+kernel has no security hole.
+
+`weak=True` does without bubblewrap, for mistakes rather than hostile programs: a process group, an empty environment, a
+temporary folder, rlimits, and what the system has of Landlock (Linux 5.13), dropped capabilities (root), libseccomp and
+seccomp. Landlock hides the files of the user, and the environment and memory of other processes. Without it a
+RuntimeWarning says so if they are open to the program; root's are usually protected by the capabilities.
 
 Source: the manual page bwrap(1).
 """
@@ -21,11 +25,9 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import json
 import math
 import os
 import secrets
-import select
 import selectors
 import shutil
 import signal
@@ -33,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import IO, Literal
 
@@ -43,15 +46,23 @@ MIB = 2**20
 MIN_MEMORY_BYTES = 64 * MIB  # an interpreter alone takes about 30 MiB of address space
 FOLDER_BYTES = 32 * MIB
 FOLDER_FILES = 1000
+SYSTEM = ("/lib", "/lib64")  # often links to those of /usr
 START_SECONDS = 30.0  # for the interpreter to start, before the program's own time begins
 KILL_SECONDS = 10.0  # for the kernel to remove a killed namespace
 POLL_SECONDS = 0.2
 REPORT_BYTES = 2**14
 INSTALL = "apt-get install bubblewrap libseccomp2 (or your system's packages)"
+SECCOMP = (
+    "This kernel, or the container that this runs in, refuses seccomp filters (CONFIG_SECCOMP_FILTER): use another"
+)
 NAMESPACES = (
     "If this user may not create namespaces: docker run --security-opt seccomp=unconfined --security-opt "
     "apparmor=unconfined; on Ubuntu sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; elsewhere "
     "sysctl -w user.max_user_namespaces=10000"
+)
+EXPOSED = (
+    "sandbox weak=True: this system has no Landlock (Linux 5.13, lsm=landlock), so programs can read the "
+    "environment and memory of this user's processes and its files, with what passwords and tokens they hold"
 )
 
 
@@ -89,7 +100,7 @@ def run(
         timeout_seconds: wall time; also CPU time, rounded up to whole seconds.
         memory_bytes: address space of the process; up to 32 MiB of files in its folder are extra.
         max_output_bytes: of stdout and of stderr, each.
-        weak: do not require isolation by the kernel.
+        weak: do not require isolation by the kernel; warns if the program can read the environment of this process.
     """
     if not 0 < timeout_seconds < math.inf:
         raise UserError(f"sandbox timeout_seconds={timeout_seconds}: expected a number of seconds above 0")
@@ -145,25 +156,36 @@ def _run(code: str, limits: Limits, weak: bool) -> Result:
         folder = stack.enter_context(temporary) if temporary else "/"
         stdin = stack.enter_context(_sealed_file(call_filter + program + secret))
         report, report_end = map(stack.enter_context, _pipe())
-        info, info_end = map(stack.enter_context, _pipe())
-        numbers = (report_end.fileno(), len(call_filter), len(program), len(secret), limits.memory_bytes)
-        numbers += (math.ceil(limits.timeout_seconds), FOLDER_BYTES, FOLDER_FILES, int(not weak))
+        stop_end, stop = map(stack.enter_context, _pipe())
+        numbers = (report_end.fileno(), stop_end.fileno(), len(call_filter), len(program), len(secret))
+        numbers += (limits.memory_bytes, math.ceil(limits.timeout_seconds), FOLDER_BYTES, FOLDER_FILES, int(not weak))
         # Not -I: it ignores PYTHONHASHSEED, and a program should print the same set in every run.
-        interpreter = [python_binary(), "-P", "-s", "-S", "-B", "-c", _jail(), *map(str, numbers)]
+        interpreter = [
+            python_binary(),
+            "-P",
+            "-s",
+            "-S",
+            "-B",
+            "-c",
+            _jail(),
+            *map(str, numbers),
+            *SYSTEM,
+            *readable_paths(),
+        ]
         process = subprocess.Popen(
-            interpreter if weak else [*command(), "--info-fd", str(info_end.fileno()), "--", *interpreter],
+            interpreter if weak else [*command(), "--", *interpreter],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(report_end.fileno(), info_end.fileno()),
+            pass_fds=(report_end.fileno(), stop_end.fileno()),
             env=environment(folder) if weak else {},
             cwd=folder,
             start_new_session=True,
         )
         stack.enter_context(process)
-        stack.callback(_terminate, process, info, weak)  # runs before the line above waits for the process
+        stack.callback(_terminate, process, stop)  # runs before the line above waits for the process
         report_end.close()
-        info_end.close()
+        stop_end.close()
         outcome = _monitor(process, report, limits)
     return _result(outcome, process.returncode, secret, limits)
 
@@ -215,39 +237,25 @@ def _monitor(process: subprocess.Popen[bytes], report: IO[bytes], limits: Limits
     return outcome
 
 
-def _terminate(process: subprocess.Popen[bytes], info: IO[bytes], weak: bool) -> None:
-    """Kill what still runs of the program, and wait until it is gone."""
-    if weak:
+def _terminate(process: subprocess.Popen[bytes], stop: IO[bytes]) -> None:
+    """Have the jail kill what still runs of the program, and wait until it is gone."""
+    with contextlib.suppress(BrokenPipeError):
+        stop.write(b"x")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(KILL_SECONDS)
+    if process.returncode is None or process.returncode < 0:  # the jail does not answer, or was killed itself
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    elif process.poll() is None:
-        # Killing bubblewrap kills the namespace's first process, whose exit kills all others and waits for them. It is
-        # not our child, so only a pidfd tells when it has exited.
-        pidfd = _namespace_init(info)
-        process.kill()
-        process.wait()
-        if pidfd is not None:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            poll.poll(KILL_SECONDS * 1000)
-            os.close(pidfd)
-
-
-def _namespace_init(info: IO[bytes]) -> int | None:
-    """Return a pidfd of the namespace's first process, or None if it has not started or has exited."""
-    os.set_blocking(info.fileno(), False)
-    try:
-        return os.pidfd_open(json.loads(info.read() or b"")["child-pid"])
-    except (ValueError, ProcessLookupError):
-        return None
 
 
 def _result(outcome: _Outcome, code: int, secret: bytes, limits: Limits) -> Result:
     stdout, stderr = (text.decode("utf-8", "replace") for text in (outcome.stdout, outcome.stderr))
-    if not outcome.report.startswith(b"+"):
+    if not outcome.report.startswith((b"+", b"!")):
         message = stderr.strip().rpartition("\n")[2] or f"exit code {code} after {outcome.seconds:.1f} s"
-        raise UserError(f"the sandbox did not start: {message}. {NAMESPACES}")
+        raise UserError(f"the sandbox did not start: {message}. {SECCOMP if 'seccomp' in message else NAMESPACES}")
+    if outcome.report.startswith(b"!"):
+        warnings.warn(EXPOSED, RuntimeWarning, stacklevel=4)
     report = outcome.report[1:]  # the secret, or e or m and the error
     # bubblewrap exits with 128 + the number of the signal that killed the program; without it the code is negative.
     number = -code if code < 0 else code - 128
@@ -271,18 +279,19 @@ def _result(outcome: _Outcome, code: int, secret: bytes, limits: Limits) -> Resu
 @functools.cache
 def command() -> tuple[str, ...]:
     """Return bubblewrap's command line up to the program."""
-    binary, prefix = python_binary(), sys.base_prefix
-    words = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--new-session"]
+    # As process 1 the jail is a child of bubblewrap, which reaps it: bubblewrap's own process 1 would stay a zombie
+    # until the system's process 1 reaps it, and in most containers that never does.
+    words = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--new-session", "--as-pid-1"]
     words += [f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "uts")]
     words += ["--hostname", "sandbox", "--uid", "65534", "--gid", "65534"]
     # To mount /tmp, since bubblewrap cannot limit the number of files; the jail drops it before the program runs.
     words += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
-    for system in ("/lib", "/lib64"):
+    for system in SYSTEM:
         if os.path.islink(system):
             words += ["--symlink", os.readlink(system), system]
         else:
             words += ["--ro-bind-try", system, system]
-    for path in ("/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", f"{prefix}/lib", f"{prefix}/lib64", binary):
+    for path in readable_paths():
         words += ["--ro-bind-try", path, path]
     for device in ("/dev/null", "/dev/urandom"):
         words += ["--dev-bind", device, device]
@@ -290,6 +299,12 @@ def command() -> tuple[str, ...]:
     for name, value in environment("/tmp").items():
         words += ["--setenv", name, value]
     return tuple(words)
+
+
+def readable_paths() -> list[str]:
+    """Return what a program may read besides its own folder and `SYSTEM`."""
+    prefix = sys.base_prefix
+    return ["/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", f"{prefix}/lib", f"{prefix}/lib64", python_binary()]
 
 
 def environment(folder: str) -> dict[str, str]:
