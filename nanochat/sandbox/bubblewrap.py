@@ -34,8 +34,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Literal
 
@@ -110,7 +112,14 @@ def run(
         raise UserError(f"sandbox max_output_bytes={max_output_bytes}: expected 0 or more")
     if not weak and (reason := available()):
         raise UserError(f"{reason}; or accept weaker isolation (weak=True)")
-    return _run(code, Limits(timeout_seconds, memory_bytes, max_output_bytes), weak)
+    limits, canceled = Limits(timeout_seconds, memory_bytes, max_output_bytes), threading.Event()
+    # In a thread of its own no KeyboardInterrupt comes between the start of a process and the care for it.
+    with ThreadPoolExecutor(1, "sandbox") as pool:
+        try:
+            return pool.submit(_run, code, limits, weak, canceled).result()
+        except BaseException:
+            canceled.set()
+            raise
 
 
 @functools.cache
@@ -121,7 +130,7 @@ def available() -> str | None:
     if shutil.which("bwrap") is None:
         return f"the sandbox needs bubblewrap: {INSTALL}"
     try:
-        result = _run(_PROBE, Limits(timeout_seconds=START_SECONDS), weak=False)
+        result = _run(_PROBE, Limits(timeout_seconds=START_SECONDS), False, threading.Event())
     except UserError as error:
         return str(error)
     return None if result.success else f"the sandbox does not isolate on this machine: {result.error}"
@@ -147,7 +156,7 @@ open("/tmp/x", "w").close()
 """
 
 
-def _run(code: str, limits: Limits, weak: bool) -> Result:
+def _run(code: str, limits: Limits, weak: bool, canceled: threading.Event) -> Result:
     """Run a program, and leave no process, file or descriptor behind."""
     program = code.encode("utf-8", "surrogatepass")  # a lone surrogate is for the interpreter to refuse
     call_filter, secret = _filter(weak), b"s" + secrets.token_bytes(32)
@@ -186,7 +195,7 @@ def _run(code: str, limits: Limits, weak: bool) -> Result:
         stack.callback(_terminate, process, stop)  # runs before the line above waits for the process
         report_end.close()
         stop_end.close()
-        outcome = _monitor(process, report, limits)
+        outcome = _monitor(process, report, limits, canceled)
     return _result(outcome, process.returncode, secret, limits)
 
 
@@ -197,11 +206,13 @@ class _Outcome:
     stdout: bytearray = dataclasses.field(default_factory=bytearray)
     stderr: bytearray = dataclasses.field(default_factory=bytearray)
     report: bytearray = dataclasses.field(default_factory=bytearray)
-    exceeded: Literal["time", "output"] | None = None  # the limit
+    exceeded: Literal["time", "output", "canceled"] | None = None
     seconds: float = 0.0
 
 
-def _monitor(process: subprocess.Popen[bytes], report: IO[bytes], limits: Limits) -> _Outcome:
+def _monitor(
+    process: subprocess.Popen[bytes], report: IO[bytes], limits: Limits, canceled: threading.Event
+) -> _Outcome:
     """Read the program's output until it exits or exceeds a limit."""
     assert process.stdout and process.stderr
     outcome, started, running = _Outcome(), time.monotonic(), False
@@ -226,6 +237,8 @@ def _monitor(process: subprocess.Popen[bytes], report: IO[bytes], limits: Limits
                 deadline = started + limits.timeout_seconds
             if not outcome.exceeded and time.monotonic() >= deadline:
                 outcome.exceeded = "time"
+            if canceled.is_set():
+                outcome.exceeded = "canceled"
             if exited and not ready:
                 break  # a child still holds the pipes, which can only happen without a process namespace
     if not outcome.exceeded:
@@ -255,7 +268,7 @@ def _result(outcome: _Outcome, code: int, secret: bytes, limits: Limits) -> Resu
         message = stderr.strip().rpartition("\n")[2] or f"exit code {code} after {outcome.seconds:.1f} s"
         raise UserError(f"the sandbox did not start: {message}. {SECCOMP if 'seccomp' in message else NAMESPACES}")
     if outcome.report.startswith(b"!"):
-        warnings.warn(EXPOSED, RuntimeWarning, stacklevel=4)
+        warnings.warn(EXPOSED, RuntimeWarning, stacklevel=1)
     report = outcome.report[1:]  # the secret, or e or m and the error
     # bubblewrap exits with 128 + the number of the signal that killed the program; without it the code is negative.
     number = -code if code < 0 else code - 128

@@ -1,7 +1,6 @@
 """The sandbox: what a program may do, what is refused, how it is reported, and that it leaves nothing behind."""
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -11,15 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
-import time
+import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sandbox_runs import ATTEMPT, adopt_orphans, assert_unavailable, clear_caches, run, wait_for_processes
 
 import nanochat
 from nanochat.config import UserError
@@ -28,72 +27,6 @@ from nanochat.sandbox import bubblewrap as sandbox
 
 ROOT = Path(__file__).parents[2]
 MIB = sandbox.MIB
-
-
-def processes(mark: str) -> list[int]:
-    """Return the processes whose command line contains `mark`."""
-    pids = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # exited meanwhile
-            if mark.encode() in entry.read_bytes():
-                pids.append(int(entry.parent.name))
-    return pids
-
-
-def wait_for_processes(mark: str, count: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while len(processes(mark)) != count and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(processes(mark)) == count
-
-
-def descriptors() -> dict[str, str]:
-    """Return {descriptor: what it is} of this process."""
-    targets = {}
-    for entry in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the one that lists them
-            targets[entry] = os.readlink(f"/proc/self/fd/{entry}")
-    return targets
-
-
-@pytest.fixture
-def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """Mark the processes of a test, and check that no process, descriptor, mount or temporary file is left."""
-    mark, text = f"# {uuid.uuid4()}", sandbox._jail()
-    monkeypatch.setattr(sandbox, "_jail", lambda: f"{text}\n{mark}\n")
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    before, mounts = descriptors(), Path("/proc/self/mounts").read_text()
-    yield mark
-    assert processes(mark) == []
-    assert descriptors() == before
-    assert os.listdir(temporary) == []
-    assert Path("/proc/self/mounts").read_text() == mounts
-    with contextlib.suppress(ChildProcessError):
-        assert os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None  # no zombie either
-
-
-@pytest.fixture
-def kernel(mark: str) -> str:
-    """Skip the test if the kernel does not isolate."""
-    if reason := sandbox.available():
-        pytest.skip(reason)
-    return mark
-
-
-def run(code: str, **options: float) -> Result:
-    return sandbox.run(textwrap.dedent(code), **options)  # type: ignore[arg-type]
-
-
-ATTEMPT = """
-import ctypes, os
-def attempt(function, *arguments):
-    try:
-        print("ALLOWED", function, arguments, function(*arguments))
-    except OSError as error:
-        print("refused:", os.strerror(error.errno))
-"""
 
 
 def run_attempts(code: str) -> Result:
@@ -428,12 +361,27 @@ def test_killing_the_parent_kills_the_program(kernel: str) -> None:
     program += f"print('ready', flush=True)\nsandbox.run({code!r}, timeout_seconds=100)"
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT)
     assert parent.stdout
+    adopt_orphans(False)
     parent.stdout.readline()
-    wait_for_processes(kernel, 4, 30)  # the parent, bubblewrap twice, the interpreter
+    wait_for_processes(kernel, 4, 30)  # the parent, bubblewrap, the jail, the program
     parent.kill()
     parent.wait()
     parent.stdout.close()
     wait_for_processes(kernel, 0, 10)
+
+
+@pytest.mark.parametrize("weak", [False, True])
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 0.02, 0.05, 0.2])
+def test_keyboard_interrupt_ends_a_run_and_leaves_nothing(
+    mark: str, request: pytest.FixtureRequest, weak: bool, seconds: float
+) -> None:
+    if not weak:
+        request.getfixturevalue("kernel")
+    main = threading.get_ident()
+    timer = threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        timer.start()
+        run("import time\ntime.sleep(1000)", timeout_seconds=100, weak=weak)
 
 
 def test_concurrent_runs(kernel: str) -> None:
@@ -471,19 +419,6 @@ def test_humaneval_solutions(kernel: str, task: dict[str, str]) -> None:
     assert not wrong.success and str(wrong.error).startswith(("AssertionError", "TypeError")), wrong
 
 
-def clear_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((sandbox, "available"), (sandbox, "command"), (seccomp, "compile_filter")):
-        cached = getattr(module, name)
-        monkeypatch.setattr(module, name, functools.cache(cached.__wrapped__))
-
-
-def assert_unavailable(match: str) -> None:
-    assert match in str(sandbox.available())
-    with pytest.raises(UserError, match="weak=True"):
-        run("pass")
-    assert run("print(1)", weak=True).success
-
-
 def test_missing_programs_are_reported(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
     clear_caches(monkeypatch)
     monkeypatch.setattr("shutil.which", lambda name: None)
@@ -512,40 +447,6 @@ def test_probe_detects_missing_isolation(kernel: str, monkeypatch: pytest.Monkey
     clear_caches(monkeypatch)
     monkeypatch.setattr(sandbox, "_filter", lambda weak: b"")
     assert "is allowed" in str(sandbox.available())
-
-
-def test_weak_mode(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("API_SECRET", "in-the-environment")
-    result = run("import os\nopen('x', 'w').write('y')\nprint(os.listdir(), os.getcwd())\nprint(os.environ)", weak=True)
-    assert result.success and result.stdout.startswith("['x']") and "API_SECRET" not in result.stdout
-    assert not os.path.exists(result.stdout.split()[1])
-    assert run("while True: pass", weak=True, timeout_seconds=0.3).timed_out
-    assert run("x = 'a' * 10**9", weak=True).memory_exceeded
-    assert run("while True: print('x' * 10**5)", weak=True).error == f"wrote more than {MIB} bytes"
-    assert run("import os\nos._exit(0)", weak=True).error == "exited with code 0 before its last line"
-    assert run("import os\nos.abort()", weak=True).error == "killed by SIGABRT"
-
-
-def test_weak_mode_uses_the_filter(mark: str) -> None:
-    try:
-        seccomp.compile_filter(allow_signals=False)
-    except UserError as error:
-        pytest.skip(str(error))
-    kill = f"os.kill({os.getpid()}, 9)"
-    for code in ("os.fork()", kill, "__import__('socket').socket()", "os.execv('/bin/true', ['x'])"):
-        assert str(run(f"import os\n{code}", weak=True).error).startswith("PermissionError"), code
-
-
-@pytest.mark.parametrize("end", ["print('end')", "while True: pass", "os._exit(0)"])
-def test_weak_mode_kills_its_process_group(mark: str, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    monkeypatch.setattr(sandbox, "_filter", lambda weak: b"")
-    monkeypatch.setattr(sandbox, "_jail", lambda jail=sandbox._jail: jail().replace('"RLIMIT_NPROC"', '"RLIMIT_CORE"'))
-    started = time.monotonic()
-    code = f"import os, time\nif os.fork() == 0: time.sleep(1000)\n{end}"
-    result = run(code, weak=True, timeout_seconds=0.7)
-    assert result.success == ("end" in end)
-    assert time.monotonic() - started < 20
-    wait_for_processes(mark, 0, 5)  # init reaps the orphan
 
 
 def test_command_line(kernel: str, tmp_path: Path) -> None:
