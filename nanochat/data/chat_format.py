@@ -34,9 +34,9 @@ PART_AFTER = {
     "<|output_start|>": "python_output",
     "<|output_end|>": "text",
 }
-# Roles, those of ShareGPT among them -> whose turn it is.
-SIDES: dict[str, str] = dict.fromkeys(("system", "developer", "user", "human"), "user")
-SIDES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+# Names of roles, those of ShareGPT among them -> the role.
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 # Keys of a message or a conversation -> the value that leaves it in the loss; the other value takes it out.
 SWITCHES = {"weight": True, "loss_weight": True, "train": True, "training": True, "loss": True, "masked": False}
 UNSUPPORTED = (
@@ -78,20 +78,22 @@ def normalize(conversation: Conversation) -> list[Turn]:
     has_question = False  # the user turn has a message of the user
     for number, message in enumerate(conversation["messages"], start=1):
         where = f"message {number}"
+        if not isinstance(message, Mapping):
+            raise ConversationError(f'{where}: expected an object {{"role": …, "content": …}}, got {_short(message)}')
         switch = _switch(where, message)
         role, parts = _checked(where, message)
-        side = SIDES[role]
+        side = "assistant" if role == "assistant" else "user"
         continues = bool(turns) and turns[-1].side == side
         if side == "user":
             if switch:
                 keys = "/".join(key for key in SWITCHES if message.get(key) is not None)
                 raise ConversationError(f"{where}: {keys} on the {role}'s message: only the assistant's are trained on")
-            has_question = role in ("user", "human") or (continues and has_question)
+            has_question = role == "user" or (continues and has_question)
             texts = [turns.pop().parts[0][1]] if continues else []
             texts.append("\n".join(text for _, text in parts))
             turns.append(Turn("user", [("text", "\n\n".join(texts), False)]))
         elif not has_question:
-            raise ConversationError(f"{where}: role {role!r}, expected user: the assistant answers a user's message")
+            raise ConversationError(f"{where}: role {role!r}, expected user: it answers no user message, so remove it")
         else:
             supervised = next(value for value in (switch, default, True) if value is not None)
             before = [*turns.pop().parts, ("text", "\n\n", supervised)] if continues else []
@@ -111,28 +113,25 @@ def unused_keys(conversation: Conversation) -> set[str]:
     return unused
 
 
-def _checked(where: str, message: Any) -> tuple[str, list[tuple[str, str]]]:
+def _checked(where: str, message: Message) -> tuple[str, list[tuple[str, str]]]:
     """Return the role and the parts of a message."""
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise ConversationError(f'{where}: expected an object {{"role": …, "content": …}}, got {_short(message)}')
-    role, content = message["role"], message["content"]
-    if str(role).lower() not in SIDES:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role.lower() not in ROLES:
         known = "system, developer, user or assistant; tool calls and results are parts of the assistant's content"
         raise ConversationError(f"{where}: role {_short(role)}, expected {known}")
     if not isinstance(content, str | list | tuple):
         raise ConversationError(f"{where}: content must be a string or a list of parts, got {_short(content)}")
-    types = PART_TYPES if SIDES[role.lower()] == "assistant" else ("text",)
+    role = ROLES[role.lower()]
+    types = PART_TYPES if role == "assistant" else ("text",)
     for number, part in enumerate([] if isinstance(content, str) else content, start=1):
         if not isinstance(part, Mapping) or part.get("type") not in types or not isinstance(part.get("text"), str):
             form = f'{{"type": {" | ".join(types)}, "text": string}}'
             raise ConversationError(f"{where}, part {number}: expected {form}, got {_short(part)}")
-    return role.lower(), _parts(content) or [("text", "")]
+    return role, _parts(content) or [("text", "")]
 
 
-def _switch(where: str, holder: Any) -> bool | None:
+def _switch(where: str, holder: Message | Conversation) -> bool | None:
     """Return whether a message, or all of a conversation's, are in the loss; None if nothing says so."""
-    if not isinstance(holder, Mapping):
-        return None
     for key in UNSUPPORTED:
         if holder.get(key) not in EMPTY:
             raise ConversationError(f"{where}: {key} is not supported: remove it, or the conversation")

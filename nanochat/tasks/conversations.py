@@ -26,8 +26,8 @@ DIALOGS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query")
 ANSWERS = ("output", "completion", "response", "answer")
 # Keys of rows that are one message -> its role, in the order of the messages.
-ROLES: dict[str, str] = dict.fromkeys(("system", "system_prompt"), "system")
-ROLES |= dict.fromkeys((*QUESTIONS, "input", "context"), "user") | dict.fromkeys(ANSWERS, "assistant")
+TEXT_ROLES: dict[str, str] = dict.fromkeys(("system", "system_prompt"), "system")
+TEXT_ROLES |= dict.fromkeys((*QUESTIONS, "input", "context"), "user") | dict.fromkeys(ANSWERS, "assistant")
 OTHER_FORMATS = {
     "role": "a single message: put all messages of a conversation into one array",
     "from": "a single message: put all messages of a conversation into one array",
@@ -93,7 +93,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     for number, value in records.read(path, is_row=_has_messages):
         try:
             row, keys = from_row(value)
-            if chat_format.SIDES[row["messages"][-1]["role"].lower()] != "assistant":
+            if row["messages"][-1]["role"] != "assistant":
                 raise UserError("the last message must be the assistant's")
             rows.append(row)
             unused.update(keys)
@@ -115,10 +115,10 @@ def from_row(row: Any) -> tuple[Conversation, set[str]]:
     if not isinstance(row, dict):
         raise UserError(f"expected a conversation, an array of messages or an object, got {str(row)[:40]!r}")
     row = {key: value for key, value in row.items() if value not in chat_format.EMPTY or key in (*DIALOGS, *ANSWERS)}
-    texts = [key for key in ROLES if key in row]
+    texts = [key for key in TEXT_ROLES if key in row]
     numbers = [sum(key in names for key in texts) for names in (QUESTIONS, ANSWERS)]
     if dialog := next((key for key in DIALOGS if key in row), None):
-        used = [*(key for key in texts if ROLES[key] == "system"), dialog]
+        used = [*(key for key in texts if TEXT_ROLES[key] == "system"), dialog]
     elif numbers in ([1, 1], [0, 1]) and len(texts) > 1 and not isinstance(row.get("label"), bool):
         used = texts
     else:
@@ -132,14 +132,16 @@ def from_row(row: Any) -> tuple[Conversation, set[str]]:
 
 
 def _messages(value: Any, key: str) -> list[Any]:
-    """Return a text as a message, or an array of messages with ShareGPT's keys renamed to OpenAI's."""
-    if key in ROLES and not isinstance(value, list):
-        return [{"role": ROLES[key], "content": value}]
+    """Return a text as a message, or an array of messages with ShareGPT's names replaced by OpenAI's."""
+    if key in TEXT_ROLES and not isinstance(value, list):
+        return [{"role": TEXT_ROLES[key], "content": value}]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f"{key}: expected an array of messages, got {str(value)[:40]!r}")
     names = {"from": "role", "value": "content"}
     before: dict[str, Any] = {} if key in (*DIALOGS, *ANSWERS) else {"weight": 0}  # answers in a prompt are given
-    return [before | {names.get(name, name): x for name, x in message.items()} for message in value]
+    messages = [before | {names.get(name, name): x for name, x in message.items()} for message in value]
+    roles = [message.get("role") for message in messages]
+    return [m | {"role": chat_format.ROLES.get(str(role).lower(), role)} for m, role in zip(messages, roles)]
 
 
 def _has_messages(rows: list[Any]) -> bool:
