@@ -63,7 +63,8 @@ class Config(StageConfig):
         run: name or folder of the base run; none: the newest base or mid-trained run. name@100: its step 100.
         step: its checkpoint; none: the newest.
         tasks: tasks to train on, each with how often its rows are repeated.
-        val_tasks: tasks for validation bits per byte.
+        val_tasks: tasks for validation bits per byte; a task whose data cannot be loaded, for example without a
+            network, is skipped and named at the end, here and in chat.tasks.
         source: folder with local files of the tasks; none: the Hugging Face hub.
         assistant_only: compute the loss on the assistant's tokens only; false: on all but messages with weight 0.
         long_conversations: truncate them at the context; whole_turns: after the last answer that fits; or drop them.
@@ -76,7 +77,7 @@ class Config(StageConfig):
     run: str | None = None
     step: NonNegativeInt | None = None
     tasks: tuple[str, ...] = ("smoltalk", "3*mmlu:auxiliary_train", "4*gsm8k")
-    val_tasks: tuple[str, ...] = ("smoltalk:test", "mmlu:test", "gsm8k:test")
+    val_tasks: tuple[str, ...] = ("smoltalk:test", "mmlu:test:stop=5200", "gsm8k:test:stop=420")
     source: str | None = None
     assistant_only: bool = True
     long_conversations: TooLong = "truncate"
@@ -102,8 +103,16 @@ def train_stage(config: Config, runtime: distributed.Runtime, name: str, stages:
     """Run the stage called `name` from a checkpoint of one of `stages`."""
     config, base = train.load_base(config, name, runtime, run=config.run, step=config.step, stages=stages)
     config, auto = resolve(config, base, runtime)
-    train_task, val_task = mix(config.tasks, config.source), mix(config.val_tasks, config.source)
-    chat_tasks = [tasks.from_text(text, "test", source=config.source) for text in config.chat.tasks]
+    train_task = mix(config.tasks, config.source)
+    val_tasks, no_val = load_tasks(config.val_tasks, config.source)
+    chat_tasks, no_chat = load_tasks(config.chat.tasks, config.source, "test")
+    named = {"val_tasks": no_val, "chat.tasks": no_chat}
+    skipped = [f"{name}={','.join(why)}: {next(iter(why.values()))}" for name, why in named.items() if why]
+    val_task = tasks.mixture(val_tasks, name=f"val_tasks={','.join(config.val_tasks)}") if val_tasks else None
+    if no_val and not val_task:
+        hold_out = "--set tasks=customjson:FILE:start=50 --set val_tasks=customjson:FILE:stop=50"
+        skipped.append(f"validation: none of its tasks is here; {hold_out} holds out 50 conversations of a file")
+    print("".join(f"skipped: {text}\n" for text in skipped), end="")
     facts = {
         "starts from": " ".join(str(x) for x in (base.origin or {}).values()),
         "parameters": f"{model.count(base.shape)['total']:,}",
@@ -112,6 +121,7 @@ def train_stage(config: Config, runtime: distributed.Runtime, name: str, stages:
     }
     print(train.describe(config, facts), flush=True)
     stage = sft_stage(config, base, runtime, name, train_task, val_task, chat_tasks)
+    stage = dataclasses.replace(stage, skipped=skipped)
     train.run_stage(config, stage, base.shape, base.tokenizer, runtime, try_rows=auto)
 
 
@@ -136,7 +146,25 @@ def resolve(config: Config, base: train.InitCheckpoint, runtime: distributed.Run
 
 
 def mix(texts: tuple[str, ...], source: str | None) -> tasks.Task:
-    """Return a mixture of tasks, each with how often its rows are repeated before it (`3*gsm8k`)."""
+    """Return a mixture of tasks to train on, as `load_tasks` reads them; all of them have to be there."""
+    chosen, missing = load_tasks(texts, source)
+    if missing:
+        raise UserError(
+            f"tasks={','.join(missing)}: {next(iter(missing.values()))}; or train on conversations of your own, --set "
+            "tasks=customjson:/path/file.jsonl, or on tasks that need no network, such as identity,arithmetic"
+        )
+    if not chosen:
+        raise UserError("tasks: name at least one")
+    return tasks.mixture(chosen, name=",".join(texts))
+
+
+def load_tasks(
+    texts: tuple[str, ...], source: str | None, split: str = "train"
+) -> tuple[list[tasks.Task], dict[str, str]]:
+    """Return tasks, each as often as the number before it says (`3*gsm8k`), and name -> why of those without data here.
+
+    Collective: where a task is missing on one rank, it is on all.
+    """
     repeats: list[tuple[str, int]] = []
     for text in texts:
         times, star, name = text.partition("*")
@@ -146,10 +174,15 @@ def mix(texts: tuple[str, ...], source: str | None) -> tasks.Task:
             raise UserError(f"tasks: {text!r}: expected a number before the *, as in 3*gsm8k")
         tasks.options_of(tasks.split_text(name)[0])  # a misspelled name is an error before anything is downloaded
         repeats.append((name, int(times or 1)))
-    chosen = [task for name, times in repeats for task in [tasks.from_text(name, source=source)] * times]
-    if not chosen:
-        raise UserError("tasks: name at least one")
-    return tasks.mixture(chosen, name=",".join(texts))
+    loaded: list[tasks.Task] = []
+    missing: dict[str, str] = {}
+    for name, times in repeats:
+        try:
+            with distributed.raise_on_any_failure():
+                loaded += [tasks.from_text(name, split, source=source)] * times
+        except tasks.MissingDataError as error:
+            missing[name] = str(error)
+    return loaded, missing
 
 
 def sft_stage(
@@ -158,7 +191,7 @@ def sft_stage(
     runtime: distributed.Runtime,
     name: str,
     train_task: tasks.Task,
-    val_task: tasks.Task,
+    val_task: tasks.Task | None,
     chat_tasks: list[tasks.Task],
 ) -> train.Stage:
     """Return the stage: packed conversations, bits per byte, chat tasks and sample answers."""
@@ -185,6 +218,7 @@ def sft_stage(
     )
 
     def validation_batches(rows: int) -> train.sft.Batches:
+        assert val_task
         rows_per_step = rows * runtime.world_size
         return stream(val_task, packing=packing._replace(rows_per_step=rows_per_step, micro_rows=rows, epochs=1))
 
@@ -197,7 +231,7 @@ def sft_stage(
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         return train.Result(values, [f"step {int(state.step)}: {text}"])
 
-    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, train.stage.evaluate_bpb)]
+    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, train.stage.evaluate_bpb)] * bool(val_task)
     if chat_tasks:
         first = chat_tasks[0].name
         key = f"chat/{eval.chat_eval.TITLES.get(first, first)}"
@@ -216,7 +250,7 @@ def sft_stage(
         flops_per_token=model.flops_per_token(shape),
         make_step=functools.partial(train.scheduled, schedule=schedule),
         batches=lambda state, rows: stream(train_task, packing=packing._replace(micro_rows=rows), state=state),
-        validation_batches=validation_batches,
+        validation_batches=validation_batches if val_task else None,
         initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
         evaluations=evaluations,
     )

@@ -68,6 +68,7 @@ def write(
         title(runs),
         results(runs),
         core_tasks(runs),
+        skipped(runs),
         times(runs, dollars_per_hour, seconds or {}),
         "\n\n".join(["## Curves", *images]) if images else "",
         samples_section(samples),
@@ -145,6 +146,12 @@ def core_tasks(runs: Sequence[RunInfo]) -> str:
         values = [scores[stage].get(name) for stage in stages for name in (f"{task}{suffix}", task)]
         lines.append([task.removeprefix("core/"), *("-" if x is None else f"{x.value:.4f}" for x in values)])
     return collapsed("CORE by task", table(lines)) if tasks else ""
+
+
+def skipped(runs: Sequence[RunInfo]) -> str:
+    """Return what of the data and the tasks the stages could not use."""
+    lines = [f"- {run.stage.upper()}: {escaped(text)}" for run in runs for text in run.meta.get("skipped", [])]
+    return "\n".join(["## Skipped", "", *lines]) if lines else ""
 
 
 def times(runs: Sequence[RunInfo], dollars_per_hour: float | None, seconds: Mapping[str, float]) -> str:

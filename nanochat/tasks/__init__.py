@@ -12,6 +12,6 @@ from nanochat.lazy import lazy_exports
 if TYPE_CHECKING:
     from nanochat.tasks.catalog import about, from_text, load, names, options_of, split_text
     from nanochat.tasks.multiple_choice import letter_ids, multiple_choice_prompt
-    from nanochat.tasks.task import Task, mixture, plain_text, qa_conversation, slice_task
+    from nanochat.tasks.task import MissingDataError, Task, mixture, plain_text, qa_conversation, slice_task
 
 __getattr__ = lazy_exports(__name__, __file__)

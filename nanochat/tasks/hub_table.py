@@ -1,5 +1,7 @@
 """Tasks whose rows come from a data set of the Hugging Face hub, or from local files with its columns."""
 
+import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,7 +11,7 @@ import requests
 
 from nanochat.config import UserError
 from nanochat.data import Conversation, records
-from nanochat.tasks.task import Task
+from nanochat.tasks.task import MissingDataError, Task
 from nanochat.text import reason
 
 SHUFFLE_SEED = 42
@@ -97,7 +99,7 @@ def _find_files(name: str, table: HubTable, split: str, path: Path) -> list[Path
         for stem in (f"{name}_{split}", split):
             if files := sorted(file for file in folder.glob(f"{stem}[.-]*") if records.kind_of(file) in records.TABLES):
                 return files
-    raise UserError(
+    raise MissingDataError(
         f"source={path}: has no file of {name}, {split}: expected {name}_{split}.parquet (or .jsonl), "
         f"or {table.folder}/{split}*.parquet as on the hub"
     )
@@ -116,13 +118,13 @@ def _load_from_hub(table: HubTable, split: str) -> Any:
 
     # Where the hub is not reachable, `datasets` uses its cache at once, without half a minute of retries.
     offline = config.HF_HUB_OFFLINE
-    reachable = offline or _responds(config.HF_ENDPOINT)
+    reachable = offline or _responds(config.HF_ENDPOINT, time.monotonic() // 60)
     config.HF_HUB_OFFLINE = offline or not reachable
     try:
         return datasets.load_dataset(table.repo, table.subset, split=split)
     except Exception as error:  # the hub, its cache and its readers raise dozens of types
         problem = "the hub is not reachable, and no earlier download is cached"
-        raise UserError(
+        raise (UserError if "Unknown split" in str(error) else MissingDataError)(
             f"the data set {table.repo}, split {split}, could not be loaded: "
             f"{reason(error.__cause__ or error) if reachable else problem}; check the network, "
             "or give a file or folder with its rows: source=/path"
@@ -131,7 +133,8 @@ def _load_from_hub(table: HubTable, split: str) -> Any:
         config.HF_HUB_OFFLINE = offline
 
 
-def _responds(url: str) -> bool:
+@functools.lru_cache  # the tasks of a run, loaded one after another, wait for the hub only once
+def _responds(url: str, _minute: float) -> bool:
     try:
         requests.head(url, timeout=HUB_TIMEOUT_SECONDS)
     except requests.RequestException:

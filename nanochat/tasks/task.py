@@ -24,6 +24,10 @@ TEST_SEED = 10_000_000  # row i of a generated test split has the seed TEST_SEED
 TEST_ROWS = 256
 
 
+class MissingDataError(UserError):
+    """The data of a task is not here, and cannot be downloaded."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Conversations to train on or to evaluate with, made row by row on demand.

@@ -121,6 +121,7 @@ def run_stage(
             make_step = functools.partial(stage.make_step, train_step)
             rows = build.try_batch_size(config, shape, rows, runtime, sharding_plan, make_step)
             config = dataclasses.replace(config, device_batch_size=rows)
+        distributed.advise_all_gpus(runtime)
         limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
         print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
 
