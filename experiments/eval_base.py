@@ -201,7 +201,8 @@ def core(config: Config, runtime: Runtime, loaded: Pretrained, info: CheckpointI
         if isinstance(result, str):
             print(f"  {name} failed: {result}", flush=True)
             return
-        status = f"{result.rows} rows, {'done before' if label in done else format_duration(result.seconds)}"
+        shortened = f"{result.shortened} of them shortened to max_tokens, " if result.shortened else ""
+        status = f"{result.rows} rows, {shortened}{'done before' if label in done else format_duration(result.seconds)}"
         print(eval.results.line(name, result.accuracy, result.centered, status), flush=True)
         if is_main and label not in done:
             row = {name: value for name, value in vars(result).items() if name != "answers"}

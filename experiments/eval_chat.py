@@ -122,7 +122,8 @@ def evaluate(
             continue
         scores[name] = score
         lenient = "" if score.lenient is None else f", {score.lenient} by the lenient check"
-        status = f"{score.right} of {score.total}{lenient}, {status}"
+        shortened = f", {score.shortened} questions shortened to the context" if score.shortened else ""
+        status = f"{score.right} of {score.total}{lenient}{shortened}, {status}"
         print(eval.results.line(title, score.accuracy, score.centered, status), flush=True)
     return scores, failed
 

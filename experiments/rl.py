@@ -191,7 +191,9 @@ def rl_stage(
         step_tokens=rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_tokens,  # at most
         flops_per_token=model.flops_per_token(shape),
         make_step=make_step,
-        batches=lambda state, rows: train.rl.prompt_batches(task, rollout.prompts_per_step, state),
+        batches=lambda state, rows: train.rl.prompt_batches(
+            task, tok, shape.sequence_len, rollout.prompts_per_step, state
+        ),
         initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
         evaluations=[
             train.Evaluation("rl/pass_at_1", config.eval.every_steps, pass_at_k),

@@ -227,9 +227,14 @@ def sft_stage(
         params = distributed.sharding.full_params(state.params)
         subject = eval.chat_eval.ModelUnderTest(params, shape, tok, runtime.compute_dtype)
         with distributed.raise_on_any_failure():
-            values = eval.chat_eval.as_metrics(eval.chat_eval.evaluate(subject, chat_tasks, config.chat))
+            scores = eval.chat_eval.evaluate(subject, chat_tasks, config.chat)
+            values = eval.chat_eval.as_metrics(scores)
+        counts = {name: f"{score.shortened} of {score.total}" for name, score in scores.items() if score.shortened}
+        notes = [
+            f"  {name}: {count} questions shortened to {length} tokens (context)" for name, count in counts.items()
+        ]
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        return train.Result(values, [f"step {int(state.step)}: {text}"])
+        return train.Result(values, [f"step {int(state.step)}: {text}", *notes])
 
     evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, train.stage.evaluate_bpb)] * bool(val_task)
     if chat_tasks:

@@ -36,13 +36,15 @@ class ModelUnderTest(NamedTuple):
 class Score(NamedTuple):
     """The result of a task: number of problems solved, number of problems, accuracy of random guessing.
 
-    `lenient` is the number solved by the task's lenient check; None if it has none.
+    `lenient` is the number solved by the task's lenient check; None if it has none. `shortened` is the number of
+    questions longer than the model's context, which lose their beginning.
     """
 
     right: int
     total: int
     baseline: float
     lenient: int | None = None
+    shortened: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -91,12 +93,13 @@ def score(
     indices = range(min(limit for limit in limits if limit is not None))
     if not indices:
         raise UserError(f"{task.name}: has no rows")
+    shortened = _count_shortened(model, task, indices)
     if task.kind == "multiple_choice":
         solved = score_multiple_choice(model, task, indices, config.batch_tokens, show_progress=show_progress)
-        return Score(sum(solved), len(solved), task.baseline)
+        return Score(sum(solved), len(solved), task.baseline, shortened=shortened)
     grades = sample_answers(engine(), model.tokenizer, task, indices, config, grade, show_progress=show_progress)
     right, lenient = (sum(any(answer[column] for answer in answers) for answers in grades) for column in (0, 1))
-    return Score(right, len(grades), task.baseline, lenient if task.is_correct_lenient else None)
+    return Score(right, len(grades), task.baseline, lenient if task.is_correct_lenient else None, shortened)
 
 
 def chat_core(scores: Mapping[str, Score]) -> float | None:
@@ -157,6 +160,15 @@ def _question(model: ModelUnderTest, task: Task, index: int, ids: Callable[[tupl
 def _prompt(tokenizer: Tokenizer, row: Conversation, config: ModelConfig) -> list[int]:
     """Return the prompt for the reference answer, truncated to its last tokens if it exceeds the model's context."""
     return chat_format.prompt(tokenizer, row["messages"][:-1])[-config.sequence_len :]
+
+
+def _count_shortened(model: ModelUnderTest, task: Task, indices: Sequence[int]) -> int:
+    group, own = distributed.control_group(), 0
+    with distributed.raise_on_any_failure():
+        for index in indices[group.rank :: group.size]:
+            prompt = chat_format.prompt(model.tokenizer, task.row(index)["messages"][:-1])
+            own += len(prompt) > model.config.sequence_len
+    return int(distributed.all_reduce_sum([own])[0])
 
 
 def _make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

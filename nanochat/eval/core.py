@@ -29,6 +29,7 @@ class Question(NamedTuple):
 
     prompts: list[Prompt]
     gold: int | None
+    shortened: bool = False  # lost its beginning
 
 
 class Answer(NamedTuple):
@@ -47,6 +48,7 @@ class TaskResult:
     accuracy: float
     centered: float  # accuracy above random guessing: 0 at the baseline, 1 if all are correct
     seconds: float
+    shortened: int = 0  # rows that were longer than max_tokens
     answers: tuple[Answer, ...] = ()
 
 
@@ -106,7 +108,8 @@ def evaluate(
         right = sum(answer.is_correct for answer in answers)
         accuracy, seconds = right / len(answers), time.perf_counter() - start
         centered = (accuracy - task.baseline) / (1 - task.baseline)
-        tasks[label] = TaskResult(label, len(answers), right, accuracy, centered, seconds, tuple(answers))
+        shortened = sum(question.shortened for question in rows)
+        tasks[label] = TaskResult(label, len(answers), right, accuracy, centered, seconds, shortened, tuple(answers))
         on_task(label, tasks[label])
     ordered = {label: tasks[label] for label in bundle.entries if label in tasks}
     scores = [task.centered for task in ordered.values()]
@@ -136,8 +139,9 @@ def questions(task: CoreTask, tokenizer: Tokenizer, max_tokens: int) -> Iterator
     for index, (row, options) in enumerate(zip(task.rows, texts)):
         shots = few_shot_indices(index, len(task.rows), task.num_fewshot)
         ids = [[tokenizer.bos, *encode(shots, text, cloze and text is options[0])] for text in options]
-        prompts, gold = _question(task, row, ids)
-        yield Question([truncate(prompt, max_tokens) for prompt in prompts], gold)
+        prompts, gold, _ = _question(task, row, ids)
+        shortened = any(len(prompt.ids) > max_tokens for prompt in prompts)
+        yield Question([truncate(prompt, max_tokens) for prompt in prompts], gold, shortened)
 
 
 def few_shot_indices(index: int, num_rows: int, count: int) -> list[int]:

@@ -55,22 +55,32 @@ def correct_reward(task: Task) -> Reward:
 
 
 def prompt_batches(
-    task: Task, prompts_per_step: int, state: Mapping[str, Any] | None = None
+    task: Task, tok: Tokenizer, sequence_len: int, prompts_per_step: int, state: Mapping[str, Any] | None = None
 ) -> Generator[tuple[dict[str, Any], dict[str, Any], dict[str, float]], None, None]:
     """Yield ({"numbers": of a step's prompts}, the state after it, statistics) without end, as `train.fit` reads.
 
-    Number n stands for row n mod size of the task.
+    Number n stands for row n mod size of the task. Prompts longer than `sequence_len` are counted: see `rollouts`.
     """
-    position = state["position"] if state else {"read": 0, "task": task.name, "size": task.size}
+    position = dict(state["position"]) if state else {"read": 0, "task": task.name, "size": task.size}
     if (position["task"], position["size"]) != (task.name, task.size):
         raise UserError(
             f"cannot resume with {task.size} rows of {task.name}: the run has {position['size']} of {position['task']}"
         )
-    read = position["read"]
+    read, n = position["read"], position.get("shortened", 0)
     while True:
         numbers = list(range(read, read + prompts_per_step))
         read += prompts_per_step
-        yield {"numbers": numbers}, {"position": {**position, "read": read}}, {"epoch": read / task.size}
+        n += sum(len(_prompt(tok, task.row(number % task.size))) > sequence_len for number in numbers)
+        position["read"] = read
+        if n:
+            what = f"{n:,} of {read:,} prompts ({n / read:.1%}) shortened: longer than {sequence_len} tokens"
+            keep = "a base model with a longer model.sequence_len keeps them"
+            position |= {"shortened": n, "skipped": [f"{what}; {keep}"]}
+        yield {"numbers": numbers}, {"position": dict(position)}, {"epoch": read / task.size}
+
+
+def _prompt(tok: Tokenizer, row: Conversation) -> list[int]:
+    return chat_format.prompt(tok, row["messages"][:-1])
 
 
 def seed_of(seed: int, number: int, sample: int) -> int:
@@ -93,7 +103,7 @@ def rollouts(
     """
     rows = [task.row(number % task.size) for number in numbers]
     limit = engine.config.sequence_len
-    prompts = [tuple(chat_format.prompt(tok, row["messages"][:-1])[-limit:]) for row in rows]
+    prompts = [tuple(_prompt(tok, row)[-limit:]) for row in rows]  # of a longer one, the last tokens
     requests = [
         Request(prompt, config.max_tokens, config.temperature, config.top_k, seed_of(seed, number, sample))
         for number, prompt in zip(numbers, prompts)

@@ -156,14 +156,14 @@ def test_rollouts_mark_tool_tokens_and_carry_rewards(monkeypatch: pytest.MonkeyP
 
 
 def test_prompt_batches_wrap_around_and_resume():
-    stream = rl.prompt_batches(task(), 4)
+    stream = rl.prompt_batches(task(), TOK, 64, 4)
     batches = [next(stream) for _ in range(3)]
     assert [batch["numbers"] for batch, _, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert [stats["epoch"] for _, _, stats in batches] == pytest.approx([4 / 6, 8 / 6, 2])
-    assert next(rl.prompt_batches(task(), 4, batches[1][1]))[0] == batches[2][0]
-    assert next(rl.prompt_batches(task(), 2, batches[1][1]))[0]["numbers"] == [8, 9]
+    assert next(rl.prompt_batches(task(), TOK, 64, 4, batches[1][1]))[0] == batches[2][0]
+    assert next(rl.prompt_batches(task(), TOK, 64, 2, batches[1][1]))[0]["numbers"] == [8, 9]
     with pytest.raises(UserError, match="5 rows of sevens: the run has 6 of sevens"):
-        next(rl.prompt_batches(task(5), 4, batches[0][1]))
+        next(rl.prompt_batches(task(5), TOK, 64, 4, batches[0][1]))
 
 
 def test_pass_at_k_is_any_of_the_first_k(monkeypatch: pytest.MonkeyPatch):
