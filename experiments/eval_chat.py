@@ -105,7 +105,7 @@ def evaluate(
         title = TITLES.get(name, name)
         try:
             if text in finished:
-                score = eval.Score(*(finished[text].get(field) for field in eval.Score._fields))
+                score = eval.Score(**{field: x for field, x in finished[text].items() if field in eval.Score._fields})
             else:
                 with distributed.raise_on_any_failure():
                     task = tasks.from_text(text, "test", source=config.source)

@@ -67,9 +67,8 @@ def override(config: C, assignments: Sequence[str], renamed: Mapping[str, str] |
     """Return a copy of `config` with every `dotted.name=value` of `assignments` applied, in order.
 
     The field's annotation decides how a value is parsed: an empty value or `none` for None and for an empty tuple,
-    `a,b,c` for a tuple (`\\,` is a comma within an item), `1e6`, `2**19` and `80*2**19` for an int,
-    true/false/1/0/yes/no/on/off for a bool. An old name, or
-    old `name=value`, of `renamed` is answered with the new one.
+    `a,b,c` for a tuple (`\\,` in an item is a comma), `1e6`, `2**19` and `80*2**19` for an int, true/false/1/0/yes/no/
+    on/off for a bool. An old name, or old `name=value`, of `renamed` is answered with the new one.
     """
     for assignment in assignments:
         name, equals, text = (part.strip() for part in assignment.partition("="))
@@ -175,8 +174,8 @@ def parse(text: str, annotation: Any) -> Any:
 def _parse_tuple(text: str, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if text[:1] + text[-1:] in ("()", "[]"):
         text = text[1:-1]
-    items = [] if text.lower() == "none" else [item.strip() for item in re.split(r"(?<!\\),", text)]
-    items = [item.replace(r"\,", ",") for item in items if item]
+    items = "" if text.lower() == "none" else re.split(r"(?<!\\),", text)
+    items = [item.strip().replace(r"\,", ",") for item in items if item.strip()]
     if not kinds or kinds[-1] is Ellipsis:
         return tuple(parse(item, kinds[0] if kinds else str) for item in items)
     if len(items) != len(kinds):

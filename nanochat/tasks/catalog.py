@@ -85,14 +85,12 @@ def split_text(text: str) -> tuple[str, str | None, list[str]]:
     """Return (name of the task, its source or None, its other words) of a text as in `from_text`."""
     name, *words = text.strip().split(":")
     inside = [n for n, word in enumerate(words) if "/" in word or os.path.splitext(word)[1][1:2].isalpha()]
-    if not inside:
-        return name, None, words
-    first, last = inside[0], inside[-1] + 1
-    for start, end in itertools.product(range(first + 1), range(len(words), last - 1, -1)):
-        if os.path.exists(os.path.expanduser(":".join(words[start:end]))):
-            first, last = start, end
+    start, end = (inside[0], inside[-1] + 1) if inside else (0, 0)
+    for span in itertools.product(range(start + 1), range(len(words), end - 1, -1)) if inside else ():
+        if os.path.exists(os.path.expanduser(":".join(words[slice(*span)]))):
+            start, end = span
             break
-    return name, ":".join(words[first:last]), words[:first] + words[last:]
+    return name, ":".join(words[start:end]) or None, words[:start] + words[end:]
 
 
 def about(name: str) -> str:

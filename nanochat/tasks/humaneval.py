@@ -52,7 +52,7 @@ def program(row: Conversation, answer: str) -> str:
     prompt, name = row["messages"][0]["content"], row["entry_point"]
     # Models seldom repeat what a prompt imports and defines above its function.
     above = [node for node in _parse(prompt.split("\n"))[0] if getattr(node, "name", "") != name]
-    text = f"{ast.unparse(above)}\n\n{code(row, answer)}"
+    text = f"{ast.unparse(ast.Module(above, []))}\n\n{code(row, answer)}"
     header = FUTURE.findall(text)  # has to come first
     if "__name__" in text:
         header.append('__name__ = "builtins"')  # what an answer does as a script is not part of it
@@ -60,11 +60,11 @@ def program(row: Conversation, answer: str) -> str:
 
 
 def code(row: Conversation, answer: str) -> str:
-    """Return the code in an answer: its first lines that are Python and define the row's function.
+    """Return the code in an answer: its first lines that are Python and define the row's function with a `return`.
 
     Prose and the fences of code blocks are not Python, so neither they nor the language of a block matter. If no lines
-    define the function, a block, or the whole answer, may be the rest of the prompt. A definition without a `return`,
-    as a repeated prompt is one, counts only where there is no other, and so does what comes before a </think>.
+    define the function, a block, or the whole answer, may be the rest of the prompt; else it is the first block, or
+    the whole answer. What comes before a </think> counts only if nothing after it does.
     """
     prompt, name = row["messages"][0]["content"].rstrip("\n"), row["entry_point"]
     answer = GLUED_FENCE.sub(r"\n\1", re.sub("\r\n?", "\n", answer))
@@ -73,13 +73,13 @@ def code(row: Conversation, answer: str) -> str:
     indented = [textwrap.indent(textwrap.dedent(block.expandtabs(4)), "    ") for block in blocks]
     rests = [*blocks, *indented, *("    " + block.lstrip() for block in blocks)]
     texts = [final, QUOTE.sub("", final), answer, *(f"{prompt}\n{rest}" for rest in rests)]
-    rank, chosen = max((_find(name, text.split("\n")) for text in texts), key=lambda ranked: ranked[0])
-    return chosen if rank else (blocks[1:] or blocks)[0]
+    found = (_find(name, text.split("\n")) for text in texts)
+    return next(filter(None, found), (blocks[1:] or blocks)[0])
 
 
-def _find(name: str, lines: list[str]) -> tuple[int, str]:
-    """Return (2 for a function with a return, 1 without, 0 for none; the lines that define it, below its helpers)."""
-    found: list[tuple[int, str, list[ast.stmt]]] = []
+def _find(name: str, lines: list[str]) -> str:
+    """Return the first lines that define a function, below the imports and definitions elsewhere; "" without any."""
+    found: list[tuple[str, list[ast.stmt]]] = []
     end = 0
     for number, line in enumerate(lines):
         start = STATEMENT.match(line)
@@ -87,18 +87,22 @@ def _find(name: str, lines: list[str]) -> tuple[int, str]:
             inside = re.compile(start[1] + r"|\s*$").match
             own = [line.removeprefix(start[1]) for line in itertools.takewhile(inside, lines[number:])]
             body, size = _parse(own)
-            found.append((max((_rank(node, name) for node in body), default=0), "\n".join(own[:size]), body))
+            found.append(("\n".join(own[:size]), body))
             end = number + size
-    rank, text, _ = chosen = max(found, key=lambda code: code[0], default=(0, "", []))
-    others = [node for code in found if code is not chosen for node in code[2] if isinstance(node, HELPERS)]
+    chosen = next((code for code in found if any(_defines(node, name) for node in code[1])), ("", []))
+    others = [node for code in found if code is not chosen for node in code[1] if isinstance(node, HELPERS)]
     helpers = [f"try:\n{textwrap.indent(ast.unparse(node), '    ')}\nexcept Exception:\n    pass" for node in others]
-    return rank, "\n\n".join([*helpers, text])
+    return chosen[0] and "\n\n".join([*helpers, chosen[0]])
 
 
-def _rank(node: ast.stmt, name: str) -> int:
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
-        return 2 if _contains(node, ast.Return | ast.Yield) else 1
-    return 2 if isinstance(node, ast.Assign) and name in map(ast.unparse, node.targets) else 0
+def _defines(node: ast.stmt, name: str) -> bool:
+    if isinstance(node, ast.FunctionDef) and node.name == name:
+        return _contains(node, ast.Return | ast.Yield)
+    return isinstance(node, ast.Assign) and name in map(ast.unparse, node.targets)
+
+
+def _contains(node: ast.AST, kinds: types.UnionType) -> bool:
+    return any(isinstance(inner, kinds) for inner in ast.walk(node))
 
 
 def _parse(lines: list[str]) -> tuple[list[ast.stmt], int]:
@@ -121,7 +125,3 @@ def _parse(lines: list[str]) -> tuple[list[ast.stmt], int]:
             body.pop()
         return body, body[-1].end_lineno or 0 if body else 0
     return [], 0
-
-
-def _contains(node: ast.AST, kinds: types.UnionType) -> bool:
-    return any(isinstance(inner, kinds) for inner in ast.walk(node))

@@ -1,6 +1,7 @@
 """The `Task` type, its slices and mixtures, and what the tasks of this package share."""
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -15,11 +16,10 @@ from nanochat.config import UserError
 from nanochat.data import Conversation
 
 FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
-THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\[,!]|['_\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # separators besides the comma
+SEPARATOR = re.compile(r"(?<=\d)(?:,|\{,\}|\\[,!]|['_\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # of thousands
 NUMBER = re.compile(
     r"(?<![^\W_])(?<![.,/])([-−–]?)[$€£]?([-−–]?)(\.?\d[\d.,/]*(?:e[-+]?\d{1,3}(?!\w))?)", re.IGNORECASE
 )
-VALUE = re.compile(r"(\d{1,3}(,\d{3})+|\d*)(\.\d+)?(e[-+]?\d+)?|\d+/\d+", re.IGNORECASE)
 TEST_SEED = 10_000_000  # row i of a generated test split has the seed TEST_SEED + i; row i of a training split, i
 TEST_ROWS = 256
 
@@ -153,14 +153,11 @@ def match_any_number(row: Conversation, answer: str) -> bool:
 
 
 def _last_number(text: str) -> Fraction | None:
-    text = THOUSANDS.sub(",", text)
+    text = SEPARATOR.sub("", text)
     after_marker = text.partition("####")[2] or text.rpartition("\\boxed{")[2] * ("\\boxed{" in text)
-    match = NUMBER.search(after_marker) or next(reversed(list(NUMBER.finditer(text))), None)
-    digits = match[3].rstrip(".,/") if match else ""
-    if not match or not VALUE.fullmatch(digits):
+    match = NUMBER.search(after_marker) or next(reversed([*NUMBER.finditer(text)]), None)
+    if match is None:
         return None
-    try:
-        value = Fraction(digits.replace(",", ""))
-    except (ValueError, ZeroDivisionError):  # more digits than Python reads, or a fraction with 0 below
-        return None
-    return -value if match[1] or match[2] else value
+    sign = -1 if match[1] or match[2] else 1
+    with contextlib.suppress(ValueError, ZeroDivisionError):  # 1,80 is not a number, nor is 4/0
+        return sign * Fraction(match[3].rstrip(".,/"))
