@@ -89,12 +89,6 @@ def test_switch_takes_a_message_or_all_of_a_conversation_out_of_the_loss(off: di
     assert marked({"messages": messages, **off}) == "U:q|A:a|U:r|A:[b|]", "a message's own switch comes first"
 
 
-def test_unused_keys_are_those_that_say_something() -> None:
-    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}, "image_url": None}
-    messages = [say("user", [part], name="Bob", id=0), say("assistant", "x", annotations=[], weight=1, audio=None)]
-    assert chat_format.unused_keys({"messages": messages}) == {"cache_control", "name", "id"}
-
-
 TEXTS = st.text("ab \n.é", max_size=6)
 PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(chat_format.PART_TYPES), "text": TEXTS}), max_size=3)
 USERS = st.builds(say, st.sampled_from(["system", "developer", "user"]), TEXTS)
@@ -183,7 +177,6 @@ SYSTEM_X = {"role": "system", "content": "x"}
         ({"messages": [{"role": [], "content": ""}]}, r"message 1: role \[\], expected system, developer, user"),
         ({"messages": [USER_X, {"role": "tool", "content": "1"}]}, "message 2: role 'tool', expected .*parts of the"),
         ({"messages": [USER_X, {"role": "assistant", "tool_calls": [{}]}]}, "message 2: tool_calls is not supported"),
-        ({"messages": [USER_X, BOT_X | {"refusal": "no"}]}, "message 2: refusal is not supported"),
         ({"messages": [USER_X, BOT_X], "tools": [{}]}, "the conversation: tools is not supported"),
         ({"messages": [{"role": "user", "content": TOOL}]}, 'message 1, part 2: expected {"type": text, "text"'),
         ({"messages": [USER_X, BOT_X | {"weight": 0.5}]}, "message 2: weight is 0.5, expected 0 or 1"),
@@ -192,7 +185,6 @@ SYSTEM_X = {"role": "system", "content": "x"}
         ({"messages": [USER_X, BOT_X | {"train_detail": [{}]}]}, "message 2: train_detail is not supported"),
         ({"messages": [USER_X, BOT_X], "loss": 1.7}, "the conversation: loss is 1.7, expected 0 or 1"),
         ({"messages": [USER_X | {"weight": 1}, BOT_X]}, "message 1: weight on the user's message: only"),
-        ({"messages": [SYSTEM_X | {"masked": False}, USER_X]}, "message 1: masked on the system's message: only"),
         (talk("x", None), "message 2: content must be a string or a list of parts, got None"),
         (talk("x", ["text"]), r"message 2, part 1: expected .*python_output.* got 'text'"),
         (talk("x", [TOOL[0], {"type": "image", "text": ""}]), "message 2, part 2: .*'image'"),
