@@ -3,7 +3,6 @@
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,19 +33,14 @@ def read(path: Path, *, missing_ok: bool = False, drop_partial: bool = False) ->
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
     if drop_partial:
         data = data[: data.rfind(b"\n") + 1]
-    return list(parse(data.split(b"\n"), path))
-
-
-def parse(lines: Iterable[bytes], path: Path, first_number: int = 1) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of the lines that are not blank; `path` and `first_number` are for the errors."""
-    for number, line in enumerate(lines, start=first_number):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InvalidLineError(path, number, f"not valid JSON ({error})") from None
-        yield number, value
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise InvalidLineError(path, number, f"not valid JSON ({error})") from None
+    return rows
 
 
 def read_text(path: Path, name: str | None = None) -> str:

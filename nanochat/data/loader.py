@@ -304,11 +304,12 @@ class BlockReader:
 
     def cache_path(self, ref: BlockRef) -> Path | None:
         config, shard = self._stream.config, self._stream.shards[ref.shard_index]
-        content = block_hash(shard, ref.block_index, config.text_column) if config.token_cache else None
+        content = block_hash(shard, ref.block_index) if config.token_cache else None
         if content is None:
             return None
         folder = base_dir() / "tokens" / self._stream.tok.fingerprint[:16] / shard.path.name
-        return folder / f"{ref.block_index:06d}-{shard.part}-{content[:32]}.tokens"
+        name = hashlib.sha256(json.dumps([content, shard.part, config.text_column]).encode()).hexdigest()[:32]
+        return folder / f"{ref.block_index:06d}-{name}.tokens"
 
     def _owner(self, ref: BlockRef) -> int:
         return self._ranks[(ref.shard + ref.block) % len(self._ranks)]

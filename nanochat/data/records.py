@@ -17,7 +17,6 @@ import itertools
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,21 @@ import pyarrow.parquet as pq
 from nanochat.config import UserError
 from nanochat.text import reason
 
-KINDS = {".parquet": ".parquet", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".json": ".json"}
-KINDS |= {".csv": ".csv", ".tsv": ".csv", ".txt": ".txt"}
-TABLES = (".parquet", ".jsonl", ".json", ".csv")  # kinds whose rows have columns
+TABLES = {
+    ".parquet": ".parquet",
+    ".jsonl": ".jsonl",
+    ".ndjson": ".jsonl",
+    ".json": ".json",
+    ".csv": ".csv",
+    ".tsv": ".csv",
+}
+KINDS = TABLES | {".txt": ".txt"}
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes: names may be wrong
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zst")
-EXPECTED = "a file of .parquet, .jsonl, .ndjson, .json, .csv, .tsv or .txt (all but parquet may be .gz, .bz2 or .zst)"
+EXPECTED = f"a file of {', '.join(KINDS)} (all but parquet may be .gz, .bz2 or .zst)"
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+STRINGS = {pa.string(), pa.large_string(), pa.string_view(), pa.null()}
 MAX_TEXT_CHARS = 10_000  # of a row of a text file: packing crops what is longer than a training row
+DECODER = json.JSONDecoder()
 SPACES = re.compile(r"\s*")
 Row = tuple[int, Any]
 
@@ -47,10 +54,10 @@ class UnreadableFileError(UserError):
 
 def kind_of(path: Path) -> str | None:
     """Return .parquet, .jsonl, .json, .csv or .txt by the file's name; None: it is not read."""
-    name = path.name.lower()
-    plain = name.removesuffix(next((suffix for suffix in COMPRESSED_SUFFIXES if name.endswith(suffix)), ""))
-    kind = KINDS.get(Path(plain).suffix)
-    return None if plain != name and kind == ".parquet" else kind
+    stem, suffix = path.stem.lower(), path.suffix.lower()
+    if suffix in (".gz", ".bz2", ".zst") and not stem.endswith(".parquet"):
+        suffix = Path(stem).suffix
+    return KINDS.get(suffix)
 
 
 def read(path: Path, is_row: Callable[[Any], bool] = lambda value: isinstance(value, dict)) -> Iterator[Row]:
@@ -61,7 +68,7 @@ def read(path: Path, is_row: Callable[[Any], bool] = lambda value: isinstance(va
     Args:
         is_row: of a JSON file that holds nothing but an array: whether it is a row, and not a list of rows.
     """
-    readers = {".parquet": ParquetRows, ".csv": _read_csv, ".txt": _read_text}
+    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".txt": _read_text}
     kind = kind_of(path)
     if kind is None:
         raise UserError(f"{path}: expected {EXPECTED}")
@@ -71,12 +78,11 @@ def read(path: Path, is_row: Callable[[Any], bool] = lambda value: isinstance(va
 
 @contextlib.contextmanager
 def errors_of(path: Path) -> Iterator[None]:
-    """Raise what the operating system and the libraries raise as an UnreadableFileError."""
+    """Raise what the operating system and pyarrow raise as an UnreadableFileError."""
     try:
         yield
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        kind = kind_of(path) or path.suffix
-        raise UnreadableFileError(path, f"unreadable {kind[1:]} ({reason(error)})") from None
+        raise UnreadableFileError(path, f"unreadable {str(kind_of(path))[1:]} ({reason(error)})") from None
 
 
 def text_of(row: Row, column: str, path: Path | str) -> str:
@@ -106,7 +112,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     compression = next((name for magic, name in COMPRESSIONS.items() if head.startswith(magic)), None)
     with io.BufferedReader(pa.input_stream(str(path), compression=compression)) as file:
         lines: Iterable[bytes | str] = file
-        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if file.peek(2)[:2] in UTF16_MARKS:
             lines = io.TextIOWrapper(file, "utf-16", errors="replace", newline="\n")
         for number, line in enumerate(lines, start=1):
             text = decode(line, path, f"line {number}") if isinstance(line, bytes) else line
@@ -120,11 +126,10 @@ def decode(data: bytes, path: Path, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        problem = f"{where} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8"
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             return _join_surrogates(data.decode("utf-8", "surrogatepass"))
-        except UnicodeDecodeError:
-            raise UnreadableFileError(path, problem) from None
+        problem = f"{where} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8"
+        raise UnreadableFileError(path, problem) from None
 
 
 def _join_surrogates(text: str) -> str:
@@ -133,38 +138,31 @@ def _join_surrogates(text: str) -> str:
 
 def _read_text(path: Path) -> Iterator[Row]:
     """Yield the text, in parts of up to MAX_TEXT_CHARS that end at a blank line, or else at a line break."""
-    numbers = itertools.count(1)
-    lines: list[str] = []
-    size, blank = 0, 0  # characters; lines up to the last blank one
-    for _, line in _lines(path):
-        line = line.replace("\r\n", "\n").replace("\r", "\n")
-        for start in range(0, len(line), MAX_TEXT_CHARS):
-            piece = line[start : start + MAX_TEXT_CHARS]
-            while size + len(piece) > MAX_TEXT_CHARS:
-                end = blank or len(lines)
-                yield next(numbers), {"text": "".join(lines[:end])}
-                lines = lines[end:]
-                size, blank = sum(map(len, lines)), 0
-            lines.append(piece)
-            size += len(piece)
-            blank = len(lines) if piece.isspace() else blank
-    yield next(numbers), {"text": "".join(lines)}
+    text = "".join(line for _, line in _lines(path)).replace("\r\n", "\n").replace("\r", "\n")
+    start = 0
+    for number in itertools.count(1):
+        end = start + MAX_TEXT_CHARS
+        if end < len(text):
+            breaks = [text.rfind(line_break, start, end) + len(line_break) for line_break in ("\n\n", "\n")]
+            end = next((position for position in breaks if position > start + 1), end)
+        yield number, {"text": text[start:end]}
+        start = end
+        if start >= len(text):
+            return
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # the default refuses documents of more than 128 KiB
     lines = (line for _, line in _lines(path))
     header = next(lines, "")
-    delimiter = max(",;\t", key=header.count)
-    rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    rows = csv.reader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
     number = 0
     try:
         names = next(rows, [])
         check_names(path, names)
         for number, fields in enumerate(filter(None, rows), start=1):
             if len(fields) != len(names):
-                problem = f"row {number} has {len(fields)} fields, the header {len(names)}"
-                raise UnreadableFileError(path, problem)
+                raise UnreadableFileError(path, f"row {number} has {len(fields)} fields, the header {len(names)}")
             yield number, dict(zip(names, fields))
     except csv.Error as error:
         raise UnreadableFileError(path, f"row {number + 1} is not valid CSV ({error})") from None
@@ -174,87 +172,68 @@ def _read_csv(path: Path) -> Iterator[Row]:
 # Parquet
 
 
-def is_string(kind: pa.DataType) -> bool:
-    """Return whether a column of this type holds strings (or only nulls)."""
-    types = pa.types
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    return any(check(kind) for check in checks)
+def _read_parquet(path: Path) -> Iterator[Row]:
+    start = 1
+    with pq.ParquetFile(path) as file:
+        check_names(path, file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=1000):
+            columns = [column_values(column, path, start) for column in batch.columns]
+            for number, values in enumerate(zip(*columns), start=start):
+                yield number, dict(zip(batch.schema.names, values))
+            start += batch.num_rows
 
 
 def check_names(path: Path, names: Sequence[str]) -> None:
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise UnreadableFileError(path, f"{count} columns are named {name!r}: rename or delete the others")
+    for name in names:
+        if names.count(name) > 1:
+            raise UnreadableFileError(path, f"two columns are named {name!r}: rename or delete one of them")
+
+
+def is_string(kind: pa.DataType) -> bool:
+    return (kind.value_type if pa.types.is_dictionary(kind) else kind) in STRINGS
 
 
 def column_values(column: Any, path: Path, first_number: int) -> list[Any]:
     """Return the values of a parquet column; `path` and the number of its first row are for the errors."""
     try:
         return column.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, a time that Python does not have
-        data = column.cast(pa.large_binary()) if is_string(column.type) else column
-    values = []
-    for number, value in enumerate(data, start=first_number):
-        try:
-            value = value.as_py()
-        except (ValueError, OverflowError) as error:
-            raise UnreadableFileError(path, f"row {number}: unreadable value ({reason(error)})") from None
-        values.append(decode(value, path, f"row {number}") if isinstance(value, bytes) else value)
-    return values
-
-
-class ParquetRows(Sequence[Row]):
-    """The rows of a parquet file, each made when it is asked for: as Python objects, all of them take much memory."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        with errors_of(path), pq.ParquetFile(path) as file:
-            check_names(path, file.schema_arrow.names)
-            self._table = file.read()
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, index: Any) -> Any:
-        if index >= len(self):
-            raise IndexError(index)
-        columns = zip(self._table.column_names, self._table.columns)
-        return index + 1, {name: column_values(c.slice(index, 1), self._path, index + 1)[0] for name, c in columns}
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a time that Python does not have
+        if len(column) > 1:
+            return [column_values(column.slice(i, 1), path, first_number + i)[0] for i in range(len(column))]
+        if is_string(column.type):
+            return [decode(column.cast(pa.large_binary())[0].as_py(), path, f"row {first_number}")]
+        raise UnreadableFileError(path, f"row {first_number}: unreadable value ({reason(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # JSON
 
 
-def parse_line(line: str, path: Path, number: int) -> Any:
-    """Return the JSON value of a line; half a surrogate pair in its strings becomes U+FFFD."""
+def parse_json(text: str, path: Path, line: int = 1) -> list[Any]:
+    """Return the JSON values that follow one another in `text`, which starts in line `line` of the file."""
+    values, start, end, text = [], 0, 0, text.rstrip()
     try:
-        return _clean(json.loads(line), line)
+        while end < len(text):
+            start = SPACES.match(text, end).end()  # type: ignore[union-attr]
+            value, end = DECODER.raw_decode(text, start)
+            values.append(value)
+        if "\\ud" in text or "\\uD" in text:  # only escapes can make half a surrogate pair
+            values = json.loads(_join_surrogates(json.dumps(values, ensure_ascii=False)))
     except (ValueError, RecursionError) as error:
-        raise _json_error(error, path, number) from None
-
-
-def _json_error(error: Exception, path: Path, number: int) -> UnreadableFileError:
-    problem = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
-    return UnreadableFileError(path, f"line {number} is not valid JSON ({problem})")
-
-
-def _clean(value: Any, source: str) -> Any:
-    """Return a value of the JSON text `source` without half surrogate pairs, which only its escapes can make."""
-    if "\\ud" not in source and "\\uD" not in source:
-        return value
-    return json.loads(_join_surrogates(json.dumps(value, ensure_ascii=False)))
+        problem = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
+        line += text.count("\n", 0, getattr(error, "pos", start))
+        raise UnreadableFileError(path, f"line {line} is not valid JSON ({problem})") from None
+    return values
 
 
 def _read_json(path: Path, is_row: Callable[[Any], bool]) -> Iterator[Row]:
     lines = ((number, line) for number, line in _lines(path) if not line.isspace())
     first = list(itertools.islice(lines, 2))
-    if len(first) > 1 and not _is_cut(first[0][1]):
+    if len(first) > 1 and not _is_beginning(first[0][1]):
         for number, line in itertools.chain(first, lines):
-            yield number, parse_line(line, path, number)
+            yield from ((number, value) for value in parse_json(line, path, number))
         return
-    values = _parse_values(path)
+    values = parse_json("".join(line for _, line in _lines(path)), path)
     if len(values) == 1 and isinstance(values[0], list) and not is_row(values[0]):
         [values] = values
     yield from enumerate(values, start=1)
@@ -263,35 +242,20 @@ def _read_json(path: Path, is_row: Callable[[Any], bool]) -> Iterator[Row]:
 def has_plain_lines(path: Path) -> bool:
     """Return whether a JSON file is UTF-8, not compressed and has one value a line: lines can be read on their own."""
     with contextlib.suppress(OSError), path.open("rb") as file:
-        head = file.read(4)
-        if head.startswith((*COMPRESSIONS, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return False
-        file.seek(0)
-        line = next((line for line in file if line.strip()), b"").decode("utf-8-sig", "replace")
-        return not line or not (line.lstrip().startswith("[") or _is_cut(line))
+        first = next((line for line in file if line.strip()), b"")
+        line = first.decode("utf-8-sig", "replace").lstrip()
+        return (
+            not first.startswith((*COMPRESSIONS, *UTF16_MARKS)) and not line.startswith("[") and not _is_beginning(line)
+        )
     return True  # reading it names the problem
 
 
-def _is_cut(line: str) -> bool:
+def _is_beginning(line: str) -> bool:
     """Return whether a line is the beginning of a JSON value that goes on in the next."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
-        return error.pos >= len(line.rstrip())
+        return error.pos >= len(line.rstrip()) > 0
     except (ValueError, RecursionError):
-        pass  # parse_line names it
+        pass  # parse_json names it
     return False
-
-
-def _parse_values(path: Path) -> list[Any]:
-    """Return the JSON values that follow one another in a file."""
-    text = "".join(line for _, line in _lines(path)).rstrip()
-    values, end = [], 0
-    while end < len(text):
-        try:
-            start = SPACES.match(text, end).end()  # type: ignore[union-attr]
-            value, end = json.JSONDecoder().raw_decode(text, start)
-            values.append(_clean(value, text[start:end]))
-        except (ValueError, RecursionError) as error:
-            raise _json_error(error, path, text.count("\n", 0, getattr(error, "pos", start)) + 1) from None
-    return values

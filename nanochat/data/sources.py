@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.config import PositiveInt, Settings, UserError, base_dir, nearest
@@ -26,6 +25,7 @@ from nanochat.text import reason
 
 JSONL_BLOCK_LINES = 1000
 CLIMBMIX_VAL = "shard_06542.parquet"
+SUFFIXES = (".parquet", ".jsonl", ".ndjson")  # of files that are read where they are
 SHARD_CHARS = 250_000_000  # of shards that are written here, about
 VAL_CHARS = 10_000_000
 DATA_COMMAND = "torchrun launch.py --experiment=data"
@@ -95,18 +95,7 @@ def _version(stat: os.stat_result) -> str:
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("[!.]*") if path.is_file() and _shard_kind(path))
-
-
-def _shard_kind(path: Path) -> str | None:
-    kind = records.kind_of(path)
-    return kind if kind == ".parquet" or (kind == ".jsonl" and path.suffix.lower() in records.KINDS) else None
-
-
-def _is_shard(path: Path) -> bool:
-    """Return whether blocks of a file can be read where it is."""
-    kind = _shard_kind(path)
-    return kind == ".parquet" or (kind == ".jsonl" and records.has_plain_lines(path))
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def folder_of(config: DataConfig) -> Path:
@@ -126,11 +115,10 @@ def folder_of(config: DataConfig) -> Path:
             f"data.source={source}: no such file or folder{near if 'mean' in near else ''}"
             " (embedded, climbmix, hub:<dataset> or a path)"
         )
-    shards = [path] if path.is_file() else _shard_paths(path)
-    if not shards or not all(map(_is_shard, shards)):
+    shards = _shard_paths(path) if path.is_dir() else [path] * (path.suffix.lower() in SUFFIXES)
+    if not shards or not all(_is_parquet(shard) or records.has_plain_lines(shard) for shard in shards):
         return _from_disk(path, config)
-    if path.is_dir():
-        _name_unread(path, tuple(file for file in _visible_files(path) if file not in shards))
+    _name_unread(path, tuple(set(_visible_files(path)).difference(shards)))
     return path
 
 
@@ -156,10 +144,10 @@ def num_blocks(shard: Shard) -> int:
 
 def read_block(shard: Shard, index: int, text_column: str) -> list[str]:
     """Return the documents of block `index` that have text."""
-    read = _read_parquet if _shard_kind(shard.path) == ".parquet" else _read_jsonl
+    read = _read_parquet if _is_parquet(shard.path) else _read_jsonl
     with _corrupt_if_unreadable(shard.path):
         texts = read(shard, _blocks(shard)[index], text_column)
-    if shard.part == "all" or _blocks_in_file(shard.path, shard.fingerprint) > 1:
+    if shard.part == "all" or len(_offsets(shard.path, shard.fingerprint)) > 2:
         return texts
     if len(texts) < 2:
         raise UserError(f"{shard.path}: a single file needs two documents, one for each split")
@@ -192,7 +180,7 @@ def _skip_if_corrupt(config: DataConfig) -> Iterator[None]:
 
 def _blocks(shard: Shard) -> range:
     """Return which blocks of its file are the shard's; if there is only one, both splits have a part of it."""
-    count = _blocks_in_file(shard.path, shard.fingerprint)
+    count = len(_offsets(shard.path, shard.fingerprint)) - 1
     if shard.part == "all" or count < 2:
         return range(count)
     cut = count - _held_out(count)
@@ -203,13 +191,37 @@ def _held_out(count: int) -> int:
     return max(1, count // 20)
 
 
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
+def block_hash(shard: Shard, index: int) -> str | None:
+    """Return the SHA-256 (hex) of the bytes that block `index` is in its file; None if they cannot be read."""
+    block = _blocks(shard)[index]
+    start, stop = _offsets(shard.path, shard.fingerprint)[block : block + 2]
+    try:
+        with shard.path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(stop - start)).hexdigest()
+    except (OSError, ValueError):
+        return None
+
+
 @functools.cache
-def _blocks_in_file(path: Path, fingerprint: str) -> int:
+def _offsets(path: Path, fingerprint: str) -> list[int]:
+    """Return where in the file the blocks start, and its size."""
+    offsets, position = [], 0
     with _corrupt_if_unreadable(path):
-        if _shard_kind(path) == ".jsonl":
-            return len(_jsonl_offsets(path, fingerprint)) - 1
-        with pq.ParquetFile(path) as file:
-            return file.metadata.num_row_groups
+        if _is_parquet(path):
+            with pq.ParquetFile(path) as file:
+                chunks = [file.metadata.row_group(i).column(0) for i in range(file.metadata.num_row_groups)]
+                return [*(c.dictionary_page_offset or c.data_page_offset for c in chunks), path.stat().st_size]
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines):
+                if number % JSONL_BLOCK_LINES == 0:
+                    offsets.append(position)
+                position += len(line)
+    return [*offsets, position]
 
 
 @contextlib.contextmanager
@@ -235,58 +247,14 @@ def _read_parquet(shard: Shard, index: int, text_column: str) -> list[str]:
         return [text for text in records.column_values(column, shard.path, first_row) if text]
 
 
-@functools.cache
-def _jsonl_offsets(path: Path, fingerprint: str) -> tuple[int, ...]:
-    """Return the byte offset of every 1000th line, and the size of the file."""
-    offsets, position = [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            if number % JSONL_BLOCK_LINES == 0:
-                offsets.append(position)
-            position += len(line)
-    return (*offsets, position)
-
-
 def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
-    path, texts = shard.path, []
+    path, rows = shard.path, []
     with path.open("rb") as file:
-        file.seek(_jsonl_offsets(path, shard.fingerprint)[index])
-        lines = list(itertools.islice(file, JSONL_BLOCK_LINES))
-    for number, line in enumerate(lines, start=index * JSONL_BLOCK_LINES + 1):
-        text = records.decode(line, path, f"line {number}").removeprefix("\ufeff" if number == 1 else "")
-        if not text.isspace():
-            texts.append(records.text_of((number, records.parse_line(text, path, number)), text_column, path))
-    return [text for text in texts if text]
-
-
-def block_hash(shard: Shard, index: int, text_column: str) -> str | None:
-    """Return the SHA-256 (hex) of the bytes of the file that hold a block's documents; None if they are unreadable."""
-    path = shard.path
-    try:
-        if _shard_kind(path) == ".jsonl":
-            start, stop = _jsonl_offsets(path, shard.fingerprint)[index : index + 2]
-        else:
-            start, stop = _parquet_ranges(path, shard.fingerprint, text_column)[index]
-        with path.open("rb") as file:
-            file.seek(start)
-            return hashlib.sha256(file.read(stop - start)).hexdigest()
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError):
-        return None
-
-
-@functools.cache
-def _parquet_ranges(path: Path, fingerprint: str, text_column: str) -> tuple[tuple[int, int], ...]:
-    """Return where in the file the text column of each row group starts and stops."""
-    ranges = []
-    with pq.ParquetFile(path) as file:
-        [column] = [
-            i for i in range(len(file.schema)) if file.schema.column(i).path == text_column
-        ]  # ValueError: see _read_parquet
-        for index in range(file.metadata.num_row_groups):
-            chunk = file.metadata.row_group(index).column(column)
-            start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
-            ranges.append((start, start + chunk.total_compressed_size))
-    return tuple(ranges)
+        file.seek(_offsets(path, shard.fingerprint)[index])
+        for number, line in enumerate(itertools.islice(file, JSONL_BLOCK_LINES), index * JSONL_BLOCK_LINES + 1):
+            text = records.decode(line, path, f"line {number}").removeprefix("\ufeff" if number == 1 else "")
+            rows += [(number, value) for value in records.parse_json(text, path, number)]
+    return [text for row in rows if (text := records.text_of(row, text_column, path))]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -298,8 +266,7 @@ def _from_hub(source: str, text_column: str) -> Path:
     if not name or len(rest) > 2:
         raise UserError(f"data.source={source}: expected hub:<dataset>[:<config>[:<split>]]")
     subset, split = [*rest, "", ""][:2]
-    rows = _stream(name, subset or None, split=split or "train")
-    texts = _texts_of(rows, source, text_column)
+    texts = _texts_of(_hub_rows(name, subset or None, split or "train"), source, text_column)
     return _written(_slug(f"{name}:{subset}:{split or 'train'}:{text_column}"), texts, source, text_column)
 
 
@@ -308,7 +275,7 @@ def _from_disk(path: Path, config: DataConfig) -> Path:
     files = _visible_files(path) if path.is_dir() else [path]
     if not files:
         raise UserError(f"data.source={path}: the folder is empty")
-    stats = [(str(file), _version(file.stat())) for file in files]
+    stats = [(str(file), _version(file.stat())) for file in files if file.exists()]
     key = [str(path.resolve()), config.text_column, config.skip_bad_shards, records.MAX_TEXT_CHARS, stats]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
@@ -335,27 +302,22 @@ def _texts_in(path: Path, files: list[Path], config: DataConfig) -> Iterator[str
     _name_unread(path, tuple(file for file in files if file not in chosen))
     for file in chosen:
         with _skip_if_corrupt(config), _corrupt_if_unreadable(file):
-            if records.kind_of(file) == ".parquet":
-                shard = Shard(file, _version(file.stat()))
-                for block in range(num_blocks(shard)):
-                    yield from read_block(shard, block, config.text_column)
-            else:
-                for row in records.read(file):
-                    yield records.text_of(row, config.text_column, file)
+            for row in records.read(file):
+                yield records.text_of(row, config.text_column, file)
 
 
 @functools.cache
 def _name_unread(folder: Path, files: tuple[Path, ...]) -> None:
     if files and os.environ.get("RANK", "0") == "0":
-        names = [str(file.relative_to(folder)) for file in files]
+        names = sorted(str(file.relative_to(folder)) for file in files)
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         print(f"not read in {folder}: {', '.join(names[:10])}{more}", flush=True)
 
 
-def _stream(*args: Any, **options: Any) -> Rows:
+def _hub_rows(name: str, subset: str | None, split: str) -> Rows:
     import datasets  # takes seconds to import, and few sources need it
 
-    yield from datasets.load_dataset(*args, streaming=True, **options)
+    yield from datasets.load_dataset(name, subset, split=split, streaming=True)
 
 
 def _saved_rows(path: Path) -> Rows:

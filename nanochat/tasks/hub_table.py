@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,43 +44,31 @@ def hub_task(
             or <split>*.parquet (or .jsonl, .json, .csv) in it, in a folder named as the task, or in that of the hub.
     """
     if source is None:
-        hub_rows = _load_from_hub(table, split)
-        origin, size = f"{table.repo}, split {split}", len(hub_rows)
-
-        def read(index: int) -> tuple[str, dict[str, Any]]:
-            return f"{origin}, row {index} (counted from 0)", hub_rows[index]
-
+        origin, rows = f"{table.repo}, split {split}", _load_from_hub(table, split)
+        place = f"{origin}, row {{}} (counted from 0)".format
     else:
         files = _find_files(name, table, split, Path(source).expanduser())
-        rows = [(file, rows, index) for file, rows in _load_files(files) for index in range(len(rows))]
-        origin, size = f"source={files[0]}", len(rows)
-
-        def read(index: int) -> tuple[str, dict[str, Any]]:
-            file, file_rows, number = rows[index]
-            number, row = file_rows[number]
-            if not isinstance(row, dict):
-                raise UserError(f"source={file}, row {number}: is not a JSON object")
-            return f"source={file}, row {number}", row
-
-    if size == 0:
+        origin, places, rows = f"source={files[0]}", *_load_files(files)
+        place = places.__getitem__
+    if len(rows) == 0:
         raise UserError(f"{origin}: has no rows")
-    columns = list(read(0)[1])
+    columns = list(rows[0])
     missing = [column for column in table.columns if column not in columns]
     if missing:
         raise UserError(f"{origin}: has no column {missing[0]}, which {name} needs; it has {', '.join(columns)}")
-    order = shuffled_indices(size)
+    order = shuffled_indices(len(rows))
 
     def conversation(index: int) -> Conversation:
-        place, row = read(order[index])
+        row = rows[order[index]]
         try:
             for column, kind in table.columns.items():
                 if not isinstance(value := row.get(column), kind):
                     raise UserError(f"{column} is {str(value)[:40]!r}, expected {kind.__name__}")
             return make_row(row)
         except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+            raise UserError(f"{place(order[index])}: {error}") from None
 
-    return Task(name, kind, size, conversation, is_correct, baseline)
+    return Task(name, kind, len(rows), conversation, is_correct, baseline)
 
 
 def shuffled_indices(size: int) -> list[int]:
@@ -90,7 +78,7 @@ def shuffled_indices(size: int) -> list[int]:
 
 def _find_files(name: str, table: HubTable, split: str, path: Path) -> list[Path]:
     if path.is_file():
-        if records.kind_of(path) in (None, ".txt"):
+        if records.kind_of(path) not in records.TABLES:
             raise UserError(f"source={path}: expected a folder or a file of {', '.join(records.TABLES)}")
         return [path]
     if not path.is_dir():
@@ -105,11 +93,15 @@ def _find_files(name: str, table: HubTable, split: str, path: Path) -> list[Path
     )
 
 
-def _load_files(files: list[Path]) -> list[tuple[Path, Sequence[records.Row]]]:
-    try:
-        return [(f, records.ParquetRows(f) if records.kind_of(f) == ".parquet" else [*records.read(f)]) for f in files]
-    except records.UnreadableFileError as error:
-        raise UserError(f"source={error}") from None
+def _load_files(files: list[Path]) -> tuple[list[str], list[dict[str, Any]]]:
+    places, rows = [], []
+    for file in files:
+        for number, row in records.read(file):
+            if not isinstance(row, dict):
+                raise UserError(f"source={file}: row {number} is not a JSON object")
+            places.append(f"source={file}, row {number}")
+            rows.append(row)
+    return places, rows
 
 
 def _load_from_hub(table: HubTable, split: str) -> Any:

@@ -115,7 +115,7 @@ DEEP = "[" * 100_000
         ("a.txt.gz", gzip.compress(b"one two three")[:-9], "unreadable txt (Truncated compressed stream)"),
         ("a.csv", b'text,id\na,1\n\n"b,2', "row 2 is not valid CSV (unexpected end of data)"),
         ("a.csv", b"text,id\na,1\nb,c,2\n", "row 2 has 3 fields, the header 2"),
-        ("a.csv", b"text,id,text\n", "2 columns are named 'text': rename or delete the others"),
+        ("a.csv", b"text,id,text\n", "two columns are named 'text': rename or delete one of them"),
         ("a.parquet", b"PAR1PAR1", "unreadable parquet ("),
         ("gone.txt", None, "unreadable txt (No such file or directory)"),
         ("a.docx", b"x", "expected a file of .parquet, .jsonl"),
@@ -141,5 +141,5 @@ def test_unreadable_parquet_row_is_named(tmp_path: Path):
             values(tmp_path / f"{name}.parquet")
     table = pa.table([pa.array(["a"]), pa.array([1])], names=["text", "text"])
     pq.write_table(table, tmp_path / "c.parquet")
-    with pytest.raises(UserError, match=r"c.parquet: 2 columns are named 'text'"):
+    with pytest.raises(UserError, match=r"c.parquet: two columns are named 'text'"):
         values(tmp_path / "c.parquet")

@@ -89,7 +89,8 @@ def test_documents_without_text_are_skipped(tmp_path: Path):
 @pytest.mark.parametrize("name", ["a.parquet", "A.PARQUET", "nested/a.parquet"])
 def test_strings_of_every_type_are_read(tmp_path: Path, kind: pa.DataType, name: str):
     (tmp_path / "in" / "nested").mkdir(parents=True)
-    table = pa.table([pa.array(docs(0, 40)).cast(kind), range(40), range(40)], names=["body", "id", "id"])
+    columns = [pa.array(docs(0, 40)).cast(kind), range(40), range(40)]
+    table = pa.table(columns, names=["body", "id", "id" if name == "a.parquet" else "nr"])
     pq.write_table(table, tmp_path / "in" / name)
     train, val = read_all(DataConfig(source=str(tmp_path / "in"), text_column="body"))
     assert sorted(train + val) == sorted(docs(0, 40)) and val
@@ -100,17 +101,20 @@ def test_strings_of_every_type_are_read(tmp_path: Path, kind: pa.DataType, name:
     [
         ([[["a"], ["b"]]], "column 'text' holds list<element: string>, not text: set data.text_column"),
         ([[{"a": "b"}]], "column 'text' holds struct<a: string>, not text"),
-        ([["a"], ["b"]], "2 columns are named 'text': rename or delete the others"),
+        ([[b"a"]], "column 'text' holds binary, not text"),
+        ([["a"], ["b"]], "two columns are named 'text': rename or delete one of them"),
         ([pa.array([b"a"] * 1001 + [b"\xff"]).view(pa.string())], "row 1002 is not UTF-8 (byte 0xff)"),
     ],
 )
-@pytest.mark.parametrize("name", ["a.parquet", "nested/a.parquet"])
-def test_column_that_is_not_text_is_named(tmp_path: Path, columns: list[Any], problem: str, name: str):
-    (tmp_path / "nested").mkdir()
-    pq.write_table(pa.table(columns, names=["text"] * len(columns)), tmp_path / name, row_group_size=1000)
+def test_column_that_is_not_text_is_named(tmp_path: Path, columns: list[Any], problem: str):
+    path = tmp_path / "in" / "nested" / "a.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table(columns, names=["text"] * len(columns)), path, row_group_size=1000)
     with pytest.raises(UserError) as caught:
-        read_all(DataConfig(source=str(tmp_path)))
-    assert str(caught.value).startswith(f"{tmp_path / name}: {problem}")
+        read_all(DataConfig(source=str(path)))
+    assert str(caught.value).startswith(f"{path}: {problem}")
+    with pytest.raises(UserError, match=r"a.parquet: (row|two columns)"):
+        read_all(DataConfig(source=str(tmp_path / "in")))
 
 
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in docs(0, 40))

@@ -167,9 +167,9 @@ def test_missing_column_is_named(name: str, tmp_path: Path) -> None:
 )
 def test_unreadable_source_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"source=.*{message}"):
+    with pytest.raises(UserError, match=message):
         tasks.load("gsm8k", "test", source=tmp_path)
-    with pytest.raises(UserError, match=r"expected a folder or a file of .parquet, .jsonl, .json"):
+    with pytest.raises(UserError, match=r"expected a folder or a file of .parquet, .jsonl, .*json"):
         tasks.load("gsm8k", "test", source=__file__)
 
 
