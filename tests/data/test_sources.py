@@ -125,8 +125,8 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in docs(0, 40))
     [
         ("a.JSONL", LINES),
         ("a.ndjson", LINES),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("a.jsonl", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("a.jsonl", gzip.compress(LINES.encode(), mtime=0)),
         ("a.jsonl", LINES.encode("utf-16")),
         ("a.jsonl", json.dumps([{"text": text} for text in docs(0, 40)])),
         ("a.json", json.dumps([{"text": text} for text in docs(0, 40)], indent=2)),
