@@ -192,8 +192,10 @@ def _parse_int(text: str) -> int:
             if power and not 0 <= int(exponent) <= 64:  # a negative power is not an integer, a huge one never ends
                 raise ValueError
             number *= _integer(base) ** int(exponent or 1)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError("expected an integer") from None
+    if not -(2**63) <= number < 2**63:  # those who compute with it use floats and C's integers
+        raise ValueError("expected an integer of at most 64 bits")
     return number
 
 

@@ -78,6 +78,8 @@ def test_values_are_parsed_by_the_annotation(assignment: str, name: str, value: 
         ("model.depth=2**-1", "--set model.depth=2**-1: expected an integer"),
         ("model.depth=9**9**9", "expected an integer"),
         ("model.depth=none", "expected an integer"),
+        ("model.depth=1e30", "expected an integer of at most 64 bits"),
+        ("model.depth=-2**64", "expected an integer of at most 64 bits"),
         ("optim.matrix_lr=nan", "expected a number"),
         ("optim.betas=0.9", "expected 2 values separated by commas, got 1"),
         ("resume=maybe", "expected true or false"),

@@ -1,4 +1,7 @@
-"""Sources of documents: folders of parquet or JSON Lines shards, sorted by name; the last one validates.
+"""Sources of documents: folders of parquet or JSON Lines shards, sorted by name.
+
+Those named val, valid, validation, dev or eval validate, else those named test, else the last one. If some are named
+train, the rest is not read.
 
 The embedded corpus, data sets of the hub and files of other kinds are written as such a folder on first use. A shard is
 read in blocks: a parquet row group, or 1000 lines.
@@ -85,7 +88,13 @@ def shards_of(config: DataConfig, split: Literal["train", "val"]) -> list[Shard]
     paths = [folder] if folder.is_file() else _shard_paths(folder)
     part = split
     if len(paths) > 1:
-        paths, part = (paths[:-1] if split == "train" else paths[-1:]), "all"
+        tests = _named("test", folder, paths)
+        val = _named("val|valid|validation|dev|eval", folder, paths) or tests
+        train = _named("train|training", folder, paths) or [path for path in paths if path not in (*val, *tests)]
+        if not (train and val):
+            train, val = paths[:-1], paths[-1:]
+        _name_unread(folder, tuple(path for path in paths if path not in (*train, *val)))
+        paths, part = (train if split == "train" else val), "all"
     stats = [path.stat() for path in paths]
     return [Shard(p, f"{p.name}:{_version(s)}:{part}", part) for p, s in zip(paths, stats)]
 
@@ -285,6 +294,11 @@ def _from_disk(path: Path, config: DataConfig) -> Path:
     return _written(f"{_slug(path.stem)}-{digest}", texts, str(path), config.text_column)
 
 
+def _named(words: str, folder: Path, files: list[Path]) -> list[Path]:
+    """Return the files with one of the words in their path below the folder."""
+    return [f for f in files if re.search(f"(?<![a-z])({words})(?![a-z])", str(f.relative_to(folder)).lower())]
+
+
 def _visible_files(folder: Path) -> list[Path]:
     """Return all files under a folder but hidden ones, broken links included, sorted."""
     files = (path for path in folder.rglob("*") if not path.is_dir())
@@ -294,8 +308,7 @@ def _visible_files(folder: Path) -> list[Path]:
 def _texts_in(path: Path, files: list[Path], config: DataConfig) -> Iterator[str]:
     """Yield the documents of the files that can be read; if some are named train, of those alone."""
     chosen = [file for file in files if file.is_file() and records.kind_of(file)]
-    train = [file for file in chosen if re.search("(?<![a-z])train(?![a-z])", str(file.relative_to(path)).lower())]
-    chosen = train or chosen
+    chosen = _named("train|training", path, chosen) or chosen
     if not chosen:
         names = ", ".join(sorted({file.suffix or file.name for file in files}))
         raise UserError(f"data.source={path}: expected {records.EXPECTED}, found only {names}")

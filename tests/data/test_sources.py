@@ -290,6 +290,26 @@ def test_invalid_line_is_named(tmp_path: Path, line: bytes, message: str):
         sources.read_block(shard, 1, "text")
 
 
+@pytest.mark.parametrize(
+    ("names", "train", "val"),
+    [
+        ("eval train", "train", "eval"),
+        ("dev test train", "train", "dev"),
+        ("test-0-of-1 train-0-of-2 train-1-of-2", "train-0-of-2 train-1-of-2", "test-0-of-1"),
+        ("test-0 train-0 train-1 validation-0 validation-1", "train-0 train-1", "validation-0 validation-1"),
+        ("books DEV web", "books web", "DEV"),
+        ("developers latest trains", "developers latest", "trains"),
+        ("test_a test_b", "test_a", "test_b"),
+    ],
+)
+def test_names_of_files_decide_what_validates(tmp_path: Path, names: str, train: str, val: str):
+    for name in names.split():
+        write(tmp_path / f"{name}.jsonl", docs(0, 2))
+    for split, expected in (("train", train), ("val", val)):
+        shards = sources.shards_of(DataConfig(source=str(tmp_path)), split)
+        assert [shard.path.stem for shard in shards] == expected.split()
+
+
 def test_missing_text_column_does_not_make_a_shard_corrupt(tmp_path: Path):
     for path in (write(tmp_path / "a.parquet", docs(0, 5)), write(tmp_path / "b.jsonl", docs(0, 5))):
         with pytest.raises(UserError, match=r"no text column 'body', it has .*text.*: set data.text_column") as caught:
