@@ -16,12 +16,13 @@ Writes runs/<name> under the base folder. Takes seconds to a minute.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from nanochat import checkpoint, data, distributed, jsonl, model
+from nanochat import checkpoint, data, distributed, jsonl, metrics, model
 from nanochat.config import Settings, UserError
 from nanochat.data import tokenizer
 from nanochat.train import config as stage
@@ -75,24 +76,24 @@ def run(config: Config, runtime: Runtime) -> None:
         raise UserError(f"{config.meta}: has no model_config; use the meta_*.json next to the model") from None
     params = checkpoint.convert.load_reference(Path(config.model), shape)
     folder = stage.run_folder(config.name)
-    if checkpoint.steps(folder / "checkpoints"):
-        raise UserError(f"run {folder} already has checkpoints: --set name=<other>")
-    files = {}
-    if config.ranks:
-        tok = read_ranks(Path(config.ranks))
-        if tok.vocab_size != shape.vocab_size:
-            raise UserError(
-                f"{config.ranks}: {tok.vocab_size} tokens with special tokens, the model has {shape.vocab_size}"
-            )
-        tokenizer.save(tok, folder / "tokenizer")
-        files = {name: folder / "tokenizer" / name for name in tokenizer.FILES}
+    tok = read_ranks(Path(config.ranks)) if config.ranks else None
+    if tok and tok.vocab_size != shape.vocab_size:
+        raise UserError(
+            f"{config.ranks}: {tok.vocab_size} tokens with special tokens, the model has {shape.vocab_size}"
+        )
     step = int(meta.get("step", 0))
-    manager = checkpoint.open_manager(folder / "checkpoints")
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(metrics.run_lock.held(folder))
+        if checkpoint.steps(folder / "checkpoints"):
+            raise UserError(f"run {folder} already has checkpoints: --set name=<other>")
+        files = {}
+        if tok:
+            tokenizer.save(tok, folder / "tokenizer")
+            files = {name: folder / "tokenizer" / name for name in tokenizer.FILES}
+        manager = checkpoint.open_manager(folder / "checkpoints")
+        stack.callback(checkpoint.close, manager)
         saved = {"stage": config.stage, "model": dataclasses.asdict(shape), "converted_from": str(config.model)}
         checkpoint.save(manager, Weights(torch.tensor(step), params), saved, files=files)
-    finally:
-        checkpoint.close(manager)
     print(f"{model.count(shape)['total']:,} parameters of step {step} written to {folder / 'checkpoints'}")
     print(f"next: python launch.py --experiment=chat --set run={config.name}")
 

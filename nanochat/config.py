@@ -209,17 +209,6 @@ def _integer(text: str) -> int:
     return int(number)
 
 
-def require_at_least(config: Any, group: str = "", /, **least: float) -> None:
-    """Raise a UserError for number settings below the `least` value of each field, for `__post_init__`; None passes.
-
-    `group` is the dotted name of `config` in the settings.
-    """
-    for name, minimum in least.items():
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise UserError(f"{group}{'.' * bool(group)}{name}={value}: must be at least {minimum}")
-
-
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) for every leaf setting, in the order of declaration."""
     for field in dataclasses.fields(config):
