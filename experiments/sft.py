@@ -21,7 +21,6 @@ from typing import Literal
 from nanochat import distributed, eval, model, optim, tasks, train
 from nanochat.config import NonNegativeInt, PositiveInt, UserError
 from nanochat.data import chat_format
-from nanochat.data.chat_format import TooLong
 from nanochat.eval import CHAT_CORE, ChatEvalConfig
 from nanochat.optim import FinetunePlan, OptimConfig, scaling
 from nanochat.train import EvalConfig, StageConfig
@@ -80,7 +79,7 @@ class Config(StageConfig):
     val_tasks: tuple[str, ...] = ("smoltalk:test", "mmlu:test:stop=5200", "gsm8k:test:stop=420")
     source: str | None = None
     assistant_only: bool = True
-    long_conversations: TooLong = "truncate"
+    long_conversations: chat_format.TooLong = "truncate"
     buffer_conversations: PositiveInt = 100
     device_batch_size: PositiveInt | Literal["auto"] | None = None
     total_batch_size: PositiveInt | None = None

@@ -18,7 +18,6 @@ from torch import Tensor
 from nanochat.config import UserError
 from nanochat.data import Tokenizer, chat_format, prefetch
 from nanochat.data import packing as best_fit
-from nanochat.data.chat_format import TooLong
 from nanochat.model import IGNORE
 from nanochat.tasks import Task
 
@@ -37,7 +36,7 @@ class Packing(NamedTuple):
     micro_rows: int  # rows of a micro-batch of one rank
     sequence_len: int  # tokens T per input row
     assistant_only: bool = True  # loss on the assistant's tokens only; False: on all tokens
-    long_conversations: TooLong = "truncate"  # what to do with more tokens than T
+    long_conversations: chat_format.TooLong = "truncate"  # what to do with more tokens than T
     epochs: int | None = 1  # passes over the task; None: unlimited
     buffer_conversations: int = 100  # to choose from
 
