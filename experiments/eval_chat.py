@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat import checkpoint, distributed, eval, jsonl, metrics, tasks
+from nanochat import checkpoint, distributed, eval, jsonl, metrics, tasks, train
 from nanochat.config import UserError
 from nanochat.eval import CHAT_CORE, TITLES, ChatEvalConfig
 from nanochat.text import format_duration, table_row
@@ -60,7 +60,7 @@ def run(config: Config, runtime: Runtime) -> None:
         loaded = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
         info = checkpoint.inspect(loaded.folder, loaded.step)
     print(checkpoint.describe_model(loaded))
-    distributed.advise_all_gpus(runtime)
+    train.advise_all_gpus(runtime)
     if warning := checkpoint.warning(loaded):
         print(warning)
     partial = loaded.folder / "eval" / f"chat_{loaded.step}.partial.jsonl"

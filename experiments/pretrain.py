@@ -180,7 +180,12 @@ def base_stage(
         world_size=runtime.world_size,
         device=runtime.device,
     )
-    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, train.stage.evaluate_bpb)]
+    validation = functools.partial(stream, split="val")
+    eval.bpb.check(validation(rows_per_step=runtime.world_size), tok)
+    bpb = functools.partial(
+        train.stage.evaluate_bpb, batches=lambda rows: validation(rows_per_step=rows * runtime.world_size)
+    )
+    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, bpb)]
     if bundle := find_bundle(config.core):
         score = functools.partial(core_score, bundle, config.core.max_per_task)
         evaluations.append(train.Evaluation("core/CORE", config.core.every_steps, score))
@@ -206,7 +211,6 @@ def base_stage(
         flops_per_token=plan.flops_per_token,
         make_step=functools.partial(train.scheduled, schedule=lambda step, _: optim.hparams(config.optim, plan, step)),
         batches=train_batches,
-        validation_batches=lambda rows: stream(split="val", rows_per_step=rows * runtime.world_size),
         evaluations=evaluations,
         branch=(start.folder, start.step) if start else None,
     )

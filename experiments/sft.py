@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from nanochat import distributed, eval, model, optim, tasks, train
+from nanochat import distributed, eval, metrics, model, optim, tasks, train
 from nanochat.config import NonNegativeInt, PositiveInt, UserError
 from nanochat.data import chat_format
 from nanochat.eval import CHAT_CORE, ChatEvalConfig
@@ -105,13 +105,13 @@ def train_stage(config: Config, runtime: distributed.Runtime, name: str, stages:
     train_task = mix(config.tasks, config.source)
     val_tasks, no_val = load_tasks(config.val_tasks, config.source)
     chat_tasks, no_chat = load_tasks(config.chat.tasks, config.source, "test")
-    named = {"val_tasks": no_val, "chat.tasks": no_chat}
-    skipped = [f"{name}={','.join(why)}: {next(iter(why.values()))}" for name, why in named.items() if why]
     val_task = tasks.mixture(val_tasks, name=f"val_tasks={','.join(config.val_tasks)}") if val_tasks else None
-    if no_val and not val_task:
+    skipped, missing = "", no_val | no_chat
+    if missing:
+        skipped = f"skipped: {', '.join(missing)}: {next(iter(missing.values()))}"
         hold_out = "--set tasks=customjson:FILE:start=50 --set val_tasks=customjson:FILE:stop=50"
-        skipped.append(f"validation: none of its tasks is here; {hold_out} holds out 50 conversations of a file")
-    print("".join(f"skipped: {text}\n" for text in skipped), end="")
+        skipped += f"; no validation: {hold_out} holds out 50 conversations of a file" * (not val_tasks)
+        print(skipped)
     facts = {
         "starts from": " ".join(str(x) for x in (base.origin or {}).values()),
         "parameters": f"{model.count(base.shape)['total']:,}",
@@ -120,8 +120,12 @@ def train_stage(config: Config, runtime: distributed.Runtime, name: str, stages:
     }
     print(train.describe(config, facts), flush=True)
     stage = sft_stage(config, base, runtime, name, train_task, val_task, chat_tasks)
-    stage = dataclasses.replace(stage, skipped=skipped)
     train.run_stage(config, stage, base.shape, base.tokenizer, runtime, try_rows=auto)
+    if missing and runtime.is_main:
+        print(skipped)
+        folder = train.run_folder(str(config.name))
+        failed = {eval.TITLES.get(text.partition(":")[0], text): why for text, why in missing.items()}
+        metrics.logger.append_evaluation(folder, metrics.run_folder.read_run(folder).last_step, name, {}, failed)
 
 
 def resolve(config: Config, base: train.InitCheckpoint, runtime: distributed.Runtime) -> tuple[Config, bool]:
@@ -226,16 +230,15 @@ def sft_stage(
         params = distributed.sharding.full_params(state.params)
         subject = eval.chat_eval.ModelUnderTest(params, shape, tok, runtime.compute_dtype)
         with distributed.raise_on_any_failure():
-            scores = eval.chat_eval.evaluate(subject, chat_tasks, config.chat)
-            values = eval.chat_eval.as_metrics(scores)
-        counts = {name: f"{score.shortened} of {score.total}" for name, score in scores.items() if score.shortened}
-        notes = [
-            f"  {name}: {count} questions shortened to {length} tokens (context)" for name, count in counts.items()
-        ]
+            values = eval.chat_eval.as_metrics(eval.chat_eval.evaluate(subject, chat_tasks, config.chat))
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        return train.Result(values, [f"step {int(state.step)}: {text}", *notes])
+        return train.Result(values, [f"step {int(state.step)}: {text}"])
 
-    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, train.stage.evaluate_bpb)] * bool(val_task)
+    evaluations: list[train.Evaluation] = []
+    if val_task:
+        eval.bpb.check(validation_batches(1), tok)
+        validation = functools.partial(train.stage.evaluate_bpb, batches=validation_batches)
+        evaluations.append(train.Evaluation("val/bpb", config.eval.every_steps, validation))
     if chat_tasks:
         first = chat_tasks[0].name
         key = f"chat/{eval.chat_eval.TITLES.get(first, first)}"
@@ -254,7 +257,6 @@ def sft_stage(
         flops_per_token=model.flops_per_token(shape),
         make_step=functools.partial(train.scheduled, schedule=schedule),
         batches=lambda state, rows: stream(train_task, packing=packing._replace(micro_rows=rows), state=state),
-        validation_batches=validation_batches if val_task else None,
         initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
         evaluations=evaluations,
     )

@@ -155,17 +155,14 @@ def render(
     conversation: Conversation,
     max_tokens: int | None = None,
     *,
-    too_long: TooLong = "truncate",
     assistant_only: bool = True,
 ) -> tuple[list[int], list[int]]:
-    """Return a conversation's (ids, loss mask), of equal length.
+    """Return a conversation's (ids, loss mask), of equal length, truncated to `max_tokens`.
 
     The mask is 1 on the assistant's text, its tool calls with both markers, and <|assistant_end|>. It is 0 on all
     else, tool outputs with their markers included, and on messages that are switched off.
 
     Args:
-        too_long: what to do with more than `max_tokens`. truncate: the ids end there; whole_turns: they end with the
-            last answer that fits, none of them remains if the first does not; drop: none of them remains.
         assistant_only: False: the mask is 1 on all but the assistant's messages that are switched off.
     """
     other = not assistant_only
@@ -190,12 +187,14 @@ def render(
                 start, end = MARKERS[kind]
                 add(supervised and (other or kind == "python"), special(start), text, special(end))
         add(parts[-1][2], special("<|assistant_end|>"))
-    kept = len(ids) if max_tokens is None else kept_tokens(tokenizer, ids, max_tokens, too_long)
-    return ids[:kept], mask[:kept]
+    return ids[:max_tokens], mask[:max_tokens]
 
 
 def kept_tokens(tokenizer: Tokenizer, ids: Sequence[int], max_tokens: int, too_long: TooLong) -> int:
-    """Return how many of a rendered conversation's tokens remain; `too_long` as for `render`."""
+    """Return how many of a rendered conversation's tokens remain, all if there are at most `max_tokens`.
+
+    Else truncate: `max_tokens`; whole_turns: those up to the last answer that fits, 0 without one; drop: 0.
+    """
     if len(ids) <= max_tokens or too_long == "truncate":
         return min(len(ids), max_tokens)
     if too_long == "drop":

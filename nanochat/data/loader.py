@@ -90,13 +90,15 @@ def batches(
         raise UserError(f"sequence_len={sequence_len}: must be at least 1")
     if split == "val":
         config = dataclasses.replace(config, shuffle=False)
-    stream = StreamConfig(config, tok, split, tuple(shards_of(config, split)), seed, sequence_len + 1, rank, world_size)
+    skipped = list(state["position"].get("skipped", [])) if state else []
+    shards = tuple(shards_of(config, split))
+    stream = StreamConfig(config, tok, split, shards, seed, sequence_len + 1, rank, world_size, skipped)
     start, buffer = _restore(stream, state)
-    reader, device = BlockReader(stream, state["position"].get("skipped", []) if state else []), torch.device(device)
+    reader, device = BlockReader(stream), torch.device(device)
     unread = _documents(stream, start.doc, _token_blocks(stream, start, reader))
     documents = itertools.chain([(document.length, document) for document in buffer], unread)
     rows = packing.plan(documents, stream.row_tokens, config.buffer_docs)
-    packed = _packed_batches(stream, start, rows, rows_per_step, reader.skipped, device)
+    packed = _packed_batches(stream, start, rows, rows_per_step, device)
     return _to_device(prefetch(packed, config.prefetch_batches), reader, device)
 
 
@@ -122,6 +124,7 @@ class StreamConfig:
     row_tokens: int
     rank: int
     world_size: int
+    skipped: list[str]  # corrupt shards so far, and what is wrong with them
 
     @property
     def token_type(self) -> type[np.unsignedinteger]:
@@ -280,9 +283,8 @@ class BlockReader:
     appear. It waits a bounded time for them and then tokenizes itself, so that no failure of another rank blocks it.
     """
 
-    def __init__(self, stream: StreamConfig, skipped: Iterable[str]):
+    def __init__(self, stream: StreamConfig):
         self._stream = stream
-        self.skipped = list(skipped)  # corrupt shards, and what is wrong with them
         self._ranks = list(range(stream.world_size))  # those that tokenize their share
         self._cache_failed = threading.Lock()  # acquired once
         self._closed, self._main = threading.Event(), threading.main_thread()
@@ -369,10 +371,9 @@ def _token_blocks(stream: StreamConfig, start: Position, reader: BlockReader) ->
         ref, get_block = pending.popleft()
         if ref is None:
             if not epoch_docs:
-                files = stream.shards[0].path.name if len(stream.shards) == 1 else f"{len(stream.shards)} files"
                 raise UserError(
-                    f"data.source={stream.config.source}: no documents to read for split {stream.split}: no text in "
-                    f"{files}; the last file by name is the validation split"
+                    f"data.source={stream.config.source}: no documents to read for split {stream.split}; the last file "
+                    "by name is the validation split"
                 )
             epoch_docs = 0
             continue
@@ -390,8 +391,8 @@ def _token_blocks(stream: StreamConfig, start: Position, reader: BlockReader) ->
             if stream.rank == 0 and ref.shard_index not in corrupt:
                 print(f"warning: skipping a shard: {error}", file=sys.stderr, flush=True)
             corrupt[ref.shard_index] = ref.epoch
-            if (text := f"shard {error}") not in reader.skipped:
-                reader.skipped.append(text)
+            if (text := f"shard {error}") not in stream.skipped:
+                stream.skipped.append(text)
             continue
         epoch_docs += len(block.lengths)
         yield ref, block
@@ -424,7 +425,6 @@ def _packed_batches(
     start: Position,
     rows: Iterator[packing.Row[Document]],
     rows_per_step: int,
-    skipped: Sequence[str],
     device: torch.device,
 ) -> PackedBatches:
     """Yield (int64 (2, this rank's rows, T): inputs and targets; state; statistics) of each step."""
@@ -451,7 +451,7 @@ def _packed_batches(
         waiting = list(row.waiting)
         state = LoaderState(
             position={"version": STATE_VERSION, **position._asdict(), "made_of": dict(stream.fingerprint)}
-            | ({"skipped": list(skipped)} if skipped else {}),
+            | ({"skipped": list(stream.skipped)} if stream.skipped else {}),
             tokens=np.frombuffer(b"".join([document.tokens for document in waiting]), stream.token_type),
             lengths=np.array([document.length for document in waiting], np.int32),
         )

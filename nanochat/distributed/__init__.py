@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from nanochat.distributed.runtime import (
         DTYPES,
         Runtime,
-        advise_all_gpus,
         all_reduce_max,
         all_reduce_sum,
         barrier,

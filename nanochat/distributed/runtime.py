@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 import re
-import shlex
 import sys
 import time
 import uuid
@@ -111,16 +110,6 @@ def require_single(runtime: Runtime, what: str) -> None:
     """Raise a UserError if `what` was started as one of several processes."""
     if runtime.world_size > 1:
         raise UserError(f"{what} runs in one process: start it with python, not torchrun")
-
-
-def advise_all_gpus(runtime: Runtime) -> None:
-    """Print how to use all GPUs of this machine that CUDA_VISIBLE_DEVICES shows, if there are more than ranks here."""
-    count = torch.cuda.device_count() if runtime.device.type == "cuda" else 0
-    if count > runtime.node_ranks:
-        more = f"--nproc_per_node={count}"
-        command = f"torchrun {more} {shlex.join(sys.argv)}"
-        how = f"give torchrun {more} on every node" if runtime.world_size > runtime.node_ranks else command
-        print(f"this run uses {runtime.node_ranks} of the {count} GPUs here; to use all: {how}", flush=True)
 
 
 def mark_restart(key: str) -> None:

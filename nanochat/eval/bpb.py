@@ -3,8 +3,10 @@
 Sums are over the targets that stand for bytes of text: special tokens and ignored targets are skipped.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -65,9 +67,20 @@ def _with_sizes(params: TensorDict, batches: Iterable[Batch], tok: Tokenizer) ->
         yield batch, _sizes(batch, token_bytes_V)
 
 
-def has_text(batch: Batch, tok: Tokenizer) -> bool:
-    """Return whether a target of the batch stands for text."""
-    return bool(_sizes(batch, torch.from_numpy(tokenizer.token_bytes(tok)).to(batch["targets"].device)).any())
+def check(batches: Generator[tuple[Batch, Any, Any], None, None], tok: Tokenizer) -> None:
+    """Read a loader's validation data until it has text to predict, print what it skips, and close it. Collective.
+
+    Raises a UserError if there is no text.
+    """
+    token_bytes_V, skipped, has_text = torch.from_numpy(tokenizer.token_bytes(tok)), [], False
+    with distributed.raise_on_any_failure(), contextlib.closing(batches):
+        for batch, state, _ in batches:
+            skipped = state["position"].get("skipped", [])
+            if has_text := bool(_sizes({"targets": batch["targets"].cpu()}, token_bytes_V).any()):
+                break
+    if not distributed.all_reduce_max(has_text):
+        raise UserError("the validation data has no text to predict: change data.source or val_tasks")
+    print("".join(f"skipped for validation: {text}\n" for text in skipped), end="", flush=True)
 
 
 def _sizes(batch: Batch, token_bytes_V: Tensor) -> Tensor:

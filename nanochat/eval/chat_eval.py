@@ -93,7 +93,9 @@ def score(
     indices = range(min(limit for limit in limits if limit is not None))
     if not indices:
         raise UserError(f"{task.name}: has no rows")
-    shortened = _count_shortened(model, task, indices)
+    with distributed.raise_on_any_failure():
+        questions = (chat_format.prompt(model.tokenizer, task.row(i)["messages"][:-1]) for i in indices)
+        shortened = sum(len(question) > model.config.sequence_len for question in questions)
     if task.kind == "multiple_choice":
         solved = score_multiple_choice(model, task, indices, config.batch_tokens, show_progress=show_progress)
         return Score(sum(solved), len(solved), task.baseline, shortened=shortened)
@@ -110,11 +112,16 @@ def chat_core(scores: Mapping[str, Score]) -> float | None:
 
 
 def as_metrics(scores: Mapping[str, Score]) -> dict[str, float]:
-    """Return {"chat/GSM8K": accuracy, "chat/GSM8K-lenient": …}, with "chat/ChatCORE" if all of its tasks are there."""
+    """Return {"chat/GSM8K": accuracy, "chat/GSM8K-lenient": …}, with "chat/ChatCORE" if all of its tasks are there.
+
+    "-shortened" is the fraction of questions that were too long for the model's context.
+    """
     values = {f"chat/{TITLES.get(name, name)}": score.accuracy for name, score in scores.items()}
     for name, score in scores.items():
         if score.lenient is not None:
             values[f"chat/{TITLES.get(name, name)}-lenient"] = score.lenient / score.total
+        if score.shortened:
+            values[f"chat/{TITLES.get(name, name)}-shortened"] = score.shortened / score.total
     core = chat_core(scores)
     return values if core is None else values | {"chat/ChatCORE": core}
 
@@ -160,15 +167,6 @@ def _question(model: ModelUnderTest, task: Task, index: int, ids: Callable[[tupl
 def _prompt(tokenizer: Tokenizer, row: Conversation, config: ModelConfig) -> list[int]:
     """Return the prompt for the reference answer, truncated to its last tokens if it exceeds the model's context."""
     return chat_format.prompt(tokenizer, row["messages"][:-1])[-config.sequence_len :]
-
-
-def _count_shortened(model: ModelUnderTest, task: Task, indices: Sequence[int]) -> int:
-    group, own = distributed.control_group(), 0
-    with distributed.raise_on_any_failure():
-        for index in indices[group.rank :: group.size]:
-            prompt = chat_format.prompt(model.tokenizer, task.row(index)["messages"][:-1])
-            own += len(prompt) > model.config.sequence_len
-    return int(distributed.all_reduce_sum([own])[0])
 
 
 def _make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

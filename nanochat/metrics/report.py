@@ -149,8 +149,13 @@ def core_tasks(runs: Sequence[RunInfo]) -> str:
 
 
 def skipped(runs: Sequence[RunInfo]) -> str:
-    """Return what of the data and the tasks the stages could not use."""
-    lines = [f"- {run.stage.upper()}: {escaped(text)}" for run in runs for text in run.meta.get("skipped", [])]
+    """Return what of the data was not trained on, and the tasks whose evaluation has failed."""
+    lines = []
+    for run in runs:
+        texts, done = run.meta.get("loader", {}).get("skipped", []), run_folder.scores(run)
+        failed = {name: why for row in run.evaluations for name, why in row["failed"].items()}
+        texts = [*texts, *(f"{name}: {why}" for name, why in failed.items() if f"chat/{name}" not in done)]
+        lines += [f"- {run.stage.upper()}: {escaped(text)}" for text in texts]
     return "\n".join(["## Skipped", "", *lines]) if lines else ""
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -159,3 +160,12 @@ def try_batch_size(
             torch.cuda.empty_cache()
         print(f"device_batch_size={tried} runs out of memory; trying less")
     raise UserError("device_batch_size=auto: not even one row fits; lower depth, or set sharding.mode=fsdp")
+
+
+def advise_all_gpus(runtime: Runtime) -> None:
+    """Print how to use all GPUs of this machine that CUDA_VISIBLE_DEVICES shows, if there are more than ranks on it."""
+    count = torch.cuda.device_count() if runtime.device.type == "cuda" else 0
+    if count > runtime.node_ranks:
+        nodes = " …" * (runtime.world_size > runtime.node_ranks)  # the options of torchrun for several
+        command = f"torchrun --nproc_per_node={count}{nodes} {shlex.join(sys.argv)}"
+        print(f"this run uses {runtime.node_ranks} of the {count} GPUs of this machine; all: {command}", flush=True)

@@ -70,17 +70,14 @@ def prompt_batches(
     while True:
         numbers = list(range(read, read + prompts_per_step))
         read += prompts_per_step
-        n += sum(len(_prompt(tok, task.row(number % task.size))) > sequence_len for number in numbers)
+        rows = [task.row(number % task.size) for number in numbers]
+        n += sum(len(chat_format.prompt(tok, row["messages"][:-1])) > sequence_len for row in rows)
         position["read"] = read
         if n:
             what = f"{n:,} of {read:,} prompts ({n / read:.1%}) shortened: longer than {sequence_len} tokens"
             keep = "a base model with a longer model.sequence_len keeps them"
             position |= {"shortened": n, "skipped": [f"{what}; {keep}"]}
         yield {"numbers": numbers}, {"position": dict(position)}, {"epoch": read / task.size}
-
-
-def _prompt(tok: Tokenizer, row: Conversation) -> list[int]:
-    return chat_format.prompt(tok, row["messages"][:-1])
 
 
 def seed_of(seed: int, number: int, sample: int) -> int:
@@ -103,7 +100,7 @@ def rollouts(
     """
     rows = [task.row(number % task.size) for number in numbers]
     limit = engine.config.sequence_len
-    prompts = [tuple(_prompt(tok, row)[-limit:]) for row in rows]  # of a longer one, the last tokens
+    prompts = [tuple(chat_format.prompt(tok, row["messages"][:-1])[-limit:]) for row in rows]
     requests = [
         Request(prompt, config.max_tokens, config.temperature, config.top_k, seed_of(seed, number, sample))
         for number, prompt in zip(numbers, prompts)

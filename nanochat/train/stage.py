@@ -57,10 +57,8 @@ class Stage:
         step_tokens: tokens of a step, over all ranks. flops_per_token: forward and backward.
         make_step: (train step, rows of a micro-batch) -> the loop's step, see `train.scheduled`.
         batches: (loader state or None, rows of a micro-batch) -> the batches for `train.fit`; "skipped" in the position
-            of their state: sentences that say what was not trained on, and what would keep it.
+            of their state: sentences on what is not trained on.
         evaluations: in the order in which they run.
-        validation_batches: (rows of a micro-batch) -> the batches for `evaluate_bpb`, from the beginning of the data.
-        skipped: sentences that say what else was skipped.
         origin: run, step and stage of the checkpoint that this stage starts from, or None.
         initial_state: (sharding_plan) -> the state before the first step; None: random parameters.
         branch: folder and step of another run that a new run continues from there; None: it starts at step 0.
@@ -73,8 +71,6 @@ class Stage:
     make_step: Callable[[Callable[..., Any], int], StepFn]
     batches: Callable[[Any, int], Generator[tuple[dict[str, Any], Any, dict[str, float]], None, None]]
     evaluations: Sequence[Evaluation]
-    validation_batches: Callable[[int], Generator] | None = None
-    skipped: Sequence[str] = ()
     origin: Mapping[str, Any] | None = None
     initial_state: Callable[[ShardingPlan | None], TrainState] | None = None
     branch: tuple[Path, int] | None = None
@@ -121,12 +117,10 @@ def run_stage(
             make_step = functools.partial(stage.make_step, train_step)
             rows = build.try_batch_size(config, shape, rows, runtime, sharding_plan, make_step)
             config = dataclasses.replace(config, device_batch_size=rows)
-        distributed.advise_all_gpus(runtime)
+        build.advise_all_gpus(runtime)
         limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
         print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
 
-        if stage.validation_batches:
-            check_validation(stage.validation_batches(config.rows), tok)
         check_lock = stack.enter_context(run_lock.held(folder))
         stop = stack.enter_context(train.stop_on_signals())  # left after the manager: the last save is protected too
         manager = init_from.open_checkpoints(folder, config, runtime)
@@ -187,14 +181,6 @@ def out_of_memory_as_user_error(config: StageConfig) -> Iterator[None]:
             f"device_batch_size={config.device_batch_size} runs out of memory ({str(error).split('. ')[0]}); "
             "set a smaller one, or auto; --experiment=plan shows what fits"
         ) from None
-
-
-def check_validation(batches: Generator, tok: Tokenizer) -> None:
-    """Raise a UserError if there is no text to validate on: before the first step, not after the last."""
-    with distributed.raise_on_any_failure(), contextlib.closing(batches):
-        has_text = any(eval.bpb.has_text(batch, tok) for batch, *_ in batches)
-    if not distributed.all_reduce_max(has_text):
-        raise UserError("the validation data has no text to predict: change data.source or val_tasks")
 
 
 def init_or_restore(
@@ -290,11 +276,6 @@ def is_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step > 0 and step % every_steps == 0
 
 
-def skipped_data(stage: Stage, loader: Any) -> list[str]:
-    """Return what the stage skipped, given its loader's state, a sentence each."""
-    return [*stage.skipped, *(loader or {"position": {}})["position"].get("skipped", [])]
-
-
 def save_checkpoint(ctx: RunContext, state: TrainState, at: Progress) -> None:
     """Save the state, and what resuming or using the model needs beside it."""
     if at.loader is None:  # before the first step, the seed gives the same state again
@@ -306,7 +287,6 @@ def save_checkpoint(ctx: RunContext, state: TrainState, at: Progress) -> None:
         "model": dataclasses.asdict(ctx.shape),
         "loader": at.loader["position"],
         "progress": at._replace(loader=None)._asdict(),
-        "skipped": skipped_data(ctx.stage, at.loader),
         "tokens": at.tokens,
         "num_steps": ctx.stage.num_steps,
         "torch": torch.__version__,
@@ -348,25 +328,21 @@ def run_evals(ctx: RunContext, state: TrainState, at: Progress) -> None:
             ctx.bar.write("\n".join(lines))
 
 
-def evaluate_bpb(ctx: RunContext, state: TrainState) -> Result:
-    """Return bits per byte on `eval.tokens` of the stage's validation data, or nothing after a signal."""
-    assert ctx.stage.validation_batches
-    rows, last = ctx.config.rows, None
-    steps = max(1, ctx.config.eval.tokens // (rows * ctx.shape.sequence_len * ctx.runtime.world_size))
-    with contextlib.closing(ctx.stage.validation_batches(rows)) as stream:
-        items = itertools.islice(ctx.stop.each(stream), steps)
+def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[int], Generator]) -> Result:
+    """Return bits per byte on `eval.tokens` of the validation data; nothing after a signal.
+
+    Args:
+        batches: (rows of a micro-batch) -> (batch, …) each, from the beginning of the data.
+    """
+    tokens = ctx.config.rows * ctx.shape.sequence_len * ctx.runtime.world_size
+    with contextlib.closing(batches(ctx.config.rows)) as stream:
+        items = itertools.islice(ctx.stop.each(stream), max(1, ctx.config.eval.tokens // tokens))
         if (first := next(items, None)) is None:
             return Result()
-
-        def inputs() -> Iterator[Mapping[str, torch.Tensor]]:
-            nonlocal last
-            for last in itertools.chain([first], items):
-                yield last[0]
-
         params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
-        bpb = eval.bits_per_byte(params, inputs(), ctx.tok, ctx.loss_fn)
-    skipped = [f"validation: {text}" for text in last[1]["position"].get("skipped", [])]
-    return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte", *skipped])
+        inputs = (batch for batch, *_ in itertools.chain([first], items))
+        bpb = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)
+    return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte"])
 
 
 def print_samples(
@@ -429,7 +405,7 @@ def finalize(ctx: RunContext, at: Progress) -> None:
         print(f"training: {format_count(speed)} tokens/s, {format_duration(at.tokens / speed)} without evaluations")
     if at.skipped_steps:
         print(f"{at.skipped_steps} steps skipped: non-finite loss or gradient")
-    for text in skipped_data(ctx.stage, at.loader):
+    for text in at.loader["position"].get("skipped", []) if at.loader else []:
         print(f"skipped: {text}")
     files = ["checkpoints/", "metrics.jsonl", "config.json", *(path.name for path in charts.values())]
     print(f"run folder: {ctx.folder} ({', '.join(files)})")

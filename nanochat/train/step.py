@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -17,8 +18,6 @@ from nanochat.config import UserError
 from nanochat.distributed import ShardingPlan, sharding
 from nanochat.model import ParamSpec
 from nanochat.optim import Hparams, OptState
-
-T = TypeVar("T")
 
 PROBLEM = 1000  # above all signals
 MAX_SKIPPED_STEPS = 50  # consecutive steps without a finite loss before skipping gives up
@@ -207,23 +206,22 @@ class StopFlag:
             self.signal = self.signal or signal.Signals(code)
         return bool(code)
 
-    def each(self, items: Iterator[T]) -> Iterator[T]:
-        """Yield `items` until they end, any rank has a signal, or one has a UserError, which all raise. Collective.
+    def each(self, items: Iterator[Any], on_stop: Callable[[], None] = lambda: None) -> Iterator[Any]:
+        """Yield `items` until they end, or a rank has a signal or a UserError: all then call `on_stop`. Collective.
 
-        A signal does not wait for the next item: it ends `items`, if they are a generator.
+        A signal does not wait for the next item; it ends a generator.
         """
         while True:
             item = problem = None
             try:
-                with contextlib.suppress(KeyboardInterrupt):  # from `handle`
-                    try:
-                        self.waiting = True
-                        item = None if self.signal else next(items, None)
-                    finally:
-                        self.waiting = False
+                with contextlib.suppress(KeyboardInterrupt):  # raised by the handler while `waiting`
+                    self.waiting = True
+                    item = None if self.signal else next(items, None)
+                    self.waiting = False
             except UserError as error:
-                problem = error
+                self.waiting, problem = False, error
             if self.agreed(problem is not None):
+                on_stop()
                 with distributed.raise_on_any_failure():  # the same message on all
                     if problem:
                         raise problem
@@ -289,20 +287,14 @@ def fit(
         after_step: logs, saves and evaluates as is due, given the step's numbers; returns the progress, updated.
         save: called before the loop ends by a signal, a UserError of the data or (unless skipped) a non-finite step.
     """
-    skipped, began, items = 0, time.perf_counter() - progress.wall_seconds, stop.each(batches)
-    while num_steps is None or progress.step < num_steps:
-        started = time.perf_counter()
-        try:
-            item = next(items, None)
-        except UserError as error:
-            if not isinstance(error, distributed.LostRankError):
-                save(state, progress)
-            raise
-        if item is None:
-            if stop.signal:
-                save(state, progress)
-            break
-        batch, loader, stats = item
+    skipped, began = 0, time.perf_counter() - progress.wall_seconds
+    steps = None if num_steps is None else max(num_steps - progress.step, 0)
+    started = time.perf_counter()
+
+    def save_last() -> None:
+        save(state, progress)
+
+    for batch, loader, stats in itertools.islice(stop.each(batches, save_last), steps):
         scaler, waited = state.scaler, time.perf_counter() - started
         state, metrics = step_fn(state, batch, progress.step, stats)
         numbers = {name: float(value) for name, value in metrics.items()}  # waits for the device, once per step
@@ -320,4 +312,5 @@ def fit(
         )
         numbers |= {**stats, "perf/step_seconds": seconds, "perf/data_wait_seconds": waited}
         progress = after_step(state, progress, numbers)
+        started = time.perf_counter()
     return state, progress
