@@ -107,21 +107,20 @@ def _contains(node: ast.AST, kinds: types.UnionType) -> bool:
 
 def _parse(lines: list[str]) -> tuple[list[ast.stmt], int]:
     """Return the statements that lines begin with, without a word of prose after them, and how many lines they are."""
-    end = len(lines)
+    end, body = len(lines), []
     while end > 0:
         try:
             with warnings.catch_warnings(action="ignore"):
-                body = ast.parse("\n".join(lines[:end])).body
+                tree = ast.parse("\n".join(lines[:end]))
+            ast.unparse(tree)  # fails where it is nested too deeply to be written again
+            body = tree.body
+            break
         except SyntaxError as error:
             end = min(end, error.lineno or end) - 1
             while end > 0 and not lines[end][:1].strip():  # to the start of the statement
                 end -= 1
-            continue
         except (ValueError, MemoryError, RecursionError):
             break
-        while (
-            body and isinstance(body[-1], ast.Expr | ast.AnnAssign) and not _contains(body[-1], ast.Call | ast.Constant)
-        ):
-            body.pop()
-        return body, body[-1].end_lineno or 0 if body else 0
-    return [], 0
+    while body and isinstance(body[-1], ast.Expr | ast.AnnAssign) and not _contains(body[-1], ast.Call | ast.Constant):
+        body.pop()
+    return body, body[-1].end_lineno or 0 if body else 0

@@ -125,5 +125,6 @@ def test_code_of_any_size_is_searched_in_time() -> None:
         "if x:\n" * 300,
         "(" * 5000,
         "\0",
+        f"```\nx = {'1+' * 2000}1\n```\n{block(ZERO)}",
     ):
         assert not solves(text)
