@@ -23,6 +23,7 @@ MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000
 MAX_CHARS = 32_000
 MAX_BODY_BYTES = 2**20  # 32,000 characters, each of them two escapes of six bytes, and 500 messages around them
+MAX_ANSWER_TOKENS = 4096
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # str.splitlines() splits here
@@ -180,12 +181,12 @@ class ChatRequest(Strict):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_messages)]
     temperature: float = Field(0.8, ge=0, le=2, description="0 takes the most likely token.")
     top_k: int = Field(50, ge=0, le=200, description="Sample among the k most likely tokens; 0: among all.")
-    max_tokens: int = Field(512, ge=1, le=4096, description="The answer also ends where the context does.")
+    max_tokens: int = Field(512, ge=1, description="An answer ends at 4,096 tokens and where the context does, too.")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(None, description="Default: random.")
 
     @property
     def token_limit(self) -> int:
-        return self.max_tokens
+        return min(self.max_tokens, MAX_ANSWER_TOKENS)
 
 
 def _unsupported(*values: Any) -> AfterValidator:
@@ -218,7 +219,7 @@ class CompletionRequest(ChatRequest):
 
     model: str | None = None
     n: int = Field(1, ge=1, le=8, description="Number of answers.")
-    max_completion_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Annotated[list[str], BeforeValidator(_stops, json_schema_input_type=str | list[str])] = []
@@ -247,7 +248,7 @@ class CompletionRequest(ChatRequest):
 
     @property
     def token_limit(self) -> int:
-        return self.max_completion_tokens or self.max_tokens
+        return min(self.max_completion_tokens or self.max_tokens, MAX_ANSWER_TOKENS)
 
     @model_validator(mode="after")
     def _consistent(self) -> "CompletionRequest":

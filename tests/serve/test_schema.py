@@ -129,7 +129,7 @@ def test_the_largest_conversation_is_accepted() -> None:
     [
         ("temperature", (0, 2, 1.5), (-0.1, 2.1, True, "0.5", [], {}, 10**20, float("inf"))),
         ("top_k", (0, 200, 5.0), (-1, 201, 1.5, False, "5")),
-        ("max_tokens", (1, 4096), (0, 4097, -1)),
+        ("max_tokens", (1, 4096, 10**9), (0, -1)),
         ("seed", (0, -(2**63), 2**63 - 1), (2**63, -(2**63) - 1, 0.5)),
     ],
 )
@@ -180,6 +180,8 @@ def test_openai_parameters_that_change_nothing_are_accepted() -> None:
         {"messages": HI, "n": 3, "max_completion_tokens": 7, "stop": "a", "model": "m", "stream": True},
     )
     assert (request.n, request.token_limit, request.stop, request.model, request.stream) == (3, 7, ["a"], "m", True)
+    for name in ("max_tokens", "max_completion_tokens"):  # clients ask for more than is generated
+        assert parse(CompletionRequest, {"messages": HI, name: 10**30}).token_limit == schema.MAX_ANSWER_TOKENS
 
 
 def test_parts_are_passed_on_as_they_are() -> None:
