@@ -222,8 +222,8 @@ def build(names: Mapping[int, str], n_time: int, device: torch.device, *, torch_
     """
     kernels = {}
     for name in sorted(set(names.values()), key=list(KERNELS).index):
-        attend = KERNELS[name](n_time, tuple(w for w in names if names[w] == name), device)
-        kernels[name] = for_torch_func(attend) if torch_func and name in CUSTOM_BACKWARD else attend
+        kernel = KERNELS[name](n_time, tuple(w for w in names if names[w] == name), device)
+        kernels[name] = for_torch_func(kernel) if torch_func and name in CUSTOM_BACKWARD else kernel
     if len(kernels) == 1:
         return next(iter(kernels.values()))
 
