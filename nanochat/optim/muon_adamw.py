@@ -133,11 +133,12 @@ def compiled() -> Rules:
     Small updates stay uncompiled: they take a few kernel launches, and compiling takes seconds.
     """
 
-    def choose(plain: Callable[..., Any]) -> Callable[..., Any]:
-        fast = compile_fn(plain)
-        return lambda p, *rest: (fast if p.numel() >= COMPILE_MIN_ELEMENTS else plain)(p, *rest)
+    return Rules(compiled_if_large(adamw_), compiled_if_large(muon))
 
-    return Rules(choose(adamw_), choose(muon))
+
+def compiled_if_large(rule: Callable[..., Any]) -> Callable[..., Any]:
+    fast = compile_fn(rule)
+    return lambda p, *rest: (fast if p.numel() >= COMPILE_MIN_ELEMENTS else rule)(p, *rest)
 
 
 def _results(
