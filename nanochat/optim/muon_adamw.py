@@ -212,7 +212,8 @@ def adamw(
     new_m = m + (g32 - m) * (1 - beta1)
     new_v = v + (g32 * g32 - v) * (1 - beta2)
     t = step.float()
-    denominator = (new_v / (1 - beta2**t)).sqrt() + ADAM_EPS
+    # Too small to show beside eps; at 0 the derivative of the root would be infinite (see train.functional.unroll).
+    denominator = (new_v / (1 - beta2**t)).clamp_min(1e-36).sqrt() + ADAM_EPS
     decayed = p.float() * (1 - lr * h["weight_decay"])
     new_p = (decayed - (lr / (1 - beta1**t)) * (new_m / denominator)).to(p.dtype)
     return _where_skipped(skip, (p, m, v), (new_p, new_m, new_v))

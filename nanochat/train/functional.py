@@ -1,11 +1,12 @@
-"""Many models in one step: the state of N members is one `TrainState` whose leaves have a leading axis of N.
+"""What a pure step offers beyond training one model: many models in one step, and derivatives through training.
 
-Loss and update are the same pure functions as for one model, under `torch.func.vmap`; hyperparameters are (N,) tensors.
-Members do not see each other: each has the numbers of its own run, up to the order of float32 sums. A member whose
-loss or gradient is not finite is frozen: its loss scale becomes NaN, which skips all its later steps.
+The state of N members is one `TrainState` whose leaves have a leading axis of N. Loss and update rules are those of one
+model under `torch.func.vmap`, and hyperparameters are (N,) tensors. Members do not see each other: each has the numbers
+of its own run, up to the order of float32 sums. A member whose loss or gradient is not finite is frozen: its loss scale
+becomes NaN, which skips all its later steps.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from nanochat import optim, transform, tree
 from nanochat.model import Attend
-from nanochat.optim import Hparams
+from nanochat.optim import Hparams, OptState
 from nanochat.optim.muon_adamw import Rules, adamw, compiled_if_large, muon
 from nanochat.train import step
 from nanochat.train.step import Batch, Metrics, TrainState, TrainStep
@@ -35,7 +36,7 @@ def frozen(state: TrainState) -> Tensor:
     return state.scaler["scale"].isnan()
 
 
-def make_step(
+def make_members_step(
     loss_fn: Callable[..., tuple[Tensor, Any]],
     *,
     shared_batch: bool,
@@ -69,9 +70,7 @@ def make_step(
         norms = torch.func.vmap(lambda g: torch.nn.utils.get_total_norm(tree.leaves(g), foreach=False))(grads)
         norms = norms * grad_scale
         finite = torch.isfinite(losses) & torch.isfinite(norms)
-        optim.update_(
-            grads, state.opt_state, state.params, hparams, rules=rules, grad_scale=grad_scale, skip=~finite
-        )
+        optim.update_(grads, state.opt_state, state.params, hparams, rules=rules, grad_scale=grad_scale, skip=~finite)
         state.step.add_(1)
         state.scaler["scale"].masked_fill_(~finite, torch.nan)
         return state, {"loss": losses, "grad_norm": norms, "finite": finite}
@@ -129,3 +128,27 @@ def fold_members(attend: Attend) -> Attend:
 def stack_hparams(members: Sequence[Hparams]) -> dict[str, dict[str, Tensor]]:
     """Return the hyperparameters of all members as (N,) tensors."""
     return {g: {name: torch.stack([h[g][name] for h in members]) for name in row} for g, row in members[0].items()}
+
+
+def unroll(
+    params: TensorDict,
+    opt_state: OptState,
+    batches: Iterable[Batch],
+    hparams: Iterable[Hparams],
+    *,
+    loss_fn: Callable[..., tuple[Tensor, Any]],
+) -> tuple[TensorDict, OptState]:
+    """Return parameters and optimizer state after one step on each batch, as a function that can be differentiated.
+
+    With `torch.func.grad` of a validation loss after it, hyperparameters and the "weights" of batches get gradients
+    through all steps. Memory grows by the activations of each step, and no kernel of attention but `math` has the
+    second derivatives; the loss has to be the plain one (no chunk_tokens).
+
+    Args:
+        loss_fn: (params, batch) -> (0-d loss, aux).
+    """
+    gradient = torch.func.grad(loss_fn, has_aux=True)
+    for batch, h in zip(batches, hparams, strict=True):
+        grads, _ = gradient(params, batch)
+        params, opt_state = optim.update(grads, opt_state, params, h)
+    return params, opt_state
