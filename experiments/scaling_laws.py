@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from experiments import pretrain
+from experiments import _pipeline, pretrain
 from nanochat import distributed, jsonl, metrics, model, train
 from nanochat.config import Device, Dtype, PositiveFloat, PositiveInt, Settings, UserError, base_dir
 from nanochat.metrics import plots
@@ -124,7 +124,7 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
 def trained(config: pretrain.Config, folder: Path, runtime: distributed.Runtime) -> dict[str, Any]:
     """Train one run of the series unless it is done, and return its results by column."""
     run_folder = train.run_folder(str(config.name))
-    train.pipeline.run_if_needed(
+    _pipeline.run_if_needed(
         folder / "runs" / f"{config.name}.json",
         config,
         functools.partial(pretrain.run, runtime=runtime),

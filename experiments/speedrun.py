@@ -25,7 +25,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from experiments import data, eval_base, eval_chat, pretrain, report, sft, tokenizer
+from experiments import _pipeline, data, eval_base, eval_chat, pretrain, report, sft, tokenizer
 from experiments.data import Config as DataConfig
 from experiments.eval_base import Config as EvalBaseConfig
 from experiments.eval_chat import Config as EvalChatConfig
@@ -120,7 +120,7 @@ def run_stages(config: Config, stages: list[Stage], runtime: distributed.Runtime
         elif stage.name != "tokenizer":
             wait_for_shards()
         try:
-            status = train.pipeline.run_if_needed(
+            status = _pipeline.run_if_needed(
                 status_file(config, stage.name),
                 stage.config,
                 functools.partial(run_stage, runtime=runtime),
@@ -217,7 +217,7 @@ def status_file(config: Config, name: str) -> Path:
 
 def pretrained(config: Config) -> bool:
     """Return whether data and tokenizer may be deleted: the finished run has its own copy of the tokenizer."""
-    return bool(train.pipeline.read_status(status_file(config, "pretrain"), {}).completion_id)
+    return bool(_pipeline.read_status(status_file(config, "pretrain"), {}).completion_id)
 
 
 def make_stages(config: Config) -> list[Stage]:
@@ -268,7 +268,7 @@ def overview(config: Config, stages: list[Stage], runtime: distributed.Runtime) 
     rows, after, pending = [], "", False
     for stage in stages:
         path = status_file(config, stage.name)
-        status = train.pipeline.sync_status(path, stage.config, after=after, has_output=stage.has_output)
+        status = _pipeline.sync_status(path, stage.config, after=after, has_output=stage.has_output)
         label = "run" if stage.name == "report" else labels[status.state]
         # After a pending stage, completion_id is not known yet, so the comparison means nothing.
         if pending and status.state in ("done", "changed") and stage.name != "report":

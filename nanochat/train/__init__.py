@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.train import build, config, init_from, pipeline, planner, rl, sft, stage, step
+    from nanochat.train import build, config, functional, init_from, planner, rl, sft, stage, step
     from nanochat.train.build import (
         advise_all_gpus,
         build_step_functions,
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         run_folder,
     )
     from nanochat.train.init_from import InitCheckpoint, init_state_from, load_base, load_own, resume_after_restart
-    from nanochat.train.pipeline import StageStatus
     from nanochat.train.planner import Estimate
     from nanochat.train.rl import Reward, Rollout
     from nanochat.train.sft import Packing

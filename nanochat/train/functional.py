@@ -85,14 +85,15 @@ def make_members_step(
 
 def adamw_members(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return `optim.adamw` of parameters with a leading axis of members, and (N,) hyperparameters."""
-    return torch.func.vmap(adamw)(*args)
+    rule: Any = torch.func.vmap(adamw)
+    return rule(*args)
 
 
 def muon_members(
     p: Tensor, g: Tensor, momentum: Tensor, second_moment: Tensor, h: Any, grad_scale: Tensor, skip: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `optim.muon` of stacks (n, N, r, c) of the matrices of all members, and (N,) hyperparameters."""
-    rule = torch.func.vmap(lambda *args: muon(*args, *rest), in_dims=(1, 1, 1, 1, 0, 0, 0), out_dims=1)
+    rule: Any = torch.func.vmap(lambda *args: muon(*args, *rest), in_dims=(1, 1, 1, 1, 0, 0, 0), out_dims=1)
     return rule(p, g, momentum, second_moment, h, grad_scale, skip)
 
 

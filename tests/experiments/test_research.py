@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import tiny_run
 
-from experiments import pretrain, scaling_laws
+from experiments import _pipeline, pretrain, scaling_laws
 from nanochat import distributed, train
 from nanochat.config import UserError, base_dir, override
 from nanochat.metrics import logger, run_folder
-from nanochat.train import init_from, pipeline
+from nanochat.train import init_from
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("corpus")]
 
@@ -61,13 +61,13 @@ class Settings:
 def test_stage_reruns_when_settings_or_the_stage_before_change(tmp_path: Path) -> None:
     path, done = tmp_path / "marks" / "a.json", []
 
-    def run(config: Settings, **options: Any) -> pipeline.StageStatus:
-        return pipeline.run_if_needed(path, config, done.append, **options)
+    def run(config: Settings, **options: Any) -> _pipeline.StageStatus:
+        return _pipeline.run_if_needed(path, config, done.append, **options)
 
     first = run(Settings())
     assert first.state == "done" and first.completion_id and len(done) == 1
     assert run(Settings(resume=True, device_batch_size=2)) == first and len(done) == 1  # the result is the same
-    status = pipeline.read_status(path, pipeline.settings(Settings(depth=4)))
+    status = _pipeline.read_status(path, _pipeline.settings(Settings(depth=4)))
     assert (status.state, status.changes) == ("changed", "depth 3 → 4")
     assert run(Settings(depth=4)).completion_id != first.completion_id and len(done) == 2
     assert run(Settings(depth=4), after="x").state == "done" and len(done) == 3
@@ -76,21 +76,21 @@ def test_stage_reruns_when_settings_or_the_stage_before_change(tmp_path: Path) -
 
 
 def test_failed_stage_stays_in_progress_and_accumulates_time(tmp_path: Path) -> None:
-    path, wanted = tmp_path / "a.json", pipeline.settings(Settings())
+    path, wanted = tmp_path / "a.json", _pipeline.settings(Settings())
 
     def fails(_: Settings) -> None:
         raise SystemExit(143)
 
     for _ in range(2):
         with pytest.raises(SystemExit):
-            pipeline.run_if_needed(path, Settings(), fails)
-        assert pipeline.read_status(path, wanted).state == "in_progress"
-    before = pipeline.read_status(path, wanted).seconds
-    after = pipeline.run_if_needed(path, Settings(), lambda _: None).seconds
+            _pipeline.run_if_needed(path, Settings(), fails)
+        assert _pipeline.read_status(path, wanted).state == "in_progress"
+    before = _pipeline.read_status(path, wanted).seconds
+    after = _pipeline.run_if_needed(path, Settings(), lambda _: None).seconds
     assert 0 < before < after
     path.write_text("{")
     with pytest.raises(UserError, match="delete it"):
-        pipeline.read_status(path, wanted)
+        _pipeline.read_status(path, wanted)
 
 
 def test_interrupted_depth_series_resumes_and_skips_finished_runs(trained: Trained, capsys: Capture):

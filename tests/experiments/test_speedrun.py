@@ -13,12 +13,11 @@ import tiny_run
 import torch
 from pyarrow import parquet
 
-from experiments import pretrain, speedrun
+from experiments import _pipeline, pretrain, speedrun
 from nanochat import checkpoint, distributed, train
 from nanochat.config import UserError, base_dir, override
 from nanochat.metrics import logger, run_folder, run_lock
 from nanochat.model import linear
-from nanochat.train import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("corpus")]
 
@@ -95,14 +94,14 @@ def test_changed_setting_reruns_its_stage_and_the_later_ones(calls: Calls, capsy
     series = ("name=again", "stages=data,tokenizer,pretrain,sft,eval_chat", "pretrain.num_iterations=2")
     run_speedrun(*series, "sft.num_iterations=2")
     assert [name for name, *_ in calls] == ["data", "tokenizer", "pretrain", "sft", "eval_chat"]
-    before = pipeline.latest_checkpoint_id(train.run_folder("again"))
+    before = _pipeline.latest_checkpoint_id(train.run_folder("again"))
     del calls[:]
     series += ("sft.num_iterations=3",)
     run_speedrun(*series, "sft.device_batch_size=4")
     assert calls == [("sft", False, True), ("eval_chat", False, False)]
     out = capsys.readouterr().out
     assert "rerun: num_iterations 2 → 3" in out and "rerun: an earlier stage ran again" in out
-    assert steps("again_sft") == [1, 2, 3] and pipeline.latest_checkpoint_id(train.run_folder("again")) == before
+    assert steps("again_sft") == [1, 2, 3] and _pipeline.latest_checkpoint_id(train.run_folder("again")) == before
     del calls[:]
     run_speedrun(*series, "pretrain.optim.matrix_lr=0.05")
     assert calls == [("pretrain", False, True), ("sft", False, True), ("eval_chat", False, False)]

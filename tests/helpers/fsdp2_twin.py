@@ -32,8 +32,12 @@ class Twin(nn.Module):
                 node = getattr(node, part)
             node.register_parameter(leaf, nn.Parameter(x.clone()))
 
+    def shards(self) -> dict[str, Any]:
+        """Return the parameters, which fully_shard has made DTensors."""
+        return dict(self.named_parameters())
+
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return loss.next_token(tree.nest(dict(self.named_parameters())), batch, config=CONFIG)[0]
+        return loss.next_token(tree.nest(self.shards()), batch, config=CONFIG)[0]
 
 
 def hparams() -> optim.Hparams:
@@ -73,10 +77,10 @@ def train_twin(runtime: Runtime, mesh: Any) -> tuple[Twin, list[float]]:
         value = twin(batch)
         value.backward()
         losses.append(distributed.all_reduce_sum([float(value)])[0] / runtime.world_size)
-        grads = tree.unflatten({name: x.grad.full_tensor() for name, x in twin.named_parameters()})
+        grads = tree.unflatten({name: x.grad.full_tensor() for name, x in twin.shards().items()})
         params, opt_state = optim.update(grads, opt_state, full(twin), hparams())
         with torch.no_grad():
-            for name, x in twin.named_parameters():
+            for name, x in twin.shards().items():
                 value = params[tuple(name.split("."))]
                 x.to_local().copy_(distribute_like(x, value).to_local())
         twin.zero_grad()
@@ -95,7 +99,7 @@ def even(x: Any) -> Tensor:
 
 def full(twin: Twin) -> Any:
     with torch.no_grad():
-        return tree.unflatten({name: x.full_tensor() for name, x in twin.named_parameters()})
+        return tree.unflatten({name: x.full_tensor() for name, x in twin.shards().items()})
 
 
 def compare(folder: Path) -> dict[str, Any]:
@@ -104,17 +108,18 @@ def compare(folder: Path) -> dict[str, Any]:
         state, losses = train_ours(runtime)
         mesh = next(iter(tree.leaves(state.params))).device_mesh
         twin, twin_losses = train_twin(runtime, mesh)
-        shards = tree.unflatten({name: even(x.detach()) for name, x in twin.named_parameters()})
+        shards = tree.unflatten({name: even(x.detach()) for name, x in twin.shards().items()})
         manager = checkpoint.open_manager(folder)
         checkpoint.save(manager, state._replace(params=shards), {})
         checkpoint.close(manager)
         read = sharding.full_params(checkpoint.restore(folder, state)[0].params)
         small_model.assert_trees_close(read, full(twin), rtol=0)
         small_model.assert_trees_close(read, sharding.full_params(state.params), rtol=1e-3)
+        ours: Any = tree.flatten(state.params)
         return {
             "losses": (losses, twin_losses),
             "placements": {
-                name: (str(ours.placements), str(theirs.placements))
-                for (name, ours), theirs in zip(tree.flatten(state.params).items(), twin.parameters())
+                name: (str(mine.placements), str(theirs.placements))
+                for (name, mine), theirs in zip(ours.items(), twin.shards().values())
             },
         }

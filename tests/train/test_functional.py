@@ -43,8 +43,9 @@ def run(
     return state, torch.stack(losses)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "compile, shared", [(False, True), (False, False), pytest.param(True, True, marks=pytest.mark.slow)]
+)
 def test_members_equal_their_own_runs(compile: bool, shared: bool):
     compile_fn: Any = distributed.compile_fn if compile else None
     together = functional.make_members_step(

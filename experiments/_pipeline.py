@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat import checkpoint, jsonl
+from nanochat import checkpoint, distributed, jsonl
 from nanochat.config import UserError, flatten
-from nanochat.distributed import broadcast_object, control_group, hardware, raise_on_any_failure
 from nanochat.text import format_duration
 
 # Settings that change the result by rounding at most.
@@ -65,13 +64,13 @@ def sync_status(
     path: Path, config: Any, *, after: str = "", has_output: Callable[[], bool] = lambda: True
 ) -> StageStatus:
     """Return the status that rank 0 reads, on all ranks; a done stage without its output counts as changed."""
-    with raise_on_any_failure():
+    with distributed.raise_on_any_failure():
         status = StageStatus("new")
-        if control_group().rank == 0:
+        if distributed.control_group().rank == 0:
             status = read_status(path, settings(config, after))
             if status.state == "done" and not has_output():
                 status = StageStatus("changed", "its output is missing")
-    return broadcast_object(status)
+    return distributed.broadcast_object(status)
 
 
 def run_if_needed(
@@ -98,14 +97,14 @@ def run_if_needed(
         return status
     if status.state == "changed":
         print(f"rerun: {status.changes}", flush=True)
-    is_main, flags = control_group().rank == 0, {}
-    with raise_on_any_failure():
+    is_main, flags = distributed.control_group().rank == 0, {}
+    with distributed.raise_on_any_failure():
         if is_main and folder:
             flags = resume_flags(folder, status)
         if is_main and status.state != "in_progress":
             before = latest_checkpoint_id(folder) if folder else ""
             _write(path, settings=settings(config, after), stamp="", seconds=0.0, before=before)
-    config = dataclasses.replace(config, **broadcast_object(flags))
+    config = dataclasses.replace(config, **distributed.broadcast_object(flags))
     start, completion_id = time.perf_counter(), ""
     try:
         run(config)
@@ -115,7 +114,7 @@ def run_if_needed(
             saved = json.loads(path.read_text("utf-8"))
             seconds = saved["seconds"] + time.perf_counter() - start
             _write(path, **{**saved, "stamp": completion_id, "seconds": seconds})
-    hardware.release_memory()
+    distributed.hardware.release_memory()
     return sync_status(path, config, after=after, has_output=has_output)
 
 
