@@ -174,7 +174,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     start = 1
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path.absolute()) as file:  # a relative path with a colon would be a URI
         check_names(path, file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=1000):
             columns = [column_values(column, path, start) for column in batch.columns]

@@ -222,7 +222,7 @@ def _offsets(path: Path, fingerprint: str) -> list[int]:
     offsets, position = [], 0
     with _corrupt_if_unreadable(path):
         if _is_parquet(path):
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path.absolute()) as file:
                 chunks = [file.metadata.row_group(i).column(0) for i in range(file.metadata.num_row_groups)]
                 return [*(c.dictionary_page_offset or c.data_page_offset for c in chunks), path.stat().st_size]
         with path.open("rb") as lines:
@@ -243,7 +243,7 @@ def _corrupt_if_unreadable(path: Path) -> Iterator[None]:
 
 
 def _read_parquet(shard: Shard, index: int, text_column: str) -> list[str]:
-    with pq.ParquetFile(shard.path) as file:
+    with pq.ParquetFile(shard.path.absolute()) as file:
         names = file.schema_arrow.names
         if text_column not in names:
             raise records.no_column(shard.path, text_column, names)

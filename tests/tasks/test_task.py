@@ -151,6 +151,12 @@ def test_path_may_have_any_characters(path: str, tmp_path: Path, monkeypatch: py
     assert eval_chat.result_name(f"customjson:{path}:start=1") == "customjson:start=1"
 
 
+def test_relative_parquet_path_with_a_colon_is_not_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "gs:m" / "rows.parquet", {"question": "q", "answer": "#### 1"})
+    assert tasks.from_text("gsm8k:test:gs:m/rows.parquet").size == 1
+
+
 def test_every_task_can_be_cut(tmp_path: Path) -> None:
     for name in ("gsm8k", "spellingbee", "arithmetic"):
         every, part = (tasks.from_text(f"{name}:test{cut}", source=ROWS) for cut in ("", ":start=3:stop=9"))
