@@ -47,9 +47,10 @@ def read_status(path: Path, current: Mapping[str, Any]) -> StageStatus:
     try:
         saved = json.loads(path.read_text("utf-8"))
         old, completion_id, seconds, before = (saved[key] for key in ("settings", "stamp", "seconds", "before"))
+        old, seconds = dict(old), float(seconds)
     except FileNotFoundError:
         return StageStatus("new")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} could not be read ({error}); delete it to run its stage again") from None
     changed = {name: f"{name} {old[name]} → {x}" for name, x in current.items() if old.get(name, x) != x}
     if "after" in changed:

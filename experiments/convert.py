@@ -72,8 +72,11 @@ def run(config: Config, runtime: Runtime) -> None:
     try:
         meta = json.loads(jsonl.read_text(Path(config.meta)))
         shape = checkpoint.convert.config_from_reference(dict(meta["model_config"]))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{config.meta}: has no model_config; use the meta_*.json next to the model") from None
+    step = meta.get("step", 0)
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise UserError(f"{config.meta}: has step {repr(step)[:100]}, expected a whole number from 0")
     params = checkpoint.convert.load_reference(Path(config.model), shape)
     folder = stage.run_folder(config.name)
     tok = read_ranks(Path(config.ranks)) if config.ranks else None
@@ -81,7 +84,6 @@ def run(config: Config, runtime: Runtime) -> None:
         raise UserError(
             f"{config.ranks}: {tok.vocab_size} tokens with special tokens, the model has {shape.vocab_size}"
         )
-    step = int(meta.get("step", 0))
     with contextlib.ExitStack() as stack:
         stack.enter_context(metrics.run_lock.held(folder))
         if checkpoint.steps(folder / "checkpoints"):
@@ -104,9 +106,17 @@ def read_ranks(path: Path) -> data.Tokenizer:
     for number, line in enumerate(jsonl.read_text(path).splitlines(), 1):
         try:
             token, rank = line.split()
-            ranks[int(rank)] = base64.b64decode(token, validate=True)
+            value = base64.b64decode(token, validate=True)
+            is_first = ranks.setdefault(int(rank), value) is value
         except ValueError:  # binascii.Error is one
             raise UserError(f"{path}, line {number}: expected a token in base64 and its rank") from None
+        if not is_first:
+            raise UserError(f"{path}, line {number}: the rank {rank} is there twice")
     if sorted(ranks) != list(range(len(ranks))):
         raise UserError(f"{path}: the ranks are not 0 … {len(ranks) - 1}")
-    return data.Tokenizer(tuple(ranks[i] for i in range(len(ranks))))
+    tok = data.Tokenizer(tuple(ranks[i] for i in range(len(ranks))))
+    try:
+        tokenizer.check(tok)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return tok

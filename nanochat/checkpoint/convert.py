@@ -1,5 +1,8 @@
 """Checkpoints of the reference (karpathy/nanochat `model_*.pt`) to parameters and back."""
 
+import dataclasses
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,6 +39,15 @@ NEUTRAL = {
     "value_gate": 0.0,
 }
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# How other files start that are taken for checkpoints -> what they are.
+OTHER_FILES = {
+    rb"version https://git-lfs": "a pointer of Git LFS (get the file with `git lfs pull`)",
+    rb"<": "a web page",
+    rb"GGUF": "a GGUF file",
+    rb".{6}\0\0\s*{": "a safetensors file",
+}
+
 
 def reference_name(name: str) -> str:
     if not name.startswith("layers."):
@@ -51,9 +63,20 @@ def from_reference(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Par
     Embeddings keep the dtype of the file; everything else becomes float32.
     """
     given = {name.removeprefix("_orig_mod."): value.detach() for name, value in state_dict.items()}
+    if len(given) < len(state_dict):
+        raise UserError("reference checkpoint: it has a parameter twice, with _orig_mod. and without")
+    if (last := reference_name(f"layers.{config.n_layer - 1}.attn.q")) not in given:
+        raise UserError(f"reference checkpoint: {last} is missing")
+    for name, value in given.items():
+        is_plain = value.layout is torch.strided and not (value.is_meta or value.is_nested or value.dtype not in DTYPES)
+        if not is_plain or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            kind = f"{value.layout} {value.dtype} on {value.device}".replace("torch.", "")
+            raise UserError(f"reference checkpoint: {name} ({kind}) does not hold float32, bfloat16 or float16 values")
     rows = model.spec(config)
     if extra := given.keys() - map(reference_name, rows):
-        raise UserError(f"reference checkpoint: {min(extra)} is not of nanochat's GPT with {config.n_layer} layers")
+        raise UserError(
+            f"reference checkpoint: {repr(min(extra))[1:-1]} is not of nanochat's GPT with {config.n_layer} layers"
+        )
     flat, filled = {}, []
     for name, row in rows.items():
         value, neutral = given.get(reference_name(name)), NEUTRAL.get(name.rpartition(".")[2])
@@ -86,18 +109,32 @@ def config_from_reference(model_config: Mapping[str, object]) -> ModelConfig:
     if "window_pattern" not in known:
         print("reference checkpoint: older format, window_pattern L")
         known["window_pattern"] = "L"
-    if missing := [field for field in ModelConfig.__dataclass_fields__ if field not in known]:
-        raise UserError(f"reference checkpoint: its model_config has no {missing[0]}")
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in known:
+            raise UserError(f"reference checkpoint: its model_config has no {field.name}")
+        if type(known[field.name]) is not type(field.default):
+            value, kind = repr(known[field.name])[:100], type(field.default).__name__
+            raise UserError(f"reference checkpoint: its model_config has {field.name}={value}, expected {kind}")
     try:
         return ModelConfig(**known)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"reference checkpoint: {error}") from None
 
 
 def load_reference(path: Path, config: ModelConfig) -> Params:
     """Read the parameters in a `.pt` file; pickled code is refused."""
     try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip()
+        if other := next((name for prefix, name in OTHER_FILES.items() if re.match(prefix, start, re.DOTALL)), None):
+            raise UserError(f"{path}: is {other}, expected the reference's model_*.pt")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch compares no checksum, and unpacks any size
+                if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
+                    raise ValueError
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     except Exception:  # torch raises many types, and advises to disable weights_only
@@ -105,6 +142,13 @@ def load_reference(path: Path, config: ModelConfig) -> Params:
             f"{path}: not a file of plain tensors: it is corrupt, or contains code, which is never run; "
             "download it again, or save only its tensors with torch.save"
         ) from None
-    if not isinstance(state_dict, Mapping) or not all(isinstance(x, Tensor) for x in state_dict.values()):
+    if not isinstance(state_dict, Mapping):
         raise UserError(f"{path}: not a state_dict (a mapping of names to tensors)")
-    return from_reference(state_dict, config)
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or type(value) not in (Tensor, torch.nn.Parameter):
+            kind = f"{repr(name)[:100]} is a {type(value).__name__}"
+            raise UserError(f"{path}: not a state_dict (a mapping of names to tensors): {kind}")
+    try:
+        return from_reference(state_dict, config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -168,14 +168,17 @@ def read_header(path: Path) -> dict[str, Any]:
     """Read what `build_header` returned for the step at `path`."""
     file = path / "meta" / "metadata"
     try:
-        header = json.loads(file.read_text())
-        version = header["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        header = json.loads(file.read_text("utf-8"))
+        version, is_intact = header["format"], header == _with_checksum(header)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise corruption_error(path, f"{file} cannot be read ({reason(error)})") from error
     if isinstance(version, int) and version > FORMAT:
         raise UserError(f"checkpoint {path} has format {version}, this nanochat reads {FORMAT}: update nanochat")
-    if version != FORMAT or header != _with_checksum(header):
+    if version != FORMAT or not is_intact:
         raise corruption_error(path, f"{file} has changed since it was written")
+    if header["step"] != int(path.name):
+        right = path.with_name(str(header["step"]))
+        raise UserError(f"{path} was renamed or copied: it holds step {right.name}; rename it to {right}, or delete it")
     return header
 
 

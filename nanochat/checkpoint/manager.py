@@ -276,8 +276,9 @@ def step_metrics(folder: Path) -> dict[int, dict[str, float]]:
     for step in storage.steps(folder):
         path = metrics_path(folder, step)
         try:
-            metrics[step] = dict(json.loads(path.read_text())) if path.exists() else {}
-        except (OSError, ValueError, TypeError) as error:
+            saved = dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+            metrics[step] = {name: float(value) for name, value in saved.items()}
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             problem = f"{path} cannot be read ({integrity.reason(error)})"
             raise integrity.corruption_error(folder / str(step), problem) from error
     return metrics

@@ -14,7 +14,7 @@ import torch
 from nanochat import distributed, model, tree
 from nanochat.checkpoint import integrity, manager
 from nanochat.config import UserError, base_dir, nearest
-from nanochat.data import SPECIALS, Tokenizer, tokenizer
+from nanochat.data import Tokenizer, tokenizer
 from nanochat.model import ModelConfig, Params
 from nanochat.text import format_count, reason
 
@@ -107,12 +107,7 @@ def load_tokenizer(info: CheckpointInfo) -> Tokenizer:
             "(see --experiment=convert --help)"
         )
     files = integrity.check_files(info.path, info.files)
-    tok = tokenizer.load(files[tokenizer.TOKENS_FILE].parent)
-    if missing := [name for name in SPECIALS if name not in tok.specials]:
-        raise UserError(
-            f"checkpoint {info.path}: the tokenizer has no {missing[0]}; train it with `{tokenizer.TRAIN_COMMAND}`"
-        )
-    return tok
+    return tokenizer.load(files[tokenizer.TOKENS_FILE].parent)
 
 
 def infer_config(info: CheckpointInfo) -> ModelConfig:

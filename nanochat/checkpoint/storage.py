@@ -80,7 +80,8 @@ def steps(folder: Path) -> list[int]:
     """Return the complete steps in ascending order; orbax gives a step its name when it is complete."""
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    names = (path.name for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(int(name) for name in names if name == str(int(name)))
 
 
 def remove_partial_steps(folder: Path) -> None:

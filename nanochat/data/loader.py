@@ -271,7 +271,7 @@ def read_cached(path: Path) -> TokenBlock | None:
             and header["docs"] == len(lengths)
             and header["tokens"] == len(tokens) == lengths.sum(dtype=np.int64)
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return TokenBlock(tokens, lengths) if valid else None
 

@@ -5,6 +5,7 @@ On disk a tokenizer is plain text: `tokenizer.txt` holds a JSON header line and 
 """
 
 import base64
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -29,6 +30,7 @@ PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"""
     r"""|\s+(?!\S)|\s+"""
 )
+PATTERNS = (PATTERN, PATTERN.replace("{1,2}", "{1,3}"))  # ours and GPT-4's
 SPECIALS = (
     "<|bos|>",
     "<|user_start|>",
@@ -224,6 +226,24 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     return np.array(lengths, dtype=np.int64)
 
 
+def check(tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a tokenizer that would lose text, or stop tiktoken, which panics for a missing byte.
+
+    No test shows that a regular expression matches all text, and none in exponential time; so it has to be a known one.
+    """
+    if tokenizer.pattern not in PATTERNS:
+        raise ValueError(f"the pattern {repr(tokenizer.pattern)[:100]} is not supported: use nanochat's or GPT-4's")
+    counts = collections.Counter([*tokenizer.tokens, *tokenizer.specials])
+    if missing := [i for i in range(256) if bytes([i]) not in counts]:
+        raise ValueError(f"the byte {missing[0]:#04x} is not a token: text with it could not be encoded")
+    if missing := [name for name in SPECIALS if name not in counts]:
+        raise ValueError(f"the tokenizer has no {missing[0]}")
+    if "" in counts or b"" in counts:
+        raise ValueError("a token is empty")
+    if twice := [token for token, count in counts.items() if count > 1]:
+        raise ValueError(f"the token {repr(twice[0])[:100]} is there twice")
+
+
 def default_dir() -> Path:
     return base_dir() / "tokenizer"
 
@@ -262,6 +282,7 @@ def load(folder: Path | str) -> Tokenizer:
         number = 1
         if tokenizer.fingerprint != header["fingerprint"]:
             raise ValueError("the tokens do not match the header's fingerprint")
+        check(tokenizer)
         tokenizer.encoding.encode_ordinary("")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: train a tokenizer with `{TRAIN_COMMAND}`") from None

@@ -113,7 +113,7 @@ def _read(path: Path, parse: Callable[[Row], Row]) -> list[Row]:
     try:
         for number, row in jsonl.read(path, missing_ok=True, drop_partial=True):  # noqa: B007 (the error names it)
             rows.append(parse(row))
-    except (jsonl.InvalidLineError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (jsonl.InvalidLineError, AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         number = getattr(error, "number", number)
         raise UserError(f"{path}:{number}: not a line of {path.stem}; delete that line") from None
     return rows

@@ -72,8 +72,8 @@ def read_run(folder: Path, step: int | None = None) -> RunInfo:
     meta = checkpoint.inspect(folder, newest).meta if newest is not None else {}
     config = folder / "config.json"
     try:
-        settings = json.loads(config.read_text("utf-8")) if config.exists() else {}
-    except (OSError, ValueError) as error:
+        settings = dict(json.loads(config.read_text("utf-8"))) if config.exists() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{config} cannot be read ({error}); delete it") from None
     stage = str(meta.get("stage", "base"))
     evaluations = [row for row in logger.read_evaluations(folder) if row["stage"] == stage]

@@ -123,7 +123,7 @@ def _read(path: Path) -> Record:
     """Return the owner; {} if there is none."""
     try:
         return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

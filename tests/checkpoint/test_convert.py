@@ -1,9 +1,12 @@
 """Reference checkpoints to parameters and back, older ones, and files that are refused."""
 
 import dataclasses
+import io
+import math
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +107,11 @@ def test_config_from_meta_file(capsys: pytest.CaptureFixture[str]):
     assert "older format, window_pattern L" in capsys.readouterr().out
     with pytest.raises(UserError, match="reference checkpoint: model n_layer=0: must be at least 1"):
         convert.config_from_reference(fields | {"n_layer": 0})
+    for wrong in ("3", 3.0, math.nan, None, True, [3]):
+        with pytest.raises(UserError, match=re.escape(f"its model_config has n_layer={wrong!r}, expected int")):
+            convert.config_from_reference(fields | {"n_layer": wrong})
+    with pytest.raises(UserError, match=r"transformer.h.999999999.attn.c_q.weight is missing"):
+        convert.from_reference(reference(), dataclasses.replace(CONFIG, n_layer=10**9))
     del fields["n_kv_head"]
     with pytest.raises(UserError, match="reference checkpoint: its model_config has no n_kv_head"):
         convert.config_from_reference(fields)
@@ -138,6 +146,57 @@ def test_pickled_code_is_refused_and_never_runs(tmp_path: Path, write: Callable[
     else:
         torch.load(path, weights_only=False)
     assert mark.exists(), "the payload is a real one"
+
+
+FC = "transformer.h.1.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (FC, lambda x: x.long(), "int64 on cpu"),
+        (FC, lambda x: x.to("meta"), "float32 on meta"),
+        (FC, lambda x: x.to_sparse(), "sparse_coo float32"),
+        (FC, lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "qint8"),
+        (FC, lambda x: torch.nested.nested_tensor(list(x)), "does not hold"),
+        (FC, lambda x: torch.ones(1).expand(x.shape), "does not hold"),
+        (FC, lambda x: {"weight": x}, f"not a state_dict (a mapping of names to tensors): '{FC}' is a dict"),
+        ("transformer.wte.weight", lambda x: x.double(), "float64"),
+        (f"_orig_mod.{FC}", lambda x: x, "it has a parameter twice, with _orig_mod. and without"),
+        (7, lambda x: x, "not a state_dict (a mapping of names to tensors): 7 is a Tensor"),
+        (None, lambda x: x, "None is a Tensor"),
+        (("a",), lambda x: x, "('a',) is a Tensor"),
+        ("a\nb", lambda x: x, f"a\\nb {UNKNOWN}"),
+    ],
+)
+def test_files_of_other_tensors_are_refused(tmp_path: Path, name: object, change: Callable, message: str):
+    state_dict = reference()
+    value = change(state_dict.get(str(name), state_dict[FC]))
+    torch.save({**state_dict, name: value}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'model.pt'))}: .*{re.escape(message)}"):
+        convert.load_reference(tmp_path / "model.pt", CONFIG)
+
+
+def test_damaged_packed_and_other_files_are_refused(tmp_path: Path):
+    path, packed = tmp_path / "model.pt", io.BytesIO()
+    torch.save(reference(), path)
+    saved = path.read_bytes()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as copy:
+        for name in archive.namelist():
+            copy.writestr(name, archive.read(name))
+    middle = len(saved) // 2
+    for content, message in {
+        saved[:middle]: "not a file of plain tensors",
+        saved[:middle] + bytes([saved[middle] ^ 1]) + saved[middle + 1 :]: "not a file of plain tensors",
+        packed.getvalue(): "not a file of plain tensors",
+        b"": "not a file of plain tensors",
+        (64).to_bytes(8, "little") + b'{"lm_head.weight": {': "is a safetensors file",
+        b"version https://git-lfs.github.com/spec/v1": "is a pointer of Git LFS",
+        b"\n<!DOCTYPE html>": "is a web page",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {message}"):
+            convert.load_reference(path, CONFIG)
 
 
 def test_unreadable_files_are_refused(tmp_path: Path):

@@ -118,13 +118,35 @@ def test_changed_header_is_detected_and_a_newer_format_refused(tmp_path: Path) -
     assert "metadata cannot be read (KeyError 'format'); there is no other step" in str(other)
 
 
-def test_corrupt_metrics_file_is_reported_when_the_folder_is_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copy", [True, False])
+def test_step_under_another_number_is_refused_and_kept(tmp_path: Path, copy: bool) -> None:
+    manager = save_steps(tmp_path, 1)
+    (shutil.copytree if copy else shutil.move)(tmp_path / "1", tmp_path / "2")
+    expected = f"^{re.escape(str(tmp_path / '2'))} was renamed or copied: it holds step 1; rename it"
+    for read in (checkpoint.load_params, lambda folder: checkpoint.restore(folder, full_state(2))):
+        with pytest.raises(UserError, match=expected):
+            read(tmp_path)
+    with pytest.raises(UserError, match=expected):
+        checkpoint.save(manager, full_state(2), {})
+    checkpoint.close(manager)
+    shutil.copytree(tmp_path / "2", tmp_path / "03")  # not a number of orbax's
+    assert checkpoint.steps(tmp_path) == ([1, 2] if copy else [2])
+    assert_same(checkpoint.restore(tmp_path, full_state(1), 1)[0], full_state(1)) if copy else None
+
+
+@pytest.mark.parametrize(
+    "content", ['{"val/bpb', "[" * 100_000, '{"val/bpb": "low"}', '{"val/bpb": 1%s}' % ("0" * 400), "7"]
+)
+def test_corrupt_metrics_file_is_reported_when_the_folder_is_opened(tmp_path: Path, content: str) -> None:
     manager = checkpoint.open_manager(tmp_path)
     checkpoint.save(manager, full_state(1), {}, metrics={"val/bpb": 1})
     checkpoint.close(manager)
-    (tmp_path / "1" / "metrics" / "metrics").write_text('{"val/bpb')
+    (tmp_path / "1" / "metrics" / "metrics").write_text(content)
     with pytest.raises(UserError, match=r"metrics/metrics cannot be read"):
         checkpoint.open_manager(tmp_path)
+    (tmp_path / "1" / "meta" / "metadata").write_text(content)
+    with pytest.raises(CorruptCheckpointError, match="metadata cannot be read"):
+        checkpoint.load_params(tmp_path)
 
 
 def fingerprint(x: torch.Tensor, offsets: Sequence[int] | None = None) -> int:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -207,9 +208,6 @@ def test_corrupt_file_is_refused_with_its_line(tok: Tokenizer, tmp_path: Path, k
 def test_missing_or_unusable_file_is_refused(tok: Tokenizer, tmp_path: Path):
     with pytest.raises(UserError, match=r"does not exist.*--experiment=tokenizer"):
         tokenizer.load(tmp_path)
-    tokenizer.save(Tokenizer(tok.tokens, pattern="("), tmp_path)
-    with pytest.raises(UserError, match="line 1: ValueError: Parsing error"):
-        tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.txt").write_bytes(b"\xff\xfe\n")
     with pytest.raises(UserError, match=r"line 1: UnicodeDecodeError.*train again"):
         tokenizer.load(tmp_path)
@@ -217,6 +215,36 @@ def test_missing_or_unusable_file_is_refused(tok: Tokenizer, tmp_path: Path):
         tokenizer.load(tmp_path / "tokenizer.txt")
     with pytest.raises(UserError, match=r"token_bytes.txt cannot be written: (File exists|Not a directory)"):
         tokenizer.save(tok, tmp_path / "tokenizer.txt")
+
+
+BYTES = tuple(bytes([i]) for i in range(256))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokens": (*BYTES[:97], *BYTES[98:], b"xy")}, "the byte 0x61 is not a token"),  # tiktoken panics
+        ({"tokens": BYTES[:255]}, "the byte 0xff is not a token"),
+        ({"tokens": (*BYTES, b"xy", b"xy")}, "the token b'xy' is there twice"),
+        ({"tokens": (*BYTES, b"")}, "a token is empty"),
+        ({"pattern": "("}, "the pattern '(' is not supported"),
+        ({"pattern": ""}, "the pattern '' is not supported"),  # tiktoken panics
+        ({"pattern": r"\p{L}+"}, "is not supported"),  # loses all other text
+        ({"pattern": r"(x+x+)+y|[\s\S]"}, "is not supported"),  # takes exponential time
+        ({"specials": ()}, "the tokenizer has no <|bos|>"),
+        ({"specials": SPECIALS[:-1]}, "the tokenizer has no <|output_end|>"),
+        ({"specials": (*SPECIALS, "<|bos|>")}, "the token '<|bos|>' is there twice"),
+        ({"specials": (*SPECIALS, "")}, "a token is empty"),
+        ({"specials": (*SPECIALS, "\ud800")}, "UnicodeEncodeError"),
+    ],
+)
+def test_tokenizer_that_loses_text_or_stops_the_library_is_refused(tmp_path: Path, fields: Any, message: str):
+    tokenizer.save(Tokenizer(**{"tokens": BYTES, **fields}), tmp_path)
+    with pytest.raises(UserError, match=re.escape(message)):
+        tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.txt").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="line 1: RecursionError"):
+        tokenizer.load(tmp_path)
 
 
 def test_failed_save_keeps_the_old_files(tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
