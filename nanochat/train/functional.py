@@ -6,6 +6,7 @@ of its own run, up to the order of float32 sums. A member whose loss or gradient
 becomes NaN, which skips all its later steps.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -93,7 +94,8 @@ def muon_members(
     p: Tensor, g: Tensor, momentum: Tensor, second_moment: Tensor, h: Any, grad_scale: Tensor, skip: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `optim.muon` of stacks (n, N, r, c) of the matrices of all members, and (N,) hyperparameters."""
-    rule: Any = torch.func.vmap(lambda *args: muon(*args, *rest), in_dims=(1, 1, 1, 1, 0, 0, 0), out_dims=1)
+    dtype, _ = rest  # no exchange between ranks: each has whole members
+    rule = torch.func.vmap(functools.partial(muon, dtype=dtype), in_dims=(1, 1, 1, 1, 0, 0, 0), out_dims=1)
     return rule(p, g, momentum, second_moment, h, grad_scale, skip)
 
 
