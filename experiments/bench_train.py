@@ -21,6 +21,9 @@ to three minutes for every mode and number of ranks.
 
 what=kernels: limits of the machine beside its data sheet, linear layers in both precisions, attention by window.
 
+what=members: N models in one step (`nanochat.train.functional`) beside N single steps: the ratio of their times, and
+how far their losses differ. On a GPU: --set depth=4 --set members=16. Two minutes, most of it compiling.
+
 what=gpu: units that run one after the other, the most important first: pytest -m gpu, the training step of each depth
 in both precisions with a profile, what=kernels, bench_infer. What fails or takes too long does not stop the rest; what
 did not fit into gpu.minutes is listed with the command that runs it.
@@ -82,7 +85,9 @@ class Config(Settings):
     """What to measure.
 
     Attributes:
-        what: one step, a sweep over configurations, scaling over ranks, kernels, or everything that needs one GPU.
+        what: one step, a sweep over configurations, scaling over ranks, kernels, many models in one step, or everything
+            that needs one GPU.
+        members: models in one step.
         depth: of the model, with pretrain's shape at that depth; default: a small shape for a laptop.
         width, head_dim, kv_heads, vocab_size, sequence_len, window_pattern: of the model; default: by depth.
         batch_size: sequences of a micro-batch on a rank; default: pretrain's.
@@ -102,7 +107,8 @@ class Config(Settings):
         job_seconds: time limit of each job of a sweep or of scaling.
     """
 
-    what: Literal["step", "sweep", "scaling", "kernels", "gpu"] = "step"
+    what: Literal["step", "sweep", "scaling", "kernels", "members", "gpu"] = "step"
+    members: PositiveInt = 8
     depth: PositiveInt | None = None
     width: PositiveInt | None = None
     head_dim: PositiveInt | None = None
@@ -136,14 +142,14 @@ config = Config
 
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
-    from experiments import _bench, _gpu
+    from experiments import _bench, _gpu, _members
 
-    if config.what in ("scaling", "gpu"):
+    if config.what in ("scaling", "members", "gpu"):
         distributed.require_single(runtime, f"what={config.what}")
     resolved, shape = resolve(config)  # rejects an impossible shape before any job starts
     others = {"sweep": sweep, "scaling": scaling, "kernels": _gpu.measure_kernels, "gpu": _gpu.run}
-    if config.what == "step":
-        _bench.measure(resolved, shape, runtime)
+    if config.what in ("step", "members"):
+        (_bench if config.what == "step" else _members).measure(resolved, shape, runtime)
     else:
         others[config.what](config, runtime)
 

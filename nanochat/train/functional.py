@@ -41,6 +41,7 @@ def make_members_step(
     loss_fn: Callable[..., tuple[Tensor, Any]],
     *,
     shared_batch: bool,
+    compute_dtype: torch.dtype = torch.float32,
     compile: Callable[[Any], Any] | None = None,
 ) -> TrainStep:
     """Return (state, micro-batches, hparams) -> (state, {"loss", "grad_norm": (N,) float32, "finite": (N,) bool}).
@@ -50,9 +51,11 @@ def make_members_step(
     Args:
         loss_fn: (params, batch) -> (0-d loss, aux) of one member, with `fold_members` around its attention.
         shared_batch: all members see the same batch (B, T); otherwise a batch has a leading axis, (N, B, T).
+        compute_dtype: see `make_update`; not float16, whose loss scale changes.
         compile: `distributed.compile_fn` with its settings bound, or None.
     """
     compile_rule = compiled_if_large if compile else (lambda rule: rule)
+    muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
     rules = Rules(compile_rule(adamw_members), compile_rule(muon_members))
 
     def loss_one(params: TensorDict, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +74,8 @@ def make_members_step(
         norms = torch.func.vmap(lambda g: torch.nn.utils.get_total_norm(tree.leaves(g), foreach=False))(grads)
         norms = norms * grad_scale
         finite = torch.isfinite(losses) & torch.isfinite(norms)
-        optim.update_(grads, state.opt_state, state.params, hparams, rules=rules, grad_scale=grad_scale, skip=~finite)
+        options: Any = {"grad_scale": grad_scale, "skip": ~finite, "muon_dtype": muon_dtype}
+        optim.update_(grads, state.opt_state, state.params, hparams, rules=rules, **options)
         state.step.add_(1)
         state.scaler["scale"].masked_fill_(~finite, torch.nan)
         return state, {"loss": losses, "grad_norm": norms, "finite": finite}
