@@ -70,6 +70,7 @@ def code(row: Conversation, answer: str) -> str:
     answer = GLUED_FENCE.sub(r"\n\1", re.sub("\r\n?", "\n", answer))
     final = answer.rpartition("</think>")[2]
     blocks = FENCE.split(final)
+    # A body as it is, without its indentation, or without that of its first line.
     indented = [textwrap.indent(textwrap.dedent(block.expandtabs(4)), "    ") for block in blocks]
     rests = [*blocks, *indented, *("    " + block.lstrip() for block in blocks)]
     texts = [final, QUOTE.sub("", final), answer, *(f"{prompt}\n{rest}" for rest in rests)]
@@ -89,10 +90,12 @@ def _find(name: str, lines: list[str]) -> str:
             body, size = _parse(own)
             found.append(("\n".join(own[:size]), body))
             end = number + size
-    chosen = next((code for code in found if any(_defines(node, name) for node in code[1])), ("", []))
-    others = [node for code in found if code is not chosen for node in code[1] if isinstance(node, HELPERS)]
+    chosen = next((run for run in found if any(_defines(node, name) for node in run[1])), None)
+    if chosen is None:
+        return ""
+    others = [node for run in found if run is not chosen for node in run[1] if isinstance(node, HELPERS)]
     helpers = [f"try:\n{textwrap.indent(ast.unparse(node), '    ')}\nexcept Exception:\n    pass" for node in others]
-    return chosen[0] and "\n\n".join([*helpers, chosen[0]])
+    return "\n\n".join([*helpers, chosen[0]])
 
 
 def _defines(node: ast.stmt, name: str) -> bool:
