@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanochat.config import UserError, base_dir
 from nanochat.data import packing
-from nanochat.data.sources import CorruptShardError, DataConfig, Shard, block_hash, num_blocks, read_block, shards_of
+from nanochat.data.sources import CorruptShardError, DataConfig, Shard, content_hash, num_blocks, read_block, shards_of
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.distributed import cpu_cores
 from nanochat.text import reason
@@ -306,12 +306,12 @@ class BlockReader:
 
     def cache_path(self, ref: BlockRef) -> Path | None:
         config, shard = self._stream.config, self._stream.shards[ref.shard_index]
-        content = block_hash(shard, ref.block_index) if config.token_cache else None
+        content = content_hash(shard.path, shard.fingerprint) if config.token_cache else None
         if content is None:
             return None
-        folder = base_dir() / "tokens" / self._stream.tok.fingerprint[:16] / shard.path.name
-        name = hashlib.sha256(json.dumps([content, shard.part, config.text_column]).encode()).hexdigest()[:32]
-        return folder / f"{ref.block_index:06d}-{name}.tokens"
+        key = hashlib.sha256(json.dumps([content, shard.part, config.text_column]).encode()).hexdigest()
+        folder = base_dir() / "tokens" / self._stream.tok.fingerprint[:16] / f"{shard.path.name}-{key[:16]}"
+        return folder / f"{ref.block_index:06d}.tokens"
 
     def _owner(self, ref: BlockRef) -> int:
         return self._ranks[(ref.shard + ref.block) % len(self._ranks)]

@@ -156,7 +156,7 @@ def read_block(shard: Shard, index: int, text_column: str) -> list[str]:
     read = _read_parquet if _is_parquet(shard.path) else _read_jsonl
     with _corrupt_if_unreadable(shard.path):
         texts = read(shard, _blocks(shard)[index], text_column)
-    if shard.part == "all" or len(_offsets(shard.path, shard.fingerprint)) > 2:
+    if shard.part == "all" or _blocks_in_file(shard.path, shard.fingerprint) > 1:
         return texts
     if len(texts) < 2:
         raise UserError(f"{shard.path}: a single file needs two documents, one for each split")
@@ -189,7 +189,7 @@ def _skip_if_corrupt(config: DataConfig) -> Iterator[None]:
 
 def _blocks(shard: Shard) -> range:
     """Return which blocks of its file are the shard's; if there is only one, both splits have a part of it."""
-    count = len(_offsets(shard.path, shard.fingerprint)) - 1
+    count = _blocks_in_file(shard.path, shard.fingerprint)
     if shard.part == "all" or count < 2:
         return range(count)
     cut = count - _held_out(count)
@@ -204,33 +204,23 @@ def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
 
 
-def block_hash(shard: Shard, index: int) -> str | None:
-    """Return the SHA-256 (hex) of the bytes that block `index` is in its file; None if they cannot be read."""
-    block = _blocks(shard)[index]
-    start, stop = _offsets(shard.path, shard.fingerprint)[block : block + 2]
+@functools.cache
+def content_hash(path: Path, fingerprint: str) -> str | None:
+    """Return the SHA-256 (hex) of a file, about 1 GB a second; None if it cannot be read."""
     try:
-        with shard.path.open("rb") as file:
-            file.seek(start)
-            return hashlib.sha256(file.read(stop - start)).hexdigest()
-    except (OSError, ValueError):
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
         return None
 
 
 @functools.cache
-def _offsets(path: Path, fingerprint: str) -> list[int]:
-    """Return where in the file the blocks start, and its size."""
-    offsets, position = [], 0
+def _blocks_in_file(path: Path, fingerprint: str) -> int:
     with _corrupt_if_unreadable(path):
-        if _is_parquet(path):
-            with pq.ParquetFile(path.absolute()) as file:
-                chunks = [file.metadata.row_group(i).column(0) for i in range(file.metadata.num_row_groups)]
-                return [*(c.dictionary_page_offset or c.data_page_offset for c in chunks), path.stat().st_size]
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines):
-                if number % JSONL_BLOCK_LINES == 0:
-                    offsets.append(position)
-                position += len(line)
-    return [*offsets, position]
+        if not _is_parquet(path):
+            return len(_jsonl_offsets(path, fingerprint))
+        with pq.ParquetFile(path.absolute()) as file:
+            return file.metadata.num_row_groups
 
 
 @contextlib.contextmanager
@@ -256,10 +246,22 @@ def _read_parquet(shard: Shard, index: int, text_column: str) -> list[str]:
         return [text for text in records.column_values(column, shard.path, first_row) if text]
 
 
+@functools.cache
+def _jsonl_offsets(path: Path, fingerprint: str) -> tuple[int, ...]:
+    """Return the byte offset of every 1000th line."""
+    offsets, position = [], 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if number % JSONL_BLOCK_LINES == 0:
+                offsets.append(position)
+            position += len(line)
+    return tuple(offsets)
+
+
 def _read_jsonl(shard: Shard, index: int, text_column: str) -> list[str]:
     path, rows = shard.path, []
     with path.open("rb") as file:
-        file.seek(_offsets(path, shard.fingerprint)[index])
+        file.seek(_jsonl_offsets(path, shard.fingerprint)[index])
         for number, line in enumerate(itertools.islice(file, JSONL_BLOCK_LINES), index * JSONL_BLOCK_LINES + 1):
             text = records.decode(line, path, f"line {number}").removeprefix("\ufeff" if number == 1 else "")
             rows += [(number, value) for value in records.parse_json(text, path, number)]

@@ -65,7 +65,7 @@ Readers = Callable[..., loader.BlockReader]
 def readers(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Readers]:
     """Makes readers of one shard; all of its blocks hold TEXTS."""
     monkeypatch.setattr(loader, "read_block", lambda *_: TEXTS)
-    monkeypatch.setattr(loader, "block_hash", lambda shard, index: f"{index:064x}")
+    monkeypatch.setattr(loader, "content_hash", lambda *_: "0" * 64)
     shards = (sources.Shard(base / "0.jsonl", "fingerprint"),)
     opened: list[loader.BlockReader] = []
 
