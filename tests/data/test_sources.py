@@ -305,7 +305,7 @@ def test_invalid_line_is_named(tmp_path: Path, line: bytes, message: str):
 def test_names_of_files_decide_what_validates(tmp_path: Path, names: str, train: str, val: str):
     for name in names.split():
         write(tmp_path / f"{name}.jsonl", docs(0, 2))
-    for split, expected in (("train", train), ("val", val)):
+    for split, expected in zip(sources.SPLITS, (train, val)):
         shards = sources.shards_of(DataConfig(source=str(tmp_path)), split)
         assert [shard.path.stem for shard in shards] == expected.split()
 
