@@ -82,14 +82,8 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
     distributed.require_single(runtime, "web, which starts a process for each GPU by itself,")
     run, step = checkpoint.split_step(config.run, config.step)
     folder = checkpoint.find_run(run)  # a wrong name is an error now, not when a process has started
-    limits = serve.Limits(
-        config.host,
-        config.port,
-        read_token(config),
-        config.hosts,
-        config.connections,
-        grace_seconds=config.grace_seconds,
-    )
+    token = read_token(config)
+    limits = serve.Limits(config.host, config.port, token, config.hosts, config.connections, config.grace_seconds)
     is_cuda = runtime.device.type == "cuda"
     compile = is_cuda if config.compile is None else config.compile
     slots = config.slots or (64 if is_cuda else 16)

@@ -86,11 +86,9 @@ def fetch(url: str = URL, options: download.Options = download.Options(), sha256
     """
     folder = default_dir()
     if (folder / TASKS_FILE).exists():
-        if sha256 and (unpacked_hash := read_hash(folder)) not in (None, sha256):
-            problem = f"was unpacked from a file with the SHA-256 {unpacked_hash}, expected {sha256}"
-            raise UserError(
-                f"{folder} {problem}; delete it to download it again, or --set bundle_sha256={unpacked_hash}"
-            )
+        if sha256 and (digest := read_hash(folder)) not in (None, sha256):
+            problem = f"its zip file had the SHA-256 {digest}, expected {sha256}"
+            raise UserError(f"{folder}: {problem}; delete it to download it again, or --set bundle_sha256={digest}")
         return folder
     archive, unpacked = folder.with_name(f"{folder.name}.zip"), folder.with_name(f".{folder.name}.{os.getpid()}")
     is_new = not archive.exists()
@@ -122,8 +120,7 @@ def _unpack(archive: Path, folder: Path, sha256: str | None) -> None:
         members = content.infolist()
         size = sum(member.file_size for member in members)  # zipfile unpacks no more than a member declares
         if len(members) > MAX_FILES or size > MAX_BYTES:
-            limits = f"at most {MAX_FILES} of {MAX_BYTES / 1e9:g} GB are allowed"
-            raise ValueError(f"it has {len(members):,} files of {size / 1e9:,.1f} GB; {limits}")
+            raise ValueError(f"{len(members):,} files of {size:,} bytes are more than {MAX_FILES} of {MAX_BYTES:,}")
         for member in members:
             path, kind = PurePosixPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
             if path.is_absolute() or ".." in path.parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR):

@@ -181,17 +181,12 @@ def _wandb_run(package: Any, folder: Path, project: str, config: Any, resume: bo
 
 
 def append_evaluation(
-    folder: Path,
-    step: int,
-    stage: str,
-    metrics: Mapping[str, float],
-    failed: Mapping[str, str] | None = None,
-    **more: str,
+    folder: Path, step: int, stage: str, metrics: Mapping[str, float], failed: Mapping[str, str] = {}, **more: str
 ) -> None:
     """Add one evaluation of a checkpoint to a run's evaluations.jsonl; `failed`: what could not be evaluated -> why."""
     numbers = {name: int(x) if isinstance(x, int) else float(x) for name, x in metrics.items()}
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    row = {"time": time, "step": int(step), "stage": stage, "metrics": numbers, "failed": dict(failed or {})}
+    row = {"time": time, "step": int(step), "stage": stage, "metrics": numbers, "failed": dict(failed)}
     jsonl.append(folder / EVALUATIONS_FILE, row | more)
 
 

@@ -56,11 +56,11 @@ class Limits:
     token: str | None = dataclasses.field(default=None, repr=False)  # that clients must send
     hosts: tuple[str, ...] = ()  # further names of the server, behind a proxy
     connections: int = 512  # at once
+    grace_seconds: float = 8.0  # after a signal, for requests under way
     body_seconds: float = 10.0  # for a request's body to arrive
     header_seconds: float = 10.0
     send_seconds: float = 30.0  # that a client may leave sent data unread
     idle_seconds: int = 15  # between two requests of a connection
-    grace_seconds: float = 8.0  # after a signal, for requests under way
 
     @property
     def is_local(self) -> bool:

@@ -83,11 +83,12 @@ class WorkerHandle:
         name = f"worker on {config.device}"
         self._process = context.Process(target=main, args=(theirs, config), name=name, daemon=True)
         # A signal to the whole group (Ctrl-C, torchrun, a service manager) is for the server: it ends its workers last.
-        signals = (signal.SIGINT, signal.SIGTERM)
         resource_tracker.ensure_running()  # its start would unblock the signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # inherited, from the first instruction on
-        self._process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # the process inherits that
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # or the end of the process would not close the pipe
         self._writer = ThreadPoolExecutor(1, "write")
         self._reader = threading.Thread(target=self._read, args=(deliver,), name="read", daemon=True)

@@ -495,9 +495,11 @@ def connections(server: scripted.Server) -> int:
     return len(server.uvicorn.server_state.connections)
 
 
-def test_client_that_does_not_read_is_disconnected() -> None:
+@pytest.mark.parametrize("is_stopping", [False, True])
+def test_client_that_does_not_read_is_disconnected(is_stopping: bool, caplog: pytest.LogCaptureFixture) -> None:
     # Each token comes by itself, and its event has 40 bytes: in all more than the buffers between server and client.
-    with scripted.serve({"": ["x"] * 4096}, send_seconds=0.5) as server, socket.socket() as sock:
+    limits = {"send_seconds": 30.0, "grace_seconds": 0.2} if is_stopping else {"send_seconds": 0.5}
+    with scripted.serve({"": ["x"] * 4096}, **limits) as server, socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", urlsplit(server.url).port or 0))
         content = json.dumps(body("x", max_tokens=4096, n=8, stream=True)).encode()
@@ -506,8 +508,11 @@ def test_client_that_does_not_read_is_disconnected() -> None:
         wait_for(lambda: server.requests)
         wait_for(lambda: idle(server))
         start = time.monotonic()
+        if is_stopping:
+            server.stop()
         wait_for(lambda: not connections(server))
         assert time.monotonic() - start < 2
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_too_many_connections_get_503() -> None:
