@@ -150,7 +150,7 @@ def parse(text: str, annotation: Any) -> Any:
         near = nearest(text, [str(a) for a in args])
         raise ValueError(f"expected one of {', '.join(map(str, args))}{near if 'mean' in near else ''}")
     if origin is tuple or annotation is tuple:
-        return _parse_tuple(text, args)
+        return _parse_tuple("" if text.lower() == "none" else text, args)
     if annotation is bool:
         if text.lower() in ("true", "1", "yes", "on"):
             return True
@@ -174,8 +174,7 @@ def parse(text: str, annotation: Any) -> Any:
 def _parse_tuple(text: str, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     if text[:1] + text[-1:] in ("()", "[]"):
         text = text[1:-1]
-    items = "" if text.lower() == "none" else re.split(r"(?<!\\),", text)
-    items = [item.strip().replace(r"\,", ",") for item in items if item.strip()]
+    items = [item.strip().replace(r"\,", ",") for item in re.split(r"(?<!\\),", text) if item.strip()]
     if not kinds or kinds[-1] is Ellipsis:
         return tuple(parse(item, kinds[0] if kinds else str) for item in items)
     if len(items) != len(kinds):
