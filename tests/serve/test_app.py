@@ -498,7 +498,7 @@ def connections(server: scripted.Server) -> int:
 @pytest.mark.parametrize("is_stopping", [False, True])
 def test_client_that_does_not_read_is_disconnected(is_stopping: bool, caplog: pytest.LogCaptureFixture) -> None:
     # Each token comes by itself, and its event has 40 bytes: in all more than the buffers between server and client.
-    limits = {"send_seconds": 30.0, "grace_seconds": 0.2} if is_stopping else {"send_seconds": 0.5}
+    limits: dict[str, Any] = {"send_seconds": 30.0, "grace_seconds": 0.2} if is_stopping else {"send_seconds": 0.5}
     with scripted.serve({"": ["x"] * 4096}, **limits) as server, socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", urlsplit(server.url).port or 0))
