@@ -405,7 +405,11 @@ def _open_orbax(manager: Manager) -> None:
     )
     handlers = {"state": storage.arrays_handler(), "arrays": storage.arrays_handler()}
     handlers["meta"] = ocp.JsonCheckpointHandler()
-    manager.orbax = ocp.CheckpointManager(manager.folder, options=options, item_handlers=handlers)
+    try:
+        manager.orbax = ocp.CheckpointManager(manager.folder, options=options, item_handlers=handlers)
+    except (ValueError, TypeError, RecursionError) as error:
+        problem = f"a _CHECKPOINT_METADATA in it is corrupt ({integrity.reason(error)}); delete that file"
+        raise UserError(f"checkpoint folder {manager.folder} cannot be opened: {problem}") from None
 
 
 def _preservation_policy(config: CheckpointConfig) -> Any:

@@ -169,18 +169,9 @@ def _run(code: str, limits: Limits, weak: bool, canceled: threading.Event) -> Re
         numbers = (report_end.fileno(), stop_end.fileno(), len(call_filter), len(program), len(secret))
         numbers += (limits.memory_bytes, math.ceil(limits.timeout_seconds), FOLDER_BYTES, FOLDER_FILES, int(not weak))
         # Not -I: it ignores PYTHONHASHSEED, and a program should print the same set in every run.
-        interpreter = [
-            python_binary(),
-            "-P",
-            "-s",
-            "-S",
-            "-B",
-            "-c",
-            _jail(),
-            *map(str, numbers),
-            *SYSTEM,
-            *readable_paths(),
-        ]
+        interpreter = [python_binary(), "-P", "-s", "-S", "-B", "-c", _jail(), *map(str, numbers)]
+        if weak:
+            interpreter += [*SYSTEM, *readable_paths(), "/dev/urandom", "/etc/mime.types"]  # that `mimetypes` reads
         process = subprocess.Popen(
             interpreter if weak else [*command(), "--", *interpreter],
             stdin=stdin,
