@@ -153,7 +153,7 @@ def test_corrupt_metrics_file_is_reported_when_the_folder_is_opened(tmp_path: Pa
 def test_corrupt_file_of_orbax_is_named(tmp_path: Path, content: str) -> None:
     checkpoint.close(save_steps(tmp_path, 1))
     (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text(content)
-    with pytest.raises(UserError, match="a _CHECKPOINT_METADATA in it is corrupt .*; delete that file"):
+    with pytest.raises(UserError, match=r"a _CHECKPOINT_METADATA in it is corrupt .*; delete that file"):
         checkpoint.open_manager(tmp_path)
 
 
