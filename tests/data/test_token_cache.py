@@ -71,7 +71,8 @@ def readers(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Readers]:
 
     def make(rank: int = 0, world_size: int = 1, **config: Any) -> loader.BlockReader:
         data = DataConfig(tokenizer_threads=2, **config)
-        opened.append(loader.BlockReader(loader.StreamConfig(data, TOK, "train", shards, 0, 25, rank, world_size), []))
+        stream = loader.StreamConfig(data, TOK, "train", shards, 0, 25, rank, world_size, [])
+        opened.append(loader.BlockReader(stream))
         return opened[-1]
 
     yield make
