@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nanochat import checkpoint, data, distributed, jsonl, metrics, model
 from nanochat.config import Settings, UserError
@@ -64,8 +64,6 @@ config = Config
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    import torch
-
     distributed.require_single(runtime, "convert")
     if not config.model or not config.meta:
         raise UserError("set the two files of the reference: --set model=model_….pt --set meta=meta_….json")
@@ -78,14 +76,26 @@ def run(config: Config, runtime: Runtime) -> None:
     if type(step) is not int or not 0 <= step < 2**63:
         raise UserError(f"{config.meta}: has step {repr(step)[:100]}, expected a whole number from 0")
     params = checkpoint.convert.load_reference(Path(config.model), shape)
-    folder = stage.run_folder(config.name)
     tok = read_ranks(Path(config.ranks)) if config.ranks else None
     if tok and tok.vocab_size != shape.vocab_size:
         raise UserError(
             f"{config.ranks}: {tok.vocab_size} tokens with special tokens, the model has {shape.vocab_size}"
         )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(metrics.run_lock.held(folder))
+    saved = {"stage": config.stage, "converted_from": str(config.model)}
+    folder = write_run(config.name, step, params, shape, tok, saved)
+    print(f"{model.count(shape)['total']:,} parameters of step {step} written to {folder}")
+    print(f"next: python launch.py --experiment=chat --set run={config.name}")
+
+
+def write_run(
+    name: str, step: int, params: TensorDict, shape: model.ModelConfig, tok: data.Tokenizer | None, meta: dict[str, Any]
+) -> Path:
+    """Save parameters as the only checkpoint of a new run; return its folder."""
+    import torch
+
+    folder = stage.run_folder(name)
+    with contextlib.ExitStack() as exits:
+        exits.enter_context(metrics.run_lock.held(folder))
         if checkpoint.steps(folder / "checkpoints"):
             raise UserError(f"run {folder} already has checkpoints: --set name=<other>")
         files = {}
@@ -93,11 +103,10 @@ def run(config: Config, runtime: Runtime) -> None:
             tokenizer.save(tok, folder / "tokenizer")
             files = {name: folder / "tokenizer" / name for name in tokenizer.FILES}
         manager = checkpoint.open_manager(folder / "checkpoints")
-        stack.callback(checkpoint.close, manager)
-        saved = {"stage": config.stage, "model": dataclasses.asdict(shape), "converted_from": str(config.model)}
+        exits.callback(checkpoint.close, manager)
+        saved = meta | {"model": dataclasses.asdict(shape)}
         checkpoint.save(manager, Weights(torch.tensor(step), params), saved, files=files)
-    print(f"{model.count(shape)['total']:,} parameters of step {step} written to {folder / 'checkpoints'}")
-    print(f"next: python launch.py --experiment=chat --set run={config.name}")
+    return folder
 
 
 def read_ranks(path: Path) -> data.Tokenizer:

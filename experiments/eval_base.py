@@ -146,9 +146,7 @@ def write_samples(config: Config, runtime: Runtime, loaded: Pretrained, _info: C
 def bits_per_byte(config: Config, runtime: Runtime, loaded: Pretrained, info: CheckpointInfo) -> Outcome:
     """Return bits per byte of the first tokens of both splits: the same full rows on any number of ranks."""
     saved = info.meta.get("config", {})
-    chosen = {"source": config.source, "text_column": config.text_column, "buffer_docs": None}
-    chosen = {name: value or saved.get(f"data.{name}") for name, value in chosen.items()}
-    source = DataConfig(**{name: value for name, value in chosen.items() if value is not None})
+    source = data_config(saved, source=config.source, text_column=config.text_column)
     tokens = config.tokens or saved.get("eval.tokens") or BPB_TOKENS
     compute, chunk_tokens = model.Compute(runtime.compute_dtype), 1024 if runtime.device.type == "cpu" else 8192
     loss = functools.partial(model.loss.next_token, config=loaded.config, compute=compute, chunk_tokens=chunk_tokens)
@@ -167,6 +165,13 @@ def bits_per_byte(config: Config, runtime: Runtime, loaded: Pretrained, info: Ch
         results[f"{split}/bpb"] = eval.bpb.over_ranks(*sums)
         print(f"{split}: {results[f'{split}/bpb']:.4f} bits per byte of {source.source}", flush=True)
     return results, {}
+
+
+def data_config(saved: dict[str, Any], **chosen: str | None) -> DataConfig:
+    """Return where a run's documents came from, by its settings, with what is `chosen` instead."""
+    names = ("source", "text_column", "buffer_docs")
+    values: dict[str, Any] = {name: chosen.get(name) or saved.get(f"data.{name}") for name in names}
+    return DataConfig(**{name: value for name, value in values.items() if value is not None})
 
 
 def first_rows(stream: Iterator[Any], total: int, batch_rows: int, runtime: Runtime) -> Iterator[dict[str, Any]]:
