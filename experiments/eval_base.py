@@ -89,7 +89,7 @@ def run(config: Config, runtime: Runtime) -> None:
         loaded = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
         info = checkpoint.inspect(loaded.folder, loaded.step)
     print(checkpoint.describe_model(loaded))
-    train.advise_all_gpus(runtime)
+    train.build.advise_all_gpus(runtime)
     results: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, evaluate in {"samples": write_samples, "bpb": bits_per_byte, "core": core}.items():

@@ -60,7 +60,7 @@ def run(config: Config, runtime: Runtime) -> None:
         loaded = checkpoint.load(config.run, step=config.step, device=runtime.device, dtype=runtime.compute_dtype)
         info = checkpoint.inspect(loaded.folder, loaded.step)
     print(checkpoint.describe_model(loaded))
-    train.advise_all_gpus(runtime)
+    train.build.advise_all_gpus(runtime)
     if warning := checkpoint.warning(loaded):
         print(warning)
     partial = loaded.folder / "eval" / f"chat_{loaded.step}.partial.jsonl"

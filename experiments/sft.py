@@ -153,8 +153,8 @@ def mix(texts: tuple[str, ...], source: str | None) -> tasks.Task:
     chosen, missing = load_tasks(texts, source)
     if missing:
         raise UserError(
-            f"tasks={','.join(missing)}: {next(iter(missing.values()))}; or train on conversations of your own, --set "
-            "tasks=customjson:/path/file.jsonl, or on tasks that need no network, such as identity,arithmetic"
+            f"tasks={','.join(missing)}: {next(iter(missing.values()))}; or train on other conversations: --set "
+            "tasks=customjson:/path/file.jsonl; identity, arithmetic and the spelling tasks need no network"
         )
     if not chosen:
         raise UserError("tasks: name at least one")

@@ -90,9 +90,7 @@ def batches(
         raise UserError(f"sequence_len={sequence_len}: must be at least 1")
     if split == "val":
         config = dataclasses.replace(config, shuffle=False)
-    skipped = list(state["position"].get("skipped", [])) if state else []
-    shards = tuple(shards_of(config, split))
-    stream = StreamConfig(config, tok, split, shards, seed, sequence_len + 1, rank, world_size, skipped)
+    stream = StreamConfig(config, tok, split, tuple(shards_of(config, split)), seed, sequence_len + 1, rank, world_size)
     start, buffer = _restore(stream, state)
     reader, device = BlockReader(stream), torch.device(device)
     unread = _documents(stream, start.doc, _token_blocks(stream, start, reader))
@@ -124,7 +122,7 @@ class StreamConfig:
     row_tokens: int
     rank: int
     world_size: int
-    skipped: list[str]  # corrupt shards so far, and what is wrong with them
+    skipped: list[str] = dataclasses.field(default_factory=list)  # corrupt shards, and what is wrong with them
 
     @property
     def token_type(self) -> type[np.unsignedinteger]:
@@ -207,6 +205,7 @@ def _restore(stream: StreamConfig, state: LoaderState | None) -> tuple[Position,
     if kept.sum() != len(tokens) or (lengths < 1).any():
         raise UserError(f"the data state is corrupt: it holds {len(tokens)} tokens, its documents {kept.sum()}")
     start = Position(*(int(position[name]) for name in Position._fields))
+    stream.skipped.extend(position.get("skipped", []))
     ref = BlockRef(start.epoch, start.shard, start.block, -1, -1)
     parts = np.split(tokens, np.cumsum(kept))
     return start, [Document(part.tobytes(), length, ref, start.doc) for part, length in zip(parts, lengths.tolist())]

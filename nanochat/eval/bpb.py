@@ -64,24 +64,18 @@ def _with_sizes(params: TensorDict, batches: Iterable[Batch], tok: Tokenizer) ->
     """Yield each batch with the number of bytes of its targets, (B, T) int64."""
     token_bytes_V = torch.from_numpy(tokenizer.token_bytes(tok)).to(params["wte"].device)
     for batch in batches:
-        yield batch, _sizes(batch, token_bytes_V)
+        targets_BT = batch["targets"]
+        yield batch, token_bytes_V[targets_BT.clamp_min(0)] * (targets_BT != IGNORE)
 
 
 def check(batches: Generator[tuple[Batch, Any, Any], None, None], tok: Tokenizer) -> None:
-    """Read a loader's validation data until it has text to predict, print what it skips, and close it. Collective.
-
-    Raises a UserError if there is no text.
-    """
+    """Raise a UserError unless a loader's validation data has text; print what it skips, and close it. Collective."""
     token_bytes_V, skipped, has_text = torch.from_numpy(tokenizer.token_bytes(tok)), [], False
     with distributed.raise_on_any_failure(), contextlib.closing(batches):
         for batch, state, _ in batches:
-            skipped = state["position"].get("skipped", [])
-            if has_text := bool(_sizes({"targets": batch["targets"].cpu()}, token_bytes_V).any()):
+            targets, skipped = batch["targets"].cpu(), state["position"].get("skipped", [])
+            if has_text := bool(token_bytes_V[targets[targets != IGNORE]].any()):
                 break
     if not distributed.all_reduce_max(has_text):
         raise UserError("the validation data has no text to predict: change data.source or val_tasks")
     print("".join(f"skipped for validation: {text}\n" for text in skipped), end="", flush=True)
-
-
-def _sizes(batch: Batch, token_bytes_V: Tensor) -> Tensor:
-    return token_bytes_V[batch["targets"].clamp_min(0)] * (batch["targets"] != IGNORE)

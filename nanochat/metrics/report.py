@@ -149,12 +149,12 @@ def core_tasks(runs: Sequence[RunInfo]) -> str:
 
 
 def skipped(runs: Sequence[RunInfo]) -> str:
-    """Return what of the data was not trained on, and the tasks whose evaluation has failed."""
+    """Return what of the data was not trained on, and why tasks are not measured."""
     lines = []
     for run in runs:
-        texts, done = run.meta.get("loader", {}).get("skipped", []), run_folder.scores(run)
         failed = {name: why for row in run.evaluations for name, why in row["failed"].items()}
-        texts = [*texts, *(f"{name}: {why}" for name, why in failed.items() if f"chat/{name}" not in done)]
+        texts = [f"{name}: {why}" for name, why in failed.items() if f"chat/{name}" not in run_folder.scores(run)]
+        texts += run.meta.get("loader", {}).get("skipped", [])
         lines += [f"- {run.stage.upper()}: {escaped(text)}" for text in texts]
     return "\n".join(["## Skipped", "", *lines]) if lines else ""
 

@@ -6,13 +6,7 @@ from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from nanochat.train import build, config, functional, init_from, planner, rl, sft, stage, step
-    from nanochat.train.build import (
-        advise_all_gpus,
-        build_step_functions,
-        estimate_batch_size,
-        planner_setup,
-        try_batch_size,
-    )
+    from nanochat.train.build import build_step_functions, estimate_batch_size, planner_setup, try_batch_size
     from nanochat.train.config import (
         PROMPTS,
         EvalConfig,

@@ -56,8 +56,8 @@ class Stage:
         num_steps: length of the run; None: until the batches end.
         step_tokens: tokens of a step, over all ranks. flops_per_token: forward and backward.
         make_step: (train step, rows of a micro-batch) -> the loop's step, see `train.scheduled`.
-        batches: (loader state or None, rows of a micro-batch) -> the batches for `train.fit`; "skipped" in the position
-            of their state: sentences on what is not trained on.
+        batches: (loader state or None, rows of a micro-batch) -> the batches for `train.fit`. Sentences on what is not
+            trained on are "skipped" in the position of their state.
         evaluations: in the order in which they run.
         origin: run, step and stage of the checkpoint that this stage starts from, or None.
         initial_state: (sharding_plan) -> the state before the first step; None: random parameters.
@@ -336,12 +336,19 @@ def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[int],
     """
     tokens = ctx.config.rows * ctx.shape.sequence_len * ctx.runtime.world_size
     with contextlib.closing(batches(ctx.config.rows)) as stream:
-        items = itertools.islice(ctx.stop.each(stream), max(1, ctx.config.eval.tokens // tokens))
-        if (first := next(items, None)) is None:
+
+        def until_stopped() -> Iterator[Any]:
+            for _ in range(max(1, ctx.config.eval.tokens // tokens)):
+                item = ctx.stop.wait(stream)
+                if ctx.stop.agreed() or item is None:
+                    return
+                yield item[0]
+
+        inputs = until_stopped()
+        if (first := next(inputs, None)) is None:
             return Result()
         params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
-        inputs = (batch for batch, *_ in itertools.chain([first], items))
-        bpb = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)
+        bpb = eval.bits_per_byte(params, itertools.chain([first], inputs), ctx.tok, ctx.loss_fn)
     return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte"])
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import math
 import signal
 import time
@@ -197,7 +196,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.since = 0.0
-        self.waiting = False  # for data: a signal interrupts that
+        self.waiting = False  # for data
 
     def agreed(self, problem: bool = False) -> bool:
         """Return whether any rank has a signal or a problem, and share the signal. A collective call."""
@@ -206,29 +205,14 @@ class StopFlag:
             self.signal = self.signal or signal.Signals(code)
         return bool(code)
 
-    def each(self, items: Iterator[Any], on_stop: Callable[[], None] = lambda: None) -> Iterator[Any]:
-        """Yield `items` until they end, or a rank has a signal or a UserError: all then call `on_stop`. Collective.
-
-        A signal does not wait for the next item; it ends a generator.
-        """
-        while True:
-            item = problem = None
+    def wait(self, items: Iterator[Any]) -> Any:
+        """Return the next item; None at the end, or at a signal, which does not wait and closes a generator."""
+        with contextlib.suppress(KeyboardInterrupt):  # raised by the handler while `waiting`
             try:
-                with contextlib.suppress(KeyboardInterrupt):  # raised by the handler while `waiting`
-                    self.waiting = True
-                    item = None if self.signal else next(items, None)
-                    self.waiting = False
-            except UserError as error:
-                self.waiting, problem = False, error
-            if self.agreed(problem is not None):
-                on_stop()
-                with distributed.raise_on_any_failure():  # the same message on all
-                    if problem:
-                        raise problem
-                return
-            if item is None:
-                return
-            yield item
+                self.waiting = True
+                return None if self.signal else next(items, None)
+            finally:
+                self.waiting = False
 
 
 @contextlib.contextmanager
@@ -288,13 +272,21 @@ def fit(
         save: called before the loop ends by a signal, a UserError of the data or (unless skipped) a non-finite step.
     """
     skipped, began = 0, time.perf_counter() - progress.wall_seconds
-    steps = None if num_steps is None else max(num_steps - progress.step, 0)
-    started = time.perf_counter()
-
-    def save_last() -> None:
-        save(state, progress)
-
-    for batch, loader, stats in itertools.islice(stop.each(batches, save_last), steps):
+    while num_steps is None or progress.step < num_steps:
+        started = time.perf_counter()
+        try:
+            item, problem = stop.wait(batches), None
+        except UserError as error:
+            item, problem = None, error
+        if stop.agreed(problem is not None):  # on any rank: all ranks stop here together
+            save(state, progress)
+            with distributed.raise_on_any_failure():  # the same message on all
+                if problem:
+                    raise problem
+            break
+        if item is None:
+            break
+        batch, loader, stats = item
         scaler, waited = state.scaler, time.perf_counter() - started
         state, metrics = step_fn(state, batch, progress.step, stats)
         numbers = {name: float(value) for name, value in metrics.items()}  # waits for the device, once per step
@@ -312,5 +304,4 @@ def fit(
         )
         numbers |= {**stats, "perf/step_seconds": seconds, "perf/data_wait_seconds": waited}
         progress = after_step(state, progress, numbers)
-        started = time.perf_counter()
     return state, progress

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from nanochat.config import UserError, base_dir
 from nanochat.distributed import Runtime, runtime
+from nanochat.train import build
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +147,28 @@ def test_the_limit_of_a_cpu_is_measured() -> None:
     assert 1e9 < limit < 1e14 and source.startswith("measured")
     runtime.measure_matmul(8, cpu, torch.float32)
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "world", "shown"),
+    [
+        (8, 1, 1, "1 of the 8 GPUs of this machine; all: torchrun --nproc_per_node=8 launch.py --set 'name=a b'"),
+        (4, 2, 2, "2 of the 4 GPUs of this machine; all: torchrun --nproc_per_node=4 launch.py"),
+        (8, 4, 16, "4 of the 8 GPUs of this machine; all: torchrun --nproc_per_node=8 … launch.py"),
+        (8, 8, 16, ""),
+        (1, 1, 1, ""),
+        (0, 1, 1, ""),
+    ],
+)
+def test_idle_gpus_are_named_with_the_command_that_uses_them(
+    gpus: int, ranks: int, world: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, cuda=gpus)
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--set", "name=a b"])
+    device = torch.device("cuda" if gpus else "cpu")
+    build.advise_all_gpus(Runtime(0, 0, world, ranks, 0, device, torch.float32))
+    out = capsys.readouterr().out
+    assert shown in out and bool(shown) == bool(out)
 
 
 @pytest.mark.gpu

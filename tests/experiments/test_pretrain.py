@@ -4,10 +4,14 @@ import base64
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from nanochat import eval as evals
 from nanochat.config import UserError, override
 from nanochat.data import loader, tokenizer
 from nanochat.distributed import runtime
-from nanochat.metrics import logger
+from nanochat.metrics import logger, report, run_folder
 from nanochat.model import loss
 from nanochat.train import step
 
@@ -66,6 +70,61 @@ def test_resumed_run_equals_uninterrupted_run(uninterrupted: Path, step: int):
     folder = train.run_folder(f"stopped{step}")
     assert saved_steps(folder)[-1] == len(losses(folder)) == step
     assert_same_run(uninterrupted, pretrain_run(name, "resume=true"))
+
+
+@pytest.mark.parametrize(("split", "step"), [("train", 0), ("val", 3)])
+def test_signal_ends_the_wait_for_a_disk(split: str, step: int, monkeypatch: Any, capsys: Any):
+    read, released, reads = loader.read_block, threading.Event(), itertools.count()
+
+    def blocked(found: Any, *args: Any) -> list[str]:
+        is_val = found.path.name == "val.jsonl"
+        if is_val == (split == "val") and next(reads) >= is_val:  # its first read is before the run
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            released.wait(60)
+        return read(found, *args)
+
+    monkeypatch.setattr(loader, "read_block", blocked)
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        pretrain_run(f"name=blocked{step}", "data.token_cache=false", "eval.prompts=none")
+    released.set()
+    assert stopped.value.code == 130 and time.monotonic() - began < 25
+    saved = f"step {step} is saved; --resume continues from it" if step else "no step was done"
+    assert f"stopped by SIGINT; {saved}" in capsys.readouterr().out
+
+
+VAL = "; the last file by name is the validation split"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], f"no documents to read for split val{VAL}"),
+        (['{"text": ""}', '{"text": null}'], f"no documents to read for split val{VAL}"),
+        (['{"text": "one"}', "not json"], r"val.jsonl: line 2 is not valid JSON"),
+        (['{"body": "one"}'], r"val.jsonl row 1: no text column 'text', it has body: set data.text_column"),
+    ],
+)
+def test_validation_split_without_text_is_noticed_before_the_run(corpus: Path, tmp_path: Path, rows: Any, message: str):
+    shutil.copy(corpus / "text" / "a.jsonl", tmp_path)
+    (tmp_path / "val.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    with pytest.raises(UserError, match=message):
+        pretrain_run("name=no_val", f"data.source={tmp_path}")
+    assert not train.run_folder("no_val").exists()
+
+
+def test_run_names_the_shards_that_it_skipped(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("a", "b", "val"):
+        shutil.copy(corpus / "text" / f"{name}.jsonl", tmp_path)
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write("not json\n")
+    settings = ("name=skipping", f"data.source={tmp_path}", "data.skip_bad_shards=true", "data.buffer_docs=200")
+    with stop_after(2):
+        pretrain_run(*settings)
+    folder = pretrain_run(*settings, "resume=true")
+    line = f"shard {tmp_path / 'b.jsonl'}: line 131 is not valid JSON"
+    assert capsys.readouterr().out.count(f"skipped: {line}") == 2, "at the end of each start"
+    assert line.replace("_", "\\_") in report.skipped([run_folder.read_run(folder)])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Tiny fine-tuning end to end: loss decreases, bit-exact resume, the same on two ranks."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from tiny_run import WORDS
 
 from experiments import midtrain, sft
-from nanochat import checkpoint, distributed, train, tree
+from nanochat import checkpoint, distributed, tasks, train, tree
 from nanochat.config import UserError, override
-from nanochat.metrics import logger
+from nanochat.metrics import logger, report, run_folder
+from nanochat.tasks import hub_table
 from nanochat.train import init_from
 
 CONVERSATIONS = [
@@ -143,3 +145,55 @@ def test_missing_base_run_names_the_command_that_trains_one(tmp_path: Path, monk
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"no base or mid model in .*train one with .*quickstart"):
         sft.run(sft.Config(), distributed.init("cpu"))
+
+
+ASK = {"role": "user", "content": "the cat"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([ASK, {"role": "assistant", "content": "it sat", "weight": 0}], "none of the 3 .*: their answers are all"),
+        ([{**ASK, "content": "the cat " * 80}, {"role": "assistant", "content": "it sat"}], "none of the 3 .*: longer"),
+        ([ASK, {"role": "assistant", "content": ""}], "the validation data has no text to predict: change .*val_tasks"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["val_tasks", "tasks"])
+def test_nothing_to_learn_or_validate_is_an_error(
+    base: Path, tmp_path: Path, setting: str, messages: Any, message: str
+):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(f"{json.dumps(messages)}\n" * 3)
+    empty = setting == "tasks" and not messages[1]["content"]  # the end of an empty answer can be learned
+    with contextlib.nullcontext() if empty else pytest.raises(UserError, match=message):
+        fine_tune(base, "name=nothing", "overwrite=true", f"{setting}=customjson:{file}", "num_iterations=2")
+    assert empty or not checkpoint.steps(train.run_folder("nothing") / "checkpoints")
+
+
+def test_own_conversations_need_no_network(base: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):
+
+    def unreachable(*_: Any) -> Any:
+        raise tasks.MissingDataError("no network")
+
+    monkeypatch.setattr(hub_table, "_load_from_hub", unreachable)
+    lines, config = f"customjson:{base / 'lines.jsonl'}", sft.Config()
+    defaults = [
+        f"val_tasks={','.join(config.val_tasks)}",
+        f"chat.tasks={','.join(config.chat.tasks)},arithmetic:size=4",
+    ]
+    folder = fine_tune(base, "name=offline", *defaults, "num_iterations=2")
+    out = capsys.readouterr().out
+    names = ", ".join((*config.val_tasks, *config.chat.tasks))
+    sentence = f"skipped: {names}: no network; no validation: --set tasks=customjson:FILE:start=50"
+    assert out.count(sentence) == 2, "at the start and at the end"
+    rows = logger.read(folder)
+    assert logger.curve(rows, "val/bpb")[0] == [] and logger.curve(rows, "chat/Arithmetic")[0] == [2]
+    page = report.skipped([run_folder.read_run(folder)])
+    assert "- SFT: ARC-Easy: no network" in page and "- SFT: smoltalk:test: no network" in page
+    folder = fine_tune(base, "name=held_out", f"tasks={lines}:start=20", f"val_tasks={lines}:stop=20,gsm8k:test")
+    assert "skipped: gsm8k:test: no network\n" in capsys.readouterr().out
+    assert logger.curve(logger.read(folder), "val/bpb")[0]
+    with pytest.raises(UserError, match=r"tasks=smoltalk,mmlu:auxiliary_train,gsm8k: no network; or train on other"):
+        fine_tune(base, "name=wrong", f"tasks={','.join(config.tasks)},identity")
+    with pytest.raises(UserError, match="'gsm9k': no such task"):
+        fine_tune(base, "name=wrong", "val_tasks=gsm9k")

@@ -162,6 +162,8 @@ def test_prompt_batches_wrap_around_and_resume():
     assert [stats["epoch"] for _, _, stats in batches] == pytest.approx([4 / 6, 8 / 6, 2])
     assert next(rl.prompt_batches(task(), TOK, 64, 4, batches[1][1]))[0] == batches[2][0]
     assert next(rl.prompt_batches(task(), TOK, 64, 2, batches[1][1]))[0]["numbers"] == [8, 9]
+    position = next(rl.prompt_batches(task(), TOK, 8, 4, batches[0][1]))[1]["position"]
+    assert position["skipped"][0].startswith("4 of 8 prompts (50.0%) shortened: longer than 8 tokens; a base model")
     with pytest.raises(UserError, match="5 rows of sevens: the run has 6 of sevens"):
         next(rl.prompt_batches(task(5), TOK, 64, 4, batches[0][1]))
 

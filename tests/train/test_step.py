@@ -6,6 +6,8 @@ import itertools
 import math
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch._dynamo.utils import counters
 
 from nanochat import model, optim, train, transform, tree
 from nanochat.config import UserError
+from nanochat.data import prefetch
 from nanochat.distributed import Runtime, compile_fn, sharding
 from nanochat.model import Compute, ModelConfig, attention, loss
 from nanochat.train import Progress, TrainState
@@ -334,6 +337,25 @@ def test_second_ctrl_c_interrupts_but_duplicate_signal_does_not(monkeypatch: pyt
         now = 103.0
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the loop could not be interrupted")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", ["waits", "spins", "waits in the main thread"])
+def test_signal_ends_a_wait_for_data(number: signal.Signals, how: str):
+    released, run, began = threading.Event(), Run(), time.monotonic()
+
+    def batches() -> Iterator[Any]:
+        yield from itertools.islice(Run().batches(), 2)
+        while not released.wait(0 if how == "spins" else 60):
+            pass
+
+    run.batches = batches if how.endswith("main thread") else lambda: prefetch(batches(), 1)
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), number))
+    timer.start()
+    _, progress = run.fit(9)
+    released.set()
+    assert time.monotonic() - began < 20
+    assert [saved.step for _, saved in run.saved] == [progress.step] == [2]
 
 
 # --- CUDA -----------------------------------------------------------------------------------------------------------
