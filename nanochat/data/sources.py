@@ -302,8 +302,9 @@ def _named(words: str, folder: Path, files: list[Path]) -> list[Path]:
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    """Return all files under a folder but hidden ones, broken links included, sorted."""
-    files = (path for path in folder.rglob("*") if not path.is_dir())
+    """Return all files under a folder, sorted, and links, which are not followed; not hidden ones and our own."""
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    files = (file for file in files if base_dir().absolute() not in file.absolute().parents)
     return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(folder).parts))
 
 

@@ -177,6 +177,17 @@ def test_files_that_are_not_read_are_named(tmp_path: Path, files: list[str], unr
     assert capsys.readouterr().out.splitlines()[-1] == f"not read in {tmp_path / 'in'}: {unread}"
 
 
+@pytest.mark.parametrize("link", ["linked.jsonl", "linked folder"])
+def test_links_that_cannot_be_followed_are_named(tmp_path: Path, link: str, capsys: pytest.CaptureFixture[str]):
+    write(tmp_path / "nested" / "a.json", docs(0, 40))
+    (tmp_path / link).symlink_to(tmp_path / "gone" if link.endswith("jsonl") else tmp_path / "nested")
+    for _ in range(2):  # the base folder, with what was converted, is in the source: it is not read
+        train, val = read_all(DataConfig(source=str(tmp_path)))
+        assert sorted(train + val) == sorted(docs(0, 40))
+    output = capsys.readouterr().out
+    assert f"not read in {tmp_path}: {link}" in output and output.count("writing") == 1
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
 def test_deeply_nested_json_is_named_or_skipped(tmp_path: Path, name: str):
     data = f'{LINES}{{"text": {"[" * 100_000}\n'.encode()
