@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from nanochat import checkpoint, data, distributed, eval, model
-from nanochat.config import PositiveInt, Seed, Settings, base_dir
+from nanochat.config import PositiveInt, Settings, base_dir
 from nanochat.data import DataConfig
 from nanochat.text import table
 
@@ -81,7 +81,7 @@ class Config(Settings):
     rows: PositiveInt = 32
     sequence_len: PositiveInt = 2048
     vocab_size: PositiveInt = 4096
-    seed: Seed = 42
+    seed: int = 42
     device: str = "auto"
     dtype: str = "auto"
     core: CoreConfig = CoreConfig()

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat import checkpoint, data, distributed, infer, jsonl
-from nanochat.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError
+from nanochat.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError
 from nanochat.data import chat_format
 from nanochat.metrics import progress
 from nanochat.text import reason
@@ -71,7 +71,7 @@ class Config(checkpoint.LoadConfig):
     temperature: NonNegativeFloat | None = None
     top_k: NonNegativeInt = 50
     max_tokens: PositiveInt | None = None
-    seed: Seed | None = None
+    seed: int | None = None
     compile: bool = False
     verbose: bool = False
     complete: bool = False

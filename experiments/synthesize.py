@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import requests
 
 from nanochat import jsonl, text
-from nanochat.config import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, Settings, UserError, base_dir
+from nanochat.config import NonNegativeFloat, PositiveFloat, PositiveInt, Settings, UserError, base_dir
 from nanochat.metrics import progress
 from nanochat.text import format_duration
 
@@ -82,7 +82,7 @@ class Config(Settings):
     key_variable: str | None = "OPENAI_API_KEY"
     output: Path | None = None
     count: PositiveInt = 1000
-    seed: Seed = 0
+    seed: int = 0
     facts: Path | None = None
     temperature: NonNegativeFloat = 1.0
     schema: bool = True

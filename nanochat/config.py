@@ -41,7 +41,6 @@ NonNegativeInt = Annotated[int, "at least 0", lambda x: x >= 0]
 PositiveFloat = Annotated[float, "above 0, and finite", lambda x: 0 < x < math.inf]
 NonNegativeFloat = Annotated[float, "at least 0, and finite", lambda x: 0 <= x < math.inf]
 Fraction = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
-Seed = Annotated[int, "from -2**63 to 2**63 - 1", lambda x: -(2**63) <= x < 2**63]
 
 
 class Settings:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nanochat.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Settings, UserError
+from nanochat.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Settings, UserError
 
 CHAT_CORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 TITLES = {
@@ -40,7 +40,7 @@ class ChatEvalConfig(Settings):
     temperature: NonNegativeFloat = 0.0
     top_k: NonNegativeInt = 50
     max_tokens: PositiveInt = 512
-    seed: Seed = 42
+    seed: int = 42
     slots: PositiveInt = 32
     batch_tokens: PositiveInt = 16384
     compile: bool | None = None

@@ -16,7 +16,6 @@ from nanochat.config import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Seed,
     Settings,
     base_dir,
 )
@@ -127,7 +126,7 @@ class StageConfig(Settings):
     """
 
     name: RunName | None = None
-    seed: Seed = 42
+    seed: int = 42
     device: Device = "auto"
     dtype: Dtype = "auto"
     compile: bool = True
