@@ -40,12 +40,11 @@ NEUTRAL = {
 }
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# How other files start that are taken for checkpoints -> what they are.
-OTHER_FILES = {
-    rb"version https://git-lfs": "a pointer of Git LFS (get the file with `git lfs pull`)",
-    rb"<": "a web page",
-    rb"GGUF": "a GGUF file",
-    rb".{6}\0\0\s*{": "a safetensors file",
+OTHER_FILES = {  # how they start
+    rb"version https://git-lfs": "it is a Git LFS pointer; get the file with `git lfs pull`",
+    rb"\s*<": "it is a web page",
+    rb".{6}\0\0\s*{": "it is a safetensors file; use the reference's model_*.pt",
+    rb"": "it is corrupt, or contains code, which is never run; download it again, or torch.save only its tensors",
 }
 
 
@@ -124,24 +123,18 @@ def config_from_reference(model_config: Mapping[str, object]) -> ModelConfig:
 def load_reference(path: Path, config: ModelConfig) -> Params:
     """Read the parameters in a `.pt` file; pickled code is refused."""
     try:
-        with path.open("rb") as file:
-            start = file.read(64).lstrip()
-        if other := next((name for prefix, name in OTHER_FILES.items() if re.match(prefix, start, re.DOTALL)), None):
-            raise UserError(f"{path}: is {other}, expected the reference's model_*.pt")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch compares no checksum, and unpacks any size
                 if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
                     raise ValueError
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     except Exception:  # torch raises many types, and advises to disable weights_only
-        raise UserError(
-            f"{path}: not a file of plain tensors: it is corrupt, or contains code, which is never run; "
-            "download it again, or save only its tensors with torch.save"
-        ) from None
+        with path.open("rb") as file:
+            start = file.read(64)
+        problem = next(text for prefix, text in OTHER_FILES.items() if re.match(prefix, start, re.DOTALL))
+        raise UserError(f"{path}: not a file of plain tensors: {problem}") from None
     if not isinstance(state_dict, Mapping):
         raise UserError(f"{path}: not a state_dict (a mapping of names to tensors)")
     for name, value in state_dict.items():

@@ -13,10 +13,9 @@ A program succeeds only if it runs to its last line: `sys.exit(0)` or `os._exit(
 guaranteed: that a program cannot find the secret that reports success, since both run in one interpreter, or that the
 kernel has no security hole.
 
-`weak=True` does without bubblewrap, for mistakes rather than hostile programs: a process group, an empty environment, a
-temporary folder, rlimits, and what the system has of Landlock (Linux 5.13), dropped capabilities (root), libseccomp and
-seccomp. Landlock hides the files of the user, and the environment and memory of other processes. Without it a
-RuntimeWarning says so if they are open to the program; root's are usually protected by the capabilities.
+`weak=True` does without bubblewrap: an empty environment, a temporary folder, rlimits, no capabilities, and what the
+system has of seccomp and Landlock (Linux 5.13), which hides files and the environment and memory of other processes. If
+they are open to the program a RuntimeWarning says so. Not for hostile programs: they can still change modes of files.
 
 Source: the manual page bwrap(1).
 """
@@ -53,10 +52,9 @@ START_SECONDS = 30.0  # for the interpreter to start, before the program's own t
 KILL_SECONDS = 10.0  # for the kernel to remove a killed namespace
 POLL_SECONDS = 0.2
 REPORT_BYTES = 2**14
+Process = subprocess.Popen[bytes]
 INSTALL = "apt-get install bubblewrap libseccomp2 (or your system's packages)"
-SECCOMP = (
-    "This kernel, or the container that this runs in, refuses seccomp filters (CONFIG_SECCOMP_FILTER): use another"
-)
+SECCOMP = "This kernel or container refuses seccomp filters (CONFIG_SECCOMP_FILTER): use another"
 NAMESPACES = (
     "If this user may not create namespaces: docker run --security-opt seccomp=unconfined --security-opt "
     "apparmor=unconfined; on Ubuntu sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; elsewhere "
@@ -201,9 +199,7 @@ class _Outcome:
     seconds: float = 0.0
 
 
-def _monitor(
-    process: subprocess.Popen[bytes], report: IO[bytes], limits: Limits, canceled: threading.Event
-) -> _Outcome:
+def _monitor(process: Process, report: IO[bytes], limits: Limits, canceled: threading.Event) -> _Outcome:
     """Read the program's output until it exits or exceeds a limit."""
     assert process.stdout and process.stderr
     outcome, started, running = _Outcome(), time.monotonic(), False
@@ -241,7 +237,7 @@ def _monitor(
     return outcome
 
 
-def _terminate(process: subprocess.Popen[bytes], stop: IO[bytes]) -> None:
+def _terminate(process: Process, stop: IO[bytes]) -> None:
     """Have the jail kill what still runs of the program, and wait until it is gone."""
     with contextlib.suppress(BrokenPipeError):
         stop.write(b"x")

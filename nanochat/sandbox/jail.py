@@ -37,8 +37,7 @@ def check(code: int, what: str) -> None:
 def supervise(program: int, stop: int) -> None:
     """Wait for the program, or kill it when the parent says so or is gone; then exit like it, and leave no process.
 
-    In a namespace this is process 1, whose exit kills all others, and which bubblewrap reaps. Elsewhere it adopts the
-    orphans.
+    In a namespace this is process 1, which takes all others with it; elsewhere it adopts the orphans.
     """
 
     def kill_when_told() -> None:
@@ -47,18 +46,13 @@ def supervise(program: int, stop: int) -> None:
 
     _thread.start_new_thread(kill_when_told, ())
     code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
-    with contextlib.suppress(OSError):  # no /proc
-        while pids := children():
+    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as children:
+        while pids := children.read().split():
             for pid in pids:
-                os.kill(pid, SIGKILL)
-            for pid in pids:
-                os.waitpid(pid, 0)
+                os.kill(int(pid), SIGKILL)
+                os.waitpid(int(pid), 0)
+            children.seek(0)
     os._exit(code if code >= 0 else 128 - code)
-
-
-def children() -> list[int]:
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return [int(pid) for pid in file.read().split()]
 
 
 def mount_folder(libc: ctypes.CDLL, folder_bytes: int, folder_files: int) -> None:
@@ -172,8 +166,8 @@ def run(source: bytes, report: int, send_secret: Callable[[], object]) -> None:
         exit_process(1)
 
 
-def drop_what_is_possible(libc: ctypes.CDLL, readable: list[str]) -> None:
-    """Drop the privileges that this system lets a process drop without a namespace."""
+def restrict_weakly(libc: ctypes.CDLL, readable: list[str]) -> None:
+    """Drop what this system lets a process drop without a namespace."""
     dac_override, dac_read_search = 2, 4  # the interpreter may belong to another user
     with contextlib.suppress(OSError):
         drop_capabilities(libc, keep=dac_override | dac_read_search)
@@ -211,7 +205,7 @@ def main() -> None:
     os.close(stop)
     filtered, instructions = False, os.pread(received, filter_bytes, 0)
     if is_linux and not enforced:
-        drop_what_is_possible(libc, readable)
+        restrict_weakly(libc, readable)
     with contextlib.suppress(*() if enforced else (OSError,)):
         if instructions:
             install_filter(libc, instructions)

@@ -190,9 +190,9 @@ def test_damaged_packed_and_other_files_are_refused(tmp_path: Path):
         saved[:middle] + bytes([saved[middle] ^ 1]) + saved[middle + 1 :]: "not a file of plain tensors",
         packed.getvalue(): "not a file of plain tensors",
         b"": "not a file of plain tensors",
-        (64).to_bytes(8, "little") + b'{"lm_head.weight": {': "is a safetensors file",
-        b"version https://git-lfs.github.com/spec/v1": "is a pointer of Git LFS",
-        b"\n<!DOCTYPE html>": "is a web page",
+        (64).to_bytes(8, "little") + b'{"lm_head.weight": {': "not a file of plain tensors: it is a safetensors file",
+        b"version https://git-lfs.github.com/spec/v1": "not a file of plain tensors: it is a Git LFS pointer",
+        b"\n<!DOCTYPE html>": "not a file of plain tensors: it is a web page",
     }.items():
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {message}"):

@@ -4,8 +4,11 @@ import contextlib
 import ctypes
 import functools
 import os
+import tempfile
 import textwrap
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,34 @@ def adopt_orphans(adopt: bool) -> None:
     """Be for orphaned processes what process 1 of a container is: a new parent that does not reap them."""
     set_child_subreaper = 36
     assert ctypes.CDLL(None).prctl(set_child_subreaper, ctypes.c_ulong(adopt), 0, 0, 0) == 0
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """Mark the processes of a test, and check that no process, descriptor, mount or temporary file is left."""
+    mark, text = f"# {uuid.uuid4()}", sandbox._jail()
+    monkeypatch.setattr(sandbox, "_jail", lambda: f"{text}\n{mark}\n")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    before, mounts = descriptors(), Path("/proc/self/mounts").read_text()
+    adopt_orphans(True)
+    yield mark
+    adopt_orphans(False)
+    assert processes(mark) == []
+    assert descriptors() == before
+    assert os.listdir(temporary) == []
+    assert Path("/proc/self/mounts").read_text() == mounts
+    with contextlib.suppress(ChildProcessError):
+        assert os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None  # no zombie either
+
+
+@pytest.fixture
+def kernel(mark: str) -> str:
+    """Skip the test if the kernel does not isolate."""
+    if reason := sandbox.available():
+        pytest.skip(reason)
+    return mark
 
 
 def run(code: str, **options: float) -> Result:
