@@ -1,8 +1,7 @@
-"""Gradients of pure functions for training, with the contract of `torch.func` and none of its blind spots.
+"""The gradient of pure functions for training, with the contract of `torch.func`.
 
-`torch.func.grad` ignores a custom backward under torch.compile without a word, and fails on DTensor leaves,
-activation checkpointing and flex_attention. `torch.autograd.grad` works with all of them, so training goes through
-`value_and_grad` below; for per-example gradients, Jacobians and curvature use `torch.func` itself on the same loss.
+`torch.func` fails on DTensor leaves, activation checkpointing and flex_attention, and compiled it ignores a custom
+backward that is not wrapped for it (`torch.compiler.allow_in_graph`). `torch.autograd.grad` works with all of these.
 """
 
 from collections.abc import Callable

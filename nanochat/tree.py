@@ -61,5 +61,10 @@ def to(tree: Tree, device: torch.device | str) -> Tree:
     return map(lambda x: x.to(device), tree)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return `x` in float32, or unchanged in float64 (for finite differences)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def nbytes(tree: Tree) -> int:
     return sum(x.numel() * x.element_size() for x in leaves(tree))

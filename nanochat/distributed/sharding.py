@@ -35,6 +35,7 @@ from nanochat import tree
 from nanochat.config import UserError
 from nanochat.distributed.config import ShardingConfig
 from nanochat.distributed.runtime import Runtime
+from nanochat.tree import at_least_float32
 
 AXES = ("replicate", "shard")
 
@@ -282,7 +283,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows = [_at_least_float32(grad).movedim(dim, 0) for grad, dim in zip(grads, ctx.dims)]
+        rows = [at_least_float32(grad).movedim(dim, 0) for grad, dim in zip(grads, ctx.dims)]
         flat = torch.cat([x.reshape(ctx.ranks, -1) for x in rows], dim=1).view(-1)
         reduced = _ops.wait_tensor(_ops.reduce_scatter_tensor(flat, "sum", ctx.ranks, ctx.group))
         pieces = reduced.split([x.numel() // ctx.ranks for x in rows])
@@ -300,7 +301,7 @@ def reduce_(plan: ShardingPlan | None, grads: TensorDict) -> None:
     """Replace a rank's gradients by the sum over all ranks: the shards of which this rank has the optimizer's state."""
     if plan is None:
         return
-    flat = {name: _at_least_float32(g) for name, g in tree.flatten(grads).items()}
+    flat = {name: at_least_float32(g) for name, g in tree.flatten(grads).items()}
     if plan.full_in_step and plan.sharded:
         rows = [flat[name].movedim(dim, 0).contiguous() for name, dim in plan.sharded.items()]
         shards = _ops.reduce_scatter_tensor_coalesced(rows, "sum", plan.shards, plan.group("shard"))
@@ -395,10 +396,6 @@ def muon_all_to_all(plan: ShardingPlan, name: str, moment_shape: Sequence[int]) 
     if dim is None:
         return None
     return MuonAllToAll(plan.shards, rank, plan.group("shard"), dim, state_dim(plan, name, moment_shape))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 _ops = torch.ops._c10d_functional  # the dispatcher's: the functions around them changed names between torch versions

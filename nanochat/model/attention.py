@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from nanochat.distributed import time_best
+from nanochat.tree import at_least_float32
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -27,11 +28,6 @@ def mask(n_time: int, window: int, device: torch.device | str = "cpu") -> Tensor
     i = torch.arange(n_time, device=device)[:, None]
     j = torch.arange(n_time, device=device)[None, :]
     return (j <= i) & (j >= i - window)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return `x` in float32, or unchanged in float64 (for finite differences)."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def math(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, window: int) -> Tensor:
@@ -152,50 +148,6 @@ def hub_kernel(name: str) -> Any:
     return get_kernel(name, version=1) if takes_version else get_kernel(name)
 
 
-def for_torch_func(attend: Attend) -> Attend:
-    """Return a kernel with a custom backward of its own in a form that `torch.func.grad` sees, compiled or not.
-
-    The backward computes the forward again, to run the kernel's own backward on it. First derivatives only.
-    """
-
-    class Backward(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int) -> tuple[Tensor, ...]:
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            with torch.enable_grad():
-                out = attend(leaves[0], leaves[1], leaves[2], window)
-            return torch.autograd.grad(out, leaves, grad)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            pass
-
-    class Forward(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-            return attend(q, k, v, window)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            *tensors, ctx.window = inputs
-            ctx.save_for_backward(*tensors)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-            grads: Any = Backward.apply(*ctx.saved_tensors, grad, ctx.window)
-            return *grads, None
-
-    @torch.compiler.allow_in_graph  # see nanochat.model.linear
-    def call(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        return Forward.apply(q, k, v, window)  # pyright: ignore
-
-    return call
-
-
 FA3_HUB = "kernels-community/flash-attn3"
 # Name -> (sequence length, windows, device) -> attention. Ranks exchange names, not functions.
 KERNELS: dict[str, Callable[[int, tuple[int, ...], torch.device], Attend]] = {
@@ -209,21 +161,16 @@ KERNELS: dict[str, Callable[[int, tuple[int, ...], torch.device], Attend]] = {
     "fa3_hub": lambda *_: external_flash(FA3_HUB),
     "fa3_torch": lambda *_: flash_fa3(),  # last: while it is active, flash is FA3 too
 }
-CUSTOM_BACKWARD = ("fa2", "fa3", "fa3_hub")
+CUSTOM_BACKWARD = {"fa2", "fa3", "fa3_hub"}  # in an autograd.Function that torch.func does not see
 # What auto and fa3 try.
 CANDIDATES = {"auto": tuple(name for name in KERNELS if name != "math"), "fa3": ("fa3", "fa3_hub", "fa3_torch")}
 
 
-def build(names: Mapping[int, str], n_time: int, device: torch.device, *, torch_func: bool = False) -> Attend:
-    """Return attention that uses for each window the kernel that `names` gives, {window: one of KERNELS}.
-
-    Args:
-        torch_func: gradients are taken by `torch.func`, which cannot see into every kernel.
-    """
+def build(names: Mapping[int, str], n_time: int, device: torch.device) -> Attend:
+    """Return attention that uses for each window the kernel that `names` gives, {window: one of KERNELS}."""
     kernels = {}
     for name in sorted(set(names.values()), key=list(KERNELS).index):
-        kernel = KERNELS[name](n_time, tuple(w for w in names if names[w] == name), device)
-        kernels[name] = for_torch_func(kernel) if torch_func and name in CUSTOM_BACKWARD else kernel
+        kernels[name] = KERNELS[name](n_time, tuple(w for w in names if names[w] == name), device)
     if len(kernels) == 1:
         return next(iter(kernels.values()))
 
@@ -266,15 +213,13 @@ def choose(
         kernel: auto (on CUDA the fastest that gives the numbers of `math`, else sdpa), fa3 (from any source), or one
             of KERNELS.
         n_time: sequence length in tokens. windows: one per layer. heads: (N, K, H).
-        rows: sequences per micro-batch. compile: whether attention will be compiled. torch_func: see `build`.
+        rows: sequences per micro-batch. compile: whether it will be compiled. torch_func: of TrainConfig.grad.
     """
     if kernel != "auto" and kernel not in KERNELS:
         raise ValueError(f"attention={kernel}: expected auto, {', '.join(KERNELS)}")
     if kernel in ("math", "sdpa") or (kernel == "auto" and device.type != "cuda"):
         name = "sdpa" if kernel == "auto" else kernel
         return KernelChoice(dict.fromkeys(windows, name), name)
-    if kernel == "flex" and torch_func:
-        raise ValueError("attention=flex has no gradient by torch.func: set train.grad=autograd, or another kernel")
     if kernel == "flex" and not compile:
         raise ValueError("attention=flex needs compile=true: uncompiled it is slow and holds all scores")
     names, texts = {}, []
@@ -285,7 +230,7 @@ def choose(
             if name == "flex" and (torch_func or not compile):
                 continue
             try:
-                seconds[name] = benchmark_and_verify(name, example, compile=compile, torch_func=torch_func)
+                seconds[name] = benchmark_and_verify(name, example, compile=compile)
             except Exception as error:  # whatever a package, compiler or driver raises: it does not work here
                 problems[name] = _reason(error)
             finally:
@@ -338,10 +283,10 @@ def make_example(
     return Example(window, (q, k, v), grad, [out.detach(), *grads])
 
 
-def benchmark_and_verify(name: str, example: Example, *, compile: bool = True, torch_func: bool = False) -> float:
+def benchmark_and_verify(name: str, example: Example, *, compile: bool = True) -> float:
     """Return the seconds of a kernel's forward and backward pass; raises ValueError if it does not compute `math`."""
     n_time, device = example.grad.shape[1], example.grad.device
-    attend = build({example.window: name}, n_time, device, torch_func=torch_func)
+    attend = build({example.window: name}, n_time, device)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, example.window)

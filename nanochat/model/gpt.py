@@ -217,7 +217,7 @@ def rms(x: Tensor) -> Tensor:
 
 def unembed(x_BTC: Tensor, lm_head_VC: Tensor, config: ModelConfig, compute: Compute = Compute()) -> Tensor:
     """Return logits (…, V) of final activations, softly capped at ±15; float64 for float64 input, else float32."""
-    logits_BTV = attention.at_least_float32(compute.linear(x_BTC, lm_head_VC)[..., : config.vocab_size])
+    logits_BTV = tree.at_least_float32(compute.linear(x_BTC, lm_head_VC)[..., : config.vocab_size])
     return LOGIT_CAP * torch.tanh(logits_BTV / LOGIT_CAP)
 
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.model import gpt
-from nanochat.model.attention import at_least_float32
 from nanochat.model.gpt import LOGIT_CAP, Compute
 from nanochat.model.linear import Linear, cast, dense, matmuls
 from nanochat.model.params import ModelConfig, ParamsLike
+from nanochat.tree import at_least_float32
 
 Batch = Mapping[str, Tensor]
 IGNORE = -1

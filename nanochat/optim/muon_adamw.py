@@ -212,7 +212,7 @@ def adamw(
     new_m = m + (g32 - m) * (1 - beta1)
     new_v = v + (g32 * g32 - v) * (1 - beta2)
     t = step.float()
-    # Too small to show beside eps; at 0 the derivative of the root would be infinite (see train.functional.unroll).
+    # At 0 the root has no finite derivative (`train.functional.unroll`), and 1e-18 does not show beside eps.
     denominator = (new_v / (1 - beta2**t)).clamp_min(1e-36).sqrt() + ADAM_EPS
     decayed = p.float() * (1 - lr * h["weight_decay"])
     new_p = (decayed - (lr / (1 - beta1**t)) * (new_m / denominator)).to(p.dtype)

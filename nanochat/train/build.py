@@ -15,7 +15,7 @@ from nanochat.config import UserError
 from nanochat.distributed import Runtime, ShardingPlan, sharding
 from nanochat.model import Compute, ModelConfig, attention, loss
 from nanochat.model import linear as linears
-from nanochat.train import planner, step
+from nanochat.train import functional, planner, step
 from nanochat.train.config import StageConfig
 from nanochat.train.step import StepFn, TrainState
 
@@ -33,11 +33,13 @@ def build_step_functions(
     dtype = runtime.compute_dtype
     chosen, torch_func = choose_attention(config, shape, runtime), config.train.grad == "torch_func"
     try:
-        attend = attention.build(chosen.names, shape.sequence_len, runtime.device, torch_func=torch_func)
+        attend = attention.build(chosen.names, shape.sequence_len, runtime.device)
     except ImportError as error:  # on another node than rank 0's
         raise UserError(
             f"train.attention: rank 0 has {chosen.text}, and here {error}; install it, or set sdpa"
         ) from None
+    if torch_func and attention.CUSTOM_BACKWARD.intersection(chosen.names.values()):
+        attend = functional.with_visible_backward(attend)
     linear, precision = linears.choose(config.train.linear, runtime.device)
     chunk = chunk_tokens(config, runtime)
     gather = sharding.gather_layer(sharding_plan, dtype)
@@ -73,6 +75,8 @@ def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) 
     kernel = config.train.attention
     if kernel == "auto" and not config.compile:
         kernel = "sdpa"
+    if kernel == "flex" and config.train.grad == "torch_func":
+        raise UserError("train.attention=flex has no gradient by torch.func: set another kernel or train.grad=autograd")
     heads = (shape.n_head, shape.n_kv_head, shape.head_dim)
     try:
         with distributed.raise_on_any_failure():

@@ -192,28 +192,6 @@ def test_external_flash_compiles_and_may_return_a_tuple(monkeypatch: pytest.Monk
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
-def test_torch_func_uses_the_backward_of_an_external_kernel(monkeypatch: pytest.MonkeyPatch, backend: str | None):
-    class Kernel(torch.autograd.Function):  # as flash_attn has it; its backward is told apart by the factors
-        @staticmethod
-        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            ctx.save_for_backward(k, v)
-            return q.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore
-            k, v = ctx.saved_tensors
-            return 5 * grad, 6 * grad * k, 7 * grad * v
-
-    monkeypatch.setattr(attention, "external_flash", lambda _: lambda q, k, v, window: Kernel.apply(q, k, v))
-    attend = attention.build({8: "fa2"}, 16, torch.device("cpu"), torch_func=True)
-    q, k, v = (torch.randn(2, 16, 2, 4) for _ in range(3))
-    of_func: Any = torch.func.grad(lambda q, k, v: attend(q, k, v, 8).sum(), argnums=(0, 1, 2))
-    of_func = torch.compile(of_func, fullgraph=True, backend=backend) if backend else of_func
-    got = of_func(q, k, v)
-    assert all(torch.equal(a, b) for a, b in zip(got, (5 * torch.ones_like(q), 6 * k, 7 * v)))
-
-
 @pytest.mark.parametrize(
     "get_kernel", [lambda repo_id, *, version: package(attention.math), lambda repo_id: package(attention.math)]
 )

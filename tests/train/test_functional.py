@@ -100,3 +100,27 @@ def test_derivatives_through_training_equal_finite_differences():
     for index, slope in enumerate(slopes):
         values = [validation(*(x + sign * 0.01 * (i == index) for i, x in enumerate(at))) for sign in (1, -1)]
         assert float(slope) == pytest.approx(float(values[0] - values[1]) / 0.02, rel=0.03), index
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_torch_func_uses_the_backward_of_an_external_kernel(backend: str | None):
+    class Kernel(torch.autograd.Function):  # as flash_attn has it; its backward is told apart by the factors
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            ctx.save_for_backward(k, v)
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore
+            k, v = ctx.saved_tensors
+            return 5 * grad, 6 * grad * k, 7 * grad * v
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        return Kernel.apply(q, k, v)  # pyright: ignore
+
+    attend = functional.with_visible_backward(kernel)
+    q, k, v = (torch.randn(2, 16, 2, 4) for _ in range(3))
+    of_func: Any = torch.func.grad(lambda q, k, v: attend(q, k, v, 8).sum(), argnums=(0, 1, 2))
+    of_func = torch.compile(of_func, fullgraph=True, backend=backend) if backend else of_func
+    got = of_func(q, k, v)
+    assert all(torch.equal(a, b) for a, b in zip(got, (5 * torch.ones_like(q), 6 * k, 7 * v)))
