@@ -69,7 +69,7 @@ class EvalConfig(Settings):
 
     Attributes:
         every_steps: steps between evaluations of bits per byte; none: only after the last step.
-        tokens: tokens of the validation split to evaluate on.
+        tokens: tokens of the validation split to evaluate on; documents that are fewer are read again from the first.
         sample_every_steps: steps between samples; none: only after the last step.
         sample_tokens: tokens to sample for each prompt.
         prompts: texts that the samples start with.

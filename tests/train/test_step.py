@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -344,7 +344,7 @@ def test_second_ctrl_c_interrupts_but_duplicate_signal_does_not(monkeypatch: pyt
 def test_signal_ends_a_wait_for_data(number: signal.Signals, how: str):
     released, run, began = threading.Event(), Run(), time.monotonic()
 
-    def batches() -> Iterator[Any]:
+    def batches() -> Generator[Any, None, None]:
         yield from itertools.islice(Run().batches(), 2)
         while not released.wait(0 if how == "spins" else 60):
             pass
