@@ -176,8 +176,8 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} has format {version}, this nanochat reads {FORMAT}: update nanochat")
     if version != FORMAT or not is_intact:
         raise corruption_error(path, f"{file} has changed since it was written")
-    if header["step"] != int(path.name):
-        right = path.with_name(str(header["step"]))
+    right = path.with_name(str(header.get("step", path.name)))
+    if right != path:
         raise UserError(f"{path} was renamed or copied: it holds step {right.name}; rename it to {right}, or delete it")
     return header
 
