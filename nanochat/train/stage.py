@@ -336,19 +336,13 @@ def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[int],
     """
     tokens = ctx.config.rows * ctx.shape.sequence_len * ctx.runtime.world_size
     with contextlib.closing(batches(ctx.config.rows)) as stream:
-
-        def until_stopped() -> Iterator[Any]:
-            for _ in range(max(1, ctx.config.eval.tokens // tokens)):
-                item = ctx.stop.wait(stream)
-                if ctx.stop.agreed() or item is None:
-                    return
-                yield item[0]
-
-        inputs = until_stopped()
-        if (first := next(inputs, None)) is None:
+        waits = (ctx.stop.wait(stream) for _ in range(max(1, ctx.config.eval.tokens // tokens)))
+        items = itertools.takewhile(lambda item: not ctx.stop.agreed() and item is not None, waits)
+        if (first := next(items, None)) is None:
             return Result()
         params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
-        bpb = eval.bits_per_byte(params, itertools.chain([first], inputs), ctx.tok, ctx.loss_fn)
+        inputs = (batch for batch, *_ in itertools.chain([first], items))
+        bpb = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)
     return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte"])
 
 
