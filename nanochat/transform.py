@@ -1,7 +1,7 @@
-"""The gradient of pure functions for training, with the contract of `torch.func`.
+"""The gradient of pure functions for training: the contract of `torch.func` by way of `torch.autograd.grad`.
 
-`torch.func` fails on DTensor leaves, activation checkpointing and flex_attention, and compiled it ignores a custom
-backward that is not wrapped for it (`torch.compiler.allow_in_graph`). `torch.autograd.grad` works with all of these.
+`torch.func` fails on DTensor leaves, activation checkpointing and flex_attention, and when compiled it ignores a custom
+backward that is not wrapped for it (`torch.compiler.allow_in_graph`).
 """
 
 from collections.abc import Callable
