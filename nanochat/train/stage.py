@@ -340,16 +340,10 @@ def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[int],
         items = itertools.takewhile(lambda item: not ctx.stop.agreed() and item is not None, waits)
         if (first := next(items, None)) is None:
             return Result()
-        params, last = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype), {}
-
-        def inputs() -> Iterator[Mapping[str, torch.Tensor]]:
-            for batch, _, last["stats"] in itertools.chain([first], items):
-                yield batch
-
-        bpb = eval.bits_per_byte(params, inputs(), ctx.tok, ctx.loss_fn)
-    more = int(last["stats"].get("epoch", 0))
-    again = f" (eval.tokens is more than the split has: it was read {more + 1} times)" if more else ""
-    return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte{again}"])
+        params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
+        inputs = (batch for batch, *_ in itertools.chain([first], items))
+        bpb = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)
+    return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte"])
 
 
 def print_samples(
