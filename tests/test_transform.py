@@ -114,7 +114,7 @@ def test_custom_backward_is_used(compiled: bool):
 
 def test_compiled_torch_func_grad_uses_only_a_backward_that_dynamo_does_not_look_into():
     """Hence `allow_in_graph` around every custom backward of the model. The day the first assert fails, it may go."""
-    wrapped = torch.compiler.allow_in_graph(lambda x: Double.apply(x))
+    wrapped: Any = torch.compiler.allow_in_graph(lambda x: Double.apply(x))
     for f, expected in ((doubled, 2), (lambda x: wrapped(x).sum(), 5)):
-        compiled = torch.compile(torch.func.grad(f), fullgraph=True, backend="eager")
+        compiled: Any = torch.compile(torch.func.grad(f), fullgraph=True, backend="eager")
         assert compiled(torch.ones(3)).tolist() == [expected] * 3
