@@ -173,15 +173,15 @@ def torch_func(runtime: Runtime) -> Row:
     small = dataclasses.replace(CONFIG, n_layer=2)
     wide = dataclasses.replace(small, n_embd=128)  # as fp8 needs it
     cases = [
-        ("zero2", fp8_emulated, wide, False),
-        ("zero2", dense, small, True),
-        ("fsdp, gathered once a step", dense, CONFIG, False),
+        ("zero2", fp8_emulated, wide),
+        ("zero2", dense, small),
+        ("fsdp, gathered once a step", dense, small),
     ]
     results = {}
-    for mode, linear, config, compile in cases:
+    for mode, linear, config in cases:
         plan, losses = sharding.make_plan(MODES[mode], runtime, model.spec(config)), []
         for grad in ("autograd", "torch_func"):
-            state, step_fn = start(plan, compile=compile, grad=grad, linear=linear, config=config)
+            state, step_fn = start(plan, grad=grad, linear=linear, config=config)
             for step in range(20):
                 micro_batches = [batch(x[runtime.rank :: runtime.world_size]) for x in data()[step % STEPS]]
                 state, metrics = step_fn(state, micro_batches, hparams(step))

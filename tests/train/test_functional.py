@@ -8,7 +8,7 @@ import torch
 from small_model import CONFIG, assert_trees_close, random_batch, random_params
 from torch import Tensor
 
-from nanochat import distributed, model, optim, train, tree
+from nanochat import model, optim, train, tree
 from nanochat.model import Compute, attention, loss
 from nanochat.train import TrainState, functional
 
@@ -43,11 +43,9 @@ def run(
     return state, torch.stack(losses)
 
 
-@pytest.mark.parametrize(
-    "compile, shared", [(False, True), (False, False), pytest.param(True, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("compile, shared", [(False, True), (False, False), (True, True)])
 def test_members_equal_their_own_runs(compile: bool, shared: bool):
-    compile_fn: Any = distributed.compile_fn if compile else None
+    compile_fn: Any = functools.partial(torch.compile, fullgraph=True, backend="aot_eager") if compile else None
     together = functional.make_members_step(
         loss_of(functional.fold_members(attention.sdpa)), shared_batch=shared, compile=compile_fn
     )
