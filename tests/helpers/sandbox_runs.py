@@ -70,6 +70,14 @@ def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
         assert os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None  # no zombie either
 
 
+def need_libseccomp() -> None:
+    """Skip the test if the library is not installed; that it fails is no reason."""
+    try:
+        ctypes.CDLL(seccomp.LIBRARY)
+    except OSError:
+        pytest.skip(f"needs {seccomp.LIBRARY}")
+
+
 @pytest.fixture
 def kernel(mark: str) -> str:
     """Skip the test if the kernel does not isolate."""

@@ -18,7 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sandbox_runs import ATTEMPT, adopt_orphans, assert_unavailable, clear_caches, run, wait_for_processes
+from sandbox_runs import (
+    ATTEMPT,
+    adopt_orphans,
+    assert_unavailable,
+    clear_caches,
+    need_libseccomp,
+    run,
+    wait_for_processes,
+)
 
 import nanochat
 from nanochat.config import UserError
@@ -435,10 +443,7 @@ def test_forbidden_namespaces_are_reported(monkeypatch: pytest.MonkeyPatch, mark
     fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setattr("shutil.which", lambda name: str(fake))
-    try:
-        seccomp.compile_filter(allow_signals=True)
-    except UserError as error:
-        pytest.skip(str(error))
+    need_libseccomp()
     assert_unavailable("No permissions to create new namespace")
     assert "apparmor" in str(sandbox.available())
 
