@@ -71,7 +71,7 @@ def test_files_of_a_package_import_in_one_direction() -> None:
 
 
 def test_packages_and_files_are_small() -> None:
-    for folder in [path.parent for path in PACKAGE.glob("*/__init__.py")]:
+    for folder in [path.parent for path in PACKAGE.glob("*/**/__init__.py")]:
         assert len(list(folder.glob("*.py"))) <= MAX_FILES, folder
     for path in SOURCES:
         assert len(path.read_text().splitlines()) <= MAX_LINES, path

@@ -1,4 +1,4 @@
-"""What a pure step offers beyond training one model: many models in one step, and derivatives through training.
+"""Many models in one step.
 
 The state of N members is one `TrainState` whose leaves have a leading axis of N. Loss and update rules are those of one
 model under `torch.func.vmap`, and hyperparameters are (N,) tensors. Members do not see each other: each has the numbers
@@ -7,7 +7,7 @@ becomes NaN, which skips all its later steps.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanochat import optim, transform, tree
 from nanochat.model import Attend
-from nanochat.optim import Hparams, OptState
+from nanochat.optim import Hparams
 from nanochat.optim.muon_adamw import Rules, adamw, compiled_if_large, muon
 from nanochat.train import step
 from nanochat.train.step import Batch, Metrics, TrainState, TrainStep
@@ -135,71 +135,3 @@ def fold_members(attend: Attend) -> Attend:
 def stack_hparams(members: Sequence[Hparams]) -> dict[str, dict[str, Tensor]]:
     """Return the hyperparameters of all members as (N,) tensors."""
     return {g: {name: torch.stack([h[g][name] for h in members]) for name in row} for g, row in members[0].items()}
-
-
-def with_visible_backward(attend: Attend) -> Attend:
-    """Return a kernel with a custom backward of its own in a form that `torch.func.grad` sees, compiled or not.
-
-    The backward computes the forward again, to run the kernel's own backward on it. First derivatives only.
-    """
-
-    class Backward(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int) -> tuple[Tensor, ...]:
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            with torch.enable_grad():
-                out = attend(leaves[0], leaves[1], leaves[2], window)
-            return torch.autograd.grad(out, leaves, grad)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            pass
-
-    class Forward(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-            return attend(q, k, v, window)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            *tensors, ctx.window = inputs
-            ctx.save_for_backward(*tensors)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-            grads: Any = Backward.apply(*ctx.saved_tensors, grad, ctx.window)
-            return *grads, None
-
-    @torch.compiler.allow_in_graph
-    def call(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        return Forward.apply(q, k, v, window)  # pyright: ignore
-
-    return call
-
-
-def unroll(
-    params: TensorDict,
-    opt_state: OptState,
-    batches: Iterable[Batch],
-    hparams: Iterable[Hparams],
-    *,
-    loss_fn: Callable[..., tuple[Tensor, Any]],
-) -> tuple[TensorDict, OptState]:
-    """Return parameters and optimizer state after one step on each batch, as a function that can be differentiated.
-
-    With `torch.func.grad` of a validation loss after it, hyperparameters and the "weights" of batches get gradients
-    through all steps. Memory grows by the activations of each step, and no kernel of attention but `math` has the
-    second derivatives; the loss has to be the plain one (no chunk_tokens).
-
-    Args:
-        loss_fn: (params, batch) -> (0-d loss, aux).
-    """
-    gradient = torch.func.grad(loss_fn, has_aux=True)
-    for batch, h in zip(batches, hparams, strict=True):
-        grads, _ = gradient(params, batch)
-        params, opt_state = optim.update(grads, opt_state, params, h)
-    return params, opt_state

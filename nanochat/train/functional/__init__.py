@@ -1,0 +1,12 @@
+"""What a pure step offers beyond training one model: many models in one step, and derivatives through training."""
+
+from nanochat.train.functional.custom_backward import with_visible_backward
+from nanochat.train.functional.members import (
+    fold_members,
+    frozen,
+    make_members_step,
+    select,
+    stack,
+    stack_hparams,
+)
+from nanochat.train.functional.unroll import unroll
