@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from nanochat import checkpoint, distributed, infer, metrics
 from nanochat.config import Device, Dtype, NonNegativeInt, PositiveInt, Settings
 from nanochat.data import chat_format
-from nanochat.distributed import hardware
 from nanochat.train import PROMPTS
 
 if TYPE_CHECKING:
@@ -71,10 +70,10 @@ def make(config: Config, runtime: Runtime, seconds: Mapping[str, float]) -> None
         if runtime.is_main:
             runs = metrics.run_folder.ancestors(metrics.run_folder.find_run(config.run))
             samples = sampled(config, runtime, runs) if config.samples else []
-            names = hardware.gpus()
+            names = metrics.machine.gpus()
             count = max(len(names), runtime.world_size) if config.gpus is None else config.gpus
-            price = hardware.dollars_per_hour(names[:1] * count)
-            page = metrics.report.write(runs, hardware.system_info(), price, samples, seconds=seconds)
+            price = metrics.machine.dollars_per_hour(names[:1] * count)
+            page = metrics.report.write(runs, metrics.machine.system_info(), price, samples, seconds=seconds)
             print(metrics.report.results(runs))
             print(f"\nreport of {' → '.join(info.name for info in runs)}: {page}")
 

@@ -1,15 +1,10 @@
-"""What machines can do and cost, and what this one is: the table of GPUs, system information, memory settings."""
+"""What GPUs can do and cost, and how this process keeps its memory."""
 
-import contextlib
 import ctypes
 import gc
 import os
-import platform
 import re
 import sys
-from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import NamedTuple
 
 GIB = 2**30
@@ -24,7 +19,7 @@ class GpuSpec(NamedTuple):
     device: str  # the name that CUDA reports, or its beginning
     memory_gib: float
     half_flops: float  # 16-bit, with float32 sums
-    single_flops: float  # float32, without TF32
+    single_flops: float  # float32; TF32 where the GPU has it, since `runtime.init` allows it
     fp8_flops: float | None  # None where torch has no 8-bit products
     link_bytes_per_second: float  # to the other GPUs of its node, in one direction (NVLink, else PCIe as measured)
     network_bytes_per_second: float  # its share of the node's network, in one direction; assumed
@@ -32,86 +27,47 @@ class GpuSpec(NamedTuple):
 
 
 GPU_SPECS = {
+    "t4": GpuSpec("Tesla T4", 14.6, 65e12, 8.1e12, None, 12e9, 3e9, 0.35),
     "v100": GpuSpec("Tesla V100", 15.8, 125e12, 15.7e12, None, 150e9, 12.5e9, 0.55),
-    "rtx3070": GpuSpec("NVIDIA GeForce RTX 3070", 7.8, 40.6e12, 20.3e12, None, 20e9, 1e9, 0.10),
     "rtx3060": GpuSpec("NVIDIA GeForce RTX 3060", 11.7, 25.5e12, 12.7e12, None, 20e9, 1e9, 0.10),
-    "rtx4070": GpuSpec("NVIDIA GeForce RTX 4070", 11.7, 58.3e12, 29.1e12, 116.6e12, 20e9, 1e9, 0.20),
+    "rtx3070": GpuSpec("NVIDIA GeForce RTX 3070", 7.8, 40.6e12, 20.3e12, None, 20e9, 1e9, 0.10),
     "rtx3090": GpuSpec("NVIDIA GeForce RTX 3090", 23.6, 71e12, 35.6e12, None, 20e9, 1e9, 0.25),
+    "rtx4070": GpuSpec("NVIDIA GeForce RTX 4070", 11.7, 58.3e12, 29.1e12, 116.6e12, 20e9, 1e9, 0.20),
+    "rtx4080": GpuSpec("NVIDIA GeForce RTX 4080", 15.6, 97.5e12, 48.7e12, 195e12, 20e9, 1e9, 0.30),
     "rtx4090": GpuSpec("NVIDIA GeForce RTX 4090", 23.5, 165e12, 82.6e12, 330e12, 20e9, 1e9, 0.40),
     "rtx5090": GpuSpec("NVIDIA GeForce RTX 5090", 31.3, 209e12, 105e12, 419e12, 40e9, 1e9, 0.70),
-    "l4": GpuSpec("NVIDIA L4", 22.0, 121e12, 30.3e12, 242e12, 20e9, 3e9, 0.70),
-    "l40s": GpuSpec("NVIDIA L40S", 44.4, 362e12, 91.6e12, 733e12, 20e9, 12.5e9, 1.00),
-    "a100-40gb": GpuSpec("NVIDIA A100-SXM4-40GB", 39.4, 312e12, 19.5e12, None, 300e9, 25e9, 1.30),
-    "a100-80gb": GpuSpec("NVIDIA A100", 79.1, 312e12, 19.5e12, None, 300e9, 25e9, 1.80),
-    "h100-pcie": GpuSpec("NVIDIA H100 PCIe", 79.1, 756e12, 51e12, 1513e12, 50e9, 25e9, 2.40),
-    "h100": GpuSpec("NVIDIA H100", 79.1, 989e12, 67e12, 1979e12, 450e9, 50e9, 3.00),
-    "h200": GpuSpec("NVIDIA H200", 139.7, 989e12, 67e12, 1979e12, 450e9, 50e9, 3.50),
-    "b200": GpuSpec("NVIDIA B200", 178.3, 2250e12, 75e12, 4500e12, 900e9, 50e9, 5.00),
-    "gb200": GpuSpec("NVIDIA GB200", 184.0, 2500e12, 80e12, 5000e12, 900e9, 50e9, 6.00),
+    "rtx6000-ada": GpuSpec("NVIDIA RTX 6000 Ada", 47.4, 364e12, 182e12, 728e12, 20e9, 3e9, 0.80),
+    "a10g": GpuSpec("NVIDIA A10G", 22.1, 70e12, 35e12, None, 20e9, 3e9, 0.75),
+    "l4": GpuSpec("NVIDIA L4", 22.0, 121e12, 60.5e12, 242e12, 20e9, 3e9, 0.70),
+    "l40s": GpuSpec("NVIDIA L40S", 44.4, 362e12, 181e12, 733e12, 20e9, 12.5e9, 1.00),
+    "a100-40gb": GpuSpec("NVIDIA A100-SXM4-40GB", 39.4, 312e12, 156e12, None, 300e9, 25e9, 1.30),
+    "a100-40gb-pcie": GpuSpec("NVIDIA A100-PCIE-40GB", 39.4, 312e12, 156e12, None, 20e9, 12.5e9, 1.20),
+    "a100-80gb": GpuSpec("NVIDIA A100", 79.1, 312e12, 156e12, None, 300e9, 25e9, 1.80),
+    "h100-pcie": GpuSpec("NVIDIA H100 PCIe", 79.1, 756e12, 378e12, 1513e12, 50e9, 25e9, 2.40),
+    "h100-nvl": GpuSpec("NVIDIA H100 NVL", 93.0, 835e12, 417e12, 1671e12, 300e9, 25e9, 2.60),
+    "h100": GpuSpec("NVIDIA H100", 79.1, 989e12, 494e12, 1979e12, 450e9, 50e9, 3.00),
+    "gh200": GpuSpec("NVIDIA GH200", 94.5, 989e12, 494e12, 1979e12, 450e9, 25e9, 2.50),
+    "h200-nvl": GpuSpec("NVIDIA H200 NVL", 139.7, 835e12, 417e12, 1671e12, 450e9, 50e9, 3.20),
+    "h200": GpuSpec("NVIDIA H200", 139.7, 989e12, 494e12, 1979e12, 450e9, 50e9, 3.50),
+    "b200": GpuSpec("NVIDIA B200", 178.3, 2250e12, 1125e12, 4500e12, 900e9, 50e9, 5.00),
+    "gb200": GpuSpec("NVIDIA GB200", 184.0, 2500e12, 1250e12, 5000e12, 900e9, 50e9, 6.00),
+    "mi300x": GpuSpec("AMD Instinct MI300X", 191.5, 1307e12, 653e12, 2614e12, 64e9, 50e9, 2.50),
 }  # fmt: skip
 
 
-UNKNOWN_DOLLARS_PER_HOUR = 2.00
+# What may follow a row's name: memory and form factor of the same chip. "H100 NVL" or "RTX 3060 Ti" is another one.
+VARIANT = re.compile(r"([ -](\d+ ?GB|HBM\de?|SXM\d|PCIE|PCIe|Generation))*", re.IGNORECASE)
 
 
 def gpu_spec(device: str) -> GpuSpec | None:
     """Return the row of a GPU by the name that CUDA reports ("NVIDIA H100 80GB HBM3"), or None; the longest match."""
-    rows = [m for m in GPU_SPECS.values() if re.match(rf"{re.escape(m.device)}\b(?! (Ti|SUPER|Laptop|Mobile))", device)]
+    rows = [m for m in GPU_SPECS.values() if device.startswith(m.device) and VARIANT.fullmatch(device[len(m.device) :])]
     return max(rows, key=lambda m: len(m.device), default=None)
-
-
-def dollars_per_hour(names: Sequence[str]) -> float | None:
-    """Return the estimated price of these GPUs together; None for none: a CPU has no price here."""
-    specs = [gpu_spec(name) for name in names]
-    return sum(spec.dollars_per_hour if spec else UNKNOWN_DOLLARS_PER_HOUR for spec in specs) if names else None
-
-
-PACKAGES = ("torch", "tensordict", "tiktoken", "tokenizers", "datasets", "pyarrow", "orbax-checkpoint", "jax", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, the installed ones of PACKAGES, and CUDA."""
-    import torch
-
-    facts = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            facts[name] = metadata.version(name)
-    return facts | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
-
-
-def gpus() -> list[str]:
-    """Return the names of this machine's CUDA devices."""
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def system_info() -> dict[str, str]:
-    """Return a description of this machine by GPU, CPU, memory and system."""
-    import torch
-
-    facts = {}
-    if names := gpus():
-        kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-        memory = torch.cuda.get_device_properties(0).total_memory
-        facts["GPU"] = f"{kinds}, {memory / 2**30:.0f} GiB each"
-    facts["CPU"] = f"{_cpu()}, {cpu_cores()} cores"
-    if hasattr(os, "sysconf"):  # not on Windows
-        facts["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
-    return facts | {"system": platform.platform(terse=True)}
 
 
 def cpu_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    text = path.read_text(errors="replace") if path.exists() else ""
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>

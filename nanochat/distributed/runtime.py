@@ -46,11 +46,12 @@ class Runtime:
 def init(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) -> Runtime:
     """Read torchrun's environment, choose device and compute dtype, and join the process group if there is one.
 
-    On the CPU, torch is set to deterministic algorithms: the same run gives the same bits.
+    On the CPU, torch is set to deterministic algorithms: the same run gives the same bits. On CUDA, float32 products
+    use TF32 where the GPU has it (Ampere and later).
 
     Args:
         device: auto (CUDA, else MPS, else CPU), cpu, cuda or mps.
-        dtype: auto (bfloat16 on CUDA of capability 8.0 and above, else float32), float32, bfloat16 or float16.
+        dtype: auto (bfloat16 where a GPU has it, else float16; float32 on a CPU), float32, bfloat16 or float16.
         quiet: only rank 0 prints; errors still show.
     """
     rank = int(os.environ.get("RANK", 0))
@@ -65,6 +66,8 @@ def init(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) -> R
         # an uninterrupted one in the last bits. Filling new memory is for finding bugs, and takes time.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     if world_size > 1:
         if chosen.type == "mps":
             raise UserError("device=mps runs in one process: drop --nproc_per_node or set device=cpu")
@@ -186,19 +189,42 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if local_rank >= count:
         raise UserError(f"rank {local_rank} has no GPU: {count} here; lower --nproc_per_node to {count}")
     device = torch.device("cuda", local_rank)
+    capability = torch.cuda.get_device_capability(device)
+    if not has_kernels(capability, torch.cuda.get_arch_list()):
+        arch, wheel = "sm_{}{}".format(*capability), "CUDA 12.6 (cu126)" if capability < (7, 5) else "a newer CUDA"
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for this {torch.cuda.get_device_name(device)} ({arch}): install "
+            f"the torch wheel built for {wheel}, or set device=cpu"
+        )
     torch.cuda.set_device(device)
     return device
 
 
+def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Return whether a torch built for these ("sm_80", "compute_120") runs on a GPU of that compute capability.
+
+    Machine code runs on its own major version from its minor version on, PTX ("compute_…") on all later GPUs.
+    """
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)a?", name) for name in architectures]
+    built = [(match[1], (int(match[2]), int(match[3]))) for match in built if match]
+    if not built:  # ROCm
+        return True
+    return any(capability >= at and (kind == "compute" or capability[0] == at[0]) for kind, at in built)
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the compute dtype for a setting; auto: bfloat16 where the device is fast in it, else float32."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    """Return the compute dtype for a setting; auto: bfloat16 where a GPU has it, else float16, and float32 on a CPU."""
+    if device.type == "cuda":
+        has_bfloat16, without = torch.cuda.get_device_capability(device) >= (8, 0), "this GPU is older than Ampere"
+    else:
+        # Metal has it since macOS 14.
+        has_bfloat16, without = device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0), "it needs macOS 14"
     if name == "auto":
-        return torch.bfloat16 if capability >= (8, 0) else torch.float32
+        return torch.float32 if device.type == "cpu" else torch.bfloat16 if has_bfloat16 else torch.float16
     if name not in DTYPES:
         raise UserError(f"dtype={name}: expected auto, {', '.join(DTYPES)}")
-    if name == "bfloat16" and device.type == "cuda" and capability < (8, 0):
-        raise UserError("dtype=bfloat16: this GPU is older than Ampere; set dtype=float16 or dtype=float32")
+    if name == "bfloat16" and not has_bfloat16:
+        raise UserError(f"dtype=bfloat16: {without}; set dtype=float16 or dtype=float32")
     return DTYPES[name]
 
 

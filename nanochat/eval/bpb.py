@@ -56,8 +56,8 @@ def nats_by_row(
     """Yield for each batch the [nats, bytes] of its rows."""
     for batch, sizes_BT in _with_sizes(params, batches, tok):
         nats_BT = loss.per_token(params, batch, config=config, compute=compute, chunk_tokens=8192)
-        nats_BT = torch.where(sizes_BT > 0, nats_BT.double(), 0.0)
-        yield torch.stack([nats_BT.sum(1), sizes_BT.sum(1)], dim=1).tolist()
+        nats_BT, sizes_BT = nats_BT.cpu().double(), sizes_BT.cpu()  # Metal has no float64
+        yield torch.stack([torch.where(sizes_BT > 0, nats_BT, 0.0).sum(1), sizes_BT.sum(1)], dim=1).tolist()
 
 
 def _with_sizes(params: TensorDict, batches: Iterable[Batch], tok: Tokenizer) -> Iterator[tuple[Batch, Tensor]]:

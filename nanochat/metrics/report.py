@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat import jsonl, model, tree
-from nanochat.distributed import hardware
 from nanochat.metrics import plots, run_folder
+from nanochat.metrics.machine import versions
 from nanochat.metrics.run_folder import RunInfo
 from nanochat.text import format_count, format_duration
 
@@ -228,7 +228,7 @@ def environment(runs: Sequence[RunInfo], machine: Mapping[str, str], dollars_per
     facts = code(root) | {name: escaped(text) for name, text in machine.items()}
     if dollars_per_hour is not None:
         facts["price"] = f"about ${dollars_per_hour:.2f} per hour"
-    facts["versions"] = ", ".join(f"{name} {version}" for name, version in hardware.versions().items())
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions().items())
     if trained := dict.fromkeys(str(run.meta["torch"]) for run in runs if run.meta.get("torch")):
         facts["trained with"] = ", ".join(f"torch {version}" for version in trained)
     return "\n\n".join(["## Code and machine", facts_table(facts), "At the time of this report."])

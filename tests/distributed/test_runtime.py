@@ -20,14 +20,26 @@ def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, mps: bool = False, capability: int = 8) -> list[object]:
+def pretend(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cuda: int = 0,
+    mps: bool = False,
+    capability: int = 8,
+    macos: int = 14,
+    kernels: tuple[str, ...] = ("sm_70", "sm_75", "sm_80", "sm_90", "sm_100"),
+) -> list[object]:
     """Make torch report `cuda` GPUs of a capability, or MPS; returns the devices made current."""
     chosen: list[object] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (capability, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100-SXM2-16GB")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(kernels))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (macos, 0) >= (major, minor))
     return chosen
 
 
@@ -83,8 +95,10 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, machine: di
     ("machine", "dtype", "expected"),
     [
         ({}, "auto", torch.float32),
-        ({"mps": True}, "auto", torch.float32),
-        ({"cuda": 1, "capability": 7}, "auto", torch.float32),
+        ({"mps": True}, "auto", torch.bfloat16),
+        ({"mps": True, "macos": 13}, "auto", torch.float16),
+        ({"mps": True}, "float32", torch.float32),
+        ({"cuda": 1, "capability": 7}, "auto", torch.float16),
         ({"cuda": 1, "capability": 8}, "auto", torch.bfloat16),
         ({"cuda": 1, "capability": 10}, "auto", torch.bfloat16),
         ({"cuda": 1, "capability": 7}, "float16", torch.float16),
@@ -101,8 +115,45 @@ def test_a_dtype_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cuda=1, capability=7)
     with pytest.raises(UserError, match="dtype=bfloat16: this GPU is older than Ampere; set dtype=float16"):
         runtime.init(dtype="bfloat16")
+    pretend(monkeypatch, mps=True, macos=13)
+    with pytest.raises(UserError, match="dtype=bfloat16: it needs macOS 14; set dtype=float16"):
+        runtime.init(dtype="bfloat16")
     with pytest.raises(UserError, match="dtype=int4: expected auto, float32, bfloat16, float16"):
         runtime.init(dtype="int4")
+
+
+def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cuda=1, capability=7, kernels=("sm_75", "sm_80", "sm_90", "compute_90"))
+    with pytest.raises(UserError, match=r"no kernels for this Tesla V100-SXM2-16GB \(sm_70\): install .* \(cu126\)"):
+        runtime.init()
+    pretend(monkeypatch, cuda=1, capability=12)
+    with pytest.raises(UserError, match=r"\(sm_120\): install the torch wheel built for a newer CUDA"):
+        runtime.init()
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((8, 6), ["sm_80"], True),  # machine code runs on later minor versions
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80", "sm_86"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((12, 0), ["sm_90", "compute_90"], True),  # PTX is compiled for what came later
+        ((7, 0), ["sm_75", "compute_75"], False),
+        ((9, 4), ["gfx90a", "gfx942"], True),  # ROCm
+    ],
+)
+def test_machine_code_and_ptx(capability: tuple[int, int], architectures: list[str], runs: bool) -> None:
+    assert runtime.has_kernels(capability, architectures) == runs
+
+
+def test_float32_uses_tf32_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, expected in [({"cuda": 1}, ["high"]), ({"mps": True}, []), ({}, [])]:
+        pretend(monkeypatch, **machine)
+        set_to: list[str] = []
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+        runtime.init()
+        assert set_to == expected
 
 
 def two_ranks() -> list[object]:

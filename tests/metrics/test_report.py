@@ -17,8 +17,7 @@ from tiny_run import save_run
 from experiments import report as experiment
 from nanochat import distributed
 from nanochat.config import UserError, override
-from nanochat.distributed import hardware
-from nanochat.metrics import Sample, logger, report, run_folder
+from nanochat.metrics import Sample, logger, machine, report, run_folder
 
 MACHINE = {"GPU": "8 x NVIDIA H100", "CPU": "a | b"}
 
@@ -167,8 +166,8 @@ def test_text_of_a_model_cannot_break_the_page(base: Path) -> None:
 
 
 def test_price_of_known_and_unknown_gpus() -> None:
-    gpus = [["NVIDIA H100 80GB HBM3"] * 8, ["AMD Instinct MI300X"], []]
-    assert [hardware.dollars_per_hour(names) for names in gpus] == [24.0, hardware.UNKNOWN_DOLLARS_PER_HOUR, None]
+    gpus = [["NVIDIA H100 80GB HBM3"] * 8, ["AMD Instinct MI50"], []]
+    assert [machine.dollars_per_hour(names) for names in gpus] == [24.0, machine.UNKNOWN_DOLLARS_PER_HOUR, None]
 
 
 @pytest.mark.slow
