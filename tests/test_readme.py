@@ -1,4 +1,4 @@
-"""Every example of the README runs, and every link and command in it names something that is there."""
+"""Every example of the READMEs runs, and every link and command in them names something that is there."""
 
 import importlib
 import re
@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import tiny_run
+import yaml
 
 from nanochat.config import override
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = sorted(set(re.findall(r"(?:torchrun|python)(?: --[\w-]+=\S+)* launch\.py[^`#\n]*", TEXT)))
+PAGES = {path: path.read_text("utf-8") for path in [*ROOT.glob("*.md"), *ROOT.glob("nanochat/**/*.md")]}
+RECIPES = [(ROOT / path).read_text("utf-8") for path in (".cloud/speedrun.yaml", ".docker/Dockerfile")]
+COMMAND = re.compile(r"(?:torchrun|python)(?: --[\w-]+=\S+| \\\n)* *launch\.py[^`#\n]*")
+COMMANDS = sorted({command for text in [*PAGES.values(), *RECIPES] for command in COMMAND.findall(text)})
+LINKS = [(path, link) for path, text in PAGES.items() for link in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
 
 
 def blocks(language: str) -> list[str]:
@@ -56,6 +61,13 @@ def test_commands_are_valid(command: str):
         assert "--resume" not in words or hasattr(config, "resume")
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", TEXT))
-def test_links_exist(link: str):
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=[f"{page.relative_to(ROOT)}:{link}" for page, link in LINKS])
+def test_links_exist(page: Path, link: str):
+    assert (page.parent / link).exists()
+
+
+def test_cloud_recipe_is_complete():
+    recipe = yaml.safe_load(RECIPES[0])
+    assert recipe["envs"]["BUCKET"] is None  # required
+    assert set(re.findall(r"\$\{?([A-Z_]+)", RECIPES[0])) == {*recipe["envs"], "SKYPILOT_NUM_GPUS_PER_NODE"}
+    assert all((ROOT / word).exists() for word in re.findall(r"sky jobs launch (\S+)", RECIPES[0]))
