@@ -68,6 +68,8 @@ def init(device: str = "auto", dtype: str = "auto", *, quiet: bool = False) -> R
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        # cuDNN plans anew for every length, which evaluation and prompts keep changing; attention=cudnn still uses it.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if world_size > 1:
         if chosen.type == "mps":
             raise UserError("device=mps runs in one process: drop --nproc_per_node or set device=cpu")

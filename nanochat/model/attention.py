@@ -222,10 +222,10 @@ def choose(
         return KernelChoice(dict.fromkeys(windows, name), name)
     if kernel == "flex" and not compile:
         raise ValueError("attention=flex needs compile=true: uncompiled it is slow and holds all scores")
-    names, texts = {}, []
+    names, texts, problems, working = {}, [], {}, set()
     for window in sorted(set(windows)):
         example = make_example(n_time, window, heads, device, dtype, rows)
-        seconds, problems = {}, {}
+        seconds = {}
         for name in CANDIDATES.get(kernel, (kernel,)):
             if name == "flex" and (torch_func or not compile):
                 continue
@@ -240,10 +240,15 @@ def choose(
             reasons = "; ".join(f"{name}: {reason}" for name, reason in problems.items())
             problem = f"attention={kernel} does not work on this {device.type} device"
             raise ValueError(f"{problem} ({reasons}); set attention=sdpa")
+        working |= set(seconds)
         fastest, *others = sorted(seconds, key=lambda name: seconds[name])
         names[window] = fastest
         slower = ", ".join(f"{name} {1e3 * seconds[name]:.2f}" for name in others)
         texts.append(f"window {window}: {fastest} {1e3 * seconds[fastest]:.2f} ms{slower and f' ({slower})'}")
+    texts += [f"no {name}: {reason}" for name, reason in problems.items() if name not in working]
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if hopper and not working.intersection(CANDIDATES["fa3"]):
+        texts.append('FlashAttention 3, made for this GPU, is missing: pip install -e ".[gpu]"')
     return KernelChoice(names, "; ".join(texts))
 
 

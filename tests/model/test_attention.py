@@ -257,6 +257,11 @@ def test_fastest_kernel_is_chosen_per_window(monkeypatch: pytest.MonkeyPatch):
     )
 
 
+def test_kernels_that_are_not_here_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    text = fastest(monkeypatch, "sdpa", "fa3").text
+    assert re.search(r"; no fa3: ModuleNotFoundError: No module named 'flash_attn_interface'$", text)
+
+
 def test_torch_fa3_replaces_flash_only_when_built(monkeypatch: pytest.MonkeyPatch):
     active = []
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
