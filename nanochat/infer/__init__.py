@@ -7,10 +7,7 @@ from nanochat.lazy import lazy_exports
 if TYPE_CHECKING:
     from nanochat.infer import engine, sampling, tool_use
     from nanochat.infer.engine import (
-        Completion,
         Engine,
-        Event,
-        Request,
         admit,
         cancel,
         complete,
@@ -21,6 +18,7 @@ if TYPE_CHECKING:
         step,
         warm_up,
     )
+    from nanochat.infer.request import Completion, Event, Request, TokenLogprobs
     from nanochat.infer.tool_use import calculate
 
 __getattr__ = lazy_exports(__name__, __file__)

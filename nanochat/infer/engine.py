@@ -18,7 +18,7 @@ import functools
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,47 +27,18 @@ from nanochat import model, tree
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.distributed import compile_fn
+from nanochat.infer import request as requests
 from nanochat.infer import sampling, tool_use
+from nanochat.infer.request import Completion, Event, Request
 from nanochat.model import Compute, ModelConfig, ParamsLike, kv_cache
 
 NO_TOKEN, RESUME = -1, -2  # what the host sends a row, besides a token to take
-# The ways of drawing tokens that are compiled; see `sampling.draw`.
-USUAL, GENERAL = {"candidates": 64, "full_vocab": False}, {"candidates": 256, "full_vocab": True}
+# The ways of drawing tokens that are compiled; see `sampling.draw`, and `sampling.draw_filtered` for the last.
+USUAL = {"candidates": 64, "full_vocab": False, "filtered": False}
+GENERAL = {"candidates": 256, "full_vocab": True, "filtered": False}
+FILTERED = {"candidates": 1, "full_vocab": True, "filtered": True}
 ROW_STATE = dict(token=torch.int64, live=torch.bool, temperature=torch.float32, top_k=torch.int64, seed=torch.int64)
 MIN_SPAN, MIN_COMPILED_SPAN, MIN_PREFILL = 32, 256, 16  # tokens; each further size is one more to compile
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt to continue."""
-
-    prompt: tuple[int, ...]  # at least one id
-    max_tokens: int = 512  # limit on new tokens, tool results included
-    temperature: float = 0.8  # 0 takes the most likely token
-    top_k: int = 50  # draw among the k most likely tokens; 0: among all
-    seed: int = 0  # the same seed gives the same tokens, whatever else is decoded
-
-
-class Event(NamedTuple):
-    """One new token of the request `key`."""
-
-    key: Hashable
-    token: int
-    sampled: bool  # False for a token of a tool result
-    finish: str | None  # of the last token: "stop" (<|assistant_end|> or <|bos|>), or "length" (no more room)
-
-
-class Completion(NamedTuple):
-    """All new tokens of a request, which of them were sampled, and how it finished; see `Event`."""
-
-    tokens: list[int]
-    sampled: list[bool]
-    finish: str
-
-    @property
-    def content(self) -> list[int]:
-        """The tokens without the one that stopped it."""
-        return self.tokens[:-1] if self.finish == "stop" else self.tokens
 
 
 @dataclasses.dataclass(eq=False)
@@ -103,6 +74,7 @@ class Engine:
     owns_params: bool
     cache: dict[str, Any]
     row_state: dict[str, Tensor]
+    filters: dict[str, Tensor] | None  # of `sampling.draw_filtered`, from the first request on that needs it
     step_fn: Callable[..., Tensor]
     graphs: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] | None
     active: dict[Hashable, _Row] = dataclasses.field(default_factory=dict)
@@ -167,6 +139,7 @@ def start(
         owns_params=copy_params,
         cache=tree.nest(tree.flatten(cache)),
         row_state={name: torch.zeros(slots, dtype=dtype, device=device) for name, dtype in ROW_STATE.items()},
+        filters=None,
         step_fn=functools.partial(step_fn, config=config, compute=compute, blocking=tools.blocking),
         graphs={} if compile and device.type == "cuda" else None,
     )
@@ -194,18 +167,10 @@ def free_slots(engine: Engine) -> int:
 @torch.no_grad()
 def admit(engine: Engine, key: Hashable, request: Request) -> None:
     """Give a request a free slot and prefill its prompt; the same prompt twice in a row is computed once."""
-    prompt, largest = request.prompt, engine.config.vocab_size - 1
-    if not prompt or not all(0 <= token <= largest for token in prompt):
-        raise UserError(f"prompt of {len(prompt)} tokens: expected at least one, within 0 … {largest}")
-    if len(prompt) >= engine.context:
-        raise UserError(f"prompt of {len(prompt)} tokens: the context of {engine.context} leaves no room for an answer")
+    prompt = request.prompt
+    requests.check(request, engine.config.vocab_size, engine.context)
     if key in engine.active or not free_slots(engine):
         raise UserError(f"request {key}: {'its key is in use' if key in engine.active else 'no slot is free'}")
-    if request.max_tokens < 1:
-        raise UserError(f"max_tokens={request.max_tokens}: expected at least 1")
-    if not (request.temperature >= 0 and request.top_k >= 0 and -(2**63) <= request.seed < 2**63):
-        settings = f"temperature={request.temperature}, top_k={request.top_k}, seed={request.seed}"
-        raise UserError(f"{settings}: expected 0 or more for the first two, and a seed of 64 bits")
     if engine.prefilled is None or engine.prefilled[0] != prompt:
         engine.prefilled = (prompt, _prefill(engine, prompt[:-1]))
     slot = min(set(range(engine.slots)) - {row.slot for row in engine.active.values()})
@@ -214,6 +179,10 @@ def admit(engine: Engine, key: Hashable, request: Request) -> None:
     state = {"live": False, "temperature": request.temperature, "top_k": top_k, "seed": request.seed}
     for name, value in state.items():
         engine.row_state[name][slot] = value
+    if request.is_filtered:
+        _allocate_filters_(engine)
+    if engine.filters is not None:
+        sampling.set_filters_(engine.filters, slot, request)
     max_length = min(len(prompt) + request.max_tokens, engine.context)
     engine.active[key] = _Row(key, request, slot, len(prompt), max_length, deque([prompt[-1]]))
 
@@ -291,8 +260,16 @@ def complete(engine: Engine, requests: Sequence[Request]) -> Generator[Completio
 def warm_up(engine: Engine) -> None:
     """Compile (and record) the step of an idle engine for every shape: minutes, if the compiler's cache is cold."""
     assert not engine.active
-    for n_rows, span, draw_settings in itertools.product(engine.row_sizes, engine.span_sizes, (USUAL, GENERAL)):
+    _allocate_filters_(engine)
+    ways = (USUAL, GENERAL, FILTERED)
+    for n_rows, span, draw_settings in itertools.product(engine.row_sizes, engine.span_sizes, ways):
         _run_step(engine, torch.full((n_rows,), NO_TOKEN), n_rows, span=span, **draw_settings)
+
+
+def _allocate_filters_(engine: Engine) -> None:
+    if engine.filters is None:
+        device = engine.row_state["token"].device
+        engine.filters = sampling.empty_filters(engine.slots, engine.config.vocab_size, device)
 
 
 def _sizes(least: int, most: int) -> list[int]:
@@ -310,6 +287,8 @@ def _round_up(n: int, sizes: Sequence[int]) -> int:
 
 def _draw_settings(requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
     """Return the cheapest settings of `sampling.draw` that serve all requests."""
+    if any(request.is_filtered for request in requests):
+        return FILTERED
     top_ks = [request.top_k for request in requests if request.temperature > 0]
     if all(0 < top_k <= USUAL["candidates"] for top_k in top_ks):
         return USUAL
@@ -323,7 +302,7 @@ def _compact_slots(engine: Engine) -> int:
     free = sorted(set(range(fewest)) - {row.slot for row in rows})
     for row, slot in zip((row for row in rows if row.slot >= fewest), free):
         kv_cache.copy_row_(engine.cache, slot, engine.cache, row.slot)
-        for x in engine.row_state.values():
+        for x in (*engine.row_state.values(), *(engine.filters or {}).values()):
             x[slot] = x[row.slot]
         # A pending step may still draw for the old slot: it runs before this copy, and is read by its old slot.
         row.slot = slot
@@ -335,7 +314,8 @@ def _run_step(
 ) -> tuple[Tensor, torch.cuda.Event | None]:
     """Run the step for the first rows; returns the drawn ids on the host, and the event after which they are valid."""
     cache = kv_cache.first_rows(engine.cache, n_rows)
-    row_state = {name: x[:n_rows] for name, x in engine.row_state.items()}
+    tensors = engine.row_state | ((engine.filters or {}) if shape_settings["filtered"] else {})
+    row_state = {name: x[:n_rows] for name, x in tensors.items()}
     step_fn = functools.partial(engine.step_fn, engine.params, cache, row_state, **shape_settings)
     if engine.graphs is None:
         return step_fn(control_B.to(row_state["token"].device)).cpu(), None
@@ -345,7 +325,7 @@ def _run_step(
     graph, input_B, output_B = engine.graphs[shape]
     input_B.copy_(control_B.pin_memory(), non_blocking=True)
     graph.replay()
-    host_B = torch.empty(n_rows, dtype=output_B.dtype, pin_memory=True)
+    host_B = torch.empty(output_B.shape, dtype=output_B.dtype, pin_memory=True)
     host_B.copy_(output_B, non_blocking=True)
     ready = torch.cuda.Event()
     ready.record()
@@ -360,7 +340,7 @@ def _capture_graph(
     What the warm-up steps change is restored, but for keys and values: each row's next token overwrites those.
     """
     input_B = torch.full_like(row_state["token"], NO_TOKEN)
-    changed = [cache["length"], cache["before"], row_state["token"], row_state["live"]]
+    changed = [cache["length"], cache["before"], *row_state.values()]
     saved = [x.clone() for x in changed]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -382,7 +362,8 @@ def _collect_step(
     """Read a step's result and advance its rows."""
     if ready is not None:
         ready.synchronize()
-    drawn, events = drawn_B.tolist(), []
+    packed = drawn_B if drawn_B.dim() > 1 else None
+    drawn, events = (drawn_B if packed is None else packed[:, 0, 0].long()).tolist(), []
     for slot, row in rows:
         token = drawn[slot]
         if token == NO_TOKEN or engine.active.get(row.key) is not row:  # it waits, or has ended meanwhile
@@ -395,7 +376,10 @@ def _collect_step(
         for i, new in enumerate((token, *forced)):
             row.length += 1
             finish = "stop" if new in engine.tools.stops else "length" if row.length == row.max_length else None
-            events.append(Event(row.key, new, i == 0, finish))
+            logprobs = None
+            if i == 0 and packed is not None and row.request.logprobs is not None:
+                logprobs = sampling.unpack(packed[slot].tolist(), row.request.logprobs)
+            events.append(Event(row.key, new, i == 0, finish, logprobs))
             if finish:
                 cancel(engine, row.key)
                 break
@@ -414,8 +398,11 @@ def _step_(
     span: int,
     candidates: int,
     full_vocab: bool,
+    filtered: bool,
 ) -> Tensor:
     """Take one step of every row, in place; returns the drawn ids (B,), NO_TOKEN for a waiting row.
+
+    If `filtered`, returns what `sampling.pack` makes of them.
 
     A row waits once it has drawn one of `blocking`, until `control_B` gives it a token or RESUME. It is computed like
     the others, but its length stays, and with it the slot that is written.
@@ -433,18 +420,16 @@ def _step_(
         config=config,
         compute=compute,
     )
-    drawn_B = sampling.draw(
-        logits_BTV[:, 0],
-        temperature_B=row_state["temperature"],
-        top_k_B=row_state["top_k"],
-        seed_B=row_state["seed"],
-        position_B=new["length"],
-        candidates=candidates,
-        full_vocab=full_vocab,
-    )
+    settings: dict[str, Any] = {f"{name}_B": row_state[name] for name in ("temperature", "top_k", "seed")}
+    settings |= {"position_B": new["length"], "candidates": candidates, "full_vocab": full_vocab}
+    if filtered:
+        drawn_B = sampling.draw_filtered(logits_BTV[:, 0], row_state, fed_B=token_B, is_new_B=live_B, **settings)
+    else:
+        drawn_B = sampling.draw(logits_BTV[:, 0], **settings)
     tree.map(lambda old, x: old.copy_(x), cache, new)
     row_state["token"].copy_(torch.where(live_B, drawn_B, token_B))
     # No torch.tensor(blocking): a CUDA graph cannot copy from the host.
     continues_B = functools.reduce(torch.logical_and, [drawn_B != token for token in blocking])
     row_state["live"].copy_(live_B & continues_B)
-    return torch.where(live_B, drawn_B, NO_TOKEN)
+    drawn_B = torch.where(live_B, drawn_B, NO_TOKEN)
+    return sampling.pack(drawn_B, logits_BTV[:, 0]) if filtered else drawn_B

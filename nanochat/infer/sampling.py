@@ -6,8 +6,13 @@ and the most likely token at temperature 0.
 Source: Gumbel-max (Maddison et al., arXiv 1411.0030); the mixing function is Wellons' hash32.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from nanochat.infer.request import MAX_TOP_LOGPROBS, NO_FILTERS, Request, TokenLogprobs
 
 MASK_32 = 2**32 - 1
 WEYL = 0x9E3779B1  # the golden ratio in 32 bits
@@ -49,6 +54,88 @@ def draw(
     noise_BK = gumbel(seed_B[:, None], position_B[:, None], id_BK)
     noisy_BK = (logits_BV + temperature_B[:, None] * noise_BK).masked_fill(rank_BK < least_B1, -torch.inf)
     return id_BK.gather(1, noisy_BK.argmax(dim=1, keepdim=True))[:, 0]
+
+
+def draw_filtered(
+    logits_BV: Tensor,
+    filters: dict[str, Tensor],
+    *,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    fed_B: Tensor,
+    is_new_B: Tensor,
+    **settings: Any,
+) -> Tensor:
+    """Return one token id per row, (B,) int64, with all settings of a request.
+
+    In this order: repetition penalty (arXiv 1909.05858) over prompt and answer, frequency and presence penalty over the
+    answer, logit_bias, temperature, top_k, top_p (arXiv 1904.09751), min_p (arXiv 2407.01082); each as vLLM defines it,
+    the last four in the order of Hugging Face's `generate`. top_p and min_p see the distribution that is left before
+    them, and keep at least the most likely token. A row that sets none of them draws what `draw` does.
+
+    Args:
+        filters: from `empty_filters`, of these rows; its counts are updated.
+        fed_B: int64, the token of each row that the logits follow. is_new_B: bool, whether to count it.
+        settings: of `draw`, for rows whose top_k is already applied.
+    """
+    top_p, min_p, repetition, presence, frequency = filters["values"].unsqueeze(1).unbind(2)  # each (B, 1)
+    seen_BV = filters["seen"].scatter_add_(1, fed_B[:, None], 2 * is_new_B[:, None].int())
+    x_BV = logits_BV.double()
+    x_BV = torch.where(seen_BV > 0, torch.where(x_BV > 0, x_BV / repetition, x_BV * repetition), x_BV)
+    count_BV = seen_BV >> 1
+    x_BV = x_BV - frequency * count_BV - presence * (count_BV > 0) + filters["bias"]
+
+    id_V = torch.arange(x_BV.shape[1], device=x_BV.device)
+    rank_BV, id_BV = (x_BV - id_V * ID_STEP).sort(dim=1, descending=True)
+    temperature_B1 = temperature_B[:, None].double()
+    heat_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1)  # a greedy row has top_k 1
+    kept_BV = (id_V < top_k_B[:, None]) | (top_k_B[:, None] == 0)
+    prob_BV = (x_BV.gather(1, id_BV) / heat_B1).masked_fill(~kept_BV, -torch.inf).softmax(1)
+    kept_BV &= (prob_BV.cumsum(1) - prob_BV < top_p) | (top_p >= 1)
+    kept_BV &= prob_BV >= min_p * prob_BV[:, :1]
+    n_kept_B1 = kept_BV.sum(1, keepdim=True).clamp(min=1)  # all of them come first
+    is_kept_BV = x_BV - id_V * ID_STEP >= rank_BV.gather(1, n_kept_B1 - 1)
+    x_BV = x_BV.masked_fill(~is_kept_BV, -torch.inf).float()
+    return draw(x_BV, temperature_B=temperature_B, top_k_B=torch.zeros_like(top_k_B), **settings)
+
+
+def empty_filters(rows: int, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the settings of `draw_filtered` for rows that leave them off.
+
+    values  (B, 5) float64   `Request.filters`
+    seen    (B, V) int32     2·(how often a token is in the answer) + (whether it is in the prompt)
+    bias    (B, V) float32   what is added to the logits
+    """
+    return {
+        "values": torch.tensor(NO_FILTERS, dtype=torch.float64, device=device).repeat(rows, 1),
+        "seen": torch.zeros(rows, vocab_size, dtype=torch.int32, device=device),
+        "bias": torch.zeros(rows, vocab_size, device=device),
+    }
+
+
+def set_filters_(filters: dict[str, Tensor], row: int, request: Request) -> None:
+    """Give a row the settings of a request of which the last prompt token is still to feed."""
+    filters["values"][row] = torch.tensor(request.filters, dtype=torch.float64)
+    filters["seen"][row] = 0
+    filters["seen"][row, list(set(request.prompt))] = 1
+    filters["seen"][row, request.prompt[-1]] = -1  # it will be counted as if it were new
+    filters["bias"][row] = 0
+    for token, bias in request.logit_bias:
+        filters["bias"][row, token] += bias
+
+
+def pack(drawn_B: Tensor, logits_BV: Tensor) -> Tensor:
+    """Return (B, 1 + MAX_TOP_LOGPROBS, 2) float64: ids and log-probabilities of the drawn and the likeliest tokens."""
+    logprob_BV = logits_BV.double().log_softmax(1)
+    rank_BV = logits_BV.double() - torch.arange(logits_BV.shape[1], device=logits_BV.device) * ID_STEP
+    top_BK = rank_BV.topk(min(MAX_TOP_LOGPROBS, rank_BV.shape[1]), dim=1).indices
+    id_BK = torch.cat([drawn_B[:, None], top_BK], dim=1)
+    return torch.stack([id_BK.double(), logprob_BV.gather(1, id_BK.clamp(min=0))], dim=2)
+
+
+def unpack(packed: Sequence[Sequence[float]], n_top: int) -> TokenLogprobs:
+    """Return the log-probabilities of one row of `pack`, with `n_top` alternatives."""
+    return TokenLogprobs(packed[0][1], tuple((int(token), logprob) for token, logprob in packed[1 : 1 + n_top]))
 
 
 def gumbel(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:

@@ -293,7 +293,7 @@ async def _updates(
         wake.clear()
         for index, (stream, detokenizer, stop_filter) in tuple(running.items()):
             ended, finish, error = stream.ended, stream.finish, stream.error
-            tokens, stream.tokens = stream.tokens, []
+            tokens, stream.tokens, stream.logprobs = stream.tokens, [], []
             texts = [piece for token in tokens for piece in detokenizer.feed(token)]
             pieces = stop_filter.feed(texts + (detokenizer.close() if ended else []))
             pieces += stop_filter.close() if ended else []

@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from nanochat.infer import Request
+from nanochat.infer import Request, TokenLogprobs
 from nanochat.serve.schema import ApiError, server_error
 from nanochat.serve.worker import Deliver, Message, WorkerHandle, WorkerInfo
 
@@ -38,6 +38,7 @@ class Stream:
     wake: asyncio.Event  # set whenever there are new tokens, or the end
     worker: int | None = None  # index of the worker that runs it; None while it waits, or if it ended waiting
     tokens: list[int] = dataclasses.field(default_factory=list)  # that the client has not taken
+    logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=list)  # one for each of `tokens`
     n_tokens: int = 0
     finish: str | None = None  # "stop" or "length" after a normal end
     error: ApiError | None = None  # the reason of any other end
@@ -201,11 +202,19 @@ def _dispatch(scheduler: Scheduler) -> None:
         worker.handle.send(("new", stream.key, stream.request))
 
 
-def _add(scheduler: Scheduler, worker: Worker, stream: Stream, token: int, finish: str | None) -> None:
+def _add(
+    scheduler: Scheduler,
+    worker: Worker,
+    stream: Stream,
+    token: int,
+    finish: str | None,
+    logprobs: TokenLogprobs | None,
+) -> None:
     seconds, metrics = time.perf_counter() - stream.arrived, scheduler.metrics
     if stream.n_tokens == 0:
         metrics.first_token_seconds.observe(seconds)
     stream.tokens.append(token)
+    stream.logprobs.append(logprobs)
     stream.n_tokens += 1
     metrics.tokens.inc()
     if finish:
@@ -274,9 +283,9 @@ def _handle(scheduler: Scheduler, worker: Worker, message: Message) -> None:
     worker.last_heartbeat = time.monotonic()
     match message:
         case ("tokens", new):
-            for key, token, finish in new:
+            for key, token, finish, logprobs in new:
                 if stream := worker.streams.get(key):  # a cancel and a token may cross
-                    _add(scheduler, worker, stream, token, finish)
+                    _add(scheduler, worker, stream, token, finish, logprobs)
         case ("ready", info):
             worker.info, worker.error, scheduler.info = info, None, info
         case ("refused", key, reason):

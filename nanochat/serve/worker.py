@@ -6,7 +6,7 @@ Messages are tuples over a pipe. To the worker:
     ("end",)                                    exit
 From the worker:
     ("ready", WorkerInfo)                       the model is loaded
-    ("tokens", [(key, token, finish), ...])     the tokens of one step, in one message
+    ("tokens", [(key, token, finish, logprobs), ...])    the tokens of one step, in one message; see `infer.Event`
     ("refused", key, reason)                    this request cannot be answered
     ("failed", reason, is_fatal)                it exits; fatal: a restart would end in the same way
     ("exited",)                                 the process has exited; sent by the handle, once, as its last message
@@ -183,7 +183,7 @@ def serve_requests(pipe: Connection, engine: Engine) -> None:
             except UserError as error:
                 pipe.send(("refused", key, str(error)))
         if events := infer.step(engine):
-            pipe.send(("tokens", [(event.key, event.token, event.finish) for event in events]))
+            pipe.send(("tokens", [(event.key, event.token, event.finish, event.logprobs) for event in events]))
 
 
 def _exit_with_parent() -> None:

@@ -151,11 +151,11 @@ class ScriptedWorker(worker.WorkerHandle):
             events: list[Any] = []
             for token in _tokens(piece)[:room]:
                 room -= 1
-                events.append((key, token, None if room else "length"))
+                events.append((key, token, None if room else "length", None))
             self._deliver(("tokens", events))
             if not room:
                 return
-        self._deliver(("tokens", [(key, TOKENIZER.special("<|assistant_end|>"), finish)]))
+        self._deliver(("tokens", [(key, TOKENIZER.special("<|assistant_end|>"), finish, None)]))
 
 
 def _tokens(piece: Piece) -> list[int]:
