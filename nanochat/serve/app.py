@@ -6,7 +6,6 @@ kept only while they are answered, and never logged.
 
 import asyncio
 import contextlib
-import importlib.resources
 import logging
 import re
 import secrets
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import prometheus_client
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -28,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 from nanochat import infer
 from nanochat.data import Tokenizer, chat_format
 from nanochat.data.chat_format import Piece
-from nanochat.serve import middleware, schema
+from nanochat.serve import middleware, page, schema
 from nanochat.serve import scheduler as scheduling
 from nanochat.serve.middleware import Limits
 from nanochat.serve.scheduler import Scheduler, Stream
@@ -62,15 +61,9 @@ def create_app(scheduler: Scheduler, limits: Limits) -> FastAPI:
     )
     app.router.route_class = StrictJsonRoute
     app.state.scheduler, app.state.limits, app.state.start_time = scheduler, limits, time.time()
-    html = importlib.resources.files("nanochat.serve").joinpath("ui.html").read_text("utf-8")
-    headers = {"content-security-policy": middleware.content_security_policy(html), "cache-control": "no-cache"}
-
-    async def page() -> HTMLResponse:
-        return HTMLResponse(html, headers=headers)
-
+    page.add_routes(app)
     options: Any
     for path, endpoint, options in (
-        ("/", page, {"include_in_schema": False}),
         ("/health", health, {}),
         ("/stats", stats, {}),
         ("/metrics", metrics, {"response_class": PlainTextResponse}),

@@ -1,12 +1,9 @@
 """Whom the web server lets in, and for how long: tokens, origins, bodies, headers, idle and slow connections."""
 
 import asyncio
-import base64
 import dataclasses
 import gc
-import hashlib
 import logging
-import re
 import secrets
 import signal
 import socket
@@ -33,7 +30,7 @@ from nanochat.serve.scheduler import Scheduler
 from nanochat.serve.schema import MAX_BODY_BYTES, ApiError, server_error
 from nanochat.text import reason
 
-PUBLIC_PATHS = ("/", "/health")  # without a token; the page asks for it before it calls the rest
+PUBLIC_PATHS = ("/", "/health")  # and /static/, without a token; the page asks for it before it calls the rest
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -73,20 +70,6 @@ class Limits:
 
 def error_response(error: ApiError) -> Response:
     return JSONResponse(error.body.model_dump(), error.status_code, error.headers)
-
-
-def content_security_policy(html: str) -> str:
-    """Return a Content-Security-Policy that lets nothing run or load but the page's own scripts and styles."""
-
-    def hashes(tag: str) -> str:
-        texts = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", html, re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
-        return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -138,7 +121,7 @@ class SecurityMiddleware:
 
         try:
             _check_origin(Headers(scope=scope), self._limits)
-            if scope["path"] not in PUBLIC_PATHS:
+            if scope["path"] not in PUBLIC_PATHS and not scope["path"].startswith("/static/"):
                 _check_token(Headers(scope=scope), self._limits)
             await self._app(scope, receive, send_secured)
         except ApiError as error:

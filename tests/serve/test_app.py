@@ -383,9 +383,11 @@ def test_openai_client_raises_its_exceptions(client: openai.OpenAI) -> None:
 
 def test_token_protects_all_but_page_and_health() -> None:
     with scripted.serve(REPLIES, token="secret") as server, httpx.Client(base_url=server.url) as http:
-        for path in ("/", "/health"):
+        for path in ("/", "/health", "/static/page.js", "/static/page.css"):
             assert http.get(path).status_code == 200
-        for path in ("/stats", "/metrics", "/v1/models", "/openapi.json", "/nothing"):
+        for path in ("/static/../stats", "/static/nothing"):
+            assert http.get(path).status_code in (401, 404)
+        for path in ("/page", "/stats", "/metrics", "/v1/models", "/openapi.json", "/nothing"):
             refused = http.get(path)
             assert error(refused, 401)["type"] == "authentication_error"
             assert refused.headers["www-authenticate"] == "Bearer"
@@ -432,7 +434,7 @@ def test_page_policy_allows_no_external_resource(server: scripted.Server) -> Non
     response = HTTP.get(server.url + "/")
     policy = dict(rule.split(" ", 1) for rule in response.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
-    assert policy["script-src"].startswith("'sha256-") and "unsafe" not in response.headers["content-security-policy"]
+    assert policy["script-src"] == "'self'" and "unsafe" not in response.headers["content-security-policy"]
     assert response.headers["x-content-type-options"] == "nosniff"
 
 

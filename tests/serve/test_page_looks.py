@@ -37,8 +37,13 @@ def test_markup_in_messages_and_answers_stays_text(chat: Opener) -> None:
 
 
 def test_content_security_policy_blocks_injected_scripts(chat: Opener) -> None:
-    page, _ = chat({}, expected=re.compile("Content Security Policy"))
-    page.evaluate("() => { const s = document.createElement('script'); s.text = 'pwned = 1'; document.body.append(s) }")
+    page, _ = chat({}, expected=re.compile("Content Security Policy|requires .Trusted"))
+    inject = "const s = document.createElement('script'); s.append('pwned = 1'); document.body.append(s)"
+    page.evaluate(f"() => {{ try {{ {inject} }} catch {{}} }}")
+    assert (
+        page.evaluate("() => { try { document.body.innerHTML = '<p>x</p>'; return 'set' } catch { return 'stopped' } }")
+        == "stopped"
+    )
     assert page.evaluate("window.pwned") is None
     assert page.evaluate("fetch('https://example.com/').then(() => 'sent', () => 'stopped')") == "stopped"
 
