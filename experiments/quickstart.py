@@ -161,5 +161,5 @@ def rl_config(config: Config) -> rl.Config:
         ),
         device_batch_size=16,
         eval=rl.PassAtKConfig(every_steps=None, problems=64, sample_every_steps=None),
-        metrics=dataclasses.replace(config.metrics, every_steps=1),
+        metrics=dataclasses.replace(config.metrics, every_steps=1, noise_scale_every=0),
     )

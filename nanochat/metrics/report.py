@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat import jsonl, model, tree
-from nanochat.metrics import plots, run_folder
+from nanochat.metrics import logger, noise_scale, plots, run_folder
 from nanochat.metrics.machine import versions
 from nanochat.metrics.run_folder import RunInfo
 from nanochat.text import format_count, format_duration
@@ -221,6 +221,10 @@ def model_section(runs: Sequence[RunInfo]) -> str:
     if base.stage == "base" and flops and tokens:
         each = tokens * base.last_step / counts["scaling"]
         facts["pretraining"] = f"{flops * base.last_step:.4g} FLOPs, {each:.2f} tokens per scaling parameter"
+    for run in runs:
+        _, critical = logger.curve(run.rows, noise_scale.TOKENS)
+        if critical and (size := run_folder.step_tokens(run)):
+            facts[f"critical batch, {run.stage.upper()}"] = noise_scale.describe(critical[-1], size)
     return "\n\n".join(["## Model", facts_table(facts)])
 
 

@@ -13,6 +13,7 @@ import torch
 from nanochat import distributed, model
 from nanochat.config import UserError
 from nanochat.distributed import Runtime, ShardingPlan, sharding
+from nanochat.metrics import noise_scale
 from nanochat.model import Compute, ModelConfig, attention, loss
 from nanochat.model import linear as linears
 from nanochat.train import functional, planner, step
@@ -60,12 +61,15 @@ def build_step_functions(
     compute = Compute(dtype=dtype, attend=attend, all_gather=gather)
     next_token = functools.partial(loss.next_token, config=shape, chunk_tokens=chunk)
     loss_fn = functools.partial(next_token, compute=dataclasses.replace(compute, linear=linear))
+    value_and_grad = step.gradient(loss_fn, grad=config.train.grad, compile=compile)
     train_step = functools.partial(
         step.train_step,
-        value_and_grad=step.gradient(loss_fn, grad=config.train.grad, compile=compile),
+        value_and_grad=value_and_grad,
         update=step.make_update(compute_dtype=dtype, donate=True, compile=config.compile, sharding_plan=sharding_plan),
         gather=functools.partial(sharding.gather, sharding_plan, dtype=dtype),
     )
+    if every := config.metrics.noise_scale_every:
+        train_step = noise_scale.measured(train_step, value_and_grad, every, sharding_plan)
     eval_fn = compile(functools.partial(next_token, compute=compute))
     return train_step, eval_fn, f"attention {chosen.text}; linear layers {precision}"
 

@@ -20,7 +20,7 @@ from nanochat import config as configs
 from nanochat.config import UserError
 from nanochat.data import Tokenizer, tokenizer
 from nanochat.distributed import Runtime, ShardingPlan, hardware, mark_restart, peak_flops, sharding
-from nanochat.metrics import logger, plots, progress, run_lock
+from nanochat.metrics import logger, noise_scale, plots, progress, run_lock
 from nanochat.model import ModelConfig
 from nanochat.text import format_count, format_duration
 from nanochat.train import build, init_from
@@ -117,6 +117,8 @@ def run_stage(
             make_step = functools.partial(stage.make_step, train_step)
             rows = build.try_batch_size(config, shape, rows, runtime, sharding_plan, make_step)
             config = dataclasses.replace(config, device_batch_size=rows)
+        micro_batches = stage.step_tokens // (config.rows * shape.sequence_len * runtime.world_size)
+        noise_scale.check(config.metrics.noise_scale_every, stage.name, micro_batches, sharding_plan)
         build.advise_all_gpus(runtime)
         limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
         print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
@@ -232,10 +234,12 @@ def log_step(ctx: RunContext, state: TrainState, at: Progress, numbers: dict[str
     config, stage, step = ctx.config, ctx.stage, at.step
     last = bool(numbers.pop("last", 0)) or step == stage.num_steps
     ema, smooth = logger.ema(at.ema, numbers["loss"])
+    noise, critical_batch = noise_scale.averaged(at.noise, numbers)
     seconds, tokens = numbers["perf/step_seconds"], int(numbers.pop("tokens", stage.step_tokens))
     timed = step - ctx.first_step > UNTIMED_STEPS
     at = at._replace(
         ema=ema,
+        noise=noise,
         tokens=at.tokens + tokens,
         done=last,
         timed_tokens=at.timed_tokens + timed * tokens,
@@ -263,7 +267,7 @@ def log_step(ctx: RunContext, state: TrainState, at: Progress, numbers: dict[str
             "perf/mfu": mfu,
             "perf/peak_memory_bytes": distributed.peak_memory_bytes(ctx.runtime.device),
         }
-        logger.write(ctx.log, step, row)
+        logger.write(ctx.log, step, row | critical_batch)
     evaluated = any(is_due(step, evaluation.every_steps) for evaluation in stage.evaluations if evaluation.key)
     if last or is_due(step, config.checkpoint.every_steps) or evaluated:
         save_checkpoint(ctx, state, at)  # before an evaluation too, which may take long, or fail
@@ -404,6 +408,8 @@ def finalize(ctx: RunContext, at: Progress) -> None:
     if at.timed_tokens:
         speed = at.timed_tokens / at.timed_seconds
         print(f"training: {format_count(speed)} tokens/s, {format_duration(at.tokens / speed)} without evaluations")
+    if tokens := noise_scale.averaged(at.noise, {})[1].get(noise_scale.TOKENS):
+        print(f"critical batch: {noise_scale.describe(tokens, ctx.stage.step_tokens)}")
     if at.skipped_steps:
         print(f"{at.skipped_steps} steps skipped: non-finite loss or gradient")
     for text in at.loader["position"].get("skipped", []) if at.loader else []:

@@ -243,6 +243,7 @@ class Progress(NamedTuple):
     step: int = 0  # steps done
     loader: Any = None  # the data loader's state; None before the first step
     ema: Any = None  # running loss, see logger.ema
+    noise: Any = None  # see noise_scale.averaged
     skipped_steps: int = 0  # because loss or gradient were not finite
     tokens: int = 0  # of these steps, all ranks together
     timed_tokens: int = 0  # of the steps but the first ten of each start; so timed_seconds
