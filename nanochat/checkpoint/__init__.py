@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         add_metrics,
         close,
         latest_step,
+        load_arrays,
         load_params,
         open_manager,
         restore,

@@ -248,6 +248,13 @@ def load_params(
     return params, header["meta"], integrity.check_files(path, header["files"])
 
 
+def load_arrays(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Read (meta, arrays) of a step as they were given to `save`, in this process. Not a collective call."""
+    path = step_path(folder, step)
+    header = integrity.read_header(path)
+    return header["meta"], integrity.read_arrays(path, header["arrays"])
+
+
 def _with_saved_config(params: TensorDict, meta: Mapping[str, Any]) -> TensorDict:
     """Return parameters that carry the model's config as the metadata has it, where it has one and they do not."""
     if model.params.CONFIG_KEY in params.keys():  # noqa: SIM118 (a TensorDict has no `in`)
