@@ -31,7 +31,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import _replay
-from nanochat import checkpoint, distributed, jsonl, metrics, model, tree
+from nanochat import checkpoint, distributed, jsonl, metrics, model
 from nanochat.config import Device, Dtype, NonNegativeInt, PositiveInt, Settings, UserError
 from nanochat.text import format_duration, table
 
@@ -146,6 +146,8 @@ def find_documents(batch: dict[str, Tensor], bos: int) -> list[dict[str, Any]]:
 
 def chunk_that_fits(loaded: Pretrained, runtime: Runtime) -> tuple[int, int]:
     """Return how many gradients to compute at once, and the bytes that takes."""
+    from nanochat import tree
+
     shape, length = loaded.config, loaded.config.sequence_len
     # Kept for the backward pass of a layer, uncompiled: about 60 numbers per token and channel.
     one = 2 * tree.nbytes(loaded.params) + 4 * 60 * length * shape.n_layer * shape.n_embd
@@ -192,6 +194,8 @@ def measure(
     The effect is the product of the document's gradient with that of the text's mean loss.
     """
     import torch
+
+    from nanochat import tree
 
     params, compute = loaded.params, model.Compute(loaded.params["wte"].dtype)
     loss_fn = functools.partial(model.loss.next_token, config=loaded.config, compute=compute, chunk_tokens=CHUNK_TOKENS)
