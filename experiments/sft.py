@@ -3,11 +3,13 @@
     torchrun --nproc_per_node=8 launch.py --experiment=sft --set run=d20
     python launch.py --experiment=sft --set run=quickstart --set tasks=2*identity,arithmetic --set val_tasks=identity
     torchrun --nproc_per_node=8 launch.py --experiment=sft --set run=d20 --resume        # continue a stopped run
+    python launch.py --experiment=sft --set run=d20 --set lora.rank=16                   # adapters of a few megabytes
 
 Context length, batch sizes and learning rates are inherited from the base run unless they are set, and so are the
 optimizer's moments. One epoch of the tasks; the learning rate is constant, then falls to 0 over the last half. Tasks
 are named as in --experiment=tasks; `3*` before a name repeats its rows three times. Writes runs/<base run>_sft:
-checkpoints, metrics.jsonl, curves. The default mixture takes about half an hour at depth 20 on 8 H100.
+checkpoints, metrics.jsonl, curves. The default mixture takes about half an hour at depth 20 on 8 H100. With lora.rank
+only adapters are trained and saved: the run needs its base run to be loaded, and is used like any other.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 from nanochat import distributed, eval, metrics, model, optim, tasks, train
-from nanochat.config import NonNegativeInt, PositiveInt, UserError
+from nanochat.config import PositiveInt, UserError
 from nanochat.data import chat_format
 from nanochat.eval import CHAT_CORE, ChatEvalConfig
 from nanochat.optim import FinetunePlan, OptimConfig, scaling
-from nanochat.train import EvalConfig, StageConfig
+from nanochat.train import EvalConfig, FinetuneConfig
 
 OPTIM = OptimConfig(
     embedding_lr=None,
@@ -55,12 +57,10 @@ class ChatConfig(ChatEvalConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(StageConfig):
+class Config(FinetuneConfig):
     """A fine-tuning run.
 
     Attributes:
-        run: name or folder of the base run; none: the newest base or mid-trained run. name@100: its step 100.
-        step: its checkpoint; none: the newest.
         tasks: tasks to train on, each with how often its rows are repeated.
         val_tasks: tasks for validation bits per byte; a task whose data cannot be loaded, for example without a
             network, is skipped and named at the end, here and in chat.tasks.
@@ -73,8 +73,6 @@ class Config(StageConfig):
         num_iterations: optimizer steps; none: one epoch.
     """
 
-    run: str | None = None
-    step: NonNegativeInt | None = None
     tasks: tuple[str, ...] = ("smoltalk", "3*mmlu:auxiliary_train", "4*gsm8k")
     val_tasks: tuple[str, ...] = ("smoltalk:test", "mmlu:test:stop=5200", "gsm8k:test:stop=420")
     source: str | None = None
@@ -102,6 +100,7 @@ def train_stage(config: Config, runtime: distributed.Runtime, name: str, stages:
     """Run the stage called `name` from a checkpoint of one of `stages`."""
     config, base = train.load_base(config, name, runtime, run=config.run, step=config.step, stages=stages)
     config, auto = resolve(config, base, runtime)
+    lora = train.load_lora(config, base, runtime)
     train_task = mix(config.tasks, config.source)
     val_tasks, no_val = load_tasks(config.val_tasks, config.source)
     chat_tasks, no_chat = load_tasks(config.chat.tasks, config.source, "test")
@@ -115,11 +114,12 @@ def train_stage(config: Config, runtime: distributed.Runtime, name: str, stages:
     facts = {
         "starts from": " ".join(str(x) for x in (base.origin or {}).values()),
         "parameters": f"{model.count(base.shape)['total']:,}",
+        **train.init_from.describe_lora(lora, runtime),
         "conversations": f"{train_task.size:,}",
-        "moments": "the base run's" if config.optim.moments and base.moments else "zero",
+        "moments": "the base run's" if config.optim.moments and base.moments and not lora else "zero",
     }
     print(train.describe(config, facts), flush=True)
-    stage = sft_stage(config, base, runtime, name, train_task, val_task, chat_tasks)
+    stage = sft_stage(config, base, runtime, name, train_task, val_task, chat_tasks, lora)
     train.run_stage(config, stage, base.shape, base.tokenizer, runtime, try_rows=auto)
     if missing and runtime.is_main:
         print(skipped)
@@ -196,12 +196,15 @@ def sft_stage(
     train_task: tasks.Task,
     val_task: tasks.Task | None,
     chat_tasks: list[tasks.Task],
+    lora: train.Lora | None = None,
 ) -> train.Stage:
     """Return the stage: packed conversations, bits per byte, chat tasks and sample answers."""
     shape, tok, length = base.shape, base.tokenizer, base.shape.sequence_len
     assert config.total_batch_size
     batch_scale = scaling.batch_scale(config.total_batch_size)
-    plan = FinetunePlan(shape.n_embd, batch_scale, config.optim.weight_decay, momentum_warmup_steps=300)
+    plan = FinetunePlan(
+        shape.n_embd, batch_scale, config.optim.weight_decay, momentum_warmup_steps=300, lora_lr=config.lora.lr
+    )
 
     def schedule(step: int, stats: Mapping[str, float]) -> optim.Hparams:
         done = step / config.num_iterations if config.num_iterations else stats.get("share", 0.0)
@@ -227,7 +230,7 @@ def sft_stage(
 
     def chat_score(ctx: train.RunContext, state: train.TrainState) -> train.Result:
         """Return the accuracy of each task, and ChatCORE if its five tasks are among them."""
-        params = distributed.sharding.full_params(state.params)
+        params = train.full_params(state.params, lora)
         subject = eval.chat_eval.ModelUnderTest(params, shape, tok, runtime.compute_dtype)
         with distributed.raise_on_any_failure():
             values = eval.chat_eval.as_metrics(eval.chat_eval.evaluate(subject, chat_tasks, config.chat))
@@ -257,6 +260,9 @@ def sft_stage(
         flops_per_token=model.flops_per_token(shape),
         make_step=functools.partial(train.scheduled, schedule=schedule),
         batches=lambda state, rows: stream(train_task, packing=packing._replace(micro_rows=rows), state=state),
-        initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
+        initial_state=None
+        if lora
+        else functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
         evaluations=evaluations,
+        lora=lora,
     )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.checkpoint import convert, manager, pretrained
+    from nanochat.checkpoint import adapters, convert, manager, pretrained
+    from nanochat.checkpoint.adapters import base_reference, find_base
     from nanochat.checkpoint.config import CheckpointConfig, LoadConfig
     from nanochat.checkpoint.integrity import CorruptCheckpointError
     from nanochat.checkpoint.manager import (

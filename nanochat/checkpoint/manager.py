@@ -29,7 +29,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from nanochat import distributed, jsonl, model, tree
-from nanochat.checkpoint import integrity, storage
+from nanochat.checkpoint import adapters, integrity, storage
 from nanochat.checkpoint.config import CheckpointConfig
 from nanochat.checkpoint.storage import Block
 from nanochat.config import UserError
@@ -237,6 +237,8 @@ def load_params(
 ) -> tuple[TensorDict, dict[str, Any], dict[str, Path]]:
     """Read the full parameters only, in this process, without knowing the model. Not a collective call.
 
+    Adapters are merged into their base, which is read as well.
+
     Returns: (params, meta, {name: path of the file in the checkpoint}).
     """
     path = step_path(folder, step)
@@ -244,6 +246,10 @@ def load_params(
     saved = {name: spec for name, spec in header["state"].items() if name.startswith("params.")}
     leaves = integrity.read_leaves(path, saved, device)
     params = tree.unflatten({name.removeprefix("params."): x for name, x in leaves.items()})
+    if low_rank := header["meta"].get("lora"):
+        run = adapters.find_base(path.parents[1], low_rank["base"])
+        base, _, _ = load_params(run / "checkpoints", step=low_rank["base"]["step"], device=device)
+        params = model.lora.merge(base, model.lora.with_scale(params, low_rank["alpha"], low_rank["rank"]))
     params = _with_saved_config(params, header["meta"])
     return params, header["meta"], integrity.check_files(path, header["files"])
 

@@ -111,7 +111,7 @@ def load_tokenizer(info: CheckpointInfo) -> Tokenizer:
 
 
 def infer_config(info: CheckpointInfo) -> ModelConfig:
-    """Return the model config in a checkpoint's metadata, checked against the shapes of its parameters."""
+    """Return the model config in a checkpoint's metadata, checked against the shapes of its parameters or adapters."""
     try:
         config = ModelConfig(**info.meta["model"])
     except (KeyError, TypeError, ValueError) as error:
@@ -119,7 +119,9 @@ def infer_config(info: CheckpointInfo) -> ModelConfig:
             f"checkpoint {info.path}: no model config that this version knows ({error}); update nanochat?"
         ) from None
     saved = {name: {"shape": spec["shape"]} for name, spec in info.state.items() if name.startswith("params.")}
-    expected = {f"params.{name}": {"shape": row.shape} for name, row in model.spec(config).items()}
+    low_rank = info.meta.get("lora")
+    rows = model.lora.spec(config, low_rank["rank"], low_rank["targets"]) if low_rank else model.spec(config)
+    expected = {f"params.{name}": {"shape": row.shape} for name, row in rows.items()}
     integrity.compare_specs(info.path, saved, expected)
     return config
 

@@ -43,7 +43,7 @@ Gather = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 # Logical axes that may be sharded. A parameter is sharded along its first dimension that divides, if all of its axes
 # are among these; the others (layers, gates, single numbers) belong to parameters too small to be worth it.
-SHARDED_AXES = {"vocab", "hidden", "heads", "kv_heads", "embed"}
+SHARDED_AXES = {"vocab", "hidden", "heads", "kv_heads", "embed", "rank"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.model import attention, gpt, kv_cache, linear, loss, params
+    from nanochat.model import attention, gpt, kv_cache, linear, lora, loss, params
     from nanochat.model.attention import Attend
     from nanochat.model.gpt import (
         CONTEXT_LIMIT,

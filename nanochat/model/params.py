@@ -169,9 +169,22 @@ def init(
         dtype: the compute dtype, in which embeddings are stored (float32 for float16).
         sharding_plan: of several ranks; each keeps its shards, with one full parameter in memory at a time.
     """
+    rows = init_rows(spec(config), seed, device=device, dtype=dtype, sharding_plan=sharding_plan)
+    return with_config(rows, config)
+
+
+def init_rows(
+    rows: Mapping[str, ParamSpec],
+    seed: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    sharding_plan: ShardingPlan | None = None,
+) -> Params:
+    """Return the initial values of the rows of a table, as `init` does for the model's."""
     device = torch.device(device)
     flat: dict[str, Tensor] = {}
-    for name, row in spec(config).items():
+    for name, row in rows.items():
         if device.type == "meta":
             x = torch.empty(row.shape, device=device)
         else:
@@ -179,7 +192,7 @@ def init(
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             x = row.init(torch.empty(row.shape), generator)
         flat[name] = sharding.place(sharding_plan, name, x.to(device, storage_dtype(row, dtype)))
-    return with_config(tree.unflatten(flat), config)
+    return tree.unflatten(flat)
 
 
 def storage_dtype(row: ParamSpec, compute_dtype: torch.dtype) -> torch.dtype:

@@ -162,6 +162,8 @@ def _results(
     flat_params, flat_grads = tree.flatten(params), tree.flatten(grads)
     step = opt_state["step"] + 1
     for group, h in hparams.items():
+        if group not in opt_state.keys():  # noqa: SIM118 (not trained: of the model's groups, adapters have none)
+            continue
         labels = ("params", *(f"{group}.{moment}" for moment in _moment_names(group)))
         first, second = (tree.flatten(opt_state[group, moment]) for moment in _moment_names(group))
         for names in _group_by_shape(first, all_to_all) if group == MATRIX else [[name] for name in first]:

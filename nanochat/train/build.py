@@ -6,15 +6,17 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+from tensordict import TensorDict
 
-from nanochat import distributed, model
+from nanochat import distributed, model, tree
 from nanochat.config import UserError
 from nanochat.distributed import Runtime, ShardingPlan, sharding
 from nanochat.metrics import noise_scale
-from nanochat.model import Compute, ModelConfig, attention, loss
+from nanochat.model import Compute, ModelConfig, Params, ParamSpec, attention, loss
 from nanochat.model import linear as linears
 from nanochat.train import functional, planner, step
 from nanochat.train.config import StageConfig
@@ -23,10 +25,42 @@ from nanochat.train.step import StepFn, TrainState
 CPU_ROWS = 32  # on the CPU, larger micro-batches take memory and save nothing
 
 
+class Lora(NamedTuple):
+    """Adapters to train, and the model that they are of."""
+
+    base: Params  # all of it on every rank, in the compute dtype
+    spec: Mapping[str, ParamSpec]  # of the adapters
+    meta: Mapping[str, Any]  # in their checkpoints: rank, alpha, targets, and the base's run, step and fingerprint
+
+    def adapted(self, loss_fn: Callable[..., Any], all_gather: distributed.Gather | None) -> Callable[..., Any]:
+        """Return a loss of the model as a loss of the adapters, which `all_gather` completes where they are shards."""
+        base = tree.nest(tree.flatten(self.base))
+
+        def of_adapters(adapters: TensorDict, batch: Mapping[str, Any]) -> Any:
+            if all_gather is not None:
+                adapters = tree.unflatten(all_gather(tree.flatten(adapters)), adapters)
+            return loss_fn(model.lora.merge(base, adapters), batch)
+
+        return of_adapters
+
+
+def full_params(params: TensorDict, lora: Lora | None = None) -> Params:
+    """Return the model of a train state on every rank, with merged adapters. A collective call."""
+    params = sharding.full_params(params)
+    return params if lora is None else model.lora.merge(lora.base, params)
+
+
 def build_step_functions(
-    config: StageConfig, shape: ModelConfig, runtime: Runtime, sharding_plan: ShardingPlan | None = None
+    config: StageConfig,
+    shape: ModelConfig,
+    runtime: Runtime,
+    sharding_plan: ShardingPlan | None = None,
+    lora: Lora | None = None,
 ) -> tuple[Callable, Callable, str]:
-    """Return (the train step, the loss for evaluation, their kernels as text), compiled if the settings say so."""
+    """Return (the train step, the loss for evaluation, their kernels as text), compiled if the settings say so.
+
+    With `lora`, the step is on adapters; the loss for evaluation is that of the model, as from `full_params`.
+    """
     if config.compile and runtime.device.type == "cpu":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         if not shutil.which(compiler):
@@ -58,9 +92,10 @@ def build_step_functions(
     overlap = gather is not None and config.sharding.overlap and runtime.device.type == "cuda"
     compile_fn = functools.partial(distributed.compile_fn, overlap=overlap, memory_budget=config.train.memory_budget)
     compile = compile_fn if config.compile else lambda f: f
-    compute = Compute(dtype=dtype, attend=attend, all_gather=gather)
+    compute = Compute(dtype=dtype, attend=attend, all_gather=None if lora else gather)
     next_token = functools.partial(loss.next_token, config=shape, chunk_tokens=chunk)
     loss_fn = functools.partial(next_token, compute=dataclasses.replace(compute, linear=linear))
+    loss_fn = lora.adapted(loss_fn, gather) if lora else loss_fn
     value_and_grad = step.gradient(loss_fn, grad=config.train.grad, compile=compile)
     train_step = functools.partial(
         step.train_step,
@@ -104,10 +139,15 @@ def init_state(
     runtime: Runtime,
     sharding_plan: ShardingPlan | None,
     device: torch.device | str | None = None,
+    lora: Lora | None = None,
 ) -> TrainState:
-    """Return the state before the first step, by default on the runtime's device."""
-    dtype, device = runtime.compute_dtype, device or runtime.device
-    params = model.init(shape, config.seed, device=device, dtype=dtype, sharding_plan=sharding_plan)
+    """Return the state before the first step, of the model or of adapters, by default on the runtime's device."""
+    dtype, options = runtime.compute_dtype, {"device": device or runtime.device, "sharding_plan": sharding_plan}
+    if lora:
+        settings = {name: lora.meta[name] for name in ("rank", "targets", "alpha")}
+        adapters = model.lora.init(shape, config.seed, **settings, **options)
+        return step.init(adapters, lora.spec, dtype, sharding_plan)
+    params = model.init(shape, config.seed, dtype=dtype, **options)
     return step.init(params, model.spec(shape), dtype, sharding_plan)
 
 
@@ -121,6 +161,8 @@ def planner_setup(config: StageConfig, runtime: Runtime) -> planner.Setup:
         fp8=config.train.linear == "fp8",
         chunk_tokens=chunk_tokens(config, runtime),
         node_ranks=runtime.node_ranks,
+        lora_rank=config.lora.rank,
+        lora_targets=config.lora.targets,
     )
 
 
@@ -141,7 +183,7 @@ def estimate_batch_size(config: StageConfig, shape: ModelConfig, rows: int, runt
 
 def try_batch_size(
     config: StageConfig, shape: ModelConfig, rows: int, runtime: Runtime, sharding_plan: ShardingPlan | None,
-    make_step: Callable[[int], StepFn],
+    make_step: Callable[[int], StepFn], lora: Lora | None = None,
 ) -> int:  # fmt: skip
     """Return the first micro-batch from `config.rows` downwards that fits, seen by a step on a state thrown away.
 
@@ -158,7 +200,8 @@ def try_batch_size(
         ids = torch.zeros((min(rows, 2 * tried), shape.sequence_len), dtype=torch.int64, device=runtime.device)
         try:
             step_fn = make_step(tried)
-            step_fn(init_state(config, shape, runtime, sharding_plan), {"inputs": ids, "targets": ids}, 0, {})
+            state = init_state(config, shape, runtime, sharding_plan, lora=lora)
+            step_fn(state, {"inputs": ids, "targets": ids}, 0, {})
             distributed.synchronize(runtime.device)
             return tried
         except torch.OutOfMemoryError:

@@ -109,6 +109,24 @@ class RolloutConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig(Settings):
+    """Low-rank adapters, which are trained in place of the base run's parameters and saved without them.
+
+    Attributes:
+        rank: of the adapters; 0: none, all parameters are trained.
+        alpha: what an adapter adds to its matrix is scaled by alpha / rank.
+        targets: names of the matrices with adapters, * stands for any text. The output layer is among them because a
+            base model does not know the special tokens of conversations.
+        lr: peak learning rate (AdamW); the optim settings, but for its schedule, are of the other parameters.
+    """
+
+    rank: NonNegativeInt = 0
+    alpha: PositiveFloat = 16.0
+    targets: tuple[str, ...] = ("layers.*.attn.[qkv]", "layers.*.attn.proj", "layers.*.mlp.*", "lm_head")
+    lr: PositiveFloat = 0.002
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig(Settings):
     """Settings of every training stage.
 
@@ -140,11 +158,27 @@ class StageConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=1000)
     metrics: MetricsConfig = MetricsConfig()
 
+    lora = LoraConfig()  # a setting of the stages that start from a model
+
     @property
     def rows(self) -> int:
         """`device_batch_size` once auto is resolved."""
         assert self.device_batch_size != "auto"
         return self.device_batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(StageConfig):
+    """Settings of every stage that starts from another run.
+
+    Attributes:
+        run: name or folder of the base run; none: the newest that suits the stage. name@100: its step 100.
+        step: its checkpoint; none: the newest.
+    """
+
+    run: str | None = None
+    step: NonNegativeInt | None = None
+    lora: LoraConfig = LoraConfig()
 
 
 def run_folder(name: str) -> Path:

@@ -13,6 +13,7 @@ from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.distributed import Runtime, ShardingPlan, sharding, was_restarted
 from nanochat.model import ModelConfig
+from nanochat.train import build
 from nanochat.train import step as train
 from nanochat.train.config import StageConfig, run_folder
 from nanochat.train.step import TrainState
@@ -29,8 +30,10 @@ class InitCheckpoint:
     shape: ModelConfig
     tokenizer: Tokenizer
     settings: Mapping[str, Any]  # of its run, by dotted name; {} for a converted model
-    moments: bool  # whether it has the optimizer's state
+    moments: bool  # whether it has the optimizer's state of all parameters
     origin: Mapping[str, Any] | None  # run, step and stage that the run starting from it records as its base
+    lora: Mapping[str, Any] | None = None  # of adapters, see `build.Lora.meta`
+    resumed: bool = False  # whether it is the run's own
 
     def setting(self, value: Any, name: str, default: Any) -> Any:
         """Return `value`, or if it is None the setting `name` of its run, or if that has none `default`."""
@@ -45,14 +48,17 @@ def load(run: str | Path | None, step: int | None = None, *, resume: bool = Fals
         resume: whether the run itself resumes from it: then its origin is the one that it recorded.
     """
     info = checkpoint.inspect(run, step)
+    lora = info.meta.get("lora")
     return InitCheckpoint(
         info.folder,
         info.step,
         checkpoint.infer_config(info),
         checkpoint.load_tokenizer(info),
         info.meta.get("config", {}),
-        any(name.startswith("opt_state.") for name in info.state),
+        not lora and any(name.startswith("opt_state.") for name in info.state),
         info.meta.get("parent") if resume else {"run": info.folder.name, "step": info.step, "stage": info.stage},
+        lora,
+        resume,
     )
 
 
@@ -82,7 +88,46 @@ def load_base(
         start = start or newest(stages)
         config = dataclasses.replace(config, name=f"{Path(start).expanduser().absolute().name}_{stage}")
     config = resume_after_restart(config, str(config.name), runtime)
-    return config, load_own(config) or load(start or newest(stages), step)
+    if own := load_own(config):
+        for setting in ("rank", "alpha", "targets") if own.lora or config.lora.rank else ():
+            now, before = getattr(config.lora, setting), own.settings.get(f"lora.{setting}", 0)
+            before = tuple(before) if isinstance(before, list) else before
+            if before != now:
+                old = ",".join(before) if isinstance(before, tuple) else before
+                raise UserError(f"run {config.name} was started with lora.{setting}={old}: resume it with the same")
+        return config, own
+    return config, load(start or newest(stages), step)
+
+
+def load_lora(config: StageConfig, base: InitCheckpoint, runtime: Runtime) -> build.Lora | None:
+    """Return what to train adapters of, if the settings ask for them: the base, or that of the adapters resumed."""
+    if not config.lora.rank:
+        return None
+    settings = {"rank": config.lora.rank, "alpha": config.lora.alpha, "targets": list(config.lora.targets)}
+    if base.resumed and base.lora:
+        reference = dict(base.lora["base"])
+        folder = checkpoint.find_base(base.folder, reference)
+        reference["run"] = str(folder)
+    else:
+        folder, reference = base.folder, checkpoint.base_reference(base.folder, base.step)
+    spec = model.lora.spec(base.shape, config.lora.rank, config.lora.targets)
+    return build.Lora(load_frozen(folder, reference["step"], runtime), spec, {**settings, "base": reference})
+
+
+def describe_lora(lora: build.Lora | None, runtime: Runtime) -> dict[str, str]:
+    """Return what to print on adapters before a run, by title."""
+    if lora is None:
+        return {}
+    count, copies = sum(row.numel for row in lora.spec.values()), " on every rank" * (runtime.world_size > 1)
+    sizes = f"{4 * count / 1e6:.2f} MB, optimizer {8 * count / 1e6:.2f} MB"
+    base = f"frozen, {tree.nbytes(lora.base) / 1e6:.1f} MB{copies}"
+    return {"adapters": f"{count:,} parameters on {len(lora.spec) // 2} matrices: {sizes}", "base": base}
+
+
+def load_frozen(folder: Path, step: int, runtime: Runtime) -> model.Params:
+    """Return all parameters of a run to compute with on this rank: matrices and embeddings in the compute dtype."""
+    params, _, _ = checkpoint.load_params(folder / "checkpoints", step=step, device=runtime.device)
+    return tree.map(lambda x: x.to(runtime.compute_dtype) if x.dim() >= 2 else x, params)
 
 
 def load_own(config: StageConfig) -> InitCheckpoint | None:

@@ -36,6 +36,8 @@ class Setup:
     fp8: bool = False  # whether large matrix products use float8
     chunk_tokens: int = 8192  # of the loss
     node_ranks: int = 8  # groups of more ranks communicate over the network
+    lora_rank: int = 0  # of adapters on a base that is full on every rank, in `dtype`; 0: all parameters are trained
+    lora_targets: tuple[str, ...] = ()
 
     @property
     def shards(self) -> int:
@@ -45,7 +47,11 @@ class Setup:
     @property
     def sharded_params(self) -> bool:
         """Whether parameters are sharded and all-gathered layer by layer."""
-        return self.mode in ("fsdp", "hsdp") and self.shards > 1
+        return self.mode in ("fsdp", "hsdp") and self.shards > 1 and not self.lora_rank
+
+    def trained(self, shape: ModelConfig) -> Mapping[str, model.ParamSpec]:
+        """Return the table of what is trained."""
+        return model.lora.spec(shape, self.lora_rank, self.lora_targets) if self.lora_rank else model.spec(shape)
 
 
 # Memory
@@ -141,15 +147,21 @@ def _micro_batch_bytes(shape: ModelConfig, setup: Setup, rows: int) -> dict[str,
     chunk, chunks = (tokens, 1) if tokens <= setup.chunk_tokens else (setup.chunk_tokens, LOSS_CHUNKS)
     saved = tokens * (shape.n_layer * (c.layer * width + c.head * shape.n_head + 8) + 20)
     cast_size = 1 if setup.fp8 else 2 if itemsize == 2 and not gathered else 0  # of float32 matrices, kept for backward
+    if setup.lora_rank:  # merged matrices are new in every dtype
+        cast_size = itemsize + setup.fp8
     casts = cast_size * sum(math.prod(row.shape) for row in spec if row.group == MATRIX)
     # Gradients become float32 shards when they are reduced; without sharding they keep their dtype until the end.
     shards = setup.shards if gathered else 1
     grads = (
-        sum(math.prod(row.shape) * (4 if gathered else model.storage_dtype(row, setup.dtype).itemsize) for row in spec)
+        sum(
+            math.prod(row.shape) * (4 if gathered else model.storage_dtype(row, setup.dtype).itemsize)
+            for row in setup.trained(shape).values()
+        )
         / shards
     )
     layer_grads = 4 * 12 * width**2 / shards
     embedding_grad = (4 * (itemsize == 2) + itemsize * gathered) * embedding  # before its cast or reduction
+    embedding_grad *= not setup.lora_rank
     forward = [
         {  # the logits of the last chunk
             "activations": saved + itemsize * width * (3 * tokens + chunks * chunk),
@@ -168,7 +180,7 @@ def _micro_batch_bytes(shape: ModelConfig, setup: Setup, rows: int) -> dict[str,
         },
         {  # in the first layer
             "activations": tokens * ((c.first_layer_depth * shape.n_layer + c.first_layer) * width + 38 * shape.n_head),
-            "gradients": grads - layer_grads,
+            "gradients": grads + (layer_grads if setup.lora_rank else -layer_grads),
         },
         {"activations": 4 * tokens * width, "gradients": grads, "weights": embedding_grad},  # at the end
     ]
@@ -182,7 +194,10 @@ def state_bytes(shape: ModelConfig, setup: Setup) -> Mapping[str, int]:
     """
     shards = setup.shards
     sizes = collections.Counter({"optimizer": 8 + 8 + 4 + 8})  # counts of steps, and the loss scale
-    for row in model.spec(shape).values():
+    if setup.lora_rank:
+        base = model.spec(shape).values()
+        sizes["parameters"] += sum(row.numel * (setup.dtype.itemsize if len(row.shape) > 1 else 4) for row in base)
+    for row in setup.trained(shape).values():
         numel = math.prod(row.shape)
         dim = shard_dim(row.shape, row.axes, shards)
         shard = numel if dim is None else numel // shards
@@ -211,7 +226,7 @@ def _layer_params(shape: ModelConfig) -> int:
 
 def _muon_bytes(shape: ModelConfig, setup: Setup) -> int:
     """Return what the update holds besides state and gradients: a stack, its results, and those of the one before."""
-    stacks = collections.Counter(row.shape for row in model.spec(shape).values() if row.group == MATRIX)
+    stacks = collections.Counter(row.shape for row in setup.trained(shape).values() if row.group == MATRIX)
     most, before = 0.0, 0.0
     for size, n in stacks.items():
         elements = -(-n // setup.shards) * math.prod(size)
@@ -254,7 +269,7 @@ def traffic(shape: ModelConfig, setup: Setup, *, micro_batches: int) -> dict[str
     within, across, overall = ((n - 1) / n for n in (shards, setup.world_size // shards, setup.world_size))
     sent: dict[str, float] = dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce", "all_to_all"), 0.0)
     stacks: collections.Counter[tuple[int, ...]] = collections.Counter()
-    for row in model.spec(shape).values():
+    for row in setup.trained(shape).values():
         numel = math.prod(row.shape)
         if shard_dim(row.shape, row.axes, shards) is None:
             # Without a shard axis no parameter is sharded, and all are reduced over all ranks.

@@ -62,6 +62,7 @@ class Stage:
         origin: run, step and stage of the checkpoint that this stage starts from, or None.
         initial_state: (sharding_plan) -> the state before the first step; None: random parameters.
         branch: folder and step of another run that a new run continues from there; None: it starts at step 0.
+        lora: what to train adapters of; None: the model's parameters are trained.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Stage:
     origin: Mapping[str, Any] | None = None
     initial_state: Callable[[ShardingPlan | None], TrainState] | None = None
     branch: tuple[Path, int] | None = None
+    lora: build.Lora | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +112,13 @@ def run_stage(
     with contextlib.ExitStack() as stack:
         stack.enter_context(out_of_memory_as_user_error(config))
         # Everything that can be refused comes before the run's folder is touched.
-        sharding_plan = sharding.make_plan(config.sharding, runtime, model.spec(shape))
-        train_step, loss_fn, kernels = build.build_step_functions(config, shape, runtime, sharding_plan)
+        lora = stage.lora
+        sharding_plan = sharding.make_plan(config.sharding, runtime, lora.spec if lora else model.spec(shape))
+        train_step, loss_fn, kernels = build.build_step_functions(config, shape, runtime, sharding_plan, lora)
         if try_rows:
             rows = stage.step_tokens // (shape.sequence_len * runtime.world_size)
             make_step = functools.partial(stage.make_step, train_step)
-            rows = build.try_batch_size(config, shape, rows, runtime, sharding_plan, make_step)
+            rows = build.try_batch_size(config, shape, rows, runtime, sharding_plan, make_step, lora)
             config = dataclasses.replace(config, device_batch_size=rows)
         micro_batches = stage.step_tokens // (config.rows * shape.sequence_len * runtime.world_size)
         noise_scale.check(config.metrics.noise_scale_every, stage.name, micro_batches, sharding_plan)
@@ -197,8 +200,8 @@ def init_or_restore(
     if start is None:
         if stage.initial_state:
             return stage.initial_state(sharding_plan), Progress()
-        return build.init_state(config, shape, runtime, sharding_plan), Progress()
-    abstract = build.init_state(config, shape, runtime, sharding_plan, device="meta")
+        return build.init_state(config, shape, runtime, sharding_plan, lora=stage.lora), Progress()
+    abstract = build.init_state(config, shape, runtime, sharding_plan, device="meta", lora=stage.lora)
     folder, step = start
     state, meta, arrays = checkpoint.restore(folder / "checkpoints", abstract, step, device=runtime.device)
     now = json.loads(json.dumps(dict(configs.flatten(config))))
@@ -294,7 +297,7 @@ def save_checkpoint(ctx: RunContext, state: TrainState, at: Progress) -> None:
         "tokens": at.tokens,
         "num_steps": ctx.stage.num_steps,
         "torch": torch.__version__,
-    }
+    } | ({"lora": ctx.stage.lora.meta} if ctx.stage.lora else {})
     ctx.check_lock()
     # No random state: every random draw has its own generator, seeded by the run's seed and a name or step.
     arrays = {f"loader_{name}": array for name, array in at.loader.items() if name != "position"}
@@ -344,7 +347,10 @@ def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[int],
         items = itertools.takewhile(lambda item: not ctx.stop.agreed() and item is not None, waits)
         if (first := next(items, None)) is None:
             return Result()
-        params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
+        if ctx.stage.lora:
+            params = build.full_params(state.params, ctx.stage.lora)
+        else:
+            params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
         inputs = (batch for batch, *_ in itertools.chain([first], items))
         bpb = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)
     return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte"])
@@ -357,7 +363,7 @@ def print_samples(
     config = ctx.config.eval
     if not config.prompts:
         return Result()
-    params = sharding.full_params(state.params)
+    params = build.full_params(state.params, ctx.stage.lora)
     with distributed.raise_on_any_failure():
         if not ctx.runtime.is_main:
             return Result()

@@ -91,8 +91,10 @@ def saved_steps(folder: Path) -> list[int]:
 
 def saved_state(folder: Path, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
     """Return the state and the metadata of a run's checkpoint."""
-    config = ModelConfig(**checkpoint.load_params(folder / "checkpoints", step=step)[1]["model"])
-    abstract = train.init(model.init(config, 0, device="meta"), model.spec(config))
+    meta = checkpoint.inspect(folder, step).meta
+    config, lora = ModelConfig(**meta["model"]), meta.get("lora")
+    rows = model.lora.spec(config, lora["rank"], lora["targets"]) if lora else model.spec(config)
+    abstract = train.init(model.params.init_rows(rows, 0, device="meta"), rows)
     state, meta, _ = checkpoint.restore(folder / "checkpoints", abstract, step=step)
     return state, meta
 
