@@ -90,7 +90,9 @@ def test_missing_or_changed_base_is_refused_by_name(base: Path, tuned: Path, tmp
         shutil.rmtree(tmp_path / "runs" / "base")
         with pytest.raises(UserError, match=r"run tuned holds adapters, and its base, step 2 of run base, is not in"):
             checkpoint.load(moved)
-        tiny_run.pretrain_run("name=base", "model.sequence_len=64", "total_batch_size=512", "num_iterations=2", "seed=1")
+        tiny_run.pretrain_run(
+            "name=base", "model.sequence_len=64", "total_batch_size=512", "num_iterations=2", "seed=1"
+        )
         with pytest.raises(UserError, match=r"step 2 of run base, in .* has changed since they were trained"):
             tune(base, "name=tuned", "resume=true")
     finally:
