@@ -4,9 +4,9 @@ import dataclasses
 import functools
 from typing import Any
 
+import sharded_steps
 import small_model
 import torch
-import sharded_steps
 from sharded_steps import MODES, batch, data, full
 from tensordict import TensorDict
 
