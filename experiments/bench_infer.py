@@ -178,8 +178,8 @@ def prefill(
     count = config.prefill_tokens or loaded.config.sequence_len - 1
 
     def once(seed: int) -> float:
-        request = infer.Request(random_prompt(loaded, count, seed))
-        seconds = _bench.timed(lambda: infer.admit(engine, 0, request), runtime)
+        infer.admit(engine, 0, infer.Request(random_prompt(loaded, count, seed)))
+        seconds = _bench.timed(lambda: infer.prefill.advance(engine.prefill, others_decode=False), runtime)
         infer.cancel(engine, 0)
         return seconds
 

@@ -4,6 +4,7 @@
     for completion in infer.complete(engine, [infer.Request(prompt), ...]):
         print(tokenizer.decode(completion.tokens))
 
+`prefill` computes the keys and values of a prompt before its row takes part.
 The device keeps what a row's next step needs: its cache, its last drawn token and its sampling settings. Each step the
 host reads the drawn ids, advances tool calls (`tool_use`), and sends one id per row: a forced token, or RESUME for a
 row that was waiting. On a GPU the next step starts before the host has read the last one; a row whose token may need an
@@ -27,8 +28,8 @@ from nanochat import model, tree
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.distributed import compile_fn
+from nanochat.infer import prefill, sampling, tool_use
 from nanochat.infer import request as requests
-from nanochat.infer import sampling, tool_use
 from nanochat.infer.request import Completion, Event, Request
 from nanochat.model import Compute, ModelConfig, ParamsLike, kv_cache
 
@@ -38,7 +39,8 @@ USUAL = {"candidates": 64, "full_vocab": False, "filtered": False}
 GENERAL = {"candidates": 256, "full_vocab": True, "filtered": False}
 FILTERED = {"candidates": 1, "full_vocab": True, "filtered": True}
 ROW_STATE = dict(token=torch.int64, live=torch.bool, temperature=torch.float32, top_k=torch.int64, seed=torch.int64)
-MIN_SPAN, MIN_COMPILED_SPAN, MIN_PREFILL = 32, 256, 16  # tokens; each further size is one more to compile
+MIN_SPAN, MIN_COMPILED_SPAN = 32, 256  # tokens; each further size is one more to compile
+CHUNK = {"cpu": 32, "cuda": 256}  # tokens of a prompt that take about as long as a decode step
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,7 +49,7 @@ class _Row:
 
     key: Hashable
     request: Request
-    slot: int
+    slot: int | None  # None until its prompt has been computed
     length: int  # in tokens, with the prompt and what is still to feed
     max_length: int
     feed: deque[int]  # what to send it in the next steps; it draws after the last
@@ -73,14 +75,13 @@ class Engine:
     async_depth: int
     owns_params: bool
     cache: dict[str, Any]
+    prefill: prefill.Prefill
     row_state: dict[str, Tensor]
     filters: dict[str, Tensor] | None  # of `sampling.draw_filtered`, from the first request on that needs it
     step_fn: Callable[..., Tensor]
     graphs: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] | None
     active: dict[Hashable, _Row] = dataclasses.field(default_factory=dict)
     pending: deque[_PendingStep] = dataclasses.field(default_factory=deque)
-    # The last prompt and its cache, which further samples of it reuse.
-    prefilled: tuple[tuple[int, ...], kv_cache.CacheLike] | None = None
 
 
 def start(
@@ -96,6 +97,8 @@ def start(
     exact: bool = False,
     async_depth: int | None = None,
     copy_params: bool = False,
+    chunk: int | None = None,
+    prefix_tokens: int | None = None,
 ) -> Engine:
     """Return an engine without requests.
 
@@ -109,6 +112,8 @@ def start(
             rounding of matrix products, so that a seed may give another token where two are almost equally likely.
         async_depth: steps dispatched before the last one is read, 0 or 1; None: 1 on a GPU.
         copy_params: own all parameters, so that `load_params_` may overwrite them.
+        chunk: tokens of a prompt that `step` computes between two tokens of other rows; None: as CHUNK has it.
+        prefix_tokens: size of the prefix cache, a further one beside that of the slots; None: `context`.
     """
     device = torch.device(device or params["wte"].device)
     dtype = dtype or params["wte"].dtype
@@ -117,6 +122,10 @@ def start(
     limit = model.CONTEXT_LIMIT * config.sequence_len
     if slots < 1 or not 2 <= context <= limit:
         raise UserError(f"slots={slots}, context={context}: expected at least 1 slot and a context of 2 … {limit}")
+    chunk = CHUNK.get(device.type, CHUNK["cuda"]) if chunk is None else chunk
+    prefixes = prefill.PrefixCache(context if prefix_tokens is None else prefix_tokens)
+    if chunk < 1 or prefixes.max_tokens < 0:
+        raise UserError(f"chunk={chunk}, prefix_tokens={prefix_tokens}: expected at least 1 and 0 tokens")
     model.config_of(params, config)
     stored = {
         # Casting a matrix in each step would read it twice.
@@ -126,8 +135,9 @@ def start(
     tools, compute = tool_use.tool_tokens(tokenizer), Compute(dtype)
     cache = kv_cache.empty(config, slots, context, dtype=dtype, device=device)
     step_fn = compile_fn(_step_, dynamic=None) if compile else _step_
+    fused = model.fuse_qkv(tree.nest(stored))
     return Engine(
-        params=model.fuse_qkv(tree.nest(stored)),
+        params=fused,
         config=config,
         compute=compute,
         tools=tools,
@@ -138,6 +148,7 @@ def start(
         async_depth=async_depth if async_depth is not None else int(device.type == "cuda"),
         owns_params=copy_params,
         cache=tree.nest(tree.flatten(cache)),
+        prefill=prefill.Prefill(fused, config, compute, device, context, chunk, exact, prefixes),
         row_state={name: torch.zeros(slots, dtype=dtype, device=device) for name, dtype in ROW_STATE.items()},
         filters=None,
         step_fn=functools.partial(step_fn, config=config, compute=compute, blocking=tools.blocking),
@@ -156,7 +167,7 @@ def load_params_(engine: Engine, params: ParamsLike) -> None:
     new = tree.flatten(model.fuse_qkv(params))
     for name, x in tree.flatten(engine.params).items():
         x.copy_(new[name])
-    engine.prefilled = None
+    prefill.clear(engine.prefill)
 
 
 def free_slots(engine: Engine) -> int:
@@ -164,17 +175,23 @@ def free_slots(engine: Engine) -> int:
     return engine.slots - len(engine.active)
 
 
-@torch.no_grad()
 def admit(engine: Engine, key: Hashable, request: Request) -> None:
-    """Give a request a free slot and prefill its prompt; the same prompt twice in a row is computed once."""
-    prompt = request.prompt
+    """Give a request one of the free slots; the next steps compute its prompt and decode it."""
     requests.check(request, engine.config.vocab_size, engine.context)
     if key in engine.active or not free_slots(engine):
         raise UserError(f"request {key}: {'its key is in use' if key in engine.active else 'no slot is free'}")
-    if engine.prefilled is None or engine.prefilled[0] != prompt:
-        engine.prefilled = (prompt, _prefill(engine, prompt[:-1]))
-    slot = min(set(range(engine.slots)) - {row.slot for row in engine.active.values()})
-    kv_cache.copy_row_(engine.cache, slot, engine.prefilled[1])
+    n_prompt = len(request.prompt)
+    max_length = min(n_prompt + request.max_tokens, engine.context)
+    engine.active[key] = _Row(key, request, None, n_prompt, max_length, deque([request.prompt[-1]]))
+    prefill.add(engine.prefill, key, request.prompt)
+
+
+def _start_decoding(engine: Engine, prefilled: prefill.Prefilled) -> None:
+    """Let a row whose prompt has been computed take part in the next step."""
+    row = engine.active[prefilled.key]
+    request, used = row.request, {other.slot for other in engine.active.values()}
+    row.slot = slot = min(set(range(engine.slots)) - used)
+    prefill.load_row_(engine.cache, slot, prefilled)
     top_k = request.top_k if request.temperature > 0 else 1
     state = {"live": False, "temperature": request.temperature, "top_k": top_k, "seed": request.seed}
     for name, value in state.items():
@@ -183,47 +200,40 @@ def admit(engine: Engine, key: Hashable, request: Request) -> None:
         _allocate_filters_(engine)
     if engine.filters is not None:
         sampling.set_filters_(engine.filters, slot, request)
-    max_length = min(len(prompt) + request.max_tokens, engine.context)
-    engine.active[key] = _Row(key, request, slot, len(prompt), max_length, deque([prompt[-1]]))
-
-
-def _prefill(engine: Engine, tokens: tuple[int, ...]) -> kv_cache.CacheLike:
-    """Return a cache with one row that holds these tokens."""
-    width = _round_up(len(tokens), _sizes(MIN_PREFILL, engine.context))
-    config, compute, device = engine.config, engine.compute, engine.row_state["token"].device
-    cache = kv_cache.empty(config, 1, width, dtype=compute.dtype or torch.float32, device=device)
-    if not tokens:
-        return cache
-    padded_BT = torch.tensor([[*tokens, *[0] * (width - len(tokens))]], device=device)
-    added_B = torch.tensor([len(tokens)], device=device)
-    return model.decode_features(
-        engine.params, padded_BT, cache, added_B=added_B, empty_cache=True, config=config, compute=compute
-    )[1]
 
 
 def cancel(engine: Engine, key: Hashable) -> None:
     """Remove a row and free its slot; unknown keys are ignored, since the row may just have finished."""
-    if row := engine.active.pop(key, None):
+    prefill.remove(engine.prefill, key)
+    if (row := engine.active.pop(key, None)) and row.slot is not None:
         engine.row_state["live"][row.slot] = False
 
 
 @torch.no_grad()
-def step(engine: Engine) -> list[Event]:
-    """Start to decode one token of every row; returns the events of the step started `async_depth` steps before."""
-    if engine.active:
-        n_rows = _round_up(_compact_slots(engine), engine.row_sizes)
-        longest = max(row.length for row in engine.active.values()) + engine.async_depth
+def step(engine: Engine, prefill_all: bool = False) -> list[Event]:
+    """Start to decode one token of every row; returns the events of the step started `async_depth` steps before.
+
+    Args:
+        prefill_all: compute all new prompts before; otherwise so little that other rows do not wait.
+    """
+    n_decoding = sum(row.slot is not None for row in engine.active.values())
+    for prefilled in prefill.advance(engine.prefill, n_decoding > 0, prefill_all):
+        _start_decoding(engine, prefilled)
+    rows = [row for row in engine.active.values() if row.slot is not None]
+    if rows:
+        n_rows = _round_up(_compact_slots(engine, rows), engine.row_sizes)
+        longest = max(row.length for row in rows) + engine.async_depth
         span = _round_up(longest, engine.span_sizes)
         control, drawing = [NO_TOKEN] * n_rows, []
-        for row in engine.active.values():
+        for row in rows:
             if row.feed:
                 control[row.slot] = row.feed.popleft()
             if not row.feed:
                 drawing.append((row.slot, row))
-        draw_settings = _draw_settings([row.request for row in engine.active.values()], engine.config.vocab_size)
+        draw_settings = _draw_settings([row.request for row in rows], engine.config.vocab_size)
         drawn_B, ready = _run_step(engine, torch.tensor(control), n_rows, span=span, **draw_settings)
         engine.pending.append((drawn_B, ready, drawing))
-    if engine.pending and (len(engine.pending) > engine.async_depth or not engine.active):
+    if engine.pending and (len(engine.pending) > engine.async_depth or not rows):
         return _collect_step(engine, *engine.pending.popleft())
     return []
 
@@ -235,7 +245,7 @@ def run(engine: Engine, requests: Sequence[Request]) -> Generator[Event, None, N
         while waiting or engine.active:
             while waiting and free_slots(engine):
                 admit(engine, *waiting.popleft())
-            yield from step(engine)
+            yield from step(engine, prefill_all=True)
     finally:
         for key in tuple(engine.active):
             cancel(engine, key)
@@ -295,13 +305,13 @@ def _draw_settings(requests: Sequence[Request], vocab_size: int) -> dict[str, An
     return GENERAL if max(top_ks) <= GENERAL["candidates"] else GENERAL | {"candidates": vocab_size}
 
 
-def _compact_slots(engine: Engine) -> int:
+def _compact_slots(engine: Engine, rows: Sequence[_Row]) -> int:
     """Move the last rows into free slots where that halves the batch; returns the number of slots in use."""
-    rows = sorted(engine.active.values(), key=lambda row: row.slot)
+    rows = sorted(rows, key=lambda row: row.slot)
     fewest = _round_up(len(rows), engine.row_sizes)
     free = sorted(set(range(fewest)) - {row.slot for row in rows})
     for row, slot in zip((row for row in rows if row.slot >= fewest), free):
-        kv_cache.copy_row_(engine.cache, slot, engine.cache, row.slot)
+        kv_cache.copy_row_(engine.cache, slot, row.slot)
         for x in (*engine.row_state.values(), *(engine.filters or {}).values()):
             x[slot] = x[row.slot]
         # A pending step may still draw for the old slot: it runs before this copy, and is read by its old slot.

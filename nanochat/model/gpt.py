@@ -258,13 +258,13 @@ def decode_features(
     added_B: Tensor | None = None,
     span: int | None = None,
     inplace: bool = False,
-    empty_cache: bool = False,
+    start: int | None = None,
     compute: Compute = Compute(),
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the final activations (B, T, C) of `decode`, and the new cache as a dict.
 
     Args:
-        empty_cache: the cache is known to be empty, so `compute.attend` is used.
+        start: the length of every row of a cache without rings, which is extended in place; see `kv_cache.extend_`.
     """
     n_time = tokens_BT.shape[1]
     length_B = cache["length"]
@@ -278,12 +278,13 @@ def decode_features(
     def attend(i: int, layer: ParamsLike, x_BTC: Tensor) -> Tensor:
         q_BTNH, k_BTKH, v_BTKH = project_qkv(layer, x_BTC, tokens_BT, rotary, config, compute)
         old = cache["layers"][str(i)]
-        if n_time == 1 and not empty_cache:
+        if start is not None:
+            layers[str(i)] = old
+            return kv_cache.extend_(q_BTNH, old, start, k_BTKH, v_BTKH, config.windows[i], compute.attend)
+        if n_time == 1:
             layers[str(i)] = kv_cache.write_one(old, length_B, k_BTKH, v_BTKH, inplace)
             return kv_cache.attend_one(q_BTNH, layers[str(i)], length_B, span)
         layers[str(i)] = kv_cache.write_many(old, length_B, added_B, k_BTKH, v_BTKH)
-        if empty_cache:
-            return compute.attend(q_BTNH, k_BTKH, v_BTKH, config.windows[i])
         return kv_cache.attend_many(q_BTNH, old, length_B, k_BTKH, v_BTKH, config.windows[i])
 
     previous_BTC = torch.cat([cache["before"].to(embedded_BTC.dtype)[:, None], embedded_BTC], dim=1)

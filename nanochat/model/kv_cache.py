@@ -45,14 +45,10 @@ def first_rows(cache: CacheLike, rows: int) -> dict[str, Any]:
     return {"length": cache["length"][:rows], "before": cache["before"][:rows], "layers": layers}
 
 
-def copy_row_(cache: CacheLike, row: int, source: CacheLike, source_row: int = 0) -> None:
-    """Overwrite a row with one of another cache; where the layers have different numbers of slots, the first ones."""
-    cache["length"][row] = source["length"][source_row]
-    cache["before"][row] = source["before"][source_row]
-    for i, layer in cache["layers"].items():
-        for name, x in layer.items():
-            values = source["layers"][i][name][source_row]
-            x[row, : values.shape[0]] = values[: x.shape[1]]
+def copy_row_(cache: CacheLike, row: int, source_row: int) -> None:
+    """Overwrite a row with another one."""
+    for x in tree.leaves(cache):
+        x[row] = x[source_row]
 
 
 def write_one(
@@ -78,6 +74,25 @@ def write_many(
         return torch.where(is_new_BS11, new.gather(1, index_BS11.expand(-1, -1, *new.shape[2:])), old)
 
     return {"k": fill(layer["k"], k_BTKH), "v": fill(layer["v"], v_BTKH)}
+
+
+def extend_(
+    q_BTNH: Tensor, layer: CacheLike, start: int, k_BTKH: Tensor, v_BTKH: Tensor, window: int, attend: Any
+) -> Tensor:
+    """Write T tokens from position `start` on, in place, and return their attention (B, T, N, H).
+
+    Args:
+        layer: without a ring: position p of every row is in slot p. The first `start` slots are filled.
+        attend: of `Compute`, for tokens that only see one another.
+    """
+    end, first = start + q_BTNH.shape[1], max(0, start - window)
+    layer["k"][:, start:end], layer["v"][:, start:end] = k_BTKH, v_BTKH
+    if start == 0:
+        return attend(q_BTNH, k_BTKH, v_BTKH, window)
+    key_S = torch.arange(first, end, device=q_BTNH.device)
+    query_T1 = key_S[start - first :, None]
+    mask_TS = (key_S <= query_T1) & (key_S >= query_T1 - window)
+    return _attend(q_BTNH, layer["k"][:, first:end], layer["v"][:, first:end], mask_TS[None, None])
 
 
 def attend_one(q_BTNH: Tensor, layer: CacheLike, length_B: Tensor, span: int | None = None) -> Tensor:

@@ -142,20 +142,6 @@ def test_seeded_row_does_not_depend_on_other_rows():
     assert rows(engine.run(start(), [dataclasses.replace(request, seed=8)]))[0] != alone
 
 
-def test_samples_of_one_prompt_share_the_prefill(monkeypatch: pytest.MonkeyPatch):
-    calls = []
-    features = engine.model.decode_features
-
-    def counted(*args: Any, empty_cache: bool = False, **settings: Any) -> Any:
-        calls.append(empty_cache)
-        return features(*args, empty_cache=empty_cache, **settings)
-
-    monkeypatch.setattr(engine.model, "decode_features", counted)
-    requests = [Request(prompt(30), max_tokens=8, temperature=1.0, seed=i) for i in range(4)]
-    got = rows(engine.run(start(), requests))
-    assert calls.count(True) == 1 and len({tuple(x) for x in got.values()}) == 4
-
-
 @pytest.mark.parametrize("async_depth", [0, 1])
 def test_closing_the_iterator_cancels_active_rows(async_depth: int):
     llm = start(slots=2, async_depth=async_depth)

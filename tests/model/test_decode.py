@@ -88,23 +88,23 @@ def test_rows_of_different_lengths_equal_each_row_alone(lengths: list[list[int]]
     assert cache["length"].tolist() == done
 
 
-def test_empty_cache_uses_the_attention_kernel():
-    params, tokens = random_params(WINDOWED), ids(2, 140)
-    cache, added = kv_cache.empty(WINDOWED, 2, 200), torch.tensor([140, 133])
-    called = []
+def test_chunks_extend_a_cache_without_rings_and_the_first_uses_the_attention_kernel():
+    params, tokens = random_params(WINDOWED), ids(2, 200)
+    config = dataclasses.replace(WINDOWED, window_pattern="L")
+    cache, called = kv_cache.empty(config, 2, 200), []
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         called.append(window)
         return model.Compute().attend(q, k, v, window)
 
-    compute = model.Compute(attend=attend)
-    want_x, want = model.decode_features(params, tokens, cache, added_B=added, config=WINDOWED)
-    x, new = model.decode_features(
-        params, tokens, cache, added_B=added, empty_cache=True, config=WINDOWED, compute=compute
-    )
-    assert called == [128, 128, 256]
-    assert (x - want_x)[0].abs().max() < TOLERANCE and (x - want_x)[1, :133].abs().max() < TOLERANCE
-    assert_trees_close(new, want, atol=1e-4)
+    compute, done = model.Compute(attend=attend), 0
+    want = model.features(params, tokens, config=WINDOWED)
+    for n in (140, 1, 37, 22):
+        chunk = tokens[:, done : done + n]
+        x, cache = model.decode_features(params, chunk, cache, start=done, config=WINDOWED, compute=compute)
+        assert (x - want[:, done : done + n]).abs().max() < TOLERANCE
+        done += n
+    assert called == [128, 128, 256] and cache["length"].tolist() == [200, 200]
 
 
 def test_decode_is_pure_and_inplace_decode_writes_into_the_cache():
