@@ -90,7 +90,8 @@ def batches(
         raise UserError(f"sequence_len={sequence_len}: must be at least 1")
     if split == "val":
         config = dataclasses.replace(config, shuffle=False)
-    stream = StreamConfig(config, tok, split, tuple(shards_of(config, split)), seed, sequence_len + 1, rank, world_size)
+    shards, seed = tuple(shards_of(config, split)), seed if config.seed is None else config.seed
+    stream = StreamConfig(config, tok, split, shards, seed, sequence_len + 1, rank, world_size)
     start, buffer = _restore(stream, state)
     reader, device = BlockReader(stream), torch.device(device)
     unread = _documents(stream, start.doc, _token_blocks(stream, start, reader))

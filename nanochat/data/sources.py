@@ -48,6 +48,7 @@ class DataConfig(Settings):
         token_cache: keep the tokens of documents on disk, so that a second pass does not tokenize again.
         buffer_docs: documents that packing chooses from.
         shuffle: visit shards, blocks and documents in a new random order every epoch.
+        seed: of that order; none: the run's seed.
         prefetch_batches: batches prepared ahead of the accelerator.
         tokenizer_threads: threads that tokenize; default: one per core.
     """
@@ -58,6 +59,7 @@ class DataConfig(Settings):
     token_cache: bool = True
     buffer_docs: PositiveInt = 1000
     shuffle: bool = True
+    seed: int | None = None
     prefetch_batches: PositiveInt = 4
     tokenizer_threads: PositiveInt | None = None
 

@@ -27,23 +27,23 @@ def bits_per_byte(params: TensorDict, batches: Iterable[Batch], tok: Tokenizer, 
 
 
 @torch.no_grad()
-def sum_nats(params: TensorDict, batches: Iterable[Batch], tok: Tokenizer, loss_fn: LossFn) -> tuple[float, int]:
-    """Return (nats, bytes) of this rank's batches.
+def sum_nats(params: TensorDict, batches: Iterable[Batch], tok: Tokenizer, loss_fn: LossFn) -> tuple[Tensor, int]:
+    """Return (nats, float64 on the CPU, bytes) of this rank's batches.
 
     Args:
-        loss_fn: (params, batch) -> (mean nats, {"targets": number of targets}).
+        loss_fn: (params, batch) -> (mean nats, {"targets": number of targets}), 0-d, or (N,) of N members.
     """
     nats, n_bytes = torch.zeros((), dtype=torch.float64), 0
     for batch, sizes_BT in _with_sizes(params, batches, tok):
         mean, aux = loss_fn(params, {**batch, "targets": torch.where(sizes_BT > 0, batch["targets"], IGNORE)})
-        nats += mean.cpu().double() * aux["targets"].cpu()
+        nats = nats + mean.cpu().double() * aux["targets"].cpu()
         n_bytes += int(sizes_BT.sum())
-    return float(nats), n_bytes
+    return nats, n_bytes
 
 
-def over_ranks(nats: float, n_bytes: int) -> float:
+def over_ranks(nats: Tensor | float, n_bytes: int) -> float:
     """Return the bits per byte of all ranks' sums."""
-    total_nats, total_bytes = distributed.all_reduce_sum([nats, n_bytes])
+    total_nats, total_bytes = distributed.all_reduce_sum([float(nats), n_bytes])
     if total_bytes == 0:
         raise UserError("bits per byte: no target is text")
     return total_nats / (math.log(2) * total_bytes)

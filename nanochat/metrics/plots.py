@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat.config import UserError
 from nanochat.metrics import logger
@@ -25,6 +25,15 @@ RUN_CHARTS = {
 # Distinct for most color vision deficiencies.
 COLORS = ("#3b7dd8", "#e0752d", "#2a9d6f", "#c2478f", "#8b6fd0", "#b08a1e", "#17a2b8", "#d0483f")
 LINE_STYLES = ("-", "--", ":")
+
+
+class HeatMap(NamedTuple):
+    """Values over two settings, the mean where a point is there twice; a value that is not finite is an empty cell."""
+
+    x_label: str
+    y_label: str
+    points: Sequence[tuple[Any, Any, float]]  # x, y, value
+    title: str
 
 
 def draw_run(rows: Sequence[logger.Row], folder: Path, *, title: str, prefix: str = "") -> dict[str, Path]:
@@ -57,20 +66,24 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     marks: Series | None = None,
+    heat: HeatMap | None = None,
 ) -> None:
     """Draw curves into a .svg or .png file; the same data give the same bytes.
 
     Args:
         series: name -> (x values, y values). A y that is not finite (or not positive, on a log axis) makes a gap.
         marks: name of a curve -> points drawn as dots in its color.
+        heat: drawn to the right of the curves.
     """
     import matplotlib  # 0.3 s: not at import
     from matplotlib.figure import Figure
 
     if path.suffix not in (".svg", ".png"):
         raise UserError(f"{path}: charts are written as .svg or .png")
-    figure = Figure(figsize=(7.6, 4.4), layout="constrained")  # not pyplot: no global state, no window
-    axes: Any = figure.add_subplot()
+    figure = Figure(figsize=(7.6 if heat is None else 11.4, 4.4), layout="constrained")  # not pyplot: no global state
+    axes, *right = figure.subplots(1, 1 if heat is None else 2, squeeze=False).flat
+    if heat is not None:
+        _draw_heat_map(figure, right[0], heat)
     for index, (name, (xs, ys)) in enumerate(series.items()):
         points = _sorted_points(xs, ys)
         known = [y for _, y in points if math.isfinite(y)]
@@ -99,6 +112,30 @@ def line_chart(
         part.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot write the chart: {reason(error)}") from None
+
+
+def _draw_heat_map(figure: Any, axes: Any, heat: HeatMap) -> None:
+    """Draw a grid, or where most cells would be empty, dots."""
+    points = [(x, y, value) for x, y, value in heat.points if math.isfinite(value)]
+    xs, ys = (sorted({point[axis] for point in heat.points}) for axis in (0, 1))
+    if len(xs) * len(ys) <= 2 * len(heat.points):
+        cells = [[[v for px, py, v in points if (px, py) == (x, y)] for x in xs] for y in ys]
+        means = [[sum(values) / len(values) if values else math.nan for values in row] for row in cells]
+        colors = axes.imshow(means, cmap="viridis_r", origin="lower", aspect="auto")
+        axes.set_xticks(range(len(xs)), map(str, xs))
+        axes.set_yticks(range(len(ys)), map(str, ys))
+        for i, row in enumerate(means):
+            for j, value in enumerate(row):
+                if math.isfinite(value):
+                    axes.text(j, i, f"{value:.3f}", ha="center", va="center", color="#ffffff", fontsize="small")
+    else:
+        colors = axes.scatter(*zip(*[point[:2] for point in points]), c=[v for *_, v in points], cmap="viridis_r")
+        for axis, values in ((axes.set_xscale, xs), (axes.set_yscale, ys)):
+            axis("log" if isinstance(values[0], int | float) and values[0] > 0 else "linear")
+    axes.set_xlabel(heat.x_label)
+    axes.set_ylabel(heat.y_label)
+    axes.set_title(heat.title, loc="left", fontweight="bold")
+    figure.colorbar(colors, ax=axes)
 
 
 def _sorted_points(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:

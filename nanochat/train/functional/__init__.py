@@ -4,6 +4,8 @@ from nanochat.train.functional.custom_backward import with_visible_backward
 from nanochat.train.functional.members import (
     fold_members,
     frozen,
+    init_members,
+    make_members_loss,
     make_members_step,
     select,
     stack,

@@ -7,7 +7,7 @@ becomes NaN, which skips all its later steps.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,18 @@ def stack(states: Sequence[Any]) -> Any:
     return tree.map(lambda *leaves: torch.stack(leaves), *states)
 
 
-def select(states: Any, index: int) -> Any:
-    """Return the tree of one member, as views."""
+def init_members(init: Callable[[int], Any], count: int) -> Any:
+    """Return `stack` of init(0) … init(count - 1), with no more than one of them in memory beside it."""
+    first = init(0)
+    states = tree.map(lambda x: x.new_empty((count, *x.shape)), first)
+    for index in range(count):
+        member = init(index) if index else first
+        tree.map(lambda whole, x: whole[index].copy_(x), states, member)  # noqa: B023 (called at once)
+    return states
+
+
+def select(states: Any, index: int | slice) -> Any:
+    """Return the tree of one member or a few, as views."""
     return tree.map(lambda x: x[index], states)
 
 
@@ -41,6 +51,7 @@ def make_members_step(
     loss_fn: Callable[..., tuple[Tensor, Any]],
     *,
     shared_batch: bool,
+    chunk_size: int | None = None,
     compute_dtype: torch.dtype = torch.float32,
     compile: Callable[[Any], Any] | None = None,
 ) -> TrainStep:
@@ -51,6 +62,8 @@ def make_members_step(
     Args:
         loss_fn: (params, batch) -> (0-d loss, aux) of one member, with `fold_members` around its attention.
         shared_batch: all members see the same batch (B, T); otherwise a batch has a leading axis, (N, B, T).
+        chunk_size: members whose loss is computed at once, as in `torch.func.vmap`; None: all. Fewer take less memory
+            for activations, and are faster where a single model keeps the machine busy: 1 is one call a member.
         compute_dtype: see `make_update`; not float16, whose loss scale changes.
         compile: `distributed.compile_fn` with its settings bound, or None.
     """
@@ -80,12 +93,48 @@ def make_members_step(
         state.scaler["scale"].masked_fill_(~finite, torch.nan)
         return state, {"loss": losses, "grad_norm": norms, "finite": finite}
 
-    value_and_grad = transform.value_and_grad(compile(total) if compile else total, has_aux=True)
+    loss = loss_one if chunk_size == 1 else total
+    of_chunk = transform.value_and_grad(compile(loss) if compile else loss, has_aux=True)
+
+    def value_and_grad(params: TensorDict, batch: Batch, scale: Tensor) -> tuple[TensorDict, tuple[Tensor, Tensor]]:
+        if chunk_size != 1 and len(scale) <= (chunk_size or len(scale)):
+            return of_chunk(params, batch, scale)
+        grads, losses = tree.map(torch.empty_like, params), torch.empty_like(scale)
+        for at in chunks(len(scale), chunk_size):
+            part, (_, losses[at]) = of_chunk(select(params, at), batch if shared_batch else select(batch, at), scale[at])
+            tree.map(lambda whole, g: whole[at].copy_(g), grads, part)  # noqa: B023 (called at once)
+        return grads, (losses.sum(), losses)
 
     def members_step(state: TrainState, batches: Sequence[Batch], hparams: Hparams) -> tuple[TrainState, Metrics]:
         return step.train_step(state, batches, hparams, value_and_grad=value_and_grad, update=update_)
 
     return members_step
+
+
+def chunks(count: int, chunk_size: int | None) -> Iterator[int | slice]:
+    """Yield an index of each chunk of members: of a chunk of one, the member's own."""
+    size = chunk_size or count
+    for start in range(0, count, size):
+        yield start if size == 1 else slice(start, start + size)
+
+
+def make_members_loss(
+    loss_fn: Callable[..., Any], *, chunk_size: int | None = None, compile: Callable[[Any], Any] | None = None
+) -> Callable[[TensorDict, Batch], Any]:
+    """Return (params of N members, batch) -> what `loss_fn` returns of each, stacked; for evaluation.
+
+    Args: as for `make_members_step`; the batch is shared.
+    """
+    of_chunk = loss_fn if chunk_size == 1 else torch.func.vmap(loss_fn, in_dims=(0, None))
+    of_chunk = compile(of_chunk) if compile else of_chunk
+    join = torch.stack if chunk_size == 1 else torch.cat
+
+    def losses(params: TensorDict, batch: Batch) -> Any:
+        count = len(tree.leaves(params)[0])
+        parts = [of_chunk(select(params, at), batch) for at in chunks(count, chunk_size)]
+        return tree.map(lambda *xs: join(xs), *parts)
+
+    return losses
 
 
 def adamw_members(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,11 +176,18 @@ def fold_members(attend: Attend) -> Attend:
 
     @torch.compiler.allow_in_graph
     def call(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        if not torch._C._functorch.is_batchedtensor(q):  # a single member
+            return attend(q, k, v, window)
         return Folded.apply(q, k, v, window)  # pyright: ignore
 
     return call
 
 
-def stack_hparams(members: Sequence[Hparams]) -> dict[str, dict[str, Tensor]]:
+def stack_hparams(members: Sequence[Hparams], device: torch.device | str = "cpu") -> dict[str, dict[str, Tensor]]:
     """Return the hyperparameters of all members as (N,) tensors."""
-    return {g: {name: torch.stack([h[g][name] for h in members]) for name in row} for g, row in members[0].items()}
+    names = [(group, name) for group, row in members[0].items() for name in row]
+    values = torch.stack([torch.stack([h[group][name] for h in members]) for group, name in names]).to(device)
+    stacked: dict[str, dict[str, Tensor]] = {group: {} for group in members[0]}
+    for (group, name), x in zip(names, values):
+        stacked[group][name] = x
+    return stacked
