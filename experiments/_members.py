@@ -42,16 +42,17 @@ def measure(config: Config, shape: ModelConfig, runtime: Runtime) -> None:
     update = train.make_update(compute_dtype=runtime.compute_dtype, compile=config.compile, donate=True)
     value_and_grad = train.gradient(loss_fn(attend), compile=compile)
     single = functools.partial(train.train_step, value_and_grad=value_and_grad, update=update)
-    together = functional.make_members_step(
-        loss_fn(functional.fold_members(attend)),
-        shared_batch=True,
-        compute_dtype=runtime.compute_dtype,
-        compile=compile,
-    )
-    stacked, alone = functional.stack([start(i) for i in range(n)]), [start(i) for i in range(n)]
+    auto = functional.choose_chunk_size(shape, rows * shape.sequence_len, n, runtime.device)
+    sizes = config.chunk_sizes or (auto,)
+    folded = loss_fn(functional.fold_members(attend))
+    options: Any = {"shared_batch": True, "compute_dtype": runtime.compute_dtype, "compile": compile}
+    together = {size: functional.make_members_step(folded, chunk_size=size, **options) for size in sizes}
+    alone = [start(i) for i in range(n)]
+    stacked = {size: functional.init_members(start, n) for size in sizes}
     generator = torch.Generator().manual_seed(0)
-    seconds: dict[str, list[float]] = {"members": [], "single": []}
-    differences, losses = [], torch.zeros(n)
+    seconds: dict[int, list[float]] = {0: [], **{size: [] for size in sizes}}  # 0: single steps
+    differences: dict[int, list[float]] = {size: [] for size in sizes}
+    losses = torch.zeros(n)
     for step in range(config.rounds * config.steps_per_round):
         ids = torch.randint(shape.vocab_size, (rows, shape.sequence_len + 1), generator=generator).to(runtime.device)
         batch = {"inputs": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
@@ -62,26 +63,30 @@ def measure(config: Config, shape: ModelConfig, runtime: Runtime) -> None:
                 alone[i], metrics = single(state, [batch], hparams[i])
                 losses[i] = metrics["loss"]
 
-        metrics: dict[str, Any] = {}
+        seconds[0].append(_bench.timed(all_single, runtime))
+        for size in sizes:
+            metrics: dict[str, Any] = {}
 
-        def one_step(batch: Any = batch, hparams: Any = hparams, metrics: Any = metrics) -> None:
-            metrics |= together(stacked, [batch], functional.stack_hparams(hparams))[1]
+            def one_step(size: int = size, batch: Any = batch, hparams: Any = hparams, metrics: Any = metrics) -> None:
+                stacked_hparams = functional.stack_hparams(hparams, runtime.device)
+                metrics |= together[size](stacked[size], [batch], stacked_hparams)[1]
 
-        seconds["single"].append(_bench.timed(all_single, runtime))
-        seconds["members"].append(_bench.timed(one_step, runtime))
-        differences.append(float((metrics["loss"].cpu() - losses).abs().max()))
-    later = {name: statistics.median(times[len(times) // 4 :]) for name, times in seconds.items()}
-    ratio = later["members"] / later["single"]
-    worst = max(
-        float((a[-1] - b).norm() / b.norm().clamp_min(1e-6))
-        for a, b in zip(tree.leaves(stacked.params), tree.leaves(alone[-1].params))
-    )
-    print(f"{len(differences)} steps: {n} single {later['single'] * 1e3:.1f} ms, one of {n} members ", end="")
-    print(f"{later['members'] * 1e3:.1f} ms, ratio {ratio:.2f}; compiled in {seconds['members'][0]:.0f} s")
-    print(f"largest difference of a loss {max(differences):.1e}; of a leaf of the last member's parameters {worst:.1e}")
-    print(
-        json.dumps({"bench": "members", **dataclasses.asdict(config), "ratio": ratio, "loss_error": max(differences)})
-    )
+            seconds[size].append(_bench.timed(one_step, runtime))
+            differences[size].append(float((metrics["loss"].cpu() - losses).abs().max()))
+    later = {size: statistics.median(times[len(times) // 4 :]) for size, times in seconds.items()}
+    print(f"{len(seconds[0])} steps: {n} single ones take {later[0] * 1e3:.1f} ms")
+    for size in sizes:
+        ratio, worst = later[size] / later[0], max(differences[size])
+        print(f"one of {n} members, {size} at once{' (auto)' * (size == auto)}: {later[size] * 1e3:.1f} ms, ", end="")
+        print(
+            f"ratio {ratio:.2f}; compiled in {seconds[size][0]:.0f} s; largest difference of a loss {worst:.1e}, ",
+            end="",
+        )
+        pairs = zip(tree.leaves(stacked[size].params), zip(*(tree.leaves(state.params) for state in alone)))
+        distances = [float((a - torch.stack(b)).norm() / torch.stack(b).norm().clamp_min(1e-6)) for a, b in pairs]
+        print(f"of a leaf of the parameters {max(distances):.1e}")
+        result = {"chunk_size": size, "ratio": ratio, "loss_error": worst, "params_error": max(distances)}
+        print(json.dumps({"bench": "members", **dataclasses.asdict(config), **result}), flush=True)
 
 
 def hparams_of(matrix_lr: float, shape: ModelConfig, rows: int, step: int) -> optim.Hparams:

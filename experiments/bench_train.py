@@ -87,7 +87,7 @@ class Config(Settings):
     Attributes:
         what: one step, a sweep over configurations, scaling over ranks, kernels, many models in one step, or everything
             that needs one GPU.
-        members: models in one step.
+        members: models in one step. chunk_sizes: how many of them are computed at once; default: what a sweep takes.
         depth: of the model, with pretrain's shape at that depth; default: a small shape for a laptop.
         width, head_dim, kv_heads, vocab_size, sequence_len, window_pattern: of the model; default: by depth.
         batch_size: sequences of a micro-batch on a rank; default: pretrain's.
@@ -109,6 +109,7 @@ class Config(Settings):
 
     what: Literal["step", "sweep", "scaling", "kernels", "members", "gpu"] = "step"
     members: PositiveInt = 8
+    chunk_sizes: tuple[PositiveInt, ...] = ()
     depth: PositiveInt | None = None
     width: PositiveInt | None = None
     head_dim: PositiveInt | None = None

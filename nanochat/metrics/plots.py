@@ -121,15 +121,16 @@ def _draw_heat_map(figure: Any, axes: Any, heat: HeatMap) -> None:
     if len(xs) * len(ys) <= 2 * len(heat.points):
         cells = [[[v for px, py, v in points if (px, py) == (x, y)] for x in xs] for y in ys]
         means = [[sum(values) / len(values) if values else math.nan for values in row] for row in cells]
-        colors = axes.imshow(means, cmap="viridis_r", origin="lower", aspect="auto")
+        colors = axes.imshow(means, cmap="Blues_r", origin="lower", aspect="auto")
         axes.set_xticks(range(len(xs)), map(str, xs))
         axes.set_yticks(range(len(ys)), map(str, ys))
         for i, row in enumerate(means):
             for j, value in enumerate(row):
                 if math.isfinite(value):
-                    axes.text(j, i, f"{value:.3f}", ha="center", va="center", color="#ffffff", fontsize="small")
+                    ink = "black" if colors.norm(value) > 0.6 else "white"
+                    axes.text(j, i, f"{value:.3f}", ha="center", va="center", color=ink, fontsize="small")
     else:
-        colors = axes.scatter(*zip(*[point[:2] for point in points]), c=[v for *_, v in points], cmap="viridis_r")
+        colors = axes.scatter(*zip(*[point[:2] for point in points]), c=[v for *_, v in points], cmap="Blues_r")
         for axis, values in ((axes.set_xscale, xs), (axes.set_yscale, ys)):
             axis("log" if isinstance(values[0], int | float) and values[0] > 0 else "linear")
     axes.set_xlabel(heat.x_label)

@@ -61,10 +61,7 @@ def build_step_functions(
 
     With `lora`, the step is on adapters; the loss for evaluation is that of the model, as from `full_params`.
     """
-    if config.compile and runtime.device.type == "cpu":
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if not shutil.which(compiler):
-            raise UserError(f"compile=true needs a C++ compiler on the CPU: install {compiler}, or set compile=false")
+    require_compiler(config, runtime)
     dtype = runtime.compute_dtype
     chosen, torch_func = choose_attention(config, shape, runtime), config.train.grad == "torch_func"
     try:
@@ -107,6 +104,13 @@ def build_step_functions(
         train_step = noise_scale.measured(train_step, value_and_grad, every, sharding_plan)
     eval_fn = compile(functools.partial(next_token, compute=compute))
     return train_step, eval_fn, f"attention {chosen.text}; linear layers {precision}"
+
+
+def require_compiler(config: StageConfig, runtime: Runtime) -> None:
+    if config.compile and runtime.device.type == "cpu":
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if not shutil.which(compiler):
+            raise UserError(f"compile=true needs a C++ compiler on the CPU: install {compiler}, or set compile=false")
 
 
 def choose_attention(config: StageConfig, shape: ModelConfig, runtime: Runtime) -> attention.KernelChoice:

@@ -2,6 +2,7 @@
 
 from nanochat.train.functional.custom_backward import with_visible_backward
 from nanochat.train.functional.members import (
+    choose_chunk_size,
     fold_members,
     frozen,
     init_members,

@@ -15,11 +15,13 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from nanochat import optim, transform, tree
-from nanochat.model import Attend
+from nanochat.model import Attend, ModelConfig
 from nanochat.optim import Hparams
-from nanochat.optim.muon_adamw import Rules, adamw, compiled_if_large, muon
+from nanochat.optim.muon_adamw import Rules, adamw, adamw_, compiled_if_large, muon
 from nanochat.train import step
 from nanochat.train.step import Batch, Metrics, TrainState, TrainStep
+
+CPU_VMAP_PRODUCT = 2**23  # multiplications of a width by width product of all tokens of a micro-batch
 
 
 def stack(states: Sequence[Any]) -> Any:
@@ -62,14 +64,15 @@ def make_members_step(
     Args:
         loss_fn: (params, batch) -> (0-d loss, aux) of one member, with `fold_members` around its attention.
         shared_batch: all members see the same batch (B, T); otherwise a batch has a leading axis, (N, B, T).
-        chunk_size: members whose loss is computed at once, as in `torch.func.vmap`; None: all. Fewer take less memory
-            for activations, and are faster where a single model keeps the machine busy: 1 is one call a member.
+        chunk_size: members that loss and update compute at once, as in `torch.func.vmap`; None: all. Fewer take less
+            memory for activations, and are faster where a single model keeps the machine busy; 1 is one call a member.
         compute_dtype: see `make_update`; not float16, whose loss scale changes.
         compile: `distributed.compile_fn` with its settings bound, or None.
     """
     compile_rule = compiled_if_large if compile else (lambda rule: rule)
     muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
-    rules = Rules(compile_rule(adamw_members), compile_rule(muon_members))
+    single = chunk_size == 1
+    rules = Rules(*map(compile_rule, (adamw_, muon) if single else (adamw_members, muon_members)))
 
     def loss_one(params: TensorDict, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor]:
         loss, _ = loss_fn(params, batch)
@@ -87,21 +90,25 @@ def make_members_step(
         norms = torch.func.vmap(lambda g: torch.nn.utils.get_total_norm(tree.leaves(g), foreach=False))(grads)
         norms = norms * grad_scale
         finite = torch.isfinite(losses) & torch.isfinite(norms)
-        options: Any = {"grad_scale": grad_scale, "skip": ~finite, "muon_dtype": muon_dtype}
-        optim.update_(grads, state.opt_state, state.params, hparams, rules=rules, **options)
+        for at in chunks(len(losses), chunk_size):
+            options: Any = {"grad_scale": grad_scale[at], "skip": ~finite[at], "muon_dtype": muon_dtype}
+            own = (select(part, at) for part in (grads, state.opt_state, state.params, hparams))
+            optim.update_(*own, rules=rules, **options)
         state.step.add_(1)
         state.scaler["scale"].masked_fill_(~finite, torch.nan)
         return state, {"loss": losses, "grad_norm": norms, "finite": finite}
 
-    loss = loss_one if chunk_size == 1 else total
+    loss = loss_one if single else total
     of_chunk = transform.value_and_grad(compile(loss) if compile else loss, has_aux=True)
 
     def value_and_grad(params: TensorDict, batch: Batch, scale: Tensor) -> tuple[TensorDict, tuple[Tensor, Tensor]]:
-        if chunk_size != 1 and len(scale) <= (chunk_size or len(scale)):
+        if not single and len(scale) <= (chunk_size or len(scale)):
             return of_chunk(params, batch, scale)
         grads, losses = tree.map(torch.empty_like, params), torch.empty_like(scale)
         for at in chunks(len(scale), chunk_size):
-            part, (_, losses[at]) = of_chunk(select(params, at), batch if shared_batch else select(batch, at), scale[at])
+            part, (_, losses[at]) = of_chunk(
+                select(params, at), batch if shared_batch else select(batch, at), scale[at]
+            )
             tree.map(lambda whole, g: whole[at].copy_(g), grads, part)  # noqa: B023 (called at once)
         return grads, (losses.sum(), losses)
 
@@ -109,6 +116,15 @@ def make_members_step(
         return step.train_step(state, batches, hparams, value_and_grad=value_and_grad, update=update_)
 
     return members_step
+
+
+def choose_chunk_size(shape: ModelConfig, tokens: int, count: int, device: torch.device) -> int:
+    """Return how many of `count` members to compute at once, with so many tokens a micro-batch of each.
+
+    By a rule, not by a trial: a choice that depends on the moment would change the last bits of the numbers.
+    """
+    # A CPU gains by fewer calls where a matrix product is small, and loses by leaving the cache where it is large.
+    return 1 if device.type == "cpu" and tokens * shape.n_embd**2 > CPU_VMAP_PRODUCT else count
 
 
 def chunks(count: int, chunk_size: int | None) -> Iterator[int | slice]:
