@@ -244,7 +244,7 @@ class Reader:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._kind = "text"
+        self.kind = "text"  # of the text of the next token
 
     def feed(self, token: int) -> list[Piece]:
         """Return the piece that this token completes, if any. Raises ValueError for an id out of range."""
@@ -255,18 +255,18 @@ class Reader:
             return self._decode(tokens[token])
         pieces = self._decode(b"", final=True)  # no character continues after a special token
         part = PART_AFTER.get(specials[token - len(tokens)])
-        self._kind = "output" if part == "python_output" else part or self._kind
+        self.kind = "output" if part == "python_output" else part or self.kind
         return pieces
 
     def close(self) -> list[Piece]:
         """Return an incomplete last character, as U+FFFD, and reset the reader."""
         pieces = self._decode(b"", final=True)
-        self._kind = "text"
+        self.kind = "text"
         return pieces
 
     def _decode(self, data: bytes, *, final: bool = False) -> list[Piece]:
         text = self._decoder.decode(data, final)
-        return [Piece(self._kind, text)] if text else []
+        return [Piece(self.kind, text)] if text else []
 
 
 def _parts(content: str | Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +40,14 @@ class Scored(NamedTuple):
     nats: float
     n_correct_greedy: int
     n_tokens: int
+
+
+class SequenceLogprobs(NamedTuple):
+    """Log-probabilities of a sequence of T tokens, in nats, float32."""
+
+    logprobs: np.ndarray  # (T - 1,) of each token after the first
+    top_ids: np.ndarray  # (T, K), the K most likely tokens after each token, most likely first
+    top_logprobs: np.ndarray  # (T, K)
 
 
 class PackedRow(NamedTuple):
@@ -99,6 +108,74 @@ def score(
         [Scored(nats[n], int(correct[n]), p.end - p.start) for n, p in zip(group_numbers, group)]
         for group_numbers, group in zip(numbers, groups)
     ]
+
+
+@torch.no_grad()
+def token_logprobs(
+    params: ParamsLike,
+    config: ModelConfig,
+    sequences: Sequence[Sequence[int]],
+    *,
+    top: int = 1,
+    tokens_per_batch: int | None = None,
+    compute: Compute = Compute(),
+) -> Iterator[dict[int, SequenceLogprobs]]:
+    """Yield the log-probabilities of all tokens of sequences by their index, one batch after the other; not collective.
+
+    What sequences that begin alike share is computed once. A batch is computed when it is asked for.
+
+    Args:
+        top: alternatives of each token, at least 1.
+    """
+    nested, device = tree.nest(tree.flatten(params)), params["wte"].device
+    tokens_per_batch = tokens_per_batch or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+    rows, prefix_of = [], {}  # index of a sequence -> number of its prefix
+    for group in _group_by_prefix(sequences, tokens_per_batch):
+        prefix_of |= dict.fromkeys(group, len(sequences) + len(rows))
+        rows.append(_pack_whole([list(sequences[i]) for i in group], group, len(sequences) + len(rows)))
+    for batch in map(assemble, make_batches(rows, tokens_per_batch)):
+        parts = []
+        for logits, target in _target_logits(nested, config, batch, compute, device):
+            logprobs = F.log_softmax(logits, -1)
+            parts.append((logprobs.gather(1, target[:, None])[:, 0], *reversed(logprobs.topk(top))))
+        values = [torch.cat(x).cpu().numpy() for x in zip(*parts)]
+        numbers = batch.prompt_R.numpy()
+        result = {}
+        for i in (int(number) for number in np.unique(numbers) if number < len(sequences)):
+            where = np.concatenate([np.flatnonzero(numbers == number) for number in (prefix_of[i], i)])
+            nats, ids, alternatives = (x[where] for x in values)
+            result[i] = SequenceLogprobs(nats[:-1], ids, alternatives)
+        yield result
+
+
+def _group_by_prefix(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """Return the indices of sequences in groups that share at least half of each, of at most `max_tokens` in all."""
+    groups: list[list[int]] = []
+    used = 0
+    for i in sorted(range(len(sequences)), key=lambda i: tuple(sequences[i])):
+        first, ids = list(sequences[groups[-1][0] if groups else i]), list(sequences[i])
+        shared = min(common_prefix_length([first, ids]), len(first) - 1, len(ids) - 1)
+        if groups and shared and 2 * shared >= max(len(first), len(ids)) and used + len(ids) <= max_tokens:
+            groups[-1].append(i)
+            used += len(ids)
+        else:
+            groups.append([i])
+            used = len(ids)
+    return groups
+
+
+def _pack_whole(sequences: Sequence[list[int]], numbers: Sequence[int], prefix_number: int) -> PackedRow:
+    """Return a row whose targets are what follows each token, and id 0 after the last one, for its alternatives."""
+    if len(sequences) == 1:
+        (ids,) = sequences
+        return PackedRow(0, ids, [], [(t, token, numbers[0]) for t, token in enumerate([*ids[1:], 0])])
+    cut = min(common_prefix_length(sequences), min(map(len, sequences)) - 1)
+    targets, offset = [(t, sequences[0][t + 1], prefix_number) for t in range(cut - 1)], 0
+    for ids, number in zip(sequences, numbers):
+        targets.append((cut - 1, ids[cut], number))
+        targets += [(offset + t, token, number) for t, token in enumerate([*ids[cut + 1 :], 0], start=cut)]
+        offset += len(ids) - cut
+    return PackedRow(0, sequences[0][:cut], [ids[cut:] for ids in sequences], targets)
 
 
 def receptive_tokens(config: ModelConfig) -> int:
@@ -195,6 +272,17 @@ def _target_losses(
     params: dict[str, Any], config: ModelConfig, batch: Batch, compute: Compute, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each target in nats, and whether it is the argmax; (R,) each, on the device."""
+    nats, correct = [], []
+    for logits, target in _target_logits(params, config, batch, compute, device):
+        nats.append(F.cross_entropy(logits, target, reduction="none"))
+        correct.append(logits.argmax(-1) == target)
+    return torch.cat(nats), torch.cat(correct)
+
+
+def _target_logits(
+    params: dict[str, Any], config: ModelConfig, batch: Batch, compute: Compute, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (logits (R, V), targets (R,)) of the batch in chunks."""
     order, packed = None, compute
     if batch.order is not None:
         order = PackedPositions(*(x.to(device) for x in batch.order))
@@ -207,12 +295,8 @@ def _target_losses(
     )
     x_RC, target_R = x_BTC[batch.row_R.to(device), batch.column_R.to(device) - since], batch.target_R.to(device)
     lm_head_VC = model.get_param(params, "lm_head", compute)
-    nats, correct = [], []
     for x, target in zip(x_RC.split(LOGIT_CHUNK), target_R.split(LOGIT_CHUNK)):
-        logits = model.unembed(x, lm_head_VC, config, compute)
-        nats.append(F.cross_entropy(logits, target, reduction="none"))
-        correct.append(logits.argmax(-1) == target)
-    return torch.cat(nats), torch.cat(correct)
+        yield model.unembed(x, lm_head_VC, config, compute), target
 
 
 def _packed_attention(segment_ids_BT: Tensor, position_BT: Tensor, prefix_width: int, attend: Attend) -> Attend:

@@ -14,9 +14,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from nanochat.eval.likelihood import SequenceLogprobs
 from nanochat.infer import Request, TokenLogprobs
 from nanochat.serve.schema import ApiError, server_error
-from nanochat.serve.worker import Deliver, Message, WorkerHandle, WorkerInfo
+from nanochat.serve.worker import Deliver, Message, ScoreRequest, WorkerHandle, WorkerInfo
 
 BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 RESTART_SECONDS = (1.0, 60.0)  # the first pause before a restart, and the longest; each is twice the one before
@@ -34,11 +35,12 @@ class Stream:
     """An answer in progress: it waits, runs in a slot of a worker, and ends once, with a finish reason or an error."""
 
     key: int
-    request: Request
+    request: Request | ScoreRequest
     wake: asyncio.Event  # set whenever there are new tokens, or the end
     worker: int | None = None  # index of the worker that runs it; None while it waits, or if it ended waiting
     tokens: list[int] = dataclasses.field(default_factory=list)  # that the client has not taken
     logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=list)  # one for each of `tokens`
+    scores: dict[int, SequenceLogprobs] = dataclasses.field(default_factory=dict)  # of a ScoreRequest's prompts
     n_tokens: int = 0
     finish: str | None = None  # "stop" or "length" after a normal end
     error: ApiError | None = None  # the reason of any other end
@@ -145,7 +147,7 @@ def end_streams(scheduler: Scheduler) -> None:
 # Streams
 
 
-def submit(scheduler: Scheduler, requests: Sequence[Request], wake: asyncio.Event) -> list[Stream]:
+def submit(scheduler: Scheduler, requests: Sequence[Request | ScoreRequest], wake: asyncio.Event) -> list[Stream]:
     """Queue one stream for each request, all of them or none."""
     if scheduler.draining:
         raise shutting_down()
@@ -210,18 +212,23 @@ def _add(
     finish: str | None,
     logprobs: TokenLogprobs | None,
 ) -> None:
-    seconds, metrics = time.perf_counter() - stream.arrived, scheduler.metrics
+    metrics = scheduler.metrics
     if stream.n_tokens == 0:
-        metrics.first_token_seconds.observe(seconds)
+        metrics.first_token_seconds.observe(time.perf_counter() - stream.arrived)
     stream.tokens.append(token)
     stream.logprobs.append(logprobs)
     stream.n_tokens += 1
     metrics.tokens.inc()
     if finish:
-        stream.finish = finish
-        del worker.streams[stream.key]
-        metrics.answers.labels(finish).inc()
-        metrics.answer_seconds.observe(seconds)
+        _finish(scheduler, worker, stream, finish)
+    stream.wake.set()
+
+
+def _finish(scheduler: Scheduler, worker: Worker, stream: Stream, finish: str) -> None:
+    stream.finish = finish
+    del worker.streams[stream.key]
+    scheduler.metrics.answers.labels(finish).inc()
+    scheduler.metrics.answer_seconds.observe(time.perf_counter() - stream.arrived)
     stream.wake.set()
 
 
@@ -286,6 +293,11 @@ def _handle(scheduler: Scheduler, worker: Worker, message: Message) -> None:
             for key, token, finish, logprobs in new:
                 if stream := worker.streams.get(key):  # a cancel and a token may cross
                     _add(scheduler, worker, stream, token, finish, logprobs)
+        case ("scored", key, scores, is_last):
+            if stream := worker.streams.get(key):
+                stream.scores |= scores
+                if is_last:
+                    _finish(scheduler, worker, stream, "stop")
         case ("ready", info):
             worker.info, worker.error, scheduler.info = info, None, info
         case ("refused", key, reason):

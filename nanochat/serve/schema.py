@@ -1,8 +1,9 @@
 """The HTTP API's requests, responses and errors as pydantic models, from which FastAPI generates the OpenAPI document.
 
-Two dialects: our own (`ChatRequest`) and OpenAI's (`CompletionRequest`), which refuses what this server does not
-support and what would change an answer: a parameter ignored in silence would mislead the client. Tool calls go into the
-field `nanochat_parts`: a client that sends a message back as it came gives the model its own tool calls again.
+Two dialects: our own (`ChatRequest`) and OpenAI's (`CompletionRequest` for chats, `TextCompletionRequest`). Fields that
+ask for nothing are accepted; what this server does not support and what would change an answer is refused: a parameter
+ignored in silence would mislead the client. Tool calls go into the field `nanochat_parts`, unless the request declares
+the tool: a client that sends a message back as it came gives the model its own tool calls again.
 """
 
 import collections
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 from fastapi import HTTPException
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
 from nanochat.config import nearest
@@ -24,8 +25,12 @@ MAX_MESSAGE_CHARS = 8_000
 MAX_CHARS = 32_000
 MAX_BODY_BYTES = 2**20  # 32,000 characters, each of them two escapes of six bytes, and 500 messages around them
 MAX_ANSWER_TOKENS = 4096
-MAX_STOPS = 4
+MAX_STOPS, MAX_COMPLETION_STOPS = 4, 16
 MAX_STOP_CHARS = 256
+MAX_LOGIT_BIAS = 300
+MAX_LOGPROBS = 20  # alternatives of a token
+MAX_CHOICES = 128  # prompts of a request times answers to each
+CALCULATOR = "calculator"  # the name under which the model's only tool can be declared
 LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # str.splitlines() splits here
 
 
@@ -87,7 +92,8 @@ def _shown(value: Any) -> str:
     return json.dumps(value[:40] if isinstance(value, str) else value)[:300]
 
 
-def _refuse(param: str, message: str) -> NoReturn:
+def refuse(param: str, message: str) -> NoReturn:
+    """Raise a 400 that names the parameter."""
     raise ApiError(400, f"{param} {message}", param=param)
 
 
@@ -127,10 +133,21 @@ class MessageField(Strict):
         return {name: x for name, x in value.items() if name in cls.model_fields or x not in chat_format.EMPTY}
 
 
+MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
+
+
 class Part(MessageField):
     type: Literal["text", "python", "python_output"]
     text: str
     cache_control: Any = Field(None, exclude=True)  # changes no answer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_media(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type") in MEDIA:
+            hint = f": the model reads text only, no {value['type']}"
+            raise PydanticCustomError(UNSUPPORTED, "not supported", {"unknown": "type", "hint": hint})
+        return value
 
 
 def _as_parts(value: Any) -> Any:
@@ -142,15 +159,34 @@ def _as_parts(value: Any) -> Any:
 Content = Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
 
 
+class FunctionCall(MessageField):
+    name: str
+    arguments: str = Field(description="A JSON object.")
+
+
+class ToolCall(MessageField):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: Any = Field(None, exclude=True)
+
+
 class Message(MessageField):
     """A message. Limits: 8,000 characters a message, 32,000 in all."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
+    tool_calls: list[ToolCall] | None = Field(None, description="Of the assistant: calls that `tool` messages answer.")
+    tool_call_id: str | None = Field(None, description="Of a tool's message: the call that it answers.")
     nanochat_parts: list[Part] | None = Field(None, description="Replaces the content of an assistant's message.")
     type: Literal["text", "message"] | None = None
     name: Any = Field(None, description="Has no effect.")
     annotations: Any = Field(None, description="Has no effect.")
+
+
+def check_text(param: str, text: str) -> None:
+    if text.encode("utf-8", "replace").decode() != text:
+        refuse(param, "has half of a surrogate pair, which is not a character")
 
 
 def _check_messages(messages: list[Message]) -> list[Message]:
@@ -159,34 +195,53 @@ def _check_messages(messages: list[Message]) -> list[Message]:
     for number, message in enumerate(messages):
         param = f"messages[{number}].{'content' if message.nanochat_parts is None else 'nanochat_parts'}"
         if message.nanochat_parts is not None and message.role != "assistant":
-            _refuse(param, "is for the assistant's messages")
-        if message.content is None and message.nanochat_parts is None:
-            _refuse(param, "is missing")
+            refuse(param, "is for the assistant's messages")
+        if message.tool_calls and message.role != "assistant":
+            refuse(f"messages[{number}].tool_calls", "is for the assistant's messages")
+        if message.content is None and message.nanochat_parts is None and not message.tool_calls:
+            refuse(param, "is missing")
         text = "".join(part.text for part in message.nanochat_parts or message.content or ())
+        text += "".join(call.function.arguments for call in message.tool_calls or ())
         if not text and message.role == "user":
-            _refuse(param, "is empty")
-        if text.encode("utf-8", "replace").decode() != text:
-            _refuse(param, "has half of a surrogate pair, which is not a character")
+            refuse(param, "is empty")
+        check_text(param, text)
         if len(text) > MAX_MESSAGE_CHARS:
-            _refuse(param, f"has {len(text):,} characters: at most {MAX_MESSAGE_CHARS:,} are allowed")
+            refuse(param, f"has {len(text):,} characters: at most {MAX_MESSAGE_CHARS:,} are allowed")
         total += len(text)
     if total > MAX_CHARS:
-        _refuse("messages", f"have {total:,} characters: at most {MAX_CHARS:,} in all are allowed")
+        refuse("messages", f"have {total:,} characters: at most {MAX_CHARS:,} in all are allowed")
     return messages
 
 
-class ChatRequest(Strict):
-    """A request of our own dialect."""
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_messages)]
+
+class SamplingRequest(Strict):
+    """How to draw tokens. Some defaults are settings of the server; GET /stats shows them."""
+
     temperature: float = Field(0.8, ge=0, le=2, description="0 takes the most likely token.")
     top_k: int = Field(50, ge=0, le=200, description="Sample among the k most likely tokens; 0: among all.")
+    top_p: float = Field(1.0, ge=0, le=1, description="Sample among the most likely tokens of this probability mass.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Least probability, as a fraction of the most likely token's.")
+    repetition_penalty: float = Field(1.0, gt=0, le=2, description="Of tokens of the prompt and the answer.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Of tokens that the answer has.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Of tokens of the answer, for each time.")
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIAS)] = {}
     max_tokens: int = Field(512, ge=1, description="An answer ends at 4,096 tokens and where the context does, too.")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(None, description="Default: random.")
 
     @property
     def token_limit(self) -> int:
         return min(self.max_tokens, MAX_ANSWER_TOKENS)
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_messages)]
+
+
+class ChatRequest(SamplingRequest):
+    """A request of our own dialect."""
+
+    messages: Messages
 
 
 def _unsupported(*values: Any) -> AfterValidator:
@@ -200,65 +255,206 @@ def _unsupported(*values: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _stops(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
-        raise PydanticCustomError("stop", "a string or a list of up to {limit} strings", {"limit": MAX_STOPS})
-    if not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise PydanticCustomError("stop", "strings of 1 to {limit} characters", {"limit": MAX_STOP_CHARS})
-    return stops
+# Fields of OpenAI, vLLM and llama.cpp that change no answer here, whatever their value.
+IGNORED = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("parallel_tool_calls", "cache_prompt", "request_id", "priority", "spaces_between_special_tokens"),
+)
+# Those that are not supported -> the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **{"functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": ()},
+    **{"web_search_options": (), "reasoning_effort": ("none",), "verbosity": ("medium",), "length_penalty": (1,)},
+    **{"use_beam_search": (False,), "ignore_eos": (False,), "min_tokens": (0,), "stop_token_ids": ([],)},
+    **{"bad_words": ([],), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,)},
+    **{"truncate_prompt_tokens": (), "prompt_logprobs": (), "allowed_token_ids": (), "chat_template": ()},
+    **{"chat_template_kwargs": ({},), "documents": ([],), "add_generation_prompt": (True,), "detokenize": (True,)},
+    **{"continue_final_message": (False,), "return_token_ids": (False,), "return_tokens_as_token_ids": (False,)},
+    **{"guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": ({},)},
+    **{"grammar": ("",), "json_schema": ({},), "mirostat": (0,), "typical_p": (1,), "tfs_z": (1,), "n_probs": (0,)},
+    **{"repeat_penalty": (1,), "dynatemp_range": (0,), "xtc_probability": (0,), "dry_multiplier": (0,)},
+    **{"n_keep": (0,), "min_keep": (0,), "id_slot": (-1,), "timings_per_token": (False,), "return_tokens": (False,)},
+    **{"post_sampling_probs": (False,), "lora": ([],), "samplers": (), "do_sample": (True,)},
+}
+_fields: dict[str, Any] = {name: (Any, None) for name in IGNORED}
+_fields |= {name: (Annotated[Any, _unsupported(*values)], None) for name, values in NEUTRAL.items()}
+_ForeignFields: Any = create_model("_ForeignFields", __base__=Strict, **_fields)
+
+
+def _stops(limit: int) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        stops = [value] if isinstance(value, str) else value
+        if not isinstance(stops, list) or len(stops) > limit or not all(isinstance(stop, str) for stop in stops):
+            raise PydanticCustomError("stop", "a string or a list of up to {limit} strings", {"limit": limit})
+        if not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+            raise PydanticCustomError("stop", "strings of 1 to {limit} characters", {"limit": MAX_STOP_CHARS})
+        return stops
+
+    return BeforeValidator(check, json_schema_input_type=str | list[str])
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: Any = None
+    continuous_usage_stats: Annotated[Any, _unsupported(False)] = None
 
 
-class CompletionRequest(ChatRequest):
-    """A request of OpenAI's dialect."""
+class OpenAIRequest(SamplingRequest, _ForeignFields):
+    """What requests of OpenAI's dialect have in common."""
 
     model: str | None = None
     n: int = Field(1, ge=1, le=8, description="Number of answers.")
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[str], BeforeValidator(_stops, json_schema_input_type=str | list[str])] = []
-    # Accepted whatever their value: they change no answer here.
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    parallel_tool_calls: Any = None
-    # Not supported: accepted with the value that asks for nothing.
-    top_p: Annotated[Any, _unsupported(1)] = None
-    frequency_penalty: Annotated[Any, _unsupported(0)] = None
-    presence_penalty: Annotated[Any, _unsupported(0)] = None
-    logit_bias: Annotated[Any, _unsupported({})] = None
-    logprobs: Annotated[Any, _unsupported(False)] = None
-    top_logprobs: Annotated[Any, _unsupported(0)] = None
-    tools: Annotated[Any, _unsupported([])] = None
-    tool_choice: Annotated[Any, _unsupported("none", "auto")] = None
-    functions: Annotated[Any, _unsupported([])] = None
-    function_call: Annotated[Any, _unsupported("none", "auto")] = None
+
+    @model_validator(mode="after")
+    def _stream_options_are_for_streams(self) -> Any:
+        if self.stream_options and not self.stream:
+            refuse("stream_options", "is for streams: set stream to true")
+        return self
+
+
+class Function(MessageField):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] = {}
+    strict: Any = None
+
+    @property
+    def argument(self) -> str | None:
+        """The name of the argument that takes the expression; None if that is not clear."""
+        properties, required = self.parameters.get("properties"), self.parameters.get("required")
+        names = list(properties) if isinstance(properties, dict) else []
+        needed = [name for name in names if name in required] if isinstance(required, list) else []
+        candidates = needed or names or ["expression"]
+        return candidates[0] if len(candidates) == 1 else "expression" if "expression" in names and not needed else None
+
+
+class Tool(MessageField):
+    type: Literal["function"]
+    function: Function
+
+
+def _tool_choice(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict):
+        value = value["function"].get("name")
+        if value in ("none", "auto", "required"):  # no function of a client
+            value = None
+    if not isinstance(value, str):
+        raise PydanticCustomError("tool_choice", "'none', 'auto', 'required' or a declared function")
+    return value
+
+
+class CompletionRequest(OpenAIRequest):
+    """A request of OpenAI's dialect for an answer in a chat."""
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: Annotated[list[str], _stops(MAX_STOPS)] = []
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] = []
+    tool_choice: Annotated[str, BeforeValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] = Field(
+        "auto", description="With a tool, auto and required end the answer at a call; none leaves calls to the server."
+    )
     response_format: Annotated[Any, _unsupported({"type": "text"})] = None
-    modalities: Annotated[Any, _unsupported(["text"])] = None
+    echo: Annotated[Any, _unsupported(False)] = None
 
     @property
     def token_limit(self) -> int:
         return min(self.max_completion_tokens or self.max_tokens, MAX_ANSWER_TOKENS)
 
+    @property
+    def tool(self) -> Function | None:
+        """The declared tool whose calls are returned; None: the server answers them itself."""
+        return self.tools[0].function if self.tools and self.tool_choice != "none" else None
+
     @model_validator(mode="after")
     def _consistent(self) -> "CompletionRequest":
-        if self.stream_options and not self.stream:
-            _refuse("stream_options", "is for streams: set stream to true")
         if {"max_tokens", "max_completion_tokens"} <= self.model_fields_set and (
             self.max_tokens != self.max_completion_tokens
         ):
-            _refuse("max_completion_tokens", "differs from max_tokens: give one of them")
+            refuse("max_completion_tokens", "differs from max_tokens: give one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            refuse("top_logprobs", "is for log-probabilities: set logprobs to true")
+        if self.tool_choice not in ("none", "auto", "required", CALCULATOR):
+            refuse("tool_choice", f"is {_shown(self.tool_choice)}, expected 'none', 'auto', 'required' or a tool")
+        if self.tool_choice not in ("none", "auto") and not self.tools:
+            refuse("tool_choice", "needs tools: declare the tool")
+        for tool in self.tools if self.tool_choice != "none" else ():
+            name = tool.function.name
+            if name != CALCULATOR or len(self.tools) > 1:
+                problem = "only once" if name == CALCULATOR else f"only {CALCULATOR}, not {_shown(name)}"
+                refuse("tools", f"is not supported for this: the model can call {problem}")
+            if tool.function.argument is None:
+                refuse("tools", f"is not supported for this: {CALCULATOR} takes one argument, the expression")
         return self
+
+
+def _prompts(value: Any) -> Any:
+    """Return a list of prompts, each a string or token ids."""
+    many = [value] if isinstance(value, str) or _is_ids(value) else value
+    if not isinstance(many, list) or not all(isinstance(prompt, str) or _is_ids(prompt) for prompt in many):
+        raise PydanticCustomError("prompt", "a string, token ids, or a list of them")
+    if not many:
+        raise PydanticCustomError("too_short", "")
+    return many
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+Prompt = str | list[int]
+
+
+class TextCompletionRequest(OpenAIRequest):
+    """A request of OpenAI's dialect to continue texts or token ids; <|bos|> is put before those that do not have it."""
+
+    prompt: Annotated[
+        list[Prompt], BeforeValidator(_prompts, json_schema_input_type=Prompt | list[Prompt]), Field(max_length=128)
+    ]
+    max_tokens: int = Field(16, ge=0)
+    best_of: int | None = Field(None, ge=1, le=8, description="Answers, of which the n most likely are returned.")
+    echo: bool = Field(False, description="Return the prompt as well, with logprobs its log-probabilities.")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    stop: Annotated[list[str], _stops(MAX_COMPLETION_STOPS)] = []
+    add_special_tokens: bool = Field(True, description="Put <|bos|> before the prompt: the model was trained with it.")
+    suffix: Annotated[Any, _unsupported("")] = None
+    response_format: Annotated[Any, _unsupported({"type": "text"})] = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TextCompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            refuse("max_tokens", "is 0, expected a number greater than or equal to 1, or echo")
+        if self.best_of is not None and self.best_of < self.n:
+            refuse("best_of", f"is {self.best_of}, expected at least n, {self.n}")
+        if self.stream and (self.best_of or self.n) > self.n:
+            refuse("best_of", "is not for streams: the best are known at the end")
+        if (choices := len(self.prompt) * (self.best_of or self.n)) > MAX_CHOICES:
+            refuse("prompt", f"asks for {choices} answers: at most {MAX_CHOICES} in a request are allowed")
+        return self
+
+
+class TokenizeRequest(Strict):
+    """A text, or a conversation, to encode: the prompt of a special token's name gives its id."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = Field(True, description="Put <|bos|> before the prompt.")
+    add_generation_prompt: bool = Field(True, description="End with <|assistant_start|>.")
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            refuse("prompt", "or messages: give one of them")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    model: str | None = None
+    tokens: list[int]
 
 
 def decode(body: bytes) -> dict[str, Any]:
@@ -288,12 +484,6 @@ def _constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON value")
 
 
-def conversation(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Return checked messages as `chat_format.prompt` takes them."""
-    both = [(message.role, message.nanochat_parts or message.content or []) for message in messages]
-    return [{"role": role, "content": [part.model_dump() for part in parts]} for role, parts in both]
-
-
 # Responses
 
 
@@ -312,15 +502,31 @@ class Usage(BaseModel):
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=lambda calls: calls is None)
     nanochat_parts: list[Part] | None = Field(default=None, exclude_if=lambda parts: parts is None)
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ContentLogprob]
+    refusal: None = None
 
 
 class Choice(BaseModel):
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str
 
 
@@ -331,6 +537,42 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+
+
+class CompletionLogprobs(BaseModel):
+    """Of each token; a token that is no text is written `bytes:` and its bytes."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None
+
+
+class TextCompletion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class TokenizeResponse(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
 
 
 def merge(pieces: Iterable[Piece]) -> list[Piece]:
@@ -347,16 +589,3 @@ def token_event(piece: Piece, gpu: int) -> dict[str, Any]:
 def parts(pieces: Iterable[Piece]) -> list[Part]:
     types = {"text": "text", "python": "python", "output": "python_output"}
     return [Part.model_validate({"type": types[kind], "text": text}) for kind, text in pieces]
-
-
-def delta(piece: Piece) -> dict[str, Any]:
-    """Return a piece as OpenAI's delta."""
-    return {"content": piece.text} if piece.kind == "text" else {"nanochat_parts": parts([piece])}
-
-
-def assistant_message(pieces: Iterable[Piece]) -> AssistantMessage:
-    merged = merge(pieces)
-    return AssistantMessage(
-        content="".join(text for kind, text in merged if kind == "text"),
-        nanochat_parts=parts(merged) if any(kind != "text" for kind, _ in merged) else None,
-    )

@@ -1,12 +1,13 @@
 """A process that owns one device and answers many requests at once on it, and the server's handle of it.
 
 Messages are tuples over a pipe. To the worker:
-    ("new", key, request)                       start an answer to an `infer.Request`
+    ("new", key, request)                       start an answer to an `infer.Request`, or score a `ScoreRequest`
     ("cancel", key)                             forget it
     ("end",)                                    exit
 From the worker:
     ("ready", WorkerInfo)                       the model is loaded
     ("tokens", [(key, token, finish, logprobs), ...])    the tokens of one step, in one message; see `infer.Event`
+    ("scored", key, {index: SequenceLogprobs}, is_last)    some prompts of a `ScoreRequest`
     ("refused", key, reason)                    this request cannot be answered
     ("failed", reason, is_fatal)                it exits; fatal: a restart would end in the same way
     ("exited",)                                 the process has exited; sent by the handle, once, as its last message
@@ -21,7 +22,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -33,10 +34,13 @@ from nanochat import checkpoint, infer
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.distributed import DTYPES
+from nanochat.eval import likelihood
+from nanochat.eval.likelihood import SequenceLogprobs
 from nanochat.infer import Engine, Request
 from nanochat.text import reason
 
 CPU_NICE = 5  # a worker that computes on the CPU leaves the server, which needs little, the first turn
+GPU_SCORE_TOKENS = 8192  # of a batch of prompts to score, which streams wait for
 EXIT_SECONDS = 3.0  # for a process to exit when it is asked to, and again when it is killed
 
 Message = tuple[Any, ...]
@@ -55,6 +59,13 @@ class WorkerConfig:
     context: int | None = None
     compile: bool = True
     exact: bool = False
+
+
+class ScoreRequest(NamedTuple):
+    """Prompts whose log-probabilities are asked for, with those of alternatives; see `likelihood.token_logprobs`."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    top: int
 
 
 class WorkerInfo(NamedTuple):
@@ -164,15 +175,22 @@ def load(config: WorkerConfig) -> tuple[Engine, WorkerInfo]:
 
 
 def serve_requests(pipe: Connection, engine: Engine) -> None:
-    """Answer requests until an "end" message: idle it waits for messages, busy it reads them between steps."""
+    """Answer requests until an "end" message: idle it waits for messages, busy it reads them between steps.
+
+    Prompts are scored between steps as well, one batch at a time, which is about as long as a prompt's prefill.
+    """
     waiting: dict[int, Request] = {}
+    scoring: dict[int, tuple[int, Iterator[dict[int, SequenceLogprobs]]]] = {}  # (prompts to score, their batches)
     while True:
-        while pipe.poll(0 if waiting or engine.active else None):
+        while pipe.poll(0 if waiting or scoring or engine.active else None):
             match pipe.recv():
+                case ("new", key, ScoreRequest() as request):
+                    scoring[key] = len(request.prompts), score(engine, request)
                 case ("new", key, request):
                     waiting[key] = request
                 case ("cancel", key):
                     waiting.pop(key, None)
+                    scoring.pop(key, None)
                     infer.cancel(engine, key)
                 case _:
                     return
@@ -182,8 +200,28 @@ def serve_requests(pipe: Connection, engine: Engine) -> None:
                 infer.admit(engine, key, waiting.pop(key))
             except UserError as error:
                 pipe.send(("refused", key, str(error)))
+        if scoring:
+            key = next(iter(scoring))
+            n_prompts, batches = scoring.pop(key)
+            scores = next(batches)
+            if n_prompts > len(scores):
+                scoring[key] = n_prompts - len(scores), batches
+            pipe.send(("scored", key, scores, key not in scoring))
         if events := infer.step(engine):
             pipe.send(("tokens", [(event.key, event.token, event.finish, event.logprobs) for event in events]))
+
+
+def score(engine: Engine, request: ScoreRequest) -> Iterator[dict[int, SequenceLogprobs]]:
+    """Yield the log-probabilities of some of the prompts after each batch."""
+    on_cpu = engine.row_state["token"].device.type == "cpu"
+    return likelihood.token_logprobs(
+        engine.params,
+        engine.config,
+        request.prompts,
+        top=request.top,
+        tokens_per_batch=engine.context if on_cpu else max(engine.context, GPU_SCORE_TOKENS),
+        compute=engine.compute,
+    )
 
 
 def _exit_with_parent() -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from nanochat import infer
 from nanochat.data import Tokenizer
-from nanochat.serve import Limits, Scheduler, app, middleware, scheduler, worker
+from nanochat.serve import ApiConfig, Limits, Scheduler, app, middleware, scheduler, worker
 
 FAIL, REFUSE, LENGTH = object(), object(), object()
 Piece = Any
@@ -65,6 +65,8 @@ def serve(
     notice: str | None = None,
     workers: int = 1,
     wait: bool = True,
+    connect: scheduler.Connect | None = None,
+    api: ApiConfig = ApiConfig(),
     **limits: Any,
 ) -> Iterator[Server]:
     """Run the server.
@@ -74,18 +76,22 @@ def serve(
             of the key "" if there is one, else the echo ["You said: ", message].
         delay: seconds before each piece. load_seconds: until a worker is ready. wait: for all workers to be ready.
         slots: answers at once per worker. notice: as in `WorkerInfo`. limits: fields of `Limits`.
+        connect: starts another worker than the scripted one.
     """
     requests, cancelled = [], []
     info = worker.WorkerInfo("scripted", 1, "base" if notice else "sft", notice, TOKENIZER, context, slots, "cpu", "")
 
-    def connect(deliver: worker.Deliver) -> worker.WorkerHandle:
+    def connect_scripted(deliver: worker.Deliver) -> worker.WorkerHandle:
         asyncio.get_running_loop().call_later(load_seconds, deliver, ("ready", info))
         return ScriptedWorker(replies, delay, deliver, requests, cancelled)
 
-    connects, limits_ = [connect] * workers, dataclasses.replace(Limits(port=0, grace_seconds=0), **limits)
+    connects, limits_ = (
+        [connect or connect_scripted] * workers,
+        dataclasses.replace(Limits(port=0, grace_seconds=0), **limits),
+    )
     scheduler_ = scheduler.create(connects, queue_limit)
     with middleware.listen(limits_) as sock:
-        uvicorn = middleware.Server(app.create_app(scheduler_, limits_), scheduler_, limits_)
+        uvicorn = middleware.Server(app.create_app(scheduler_, limits_, api), scheduler_, limits_)
         thread = threading.Thread(target=uvicorn.run, kwargs={"sockets": [sock]}, name="server")
         thread.start()
 

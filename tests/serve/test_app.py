@@ -22,6 +22,7 @@ from nanochat.config import UserError
 from nanochat.data import chat_format
 from nanochat.data.chat_format import Piece
 from nanochat.serve import Limits, app, middleware, scheduler, schema
+from nanochat.serve.api import answers
 
 REPLIES = {
     "hello": ["Hi ", "there", "!"],
@@ -332,7 +333,7 @@ def test_openai_stop_sequences(client: openai.OpenAI, server: scripted.Server) -
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=4), st.randoms())
 def test_stop_sequence_ends_the_answer_however_it_is_split(text: str, stops: list[str], random: Any) -> None:
     cuts = sorted(random.randint(0, len(text)) for _ in range(random.randint(0, 6)))
-    stop_filter = app.StopSequenceFilter(stops)
+    stop_filter = answers.StopSequenceFilter(stops)
     pieces = [Piece("text", text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)])]
     sent = "".join(piece.text for piece in [*stop_filter.feed(pieces), *stop_filter.close()])
     assert stop_filter.stopped == any(stop in text for stop in stops)
@@ -345,7 +346,7 @@ def test_stop_sequence_ends_the_answer_however_it_is_split(text: str, stops: lis
 
 
 def test_stop_filter_holds_back_only_possible_prefixes() -> None:
-    stop_filter = app.StopSequenceFilter(["END"])
+    stop_filter = answers.StopSequenceFilter(["END"])
     assert stop_filter.feed([Piece("text", "a E")]) == [Piece("text", "a ")]
     assert stop_filter.feed([Piece("text", "N")]) == []
     assert stop_filter.feed([Piece("text", "x")]) == [Piece("text", "ENx")]
@@ -652,7 +653,7 @@ def test_fatal_worker_error_ends_the_server() -> None:
 
 
 def test_long_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(answers, "KEEP_ALIVE_SECONDS", 0.05)
     with scripted.serve({"": [0.3, "a"]}) as server:
         assert post(server, "x").text.count(": waiting\n\n") >= 3
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:

@@ -7,12 +7,16 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from nanochat.serve import schema
-from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, ErrorDetail
+from nanochat.serve.api import chat
+from nanochat.serve.schema import ApiError, ChatRequest, CompletionRequest, ErrorDetail, Strict, TextCompletionRequest
 
 HI = [{"role": "user", "content": "hi"}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "1+1"}'}}
+CALLED = {"role": "assistant", "content": "It is ", "tool_calls": [CALL]}
+TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {"properties": {"expression": {}}}}}
 
 
-def parse(model: type[ChatRequest], body: Any) -> Any:
+def parse(model: type[Strict], body: Any) -> Any:
     """Validate as FastAPI does."""
     try:
         return TypeAdapter(model).validate_python(body, from_attributes=True)
@@ -20,7 +24,7 @@ def parse(model: type[ChatRequest], body: Any) -> Any:
         raise schema.validation_error([item | {"loc": ("body", *item["loc"])} for item in error.errors()]) from None
 
 
-def refusal(model: type[ChatRequest], body: Any) -> ErrorDetail:
+def refusal(model: type[Strict], body: Any) -> ErrorDetail:
     with pytest.raises(ApiError) as caught:
         parse(model, body)
     assert caught.value.status_code == 400
@@ -28,13 +32,13 @@ def refusal(model: type[ChatRequest], body: Any) -> ErrorDetail:
 
 
 def content(messages: list[Any]) -> list[Any]:
-    return [message["content"] for message in schema.conversation(parse(ChatRequest, {"messages": messages}).messages)]
+    return [message["content"] for message in chat.conversation(parse(ChatRequest, {"messages": messages}).messages)]
 
 
 def test_defaults_and_null() -> None:
     request = parse(ChatRequest, {"messages": HI})
     assert (request.temperature, request.top_k, request.token_limit, request.seed) == (0.8, 50, 512, None)
-    assert schema.conversation(request.messages) == [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert chat.conversation(request.messages) == [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     request = parse(CompletionRequest, {"messages": HI, "temperature": None, "stop": None, "n": None})
     assert request == parse(CompletionRequest, {"messages": HI}) and (request.n, request.stream) == (1, False)
 
@@ -77,12 +81,9 @@ def test_bodies_other_than_a_strict_json_object_are_refused(body: bytes, message
         ([{"role": "user", "content": {}}], "messages[0].content", "is an object, expected"),
         ([{"role": "user", "content": "x" * 8001}], "messages[0].content", "8,001 characters: at most 8,000"),
         ([{"role": "user", "content": "x" * 8000}] * 5, "messages", "40,000 characters: at most 32,000"),
-        ([{"role": "tool", "content": "x"}], "messages[0].role", "role is \"tool\", expected 'system', 'developer'"),
-        (
-            [*HI, {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
-            "messages[1].tool_calls",
-            "not sup",
-        ),
+        ([{"role": "robot", "content": "x"}], "messages[0].role", "role is \"robot\", expected 'system', 'developer'"),
+        ([*HI, {"role": "assistant", "tool_calls": [{"id": "1"}]}], "messages[1].tool_calls[0].function", "missing"),
+        ([HI[0] | {"tool_calls": [CALL]}], "messages[0].tool_calls", "assistant's messages"),
         ([*HI, {"role": "assistant", "content": None, "refusal": "no"}], "messages[1].refusal", "not supported"),
         ([*HI, {"role": "assistant", "content": None}], "messages[1].content", "is missing"),
         (
@@ -152,9 +153,30 @@ def test_unknown_parameters_are_refused_and_the_nearest_is_named() -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "search"}}]}, "tools"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "calculator", "parameters": {"properties": {"a": 1, "b": 2}}},
+                    }
+                ]
+            },
+            "tools",
+        ),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "search"}}}, "tool_choice"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"audio": {"voice": "alloy"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"top_p": 0.5}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
         ({"top_p": True}, "top_p"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
@@ -173,6 +195,8 @@ def test_openai_parameters_that_change_nothing_are_accepted() -> None:
     harmless = {
         **{"user": "u", "metadata": {"a": "b"}, "store": False, "top_p": 1.0, "presence_penalty": 0, "logprobs": False},
         **{"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "stop": None},
+        **{"ignore_eos": False, "skip_special_tokens": True, "min_tokens": 0, "length_penalty": 1.0, "bad_words": []},
+        **{"unknown": None, "mirostat": 0, "cache_prompt": True, "echo": False, "reasoning_effort": None},
     }
     parse(CompletionRequest, {"messages": HI, **harmless})
     request = parse(
@@ -188,6 +212,70 @@ def test_parts_are_passed_on_as_they_are() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
     assert content([*HI, {"role": "assistant", "content": parts}])[1] == parts
     assert content([*HI, {"role": "assistant", "content": "x", "nanochat_parts": parts}])[1] == parts
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_media_are_refused_by_name(kind: str) -> None:
+    error = refusal(ChatRequest, {"messages": [{"role": "user", "content": [{"type": kind, kind: {"url": "x"}}]}]})
+    assert error.param == "messages[0].content[0].type" and kind in error.message and "text only" in error.message
+
+
+def test_tool_results_go_into_the_answer_that_called() -> None:
+    result = {"role": "tool", "tool_call_id": "c1", "content": "2"}
+    parts = [{"type": "text", "text": "It is "}, {"type": "python", "text": "1+1"}]
+    parts.append({"type": "python_output", "text": "2"})
+    assert content([*HI, CALLED, result])[1] == parts
+    after = [*HI, CALLED, result, {"role": "assistant", "content": "2."}, *HI]
+    assert content(after)[1] == [*parts, {"type": "text", "text": "2."}] and len(content(after)) == 3
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([{"role": "tool", "tool_call_id": "c1", "content": "2"}], "messages[0].role"),
+        ([*HI, CALLED, {"role": "tool", "tool_call_id": "c2", "content": "2"}], "messages[2].role"),
+        ([*HI, CALLED, *HI], "messages[2].role"),
+        ([*HI, CALLED], "messages"),
+        ([*HI, CALLED | {"tool_calls": [CALL, CALL]}], "messages[1].tool_calls[1].id"),
+        (
+            [*HI, CALLED | {"tool_calls": [CALL | {"function": {"name": "f", "arguments": "{}"}}]}],
+            "messages[1].tool_calls[0].function.name",
+        ),
+        *(
+            (
+                [*HI, CALLED | {"tool_calls": [CALL | {"function": {"name": "calculator", "arguments": arguments}}]}],
+                "messages[1].tool_calls[0].function.arguments",
+            )
+            for arguments in ("", "[]", "{}", '{"a": 1}', "[" * 5000)
+        ),
+    ],
+)
+def test_calls_without_results_and_results_without_calls_are_refused(messages: list[Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        content(messages)
+    assert (caught.value.status_code, caught.value.body.error.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": ["a", 5]}, "prompt"),
+        ({"prompt": [1, 2.5]}, "prompt"),
+        ({"prompt": ["a"] * 100, "n": 2}, "prompt"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
+        ({"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
+        ({"prompt": "a", "logprobs": True}, "logprobs"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+        ({"prompt": "a", "messages": HI}, "messages"),
+    ],
+)
+def test_wrong_completion_requests_are_refused(body: dict[str, Any], param: str) -> None:
+    assert refusal(TextCompletionRequest, body).param == param
 
 
 def test_events_are_one_line_each() -> None:
