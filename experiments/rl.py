@@ -24,10 +24,10 @@ from typing import Any
 
 from nanochat import distributed, infer, metrics, model, optim, tasks, train
 from nanochat.checkpoint import CheckpointConfig
-from nanochat.config import NonNegativeInt, PositiveInt, Settings, UserError
+from nanochat.config import PositiveInt, Settings, UserError
 from nanochat.data import chat_format
 from nanochat.optim import FinetunePlan, OptimConfig
-from nanochat.train import RolloutConfig, StageConfig, TrainConfig
+from nanochat.train import FinetuneConfig, LoraConfig, RolloutConfig, TrainConfig
 
 OPTIM = OptimConfig(
     embedding_lr=0.2,
@@ -57,12 +57,10 @@ class PassAtKConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(StageConfig):
+class Config(FinetuneConfig):
     """A run of reinforcement learning.
 
     Attributes:
-        run: name or folder of the run to start from; none: the newest fine-tuned run. name@100: its step 100.
-        step: its checkpoint; none: the newest.
         task: task to train on.
         eval_task: task to measure pass@k on; none: the test split of `task`.
         source: folder or file with the rows of the tasks; none: the Hugging Face hub.
@@ -70,8 +68,6 @@ class Config(StageConfig):
         device_batch_size: answers of a micro-batch on each device.
     """
 
-    run: str | None = None
-    step: NonNegativeInt | None = None
     task: str = "gsm8k"
     eval_task: str | None = None
     source: str | None = None
@@ -79,6 +75,7 @@ class Config(StageConfig):
     device_batch_size: PositiveInt = 8
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OPTIM
+    lora: LoraConfig = LoraConfig(lr=2e-4)
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=60, keep_last=8)  # all of an epoch of GSM8K
     train: TrainConfig = TrainConfig(attention="sdpa")  # flex, and so perhaps auto, needs sequences of one length
     eval: PassAtKConfig = PassAtKConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -102,14 +99,16 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
     eval_task = tasks.from_text(config.eval_task or config.task.partition(":")[0], "test", source=config.source)
     reward = train.rl.correct_reward(task)
     config = resolve(config, task, runtime)
+    lora = train.init_from.load_lora(config, base, runtime)
     facts = {
         "starts from": " ".join(str(x) for x in (base.origin or {}).values()),
         "parameters": f"{model.count(base.shape)['total']:,}",
+        **train.init_from.describe_lora(lora, runtime),
         "task": f"{task.name}, {task.size:,} rows",
         "step": f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} answers",
     }
     print(train.describe(config, facts), flush=True)
-    stage = rl_stage(config, base, runtime, task, eval_task, reward)
+    stage = rl_stage(config, base, runtime, task, eval_task, reward, lora)
     train.run_stage(config, stage, base.shape, base.tokenizer, runtime)
     if runtime.is_main:
         steps, rewards = metrics.logger.curve(metrics.logger.read(train.run_folder(str(config.name))), "rl/reward")
@@ -137,11 +136,13 @@ def rl_stage(
     task: tasks.Task,
     eval_task: tasks.Task,
     reward: train.Reward,
+    lora: train.build.Lora | None = None,
 ) -> train.Stage:
     """Return the stage: batches of row numbers, a step that samples answers to them, pass@k and printed answers."""
     shape, tok, rollout, num_steps = base.shape, base.tokenizer, config.rollout, config.num_iterations
     assert num_steps
-    plan = FinetunePlan(shape.n_embd, weight_decay=config.optim.weight_decay)
+    plan = FinetunePlan(shape.n_embd, weight_decay=config.optim.weight_decay, lora_lr=config.lora.lr)
+    full_params = functools.partial(train.build.full_params, lora=lora)
     engines: list[infer.Engine] = []  # one, made and compiled at its first use
     latest: deque[list[train.Rollout]] = deque(maxlen=1)  # answers to a prompt of the last step, with unequal rewards
 
@@ -164,11 +165,11 @@ def rl_stage(
 
     def make_step(train_step: Callable[..., Any], rows: int) -> train.StepFn:
         pad_tokens = PAD_TOKENS if config.compile else None
-        options = {"train_step": train_step, "batch_rows": rows, "pad_tokens": pad_tokens}
+        options = {"train_step": train_step, "batch_rows": rows, "pad_tokens": pad_tokens, "full_params": full_params}
         return train.scheduled(functools.partial(train.rl.rl_step, rollout_fn=rollout_fn, **options), schedule=schedule)
 
     def pass_at_k(ctx: train.RunContext, state: train.TrainState) -> train.Result:
-        params = distributed.sharding.full_params(state.params)
+        params = full_params(state.params)
         with distributed.raise_on_any_failure():
             values = train.rl.pass_at_k(engine(params), tok, eval_task, config.eval.problems, rollout)
         text = ", ".join(f"@{name.rpartition('_')[2]} {value:.1%}" for name, value in values.items())
@@ -195,6 +196,7 @@ def rl_stage(
             task, tok, shape.sequence_len, rollout.prompts_per_step, state
         ),
         initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
+        lora=lora,
         evaluations=[
             train.Evaluation("rl/pass_at_1", config.eval.every_steps, pass_at_k),
             train.Evaluation(None, config.eval.sample_every_steps, print_answers),

@@ -22,10 +22,10 @@ from typing import Literal
 
 from nanochat import distributed, eval, metrics, model, optim, tasks, train
 from nanochat.config import PositiveInt, UserError
-from nanochat.data import chat_format
+from nanochat.data import Tokenizer, chat_format
 from nanochat.eval import CHAT_CORE, ChatEvalConfig
 from nanochat.optim import FinetunePlan, OptimConfig, scaling
-from nanochat.train import EvalConfig, FinetuneConfig
+from nanochat.train import EvalConfig, FinetuneConfig, StageConfig
 
 OPTIM = OptimConfig(
     embedding_lr=None,
@@ -100,7 +100,7 @@ def train_stage(config: Config, runtime: distributed.Runtime, name: str, stages:
     """Run the stage called `name` from a checkpoint of one of `stages`."""
     config, base = train.load_base(config, name, runtime, run=config.run, step=config.step, stages=stages)
     config, auto = resolve(config, base, runtime)
-    lora = train.load_lora(config, base, runtime)
+    lora = train.init_from.load_lora(config, base, runtime)
     train_task = mix(config.tasks, config.source)
     val_tasks, no_val = load_tasks(config.val_tasks, config.source)
     chat_tasks, no_chat = load_tasks(config.chat.tasks, config.source, "test")
@@ -196,7 +196,7 @@ def sft_stage(
     train_task: tasks.Task,
     val_task: tasks.Task | None,
     chat_tasks: list[tasks.Task],
-    lora: train.Lora | None = None,
+    lora: train.build.Lora | None = None,
 ) -> train.Stage:
     """Return the stage: packed conversations, bits per byte, chat tasks and sample answers."""
     shape, tok, length = base.shape, base.tokenizer, base.shape.sequence_len
@@ -230,7 +230,7 @@ def sft_stage(
 
     def chat_score(ctx: train.RunContext, state: train.TrainState) -> train.Result:
         """Return the accuracy of each task, and ChatCORE if its five tasks are among them."""
-        params = train.full_params(state.params, lora)
+        params = train.build.full_params(state.params, lora)
         subject = eval.chat_eval.ModelUnderTest(params, shape, tok, runtime.compute_dtype)
         with distributed.raise_on_any_failure():
             values = eval.chat_eval.as_metrics(eval.chat_eval.evaluate(subject, chat_tasks, config.chat))
@@ -246,12 +246,7 @@ def sft_stage(
         first = chat_tasks[0].name
         key = f"chat/{eval.chat_eval.TITLES.get(first, first)}"
         evaluations.append(train.Evaluation(key, config.chat.every_steps, chat_score))
-    samples = functools.partial(
-        train.stage.print_samples,
-        encode=lambda prompt: chat_format.prompt(tok, [{"role": "user", "content": prompt}]),
-        decode=functools.partial(chat_format.shown, tok),
-    )
-    evaluations.append(train.Evaluation(None, config.eval.sample_every_steps, samples))
+    evaluations.append(print_answers(config, tok))
     return train.Stage(
         name=name,
         origin=base.origin,
@@ -260,9 +255,17 @@ def sft_stage(
         flops_per_token=model.flops_per_token(shape),
         make_step=functools.partial(train.scheduled, schedule=schedule),
         batches=lambda state, rows: stream(train_task, packing=packing._replace(micro_rows=rows), state=state),
-        initial_state=None
-        if lora
-        else functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
+        initial_state=functools.partial(train.init_state_from, base, runtime, moments=config.optim.moments),
         evaluations=evaluations,
         lora=lora,
     )
+
+
+def print_answers(config: StageConfig, tok: Tokenizer) -> train.Evaluation:
+    """Return the evaluation that prints answers to `eval.prompts`."""
+    samples = functools.partial(
+        train.stage.print_samples,
+        encode=lambda prompt: chat_format.prompt(tok, [{"role": "user", "content": prompt}]),
+        decode=functools.partial(chat_format.shown, tok),
+    )
+    return train.Evaluation(None, config.eval.sample_every_steps, samples)

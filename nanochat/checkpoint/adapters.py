@@ -24,13 +24,13 @@ def fingerprint(header: Mapping[str, Any]) -> str:
 
 
 def find_base(run: Path, base: Mapping[str, Any]) -> Path:
-    """Return the run of the base that the adapters in `run` were trained on: where it was, or beside `run`.
+    """Return the run that holds the base of `run`, given by `base_reference`: where it was, or beside `run`.
 
     Raises UserError if it is in neither place, or has changed.
     """
     recorded = Path(base["run"])
     places = dict.fromkeys((recorded, run.parent / recorded.name))
-    name = f"its base, step {base['step']} of run {recorded.name}"
+    name = f"run {run.name} needs its base, step {base['step']} of run {recorded.name}, which"
     changed = []
     for place in places:
         if base["step"] in storage.steps(place / "checkpoints"):
@@ -38,9 +38,5 @@ def find_base(run: Path, base: Mapping[str, Any]) -> Path:
                 return place
             changed.append(place)
     if changed:
-        raise UserError(
-            f"run {run.name} holds adapters, and {name}, in {changed[0]} has changed since they were trained: put the "
-            "original back, or train the adapters again"
-        )
-    where = " or ".join(map(str, places))
-    raise UserError(f"run {run.name} holds adapters, and {name}, is not in {where}: put it there")
+        raise UserError(f"{name} has changed in {changed[0]}: put the original back, or train {run.name} again")
+    raise UserError(f"{name} is not in {' or '.join(map(str, places))}: put it there")

@@ -11,6 +11,7 @@ from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from nanochat.tasks.catalog import about, from_text, load, names, options_of, split_text
+    from nanochat.tasks.conversations import Preference, read_preferences, ultrafeedback
     from nanochat.tasks.multiple_choice import letter_ids, multiple_choice_prompt
     from nanochat.tasks.task import MissingDataError, Task, mixture, plain_text, qa_conversation, slice_task
 

@@ -8,11 +8,13 @@ A row of a conversation file (.jsonl, .json, .parquet, .csv; compressed as well)
     {"prompt": "Hi", "completion": "Hello!"}               or two lists of messages; question and answer, and so on
 
 with "system", a system message, if it is not among the messages. What the messages mean is in `data.chat_format`.
+A row of preferences is {"prompt" or "messages": …, "chosen": …, "rejected": …}, each a text or messages; chosen and
+rejected may repeat the prompt's messages, which then need no key of their own.
 """
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from nanochat.tasks.hub_table import HubTable, hub_task, shuffled_indices
 from nanochat.tasks.task import Task, data_file
 
 SMOLTALK = HubTable("HuggingFaceTB/smol-smoltalk", None, "data", {"messages": list})
+ULTRAFEEDBACK = HubTable("HuggingFaceH4/ultrafeedback_binarized", None, "data", {"chosen": list, "rejected": list})
+Preference = dict[str, list[dict[str, Any]]]  # "prompt", "chosen" and "rejected": messages
 DIALOGS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query")
 ANSWERS = ("output", "completion", "response", "answer")
@@ -31,7 +35,7 @@ TEXT_ROLES |= dict.fromkeys((*QUESTIONS, "input", "context"), "user") | dict.fro
 OTHER_FORMATS = {
     "role": "a single message: put all messages of a conversation into one array",
     "from": "a single message: put all messages of a conversation into one array",
-    "chosen": "preference data: keep the better answer as messages",
+    "chosen": "preference data: train on it with --experiment=dpo, or keep the better answer as messages",
     "label": "preference data: keep the good answers, without the label",
     "text": "plain text, for pretraining: split it into messages",
 }
@@ -87,26 +91,72 @@ def _shuffled(name: str, rows: Sequence[Conversation]) -> Task:
 
 def read_conversations(path: Path) -> list[Conversation]:
     """Return the conversations of a file, in its order; each has to end with an answer."""
-    rows: list[Conversation] = []
     unused: Counter[str] = Counter()
+
+    def conversation(value: Any) -> Conversation:
+        row, keys = from_row(value)
+        if row["messages"][-1]["role"] != "assistant":
+            raise UserError("the last message must be the assistant's")
+        unused.update(keys)
+        return row
+
+    rows = _read(path, conversation, "conversations")
+    if unused:
+        counts = ", ".join(f"{key} (in {count:,} of {len(rows):,} rows)" for key, count in sorted(unused.items()))
+        _warn(f"warning: {path}: ignored keys: {counts}")
+    return rows
+
+
+def read_preferences(path: Path) -> list[Preference]:
+    """Return the pairs of answers in a file, in its order."""
+    return _read(path, preference_from_row, "pairs of answers")
+
+
+def _read(path: Path, make: Callable[[Any], Any], what: str) -> list[Any]:
+    rows: list[Any] = []
     invalid: list[str] = []
     for number, value in records.read(path, is_row=_has_messages):
         try:
-            row, keys = from_row(value)
-            if row["messages"][-1]["role"] != "assistant":
-                raise UserError("the last message must be the assistant's")
-            rows.append(row)
-            unused.update(keys)
+            rows.append(make(value))
         except UserError as error:
             invalid.append(f"{path}: row {number}: {error}")
     if invalid:
         raise UserError(invalid[0] + (f" (and {len(invalid) - 1:,} more rows are invalid)" if invalid[1:] else ""))
     if not rows:
-        raise UserError(f"{path}: contains no conversations")
-    if unused:
-        counts = ", ".join(f"{key} (in {count:,} of {len(rows):,} rows)" for key, count in sorted(unused.items()))
-        _warn(f"warning: {path}: ignored keys: {counts}")
+        raise UserError(f"{path}: contains no {what}")
     return rows
+
+
+def ultrafeedback(split: str, source: str | Path | None = None) -> Task:
+    """UltraFeedback: 61,000 pairs of answers to prompts of many kinds; the splits are train_prefs and test_prefs."""
+    return hub_task("ultrafeedback", "chat", ULTRAFEEDBACK, preference_from_row, split, source)
+
+
+def preference_from_row(row: Any) -> Preference:
+    """Return a row's prompt and answers as messages. Raises UserError for another format."""
+    if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
+        keys = f"the row has the keys {', '.join(row)[:80]}; " if isinstance(row, dict) else ""
+        raise UserError(f"{keys}expected prompt or messages, chosen and rejected")
+    chosen, rejected = (
+        _messages([row[key]] if isinstance(row[key], dict) else row[key], key, "assistant")
+        for key in ("chosen", "rejected")
+    )
+    if chosen[:1] and chosen[0].get("role") != "assistant":  # both repeat the prompt
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    else:
+        key = next((key for key in ("prompt", *DIALOGS) if row.get(key)), None)
+        if key is None:
+            raise UserError("no prompt: expected prompt or messages beside chosen and rejected")
+        system = [message for k in ("system", "system_prompt") if row.get(k) for message in _messages(row[k], k)]
+        prompt = [*system, *_messages(row[key], key, "user")]
+    for key, answer in {"chosen": chosen, "rejected": rejected}.items():
+        if not answer or answer[-1].get("role") != "assistant":
+            raise UserError(f"{key}: the last message must be the assistant's")
+        chat_format.normalize({"messages": [*prompt, *answer]})
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def from_row(row: Any) -> tuple[Conversation, set[str]]:
@@ -131,14 +181,14 @@ def from_row(row: Any) -> tuple[Conversation, set[str]]:
     return made, chat_format.unused_keys(made) | (row.keys() - {*used, *made})
 
 
-def _messages(value: Any, key: str) -> list[Any]:
+def _messages(value: Any, key: str, role: str | None = None) -> list[Any]:
     """Return a text as a message, or an array of messages with ShareGPT's names replaced by OpenAI's."""
-    if key in TEXT_ROLES and not isinstance(value, list):
-        return [{"role": TEXT_ROLES[key], "content": value}]
+    if (key in TEXT_ROLES and not isinstance(value, list)) or (role and isinstance(value, str)):
+        return [{"role": role or TEXT_ROLES[key], "content": value}]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f"{key}: expected an array of messages, got {str(value)[:40]!r}")
     names = {"from": "role", "value": "content"}
-    before: dict[str, Any] = {} if key in (*DIALOGS, *ANSWERS) else {"weight": 0}  # answers in a prompt are given
+    before: dict[str, Any] = {} if role or key in (*DIALOGS, *ANSWERS) else {"weight": 0}  # of a prompt: given
     messages = [before | {names.get(name, name): x for name, x in message.items()} for message in value]
     roles = [message.get("role") for message in messages]
     return [m | {"role": chat_format.ROLES.get(str(role).lower(), role)} for m, role in zip(messages, roles)]

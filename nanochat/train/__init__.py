@@ -5,15 +5,8 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.train import build, config, functional, init_from, planner, rl, sft, stage, step
-    from nanochat.train.build import (
-        Lora,
-        build_step_functions,
-        estimate_batch_size,
-        full_params,
-        planner_setup,
-        try_batch_size,
-    )
+    from nanochat.train import build, config, dpo, functional, init_from, planner, rl, sft, stage, step
+    from nanochat.train.build import build_step_functions, estimate_batch_size, planner_setup, try_batch_size
     from nanochat.train.config import (
         PROMPTS,
         EvalConfig,
@@ -26,14 +19,7 @@ if TYPE_CHECKING:
         describe,
         run_folder,
     )
-    from nanochat.train.init_from import (
-        InitCheckpoint,
-        init_state_from,
-        load_base,
-        load_lora,
-        load_own,
-        resume_after_restart,
-    )
+    from nanochat.train.init_from import InitCheckpoint, init_state_from, load_base, load_own, resume_after_restart
     from nanochat.train.planner import Estimate
     from nanochat.train.rl import Reward, Rollout
     from nanochat.train.sft import Packing

@@ -56,10 +56,14 @@ def build_step_functions(
     runtime: Runtime,
     sharding_plan: ShardingPlan | None = None,
     lora: Lora | None = None,
+    objective: Callable[..., Any] = loss.next_token,
 ) -> tuple[Callable, Callable, str]:
     """Return (the train step, the loss for evaluation, their kernels as text), compiled if the settings say so.
 
-    With `lora`, the step is on adapters; the loss for evaluation is that of the model, as from `full_params`.
+    The loss for evaluation is `loss.next_token`, with `lora` that of the model, as from `full_params`.
+
+    Args:
+        lora: what to train adapters of. objective: the loss to train on, with the arguments of `loss.next_token`.
     """
     require_compiler(config, runtime)
     dtype = runtime.compute_dtype
@@ -91,7 +95,8 @@ def build_step_functions(
     compile = compile_fn if config.compile else lambda f: f
     compute = Compute(dtype=dtype, attend=attend, all_gather=None if lora else gather)
     next_token = functools.partial(loss.next_token, config=shape, chunk_tokens=chunk)
-    loss_fn = functools.partial(next_token, compute=dataclasses.replace(compute, linear=linear))
+    fast = dataclasses.replace(compute, linear=linear)
+    loss_fn = functools.partial(objective, config=shape, chunk_tokens=chunk, compute=fast)
     loss_fn = lora.adapted(loss_fn, gather) if lora else loss_fn
     value_and_grad = step.gradient(loss_fn, grad=config.train.grad, compile=compile)
     train_step = functools.partial(

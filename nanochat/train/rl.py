@@ -61,23 +61,30 @@ def prompt_batches(
 
     Number n stands for row n mod size of the task. Prompts longer than `sequence_len` are counted: see `rollouts`.
     """
-    position = dict(state["position"]) if state else {"read": 0, "task": task.name, "size": task.size}
-    if (position["task"], position["size"]) != (task.name, task.size):
-        raise UserError(
-            f"cannot resume with {task.size} rows of {task.name}: the run has {position['size']} of {position['task']}"
-        )
-    read, n = position["read"], position.get("shortened", 0)
-    while True:
-        numbers = list(range(read, read + prompts_per_step))
-        read += prompts_per_step
+    for numbers, position in row_numbers(task.name, task.size, prompts_per_step, state):
+        read, n = position["read"], position.get("shortened", 0)
         rows = [task.row(number % task.size) for number in numbers]
         n += sum(len(chat_format.prompt(tok, row["messages"][:-1])) > sequence_len for row in rows)
-        position["read"] = read
         if n:
             what = f"{n:,} of {read:,} prompts ({n / read:.1%}) shortened: longer than {sequence_len} tokens"
             keep = "a base model with a longer model.sequence_len keeps them"
             position |= {"shortened": n, "skipped": [f"{what}; {keep}"]}
         yield {"numbers": numbers}, {"position": dict(position)}, {"epoch": read / task.size}
+
+
+def row_numbers(
+    name: str, size: int, per_step: int, state: Mapping[str, Any] | None
+) -> Generator[tuple[list[int], dict[str, Any]], None, None]:
+    """Yield (the numbers of a step's rows, the position after it) without end, from where `state` is."""
+    position = dict(state["position"]) if state else {"read": 0, "task": name, "size": size}
+    if (position["task"], position["size"]) != (name, size):
+        raise UserError(
+            f"cannot resume with {size} rows of {name}: the run has {position['size']} of {position['task']}"
+        )
+    while True:
+        read = position["read"]
+        position["read"] = read + per_step
+        yield list(range(read, read + per_step)), position
 
 
 def seed_of(seed: int, number: int, sample: int) -> int:
@@ -157,19 +164,25 @@ def micro_batches(
     ordered += [Row([0, 0], [0.0, 0.0])] * (n_batches * batch_rows - len(ordered))
     batches = []
     for start in range(0, len(ordered), batch_rows):
-        part = ordered[start : start + batch_rows]
-        width = max(len(row.ids) for row in part) - 1
-        if pad_tokens:
-            width = pad_tokens * 2 ** max((width - 1) // pad_tokens, 0).bit_length()
-        ids = torch.zeros(batch_rows, width + 1, dtype=torch.int64)
-        weights = torch.zeros(batch_rows, width + 1)
-        for r, row in enumerate(part):
-            ids[r, : len(row.ids)] = torch.tensor(row.ids)
-            weights[r, : len(row.ids)] = torch.tensor(row.weights)
-        inputs, targets, weights = ids[:, :-1], ids[:, 1:], weights[:, 1:]
-        batch = {"inputs": inputs, "targets": targets.masked_fill(weights == 0, IGNORE), "weights": weights * scale}
-        batches.append({name: x.contiguous().to(device) for name, x in batch.items()})
+        batch = padded(ordered[start : start + batch_rows], pad_tokens)
+        batch["weights"] *= scale
+        batches.append({name: x.to(device) for name, x in batch.items()})
     return batches
+
+
+def padded(rows: Sequence[Row], pad_tokens: int | None = None) -> dict[str, Tensor]:
+    """Return rows as one batch for `loss.next_token`; see `micro_batches`."""
+    width = max(len(row.ids) for row in rows) - 1
+    if pad_tokens:
+        width = pad_tokens * 2 ** max((width - 1) // pad_tokens, 0).bit_length()
+    ids = torch.zeros(len(rows), width + 1, dtype=torch.int64)
+    weights = torch.zeros(len(rows), width + 1)
+    for r, row in enumerate(rows):
+        ids[r, : len(row.ids)] = torch.tensor(row.ids)
+        weights[r, : len(row.ids)] = torch.tensor(row.weights)
+    inputs, targets, weights = ids[:, :-1], ids[:, 1:], weights[:, 1:]
+    batch = {"inputs": inputs, "targets": targets.masked_fill(weights == 0, IGNORE), "weights": weights}
+    return {name: x.contiguous() for name, x in batch.items()}
 
 
 def rl_step(
@@ -181,6 +194,7 @@ def rl_step(
     train_step: Callable[..., tuple[TrainState, Metrics]],
     batch_rows: int,
     pad_tokens: int | None = None,
+    full_params: Callable[[Params], Params] = sharding.full_params,
 ) -> tuple[TrainState, Metrics]:
     """Return the state after one step on one batch of `batches`, and its metrics, as `train.train_step` does.
 
@@ -189,9 +203,10 @@ def rl_step(
     Args:
         rollout_fn: (full parameters, numbers of prompts) -> answers to each.
         batch_rows: of a micro-batch, on one rank. pad_tokens: see `micro_batches`.
+        full_params: parameters of the state -> those of the model, on every rank.
     """
     group, numbers, started = distributed.control_group(), batches[0]["numbers"], time.perf_counter()
-    params = sharding.full_params(state.params)
+    params = full_params(state.params)
     with distributed.raise_on_any_failure():
         groups = rollout_fn(params, numbers[group.rank :: group.size])
     seconds = time.perf_counter() - started

@@ -60,9 +60,9 @@ class Stage:
             trained on are "skipped" in the position of their state.
         evaluations: in the order in which they run.
         origin: run, step and stage of the checkpoint that this stage starts from, or None.
-        initial_state: (sharding_plan) -> the state before the first step; None: random parameters.
+        initial_state: (sharding_plan) -> the state before the first step; None: random parameters, or new adapters.
         branch: folder and step of another run that a new run continues from there; None: it starts at step 0.
-        lora: what to train adapters of; None: the model's parameters are trained.
+        lora: what to train adapters of; None: the model's parameters are trained. objective: the loss, see `build`.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Stage:
     initial_state: Callable[[ShardingPlan | None], TrainState] | None = None
     branch: tuple[Path, int] | None = None
     lora: build.Lora | None = None
+    objective: Callable[..., Any] = model.loss.next_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,9 @@ def run_stage(
         # Everything that can be refused comes before the run's folder is touched.
         lora = stage.lora
         sharding_plan = sharding.make_plan(config.sharding, runtime, lora.spec if lora else model.spec(shape))
-        train_step, loss_fn, kernels = build.build_step_functions(config, shape, runtime, sharding_plan, lora)
+        train_step, loss_fn, kernels = build.build_step_functions(
+            config, shape, runtime, sharding_plan, lora, stage.objective
+        )
         if try_rows:
             rows = stage.step_tokens // (shape.sequence_len * runtime.world_size)
             make_step = functools.partial(stage.make_step, train_step)
@@ -198,7 +201,7 @@ def init_or_restore(
 ) -> tuple[TrainState, Progress]:
     """Return the state and progress at a step of a run (None: its last), or without `start` before the first step."""
     if start is None:
-        if stage.initial_state:
+        if stage.initial_state and not stage.lora:
             return stage.initial_state(sharding_plan), Progress()
         return build.init_state(config, shape, runtime, sharding_plan, lora=stage.lora), Progress()
     abstract = build.init_state(config, shape, runtime, sharding_plan, device="meta", lora=stage.lora)

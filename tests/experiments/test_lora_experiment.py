@@ -88,12 +88,12 @@ def test_missing_or_changed_base_is_refused_by_name(base: Path, tuned: Path, tmp
     try:
         assert checkpoint.load(moved).params["wte"].shape[1] == 64, "the base was moved along"
         shutil.rmtree(tmp_path / "runs" / "base")
-        with pytest.raises(UserError, match=r"run tuned holds adapters, and its base, step 2 of run base, is not in"):
+        with pytest.raises(UserError, match=r"run tuned needs its base, step 2 of run base, which is not in"):
             checkpoint.load(moved)
         tiny_run.pretrain_run(
             "name=base", "model.sequence_len=64", "total_batch_size=512", "num_iterations=2", "seed=1"
         )
-        with pytest.raises(UserError, match=r"step 2 of run base, in .* has changed since they were trained"):
+        with pytest.raises(UserError, match=r"step 2 of run base, which has changed in .*/runs/base"):
             tune(base, "name=tuned", "resume=true")
     finally:
         shutil.rmtree(theirs, ignore_errors=True)

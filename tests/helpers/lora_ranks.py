@@ -30,7 +30,7 @@ def random_adapters(config: ModelConfig, targets: list[str], rank: int = 3, plan
 def steps(plan: ShardingPlan | None, rank: int, world_size: int) -> tuple[list[float], TensorDict, int]:
     """Return the losses of three steps, and then the full adapters and the bytes of this rank's optimizer state."""
     base, rows = small_model.random_params(CONFIG), model.lora.spec(CONFIG, 4, TARGETS)
-    lora, dtype = train.Lora(base, rows, {}), torch.float32
+    lora, dtype = train.build.Lora(base, rows, {}), torch.float32
     loss_fn = functools.partial(loss.next_token, config=CONFIG, compute=Compute(dtype), chunk_tokens=64)
     step_fn = functools.partial(
         train.train_step,

@@ -77,7 +77,7 @@ def test_targets_are_matrices_by_name_or_pattern():
 def test_compiled_gradient_equals_the_eager_one():
     config = dataclasses.replace(CONFIG, n_layer=1)
     adapters, batch = lora_ranks.random_adapters(config, ALL), random_batch(config)
-    of_adapters = train.Lora(random_params(config), {}, {}).adapted(
+    of_adapters = train.build.Lora(random_params(config), {}, {}).adapted(
         lambda p, b: loss.next_token(p, b, config=config), None
     )
     compiled = torch.compile(of_adapters, fullgraph=True, backend="aot_eager")
