@@ -48,7 +48,8 @@ def visit(browser: Any) -> Iterator[Opener]:
 
     def open_page(server: scripted.Server, expected: re.Pattern[str] | None = None, **options: Any) -> Page:
         def console(message: Any) -> None:
-            if message.type in ("error", "warning") and not (expected and expected.search(message.text)):
+            is_expected = server.uvicorn.should_exit or (expected and expected.search(message.text))
+            if message.type in ("error", "warning") and not is_expected:
                 problems.append(f"console: {message.text}")
 
         def request(request: Any) -> None:
@@ -71,7 +72,7 @@ def visit(browser: Any) -> Iterator[Opener]:
 
     with contextlib.ExitStack() as stack:
         yield open_page
-    assert problems == []
+    assert not problems, "; ".join(problems)
 
 
 @pytest.fixture

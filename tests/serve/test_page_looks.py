@@ -1,6 +1,8 @@
 """The chat page in a real browser: untrusted text, Markdown, layout, colors, keyboard and screen readers."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import scripted
@@ -15,25 +17,86 @@ PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobil
 # Untrusted text and Markdown
 
 
-EVIL = """<img src=x onerror="pwned=1;alert(1)"><script>pwned=1</script><a href='javascript:alert(1)'>y</a>"""
+XSS = (
+    "<script>pwned=1</script>",
+    "<img src=x onerror=pwned=1>",
+    "<svg onload=pwned=1>",
+    "<svg><script>pwned=1</script>",
+    "<iframe src=javascript:pwned=1>",
+    "<iframe srcdoc='<script>parent.pwned=1</script>'>",
+    "<body onload=pwned=1>",
+    "<a href=javascript:pwned=1>x</a>",
+    "[x](javascript:pwned=1)",
+    "[x](JaVaScRiPt:pwned=1)",
+    "[x]( javascript:a)",
+    "[x](java\tscript:pwned=1)",
+    "[x](&#106;avascript:pwned=1)",
+    "[x](javascript&colon;pwned=1)",
+    "<javascript:pwned=1>",
+    "[x](data:text/html;base64,PHNjcmlwdD5wd25lZD0xPC9zY3JpcHQ+)",
+    "[x](vbscript:pwned)",
+    "[x](file:///etc/passwd)",
+    "![x](javascript:pwned=1)",
+    "![x](https://evil.example/x.png)",
+    "![x](data:image/svg+xml,<svg onload=pwned=1>)",
+    '[x](https://a.example/"onmouseover=pwned=1)',
+    "[x](https://a.example 'onclick=pwned=1')",
+    "[x]: javascript:pwned=1\n\n[x]",
+    "[x](//evil.example)",
+    "[x](/stats)",
+    '<https://a.example/"onclick=pwned=1>',
+    '```"><script>pwned=1</script>\nx\n```',
+    "```html\n<script>pwned=1</script>\n```",
+    '```py\n"</code></pre><img src=x onerror=pwned=1>"\n```',
+    "`<img src=x onerror=pwned=1>`",
+    "| a |\n|---|\n| <img src=x onerror=pwned=1> |",
+    "# <img src=x onerror=pwned=1>",
+    "- <svg/onload=pwned=1>",
+    "> <details open ontoggle=pwned=1>",
+    "$<img src=x onerror=pwned=1>$",
+    "$$\n</pre><script>pwned=1</script>\n$$",
+    "\\[<math><mtext><img src=x onerror=pwned=1></mtext></math>\\]",
+    "<style>*{display:none}</style>",
+    "<form action=https://evil.example><button>x</button></form>",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>",
+    "<base href=https://evil.example/>",
+    "<template><img src=x onerror=pwned=1></template>",
+    "<!--><img src=x onerror=pwned=1>-->",
+    "&lt;img src=x onerror=pwned=1&gt;",
+    "<input autofocus onfocus=pwned=1>",
+    "\ufffc<img src=x onerror=pwned=1>",
+    '<noscript><p title="</noscript><img src=x onerror=pwned=1>">',
+)
+FOREIGN = """() => [...document.querySelectorAll('#log .body *')].filter((node) =>
+  !node.closest('button, .tool') &&
+  (!/^(P|BR|HR|H[1-6]|[UO]L|LI|BLOCKQUOTE|DIV|PRE|CODE|STRONG|EM|S|A|TABLE|THEAD|TBODY|TR|TH|TD|SPAN)$/
+    .test(node.tagName) ||
+   node.getAttributeNames().some((name) => !/^(class|href|target|rel|start|tabindex)$/.test(name)) ||
+   (node.hasAttribute('href') && !/^(https?:[/][/]|mailto:)/.test(node.getAttribute('href')))))
+  .map((node) => node.outerHTML)"""
 
 
-def test_markup_in_messages_and_answers_stays_text(chat: Opener) -> None:
-    everywhere = f"{EVIL}\n# {EVIL}\n- {EVIL}\n```\n{EVIL}\n```\n"
-    pieces = [everywhere[i : i + 7] for i in range(0, len(everywhere), 7)]
-    page, _ = chat({EVIL: [*pieces, ("python", "<b>1</b>"), ("output", "<i>2</i>\ufffc")]})
-    say(page, EVIL)
-    finished(page, 1)
-    assert texts(page)[0] == EVIL
-    shown = [answer(page).locator(tag).first.text_content() for tag in ("p", "h3", "li", "pre")]
-    assert shown == [EVIL] * 4
-    assert answer(page).locator(".tool").text_content() == "calculator: <b>1</b>=<i>2</i>\ufffc"
-    assert page.locator("#log").locator("img, script, a, b, i").count() == 0
+@pytest.mark.parametrize("hostile_server", [False, True])
+def test_no_markup_of_a_model_runs_or_loads(chat: Opener, tmp_path: Path, hostile_server: bool) -> None:
+    """Even if the server's HTML were not safe, the page would let in no more than its list of tags."""
+    rows = [{"messages": [{"role": role, "content": text} for role in ("user", "assistant")]} for text in XSS]
+    messages = [message for row in rows for message in row["messages"]]
+    file = tmp_path / "xss.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": rows[0]["messages"]}))
+    page, _ = chat({}, expected=re.compile("Content Security Policy") if hostile_server else None)
+    if hostile_server:
+        reply = lambda route: route.fulfill(json=[[[0, text]] for text in route.request.post_data_json["texts"]])  # noqa: E731
+        page.route("**/render", reply)
+    page.locator("#file").set_input_files(file)
+    expect(page.locator("article.answer")).to_have_count(len(XSS))
+    expect(page.locator(".tail")).to_have_count(0)  # all is rendered
+    page.wait_for_timeout(200)
+    assert page.evaluate(FOREIGN) == []
     assert page.evaluate("window.pwned") is None
-    page.reload()  # stored text is rendered as text too
-    expect(page.locator("article")).to_have_count(2)
-    assert page.locator("#log").locator("img, script, a, b, i").count() == 0
-    assert page.evaluate("window.pwned") is None
+    assert page.locator("#log .bubble").all_inner_texts() == [text.replace("\t", "\t") for text in XSS]
+    if not hostile_server:
+        shown = page.locator("#log .body").all_inner_texts()
+        assert "<script>pwned=1</script>" in shown[0] and "onerror=pwned=1" in shown[1]  # as text
 
 
 def test_content_security_policy_blocks_injected_scripts(chat: Opener) -> None:
@@ -48,22 +111,69 @@ def test_content_security_policy_blocks_injected_scripts(chat: Opener) -> None:
     assert page.evaluate("fetch('https://example.com/').then(() => 'sent', () => 'stopped')") == "stopped"
 
 
-def test_markdown_and_copy_buttons(chat: Opener) -> None:
+MARKDOWN = {
+    "# Title": ("h1", "Title"),
+    "### Third": ("h3", "Third"),
+    "a **bold** b": ("strong", "bold"),
+    "an *emphasis*": ("em", "emphasis"),
+    "~~gone~~": ("s", "gone"),
+    "some `code` and a_b_c 2*3*4": ("p > code", "code"),
+    "a [link](https://a.example/x)": ("a[href='https://a.example/x'][target=_blank]", "link"),
+    "![picture](https://a.example/x.png)": ("a[href='https://a.example/x.png']", "picture"),
+    "3. three\n4. four": ("ol[start='3'] > li:nth-child(2)", "four"),
+    "- x\n  - y\n    1. z": ("ul > li > ul > li > ol > li", "z"),
+    "> quoted": ("blockquote > p", "quoted"),
+    "above\n\n---\n\nbelow": ("hr", ""),
+    "| a | b |\n|---|--:|\n| c | **d** |": ("table td.right strong", "d"),
+    "inline $x_1 + y_1$ and \\(a_b\\)": ("code.math >> nth=0", "$x_1 + y_1$"),
+    "$$\nx_1 \\\\\n- y_1\n$$": ("pre.math", "$$\nx_1 \\\\\n- y_1\n$$"),
+    "it costs $5 and $10": ("p", "it costs $5 and $10"),
+    "one line\nand the next": ("p", "one line\nand the next"),
+    "```python\nx = 1  # one\n```": ("pre .c1", "# one"),
+    "```\nplain <b>\n```": ("pre code", "plain <b>"),
+}
+
+
+def test_markdown_of_each_kind_is_shown(chat: Opener, tmp_path: Path) -> None:
+    messages = [{"role": role, "content": text} for text in MARKDOWN for role in ("user", "assistant")]
+    file = tmp_path / "markdown.jsonl"
+    file.write_text(json.dumps(messages))
+    page, _ = chat({})
+    page.locator("#file").set_input_files(file)
+    expect(page.locator("article.answer")).to_have_count(len(MARKDOWN))
+    expect(page.locator(".tail")).to_have_count(0)
+    bodies = page.locator("article.answer .body")
+    shown = {text: bodies.nth(i).locator(where).inner_text() for i, (text, (where, _)) in enumerate(MARKDOWN.items())}
+    assert shown == {text: inner for text, (_, inner) in MARKDOWN.items()}
+
+
+def test_growing_answer_does_not_flicker(chat: Opener) -> None:
+    """At 100 tokens a second text never disappears, and finished blocks keep their nodes."""
+    text = "".join(f"Paragraph {i} has **bold {i}** words.\n\n- item {i}\n- more\n\n" for i in range(9))
+    page, _ = chat({"go": [text[i : i + 5] for i in range(0, len(text), 5)]}, delay=0.01)
+    page.evaluate(
+        """() => { window.sizes = []; const log = document.getElementById('log');
+          const size = () => log.querySelector('.answer .body')?.textContent.replace(/[^a-z0-9]/gi, '').length ?? 0;
+          new MutationObserver(() => sizes.push(size())).observe(log, {childList: true, subtree: true}); }"""
+    )
+    say(page, "go")
+    expect(answer(page).locator("strong").nth(3)).to_be_visible()
+    page.evaluate("window.kept = document.querySelector('.answer .body p')")
+    finished(page, 1)
+    expect(answer(page).locator("strong")).to_have_count(9)
+    assert page.evaluate("kept === document.querySelector('.answer .body p') && kept.isConnected")
+    sizes = page.evaluate("sizes")
+    assert len(sizes) > 30 and sizes == sorted(sizes)
+
+
+def test_copy_buttons(chat: Opener) -> None:
     code = "for i in range(3):\n    print(i * 2)  # **not bold**"
-    lists = "3. three\n4. four\n\n- x\n  - y\n"
-    text = f"## Title\nSome `code`, **bold**, 2*3*4 and a_b_c.\n\n{lists}\n```python\n{code}\n```\nEnd"
-    page, server = chat(
+    text = f"## Title\nSome `code`.\n\n```python\n{code}\n```\nEnd"
+    page, _ = chat(
         {"go": [text], "open": ["```\nnever closed"]}, browser={"permissions": ["clipboard-read", "clipboard-write"]}
     )
     say(page, "go")
     finished(page, 1)
-    body = answer(page)
-    assert body.locator("h3").inner_text() == "Title"
-    assert body.locator("p code").inner_text() == "code" and body.locator("strong").all_inner_texts() == ["bold"]
-    assert body.locator("p").first.inner_text() == "Some code, bold, 2*3*4 and a_b_c."
-    assert body.locator("ol li").evaluate_all("rows => rows.map(row => row.value)") == [3, 4]
-    assert body.locator("ul li").count() == 2 and body.locator("ul li.deep").inner_text() == "y"
-    assert body.locator("pre").inner_text() == code
     page.get_by_role("button", name="Copy code").click()
     expect(page.locator("#live")).to_have_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()") == code
@@ -72,8 +182,7 @@ def test_markdown_and_copy_buttons(chat: Opener) -> None:
     assert page.evaluate("navigator.clipboard.readText()") == text
     say(page, "open")
     finished(page, 2)
-    assert answer(page).locator("pre").inner_text() == "never closed"
-    assert len(server.requests) == 2  # no click regenerated
+    expect(answer(page).locator("pre")).to_have_text("never closed")
 
 
 def test_length_limit_and_empty_answer_are_shown(chat: Opener) -> None:
@@ -93,7 +202,9 @@ def test_length_limit_and_empty_answer_are_shown(chat: Opener) -> None:
 def test_scrolling_follows_until_the_user_scrolls_up(chat: Opener) -> None:
     small = {"viewport": {"width": 700, "height": 500}}
     page, _ = chat({"long": [f"{i}\n\n" for i in range(100)]}, delay=0.02, browser=small)
-    page.evaluate("window.left = () => (s => s.scrollHeight - s.clientHeight - s.scrollTop)($('scroll'))")
+    page.evaluate(
+        "window.left = () => (s => s.scrollHeight - s.clientHeight - s.scrollTop)(document.getElementById('scroll'))"
+    )
     say(page, "long")
     expect(answer(page)).to_contain_text("20")
     assert page.evaluate("left()") < 60
@@ -101,9 +212,11 @@ def test_scrolling_follows_until_the_user_scrolls_up(chat: Opener) -> None:
     page.mouse.move(350, 200)
     page.mouse.wheel(0, -300)
     expect(page.locator("#bottom")).to_be_visible()
-    top = page.evaluate("$('scroll').scrollTop")
+    top = page.evaluate("document.getElementById('scroll').scrollTop")
     expect(answer(page)).to_contain_text("50")
-    assert abs(page.evaluate("$('scroll').scrollTop") - top) < 2, "it stays where the user scrolled"
+    assert abs(page.evaluate("document.getElementById('scroll').scrollTop") - top) < 2, (
+        "it stays where the user scrolled"
+    )
     page.locator("#bottom").click()
     expect(page.locator("#bottom")).to_be_hidden()  # wait_for_function needs eval, which the page forbids
     expect(answer(page)).to_contain_text("90")
@@ -123,7 +236,7 @@ def test_phone_layout_fits_and_targets_are_large(chat: Opener) -> None:
     for text in ("/", ""):
         page.locator("#text").fill(text)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        assert page.evaluate("$('scroll').scrollWidth <= $('scroll').clientWidth")
+        assert page.evaluate("(s => s.scrollWidth <= s.clientWidth)(document.getElementById('scroll'))")
         box = page.locator("#composer").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 640
         for button in page.locator("button:visible").all():
@@ -165,17 +278,18 @@ def test_colors_have_contrast_in_both_schemes(chat: Opener, scheme: str) -> None
     ratios = dict(page.evaluate(CONTRAST))  # of the empty page: the suggestions
     say(page, "cut")
     finished(page, 1)
-    for message in ("go", "/topk 3", "/topk x", "/help"):
+    for message in ("go", "/topk 3"):
         say(page, message)
     expect(page.locator(".error")).to_be_visible()
-    page.locator("article.answer .body").first.click()
     expect(page.locator("#toast")).to_be_visible()
-    page.locator("#undo").click()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Help").click()
     ratios |= dict(page.evaluate(CONTRAST))
+    page.keyboard.press("Escape")
     say(page, "/nothing")
     page.locator("#text").fill("/")
     ratios |= dict(page.evaluate(CONTRAST))
-    assert {"calculator", "Retry", "A base model."} <= ratios.keys()
+    assert {"calculator", "Retry", "A base model.", "Temperature", "Today", "new line"} <= ratios.keys()
     assert {text: ratio for text, ratio in ratios.items() if ratio < 4.5} == {}  # WCAG 2.2, AA
 
 
@@ -202,16 +316,23 @@ def test_everything_works_by_keyboard(chat: Opener) -> None:
             continue  # past the end of the page
         stops.append(page.evaluate(focused))
         ring = page.evaluate("(s => s.outlineStyle + s.outlineWidth)(getComputedStyle(document.activeElement))")
-        assert ring == "solid2px" or stops[-1] == "Message", f"no focus ring on {stops[-1]}"
-    head = ["settings", "Skip to the message box", "Switch between light and dark", "New chat", "Conversation"]
-    assert stops == [*head, "Edit message", "Copy code", "x", "Copy answer", "Regenerate answer", "Message"]
+        assert ring == "solid2px" or stops[-1] in ("Message", "Search conversations"), f"no focus ring on {stops[-1]}"
+    side = ["new", "Search conversations", "go", "Menu of go", "import", "export", "Export pairs"]
+    head = ["Conversations", "Switch between light and dark", "Help", "Settings", "Conversation"]
+    answer_buttons = ["Copy code", "x", "Copy answer", "Good answer", "Bad answer", "Regenerate answer"]
+    message_buttons = ["Edit message", "Copy message"]
+    assert stops == ["settings", "Skip to the message box", *side, *head, *message_buttons, *answer_buttons, "Message"]
     page.keyboard.press("ArrowUp")  # in an empty box
     expect(page.locator(".editor textarea")).to_be_focused()
     page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Edit message")).to_be_focused()
     assert page.evaluate(focused) == "Edit message"  # back on the button that opened the editor
     page.keyboard.press("Enter")
+    expect(page.locator(".editor textarea")).to_be_focused()
+    page.keyboard.press("End")
     page.keyboard.type("!")
     page.keyboard.press("Enter")
+    expect(page.locator(".bubble")).to_have_text("go!")
     finished(page, 1)
     assert texts(page) == ["go!", "You said: go!"]
     page.locator(".skip").focus()
