@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.infer.request import MAX_TOP_LOGPROBS, NO_FILTERS, Request, TokenLogprobs
 
 MASK_32 = 2**32 - 1
 WEYL = 0x9E3779B1  # the golden ratio in 32 bits
-ID_STEP = 2.0**-40  # orders equal logits in float64, and is too small to change the order of others
 
 
 def draw(
@@ -35,25 +35,43 @@ def draw(
     ones for any number of candidates.
 
     Args:
-        logits_BV: float32, within ±16.
+        logits_BV: float32.
         temperature_B: float32; 0 takes the most likely token.
         top_k_B: int64; 0 draws among all tokens.
         position_B: int64, of the token to draw in its sequence.
         candidates: number of most likely tokens to sort out, at least each row's top_k.
         full_vocab: whether a row has top_k 0; otherwise only the candidates get noise. Neither changes what is drawn.
     """
-    id_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
-    rank_BV = logits_BV.double() - id_V * ID_STEP
-    rank_BK, id_BK = rank_BV.topk(min(candidates, logits_BV.shape[1]))
-    last_B1 = (top_k_B - 1).clamp(0, rank_BK.shape[1] - 1)[:, None]
-    least_B1 = torch.where(top_k_B[:, None] == 0, -torch.inf, rank_BK.gather(1, last_B1))
+    value_BK, id_BK = most_likely(logits_BV, min(candidates, logits_BV.shape[1]))
     if full_vocab:
-        rank_BK, id_BK = rank_BV, id_V.expand_as(logits_BV)
+        last_B1 = (top_k_B - 1).clamp(0, id_BK.shape[1] - 1)[:, None]
+        least_B1, last_id_B1 = value_BK.gather(1, last_B1), id_BK.gather(1, last_B1)
+        value_BK, id_BK = logits_BV, torch.arange(logits_BV.shape[1], device=logits_BV.device).expand_as(logits_BV)
+        kept_BK = (value_BK > least_B1) | (value_BK == least_B1) & (id_BK <= last_id_B1) | (top_k_B[:, None] == 0)
     else:
-        logits_BV = logits_BV.gather(1, id_BK)
+        kept_BK = torch.arange(id_BK.shape[1], device=logits_BV.device) < top_k_B[:, None]
     noise_BK = gumbel(seed_B[:, None], position_B[:, None], id_BK)
-    noisy_BK = (logits_BV + temperature_B[:, None] * noise_BK).masked_fill(rank_BK < least_B1, -torch.inf)
+    noisy_BK = (value_BK + temperature_B[:, None] * noise_BK).masked_fill(~kept_BK, -torch.inf)
     return id_BK.gather(1, noisy_BK.argmax(dim=1, keepdim=True))[:, 0]
+
+
+def most_likely(logits_BV: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return values and ids, (B, n), of the largest logits, the largest first, and of equal ones the lower id.
+
+    Of blocks of the vocabulary, those with the n largest maxima hold them all, and so again within these. `topk` leaves
+    the order of ties to the kernel.
+    """
+    id_BV = None
+    while logits_BV.shape[1] > 16 * n:
+        width = logits_BV.shape[1] // (4 * n)
+        logits_BV = F.pad(logits_BV, (0, -logits_BV.shape[1] % width), value=-torch.inf)
+        best_BM = logits_BV.unflatten(1, (-1, width)).amax(2).sort(dim=1, descending=True, stable=True).indices[:, :n]
+        within_W = torch.arange(width, device=logits_BV.device)
+        index_BV = (best_BM.sort(dim=1).values[:, :, None] * width + within_W).flatten(1)
+        id_BV = index_BV if id_BV is None else id_BV.gather(1, index_BV.clamp(max=id_BV.shape[1] - 1))
+        logits_BV = logits_BV.gather(1, index_BV)
+    value_BV, order_BV = logits_BV.sort(dim=1, descending=True, stable=True)
+    return value_BV[:, :n], order_BV[:, :n] if id_BV is None else id_BV.gather(1, order_BV[:, :n])
 
 
 def draw_filtered(
@@ -80,34 +98,32 @@ def draw_filtered(
     """
     top_p, min_p, repetition, presence, frequency = filters["values"].unsqueeze(1).unbind(2)  # each (B, 1)
     seen_BV = filters["seen"].scatter_add_(1, fed_B[:, None], 2 * is_new_B[:, None].int())
-    x_BV = logits_BV.double()
-    x_BV = torch.where(seen_BV > 0, torch.where(x_BV > 0, x_BV / repetition, x_BV * repetition), x_BV)
+    penalized_BV = torch.where(logits_BV > 0, logits_BV / repetition, logits_BV * repetition)
+    x_BV = torch.where(seen_BV > 0, penalized_BV, logits_BV)
     count_BV = seen_BV >> 1
     x_BV = x_BV - frequency * count_BV - presence * (count_BV > 0) + filters["bias"]
 
-    id_V = torch.arange(x_BV.shape[1], device=x_BV.device)
-    rank_BV, id_BV = (x_BV - id_V * ID_STEP).sort(dim=1, descending=True)
-    temperature_B1 = temperature_B[:, None].double()
-    heat_B1 = torch.where(temperature_B1 > 0, temperature_B1, 1)  # a greedy row has top_k 1
-    kept_BV = (id_V < top_k_B[:, None]) | (top_k_B[:, None] == 0)
-    prob_BV = (x_BV.gather(1, id_BV) / heat_B1).masked_fill(~kept_BV, -torch.inf).softmax(1)
+    sorted_BV, id_BV = x_BV.sort(dim=1, descending=True, stable=True)
+    place_V = torch.arange(x_BV.shape[1], device=x_BV.device)
+    heat_B1 = torch.where(temperature_B > 0, temperature_B, 1)[:, None]  # a greedy row has top_k 1
+    kept_BV = (place_V < top_k_B[:, None]) | (top_k_B[:, None] == 0)
+    prob_BV = ((sorted_BV - sorted_BV[:, :1]) / heat_B1).masked_fill(~kept_BV, -torch.inf).softmax(1)
     kept_BV &= (prob_BV.cumsum(1) - prob_BV < top_p) | (top_p >= 1)
     kept_BV &= prob_BV >= min_p * prob_BV[:, :1]
-    n_kept_B1 = kept_BV.sum(1, keepdim=True).clamp(min=1)  # all of them come first
-    is_kept_BV = x_BV - id_V * ID_STEP >= rank_BV.gather(1, n_kept_B1 - 1)
-    x_BV = x_BV.masked_fill(~is_kept_BV, -torch.inf).float()
+    kept_BV |= place_V == 0
+    x_BV = x_BV.masked_fill(~kept_BV.scatter(1, id_BV, kept_BV), -torch.inf)
     return draw(x_BV, temperature_B=temperature_B, top_k_B=torch.zeros_like(top_k_B), **settings)
 
 
 def empty_filters(rows: int, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
     """Return the settings of `draw_filtered` for rows that leave them off.
 
-    values  (B, 5) float64   `Request.filters`
+    values  (B, 5) float32   `Request.filters`
     seen    (B, V) int32     2·(how often a token is in the answer) + (whether it is in the prompt)
     bias    (B, V) float32   what is added to the logits
     """
     return {
-        "values": torch.tensor(NO_FILTERS, dtype=torch.float64, device=device).repeat(rows, 1),
+        "values": torch.tensor(NO_FILTERS, device=device).repeat(rows, 1),
         "seen": torch.zeros(rows, vocab_size, dtype=torch.int32, device=device),
         "bias": torch.zeros(rows, vocab_size, device=device),
     }
@@ -115,7 +131,7 @@ def empty_filters(rows: int, vocab_size: int, device: torch.device) -> dict[str,
 
 def set_filters_(filters: dict[str, Tensor], row: int, request: Request) -> None:
     """Give a row the settings of a request of which the last prompt token is still to feed."""
-    filters["values"][row] = torch.tensor(request.filters, dtype=torch.float64)
+    filters["values"][row] = torch.tensor(request.filters)
     filters["seen"][row] = 0
     filters["seen"][row, list(set(request.prompt))] = 1
     filters["seen"][row, request.prompt[-1]] = -1  # it will be counted as if it were new
@@ -125,12 +141,11 @@ def set_filters_(filters: dict[str, Tensor], row: int, request: Request) -> None
 
 
 def pack(drawn_B: Tensor, logits_BV: Tensor) -> Tensor:
-    """Return (B, 1 + MAX_TOP_LOGPROBS, 2) float64: ids and log-probabilities of the drawn and the likeliest tokens."""
-    logprob_BV = logits_BV.double().log_softmax(1)
-    rank_BV = logits_BV.double() - torch.arange(logits_BV.shape[1], device=logits_BV.device) * ID_STEP
-    top_BK = rank_BV.topk(min(MAX_TOP_LOGPROBS, rank_BV.shape[1]), dim=1).indices
+    """Return (B, 1 + MAX_TOP_LOGPROBS, 2) float32: ids and log-probabilities of the drawn and the likeliest tokens."""
+    logprob_BV = logits_BV.log_softmax(1)
+    _, top_BK = most_likely(logits_BV, min(MAX_TOP_LOGPROBS, logits_BV.shape[1]))
     id_BK = torch.cat([drawn_B[:, None], top_BK], dim=1)
-    return torch.stack([id_BK.double(), logprob_BV.gather(1, id_BK.clamp(min=0))], dim=2)
+    return torch.stack([id_BK.float(), logprob_BV.gather(1, id_BK.clamp(min=0))], dim=2)  # exact up to 2**24
 
 
 def unpack(packed: Sequence[Sequence[float]], n_top: int) -> TokenLogprobs:

@@ -54,6 +54,21 @@ def test_ties_rank_by_id_and_top_k_is_exact():
         assert torch.equal(greedy, torch.full((50,), wanted[0]))
 
 
+@pytest.mark.parametrize(
+    ("vocab", "n"), [(1, 1), (30, 30), (300, 5), (5000, 64), (4999, 20), (32768, 64), (32768, 256)]
+)
+def test_most_likely_is_sorted_by_logit_and_then_by_id(vocab: int, n: int):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(4, vocab, generator=generator)
+    logits[1] = logits[1].round()
+    logits[2] = 0
+    logits[3, torch.randperm(vocab, generator=generator)[: vocab // 2]] = -torch.inf
+    values, ids = sampling.most_likely(logits, n)
+    wanted = [sorted(range(vocab), key=lambda i: (-row[i], i))[:n] for row in logits.tolist()]
+    assert ids.tolist() == wanted
+    assert torch.equal(values, logits.gather(1, ids))
+
+
 def test_noise_of_seeds_positions_and_tokens_is_independent():
     seed, position, token = (torch.arange(40).view(shape) for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)))
     uniform = torch.exp(-torch.exp(-sampling.gumbel(seed, position, token)))

@@ -4,12 +4,14 @@ import functools
 from typing import Any
 
 import pytest
+import small_engine
 import torch
 from small_model import CONFIG, random_batch, random_params
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat import model, optim, train, tree
+from nanochat import infer, model, optim, train, tree
+from nanochat.infer import Request
 from nanochat.model import Compute, loss
 
 
@@ -54,3 +56,17 @@ def test_float16_halves_its_loss_scale_until_gradients_are_finite() -> None:
         finite.append(bool(metrics["finite"]))
     assert not finite[0] and finite.count(False) < 12 and finite[-1]
     assert float(state.scaler["scale"]) == 2.0 ** (24 - finite.count(False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decoding_has_the_compute_dtype_and_float32(dtype: torch.dtype) -> None:
+    requests = [
+        Request(small_engine.prompt(9), max_tokens=4, temperature=0.0),
+        Request(small_engine.prompt(40), max_tokens=4, top_k=0, seed=1),
+        Request(small_engine.prompt(3), max_tokens=4, top_p=0.9, frequency_penalty=0.5, logprobs=3, seed=2),
+    ]
+    with Dtypes() as dtypes:
+        engine = small_engine.start(dtype=dtype)
+        done = list(infer.complete(engine, requests))
+    assert all(completion.tokens for completion in done)
+    assert set(dtypes.seen) == {dtype, torch.float32}, dtypes.seen
