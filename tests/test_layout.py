@@ -29,6 +29,7 @@ ROWS = [
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 MAX_FILES, MAX_LINES = 10, 650
 
+EXPORTED = PACKAGE / "checkpoint" / "hf"  # copied into folders for transformers, never imported here
 SOURCES = [*sorted(PACKAGE.glob("**/*.py")), *sorted((ROOT / "experiments").glob("**/*.py")), ROOT / "launch.py"]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
 
@@ -37,7 +38,11 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.glob("**/*.py")) if path.stem != "__main__"}
+MODULES = {
+    module_name(path): path
+    for path in sorted(PACKAGE.glob("**/*.py"))
+    if path.stem != "__main__" and path.parent != EXPORTED
+}
 
 
 def imports(path: Path) -> set[str]:

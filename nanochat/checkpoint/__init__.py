@@ -1,6 +1,6 @@
 """Checkpoints with orbax: `save` and `restore` a train state, `load` a trained model.
 
-`convert` converts weights from and to karpathy/nanochat.
+`convert` converts weights from and to karpathy/nanochat, `huggingface` and `tensor_files` write folders for others.
 """
 
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.checkpoint import adapters, convert, manager, pretrained
+    from nanochat.checkpoint import adapters, convert, huggingface, manager, pretrained, tensor_files
     from nanochat.checkpoint.adapters import base_reference, find_base
     from nanochat.checkpoint.config import CheckpointConfig, LoadConfig
     from nanochat.checkpoint.integrity import CorruptCheckpointError

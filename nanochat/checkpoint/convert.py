@@ -1,6 +1,8 @@
 """Checkpoints of the reference (karpathy/nanochat `model_*.pt`) to parameters and back."""
 
+import base64
 import dataclasses
+import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -9,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanochat import model, tree
+from nanochat import jsonl, model, tree
 from nanochat.config import UserError
+from nanochat.data import Tokenizer
 from nanochat.model import ModelConfig, Params
 from nanochat.text import reason
 
@@ -49,10 +52,15 @@ OTHER_FILES = {  # how they start
 
 
 def reference_name(name: str) -> str:
-    if not name.startswith("layers."):
-        return NAMES.get(name, name)
+    return renamed(name, NAMES)
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return the name of a parameter in another format; `names` are as NAMES, or hold every name."""
+    if name in names or not name.startswith("layers."):
+        return names.get(name, name)
     _, layer, rest = name.split(".", 2)
-    return NAMES[rest].format(i=layer)
+    return names[rest].format(i=layer)
 
 
 def from_reference(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Params:
@@ -64,36 +72,52 @@ def from_reference(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Par
     given = {name.removeprefix("_orig_mod."): value.detach() for name, value in state_dict.items()}
     if len(given) < len(state_dict):
         raise UserError("reference checkpoint: it has a parameter twice, with _orig_mod. and without")
-    if (last := reference_name(f"layers.{config.n_layer - 1}.attn.q")) not in given:
-        raise UserError(f"reference checkpoint: {last} is missing")
+    params, filled = from_named(given, config, NAMES, "reference checkpoint", NEUTRAL)
+    if filled:
+        print(f"reference checkpoint: older format, neutral values for {', '.join(filled)}")
+    return params
+
+
+def from_named(
+    given: Mapping[str, Tensor],
+    config: ModelConfig,
+    names: Mapping[str, str],
+    source: str,
+    neutral: Mapping[str, float] | None = None,
+) -> tuple[Params, list[str]]:
+    """Return the parameters of tensors under other names, as copies, and the names of those that were filled in.
+
+    Embeddings keep their dtype; everything else becomes float32.
+
+    Args:
+        names: our names -> theirs, as NAMES.
+        source: of the tensors, for errors.
+        neutral: values of parameters that may be missing, by the end of their names.
+    """
+    if (last := renamed(f"layers.{config.n_layer - 1}.attn.q", names)) not in given:
+        raise UserError(f"{source}: {last} is missing")
     for name, value in given.items():
         is_plain = value.layout is torch.strided and not (value.is_meta or value.is_nested or value.dtype not in DTYPES)
         if not is_plain or value.untyped_storage().nbytes() < value.numel() * value.element_size():
             kind = f"{value.layout} {value.dtype} on {value.device}".replace("torch.", "")
-            raise UserError(f"reference checkpoint: {name} ({kind}) does not hold float32, bfloat16 or float16 values")
-    rows = model.spec(config)
-    if extra := given.keys() - map(reference_name, rows):
-        raise UserError(
-            f"reference checkpoint: {repr(min(extra))[1:-1]} is not of nanochat's GPT with {config.n_layer} layers"
-        )
+            raise UserError(f"{source}: {name} ({kind}) does not hold float32, bfloat16 or float16 values")
+    rows = {name: (renamed(name, names), row) for name, row in model.spec(config).items()}
+    if extra := given.keys() - {theirs for theirs, _ in rows.values()}:
+        raise UserError(f"{source}: {repr(min(extra))[1:-1]} is not of nanochat's GPT with {config.n_layer} layers")
     flat, filled = {}, []
-    for name, row in rows.items():
-        value, neutral = given.get(reference_name(name)), NEUTRAL.get(name.rpartition(".")[2])
+    for name, (theirs, row) in rows.items():
+        value, value_if_missing = given.get(theirs), (neutral or {}).get(name.rpartition(".")[2])
         if value is None:
-            if neutral is None:
-                raise UserError(f"reference checkpoint: {reference_name(name)} is missing")
-            value = torch.full(row.shape, neutral)
+            if value_if_missing is None:
+                raise UserError(f"{source}: {theirs} is missing")
+            value = torch.full(row.shape, value_if_missing)
             filled.append(name)
         if value.dim() == 0:  # older checkpoints have 0-d scalars
             value = value[None]
         if value.shape != row.shape:
-            raise UserError(
-                f"reference checkpoint: {name} has shape {tuple(value.shape)}, the config wants {row.shape}"
-            )
+            raise UserError(f"{source}: {theirs} has shape {tuple(value.shape)}, the config wants {row.shape}")
         flat[name] = value.clone() if row.embedding else value.float().clone()
-    if filled:
-        print(f"reference checkpoint: older format, neutral values for {', '.join(filled)}")
-    return model.with_config(tree.unflatten(flat), config)
+    return model.with_config(tree.unflatten(flat), config), filled
 
 
 def to_reference(params: Params, config: ModelConfig | None = None) -> dict[str, Tensor]:
@@ -102,22 +126,39 @@ def to_reference(params: Params, config: ModelConfig | None = None) -> dict[str,
     return {reference_name(name): value for name, value in tree.flatten(params).items()}
 
 
+def save_reference(folder: Path, params: Params, tok: Tokenizer | None, *, step: int, stage: str) -> None:
+    """Write model_*.pt and meta_*.json as karpathy/nanochat names them, and ranks.tiktoken, lines `base64 rank`."""
+    config = model.config_of(params)
+    torch.save({name: x.contiguous() for name, x in to_reference(params).items()}, folder / f"model_{step:06d}.pt")
+    meta = {"step": step, "stage": stage, "model_config": dataclasses.asdict(config)}
+    jsonl.write_atomic(folder / f"meta_{step:06d}.json", json.dumps(meta, indent=1) + "\n")
+    if tok:
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tok.tokens)]
+        jsonl.write_atomic(folder / "ranks.tiktoken", "".join(lines))
+
+
 def config_from_reference(model_config: Mapping[str, object]) -> ModelConfig:
     """Return the config of a meta file's `model_config`; the window pattern of older files is L."""
-    known = {field: model_config[field] for field in ModelConfig.__dataclass_fields__ if field in model_config}
-    if "window_pattern" not in known:
+    if "window_pattern" not in model_config:
         print("reference checkpoint: older format, window_pattern L")
-        known["window_pattern"] = "L"
+    return config_from({"window_pattern": "L", **model_config}, "reference checkpoint: its model_config")
+
+
+def config_from(fields: Mapping[str, object], source: str, names: Mapping[str, str] | None = None) -> ModelConfig:
+    """Return the config in the fields of a file; `names` are theirs by ours, `source` is for errors."""
+    known = {}
     for field in dataclasses.fields(ModelConfig):
-        if field.name not in known:
-            raise UserError(f"reference checkpoint: its model_config has no {field.name}")
-        if type(known[field.name]) is not type(field.default):
-            value, kind = repr(known[field.name])[:100], type(field.default).__name__
-            raise UserError(f"reference checkpoint: its model_config has {field.name}={value}, expected {kind}")
+        name = (names or {}).get(field.name, field.name)
+        if name not in fields:
+            raise UserError(f"{source} has no {name}")
+        known[field.name] = fields[name]
+        if type(fields[name]) is not type(field.default):
+            value, kind = repr(fields[name])[:100], type(field.default).__name__
+            raise UserError(f"{source} has {name}={value}, expected {kind}")
     try:
-        return ModelConfig(**known)  # pyright: ignore[reportArgumentType]
+        return ModelConfig(**known)
     except ValueError as error:
-        raise UserError(f"reference checkpoint: {error}") from None
+        raise UserError(f"{source.partition(': ')[0]}: {error}") from None
 
 
 def load_reference(path: Path, config: ModelConfig) -> Params:

@@ -174,7 +174,7 @@ def train(
         raise UserError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone take {least}")
     bpe = _train_bpe(_limit(texts, max_chars, max_chars_per_doc), vocab_size - len(SPECIALS))
     # The 256 bytes, then the results of the merges in order of training; two merges may give one token.
-    byte_of = {char: byte for byte, char in _byte_chars().items()}
+    byte_of = {char: byte for byte, char in byte_chars().items()}
     tokens = {bytes([i]): None for i in range(256)}
     for merge in json.loads(bpe.to_str())["model"]["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -213,7 +213,7 @@ def _train_bpe(texts: Iterable[str], num_tokens: int) -> tokenizers.Tokenizer:
     return bpe
 
 
-def _byte_chars() -> dict[int, str]:
+def byte_chars() -> dict[int, str]:
     """Return byte-level BPE's character for each byte: itself if printable Latin-1, else U+0100 and upwards."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = itertools.count(256)

@@ -87,7 +87,7 @@ UNKNOWN = "is not of nanochat's GPT with 3 layers"
         ({"bert.encoder": torch.ones(2)}, f"bert.encoder {UNKNOWN}"),
         ({"transformer.h.3.mlp.c_fc.weight": torch.ones(2)}, f"transformer.h.3.mlp.c_fc.weight {UNKNOWN}"),
         ({"value_embeds.1.weight": torch.ones(2)}, f"value_embeds.1.weight {UNKNOWN}"),
-        ({"lm_head.weight": torch.ones(64, 32)}, "lm_head has shape (64, 32), the config wants (128, 32)"),
+        ({"lm_head.weight": torch.ones(64, 32)}, "lm_head.weight has shape (64, 32), the config wants (128, 32)"),
         ({"transformer.h.1.attn.c_q.weight": None}, "transformer.h.1.attn.c_q.weight is missing"),
     ],
 )

@@ -95,7 +95,7 @@ def trained_bpe():
 @example(text="  double  spaces \n\n\n and\r\n lines \t\t x")
 @example(text="it's I'LL don't 12345 a1b2 _x__y 'S")
 def test_tiktoken_encodes_like_tokenizers(tok: Tokenizer, trained_bpe, text: str):
-    byte_of = {char: byte for byte, char in tokenizer._byte_chars().items()}
+    byte_of = {char: byte for byte, char in tokenizer.byte_chars().items()}
     expected = [bytes(byte_of[char] for char in token) for token in trained_bpe.encode(text).tokens]
     assert [tok.tokens[i] for i in tok.encode(text)] == expected
 
