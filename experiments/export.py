@@ -134,7 +134,14 @@ def write_reference(
 
 
 def write_pt2(config: Config, folder: Path, info: CheckpointInfo, params: TensorDict, tok: Tokenizer) -> None:
-    raise NotImplementedError
+    from nanochat import tree
+    from nanochat.infer import program
+
+    placed = tree.map(lambda x: x.to(distributed.choose_device(config.device, 0)), params)
+    program.save(folder, placed, config.context or model.config_of(params).sequence_len, aot=config.aot)
+    content = checkpoint.huggingface.tokenizer_json(tok)
+    jsonl.write_atomic(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
+    jsonl.write_atomic(folder / "README.md", PROGRAM_CARD)
 
 
 WRITERS = {"hf": write_hf, "safetensors": write_safetensors, "reference": write_reference, "pt2": write_pt2}
@@ -143,7 +150,7 @@ NEXT = {
     "hf": "transformers.AutoModelForCausalLM.from_pretrained('{folder}', trust_remote_code=True); see its README.md",
     "safetensors": BACK,
     "reference": BACK,
-    "pt2": "see README.md: ten lines chat with it",
+    "pt2": "{folder}/README.md has ten lines that chat with it",
 }
 
 
@@ -158,6 +165,28 @@ def card(info: CheckpointInfo) -> str:
     )
 
 
+PROGRAM_CARD = """\
+# Two torch.export programs
+
+`prefill(tokens (B, T), lengths (B,)) -> logits (B, V), cache` and `decode(tokens (B,), cache) -> logits (B, V), cache`,
+for any number of rows. T is at least 2; shorter rows are padded on the right. In this folder:
+
+```python
+import torch
+from tokenizers import Tokenizer
+
+tok = Tokenizer.from_file("tokenizer.json")
+prefill, decode = (torch.export.load(f"{name}.pt2").module() for name in ("prefill", "decode"))
+ids = tok.encode(f"<|bos|><|user_start|>{input('> ')}<|user_end|><|assistant_start|>").ids
+logits, cache = prefill(torch.tensor([ids]), torch.tensor([len(ids)]))
+while (token := logits.argmax(-1)).item() != tok.token_to_id("<|assistant_end|>"):
+    print(tok.decode([token.item()]), end="", flush=True)
+    logits, cache = decode(token, cache)
+```
+
+A row has room for `context` tokens (config.json). With *_aot.pt2: `torch._inductor.aoti_load_package`, which is called
+the same way.
+"""
 CHAT = """\
 messages = [{"role": "user", "content": "What is 12*3?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""

@@ -115,7 +115,7 @@ def attend_many(
     slot_BS = _last_position(length_B, layer["k"].shape[1])
     old_BTS = (slot_BS[:, None] >= 0) & (slot_BS[:, None] >= query_BT[:, :, None] - window)
     new_TT = (time_T <= time_T[:, None]) & (time_T >= time_T[:, None] - window)
-    mask = torch.cat([old_BTS, new_TT.expand(len(length_B), -1, -1)], dim=2)
+    mask = torch.cat([old_BTS, new_TT.expand(length_B.shape[0], -1, -1)], dim=2)
     k, v = torch.cat([layer["k"], k_BTKH], dim=1), torch.cat([layer["v"], v_BTKH], dim=1)
     return _attend(q_BTNH, k, v, mask[:, None])
 
