@@ -17,6 +17,7 @@ a minute, and twice the memory of the model.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import time
 from pathlib import Path

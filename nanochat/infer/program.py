@@ -3,7 +3,7 @@
     prefill(tokens_BT, length_B) -> logits_BV, cache       # T at least 2; rows are padded on the right to one length
     decode(tokens_B, cache)      -> logits_BV, cache       # one more token per row
 
-The weights are inside; `cache` is the one of `model.decode`, a nested dict of tensors. Source: the PyTorch documentation
+The weights are inside; `cache` is that of `model.decode`, a nested dict of tensors. Source: the PyTorch documentation
 of torch.export and of ahead-of-time Inductor.
 """
 
