@@ -16,6 +16,13 @@ for a load balancer. What cannot end then gets an error, and the exit code is 0.
 
     client = openai.OpenAI(base_url="http://localhost:8000/v1", api_key="none")    # the token, if there is one
     client.chat.completions.create(model="nanochat", messages=[{"role": "user", "content": "Why is the sky blue?"}])
+    client.completions.create(model="nanochat", prompt="The sky is blue because", max_tokens=32, logprobs=5)
+
+EleutherAI's lm-evaluation-harness (pip install "lm_eval[api]") runs against it; with a chat model, its generative tasks
+as well: --model local-chat-completions, base_url=…/v1/chat/completions and --apply_chat_template.
+
+    lm_eval --tasks arc_easy,lambada_openai --model local-completions --model_args \
+        model=nanochat,base_url=http://localhost:8000/v1/completions,tokenizer_backend=remote,max_length=2048
 
 GET /health, /stats, /metrics (Prometheus) and /openapi.json describe the server. Without host=0.0.0.0 only this machine
 can reach it; conversations are not logged. Behind a proxy, name the host it is called by: --set hosts=chat.example.org.
@@ -50,6 +57,10 @@ class Config(checkpoint.LoadConfig):
         context: tokens of a conversation, answer included. Default: the model's.
         gpus: number of workers, one for each GPU. Default: all GPUs.
         compile: torch.compile the decode step. Default: on a GPU only.
+        temperature, top_k, top_p, min_p, repetition_penalty: how tokens are drawn if a request does not say it.
+        max_tokens: of an answer in a chat, if a request does not say it.
+        model_names: further names by which requests may call the model; "*" accepts any. Clients that were written for
+            another server often send a name of their own.
         exact: always compute all slots, so that a seed gives the same answer whatever the load. Without it rounding
             depends on the load, and in rare cases the sampled token does too. Slower with few requests.
     """
@@ -67,6 +78,13 @@ class Config(checkpoint.LoadConfig):
     gpus: PositiveInt | None = None
     compile: bool | None = None
     exact: bool = False
+    temperature: Annotated[float, "from 0 to 2", lambda x: 0 <= x <= 2] = 0.8
+    top_k: Annotated[int, "from 0 to 200", lambda x: 0 <= x <= 200] = 50
+    top_p: Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1] = 1.0
+    min_p: Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1] = 0.0
+    repetition_penalty: Annotated[float, "over 0, at most 2", lambda x: 0 < x <= 2] = 1.0
+    max_tokens: Annotated[int, "from 1 to 4096", lambda x: 1 <= x <= 4096] = 512
+    model_names: tuple[str, ...] = ("gpt-3.5-turbo", "davinci-002")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,6 +111,7 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
         for device in worker_devices(config.gpus, runtime.device.type)
     ]
     print(f"loading {folder.name} on {', '.join(worker.device for worker in workers)}", flush=True)
+    api = serve.ApiConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(serve.ApiConfig)})
     connects = [functools.partial(serve.worker.WorkerHandle, worker) for worker in workers]
     scheduler = serve.scheduler.create(connects, config.queue)
 
@@ -106,7 +125,7 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
         name = "localhost" if limits.host in ("127.0.0.1", "0.0.0.0", "::", "::1") else limits.host
         print(f"open http://{name}:{port}   (Ctrl-C stops it)", flush=True)
 
-    serve.middleware.run(serve.app.create_app(scheduler, limits), scheduler, limits, announce)
+    serve.middleware.run(serve.app.create_app(scheduler, limits, api), scheduler, limits, announce)
 
 
 def worker_devices(gpus: int | None, device_type: str) -> list[str]:

@@ -4,7 +4,7 @@ import asyncio
 import importlib.resources
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from nanochat.serve import markdown, schema
@@ -25,13 +25,17 @@ class RenderRequest(schema.Strict):
     texts: list[Annotated[str, Field(max_length=schema.MAX_CHARS)]] = Field(max_length=MAX_TEXTS)
 
 
-async def settings() -> dict[str, Any]:
+async def settings(request: Request) -> dict[str, Any]:
     """Return the server's limits and, for each sampling parameter, its default and range."""
     properties = schema.CompletionRequest.model_json_schema()["properties"]
-    keys = ("default", "minimum", "maximum")
+    keys, defaults = ("default", "minimum", "maximum"), vars(request.app.state.api)
     return {
         "limits": {"message": schema.MAX_MESSAGE_CHARS, "total": schema.MAX_CHARS, "messages": schema.MAX_MESSAGES},
-        "sampling": {name: {key: properties[name].get(key) for key in keys} for name in SAMPLING},
+        "sampling": {
+            name: {key: properties[name].get(key) for key in keys}
+            | ({"default": defaults[name]} if name in defaults else {})
+            for name in SAMPLING
+        },
         "logprobs": properties["logprobs"].get("type") == "boolean",
     }
 
