@@ -3,10 +3,12 @@
     python launch.py --experiment=average --set runs=d12_a,d12_b,d12_c
     python launch.py --experiment=average --set runs=d12 --set last=5                # the last five checkpoints of d12
     python launch.py --experiment=average --set runs=d12_a,d12_b@2000 --set method=greedy
+    python launch.py --experiment=average --set runs=d12 --set method=ema            # the average that train.ema keeps
 
 Models that were trained from the same start lie in one basin, where their mean is often better than each of them.
 uniform: the mean of all. greedy: starts with the best, and adds those, the best first, with which the mean has fewer
-bits per byte. Both are measured on the validation split of the first run's data, and so are the ingredients.
+bits per byte. ema: the exponential average over its steps that a single run has kept. All are measured on the
+validation split of the first run's data, and so are the ingredients.
 
 Writes runs/<name>, which chats, is evaluated and fine-tuned like any other. Takes as long as an evaluation of each
 ingredient, and memory for three models.
@@ -42,8 +44,8 @@ class Config(Settings):
     Attributes:
         runs: names or folders of runs; name@100: its step 100.
         last: of a single run, so many of its last checkpoints.
-        method: the mean of all, or of those that make it better.
-        name: of the run to write; none: that of the first run with _average.
+        method: the mean of all, or of those that make it better, or the average that a run has kept (train.ema).
+        name: of the run to write; none: that of the first run with _average, or _ema.
         tokens: of the validation split, to measure on.
         device_batch_size: sequences at a time.
         device, dtype: of the evaluation; auto uses a GPU if there is one.
@@ -51,7 +53,7 @@ class Config(Settings):
 
     runs: tuple[str, ...] = ()
     last: PositiveInt | None = None
-    method: Literal["uniform", "greedy"] = "uniform"
+    method: Literal["uniform", "greedy", "ema"] = "uniform"
     name: train.RunName | None = None
     tokens: PositiveInt = 2**20
     device_batch_size: PositiveInt = 16
@@ -73,13 +75,16 @@ def run(config: Config, runtime: Runtime) -> None:
             raise UserError(f"{label} has another shape than {labels[0]}: only models of one shape have a mean")
         if checkpoint.load_tokenizer(info).fingerprint != tok.fingerprint:
             raise UserError(f"{label} has another tokenizer than {labels[0]}: their tokens mean different things")
-    name = config.name or f"{first.folder.name}_average"
-    print(f"averaging {len(infos)} checkpoints ({config.method}): {', '.join(labels)}", flush=True)
+    name = config.name or f"{first.folder.name}_{'ema' if config.method == 'ema' else 'average'}"
+    what = "the average in" if config.method == "ema" else f"averaging {len(infos)} checkpoints ({config.method}):"
+    print(f"{what} {', '.join(labels)}", flush=True)
     measure = make_measure(config, first, shape, tok, runtime)
     scores = [measure(read(info, runtime)) for info in infos]
     order = sorted(range(len(infos)), key=scores.__getitem__)
     best = infos[order[0]]
     params, score, used = read(best, runtime), scores[order[0]], [order[0]]
+    if config.method == "ema":
+        params = read_ema(first, params)
     for index in order[1:]:
         mixed = add(params, read(infos[index], runtime), len(used))
         if config.method == "greedy":
@@ -88,11 +93,11 @@ def run(config: Config, runtime: Runtime) -> None:
             score = mixed_score
         params = mixed
         used.append(index)
-    if config.method == "uniform":
+    if config.method != "greedy":
         score = measure(params)
     rows = [[label, f"{x:.4f}", "yes" if i in used else "no"] for i, (label, x) in enumerate(zip(labels, scores))]
     print(table([["checkpoint", "val bits per byte", "in the mean"], *rows, [name, f"{score:.4f}", ""]]))
-    if len(used) == 1:
+    if len(used) == 1 and config.method == "greedy":
         print(f"no mean is better than {labels[used[0]]} alone: no run is written")
         return
     meta = {"average": [labels[i] for i in sorted(used)], "config": best.meta.get("config", {}), "stage": best.stage}
@@ -104,7 +109,7 @@ def run(config: Config, runtime: Runtime) -> None:
 
 
 def ingredients(config: Config) -> list[CheckpointInfo]:
-    """Return the checkpoints to average, at least two."""
+    """Return the checkpoints to average, at least two; for ema the one that has its average."""
     if len(config.runs) == 1 and config.last:
         folder = checkpoint.find_run(config.runs[0])
         infos = [checkpoint.inspect(folder, step) for step in checkpoint.steps(folder / "checkpoints")[-config.last :]]
@@ -112,7 +117,15 @@ def ingredients(config: Config) -> list[CheckpointInfo]:
         raise UserError(f"last={config.last} is for one run, and runs names {len(config.runs)}")
     else:
         infos = [checkpoint.inspect(run) for run in config.runs]
-    if len(infos) < 2:
+    if config.method == "ema":
+        if len(infos) != 1:
+            raise UserError(f"method=ema is for one checkpoint, and there are {len(infos)}: --set runs=name")
+        if not any(name.startswith("ema.") for name in infos[0].state):
+            raise UserError(
+                f"{infos[0].path} has no average of the weights: train with --set train.ema=0.999, or average several "
+                "checkpoints: --set method=uniform"
+            )
+    elif len(infos) < 2:
         raise UserError(
             f"an average needs two checkpoints, not {len(infos)}: --set runs=a,b, or --set runs=a --set last=5 for a "
             "run that keeps several (--set checkpoint.keep_last=5)"
@@ -123,6 +136,17 @@ def ingredients(config: Config) -> list[CheckpointInfo]:
 def read(info: CheckpointInfo, runtime: Runtime) -> TensorDict:
     params, _, _ = checkpoint.load_params(info.folder / "checkpoints", step=info.step, device=runtime.device)
     return params
+
+
+def read_ema(info: CheckpointInfo, params: TensorDict) -> TensorDict:
+    """Return the average that a checkpoint has, in the dtypes of its parameters and with their config."""
+    from nanochat import tree
+
+    averages, _, _ = checkpoint.load_params(
+        info.folder / "checkpoints", step=info.step, device=params["wte"].device, field="ema.params"
+    )
+    flat = tree.flatten(averages)
+    return tree.unflatten({name: flat[name].to(x.dtype) for name, x in tree.flatten(params).items()}, params)
 
 
 def add(mean: TensorDict, params: TensorDict, count: int) -> TensorDict:

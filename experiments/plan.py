@@ -39,6 +39,7 @@ class Config(Settings):
         mode: sharding mode, or all of them.
         shard_ranks: ranks that share one copy of the state in hsdp; default: the GPUs of a node.
         device_batch_size: sequences of a micro-batch, or auto: the largest that fits.
+        ema: keep an average of the weights (train.ema).
         fp8: matrix products in float8, which saves no time in this estimate unless mfu says so.
         mfu: share of the GPU's 16-bit peak that a step reaches.
         dollars_per_hour: price of one GPU; default: the table's.
@@ -53,6 +54,7 @@ class Config(Settings):
     mode: Literal["all", "replicate", "zero2", "fsdp", "hsdp"] = "all"
     shard_ranks: PositiveInt | None = None
     device_batch_size: PositiveInt | Literal["auto"] = "auto"
+    ema: bool = False
     fp8: bool = False
     mfu: Annotated[float, "above 0, at most 1", lambda x: 0 < x <= 1] = 0.5
     dollars_per_hour: NonNegativeFloat | None = None
@@ -122,6 +124,7 @@ def step_setup(config: Config, mode: str) -> train.planner.Setup:
         config.world_size,
         config.shard_ranks or min(config.gpus_per_node, config.world_size),
         fp8=config.fp8,
+        ema=config.ema,
         chunk_tokens=config.chunk_tokens,
         node_ranks=config.gpus_per_node,
     )
@@ -246,6 +249,8 @@ def command(config: Config, estimates: Mapping[str, train.Estimate | None]) -> s
             settings["sharding.shard_ranks"] = config.shard_ranks
     if config.fp8:
         settings["train.linear"] = "fp8"
+    if config.ema:
+        settings["train.ema"] = 0.999
     defaults = set(flatten(Config()))
     settings |= {name: x for name, x in flatten(config) if (name, x) not in defaults and name.startswith(SHARED)}
     return " ".join([f"{start} --experiment=pretrain", *(f"--set {name}={value}" for name, value in settings.items())])

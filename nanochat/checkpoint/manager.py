@@ -204,6 +204,7 @@ def restore(
     Args:
         source: an open manager (a save in the background is waited for), or a folder.
         abstract_state: names, shapes, dtypes and placements of the state: meta tensors, or DTensors over them, will do.
+            An average of the weights ("ema") is read if it has one.
 
     Returns: (state, meta, arrays) as they were given to `save`; DTensors where `abstract_state` has them.
     """
@@ -216,8 +217,9 @@ def restore(
     with raise_on_any_failure(group):
         like = tree.flatten(abstract_state._asdict())
         expected = {name: integrity.tensor_spec(leaf) for name, leaf in like.items()}
-        integrity.compare_specs(path, header["state"], expected)
-    shards = integrity.read_leaves(path, header["state"], device, like, group)
+        saved = {n: spec for n, spec in header["state"].items() if n in expected or not n.startswith("ema.")}
+        integrity.compare_specs(path, saved, expected)
+    shards = integrity.read_leaves(path, saved, device, like, group)
     with raise_on_any_failure(group):
         arrays = integrity.read_arrays(path, header["arrays"])
     leaves = sharding.as_dtensors(shards, like)
@@ -233,19 +235,22 @@ def _rebuild(like: Any, leaves: Mapping[str, Tensor], name: str) -> Any:
 
 
 def load_params(
-    folder: Path, *, step: int | None = None, device: torch.device | str = "cpu"
+    folder: Path, *, step: int | None = None, device: torch.device | str = "cpu", field: str = "params"
 ) -> tuple[TensorDict, dict[str, Any], dict[str, Path]]:
     """Read the full parameters only, in this process, without knowing the model. Not a collective call.
 
     Adapters are merged into their base, which is read as well.
 
+    Args:
+        field: where they are in the state; "ema.params": the float32 average of the weights.
+
     Returns: (params, meta, {name: path of the file in the checkpoint}).
     """
     path = step_path(folder, step)
     header = integrity.read_header(path)
-    saved = {name: spec for name, spec in header["state"].items() if name.startswith("params.")}
+    saved = {name: spec for name, spec in header["state"].items() if name.startswith(f"{field}.")}
     leaves = integrity.read_leaves(path, saved, device)
-    params = tree.unflatten({name.removeprefix("params."): x for name, x in leaves.items()})
+    params = tree.unflatten({name.removeprefix(f"{field}."): x for name, x in leaves.items()})
     if low_rank := header["meta"].get("lora"):
         run = adapters.find_base(path.parents[1], low_rank["base"])
         base, _, _ = load_params(run / "checkpoints", step=low_rank["base"]["step"], device=device)

@@ -15,7 +15,7 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 # What a run may have recorded: file -> (title, y label, {curve: metric}).
 RUN_CHARTS = {
     "loss": ("training loss", "nats per token", {"each step": "train/loss", "smoothed": "train/loss_ema"}),
-    "bpb": ("validation", "bits per byte", {"validation": "val/bpb"}),
+    "bpb": ("validation", "bits per byte", {"validation": "val/bpb", "average of the weights": "val/bpb_ema"}),
     "noise_scale": ("gradient noise scale", "tokens", {"critical batch": "noise_scale/tokens"}),
     "reward": ("reward", "mean reward", {"each step": "rl/reward"}),
     "length": ("length of answers", "tokens", {"answers": "rl/answer_tokens"}),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import shlex
 import shutil
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nanochat import distributed, model, tree
 from nanochat.config import UserError
@@ -20,7 +23,7 @@ from nanochat.model import Compute, ModelConfig, Params, ParamSpec, attention, l
 from nanochat.model import linear as linears
 from nanochat.train import functional, planner, step
 from nanochat.train.config import StageConfig
-from nanochat.train.step import StepFn, TrainState
+from nanochat.train.step import StepFn, TrainState, Update
 
 CPU_ROWS = 32  # on the CPU, larger micro-batches take memory and save nothing
 
@@ -99,10 +102,11 @@ def build_step_functions(
     loss_fn = functools.partial(objective, config=shape, chunk_tokens=chunk, compute=fast)
     loss_fn = lora.adapted(loss_fn, gather) if lora else loss_fn
     value_and_grad = step.gradient(loss_fn, grad=config.train.grad, compile=compile)
+    update = step.make_update(compute_dtype=dtype, donate=True, compile=config.compile, sharding_plan=sharding_plan)
     train_step = functools.partial(
         step.train_step,
         value_and_grad=value_and_grad,
-        update=step.make_update(compute_dtype=dtype, donate=True, compile=config.compile, sharding_plan=sharding_plan),
+        update=with_ema(update, config.train.ema, sharding_plan) if config.train.ema else update,
         gather=functools.partial(sharding.gather, sharding_plan, dtype=dtype),
     )
     if every := config.metrics.noise_scale_every:
@@ -155,9 +159,73 @@ def init_state(
     if lora:
         settings = {name: lora.meta[name] for name in ("rank", "targets", "alpha")}
         adapters = model.lora.init(shape, config.seed, **settings, **options)
-        return step.init(adapters, lora.spec, dtype, sharding_plan)
+        return require_ema(config, step.init(adapters, lora.spec, dtype, sharding_plan), sharding_plan)
     params = model.init(shape, config.seed, dtype=dtype, **options)
-    return step.init(params, model.spec(shape), dtype, sharding_plan)
+    return require_ema(config, step.init(params, model.spec(shape), dtype, sharding_plan), sharding_plan)
+
+
+# The exponential average of the weights, `train.ema`
+
+
+def require_ema(config: StageConfig, state: TrainState, sharding_plan: ShardingPlan | None) -> TrainState:
+    """Return the state with an average of the weights, if the settings want one; a new one starts from the weights."""
+    if not config.train.ema or not state.ema.is_empty():
+        return state
+    if not state.step.is_meta and state.step:
+        print(f"train.ema: the average of the weights starts at step {int(state.step)}")
+    return state._replace(ema=init_ema(state.params, sharding_plan))
+
+
+@torch.no_grad()
+def init_ema(params: TensorDict, sharding_plan: ShardingPlan | None) -> TensorDict:
+    """Return the average before its first step: the parameters in float32, sharded as the optimizer's state is."""
+    flat, device = tree.flatten(params), tree.leaves(params)[0].device
+    zeros = functools.partial(sharding.zeros, sharding_plan, device=device) if sharding_plan else None
+    ema = {name: zeros(name, x.shape) if zeros else torch.zeros(x.shape, device=device) for name, x in flat.items()}
+    for average, x in zip(ema.values(), updated_shards(params, sharding_plan).values()):
+        sharding.local_shards(average).copy_(x)
+    steps = torch.zeros((), dtype=torch.int64, device=device)
+    return TensorDict({"params": tree.unflatten(ema), "steps": steps}, batch_size=[])
+
+
+def with_ema(update: Update, decay: float, sharding_plan: ShardingPlan | None) -> Update:
+    """Return `update` that moves the average of the weights too, in place, by each step that is not skipped.
+
+        average ← average + (params - average) · (1 - decay) / (1 - decay^n)    at the n-th
+
+    The weights of an age of k steps count by decay^k, and the initial ones not at all: debiased, as moments are in Adam
+    (arXiv 1412.6980).
+    """
+
+    @torch.no_grad()
+    def update_with_ema(state: TrainState, *args: Any) -> Any:
+        state, metrics = update(state, *args)
+        n, averages = state.ema["steps"] + metrics["finite"], tree.flatten(sharding.local_shards(state.ema["params"]))
+        weight = (1 - decay) / -torch.expm1(n.clamp_min(1).float() * math.log(decay)) * metrics["finite"]
+        for average, x in zip(averages.values(), updated_shards(state.params, sharding_plan).values()):
+            average.lerp_(x.float(), weight)
+        state.ema["steps"].copy_(n)
+        return state, metrics
+
+    return update_with_ema
+
+
+def updated_shards(params: TensorDict, sharding_plan: ShardingPlan | None) -> dict[str, Tensor]:
+    """Return the parameters of which this rank has the optimizer's state, as views."""
+    return tree.flatten(params if sharding_plan is None else sharding.param_shards(sharding_plan, params))
+
+
+@torch.no_grad()
+def ema_params(state: TrainState) -> TensorDict:
+    """Return the average of the weights as parameters, in the dtypes and placements of these."""
+
+    def like(param: Tensor, average: Tensor) -> Tensor:
+        if isinstance(param, DTensor) and isinstance(average, DTensor):
+            average = average.redistribute(param.device_mesh, param.placements)
+        return average.to(param.dtype)
+
+    flat = tree.flatten(state.ema["params"])
+    return tree.unflatten({name: like(x, flat[name]) for name, x in tree.flatten(state.params).items()}, state.params)
 
 
 def planner_setup(config: StageConfig, runtime: Runtime) -> planner.Setup:
@@ -172,6 +240,7 @@ def planner_setup(config: StageConfig, runtime: Runtime) -> planner.Setup:
         node_ranks=runtime.node_ranks,
         lora_rank=config.lora.rank,
         lora_targets=config.lora.targets,
+        ema=config.train.ema > 0,
     )
 
 

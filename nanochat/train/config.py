@@ -53,6 +53,8 @@ class TrainConfig(Settings):
         chunk_tokens: tokens whose logits are in memory at once in the loss; none: 1024 on the CPU, else 8192.
         memory_budget: fraction of the activations kept for the backward; below 1, the others are recomputed.
         skip_nonfinite: skip a step whose loss or gradient is not finite, instead of stopping.
+        ema: decay of an exponential average of the weights, kept beside them and evaluated as val/bpb_ema; 0: none.
+            0.999 averages over about the last 1000 steps. --experiment=average --set method=ema makes it a run.
     """
 
     grad: Literal["autograd", "torch_func"] = "autograd"
@@ -61,6 +63,7 @@ class TrainConfig(Settings):
     chunk_tokens: PositiveInt | None = None
     memory_budget: Fraction = 1.0
     skip_nonfinite: bool = False
+    ema: Annotated[float, "at least 0 and below 1", lambda x: 0 <= x < 1] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Setup:
     node_ranks: int = 8  # groups of more ranks communicate over the network
     lora_rank: int = 0  # of adapters on a base that is full on every rank, in `dtype`; 0: all parameters are trained
     lora_targets: tuple[str, ...] = ()
+    ema: bool = False  # whether there is an average of the weights
 
     @property
     def shards(self) -> int:
@@ -60,10 +61,10 @@ class Setup:
 class Memory(NamedTuple):
     """Bytes on one GPU at the peak of a phase of a step (forward, backward, reduce or update), by part.
 
-    The parts are parameters and optimizer, held between steps; gradients: sums over micro-batches, and those computed
-    so far; activations: kept for the backward pass, and temporaries of one layer; logits: of one chunk; weights: copies
-    in the compute dtype, gathered layers, gradients before reduction; update: Muon's stacks; and overhead:
-    CONTEXT_BYTES and NCCL_BYTES, the only part outside of torch's allocator.
+    The parts are parameters and optimizer (and the average of the weights), held between steps; gradients: sums over
+    micro-batches, and those computed so far; activations: kept for the backward pass, and temporaries of one layer;
+    logits: of one chunk; weights: copies in the compute dtype, gathered layers, gradients before reduction; update:
+    Muon's stacks; and overhead: CONTEXT_BYTES and NCCL_BYTES, the only part outside of torch's allocator.
     """
 
     phase: str
@@ -209,6 +210,7 @@ def state_bytes(shape: ModelConfig, setup: Setup) -> Mapping[str, int]:
             sizes["optimizer"] += 4 * (shard + math.prod(second) // (shards if even else 1))
         else:
             sizes["optimizer"] += 2 * 4 * shard
+        sizes["optimizer"] += 4 * shard if setup.ema else 0
         sizes["full_f32"] += 4 * numel
         sizes["shards_f32"] += 4 * shard
         sizes["full_made"] += stored * numel

@@ -201,12 +201,15 @@ def init_or_restore(
 ) -> tuple[TrainState, Progress]:
     """Return the state and progress at a step of a run (None: its last), or without `start` before the first step."""
     if start is None:
-        if stage.initial_state and not stage.lora:
-            return stage.initial_state(sharding_plan), Progress()
-        return build.init_state(config, shape, runtime, sharding_plan, lora=stage.lora), Progress()
-    abstract = build.init_state(config, shape, runtime, sharding_plan, device="meta", lora=stage.lora)
+        init = functools.partial(build.init_state, config, shape, runtime, lora=stage.lora)
+        state = (init if stage.lora else stage.initial_state or init)(sharding_plan)
+        return build.require_ema(config, state, sharding_plan), Progress()
     folder, step = start
+    abstract = build.init_state(config, shape, runtime, sharding_plan, device="meta", lora=stage.lora)
+    if not any(name.startswith("ema.") for name in checkpoint.inspect(folder, step).state):
+        abstract = abstract._replace(ema=train.NO_EMA)
     state, meta, arrays = checkpoint.restore(folder / "checkpoints", abstract, step, device=runtime.device)
+    state = build.require_ema(config, state, sharding_plan)
     now = json.loads(json.dumps(dict(configs.flatten(config))))
     for name, value in now.items():
         before = meta["config"].get(name, value)
@@ -345,18 +348,24 @@ def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[int],
         batches: (rows of a micro-batch) -> (batch, …) each, from the beginning of the data.
     """
     tokens = ctx.config.rows * ctx.shape.sequence_len * ctx.runtime.world_size
-    with contextlib.closing(batches(ctx.config.rows)) as stream:
-        waits = (ctx.stop.wait(stream) for _ in range(max(1, ctx.config.eval.tokens // tokens)))
-        items = itertools.takewhile(lambda item: not ctx.stop.agreed() and item is not None, waits)
-        if (first := next(items, None)) is None:
-            return Result()
-        if ctx.stage.lora:
-            params = build.full_params(state.params, ctx.stage.lora)
-        else:
-            params = sharding.gather(ctx.sharding_plan, state.params, ctx.runtime.compute_dtype)
-        inputs = (batch for batch, *_ in itertools.chain([first], items))
-        bpb = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)
-    return Result({"val/bpb": bpb}, [f"step {int(state.step)}: validation {bpb:.4f} bits per byte"])
+    metrics = {}
+    for name in ("val/bpb", *["val/bpb_ema"] * (ctx.config.train.ema > 0)):
+        with contextlib.closing(batches(ctx.config.rows)) as stream:
+            waits = (ctx.stop.wait(stream) for _ in range(max(1, ctx.config.eval.tokens // tokens)))
+            items = itertools.takewhile(lambda item: not ctx.stop.agreed() and item is not None, waits)
+            if (first := next(items, None)) is None:
+                return Result()
+            params = build.ema_params(state) if metrics else state.params
+            if ctx.stage.lora:
+                params = build.full_params(params, ctx.stage.lora)
+            else:
+                params = sharding.gather(ctx.sharding_plan, params, ctx.runtime.compute_dtype)
+            inputs = (batch for batch, *_ in itertools.chain([first], items))
+            metrics[name] = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)
+    text = f"step {int(state.step)}: validation {metrics['val/bpb']:.4f} bits per byte"
+    if "val/bpb_ema" in metrics:
+        text += f", {metrics['val/bpb_ema']:.4f} with the average of the weights"
+    return Result(metrics, [text])
 
 
 def print_samples(

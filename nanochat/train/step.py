@@ -19,6 +19,7 @@ from nanochat.model import ParamSpec
 from nanochat.optim import Hparams, OptState
 
 PROBLEM = 1000  # above all signals
+NO_EMA = TensorDict({}, batch_size=[])
 MAX_SKIPPED_STEPS = 50  # consecutive steps without a finite loss before skipping gives up
 
 Batch = Mapping[str, Tensor]
@@ -33,6 +34,7 @@ class TrainState(NamedTuple):
     params: TensorDict
     opt_state: OptState
     scaler: TensorDict  # {"scale": 0-d float32 factor on the loss, 1 unless in float16; "good_steps": 0-d int64}
+    ema: TensorDict = NO_EMA  # {"params": their float32 average, "steps": 0-d int64}, see `build.with_ema`
 
 
 ValueAndGrad = Callable[[TensorDict, Batch, Tensor], tuple[TensorDict, tuple[Tensor, Tensor]]]
@@ -143,7 +145,7 @@ def make_update(
         loss, norm = sharding.mean_loss_and_grad_norm(sharding_plan, loss, grads)
         grad_norm = norm * grad_scale
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        _, params, opt_state, scaler = state
+        step, params, opt_state, scaler, ema = state
         options: Any = {"grad_scale": grad_scale, "skip": ~finite, "muon_dtype": muon_dtype}
         if donate:
             optim.update_(grads, opt_state, params, hparams, rules=rules, sharding_plan=sharding_plan, **options)
@@ -151,7 +153,7 @@ def make_update(
             params, opt_state = optim.update(grads, opt_state, params, hparams, sharding_plan=sharding_plan, **options)
         scaler = _rescale(scaler, finite) if compute_dtype == torch.float16 else scaler
         metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite}
-        return TrainState(state.step + 1, params, opt_state, scaler), metrics
+        return TrainState(step + 1, params, opt_state, scaler, ema), metrics
 
     return update
 
