@@ -50,8 +50,8 @@ config = Config
 def run(config: Config, runtime: Runtime) -> None:
     if not runtime.is_main:
         return
-    source = config.data.source
-    if source == "climbmix":
+    source, parts = config.data.source, sources.parts_of(config.data)
+    if any(part.source == "climbmix" for _, part in parts):
         folder = base_dir() / "climbmix"
         print(f"climbmix: {config.num_shards if config.num_shards >= 0 else 'all'} shards into {folder}", flush=True)
         fetched = download.climbmix(folder, config.num_shards, config.download, base_url=config.base_url)
@@ -67,7 +67,8 @@ def run(config: Config, runtime: Runtime) -> None:
         rows.append([split, f"{len(files)} shards", f"{megabytes:,.1f} MB{part}"])
     print(table(rows))
     first = next(sources.texts(config.data, "train"))
-    print(f"in {sources.folder_of(config.data)}; the first document begins: {first[:60]!r}")
+    folders = ", ".join(str(sources.folder_of(part)) for _, part in parts)
+    print(f"in {folders}; the first document begins: {first[:60]!r}")
     setting = "" if source == DataConfig().source else f" --set data.source={source}"
     trained = (tokenizer.default_dir() / tokenizer.TOKENS_FILE).exists()
     print(f"next: torchrun launch.py --experiment={'pretrain_d20' if trained else 'tokenizer'}{setting}")

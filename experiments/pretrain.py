@@ -21,7 +21,7 @@ from typing import Any
 
 from nanochat import checkpoint, data, distributed, eval, model, optim, train
 from nanochat.config import PositiveFloat, PositiveInt, Settings, UserError
-from nanochat.data import DataConfig, sources, tokenizer
+from nanochat.data import DataConfig, mixture, sources, tokenizer
 from nanochat.eval import core_bundle
 from nanochat.optim import OptimConfig, scaling
 from nanochat.train import StageConfig
@@ -172,20 +172,25 @@ def base_stage(
     """Return the stage: packed documents, the plan's hyperparameters, bits per byte, CORE and samples."""
     stream = functools.partial(
         data.loader.batches,
-        config.data,
-        tok,
+        tok=tok,
         sequence_len=shape.sequence_len,
         seed=config.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
         device=runtime.device,
     )
-    validation = functools.partial(stream, split="val")
-    eval.bpb.check(validation(rows_per_step=runtime.world_size), tok)
-    bpb = functools.partial(
-        train.stage.evaluate_bpb, batches=lambda rows: validation(rows_per_step=rows * runtime.world_size)
-    )
-    evaluations = [train.Evaluation("val/bpb", config.eval.every_steps, bpb)]
+
+    def bits_per_byte(source: DataConfig, key: str, share: float = 1.0) -> train.Evaluation:
+        def batches(rows: int) -> Generator[data.loader.Batch, None, None]:
+            return stream(source, split="val", rows_per_step=rows * runtime.world_size)
+
+        eval.bpb.check(batches(1), tok)
+        run = functools.partial(train.stage.evaluate_bpb, batches=batches, key=key, share=share)
+        return train.Evaluation(key, config.eval.every_steps, run)
+
+    parts, evaluations = sources.parts_of(config.data), [bits_per_byte(config.data, "val/bpb")]
+    for share, part in parts if len(parts) > 1 else []:
+        evaluations.append(bits_per_byte(part, f"val/bpb/{mixture.label(part.source)}", share))
     if bundle := find_bundle(config.core):
         score = functools.partial(core_score, bundle, config.core.max_per_task)
         evaluations.append(train.Evaluation("core/CORE", config.core.every_steps, score))
@@ -197,12 +202,12 @@ def base_stage(
 
     def train_batches(state: Any, _: int) -> Generator[data.loader.Batch, None, None]:
         try:
-            return stream(split="train", rows_per_step=rows_per_step, state=state)
+            return stream(config.data, split="train", rows_per_step=rows_per_step, state=state)
         except data.loader.OtherDataError:
             if not start or not branches_at(config, start):
                 raise
             print(f"the data, or its order, is not that of {start.folder.name}: it is read from its beginning")
-            return stream(split="train", rows_per_step=rows_per_step)
+            return stream(config.data, split="train", rows_per_step=rows_per_step)
 
     return train.Stage(
         name="base",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.data import chat_format, download, embedded, loader, packing, records, sources, tokenizer
+    from nanochat.data import chat_format, download, embedded, loader, mixture, packing, records, sources, tokenizer
     from nanochat.data.chat_format import Conversation, ConversationError, Message, Piece, Reader
     from nanochat.data.download import Options
     from nanochat.data.loader import prefetch

@@ -26,8 +26,17 @@ import torch
 from torch import Tensor
 
 from nanochat.config import UserError, base_dir
-from nanochat.data import packing
-from nanochat.data.sources import CorruptShardError, DataConfig, Shard, content_hash, num_blocks, read_block, shards_of
+from nanochat.data import mixture, packing
+from nanochat.data.sources import (
+    CorruptShardError,
+    DataConfig,
+    Shard,
+    content_hash,
+    num_blocks,
+    parts_of,
+    read_block,
+    shards_of,
+)
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.distributed import cpu_cores
 from nanochat.text import reason
@@ -90,20 +99,30 @@ def batches(
         raise UserError(f"sequence_len={sequence_len}: must be at least 1")
     if split == "val":
         config = dataclasses.replace(config, shuffle=False)
-    shards, seed = tuple(shards_of(config, split)), seed if config.seed is None else config.seed
-    stream = StreamConfig(config, tok, split, shards, seed, sequence_len + 1, rank, world_size)
-    start, buffer = _restore(stream, state)
-    reader, device = BlockReader(stream), torch.device(device)
-    unread = _documents(stream, start.doc, _token_blocks(stream, start, reader))
-    documents = itertools.chain([(document.length, document) for document in buffer], unread)
-    rows = packing.plan(documents, stream.row_tokens, config.buffer_docs)
-    packed = _packed_batches(stream, start, rows, rows_per_step, device)
-    return _to_device(prefetch(packed, config.prefetch_batches), reader, device)
+    seed = seed if config.seed is None else config.seed
+    parts, device = parts_of(config), torch.device(device)
+    states = [None] * len(parts) if state is None else mixture.split(state)
+    if len(states) != len(parts):
+        raise OtherDataError(f"cannot resume with {len(parts)} sources of data, there were {len(states)}")
+    sources = []
+    for (share, part), old in zip(parts, states):
+        shards = tuple(shards_of(part, split))
+        stream = StreamConfig(part, tok, split, shards, seed, sequence_len + 1, rank, world_size, share=share)
+        start, buffer = _restore(stream, old)
+        reader = BlockReader(stream)
+        unread = _documents(stream, start.doc, _token_blocks(stream, start, reader))
+        documents = itertools.chain([(document.length, document) for document in buffer], unread)
+        rows = packing.plan(documents, stream.row_tokens, config.buffer_docs)
+        sources.append(Source(stream, start, buffer, reader, rows))
+    packed = _packed_batches(sources, rows_per_step, device)
+    return _to_device(prefetch(packed, config.prefetch_batches), sources, device)
 
 
-def _to_device(packed: PackedBatches, reader: "BlockReader", device: torch.device) -> Generator[Batch, None, None]:
-    # The reader is closed first, as the prefetch thread may be waiting for it.
-    with contextlib.closing(packed), contextlib.closing(reader):
+def _to_device(packed: PackedBatches, sources: "list[Source]", device: torch.device) -> Generator[Batch, None, None]:
+    # The readers are closed first, as the prefetch thread may be waiting for one.
+    with contextlib.closing(packed), contextlib.ExitStack() as stack:
+        for source in sources:
+            stack.callback(source.reader.close)
         for tokens, state, stats in packed:
             tokens = tokens.to(device, non_blocking=True)  # here and not in the thread: on the consumer's CUDA stream
             yield {"inputs": tokens[0], "targets": tokens[1]}, state, stats
@@ -124,6 +143,7 @@ class StreamConfig:
     rank: int
     world_size: int
     skipped: list[str] = dataclasses.field(default_factory=list)  # corrupt shards, and what is wrong with them
+    share: float = 1.0  # of the rows, in a mixture
 
     @property
     def token_type(self) -> type[np.unsignedinteger]:
@@ -143,7 +163,7 @@ class StreamConfig:
             "data.text_column": self.config.text_column,
             "tokenizer": self.tok.fingerprint[:16],
             "data": f"{len(files)} shards {digest[:16]}",
-        }
+        } | ({"share": self.share} if self.share != 1 else {})
 
     def order(self, count: int, *key: int) -> Sequence[int]:
         """Return a permutation of range(count). Raw Philox output, unlike numpy's shuffles, never changes."""
@@ -182,6 +202,16 @@ class Document(NamedTuple):
     length: int  # tokens of the whole document
     ref: BlockRef
     next_doc: int  # the number of the document after it in its block
+
+
+class Source(NamedTuple):
+    """One of the sources that a loader mixes; most have a single one."""
+
+    stream: StreamConfig
+    start: Position
+    buffer: list[Document]  # at the start
+    reader: "BlockReader"
+    rows: Iterator[packing.Row[Document]]
 
 
 class OtherDataError(UserError):
@@ -420,44 +450,44 @@ def _documents(
         skip = 0
 
 
-def _packed_batches(
-    stream: StreamConfig,
-    start: Position,
-    rows: Iterator[packing.Row[Document]],
-    rows_per_step: int,
-    device: torch.device,
-) -> PackedBatches:
+def _packed_batches(sources: Sequence[Source], rows_per_step: int, device: torch.device) -> PackedBatches:
     """Yield (int64 (2, this rank's rows, T): inputs and targets; state; statistics) of each step."""
     pin = device.type == "cuda"
     if pin and device.index is not None:
         torch.cuda.set_device(device)  # of this thread, else pinning would allocate memory on the first GPU
-    size = np.dtype(stream.token_type).itemsize
-    num_rows, docs, cropped = start.rows, start.docs, start.tokens_cut
+    stream = sources[0].stream
+    size, shares = np.dtype(stream.token_type).itemsize, [source.stream.share for source in sources]
+    ends: list[Position] = [source.start for source in sources]
+    buffers: list[Iterable[Document]] = [source.buffer for source in sources]
     while True:
         step = []
         for r in range(rows_per_step):
-            row = next(rows)
+            turn = mixture.next_source(shares, [end.rows for end in ends])
+            row, end = next(sources[turn].rows), ends[turn]
             if r % stream.world_size == stream.rank:
                 step += [document.tokens[: (b - a) * size] for document, a, b in row.pieces]
-            docs += len(row.pieces)
-            cropped += row.cropped_tokens
-        num_rows += rows_per_step
+            totals = (end.rows + 1, end.docs + len(row.pieces), end.tokens_cut + row.cropped_tokens)
+            ends[turn] = Position(*row.latest.ref[:3], row.latest.next_doc, *totals)
+            buffers[turn] = row.waiting
         packed = np.frombuffer(b"".join(step), stream.token_type).reshape(-1, stream.row_tokens)
         batch = torch.empty((2, len(packed), stream.row_tokens - 1), dtype=torch.int64, pin_memory=pin)
         batch.numpy()[0] = packed[:, :-1]
         batch.numpy()[1] = packed[:, 1:]
-        epoch, shard, block, *_ = row.latest.ref
-        position = Position(epoch, shard, block, row.latest.next_doc, num_rows, docs, cropped)
-        waiting = list(row.waiting)
-        state = LoaderState(
-            position={"version": STATE_VERSION, **position._asdict(), "made_of": dict(stream.fingerprint)}
-            | ({"skipped": list(stream.skipped)} if stream.skipped else {}),
-            tokens=np.frombuffer(b"".join([document.tokens for document in waiting]), stream.token_type),
-            lengths=np.array([document.length for document in waiting], np.int32),
-        )
-        tokens = num_rows * stream.row_tokens
-        stats = {"epoch": epoch, "docs": docs, "tokens_packed": tokens, "tokens_cut": cropped}
-        yield batch, state, stats | {"tokens_cut_fraction": cropped / (tokens + cropped)}
+        states = [_state(source.stream, *place) for source, *place in zip(sources, ends, buffers)]
+        tokens, cropped = (stream.row_tokens * sum(e.rows for e in ends)), sum(e.tokens_cut for e in ends)
+        stats = {"epoch": max(e.epoch for e in ends), "docs": sum(e.docs for e in ends), "tokens_packed": tokens}
+        stats |= {"tokens_cut": cropped, "tokens_cut_fraction": cropped / (tokens + cropped)}
+        yield batch, mixture.join(states, shares, [source.stream.config.source for source in sources]), stats
+
+
+def _state(stream: StreamConfig, end: Position, buffer: Iterable[Document]) -> LoaderState:
+    waiting = list(buffer)
+    return LoaderState(
+        position={"version": STATE_VERSION, **end._asdict(), "made_of": dict(stream.fingerprint)}
+        | ({"skipped": list(stream.skipped)} if stream.skipped else {}),
+        tokens=np.frombuffer(b"".join([document.tokens for document in waiting]), stream.token_type),
+        lengths=np.array([document.length for document in waiting], np.int32),
+    )
 
 
 def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 
 from nanochat.config import PositiveInt, Settings, UserError, base_dir, nearest
-from nanochat.data import embedded, records
+from nanochat.data import embedded, mixture, records
 from nanochat.text import reason
 
 JSONL_BLOCK_LINES = 1000
@@ -42,7 +42,8 @@ class DataConfig(Settings):
 
     Attributes:
         source: embedded, climbmix, hub:<dataset>[:<config>[:<split>]], or a file or folder: parquet, JSON, CSV, text
-            (a file is a document, split at blank lines every 10,000 characters), or saved by `datasets`.
+            (a file is a document, split at blank lines every 10,000 characters), or saved by `datasets`. A mixture:
+            0.8*climbmix,0.2*/my/texts, by shares of the tokens; its validation data are mixed likewise.
         text_column: the column (or JSON field) that holds a document's text; "text" for text files.
         skip_bad_shards: skip a corrupt shard with a warning instead of stopping.
         token_cache: keep the tokens of documents on disk, so that a second pass does not tokenize again.
@@ -62,6 +63,11 @@ class DataConfig(Settings):
     seed: int | None = None
     prefetch_batches: PositiveInt = 4
     tokenizer_threads: PositiveInt | None = None
+
+
+def parts_of(config: DataConfig) -> list[tuple[float, DataConfig]]:
+    """Return the sources of a mixture and their shares; of any other source, it alone."""
+    return [(share, dataclasses.replace(config, source=name)) for share, name in mixture.parse(config.source)]
 
 
 class CorruptShardError(UserError):
@@ -85,7 +91,9 @@ class Shard:
 
 
 def shards_of(config: DataConfig, split: Literal["train", "val"]) -> list[Shard]:
-    """Return the shards of a split, in order."""
+    """Return the shards of a split, in order; of a mixture, those of all sources."""
+    if len(parts := parts_of(config)) > 1:
+        return [shard for _, part in parts for shard in shards_of(part, split)]
     folder = folder_of(config)
     paths = [folder] if folder.is_file() else _shard_paths(folder)
     part = split
@@ -124,7 +132,7 @@ def folder_of(config: DataConfig) -> Path:
         near = nearest(source, ["embedded", "climbmix"])
         raise UserError(
             f"data.source={source}: no such file or folder{near if 'mean' in near else ''}"
-            " (embedded, climbmix, hub:<dataset> or a path)"
+            " (embedded, climbmix, hub:<dataset>, a path, or a mixture: 0.8*climbmix,0.2*/my/texts)"
         )
     shards = _shard_paths(path) if path.is_dir() else [path] * (path.suffix.lower() in SUFFIXES)
     if not shards or not all(_is_parquet(shard) or records.has_plain_lines(shard) for shard in shards):
@@ -167,14 +175,18 @@ def read_block(shard: Shard, index: int, text_column: str) -> list[str]:
 
 
 def texts(config: DataConfig, split: Literal["train", "val"]) -> Iterator[str]:
-    """Yield the documents of a split once, in the order of the files."""
+    """Yield the documents of a split once, in the order of the files; those of a mixture by turns."""
+    if len(parts := parts_of(config)) > 1:
+        shares = [share for share, _ in parts]
+        yield from mixture.interleave(shares, [texts(part, split) for _, part in parts])
+        return
     empty = True
     for shard in shards_of(config, split):
         with _skip_if_corrupt(config):
             for block in range(num_blocks(shard)):
-                texts = read_block(shard, block, config.text_column)
-                empty = empty and not texts
-                yield from texts
+                documents = read_block(shard, block, config.text_column)
+                empty = empty and not documents
+                yield from documents
     if empty:
         raise UserError(f"data.source={config.source}: no documents to read for split {split}")
 

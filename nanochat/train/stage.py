@@ -18,7 +18,7 @@ import torch
 from nanochat import checkpoint, distributed, eval, infer, model
 from nanochat import config as configs
 from nanochat.config import UserError
-from nanochat.data import Tokenizer, tokenizer
+from nanochat.data import Tokenizer, mixture, tokenizer
 from nanochat.distributed import Runtime, ShardingPlan, hardware, mark_restart, peak_flops, sharding
 from nanochat.metrics import logger, noise_scale, plots, progress, run_lock
 from nanochat.model import ModelConfig
@@ -341,17 +341,19 @@ def run_evals(ctx: RunContext, state: TrainState, at: Progress) -> None:
             ctx.bar.write("\n".join(lines))
 
 
-def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[int], Generator]) -> Result:
-    """Return bits per byte on `eval.tokens` of the validation data; nothing after a signal.
+def evaluate_bpb(
+    ctx: RunContext, state: TrainState, *, batches: Callable[[int], Generator], key: str = "val/bpb", share: float = 1.0
+) -> Result:
+    """Return bits per byte on a share of `eval.tokens` of the validation data; nothing after a signal.
 
     Args:
         batches: (rows of a micro-batch) -> (batch, …) each, from the beginning of the data.
     """
-    tokens = ctx.config.rows * ctx.shape.sequence_len * ctx.runtime.world_size
+    number = ctx.config.eval.tokens * share // (ctx.config.rows * ctx.shape.sequence_len * ctx.runtime.world_size)
     metrics = {}
-    for name in ("val/bpb", *["val/bpb_ema"] * (ctx.config.train.ema > 0)):
+    for name in (key, *[f"{key}_ema"] * (ctx.config.train.ema > 0)):
         with contextlib.closing(batches(ctx.config.rows)) as stream:
-            waits = (ctx.stop.wait(stream) for _ in range(max(1, ctx.config.eval.tokens // tokens)))
+            waits = (ctx.stop.wait(stream) for _ in range(max(1, int(number))))
             items = itertools.takewhile(lambda item: not ctx.stop.agreed() and item is not None, waits)
             if (first := next(items, None)) is None:
                 return Result()
@@ -362,10 +364,11 @@ def evaluate_bpb(ctx: RunContext, state: TrainState, *, batches: Callable[[int],
                 params = sharding.gather(ctx.sharding_plan, params, ctx.runtime.compute_dtype)
             inputs = (batch for batch, *_ in itertools.chain([first], items))
             metrics[name] = eval.bits_per_byte(params, inputs, ctx.tok, ctx.loss_fn)
-    text = f"step {int(state.step)}: validation {metrics['val/bpb']:.4f} bits per byte"
-    if "val/bpb_ema" in metrics:
-        text += f", {metrics['val/bpb_ema']:.4f} with the average of the weights"
-    return Result(metrics, [text])
+    source = key.removeprefix("val/bpb").replace("/", " of ")
+    text = f"step {int(state.step)}: validation{source} {metrics[key]:.4f} bits per byte"
+    return Result(
+        metrics, [text + "".join(f", {x:.4f} with the average of the weights" for x in [*metrics.values()][1:])]
+    )
 
 
 def print_samples(
@@ -430,7 +433,6 @@ def finalize(ctx: RunContext, at: Progress) -> None:
         print(f"critical batch: {noise_scale.describe(tokens, ctx.stage.step_tokens)}")
     if at.skipped_steps:
         print(f"{at.skipped_steps} steps skipped: non-finite loss or gradient")
-    for text in at.loader["position"].get("skipped", []) if at.loader else []:
-        print(f"skipped: {text}")
+    print("".join(f"{text}\n" for text in mixture.notes(at.loader["position"] if at.loader else {})), end="")
     files = ["checkpoints/", "metrics.jsonl", "config.json", *(path.name for path in charts.values())]
     print(f"run folder: {ctx.folder} ({', '.join(files)})")
