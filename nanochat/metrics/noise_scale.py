@@ -39,8 +39,8 @@ def check(every: int, stage: str, micro_batches: int, sharding_plan: ShardingPla
     """
     if every and stage in ("rl", "dpo"):  # sorted by length, they are not samples of one distribution
         raise UserError(
-            f"metrics.noise_scale_every={every}: micro-batches of {stage.upper()} hold answers of different lengths, and "
-            "so their gradients do not estimate one; set it to 0"
+            f"metrics.noise_scale_every={every}: micro-batches of {stage.upper()} hold answers of different lengths, "
+            "and so their gradients do not estimate one; set it to 0"
         )
     if every and micro_batches * _groups(sharding_plan) < 2:
         where = "reduces its gradients over all ranks at once" if sharding_plan else "is computed on one rank"
