@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments import sft
-from nanochat import checkpoint, data, metrics, train
+from nanochat import checkpoint, data, metrics, model, train
 from nanochat.config import Settings, UserError
 from nanochat.data import DataConfig
 
@@ -88,6 +88,12 @@ def steps_after(folder: Path, done: int, device: Any = "cpu") -> Iterator[Step]:
                 yield Step(number, batch, stats, meta)
             else:
                 bar.update()
+
+
+def with_weights(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch with each target's weight in its mean loss; the losses of its parts then sum up to it."""
+    counted = batch["targets"] != model.IGNORE
+    return {**batch, "weights": counted / counted.sum()}
 
 
 def read_state(folder: Path, step: int) -> Any:

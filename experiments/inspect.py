@@ -94,7 +94,7 @@ def run(config: Config, runtime: Runtime) -> None:
     if step is None:
         raise UserError(f"step={number}: the data of {folder.name} ends before it")
     loaded = checkpoint.load(folder, step=at, device=runtime.device, dtype=runtime.compute_dtype)
-    batch = with_weights(step.batch)
+    batch = _replay.with_weights(step.batch)
     documents = find_documents(batch, loaded.tokenizer.bos)
     rows, length = batch["inputs"].shape
     print(f"read in {format_duration(time.monotonic() - began)}, and equal to what the run recorded")
@@ -125,12 +125,6 @@ def choose_step(folder: Any, number: int | None) -> int:
     if not 1 <= number <= last + 1:  # the one after the last may have failed
         raise UserError(f"step={number}: {folder.name} has steps 1 to {last}")
     return number
-
-
-def with_weights(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the batch with the "weight" of each target in the batch's mean loss."""
-    counted = batch["targets"] != model.IGNORE
-    return {**batch, "weights": batch.get("weights", counted / counted.sum())}
 
 
 def find_documents(batch: dict[str, Tensor], bos: int) -> list[dict[str, Any]]:
@@ -179,7 +173,7 @@ def text_batch(config: Config, loaded: Pretrained, runtime: Runtime) -> dict[str
     if not 2 <= len(ids) <= loaded.config.sequence_len + 1:
         raise UserError(f"prompt: {len(ids) - 1} tokens, and the context has {loaded.config.sequence_len}")
     row, counted = torch.tensor([ids], device=runtime.device), torch.tensor([mask[1:]], device=runtime.device).bool()
-    return with_weights({"inputs": row[:, :-1], "targets": row[:, 1:].masked_fill(~counted, model.IGNORE)})
+    return _replay.with_weights({"inputs": row[:, :-1], "targets": row[:, 1:].masked_fill(~counted, model.IGNORE)})
 
 
 def measure(

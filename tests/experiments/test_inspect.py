@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import recorded_steps
 import tiny_run
 import torch
@@ -25,15 +24,13 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def recorded(corpus: Path) -> dict[int, Any]:
-    """The rows of each step of a run of ten: six on one rank, then, resumed, four on two ranks."""
-    more = ("checkpoint.keep_last=none", "eval.every_steps=100", f"tokenizer={corpus / 'tokenizer'}")
-    words = ["--experiment=pretrain", *(f"--set={setting}" for setting in tiny_run.settings(*more))]
-    with recorded_steps.recorded() as first:
-        tiny_run.pretrain_run(*more)
-    more_words = ["--resume", "--set=num_iterations=10", "--set=device_batch_size=2"]
-    parts = ranks.call(2, recorded_steps.launch_recorded, *words, *more_words)
-    second = [[row for pair in zip(*rows, strict=True) for row in pair] for rows in zip(*parts, strict=True)]
-    return dict(enumerate([*first, *second], start=1))
+    """The rows of each step of a run of eight, stopped after step 4 and resumed."""
+    more = ("checkpoint.keep_last=none", "eval.every_steps=100", "num_iterations=8")
+    with recorded_steps.recorded() as rows:
+        with tiny_run.stop_after(4):
+            tiny_run.pretrain_run(*more)
+        tiny_run.pretrain_run(*more, "resume=true")
+    return dict(enumerate(rows, start=1))
 
 
 def inspect_run(*settings: str) -> None:
@@ -48,7 +45,7 @@ def documents_of(run: str, step: int) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_batch_of_any_step_is_the_one_of_training(recorded: dict[int, Any]):
     folder = train.run_folder("tiny")
-    assert tiny_run.saved_steps(folder) == [3, 6, 9, 10] and len(recorded) == 10
+    assert tiny_run.saved_steps(folder) == [3, 4, 6, 8] and len(recorded) == 8
     for number, rows in recorded.items():
         step = next(_replay.steps_after(folder, number - 1))
         assert (step.number, step.batch["inputs"].tolist()) == (number, rows)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import ranks
+import recorded_steps
 import tiny_run
 
+from experiments import _replay
 from nanochat import checkpoint
 from nanochat.config import base_dir
 from nanochat.metrics import logger
@@ -68,6 +70,18 @@ def test_two_ranks_match_single_process(tmp_path: Path, single: Path) -> None:
     assert re.search(r"sharding +fsdp on 1 x 2 ranks", output)
     assert output.count("done 6 of 6 steps") == 1  # printed by rank 0 only
     assert_same_curves(tmp_path, single, 1e-5)
+
+
+def test_batches_of_all_steps_are_read_again_in_one_process(tmp_path: Path) -> None:
+    """Of steps on one rank, and of the run resumed on two."""
+    env = {"NANOCHAT_BASE_DIR": str(tmp_path)}
+    [first] = ranks.call(1, recorded_steps.launch_recorded, *arguments("checkpoint.every_steps=4"), env=env)
+    more = ("num_iterations=9", "device_batch_size=1", "--resume")
+    parts = ranks.call(2, recorded_steps.launch_recorded, *arguments("checkpoint.every_steps=4", *more), env=env)
+    second = [[row for pair in zip(*rows, strict=True) for row in pair] for rows in zip(*parts, strict=True)]
+    assert (len(first), len(second)) == (6, 3)
+    for number, rows in enumerate([*first, *second]):
+        assert next(_replay.steps_after(tmp_path / "runs" / "tiny", number)).batch["inputs"].tolist() == rows
 
 
 def test_resume_with_other_world_size_and_mode(tmp_path: Path, single: Path) -> None:

@@ -1,5 +1,6 @@
-"""What a pure step offers beyond training one model: many models in one step, and derivatives through training."""
+"""What a pure step offers beyond training one model: many models in one step, derivatives, curvature."""
 
+from nanochat.train.functional.curvature import Spectrum, hutchinson, hvp, inverse_root, lanczos, ravel
 from nanochat.train.functional.custom_backward import with_visible_backward
 from nanochat.train.functional.members import (
     choose_chunk_size,
