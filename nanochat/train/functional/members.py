@@ -121,10 +121,13 @@ def make_members_step(
 def choose_chunk_size(shape: ModelConfig, tokens: int, count: int, device: torch.device) -> int:
     """Return how many of `count` members to compute at once, with so many tokens a micro-batch of each.
 
-    By a rule, not by a trial: a choice that depends on the moment would change the last bits of the numbers.
+    By a rule, not by a trial: a choice that depends on the moment would change the last bits of the numbers. On the
+    CPU, at most half of the members, so that two ranks compute in the same chunks as one and have the same bits.
     """
+    if device.type != "cpu":
+        return count
     # A CPU gains by fewer calls where a matrix product is small, and loses by leaving the cache where it is large.
-    return 1 if device.type == "cpu" and tokens * shape.n_embd**2 > CPU_VMAP_PRODUCT else count
+    return 1 if tokens * shape.n_embd**2 > CPU_VMAP_PRODUCT else min(max(count // 2, 1), 4)
 
 
 def chunks(count: int, chunk_size: int | None) -> Iterator[int | slice]:
