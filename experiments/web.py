@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nanochat import checkpoint, distributed, jsonl, serve
-from nanochat.config import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError
+from nanochat.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Config(checkpoint.LoadConfig):
         slots: requests that a worker answers at once. Default: 64 on a GPU, 16 elsewhere.
         queue: requests that may wait for a slot; further ones get status 503.
         connections: open at once.
+        requests_per_minute: of a client, by its address; further ones get status 429. Default: any number. Behind a
+            proxy all clients have the proxy's address: limit the rate there.
         grace_seconds: for requests under way to end after Ctrl-C or SIGTERM. The default fits the 10 s that docker stop
             leaves; Kubernetes and torchrun leave 30, so 25 there.
         context: tokens of a conversation, answer included. Default: the model's.
@@ -61,6 +63,8 @@ class Config(checkpoint.LoadConfig):
         max_tokens: of an answer in a chat, if a request does not say it.
         model_names: further names by which requests may call the model; "*" accepts any. Clients that were written for
             another server often send a name of their own.
+        prefix_tokens: size of the prefix cache of a worker: what prompts that begin alike, such as with a system
+            prompt, have in common is computed once. It takes the memory of so many tokens. Default: 4 x context.
         exact: always compute all slots, so that a seed gives the same answer whatever the load. Without it rounding
             depends on the load, and in rare cases the sampled token does too. Slower with few requests.
     """
@@ -73,10 +77,12 @@ class Config(checkpoint.LoadConfig):
     slots: PositiveInt | None = None
     queue: NonNegativeInt = 256
     connections: PositiveInt = 512
+    requests_per_minute: PositiveFloat | None = None
     grace_seconds: NonNegativeFloat = 8.0
     context: Annotated[int, "at least 2", lambda x: x >= 2] | None = None
     gpus: PositiveInt | None = None
     compile: bool | None = None
+    prefix_tokens: NonNegativeInt | None = None
     exact: bool = False
     temperature: Annotated[float, "from 0 to 2", lambda x: 0 <= x <= 2] = 0.8
     top_k: Annotated[int, "from 0 to 200", lambda x: 0 <= x <= 200] = 50
@@ -102,12 +108,15 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
     folder = checkpoint.find_run(run)  # a wrong name is an error now, not when a process has started
     token = read_token(config)
     limits = serve.Limits(config.host, config.port, token, config.hosts, config.connections, config.grace_seconds)
+    limits = dataclasses.replace(limits, requests_per_minute=config.requests_per_minute)
     is_cuda = runtime.device.type == "cuda"
     compile = is_cuda if config.compile is None else config.compile
     slots = config.slots or (64 if is_cuda else 16)
     dtype = str(runtime.compute_dtype).removeprefix("torch.")
     workers = [
-        serve.WorkerConfig(str(folder), step, device, dtype, slots, config.context, compile, config.exact)
+        serve.WorkerConfig(
+            str(folder), step, device, dtype, slots, config.context, compile, config.exact, config.prefix_tokens
+        )
         for device in worker_devices(config.gpus, runtime.device.type)
     ]
     print(f"loading {folder.name} on {', '.join(worker.device for worker in workers)}", flush=True)

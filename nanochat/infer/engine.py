@@ -34,10 +34,6 @@ from nanochat.infer.request import Completion, Event, Request
 from nanochat.model import Compute, ModelConfig, ParamsLike, kv_cache
 
 NO_TOKEN, RESUME = -1, -2  # what the host sends a row, besides a token to take
-# The ways of drawing tokens that are compiled; see `sampling.draw`, and `sampling.draw_filtered` for the last.
-USUAL = {"candidates": 64, "full_vocab": False, "filtered": False}
-GENERAL = {"candidates": 256, "full_vocab": True, "filtered": False}
-FILTERED = {"candidates": 1, "full_vocab": True, "filtered": True}
 ROW_STATE = dict(token=torch.int64, live=torch.bool, temperature=torch.float32, top_k=torch.int64, seed=torch.int64)
 MIN_SPAN, MIN_COMPILED_SPAN = 32, 256  # tokens; each further size is one more to compile
 CHUNK = {"cpu": 32, "cuda": 256}  # tokens of a prompt that take about as long as a decode step
@@ -230,7 +226,7 @@ def step(engine: Engine, prefill_all: bool = False) -> list[Event]:
                 control[row.slot] = row.feed.popleft()
             if not row.feed:
                 drawing.append((row.slot, row))
-        draw_settings = _draw_settings([row.request for row in rows], engine.config.vocab_size)
+        draw_settings = sampling.cheapest_way([row.request for row in rows], engine.config.vocab_size)
         drawn_B, ready = _run_step(engine, torch.tensor(control), n_rows, span=span, **draw_settings)
         engine.pending.append((drawn_B, ready, drawing))
     if engine.pending and (len(engine.pending) > engine.async_depth or not rows):
@@ -271,8 +267,7 @@ def warm_up(engine: Engine) -> None:
     """Compile (and record) the step of an idle engine for every shape: minutes, if the compiler's cache is cold."""
     assert not engine.active
     _allocate_filters_(engine)
-    ways = (USUAL, GENERAL, FILTERED)
-    for n_rows, span, draw_settings in itertools.product(engine.row_sizes, engine.span_sizes, ways):
+    for n_rows, span, draw_settings in itertools.product(engine.row_sizes, engine.span_sizes, sampling.WAYS):
         _run_step(engine, torch.full((n_rows,), NO_TOKEN), n_rows, span=span, **draw_settings)
 
 
@@ -293,16 +288,6 @@ def _sizes(least: int, most: int) -> list[int]:
 
 def _round_up(n: int, sizes: Sequence[int]) -> int:
     return next(size for size in sizes if size >= n)
-
-
-def _draw_settings(requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
-    """Return the cheapest settings of `sampling.draw` that serve all requests."""
-    if any(request.is_filtered for request in requests):
-        return FILTERED
-    top_ks = [request.top_k for request in requests if request.temperature > 0]
-    if all(0 < top_k <= USUAL["candidates"] for top_k in top_ks):
-        return USUAL
-    return GENERAL if max(top_ks) <= GENERAL["candidates"] else GENERAL | {"candidates": vocab_size}
 
 
 def _compact_slots(engine: Engine, rows: Sequence[_Row]) -> int:

@@ -17,6 +17,21 @@ from nanochat.infer.request import MAX_TOP_LOGPROBS, NO_FILTERS, Request, TokenL
 
 MASK_32 = 2**32 - 1
 WEYL = 0x9E3779B1  # the golden ratio in 32 bits
+# The ways of drawing that are compiled: settings of `draw`, and for the last of `draw_filtered`.
+USUAL = {"candidates": 64, "full_vocab": False, "filtered": False}
+GENERAL = {"candidates": 256, "full_vocab": True, "filtered": False}
+FILTERED = {"candidates": 1, "full_vocab": True, "filtered": True}
+WAYS = (USUAL, GENERAL, FILTERED)
+
+
+def cheapest_way(requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
+    """Return the cheapest way of drawing that serves all requests."""
+    if any(request.is_filtered for request in requests):
+        return FILTERED
+    top_ks = [request.top_k for request in requests if request.temperature > 0]
+    if all(0 < top_k <= USUAL["candidates"] for top_k in top_ks):
+        return USUAL
+    return GENERAL if max(top_ks) <= GENERAL["candidates"] else GENERAL | {"candidates": vocab_size}
 
 
 def draw(

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import gc
 import logging
+import math
 import secrets
 import signal
 import socket
@@ -38,6 +39,7 @@ SECURITY_HEADERS = {
     "x-frame-options": "DENY",
     "cache-control": "no-store",
 }
+MAX_CLIENTS = 10_000  # whose rate is limited, before those that have been quiet are forgotten
 CLOSE_SECONDS = 1.0  # at the end, for clients to read what was sent to them
 SAME_SIGNAL_SECONDS = 0.3  # a signal so soon after the first is the same one: sent to the group and passed on as well
 
@@ -53,6 +55,7 @@ class Limits:
     token: str | None = dataclasses.field(default=None, repr=False)  # that clients must send
     hosts: tuple[str, ...] = ()  # further names of the server, behind a proxy
     connections: int = 512  # at once
+    requests_per_minute: float | None = None  # of an address
     grace_seconds: float = 8.0  # after a signal, for requests under way
     body_seconds: float = 10.0  # for a request's body to arrive
     header_seconds: float = 10.0
@@ -96,11 +99,33 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     return bytes(content)
 
 
+class RateLimiter:
+    """Lets each client send so many requests a minute, all at once if it likes: GCRA, the leaky bucket of ATM."""
+
+    def __init__(self, per_minute: float) -> None:
+        self._interval_seconds = 60 / per_minute
+        self._paid_until: dict[str, float] = {}  # per client, when what it has sent would be allowed if sent evenly
+
+    def check(self, client: str) -> None:
+        """Count a request; raises the refusal of one too many."""
+        now = time.monotonic()
+        paid_until = max(now, self._paid_until.get(client, now)) + self._interval_seconds
+        wait_seconds = paid_until - now - max(60.0, self._interval_seconds)
+        if wait_seconds > 0:
+            message = f"too many requests from {client}: at most {60 / self._interval_seconds:g} a minute are allowed"
+            retry = {"Retry-After": str(math.ceil(wait_seconds))}
+            raise ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", headers=retry)
+        self._paid_until[client] = paid_until
+        if len(self._paid_until) > MAX_CLIENTS:
+            self._paid_until = {name: end for name, end in self._paid_until.items() if end > now}
+
+
 class SecurityMiddleware:
-    """ASGI middleware: refuses strangers, adds headers, counts responses."""
+    """ASGI middleware: refuses strangers, limits each client's rate, adds headers, counts responses."""
 
     def __init__(self, app: ASGIApp, limits: Limits, scheduler: Scheduler) -> None:
         self._app, self._limits, self._scheduler = app, limits, scheduler
+        self._rate_limiter = RateLimiter(limits.requests_per_minute) if limits.requests_per_minute else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -123,6 +148,9 @@ class SecurityMiddleware:
             _check_origin(Headers(scope=scope), self._limits)
             if scope["path"] not in PUBLIC_PATHS and not scope["path"].startswith("/static/"):
                 _check_token(Headers(scope=scope), self._limits)
+            scheduling.CLIENT.set(client := (scope["client"] or ("unknown",))[0])
+            if self._rate_limiter and scope["method"] == "POST":
+                self._rate_limiter.check(client)
             await self._app(scope, receive, send_secured)
         except ApiError as error:
             await error_response(error)(scope, receive, send_secured)

@@ -1,15 +1,20 @@
 """One queue for all workers: which request gets a slot and when, and what happens to those of a worker that exits.
 
+A free slot goes to the client with the fewest answers under way, then to the one whose last turn is longest ago: one
+client with many requests holds up only itself.
+
 Everything here runs in one event loop; workers deliver their messages from threads, through it.
 """
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -23,9 +28,12 @@ BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 RESTART_SECONDS = (1.0, 60.0)  # the first pause before a restart, and the longest; each is twice the one before
 HANG_SECONDS = 120.0  # a worker with requests that is silent for longer is treated as hung
 STABLE_SECONDS = 60.0  # a worker that ran for longer starts again after the first pause
+MAX_TURNS = 10_000  # clients whose last turn is remembered
 FINISHES = ("stop", "length", "cancelled", "failed")
 
 Connect = Callable[[Deliver], WorkerHandle]  # starts a worker
+
+CLIENT: ContextVar[str] = ContextVar("client", default="")  # whose request is being handled; set by the middleware
 
 log = logging.getLogger("nanochat.serve")
 
@@ -37,6 +45,7 @@ class Stream:
     key: int
     request: Request | ScoreRequest
     wake: asyncio.Event  # set whenever there are new tokens, or the end
+    client: str = ""
     worker: int | None = None  # index of the worker that runs it; None while it waits, or if it ended waiting
     tokens: list[int] = dataclasses.field(default_factory=list)  # that the client has not taken
     logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=list)  # one for each of `tokens`
@@ -77,6 +86,8 @@ class Metrics:
         self.responses = Counter("responses", "HTTP responses.", ["code"], **names)
         self.answers = Counter("answers", "Answers by how they ended.", ["finish"], **names)
         self.tokens = Counter("tokens", "Generated tokens.", **names)
+        self.prefix_hits = Counter("prefix_cache_hits", "Prompts that began with known tokens.", **names)
+        self.prefix_tokens = Counter("prefix_cache_tokens", "Prompt tokens that were not computed again.", **names)
         self.restarts = Counter("restarts", "Restarts of a worker.", ["gpu"], **names)
         names["buckets"] = BUCKETS_SECONDS
         self.first_token_seconds = Histogram("first_token_seconds", "From a request to its first token.", **names)
@@ -98,6 +109,8 @@ class Scheduler:
     draining: bool = False  # what was accepted is answered, and nothing more is accepted
     queue: dict[int, Stream] = dataclasses.field(default_factory=dict)
     keys: itertools.count = dataclasses.field(default_factory=itertools.count)
+    turns: dict[str, int] = dataclasses.field(default_factory=dict)  # client -> when it last got a slot, latest last
+    turn: itertools.count = dataclasses.field(default_factory=itertools.count)
     tasks: list[asyncio.Task] = dataclasses.field(default_factory=list)  # one for each worker, which keeps it running
 
     @property
@@ -154,7 +167,7 @@ def submit(scheduler: Scheduler, requests: Sequence[Request | ScoreRequest], wak
     free = sum(worker.free_slots for worker in scheduler.workers)
     if max(0, len(scheduler.queue) + len(requests) - free) > scheduler.queue_limit:
         raise overloaded(f"{len(scheduler.queue)} requests are waiting: try again later", _retry_seconds(scheduler))
-    streams = [Stream(next(scheduler.keys), request, wake) for request in requests]
+    streams = [Stream(next(scheduler.keys), request, wake, CLIENT.get()) for request in requests]
     scheduler.queue.update((stream.key, stream) for stream in streams)
     _dispatch(scheduler)
     return streams
@@ -196,12 +209,24 @@ def _dispatch(scheduler: Scheduler) -> None:
         worker = scheduler.workers[index]
         if worker.free_slots <= 0 or worker.handle is None:
             return
-        stream = scheduler.queue.pop(next(iter(scheduler.queue)))
+        stream = _next_stream(scheduler)
         stream.worker = index
         if not worker.streams:
             worker.last_heartbeat = time.monotonic()  # an idle worker is silent
         worker.streams[stream.key] = stream
         worker.handle.send(("new", stream.key, stream.request))
+
+
+def _next_stream(scheduler: Scheduler) -> Stream:
+    """Take a stream from the queue."""
+    turns = scheduler.turns
+    active = collections.Counter(stream.client for worker in scheduler.workers for stream in worker.streams.values())
+    stream = min(scheduler.queue.values(), key=lambda s: (active[s.client], turns.get(s.client, -1), s.key))
+    turns.pop(stream.client, None)
+    turns[stream.client] = next(scheduler.turn)
+    if len(turns) > MAX_TURNS:
+        del turns[next(iter(turns))]
+    return scheduler.queue.pop(stream.key)
 
 
 def _add(
@@ -298,6 +323,9 @@ def _handle(scheduler: Scheduler, worker: Worker, message: Message) -> None:
                 stream.scores |= scores
                 if is_last:
                     _finish(scheduler, worker, stream, "stop")
+        case ("prefix_cache", prompts, tokens):
+            scheduler.metrics.prefix_hits.inc(prompts)
+            scheduler.metrics.prefix_tokens.inc(tokens)
         case ("ready", info):
             worker.info, worker.error, scheduler.info = info, None, info
         case ("refused", key, reason):

@@ -8,6 +8,7 @@ From the worker:
     ("ready", WorkerInfo)                       the model is loaded
     ("tokens", [(key, token, finish, logprobs), ...])    the tokens of one step, in one message; see `infer.Event`
     ("scored", key, {index: SequenceLogprobs}, is_last)    some prompts of a `ScoreRequest`
+    ("prefix_cache", prompts, tokens)           prompts that began with known tokens since the last such message
     ("refused", key, reason)                    this request cannot be answered
     ("failed", reason, is_fatal)                it exits; fatal: a restart would end in the same way
     ("exited",)                                 the process has exited; sent by the handle, once, as its last message
@@ -42,6 +43,8 @@ from nanochat.text import reason
 CPU_NICE = 5  # a worker that computes on the CPU leaves the server, which needs little, the first turn
 GPU_SCORE_TOKENS = 8192  # of a batch of prompts to score, which streams wait for
 EXIT_SECONDS = 3.0  # for a process to exit when it is asked to, and again when it is killed
+PREFIX_CONTEXTS = 4  # size of the prefix cache, in prompts of the full length, if it is not set
+WORKER_OPTIONS = ("slots", "context", "compile", "exact", "prefix_tokens")  # of `infer.start`
 
 Message = tuple[Any, ...]
 Deliver = Callable[[Message], None]  # what a handle calls, from any thread, with each message of its worker
@@ -59,6 +62,7 @@ class WorkerConfig:
     context: int | None = None
     compile: bool = True
     exact: bool = False
+    prefix_tokens: int | None = None
 
 
 class ScoreRequest(NamedTuple):
@@ -157,7 +161,9 @@ def load(config: WorkerConfig) -> tuple[Engine, WorkerInfo]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     loaded = checkpoint.load(config.run, step=config.step, device=device, dtype=dtype)
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("slots", "context", "compile", "exact")}
+    options: dict[str, Any] = {name: getattr(config, name) for name in WORKER_OPTIONS}
+    if config.prefix_tokens is None:
+        options["prefix_tokens"] = PREFIX_CONTEXTS * (config.context or loaded.config.sequence_len)
     engine = infer.start(loaded.params, loaded.config, loaded.tokenizer, device=device, dtype=dtype, **options)
     if config.compile:
         infer.warm_up(engine)
@@ -194,7 +200,7 @@ def serve_requests(pipe: Connection, engine: Engine) -> None:
                     infer.cancel(engine, key)
                 case _:
                     return
-        if waiting and infer.free_slots(engine):
+        while waiting and infer.free_slots(engine):
             key = next(iter(waiting))
             try:
                 infer.admit(engine, key, waiting.pop(key))
@@ -207,7 +213,11 @@ def serve_requests(pipe: Connection, engine: Engine) -> None:
             if n_prompts > len(scores):
                 scoring[key] = n_prompts - len(scores), batches
             pipe.send(("scored", key, scores, key not in scoring))
-        if events := infer.step(engine):
+        events, prefixes = infer.step(engine), engine.prefill.prefixes
+        if prefixes.hits:
+            pipe.send(("prefix_cache", prefixes.hits, prefixes.tokens_saved))
+            prefixes.hits = prefixes.tokens_saved = 0
+        if events:
             pipe.send(("tokens", [(event.key, event.token, event.finish, event.logprobs) for event in events]))
 
 

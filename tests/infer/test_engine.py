@@ -16,7 +16,7 @@ from torch import Tensor
 from nanochat import model, tree
 from nanochat.config import UserError
 from nanochat.data import SPECIALS
-from nanochat.infer import Engine, Request, engine, tool_use
+from nanochat.infer import Engine, Request, engine, sampling, tool_use
 
 Made = list[tuple[int, bool, str | None]]  # token, sampled, finish
 
@@ -211,11 +211,11 @@ def test_warm_up_covers_every_shape_and_changes_nothing():
 
 
 def test_draw_settings_fit_the_largest_top_k():
-    all_tokens = engine.GENERAL | {"candidates": 300}
-    for top_ks, expected in (([50, 64], engine.USUAL), ([65, 0], engine.GENERAL), ([257, 0], all_tokens)):
+    all_tokens = sampling.GENERAL | {"candidates": 300}
+    for top_ks, expected in (([50, 64], sampling.USUAL), ([65, 0], sampling.GENERAL), ([257, 0], all_tokens)):
         requests = [Request((1,), top_k=top_k) for top_k in top_ks]
-        assert engine._draw_settings(requests, vocab_size=300) == expected
-    assert engine._draw_settings([Request((1,), top_k=0, temperature=0)], vocab_size=300) == engine.USUAL
+        assert sampling.cheapest_way(requests, vocab_size=300) == expected
+    assert sampling.cheapest_way([Request((1,), top_k=0, temperature=0)], vocab_size=300) == sampling.USUAL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
