@@ -5,6 +5,8 @@
     torchrun launch.py --experiment=pretrain_d20 --resume               # continue a stopped run
     torchrun launch.py --experiment=pretrain_d20 --set init_from=d20@4000 --set name=d20_cooldown \
         --set num_iterations=4400 --set optim.warmdown_ratio=0.09       # branch off: another end from step 4000 on
+    torchrun launch.py --experiment=pretrain --set init_from=d20 --set name=d20_more --set num_iterations=25000 \
+        --set data.source=0.8*climbmix,0.2*/my/texts    # continue with other data, here a mixture by tokens
 
 Needs data (--experiment=data) and a tokenizer (--experiment=tokenizer). Writes checkpoints, metrics.jsonl, the resolved
 configuration and curves to runs/<name> under the base folder. Depth 20 on 8 H100 is the reference's run.
@@ -20,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import checkpoint, data, distributed, eval, model, optim, train
-from nanochat.config import PositiveFloat, PositiveInt, Settings, UserError
+from nanochat.config import PositiveFloat, PositiveInt, Settings, UserError, flatten, override
 from nanochat.data import DataConfig, mixture, sources, tokenizer
 from nanochat.eval import core_bundle
 from nanochat.optim import OptimConfig, scaling
 from nanochat.train import StageConfig
+
+INHERITED = ("depth", "model.", "total_batch_size", "device_batch_size")  # by a run that branches from another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +73,8 @@ class Config(StageConfig):
         depth: number of layers, from which everything else follows.
         dry_run: print the plan and stop, without allocating anything.
         init_from: a run, or run@step, that this new run branches from: it continues with the weights, the optimizer
-            state, the step count, the place in the data and the tokenizer of that checkpoint, and its own settings.
-            Other data, or another order of it, is read from its beginning.
+            state, the step count, the place in the data and the tokenizer of that checkpoint, and its own settings; by
+            default with its shape and batch sizes. Other data, or another order of it, is read from its beginning.
         tokenizer: folder of the tokenizer; none: the default one.
         total_batch_size: tokens of an optimizer step; none: by the scaling rules.
         num_iterations: optimizer steps; none: by target_flops.
@@ -132,7 +136,8 @@ def tokenizer_folder(config: Config) -> Path:
 def load_start(config: Config) -> tuple[Config, train.InitCheckpoint | None]:
     """Return the settings, and the checkpoint to resume or to branch from; None: the run starts at step 0."""
     if start := train.load_own(config):
-        return dataclasses.replace(config, init_from=config.init_from or start.settings.get("init_from")), start
+        config = dataclasses.replace(config, init_from=config.init_from or start.settings.get("init_from"))
+        return (inherit(config, start) if config.init_from else config), start
     if config.init_from is None:
         return config, None
     start = train.init_from.load(config.init_from)
@@ -141,7 +146,17 @@ def load_start(config: Config) -> tuple[Config, train.InitCheckpoint | None]:
     if not start.moments or (start.origin or {})["stage"] != "base":
         raise UserError(f"init_from={config.init_from}: not a pretraining run with its optimizer state")
     run, _ = checkpoint.split_step(config.init_from)
-    return dataclasses.replace(config, init_from=f"{run}@{start.step}"), start
+    return inherit(dataclasses.replace(config, init_from=f"{run}@{start.step}"), start), start
+
+
+def inherit(config: Config, start: train.InitCheckpoint) -> Config:
+    """Return the settings with shape and batch sizes of the run to branch from, where they have their defaults."""
+    default, now = dict(flatten(Config())), dict(flatten(config))
+    saved = {n: x for n, x in start.settings.items() if n.startswith(INHERITED) and n in now}
+    changes = [f"{n}={x}" for n, x in saved.items() if now[n] == default[n] != x]
+    if changes:
+        print(f"as in {start.folder.name}: {', '.join(changes)}")
+    return override(config, changes)
 
 
 def branches_at(config: Config, start: train.InitCheckpoint) -> bool:

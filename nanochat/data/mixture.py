@@ -89,5 +89,5 @@ def notes(position: Mapping[str, Any]) -> list[str]:
     total = sum(source["rows"] for source in sources)
     for source in sources if total else []:
         share, docs = source["rows"] / total, f"{source['docs']:,} documents"
-        lines.append(f"{share:.2%} of the tokens from {source['source']}: {docs}, in epoch {source['epoch'] + 1}")
+        lines.append(f"{share:.2%} of the tokens from {source['source']}: {docs}, reading epoch {source['epoch'] + 1}")
     return lines

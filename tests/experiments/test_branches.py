@@ -107,6 +107,15 @@ def test_branch_that_cannot_be_is_refused(whole: Path, settings: list[str], mess
     assert saved_steps(whole) == [1, 2, 3, 4, 5, 6] and not saved_steps(train.run_folder("b"))
 
 
+def test_branch_inherits_shape_and_batch_sizes_where_they_have_their_defaults(whole: Path, capsys):
+    chosen = override(pretrain.Config(), ["name=b", "init_from=whole@3", "model.head_dim=16"])
+    config, _ = pretrain.load_start(chosen)
+    assert (config.depth, config.model.sequence_len, config.model.window_pattern) == (2, 32, "L")
+    assert (config.total_batch_size, config.device_batch_size, config.model.head_dim) == (256, 4, 16)
+    assert config.optim == chosen.optim and config.num_iterations is None
+    assert "as in whole: " in capsys.readouterr().out
+
+
 def test_a_step_of_a_run_is_named_in_one_way_everywhere(whole: Path):
     assert checkpoint.load("whole@3", device="cpu").step == 3
     assert checkpoint.load(f"{whole}@3", device="cpu").step == checkpoint.inspect("whole@3").step == 3
