@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import jax_twin
 import pytest
 import tiny_run
@@ -18,5 +19,5 @@ def test_logits(base: Path, pattern: str) -> None:
     params, *_ = checkpoint.load_params(folder)
     tokens = random_batch(config, n_time=300)["inputs"]  # longer than both windows
     read, fields = jax_twin.load(folder / "1")
-    theirs = torch.from_numpy(jax_twin.apply(read, fields, tokens.numpy()).__array__().copy())
+    theirs = torch.from_numpy(jax_twin.apply(read, fields, jnp.asarray(tokens.numpy())).__array__().copy())
     assert (theirs - model.apply(params, tokens)).abs().max() < 1e-5

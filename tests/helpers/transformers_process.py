@@ -4,6 +4,7 @@ python -I transformers_process.py <folder> <inputs.pt> <outputs.pt>
 """
 
 import sys
+from typing import Any
 
 sys.modules["nanochat"] = None  # type: ignore[assignment]  # an import of it fails
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 folder, inputs_path, outputs_path = sys.argv[1:]
 inputs, out = torch.load(inputs_path), {}
 tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokens, n = inputs["tokens"], inputs["tokens"].shape[1]
 
 out["texts"] = tok(inputs["texts"]).input_ids

@@ -52,5 +52,5 @@ class NanochatConfig(PretrainedConfig):
     @property
     def windows(self) -> list[int]:
         """How far back each layer sees, in tokens: query i sees keys i - window … i."""
-        full = self.max_position_embeddings
-        return [full if kind == "full_attention" else self.sliding_window - 1 for kind in self.layer_types]
+        full, short = self.max_position_embeddings, (self.sliding_window or 0) - 1
+        return [short if kind == "sliding_attention" else full for kind in self.layer_types]

@@ -53,7 +53,7 @@ def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain operations, which also returns the weights (B, N, T, S)."""
     k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))
@@ -137,13 +137,13 @@ class NanochatPreTrainedModel(PreTrainedModel):
     config_class = NanochatConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("NanochatLayer",)
-    _skip_keys_device_placement = ("cache", "past_key_values")
+    _no_split_modules = ["NanochatLayer"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
     # Vectors are float32 in training too, where matrices are multiplied in half precision.
-    _keep_in_fp32_modules_strict = frozenset({"resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda"})
+    _keep_in_fp32_modules_strict = ["resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda"]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -238,7 +238,7 @@ class NanochatModel(NanochatPreTrainedModel):
         FlashAttention takes windows as they are, so its mask is that of the padding, (B, S).
         """
         padded_mask = attention_mask if attention_mask is not None and not attention_mask.all() else None
-        if "flash" in self.config._attn_implementation:
+        if "flash" in str(self.config._attn_implementation):
             return padded_mask
         if padded_mask is None and total <= window + 1 and n_new in (1, total):
             return None
