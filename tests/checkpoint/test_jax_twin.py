@@ -1,5 +1,6 @@
 """A checkpoint read by plain JAX gives the same logits: state is data."""
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from nanochat import checkpoint, model
 
 @pytest.mark.parametrize("pattern", ["SSSL", "L"])
 def test_logits(base: Path, pattern: str) -> None:
-    config = WINDOWED.__class__(**{**vars(WINDOWED), "window_pattern": pattern})
+    config = dataclasses.replace(WINDOWED, window_pattern=pattern)
     folder = tiny_run.save_run(base, config=config, tok=None) / "checkpoints"
     params, *_ = checkpoint.load_params(folder)
     tokens = random_batch(config, n_time=300)["inputs"]  # longer than both windows

@@ -1,6 +1,6 @@
 """The torch.export programs: equal to the model for any batch and length, in a process without this project."""
 
-import io
+import dataclasses
 import json
 import re
 import subprocess
@@ -19,9 +19,7 @@ from nanochat.config import UserError
 from nanochat.infer import program
 from nanochat.model import Params
 
-CONFIG = WINDOWED.__class__(
-    sequence_len=256, vocab_size=tiny_run.TOK.vocab_size, n_layer=2, n_head=4, n_kv_head=2, n_embd=32
-)
+CONFIG = dataclasses.replace(WINDOWED, vocab_size=tiny_run.TOK.vocab_size, n_layer=2)
 
 
 def make_params() -> Params:
@@ -84,9 +82,9 @@ def test_the_ten_lines_chat(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(lines.splitlines()) <= 10
     end = tiny_run.TOK.special("<|assistant_end|>")
-    programs = {name: torch.export.load(folder / f"{name}.pt2").module() for name in ("prefill", "decode")}
+    programs = {"prefill": program.Prefill(make_params(), 200), "decode": program.Decode(make_params())}
 
-    class Loaded(io.StringIO):
+    class Loaded:
         """A program that answers with the end after five tokens, as an untrained model does not."""
 
         def __init__(self, path: str) -> None:
