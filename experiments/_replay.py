@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments import sft
-from nanochat import checkpoint, data, metrics, model, train
+from nanochat import checkpoint, data, metrics, model, tasks, train
 from nanochat.config import Settings, UserError
 from nanochat.data import DataConfig
 
@@ -71,10 +71,10 @@ def steps_after(folder: Path, done: int, device: Any = "cpu") -> Iterator[Step]:
             raise UserError(f"step {done + 1} of {name} cannot be read again: {error}") from None
         stream = open_stream(folder, meta, None, device)  # as the branch did
     recorded = {row["step"]: row for row in metrics.logger.read(folder) if "train/loss" in row}
-    was = meta["loader"]["made_of"]
+    was = made_of(meta["loader"])
     with contextlib.closing(stream), metrics.progress.Bar(done, initial=at, label=f"reading the data of {name}") as bar:
         for number, (batch, after, stats) in enumerate(stream, start=at + 1):
-            now = after["position"]["made_of"]
+            now = made_of(after["position"])
             changes = [f"{key} was {x}, is {now[key]}" for key, x in was.items() if now.get(key, x) != x]
             counts = {
                 key: recorded[number].get(f"train/{key}") for key in COUNTS if key in stats and number in recorded
@@ -83,7 +83,9 @@ def steps_after(folder: Path, done: int, device: Any = "cpu") -> Iterator[Step]:
             if number == meta["progress"]["step"] and after["position"] != meta["loader"]:
                 changes.append("the place in the data is not that of the checkpoint")
             if changes:
-                raise UserError(f"step {number} of {name} is not what it was ({'; '.join(changes)}): restore its data")
+                raise UserError(
+                    f"step {number} of {name}: its data or settings have changed since ({'; '.join(changes)})"
+                )
             if number > done:
                 yield Step(number, batch, stats, meta)
             else:
@@ -94,6 +96,12 @@ def with_weights(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the batch with each target's weight in its mean loss; the losses of its parts then sum up to it."""
     counted = batch["targets"] != model.IGNORE
     return {**batch, "weights": counted / counted.sum()}
+
+
+def made_of(position: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides the rows by the state of a loader: of each source, where it mixes several."""
+    sources = position.get("sources", [position])
+    return {f"{s['source']}: {key}" if "source" in s else key: x for s in sources for key, x in s["made_of"].items()}
 
 
 def read_state(folder: Path, step: int) -> Any:
@@ -114,13 +122,11 @@ def open_stream(folder: Path, meta: Mapping[str, Any], state: Any, device: Any) 
             device=device,
         )  # fmt: skip
     config = restore_config(sft.Config(), saved)
-    packing = train.Packing(
-        rows,
-        rows,
-        length,
-        config.assistant_only,
-        config.long_conversations,
-        None if config.num_iterations else 1,
-        config.buffer_conversations,
-    )
-    return train.sft.batches(sft.mix(config.tasks, config.source), tok, packing, state=state, device=device)
+    parts, missing = sft.load_tasks(config.tasks, config.source)
+    if missing:
+        raise UserError(f"run {folder.name}: {', '.join(missing)} cannot be read again: {next(iter(missing.values()))}")
+    epochs = None if config.num_iterations else 1
+    packing = train.Packing(rows, rows, length, config.assistant_only, config.long_conversations, epochs)
+    packing = packing._replace(buffer_conversations=config.buffer_conversations)
+    task = tasks.mixture(parts, name=",".join(config.tasks))
+    return train.sft.batches(task, tok, packing, state=state, device=device)

@@ -18,7 +18,7 @@ document alone lowers the text's loss by η·effect; a negative one raises it (T
 and without what Muon and AdamW make of a gradient: what counts is sign and order.
 
 Writes all documents to inspect/step_<n>.jsonl in the run's folder. Takes a gradient of a whole row for each document:
-a batch of the quickstart about 15 s on one CPU core, of d20 as long as about five of its steps on the same GPUs.
+about 5 s for a batch of the quickstart on one CPU core, at depth 20 about as long as five steps on the same GPU.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import _replay
-from nanochat import checkpoint, distributed, jsonl, metrics, model
+from nanochat import checkpoint, distributed, jsonl, metrics, model, tasks
 from nanochat.config import Device, Dtype, NonNegativeInt, PositiveInt, Settings, UserError
 from nanochat.text import format_duration, table
 
@@ -97,34 +99,35 @@ def run(config: Config, runtime: Runtime) -> None:
     batch = _replay.with_weights(step.batch)
     documents = find_documents(batch, loaded.tokenizer.bos)
     rows, length = batch["inputs"].shape
-    print(f"read in {format_duration(time.monotonic() - began)}, and equal to what the run recorded")
+    chunk, needed = chunk_that_fits(loaded, runtime)
     flops = len(documents) * length * model.flops_per_token(loaded.config)
     seconds = 3 * flops / distributed.peak_flops(runtime.device, runtime.compute_dtype)[0]
-    chunk, needed = chunk_that_fits(loaded, runtime)
-    print(
-        f"{rows} rows of {length} tokens, {len(documents)} documents; a gradient of each: about "
-        f"{format_duration(seconds)} and {needed / 2**30:.1f} GiB",
-        flush=True,
-    )
-    wanted = None if config.prompt is None else text_batch(config, loaded, runtime)
-    found, sums = measure(loaded, batch, documents, wanted, chunk)
-    report(config, loaded, step, batch, found, sums)
+    print(f"read in {format_duration(time.monotonic() - began)}, and equal to what the run recorded: ", end="")
+    print(f"{rows} rows of {length} tokens, {len(documents)} documents")
+    print(f"a gradient of each: about {format_duration(seconds)}, {needed / 2**30:.1f} GiB", flush=True)
+    wanted = text_batch(config, loaded, runtime) if config.prompt else None
+    sums = measure(loaded, batch, documents, wanted, chunk)
+    report(config, loaded, number, batch, documents, sums)
 
 
-def choose_step(folder: Any, number: int | None) -> int:
+def choose_step(folder: Path, number: int | None) -> int:
     """Return the step to show: the one that is set, if the run has it, or that of the largest spike."""
     rows = [row for row in metrics.logger.read(folder) if "train/loss" in row]
     last = metrics.run_folder.read_run(folder).last_step
+    if number is None and not rows:
+        raise UserError(f"run {folder.name} has no losses on record: set step")
     if number is None:
-        if not rows:
-            raise UserError(f"run {folder.name} has no losses on record: set step")
-        spike = max(rows, key=lambda row: row["train/loss"] - row["train/loss_ema"])
-        print(f"largest spike: step {spike['step']}, loss {spike['train/loss']:.4f}", end=", ")
-        print(f"running mean {spike['train/loss_ema']:.4f} (of the steps in metrics.jsonl)")
+        spike = max(rows, key=lambda row: finite_or_inf(row["train/loss"] - row["train/loss_ema"]))
+        loss, mean = spike["train/loss"], spike["train/loss_ema"]
+        print(f"largest spike in metrics.jsonl: step {spike['step']}, loss {loss:.4f}, running mean {mean:.4f}")
         return spike["step"]
-    if not 1 <= number <= last + 1:  # the one after the last may have failed
+    if number > last + 1:  # the one after the last may have failed
         raise UserError(f"step={number}: {folder.name} has steps 1 to {last}")
     return number
+
+
+def finite_or_inf(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
 
 
 def find_documents(batch: dict[str, Tensor], bos: int) -> list[dict[str, Any]]:
@@ -142,17 +145,16 @@ def chunk_that_fits(loaded: Pretrained, runtime: Runtime) -> tuple[int, int]:
     """Return how many gradients to compute at once, and the bytes that takes."""
     from nanochat import tree
 
-    shape, length = loaded.config, loaded.config.sequence_len
+    shape, size, length = loaded.config, tree.nbytes(loaded.params), loaded.config.sequence_len
     # Kept for the backward pass of a layer, uncompiled: about 60 numbers per token and channel.
-    one = 2 * tree.nbytes(loaded.params) + 4 * 60 * length * shape.n_layer * shape.n_embd
-    one += 4 * 5 * min(length, CHUNK_TOKENS) * shape.vocab_size
+    one = 2 * size + 4 * length * 60 * shape.n_layer * shape.n_embd
+    one += 4 * min(length, CHUNK_TOKENS) * 5 * shape.vocab_size
     free = distributed.free_bytes(runtime.device)
-    if 2 * tree.nbytes(loaded.params) + one > free:
-        raise UserError(
-            f"a gradient of {loaded.name} takes {one / 2**30:.1f} GiB beside the model, and {free / 2**30:.1f} are free"
-        )
+    if 2 * size + one > free:
+        needed, free = (2 * size + one) / 2**30, free / 2**30
+        raise UserError(f"a gradient of {loaded.name} takes {needed:.1f} GiB, and {free:.1f} are free")
     chunk = min(MAX_CHUNK, max(free // 2 // one, 1))
-    return chunk, chunk * one + 2 * tree.nbytes(loaded.params)
+    return chunk, 2 * size + chunk * one
 
 
 def text_batch(config: Config, loaded: Pretrained, runtime: Runtime) -> dict[str, Tensor]:
@@ -163,9 +165,7 @@ def text_batch(config: Config, loaded: Pretrained, runtime: Runtime) -> dict[str
 
     tok, prompt, answer = loaded.tokenizer, str(config.prompt), config.answer
     if answer and loaded.stage != "base":
-        roles = (("user", prompt), ("assistant", answer))
-        messages = [{"role": role, "content": text} for role, text in roles]
-        ids, mask = chat_format.render(tok, {"messages": messages})
+        ids, mask = chat_format.render(tok, tasks.qa_conversation(prompt, answer))
     else:
         first = [tok.bos, *tok.encode(prompt)]
         rest = tok.encode(f" {answer}") if answer else []
@@ -182,16 +182,17 @@ def measure(
     documents: list[dict[str, Any]],
     wanted: dict[str, Tensor] | None,
     chunk: int,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Return the documents with "loss", "grad_norm", "share" and (of a text `wanted`) "effect", and sums of the batch.
+) -> dict[str, float]:
+    """Add "loss", "grad_norm", "share" and (of a text `wanted`) "effect" to the documents; return those of the batch.
 
-    The effect is the product of the document's gradient with that of the text's mean loss.
+    The effect is the product of the gradient with that of the text's mean loss, "text_loss".
     """
     import torch
 
     from nanochat import tree
 
-    params, compute = loaded.params, model.Compute(loaded.params["wte"].dtype)
+    params, names = loaded.params, ("inputs", "targets", "weights")
+    compute = model.Compute(params["wte"].dtype)
     loss_fn = functools.partial(model.loss.next_token, config=loaded.config, compute=compute, chunk_tokens=CHUNK_TOKENS)
     gradient = torch.func.grad_and_value(lambda params, batch: loss_fn(params, batch)[0])
 
@@ -200,85 +201,74 @@ def measure(
         return sum(products)
 
     def of_batch(batch: dict[str, Tensor]) -> tuple[TensorDict, float]:
-        total, value = tree.map(torch.zeros_like, params), 0.0
-        for part in zip(*(batch[key].split(chunk) for key in ("inputs", "targets", "weights"))):
-            grads, loss = gradient(params, dict(zip(("inputs", "targets", "weights"), part)))
+        total, value = tree.map(lambda p: torch.zeros_like(p, dtype=torch.float32), params), 0.0
+        for part in zip(*(batch[name].split(chunk) for name in names)):
+            grads, loss = gradient(params, dict(zip(names, part)))
             total, value = tree.map(torch.add, total, grads), value + float(loss)
         return total, value
 
     total, loss = of_batch(batch)
     text, text_loss = of_batch(wanted) if wanted else (None, 0.0)
     sums = {"loss": loss, "grad_norm": float(dot(total, total).sqrt()), "text_loss": text_loss}
-    sums["effect"] = float(dot(total, text)) if text is not None else 0.0
+    sums |= {} if text is None else {"effect": float(dot(total, text))}
 
-    def of_document(inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        one = {"inputs": inputs[None], "targets": targets[None], "weights": weights[None]}
-        grads, loss = gradient(params, one)
-        products = [dot(grads, other) for other in (grads, total, *([text] if text is not None else []))]
-        return torch.stack([loss, *products])
+    def of_document(*row: Tensor) -> Tensor:
+        grads, loss = gradient(params, {name: x[None] for name, x in zip(names, row)})
+        return torch.stack([loss, *(dot(grads, other) for other in (grads, total, text) if other is not None)])
 
-    # torch's attention on the CPU is called once for each document.
+    # On the CPU, torch's attention is called once for each document.
     warnings.filterwarnings("ignore", "There is a performance drop")
-    numbers = []
-    rows = torch.tensor([document["row"] for document in documents], device=params.device)
-    columns = torch.arange(batch["inputs"].shape[1], device=rows.device)
-    bounds = torch.tensor([[d["start"], d["stop"]] for d in documents], device=rows.device)
+    columns = torch.arange(batch["inputs"].shape[1], device=params.device)
     with metrics.progress.Bar(len(documents), label="gradients", unit="document") as bar:
-        for part, edges in zip(rows.split(chunk), bounds.split(chunk)):
-            inside = (columns >= edges[:, :1]) & (columns < edges[:, 1:])
-            weights = batch["weights"][part] * inside
-            numbers += torch.func.vmap(of_document)(batch["inputs"][part], batch["targets"][part], weights).tolist()
-            bar.update(len(part))
-    found = []
-    for document, (loss, square, along, *effect) in zip(documents, numbers):
-        row, start, stop = document["row"], document["start"], document["stop"]
-        weight = float(batch["weights"][row, start:stop].sum())
-        values = {"loss": loss / weight, "grad_norm": square**0.5, "share": along / sums["grad_norm"] ** 2}
-        found.append({**document, **values, **({"effect": effect[0]} if effect else {})})
-    return found, sums
+        for first in range(0, len(documents), chunk):
+            group = documents[first : first + chunk]
+            row, start, stop = (
+                torch.tensor([d[k] for d in group], device=params.device) for k in ("row", "start", "stop")
+            )
+            weights = batch["weights"][row] * ((columns >= start[:, None]) & (columns < stop[:, None]))
+            numbers = torch.func.vmap(of_document)(batch["inputs"][row], batch["targets"][row], weights)
+            for document, weight, (loss, square, along, *effect) in zip(
+                group, weights.sum(1).tolist(), numbers.tolist()
+            ):
+                share = along / max(sums["grad_norm"] ** 2, 1e-30)
+                document |= {"loss": loss / weight, "grad_norm": square**0.5, "share": share}
+                document |= {"effect": effect[0]} if effect else {}
+            bar.update(len(group))
+    return sums
 
 
 def report(
-    config: Config,
-    loaded: Pretrained,
-    step: _replay.Step,
-    batch: dict[str, Tensor],
-    found: list[dict[str, Any]],
+    config: Config, loaded: Pretrained, number: int, batch: dict[str, Tensor], documents: list[dict[str, Any]],
     sums: dict[str, float],
-) -> None:
-    """Print the documents in their order, and write all of them into the run's folder."""
+) -> None:  # fmt: skip
+    """Print the batch and its documents in their order, and write all of these into the run's folder."""
     key = {"auto": "effect" if config.prompt else "grad_norm", "grad": "grad_norm"}.get(config.sort, config.sort)
-    tok, inputs, targets = loaded.tokenizer, batch["inputs"].tolist(), batch["targets"].tolist()
-    for document in found:
+    inputs, targets = batch["inputs"].tolist(), batch["targets"].tolist()
+    for document in documents:
         row, start, stop = document["row"], document["start"], document["stop"]
-        last = [targets[row][-1]] if stop == len(inputs[row]) and targets[row][-1] != model.IGNORE else []
+        last = targets[row][-1:] if stop == len(inputs[row]) and targets[row][-1] != model.IGNORE else []
         document["tokens"] = [*inputs[row][start:stop], *last]
-        document["text"] = tok.decode(document["tokens"][1:])
-    ordered = sorted(found, key=lambda document: document[key], reverse=key != "row")
-    first = -(-config.show // 2) if key == "effect" else config.show  # both ends: what helps and what hurts
-    printed = (
-        ordered if len(ordered) <= config.show else [*ordered[:first], *ordered[first - config.show or len(ordered) :]]
-    )
-    rows = (row for row in metrics.logger.read(loaded.folder) if row["step"] == step.number and "train/loss" in row)
+        document["text"] = loaded.tokenizer.decode(document["tokens"][1:])
+    documents = sorted(documents, key=lambda document: finite_or_inf(document[key]), reverse=key != "row")
+    printed, half = documents[: config.show], config.show // 2
+    if key == "effect" and len(documents) > config.show and half:  # both ends: what helps and what hurts
+        printed[-half:] = documents[-half:]
+    rows = (row for row in metrics.logger.read(loaded.folder) if row["step"] == number and "train/loss" in row)
     recorded = next(rows, {})
     for name, title in (("loss", "loss of the batch"), ("grad_norm", "norm of its gradient")):
-        before = f" ({recorded[f'train/{name}']:.4f} in training)" if f"train/{name}" in recorded else ""
+        before = f" ({recorded[f'train/{name}']:.4f} in training)" if recorded else ""
         print(f"{title} {sums[name]:.4f}{before}")
+    form = {"loss": "{:.3f}", "grad_norm": "{:.4f}", "share": "{:.1%}"}
     if config.prompt:
-        print(f"loss of the text {sums['text_loss']:.4f}; effect of the whole batch {sums['effect']:+.3g}: ", end="")
-        print("a document with a positive effect lowers the text's loss, one with a negative effect raises it")
-    columns = ("loss", "grad_norm", "share", *(["effect"] if config.prompt else []))
-    form = {"loss": "{:.3f}", "grad_norm": "{:.4f}", "share": "{:.1%}", "effect": "{:+.2e}"}
-    lines = [["row", "columns", *columns]]
-    lines += [
-        [f"{d['row']}", f"{d['start']}-{d['stop'] - 1}", *(form[name].format(d[name]) for name in columns)]
-        for d in printed
-    ]
-    heads = table(lines).splitlines()
-    for head, document in zip(heads, [None, *printed]):
-        text = document["text"] if document else ""
-        shown = text[: config.chars] + "…" * (len(text) > config.chars)
-        print(head if document is None else f"{head}  {shown!r}")
-    path = loaded.folder / "inspect" / f"step_{step.number}.jsonl"
-    jsonl.write_atomic(path, "".join(f"{json.dumps(document)}\n" for document in ordered))
-    print(f"{len(printed)} of {len(found)} documents, by {key}; all of them with text and tokens: {path}")
+        form["effect"] = "{:+.2e}"
+        print(f"loss of the text {sums['text_loss']:.4f}; effect of the whole batch {sums['effect']:+.2e}: ", end="")
+        print("what has a positive effect lowers the text's loss, what has a negative one raises it")
+    lines = [["row", "columns", *form]]
+    for document in printed:
+        numbers = [text.format(document[name]) for name, text in form.items()]
+        lines.append([f"{document['row']}", f"{document['start']}-{document['stop'] - 1}", *numbers])
+    texts = [f"{d['text'][: config.chars] + '…' * (len(d['text']) > config.chars)!r}" for d in printed]
+    print("\n".join(f"{head}  {text}" for head, text in zip(table(lines).splitlines(), ["text", *texts])))
+    path = loaded.folder / "inspect" / f"step_{number}.jsonl"
+    jsonl.write_atomic(path, "".join(f"{json.dumps(document)}\n" for document in documents))
+    print(f"{len(printed)} of {len(documents)} documents, by {key}; all of them, with their tokens: {path}")

@@ -408,7 +408,7 @@ def with_advice(error: NonFiniteLossError, manager: checkpoint.Manager) -> NonFi
         return NonFiniteLossError(f"{error}, and no checkpoint is saved yet; try {lower}")
     text = (
         f"{error}; the last good checkpoint is step {saved[-1]}, right before it. --resume with "
-        "--set train.skip_nonfinite=true skips this batch"
+        f"--set train.skip_nonfinite=true skips this batch, step={saved[-1] + 1} in --experiment=inspect"
     )
     if len(saved) > 1:
         text += f"; --set resume_step={saved[-2]} goes back to step {saved[-2]}, for {lower}"

@@ -26,6 +26,9 @@ LINES = [
 def recorded(corpus: Path) -> dict[int, Any]:
     """The rows of each step of a run of eight, stopped after step 4 and resumed."""
     more = ("checkpoint.keep_last=none", "eval.every_steps=100", "num_iterations=8")
+    lines = [json.dumps({"text": f"a cat and {word} under it"}) for word in tiny_run.WORDS * 20]
+    (corpus / "other.jsonl").write_text("\n".join(lines))
+    more += (f"data.source=0.7*{corpus / 'text'},0.3*{corpus / 'other.jsonl'}",)
     with recorded_steps.recorded() as rows:
         with tiny_run.stop_after(4):
             tiny_run.pretrain_run(*more)
@@ -73,6 +76,28 @@ def test_losses_and_gradients_are_those_of_training(recorded: dict[int, Any], ca
     assert effects == sorted(effects, reverse=True) and effects[0] > 0
     for end in (documents[0], documents[-1]):  # what helped and what hurt: by finite differences
         check_document(end, len(recorded[7]))
+
+
+@pytest.mark.slow
+def test_branch_begins_with_the_data_of_its_base(recorded: dict[int, Any], corpus: Path):
+    source = f"data.source=0.7*{corpus / 'text'},0.3*{corpus / 'other.jsonl'}"
+    with recorded_steps.recorded() as rows:
+        tiny_run.pretrain_run(
+            source,
+            "name=branch",
+            "init_from=tiny@6",
+            "num_iterations=8",
+            "checkpoint.every_steps=100",
+            "eval.every_steps=9",
+        )
+    assert rows == [recorded[7], recorded[8]]
+    for number in (7, 8):
+        assert (
+            next(_replay.steps_after(train.run_folder("branch"), number - 1)).batch["inputs"].tolist()
+            == recorded[number]
+        )
+    with pytest.raises(UserError, match="run branch begins after step 6 of tiny: --set run=tiny has its step 6"):
+        inspect_run("run=branch", "step=6")
 
 
 def check_document(document: dict[str, Any], rows: int) -> None:
@@ -130,7 +155,7 @@ def test_data_that_changed_is_named(recorded: dict[int, Any], corpus: Path):
     path.write_text(before.replace("cat", "dog").replace("the", "this"))
     try:
         for step in (2, 8):  # from the beginning of the data, and from a checkpoint
-            with pytest.raises(UserError, match=r"of tiny .*data was 2 shards .*, is 2 shards"):
+            with pytest.raises(UserError, match=r"of tiny.*data was 2 shards .*, is 2 shards"):
                 inspect_run("run=tiny", f"step={step}")
     finally:
         path.write_text(before)
