@@ -28,15 +28,13 @@ class RenderRequest(schema.Strict):
 async def settings(request: Request) -> dict[str, Any]:
     """Return the server's limits and, for each sampling parameter, its default and range."""
     properties = schema.CompletionRequest.model_json_schema()["properties"]
-    keys, defaults = ("default", "minimum", "maximum"), vars(request.app.state.api)
+    defaults = vars(request.app.state.api)
     return {
         "limits": {"message": schema.MAX_MESSAGE_CHARS, "total": schema.MAX_CHARS, "messages": schema.MAX_MESSAGES},
         "sampling": {
-            name: {key: properties[name].get(key) for key in keys}
-            | ({"default": defaults[name]} if name in defaults else {})
+            name: {"default": defaults.get(name)} | {key: properties[name].get(key) for key in ("minimum", "maximum")}
             for name in SAMPLING
         },
-        "logprobs": properties["logprobs"].get("type") == "boolean",
     }
 
 

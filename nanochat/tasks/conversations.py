@@ -178,7 +178,7 @@ def from_row(row: Any) -> tuple[Conversation, set[str]]:
     made = {key: row[key] for key in (*chat_format.SWITCHES, *chat_format.UNSUPPORTED) if key in row}
     made["messages"] = [message for key in used for message in _messages(row[key], key)]
     chat_format.normalize(made)
-    return made, chat_format.unused_keys(made) | (row.keys() - {*used, *made})
+    return made, chat_format.unused_keys(made) | (row.keys() - {*used, *made, "metadata"})
 
 
 def _messages(value: Any, key: str, role: str | None = None) -> list[Any]:

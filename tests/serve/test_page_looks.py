@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import scripted
 from browser import Opener, answer, expect, finished, say, texts
+from xss import XSS
 
 pytestmark = pytest.mark.slow
 
@@ -17,56 +18,6 @@ PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobil
 # Untrusted text and Markdown
 
 
-XSS = (
-    "<script>pwned=1</script>",
-    "<img src=x onerror=pwned=1>",
-    "<svg onload=pwned=1>",
-    "<svg><script>pwned=1</script>",
-    "<iframe src=javascript:pwned=1>",
-    "<iframe srcdoc='<script>parent.pwned=1</script>'>",
-    "<body onload=pwned=1>",
-    "<a href=javascript:pwned=1>x</a>",
-    "[x](javascript:pwned=1)",
-    "[x](JaVaScRiPt:pwned=1)",
-    "[x]( javascript:a)",
-    "[x](java\tscript:pwned=1)",
-    "[x](&#106;avascript:pwned=1)",
-    "[x](javascript&colon;pwned=1)",
-    "<javascript:pwned=1>",
-    "[x](data:text/html;base64,PHNjcmlwdD5wd25lZD0xPC9zY3JpcHQ+)",
-    "[x](vbscript:pwned)",
-    "[x](file:///etc/passwd)",
-    "![x](javascript:pwned=1)",
-    "![x](https://evil.example/x.png)",
-    "![x](data:image/svg+xml,<svg onload=pwned=1>)",
-    '[x](https://a.example/"onmouseover=pwned=1)',
-    "[x](https://a.example 'onclick=pwned=1')",
-    "[x]: javascript:pwned=1\n\n[x]",
-    "[x](//evil.example)",
-    "[x](/stats)",
-    '<https://a.example/"onclick=pwned=1>',
-    '```"><script>pwned=1</script>\nx\n```',
-    "```html\n<script>pwned=1</script>\n```",
-    '```py\n"</code></pre><img src=x onerror=pwned=1>"\n```',
-    "`<img src=x onerror=pwned=1>`",
-    "| a |\n|---|\n| <img src=x onerror=pwned=1> |",
-    "# <img src=x onerror=pwned=1>",
-    "- <svg/onload=pwned=1>",
-    "> <details open ontoggle=pwned=1>",
-    "$<img src=x onerror=pwned=1>$",
-    "$$\n</pre><script>pwned=1</script>\n$$",
-    "\\[<math><mtext><img src=x onerror=pwned=1></mtext></math>\\]",
-    "<style>*{display:none}</style>",
-    "<form action=https://evil.example><button>x</button></form>",
-    "<meta http-equiv=refresh content='0;url=//evil.example'>",
-    "<base href=https://evil.example/>",
-    "<template><img src=x onerror=pwned=1></template>",
-    "<!--><img src=x onerror=pwned=1>-->",
-    "&lt;img src=x onerror=pwned=1&gt;",
-    "<input autofocus onfocus=pwned=1>",
-    "\ufffc<img src=x onerror=pwned=1>",
-    '<noscript><p title="</noscript><img src=x onerror=pwned=1>">',
-)
 FOREIGN = """() => [...document.querySelectorAll('#log .body *')].filter((node) =>
   !node.closest('button, .tool') &&
   (!/^(P|BR|HR|H[1-6]|[UO]L|LI|BLOCKQUOTE|DIV|PRE|CODE|STRONG|EM|S|A|TABLE|THEAD|TBODY|TR|TH|TD|SPAN)$/
@@ -319,7 +270,15 @@ def test_everything_works_by_keyboard(chat: Opener) -> None:
         assert ring == "solid2px" or stops[-1] in ("Message", "Search conversations"), f"no focus ring on {stops[-1]}"
     side = ["new", "Search conversations", "go", "Menu of go", "import", "export", "Export pairs"]
     head = ["Conversations", "Switch between light and dark", "Help", "Settings", "Conversation"]
-    answer_buttons = ["Copy code", "x", "Copy answer", "Good answer", "Bad answer", "Regenerate answer"]
+    answer_buttons = [
+        "Copy code",
+        "x",
+        "Copy answer",
+        "Good answer",
+        "Bad answer",
+        "Token probabilities",
+        "Regenerate answer",
+    ]
     message_buttons = ["Edit message", "Copy message"]
     assert stops == ["settings", "Skip to the message box", *side, *head, *message_buttons, *answer_buttons, "Message"]
     page.keyboard.press("ArrowUp")  # in an empty box

@@ -93,7 +93,7 @@ function editor(item) {
     if (event.key === "Enter" && !event.shiftKey) accept(event);
     if (event.key === "Escape") { event.stopPropagation(); cancel(); }
   });
-  requestAnimationFrame(() => { grow(area); area.focus(); });
+  requestAnimationFrame(() => { grow(area); area.focus(); area.scrollIntoView({ block: "center" }); });
   return h("form", { class: "editor", submit: accept }, area,
     h("div", { class: "row" }, h("span", { class: "count" }, "The earlier version is kept"), h("button", { class: "plain", type: "button", click: cancel }, "Cancel"), h("button", { class: "plain strong", type: "submit" }, "Send")), wrong);
 }
@@ -122,7 +122,8 @@ function answerButtons(item, seen) {
   const thumb = (value, name, label) => iconButton(name, label, () => actions.vote(item, item.vote === value ? 0 : value), { "aria-pressed": String(item.vote === value) });
   const again = h("button", { class: "quiet", type: "button", "aria-label": "Regenerate answer", title: "Another version; this one is kept", click: () => actions.regenerate(item) }, icon("again"), h("span", {}, "Regenerate"));
   const inspect = item.hasTokens ? [iconButton("tokens", "Token probabilities", () => actions.tokens(item), { "aria-pressed": String(Boolean(seen)) })] : [];
-  return [copyButton, thumb(1, "good", "Good answer"), thumb(-1, "bad", "Bad answer"), ...inspect, again, ...speed(item)];
+  const ofText = plain(item) ? [copyButton, thumb(1, "good", "Good answer"), thumb(-1, "bad", "Bad answer")] : [];
+  return [...ofText, ...inspect, ...(item.error ? [] : [again]), ...speed(item)];
 }
 
 function speed({ speed, request }) {

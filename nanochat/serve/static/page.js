@@ -88,10 +88,12 @@ function refusal(text, nodes) {
   return "";
 }
 
-// Generate an answer to the message `parent`.
-function generate(conversation, parent) {
+// Generate an answer to the message `parent`: a further version, or in the place of `empty`, which has no text.
+function generate(conversation, parent, empty = null) {
   const request = { ...settings.sampling(), system: settings.systemPrompt() };
-  const [next, node] = add(conversation, parent, { role: "assistant", pieces: [], status: "streaming", remark: "", error: "", vote: 0, request });
+  const values = { role: "assistant", pieces: [], status: "streaming", remark: "", error: "", vote: 0, request };
+  const next = empty ? patch(conversation, empty.id, values) : add(conversation, parent, values)[0];
+  const node = next.nodes[next.chosen[parent]];
   change({ editing: null, inspected: null });
   update(next.id, next);
   toEnd();
@@ -102,7 +104,7 @@ async function stream(id, { id: answer, parent, request }) {
   const controller = new AbortController();
   running.set(answer, { conversation: id, controller });
   store.tab.set("running", [...running.keys()]);
-  const beat = setInterval(() => { setConversation({ ...state.conversations[id], updated: Date.now() }); save(id); }, 1000 * SAVE_SECONDS);
+  const beat = setInterval(() => { if (state.conversations[id]) update(id, { ...state.conversations[id], updated: Date.now() }); }, 1000 * SAVE_SECONDS);
   const own = (values) => setConversation(patch(state.conversations[id], answer, values));
   const { system, ...sampled } = request;
   const sent = messages([...before(state.conversations[id], parent), state.conversations[id].nodes[parent]]);
@@ -196,7 +198,7 @@ useActions({
   },
   regenerate(node) {
     stop();
-    generate(current(), node.parent);
+    generate(current(), node.parent, node.pieces.some(({ text }) => text) ? null : node);
     $("text").focus({ preventScroll: true });
   },
   choose(node) {
@@ -240,9 +242,7 @@ function newChat() {
 function deleteConversation(id) {
   const conversation = state.conversations[id];
   for (const { conversation: other, controller } of running.values()) if (other === id) controller.abort();
-  const { [id]: _, ...conversations } = state.conversations;
-  change({ conversations });
-  if (state.open === id) show(null, "replace");
+  forget(id);
   store.remove(id);
   tell(`Deleted “${title(conversation)}”.`, () => { update(id, conversation); show(id, "push"); });
 }
@@ -524,15 +524,22 @@ function keyOnPage(event) {
   }
 }
 
-// What another tab has written; undefined: it has deleted the conversation.
+// What another tab has written; undefined: it has deleted the conversation. This tab keeps showing the versions it shows.
 function fromOtherTab(id, conversation) {
-  if (conversation) setConversation(merge(state.conversations[id], conversation));
-  else if (!streamingHere() || state.open !== id) {
-    const { [id]: _, ...conversations } = state.conversations;
-    change({ conversations });
-    if (state.open === id) show(null, "replace");
+  const own = state.conversations[id];
+  if (conversation) {
+    const merged = merge(own, conversation);
+    setConversation({ ...merged, chosen: { ...merged.chosen, ...own?.chosen } });
+    if (id === state.open) settle(id);
+  } else if (own && ![...running.values()].some(({ conversation: other }) => other === id)) {
+    forget(id);
   }
-  if (conversation && id === state.open) settle(id);
+}
+
+function forget(id) {
+  const { [id]: _, ...conversations } = state.conversations;
+  change({ conversations });
+  if (state.open === id) show(null, "replace");
 }
 
 async function start() {
@@ -550,15 +557,18 @@ async function start() {
     rename: (id, name) => update(id, { ...state.conversations[id], title: name, updated: Date.now() }),
     export: (id) => exportFile([state.conversations[id]], "nanochat_conversation.jsonl"),
   });
+  $("text").value = drafts[location.hash.slice(1)] ?? "";
+  if (matchMedia("(hover: hover)").matches) $("text").focus();
   const kept = await store.open();
   // What was being written when this tab was reloaded is newer than what the database got.
   for (const conversation of [...(kept ?? []), ...(store.tab.get("unsaved") ?? [])]) setConversation(merge(state.conversations[conversation.id], conversation));
   store.onChange(fromOtherTab);
   if (kept) store.dropTokens(new Set(kept.flatMap((conversation) => Object.keys(conversation.nodes))));
+  const early = $("text").value; // what was typed meanwhile
   if (!state.open) show(location.hash.slice(1));
+  $("text").value = early;
+  typed();
   render();
-  document.body.classList.add("ready");
-  if (matchMedia("(hover: hover)").matches) $("text").focus();
   connect();
 }
 

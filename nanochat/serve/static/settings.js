@@ -10,19 +10,18 @@ const ROWS = [ // name, label, step (null: a number that has no slider), help
   ["max_tokens", "Max tokens", null, "Length of an answer."],
   ["seed", "Seed", null, "The same seed gives the same answer."],
 ];
-let server = null; // {limits, sampling: {name: {default, minimum, maximum}}, logprobs}, once it is known
+let server = null; // {limits, sampling: {name: {default, minimum, maximum}}}, once it is known
 let changed = local.get("settings") ?? {};
 let notify = () => {};
 
 export const limits = () => server?.limits;
 export const range = (name) => server?.sampling[name];
 const value = (name) => changed[name] ?? range(name)?.default;
-const isSupported = (name) => name === "seed" || range(name)?.minimum != null;
 
 // What a request has to say, with a seed in any case, so that the answer can be repeated.
 export function sampling() {
-  const names = ROWS.map(([name]) => name).filter((name) => isSupported(name) && value(name) != null);
-  const logprobs = server?.logprobs && (changed.logprobs ?? true) ? { logprobs: true, top_logprobs: 5 } : {};
+  const names = ROWS.map(([name]) => name).filter((name) => value(name) != null);
+  const logprobs = changed.logprobs ?? true ? { logprobs: true, top_logprobs: 5 } : {};
   const model = changed.model && !$("models").hidden ? { model: changed.model } : {};
   return { seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1, ...Object.fromEntries(names.map((name) => [name, value(name)])), ...logprobs, ...model };
 }
@@ -30,9 +29,9 @@ export function sampling() {
 export const systemPrompt = () => (changed.system ?? "").trim();
 
 export function summary() {
-  if (!server) return "Settings";
+  if (!server) return "Sampling";
   const top = value("top_k") ? `top-k ${value("top_k")}` : "top-k off";
-  const more = [isSupported("top_p") && value("top_p") < 1 ? `top-p ${value("top_p")}` : "", systemPrompt() ? "system prompt" : "", changed.seed != null ? `seed ${changed.seed}` : ""];
+  const more = [value("top_p") < 1 ? `top-p ${value("top_p")}` : "", systemPrompt() ? "system prompt" : "", changed.seed != null ? `seed ${changed.seed}` : ""];
   return [`temperature ${value("temperature")}`, top, ...more].filter(Boolean).join(" · ");
 }
 
@@ -60,7 +59,7 @@ export async function load() {
   server = page;
   $("models").hidden = data.length < 2;
   $("sampling").elements.model.replaceChildren(...data.map(({ id }) => h("option", { value: id }, id)));
-  $("numbers").replaceChildren(...ROWS.filter(([name]) => isSupported(name)).map(row));
+  $("numbers").replaceChildren(...ROWS.map(row));
   fill();
   notify();
 }
@@ -85,7 +84,6 @@ function fill() {
   const { system, logprobs, model } = $("sampling").elements;
   if (document.activeElement !== system) system.value = changed.system ?? "";
   logprobs.checked = changed.logprobs ?? true;
-  logprobs.closest("label").hidden = !server?.logprobs;
   if (changed.model) model.value = changed.model;
   for (const input of $("numbers").querySelectorAll("input")) input.value = value(input.name || input.dataset.of) ?? "";
 }

@@ -15,7 +15,7 @@ export function tokensView(tokens) {
   const info = h("div", { class: "token-info", role: "status" });
   const buttons = tokens.map(([token, logprob], i) => {
     const events = { focus: () => choose(i), mouseenter: () => choose(i), click: () => choose(i) };
-    return h("button", { class: `token level${level(logprob)}`, type: "button", tabindex: "-1", "aria-label": `${visible(token)}, ${percent(logprob)}`, ...events }, token);
+    return h("button", { class: `token level${level(logprob)}`, type: "button", tabindex: "-1", "aria-label": `${visible(token)}, ${percent(logprob)}`, ...events }, token.includes("\n") ? visible(token) : token);
   });
   function choose(i) {
     buttons.forEach((button, j) => { button.classList.toggle("chosen", i === j); button.tabIndex = i === j ? 0 : -1; });
@@ -32,7 +32,7 @@ export function tokensView(tokens) {
   const total = tokens.reduce((sum, [, logprob]) => sum + logprob, 0);
   const summary = `${tokens.length} tokens, perplexity ${Math.exp(-total / tokens.length).toFixed(2)}. Point at a token, or use the arrow keys.`;
   const legend = h("p", { class: "legend" }, "Probability: ", ...["90%", "60%", "30%", "10%", "less"].map((text, i) => h("span", { class: `level${i}` }, text)));
-  return h("div", { class: "tokens" }, h("div", { class: "token-text", role: "group", "aria-label": "Tokens of the answer", keydown: move }, ...buttons), info, legend, h("p", { class: "legend" }, summary));
+  return h("div", { class: "tokens" }, h("div", { class: "token-text", role: "group", "aria-label": "Tokens of the answer", keydown: move }, ...buttons.flatMap((button, i) => (tokens[i][0].includes("\n") ? [button, h("br")] : [button]))), info, legend, h("p", { class: "legend" }, summary));
 }
 
 function description([token, logprob, alternatives], i, n) {
