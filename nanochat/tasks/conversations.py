@@ -14,7 +14,7 @@ rejected may repeat the prompt's messages, which then need no key of their own.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from nanochat.tasks.task import Task, data_file
 
 SMOLTALK = HubTable("HuggingFaceTB/smol-smoltalk", None, "data", {"messages": list})
 ULTRAFEEDBACK = HubTable("HuggingFaceH4/ultrafeedback_binarized", None, "data", {"chosen": list, "rejected": list})
-Preference = dict[str, list[dict[str, Any]]]  # "prompt", "chosen" and "rejected": messages
+Preference = Mapping[str, Any]  # "prompt", "chosen" and "rejected": lists of messages
 DIALOGS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query")
 ANSWERS = ("output", "completion", "response", "answer")

@@ -58,7 +58,7 @@ def render(
         for answer in (row["chosen"], row["rejected"]):
             ids, mask = chat_format.render(tok, {"messages": [*given, *answer]})
             kept = chat_format.kept_tokens(tok, ids, max_tokens, too_long)
-            sides.append(Row(ids[:kept], mask[:kept]))
+            sides.append(Row(ids[:kept], [float(x) for x in mask[:kept]]))
         if all(any(side.weights[1:]) for side in sides) and sides[0] != sides[1]:
             pairs.append(Pair(*sides))
         else:

@@ -8,7 +8,7 @@ import sharded_steps
 import small_model
 import torch
 from sharded_steps import MODES, batch, data, full
-from tensordict import TensorDict
+from torch import Tensor
 
 from nanochat import distributed, model, optim, train, tree
 from nanochat.distributed import ShardingPlan, sharding
@@ -27,7 +27,7 @@ def random_adapters(config: ModelConfig, targets: list[str], rank: int = 3, plan
     return tree.unflatten({n: sharding.place(plan, n, x) for n, x in flat.items()}, adapters)
 
 
-def steps(plan: ShardingPlan | None, rank: int, world_size: int) -> tuple[list[float], TensorDict, int]:
+def steps(plan: ShardingPlan | None, rank: int, world_size: int) -> tuple[list[float], dict[str, Tensor], int]:
     """Return the losses of three steps, and then the full adapters and the bytes of this rank's optimizer state."""
     base, rows = small_model.random_params(CONFIG), model.lora.spec(CONFIG, 4, TARGETS)
     lora, dtype = train.build.Lora(base, rows, {}), torch.float32
