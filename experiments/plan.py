@@ -44,6 +44,7 @@ class Config(Settings):
         mfu: share of the GPU's 16-bit peak that a step reaches.
         dollars_per_hour: price of one GPU; default: the table's.
         chunk_tokens: tokens whose logits the loss computes at once.
+        lora: of a fine-tuning step on adapters in place of a pretraining step.
         table: whether to print the table over depths and GPUs.
     """
 
@@ -65,6 +66,7 @@ class Config(Settings):
     target_flops: PositiveFloat | None = None
     target_param_data_ratio: PositiveFloat = 12.0
     model: pretrain.ShapeConfig = pretrain.ShapeConfig()
+    lora: train.LoraConfig = train.LoraConfig()
 
     @property
     def rows(self) -> int | None:
@@ -127,6 +129,8 @@ def step_setup(config: Config, mode: str) -> train.planner.Setup:
         ema=config.ema,
         chunk_tokens=config.chunk_tokens,
         node_ranks=config.gpus_per_node,
+        lora_rank=config.lora.rank,
+        lora_targets=config.lora.targets,
     )
 
 
@@ -243,6 +247,9 @@ def command(config: Config, estimates: Mapping[str, train.Estimate | None]) -> s
     several = f" --nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=<first node>:29500" if nodes > 1 else ""
     start = f"torchrun{several} --nproc_per_node={min(config.world_size, config.gpus_per_node)} launch.py"
     settings: dict[str, Any] = {"depth": config.depth, "device_batch_size": fitting.rows}
+    if config.lora.rank:
+        start += f" --experiment=sft --set run=<base run> --set lora.rank={config.lora.rank}"
+        return f"{start} --set device_batch_size={fitting.rows} --set sharding.mode={mode}"
     if config.world_size > 1:
         settings["sharding.mode"] = mode
         if mode == "hsdp" and config.shard_ranks:

@@ -103,6 +103,27 @@ def test_planned_state_size_matches_real_state(mode: Any, kv_heads: int, four_ra
     assert planned["optimizer"] == tree.nbytes([real.step, real.opt_state, real.scaler])
 
 
+@pytest.mark.parametrize("mode", ["zero2", "hsdp"])
+def test_planned_state_of_adapters_is_the_base_once_and_the_adapters_like_any_parameter(
+    mode: Any, four_ranks: Runtime
+) -> None:
+    shape, targets = (
+        ModelConfig(sequence_len=16, vocab_size=100, n_layer=2, n_head=4, n_kv_head=4, n_embd=32),
+        ("*.attn.[qk]", "*.fc"),
+    )
+    spec = model.lora.spec(shape, 4, targets)
+    sharding_plan = sharding.make_plan(sharding.ShardingConfig(mode=mode, shard_ranks=2), four_ranks, spec)
+    adapters = model.lora.init(shape, 0, 4, targets, sharding_plan=sharding_plan)
+    base = tree.map(lambda x: x.to(BF16) if x.dim() > 1 else x, model.init(shape, 0))
+    real = sharding.local_shards(train.init(adapters, spec, BF16, sharding_plan))
+    setup = Setup(mode, 4, 2, lora_rank=4, lora_targets=targets)
+    planned = planner.state_bytes(shape, setup)
+    assert planned["parameters"] == tree.nbytes([base, real.params])
+    assert planned["optimizer"] == tree.nbytes([real.step, real.opt_state, real.scaler])
+    memory, whole = (planner.memory(D12, x, rows=4, micro_batches=1) for x in (setup, Setup(mode, 4, 2)))
+    assert memory.parts["optimizer"] < whole.parts["optimizer"] / 50 and memory.total < 0.9 * whole.total
+
+
 def test_largest_batch_fits_and_next_does_not() -> None:
     capacity, rows_per_rank = 9 * 2**30, 12
     rows = planner.largest_batch(D12, Setup(), rows_per_rank, capacity)
