@@ -70,7 +70,7 @@ class Config(FinetuneConfig):
     num_iterations: PositiveInt | None = None
     rollout: RolloutConfig = RolloutConfig(samples_per_prompt=8)
     optim: OptimConfig = dataclasses.replace(sft.OPTIM, lr_fraction=0.02, warmup_steps=10, moments=False)
-    lora: LoraConfig = LoraConfig(lr=2e-4)
+    lora: LoraConfig = LoraConfig(lr=0.002)
     train: TrainConfig = TrainConfig(attention="sdpa")  # flex, and so perhaps auto, needs sequences of one length
     eval: EvalConfig = EvalConfig(
         every_steps=50, tokens=2**18, sample_every_steps=None, sample_tokens=64, prompts=sft.PROMPTS
@@ -211,7 +211,7 @@ def dpo_stage(
     """Return the stage: batches of pairs, their loss, measurements on held-out pairs, and sample answers."""
     shape, num_steps = base.shape, config.num_iterations
     assert num_steps
-    plan = FinetunePlan(shape.n_embd, weight_decay=config.optim.weight_decay, lora_lr=config.lora.lr)
+    plan = FinetunePlan(shape.n_embd, weight_decay=config.optim.weight_decay, lora_lr=config.lora.lr if lora else None)
     rates = dataclasses.replace(config.optim, **optim.learning_rates(config.optim, base.settings))
     objective = train.dpo.Objective(config.loss, config.beta, config.label_smoothing, config.length_normalized)
     content = hashlib.sha256(repr((reference.tolist(), pairs)).encode()).hexdigest()[:16]

@@ -75,7 +75,7 @@ class Config(FinetuneConfig):
     device_batch_size: PositiveInt = 8
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OPTIM
-    lora: LoraConfig = LoraConfig(lr=2e-4)
+    lora: LoraConfig = LoraConfig(lr=0.001)
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=60, keep_last=8)  # all of an epoch of GSM8K
     train: TrainConfig = TrainConfig(attention="sdpa")  # flex, and so perhaps auto, needs sequences of one length
     eval: PassAtKConfig = PassAtKConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -141,7 +141,7 @@ def rl_stage(
     """Return the stage: batches of row numbers, a step that samples answers to them, pass@k and printed answers."""
     shape, tok, rollout, num_steps = base.shape, base.tokenizer, config.rollout, config.num_iterations
     assert num_steps
-    plan = FinetunePlan(shape.n_embd, weight_decay=config.optim.weight_decay, lora_lr=config.lora.lr)
+    plan = FinetunePlan(shape.n_embd, weight_decay=config.optim.weight_decay, lora_lr=config.lora.lr if lora else None)
     full_params = functools.partial(train.build.full_params, lora=lora)
     engines: list[infer.Engine] = []  # one, made and compiled at its first use
     latest: deque[list[train.Rollout]] = deque(maxlen=1)  # answers to a prompt of the last step, with unequal rewards

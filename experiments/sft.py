@@ -203,7 +203,11 @@ def sft_stage(
     assert config.total_batch_size
     batch_scale = scaling.batch_scale(config.total_batch_size)
     plan = FinetunePlan(
-        shape.n_embd, batch_scale, config.optim.weight_decay, momentum_warmup_steps=300, lora_lr=config.lora.lr
+        shape.n_embd,
+        batch_scale,
+        config.optim.weight_decay,
+        momentum_warmup_steps=300,
+        lora_lr=config.lora.lr if lora else None,
     )
 
     def schedule(step: int, stats: Mapping[str, float]) -> optim.Hparams:

@@ -82,7 +82,7 @@ class FinetunePlan:
     batch_scale: float = 1.0  # factor on the learning rates
     weight_decay: float = 0.0  # of the matrices, at the first step
     momentum_warmup_steps: int = 0  # over which Muon's momentum rises to 0.95
-    lora_lr: float | None = None  # of adapters, which are trained instead of the model's parameters
+    lora_lr: float | None = None  # of adapters, if they are trained in place of the model's parameters
 
 
 def batch_scale(total_batch_size: int) -> float:

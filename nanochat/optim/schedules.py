@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nanochat.model import lora
 from nanochat.optim.scaling import FinetunePlan, OptimConfig, Plan, learning_rates
 
 Hparams = Mapping[str, Mapping[str, Tensor]]  # group -> name -> 0-d float32 tensor
@@ -38,7 +37,7 @@ def hparams(config: OptimConfig, plan: Plan | FinetunePlan, step: int, done: flo
     for group in groups.values():
         group["lr"] *= config.lr_fraction * factor
     if isinstance(plan, FinetunePlan) and plan.lora_lr is not None:
-        groups[lora.GROUP] = {"lr": plan.lora_lr * factor, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0}
+        matrix["lr"] = plan.lora_lr * factor
     return as_hparams(groups)
 
 

@@ -120,13 +120,13 @@ class LoraConfig(Settings):
         alpha: what an adapter adds to its matrix is scaled by alpha / rank.
         targets: names of the matrices with adapters, * stands for any text. The output layer is among them because a
             base model does not know the special tokens of conversations.
-        lr: peak learning rate (AdamW); the optim settings, but for its schedule, are of the other parameters.
+        lr: peak learning rate (Muon); of the optim settings, adapters have the schedule alone.
     """
 
     rank: NonNegativeInt = 0
     alpha: PositiveFloat = 16.0
     targets: tuple[str, ...] = ("layers.*.attn.[qkv]", "layers.*.attn.proj", "layers.*.mlp.*", "lm_head")
-    lr: PositiveFloat = 0.002
+    lr: PositiveFloat = 0.02
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nanochat import checkpoint, distributed, model, tree
+from nanochat import checkpoint, distributed, model, optim, tree
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.distributed import Runtime, ShardingPlan, sharding, was_restarted
@@ -119,7 +119,8 @@ def describe_lora(lora: build.Lora | None, runtime: Runtime) -> dict[str, str]:
     if lora is None:
         return {}
     count, copies = sum(row.numel for row in lora.spec.values()), " on every rank" * (runtime.world_size > 1)
-    sizes = f"{4 * count / 1e6:.2f} MB, optimizer {8 * count / 1e6:.2f} MB"
+    moments = count + sum(optim.second_shape(row.shape).numel() for row in lora.spec.values())
+    sizes = f"{4 * count / 1e6:.2f} MB, optimizer {4 * moments / 1e6:.2f} MB"
     base = f"frozen, {tree.nbytes(lora.base) / 1e6:.1f} MB{copies}"
     return {"adapters": f"{count:,} parameters on {len(lora.spec) // 2} matrices: {sizes}", "base": base}
 
