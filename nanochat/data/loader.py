@@ -26,17 +26,8 @@ import torch
 from torch import Tensor
 
 from nanochat.config import UserError, base_dir
-from nanochat.data import mixture, packing
-from nanochat.data.sources import (
-    CorruptShardError,
-    DataConfig,
-    Shard,
-    content_hash,
-    num_blocks,
-    parts_of,
-    read_block,
-    shards_of,
-)
+from nanochat.data import mixture, packing, sources
+from nanochat.data.sources import CorruptShardError, DataConfig, Shard, content_hash, num_blocks, read_block, shards_of
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.distributed import cpu_cores
 from nanochat.text import reason
@@ -100,28 +91,26 @@ def batches(
     if split == "val":
         config = dataclasses.replace(config, shuffle=False)
     seed = seed if config.seed is None else config.seed
-    parts, device = parts_of(config), torch.device(device)
+    parts, mixed, device = sources.parts_of(config), [], torch.device(device)
     states = [None] * len(parts) if state is None else mixture.split(state)
     if len(states) != len(parts):
         raise OtherDataError(f"cannot resume with {len(parts)} sources of data, there were {len(states)}")
-    sources = []
     for (share, part), old in zip(parts, states):
         shards = tuple(shards_of(part, split))
         stream = StreamConfig(part, tok, split, shards, seed, sequence_len + 1, rank, world_size, share=share)
-        start, buffer = _restore(stream, old)
-        reader = BlockReader(stream)
+        (start, buffer), reader = _restore(stream, old), BlockReader(stream)
         unread = _documents(stream, start.doc, _token_blocks(stream, start, reader))
         documents = itertools.chain([(document.length, document) for document in buffer], unread)
-        rows = packing.plan(documents, stream.row_tokens, config.buffer_docs)
-        sources.append(Source(stream, start, buffer, reader, rows))
-    packed = _packed_batches(sources, rows_per_step, device)
-    return _to_device(prefetch(packed, config.prefetch_batches), sources, device)
+        mixed.append(
+            Source(stream, start, buffer, reader, packing.plan(documents, stream.row_tokens, config.buffer_docs))
+        )
+    return _to_device(prefetch(_packed_batches(mixed, rows_per_step, device), config.prefetch_batches), mixed, device)
 
 
-def _to_device(packed: PackedBatches, sources: "list[Source]", device: torch.device) -> Generator[Batch, None, None]:
+def _to_device(packed: PackedBatches, mixed: "list[Source]", device: torch.device) -> Generator[Batch, None, None]:
     # The readers are closed first, as the prefetch thread may be waiting for one.
     with contextlib.closing(packed), contextlib.ExitStack() as stack:
-        for source in sources:
+        for source in mixed:
             stack.callback(source.reader.close)
         for tokens, state, stats in packed:
             tokens = tokens.to(device, non_blocking=True)  # here and not in the thread: on the consumer's CUDA stream
@@ -450,20 +439,20 @@ def _documents(
         skip = 0
 
 
-def _packed_batches(sources: Sequence[Source], rows_per_step: int, device: torch.device) -> PackedBatches:
+def _packed_batches(mixed: Sequence[Source], rows_per_step: int, device: torch.device) -> PackedBatches:
     """Yield (int64 (2, this rank's rows, T): inputs and targets; state; statistics) of each step."""
     pin = device.type == "cuda"
     if pin and device.index is not None:
         torch.cuda.set_device(device)  # of this thread, else pinning would allocate memory on the first GPU
-    stream = sources[0].stream
-    size, shares = np.dtype(stream.token_type).itemsize, [source.stream.share for source in sources]
-    ends: list[Position] = [source.start for source in sources]
-    buffers: list[Iterable[Document]] = [source.buffer for source in sources]
+    stream = mixed[0].stream
+    size, shares = np.dtype(stream.token_type).itemsize, [source.stream.share for source in mixed]
+    ends: list[Position] = [source.start for source in mixed]
+    buffers: list[Iterable[Document]] = [source.buffer for source in mixed]
     while True:
         step = []
         for r in range(rows_per_step):
             turn = mixture.next_source(shares, [end.rows for end in ends])
-            row, end = next(sources[turn].rows), ends[turn]
+            row, end = next(mixed[turn].rows), ends[turn]
             if r % stream.world_size == stream.rank:
                 step += [document.tokens[: (b - a) * size] for document, a, b in row.pieces]
             totals = (end.rows + 1, end.docs + len(row.pieces), end.tokens_cut + row.cropped_tokens)
@@ -473,11 +462,11 @@ def _packed_batches(sources: Sequence[Source], rows_per_step: int, device: torch
         batch = torch.empty((2, len(packed), stream.row_tokens - 1), dtype=torch.int64, pin_memory=pin)
         batch.numpy()[0] = packed[:, :-1]
         batch.numpy()[1] = packed[:, 1:]
-        states = [_state(source.stream, *place) for source, *place in zip(sources, ends, buffers)]
+        states = [_state(source.stream, *place) for source, place in zip(mixed, zip(ends, buffers))]
         tokens, cropped = (stream.row_tokens * sum(e.rows for e in ends)), sum(e.tokens_cut for e in ends)
         stats = {"epoch": max(e.epoch for e in ends), "docs": sum(e.docs for e in ends), "tokens_packed": tokens}
         stats |= {"tokens_cut": cropped, "tokens_cut_fraction": cropped / (tokens + cropped)}
-        yield batch, mixture.join(states, shares, [source.stream.config.source for source in sources]), stats
+        yield batch, mixture.join(states, shares, [source.stream.config.source for source in mixed]), stats
 
 
 def _state(stream: StreamConfig, end: Position, buffer: Iterable[Document]) -> LoaderState:
