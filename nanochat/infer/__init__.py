@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from nanochat.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nanochat.infer import engine, prefill, sampling, tool_use
+    from nanochat.infer import engine, grammar, prefill, sampling, tool_use
     from nanochat.infer.engine import (
         Engine,
         admit,

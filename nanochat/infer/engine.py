@@ -28,7 +28,7 @@ from nanochat import model, tree
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.distributed import compile_fn
-from nanochat.infer import prefill, sampling, tool_use
+from nanochat.infer import grammar, prefill, sampling, tool_use
 from nanochat.infer import request as requests
 from nanochat.infer.request import Completion, Event, Request
 from nanochat.model import Compute, ModelConfig, ParamsLike, kv_cache
@@ -50,6 +50,7 @@ class _Row:
     max_length: int
     feed: deque[int]  # what to send it in the next steps; it draws after the last
     open_call: tuple[int, ...] | None = None
+    grammar: Any = None  # the state of an answer in a grammar, see `grammar.start`
 
 
 # A dispatched step: the ids that it draws, when the host may read them, and (slot, row) of the rows that take one.
@@ -179,6 +180,8 @@ def admit(engine: Engine, key: Hashable, request: Request) -> None:
     n_prompt = len(request.prompt)
     max_length = min(n_prompt + request.max_tokens, engine.context)
     engine.active[key] = _Row(key, request, None, n_prompt, max_length, deque([request.prompt[-1]]))
+    if request.grammar:
+        engine.active[key].grammar = grammar.start(engine.tools.tokenizer, request.grammar)
     prefill.add(engine.prefill, key, request.prompt)
 
 
@@ -215,11 +218,16 @@ def step(engine: Engine, prefill_all: bool = False) -> list[Event]:
     n_decoding = sum(row.slot is not None for row in engine.active.values())
     for prefilled in prefill.advance(engine.prefill, n_decoding > 0, prefill_all):
         _start_decoding(engine, prefilled)
-    rows = [row for row in engine.active.values() if row.slot is not None]
+    rows, events = [row for row in engine.active.values() if row.slot is not None], []
+    constrained = [row for row in rows if row.grammar]  # the next token of which depends on the last one
+    depth = 0 if constrained else engine.async_depth
     if rows:
         n_rows = _round_up(_compact_slots(engine, rows), engine.row_sizes)
         longest = max(row.length for row in rows) + engine.async_depth
         span = _round_up(longest, engine.span_sizes)
+        for row in constrained if engine.filters else ():
+            end = engine.tools.tokenizer.special("<|assistant_end|>")
+            grammar.mask_(engine.filters["bias"][row.slot], row.grammar, row.request.logit_bias, end)
         control, drawing = [NO_TOKEN] * n_rows, []
         for row in rows:
             if row.feed:
@@ -229,9 +237,9 @@ def step(engine: Engine, prefill_all: bool = False) -> list[Event]:
         draw_settings = sampling.cheapest_way([row.request for row in rows], engine.config.vocab_size)
         drawn_B, ready = _run_step(engine, torch.tensor(control), n_rows, span=span, **draw_settings)
         engine.pending.append((drawn_B, ready, drawing))
-    if engine.pending and (len(engine.pending) > engine.async_depth or not rows):
-        return _collect_step(engine, *engine.pending.popleft())
-    return []
+    while engine.pending and (len(engine.pending) > depth or not rows):
+        events += _collect_step(engine, *engine.pending.popleft())
+    return events
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> Generator[Event, None, None]:
@@ -363,6 +371,8 @@ def _collect_step(
         token = drawn[slot]
         if token == NO_TOKEN or engine.active.get(row.key) is not row:  # it waits, or has ended meanwhile
             continue
+        if row.grammar:
+            row.grammar.consume_token(token)
         row.open_call, forced = tool_use.step(engine.tools, row.open_call, token)
         if forced:
             row.feed.extend((token, *forced))

@@ -26,6 +26,7 @@ class Request:
     presence_penalty: float = 0.0  # over 0: against tokens of the answer
     frequency_penalty: float = 0.0  # the same, times how often each occurred
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
+    grammar: str | None = None  # of the whole answer, see `grammar`; it calls no tools
     logprobs: int | None = None  # report each token's log-probability, and those of so many alternatives
 
     @property
@@ -42,7 +43,7 @@ class Request:
     @property
     def is_filtered(self) -> bool:
         """Whether it needs more than temperature and top_k, which are drawn faster."""
-        return self.filters != NO_FILTERS or bool(self.logit_bias) or self.logprobs is not None
+        return self.filters != NO_FILTERS or bool(self.logit_bias or self.grammar) or self.logprobs is not None
 
 
 class TokenLogprobs(NamedTuple):

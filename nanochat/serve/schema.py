@@ -313,6 +313,23 @@ class OpenAIRequest(SamplingRequest, _ForeignFields):
         return self
 
 
+def _json_schema(value: Any) -> dict[str, Any] | None:
+    """Return the JSON schema of an answer, as OpenAI's or llama.cpp's clients write it; None for text."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return None
+    schema: Any = value.get("schema", {"type": "object"}) if kind == "json_object" else None
+    if kind == "json_schema":
+        holder = value.get("json_schema", value)
+        schema = holder.get("schema") if isinstance(holder, dict) else None
+    if not isinstance(schema, dict):
+        raise PydanticCustomError("response_format", "the type text, json_object, or json_schema with its schema")
+    return schema
+
+
+ResponseFormat = Annotated[dict[str, Any] | None, BeforeValidator(_json_schema, json_schema_input_type=dict[str, Any])]
+
+
 class Function(MessageField):
     name: str
     description: str | None = None
@@ -356,7 +373,7 @@ class CompletionRequest(OpenAIRequest):
     tool_choice: Annotated[str, BeforeValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] = Field(
         "auto", description="With a tool, auto and required end the answer at a call; none leaves calls to the server."
     )
-    response_format: Annotated[Any, _unsupported({"type": "text"})] = None
+    response_format: ResponseFormat = None
     echo: Annotated[Any, _unsupported(False)] = None
 
     @property
@@ -380,6 +397,8 @@ class CompletionRequest(OpenAIRequest):
             refuse("tool_choice", f"is {_shown(self.tool_choice)}, expected 'none', 'auto', 'required' or a tool")
         if self.tool_choice not in ("none", "auto") and not self.tools:
             refuse("tool_choice", "needs tools: declare the tool")
+        if self.tool and self.response_format is not None:
+            refuse("response_format", "is not for requests with tools: the answer would not be a call")
         for tool in self.tools if self.tool_choice != "none" else ():
             name = tool.function.name
             if name != CALCULATOR or len(self.tools) > 1:
@@ -420,7 +439,7 @@ class TextCompletionRequest(OpenAIRequest):
     stop: Annotated[list[str], _stops(MAX_COMPLETION_STOPS)] = []
     add_special_tokens: bool = Field(True, description="Put <|bos|> before the prompt: the model was trained with it.")
     suffix: Annotated[Any, _unsupported("")] = None
-    response_format: Annotated[Any, _unsupported({"type": "text"})] = None
+    response_format: ResponseFormat = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "TextCompletionRequest":

@@ -253,6 +253,43 @@ def test_agent_loop() -> None:
         assert server.prompts[-1].endswith("<|assistant_start|><|python_start|>")
 
 
+# Structured output
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "kind": {"enum": ["cat", "dog"]}},
+    "required": ["name", "kind"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    "response_format",
+    [
+        {"type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": SCHEMA}},
+        {"type": "json_object", "schema": SCHEMA},  # llama.cpp
+    ],
+)
+@pytest.mark.parametrize("temperature", [0, 2])
+def test_answers_follow_the_schema(client: openai.OpenAI, response_format: Any, temperature: float) -> None:
+    answer = chat(client, response_format=response_format, n=2, max_tokens=100, temperature=temperature)
+    for choice in answer.choices:
+        found = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop" and set(found) == {"name", "kind"}
+        assert len(found["name"]) <= 5 and found["kind"] in ("cat", "dog")
+    assert chat(client, response_format={"type": "json_object"}).choices[0].message.content.startswith("{")
+    text = complete(client, max_tokens=100, extra_body={"response_format": response_format}).choices[0].text
+    assert set(json.loads(text)) == {"name", "kind"}
+
+
+@pytest.mark.parametrize("schema", [{"type": "foo"}, {"$ref": "#/nowhere"}, {"pattern": "(", "type": "string"}])
+def test_schemas_that_cannot_be_followed_are_refused(client: openai.OpenAI, schema: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="response_format is not supported for this") as caught:
+        chat(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    assert caught.value.param == "response_format"
+
+
 # Defaults and documented examples
 
 

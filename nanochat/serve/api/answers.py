@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from nanochat import infer
+from nanochat.config import UserError
 from nanochat.data import Tokenizer, chat_format
 from nanochat.data.chat_format import Piece
 from nanochat.serve import scheduler as scheduling
@@ -26,7 +27,6 @@ MODEL_ALIAS = "nanochat"  # a name for every model
 KEEP_ALIVE_SECONDS = 15.0  # of silence in a stream, after which a comment shows that the connection is alive
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 LEAST_LOGPROB = -9999.0  # as OpenAI writes minus infinity, which JSON does not have
-LEAST_TOP_P = 1e-6  # top_p 0 leaves the most likely token
 
 log = logging.getLogger("nanochat.serve")
 
@@ -84,6 +84,7 @@ def sampling_requests(
     max_tokens: int,
     n: int = 1,
     logprobs: int | None = None,
+    grammar: str | None = None,
 ) -> list[infer.Request]:
     """Return n requests for answers to a prompt, which differ in their seeds."""
     values: dict[str, Any] = {}
@@ -95,10 +96,22 @@ def sampling_requests(
             message = f"logit_bias has the key {token[:20]!r}, expected token ids from 0 to {vocab_size - 1}"
             raise ApiError(400, message.encode("ascii", "backslashreplace").decode(), param="logit_bias")
         bias[int(token)] = value
-    values |= {"top_p": max(values["top_p"], LEAST_TOP_P), "logprobs": logprobs, "logit_bias": tuple(bias.items())}
-    values |= {"presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty}
+    values |= {"logprobs": logprobs, "logit_bias": tuple(bias.items())}
+    values |= {
+        "grammar": grammar,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+    }
     seed = body.seed if body.seed is not None else secrets.randbits(63)
     return [infer.Request(tuple(prompt), max_tokens, seed=(seed + i) % 2**63, **values) for i in range(n)]
+
+
+async def grammar_of(schema: dict[str, Any] | None) -> str | None:
+    """Return the grammar of the answers that a request asks for."""
+    try:
+        return None if schema is None else await asyncio.to_thread(infer.grammar.from_json_schema, schema)
+    except UserError as error:
+        raise ApiError(400, f"response_format is not supported for this: {error}", param="response_format") from None
 
 
 def submit(

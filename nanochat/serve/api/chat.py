@@ -52,9 +52,9 @@ async def completion(request: Request, body: CompletionRequest) -> Any:
             options["before"] = [special("<|python_start|>")]  # the model can only go on with a call
     prompt += options.get("before", ())
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    max_tokens = _max_tokens(request, body)
+    max_tokens, grammar = _max_tokens(request, body), await answers.grammar_of(body.response_format)
     requests = answers.sampling_requests(
-        body, request.app.state.api, info, prompt, max_tokens, n=body.n, logprobs=logprobs
+        body, request.app.state.api, info, prompt, max_tokens, n=body.n, logprobs=logprobs, grammar=grammar
     )
     streams, updates = answers.submit(scheduler, info, requests, **options)
     header: Any = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}

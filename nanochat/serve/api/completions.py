@@ -45,11 +45,14 @@ async def completion(request: Request, body: TextCompletionRequest) -> Any:
     info = answers.ready_model(scheduler, config, body.model)
     prompts = await asyncio.to_thread(_read_prompts, info, body)
     n, is_scored = body.best_of or body.n, body.echo and body.logprobs is not None
+    grammar = await answers.grammar_of(body.response_format)
     requests: list[infer.Request] = []
     if body.max_tokens:
         logprobs = 0 if body.logprobs is None and n > body.n else body.logprobs
         for prompt in prompts:
-            requests += answers.sampling_requests(body, config, info, prompt.ids, body.token_limit, n, logprobs)
+            requests += answers.sampling_requests(
+                body, config, info, prompt.ids, body.token_limit, n, logprobs, grammar
+            )
         if is_scored and n == body.max_tokens == 1 and _is_greedy(requests[0]):
             requests = []  # the scores of the prompt say what follows it
     _check_lengths(info, body, prompts, n_answer=int(bool(requests)))
@@ -142,7 +145,7 @@ def _check_lengths(info: WorkerInfo, body: TextCompletionRequest, prompts: Seque
 def _is_greedy(request: infer.Request) -> bool:
     """Return whether a request takes the token that the model finds most likely."""
     penalties = (request.repetition_penalty - 1, request.presence_penalty, request.frequency_penalty)
-    return request.temperature == 0 and not request.logit_bias and not any(penalties)
+    return request.temperature == 0 and not (request.logit_bias or request.grammar) and not any(penalties)
 
 
 # Log-probabilities
