@@ -192,13 +192,12 @@ def measure(
     from nanochat import tree
 
     params, names = loaded.params, ("inputs", "targets", "weights")
-    compute = model.Compute(params["wte"].dtype)
+    compute, device = model.Compute(params["wte"].dtype), params["wte"].device
     loss_fn = functools.partial(model.loss.next_token, config=loaded.config, compute=compute, chunk_tokens=CHUNK_TOKENS)
     gradient = torch.func.grad_and_value(lambda params, batch: loss_fn(params, batch)[0])
 
     def dot(a: TensorDict, b: TensorDict) -> Tensor:
-        products: Any = ((x.float() * y.float()).sum() for x, y in zip(tree.leaves(a), tree.leaves(b)))
-        return sum(products)
+        return torch.stack([(x.float() * y.float()).sum() for x, y in zip(tree.leaves(a), tree.leaves(b))]).sum()
 
     def of_batch(batch: dict[str, Tensor]) -> tuple[TensorDict, float]:
         total, value = tree.map(lambda p: torch.zeros_like(p, dtype=torch.float32), params), 0.0
@@ -218,13 +217,11 @@ def measure(
 
     # On the CPU, torch's attention is called once for each document.
     warnings.filterwarnings("ignore", "There is a performance drop")
-    columns = torch.arange(batch["inputs"].shape[1], device=params.device)
+    columns = torch.arange(batch["inputs"].shape[1], device=device)
     with metrics.progress.Bar(len(documents), label="gradients", unit="document") as bar:
         for first in range(0, len(documents), chunk):
             group = documents[first : first + chunk]
-            row, start, stop = (
-                torch.tensor([d[k] for d in group], device=params.device) for k in ("row", "start", "stop")
-            )
+            row, start, stop = (torch.tensor([d[k] for d in group], device=device) for k in ("row", "start", "stop"))
             weights = batch["weights"][row] * ((columns >= start[:, None]) & (columns < stop[:, None]))
             numbers = torch.func.vmap(of_document)(batch["inputs"][row], batch["targets"][row], weights)
             for document, weight, (loss, square, along, *effect) in zip(

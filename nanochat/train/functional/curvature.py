@@ -171,8 +171,9 @@ def inverse_root(opt_state: OptState, hparams: Hparams) -> Callable[[TensorDict]
 def _polar_root(momentum: Tensor, lr: float) -> Tensor:
     """Return the square root of lr·sqrt(max(1, r/c))·(M·Mᵀ)^(-1/2), or of (Mᵀ·M)^(-1/2) where r > c."""
     rows, columns = momentum.shape
-    m = momentum.double() if rows <= columns else momentum.double().T
+    m = momentum.cpu().double()  # not every device has float64
+    m = m if rows <= columns else m.T
     squares, vectors = torch.linalg.eigh(m @ m.T)
     least = m.norm() / math.prod(a for a, _, _ in POLAR_EXPRESS)
     gain = lr * max(1.0, rows / columns) ** 0.5 / torch.maximum(squares.clamp_min(0).sqrt(), least)
-    return (vectors * gain.sqrt()) @ vectors.T
+    return ((vectors * gain.sqrt()) @ vectors.T).to(momentum)
