@@ -29,7 +29,9 @@ def test_accuracies_are_equal(base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     tasks = lm_eval_tasks.tasks(core_ranks.BUNDLE, LABELS, base)
     results = lm_eval.simple_evaluate("hf", settings, tasks, device="cpu", batch_size=16, bootstrap_iters=0)
     for label in LABELS:
-        ours = lm_eval_tasks.accuracy(params, config, tok, core_ranks.BUNDLE, label)
-        assert results["results"][f"local_{label}"]["acc,none"] == pytest.approx(ours), label
-        for row in results["samples"][f"local_{label}"]:
-            assert row["resps"]
+        accuracy, ours = lm_eval_tasks.scores(params, config, tok, core_ranks.BUNDLE, label)
+        assert results["results"][f"local_{label}"]["acc,none"] == pytest.approx(accuracy), label
+        for row, theirs in zip(ours, results["samples"][f"local_{label}"], strict=True):
+            for scored, (log_likelihood, greedy) in zip(row, theirs["filtered_resps"], strict=True):
+                assert float(log_likelihood) == pytest.approx(-scored.nats, abs=1e-3)
+                assert str(greedy) == str(scored.n_correct_greedy == scored.n_tokens)

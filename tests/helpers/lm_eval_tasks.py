@@ -37,13 +37,13 @@ def tasks(bundle: Path, labels: list[str], folder: Path, limit: int | None = Non
     return configs
 
 
-def accuracy(
+def scores(
     params: ParamsLike, config: ModelConfig, tok: Tokenizer, bundle: Path, label: str, limit: int | None = None
-) -> float:
-    """Return the accuracy of `tasks` by `likelihood.score`: the likeliest choice by its sum, or the greedy answer."""
+) -> tuple[float, list[list[likelihood.Scored]]]:
+    """Return the accuracy of `tasks` by `likelihood.score` (the likeliest sum, or the greedy answer), and each row's."""
     task, rows = read(bundle, label, limit)
     between = task.get("continuation_delimiter", " ")
-    right = 0
+    right, results = 0, []
     for row in rows:
         if task["icl_task_type"] == "multiple_choice":
             texts = [(row["query"], between + choice) for choice in row["choices"]]
@@ -52,16 +52,14 @@ def accuracy(
         prompts = []
         for text, answer in texts:
             context = text.rstrip()  # the harness moves trailing spaces to the answer
-            answer = text[len(context) :] + answer
-            ids = [tok.bos, *tok.encode(context + answer)]
+            ids = [tok.bos, *tok.encode(text + answer)]
             prompts.append(likelihood.Prompt(ids, 1 + len(tok.encode(context)), len(ids)))
         (scored,) = likelihood.score(params, config, [prompts])
-        if task["icl_task_type"] == "multiple_choice":
-            nats = [score.nats for score in scored]
-            right += nats.index(min(nats)) == row["gold"]
-        else:
-            right += scored[0].n_correct_greedy == scored[0].n_tokens
-    return right / len(rows)
+        results.append(scored)
+        nats = [score.nats for score in scored]
+        greedy = scored[0].n_correct_greedy == scored[0].n_tokens
+        right += nats.index(min(nats)) == row["gold"] if "gold" in row else greedy
+    return right / len(rows), results
 
 
 def read(bundle: Path, label: str, limit: int | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
