@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 from nanochat import checkpoint, distributed, jsonl, metrics, model
 from nanochat.config import Device, Dtype, NonNegativeInt, PositiveInt, Settings, UserError, base_dir
 from nanochat.data import tokenizer
-from nanochat.text import format_count, format_duration
+from nanochat.text import format_count, format_duration, reason
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -72,15 +72,20 @@ def run(config: Config, runtime: Runtime) -> None:
     shape = checkpoint.infer_config(info)
     folder = out_folder(config, info)
     count = model.count(shape)["total"]
+    disk, duration = (8, "about a minute") if config.format == "pt2" else (4, "seconds")
     print(
         f"exporting {info.folder.name}, step {info.step} ({info.stage}), {format_count(count)} parameters, as "
-        f"{config.format} to {folder}: up to {format_count(4 * count * (2 if config.format == 'pt2' else 1))}B on disk",
+        f"{config.format} to {folder}: takes {duration}, up to {format_count(disk * count)}B on disk and "
+        f"{format_count(2 * disk * count)}B of memory",
         flush=True,
     )
     start = time.perf_counter()
     partial = folder.with_name(f"{folder.name}.partial")  # a stopped export leaves no folder that looks complete
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{partial} cannot be made: {reason(error)}") from None
     WRITERS[config.format](config, partial, info, *read(config, info))
     partial.rename(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())

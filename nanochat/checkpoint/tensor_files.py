@@ -42,9 +42,12 @@ def load(folder: Path) -> tuple[Params, Tokenizer | None, dict[str, object]]:
 def write(folder: Path, tensors: Mapping[str, Tensor], shard_size: int | str = SHARD_SIZE) -> None:
     """Write model.safetensors, or above `shard_size` (bytes, or text such as "5GB") shards and their index."""
     import huggingface_hub
+    import safetensors  # noqa: F401  (huggingface_hub imports it, with an error of its own)
 
     own = {name: value.detach().contiguous() for name, value in tensors.items()}
     huggingface_hub.save_torch_state_dict(own, folder, max_shard_size=shard_size, metadata={"format": "pt"})
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes for the owner only
 
 
 def read(folder: Path) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def tasks(bundle: Path, labels: list[str], folder: Path, limit: int | None = Non
 def scores(
     params: ParamsLike, config: ModelConfig, tok: Tokenizer, bundle: Path, label: str, limit: int | None = None
 ) -> tuple[float, list[list[likelihood.Scored]]]:
-    """Return the accuracy of `tasks` by `likelihood.score` (the likeliest sum, or the greedy answer), and each row's."""
+    """Return the accuracy of `tasks` by `likelihood.score` (the likeliest sum, or greedy), and the scores by row."""
     task, rows = read(bundle, label, limit)
     between = task.get("continuation_delimiter", " ")
     right, results = 0, []
