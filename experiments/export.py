@@ -144,10 +144,12 @@ def write_pt2(config: Config, folder: Path, info: CheckpointInfo, params: Tensor
     from nanochat.infer import program
 
     placed = tree.map(lambda x: x.to(distributed.choose_device(config.device, 0)), params)
-    program.save(folder, placed, config.context or model.config_of(params).sequence_len, aot=config.aot)
+    context = config.context or model.config_of(params).sequence_len
+    program.save(folder, placed, context, aot=config.aot)
     content = checkpoint.huggingface.tokenizer_json(tok)
     jsonl.write_atomic(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
-    jsonl.write_atomic(folder / "README.md", PROGRAM_CARD)
+    turn = "{input('> ')}" if info.stage == "base" else "<|user_start|>{input('> ')}<|user_end|><|assistant_start|>"
+    jsonl.write_atomic(folder / "README.md", PROGRAM_CARD.replace("CONTEXT", str(context)).replace("PROMPT", turn))
 
 
 WRITERS = {"hf": write_hf, "safetensors": write_safetensors, "reference": write_reference, "pt2": write_pt2}
@@ -183,14 +185,14 @@ from tokenizers import Tokenizer
 
 tok = Tokenizer.from_file("tokenizer.json")
 prefill, decode = (torch.export.load(f"{name}.pt2").module() for name in ("prefill", "decode"))
-ids = tok.encode(f"<|bos|><|user_start|>{input('> ')}<|user_end|><|assistant_start|>").ids
+ids = tok.encode(f"<|bos|>PROMPT").ids
 logits, cache = prefill(torch.tensor([ids]), torch.tensor([len(ids)]))
-while (token := logits.argmax(-1)).item() != tok.token_to_id("<|assistant_end|>"):
+while (token := logits.argmax(-1)).item() != tok.token_to_id("<|assistant_end|>") and cache["length"] < CONTEXT:
     print(tok.decode([token.item()]), end="", flush=True)
     logits, cache = decode(token, cache)
 ```
 
-A row has room for `context` tokens (config.json). With *_aot.pt2: `torch._inductor.aoti_load_package`, which is called
+A row has room for CONTEXT tokens. With *_aot.pt2: `torch._inductor.aoti_load_package`, which is called
 the same way.
 """
 CHAT = """\
