@@ -307,4 +307,6 @@ def describe(config: Config, shape: model.ModelConfig, plan: optim.Plan, runtime
         "sharding": distributed.sharding.describe(config.sharding, runtime),
         "device": f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}",
     }
+    if len(parts := sources.parts_of(config.data)) > 1:
+        facts["data"] = ", ".join(f"{share:.1%} of the tokens from {part.source}" for share, part in parts)
     return train.describe(config, facts)

@@ -125,6 +125,7 @@ def test_pretraining_goes_on_with_a_mixture(tmp_path: Path, capsys: pytest.Captu
         whole = tiny_run.pretrain_run("name=whole", *settings)
         out = capsys.readouterr().out
         assert "the data, or its order, is not that of old: it is read from its beginning" in out
+        assert "75.0% of the tokens from " in out.partition("run folder")[0]
         assert "75.00% of the tokens from " in out and "25.00% of the tokens from " in out
         with tiny_run.stop_after(8):
             tiny_run.pretrain_run("name=stopped", *settings)
