@@ -25,7 +25,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import requests
@@ -44,6 +44,7 @@ class ServerConfig(Settings):
         token: bearer token, if the server wants one.
         clients: numbers of concurrent clients, one row of the table each.
         seconds: time of each row.
+        streaming: share of the clients that read a stream; the others wait for whole answers.
         prompt, max_tokens, temperature, top_k: of every request.
     """
 
@@ -51,6 +52,7 @@ class ServerConfig(Settings):
     token: str | None = dataclasses.field(default=None, repr=False)
     clients: tuple[PositiveInt, ...] = (1, 4, 16, 64)
     seconds: PositiveFloat = 30.0
+    streaming: Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1] = 1.0
     prompt: str = "Tell me a long story about the sea."
     max_tokens: PositiveInt = 128
     temperature: NonNegativeFloat = 0.8
@@ -250,9 +252,9 @@ def decode(
 
 
 class Answer(NamedTuple):
-    """What a client measured: seconds to the first chunk and between chunks, and the server's token count."""
+    """What a client measured: seconds to the first chunk of a stream and between chunks, the server's token count."""
 
-    first_seconds: float
+    first_seconds: float | None
     gap_seconds: list[float]
     tokens: int
 
@@ -265,21 +267,25 @@ def measure_server(config: ServerConfig) -> None:
     devices = ", ".join(f"{w['slots']} slots on {w['device']}" for w in stats["workers"])
     print(f"{stats['model']['name']}, step {stats['model']['step']}: {devices}")
     seeds = itertools.count()
-    ask(config, next(seeds))  # warm-up
-    rows = [["clients", "answers", "tokens/s", "speed-up", "first ms: 50%", "95%", "gap ms", "health ms"]]
+    ask(config, next(seeds), True)  # warm-up
+    rows = [["clients", "answers", "tokens/s", "speed-up", "answers/s", "first ms: 50%", "99%", "gap ms: 50%", "99%"]]
+    rows[0].append("health ms")
     base = 0.0
     for clients in config.clients:
         answers, seconds, health = load_test(config, clients, seeds)
         rate = sum(answer.tokens for answer in answers) / seconds
         base = base or rate
-        first = sorted(1000 * answer.first_seconds for answer in answers)
-        gaps = [1000 * gap for answer in answers for gap in answer.gap_seconds] or [0.0]
-        last = first[min(len(first) - 1, int(0.95 * len(first)))]
-        numbers = (statistics.median(first), last, statistics.median(gaps), 1000 * health)
+        first = [answer.first_seconds for answer in answers if answer.first_seconds is not None]
+        gaps = [gap for answer in answers for gap in answer.gap_seconds]
+        times = [1000 * quantile(values, q) for values in (first, gaps) for q in (0.5, 0.99)]
         rows.append([str(clients), str(len(answers)), f"{rate:.1f}", f"{rate / base:.2f}"])
-        rows[-1] += [f"{number:.1f}" for number in numbers]
+        rows[-1] += [f"{len(answers) / seconds:.2f}", *(f"{x:.1f}" for x in (*times, 1000 * health))]
         print(f"{clients} clients: {rate:.1f} tokens/s", flush=True)
     print(table(rows))
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))] if values else 0.0
 
 
 def load_test(config: ServerConfig, clients: int, seeds: Iterator[int]) -> tuple[list[Answer], float, float]:
@@ -287,10 +293,10 @@ def load_test(config: ServerConfig, clients: int, seeds: Iterator[int]) -> tuple
     start = time.perf_counter()
     end = start + config.seconds
 
-    def client() -> list[Answer]:
+    def client(number: int) -> list[Answer]:
         answers = []
         while not answers or time.perf_counter() < end:
-            answers.append(ask(config, next(seeds)))
+            answers.append(ask(config, next(seeds), number < round(config.streaming * clients)))
         return answers
 
     def poll_health() -> float:
@@ -303,20 +309,22 @@ def load_test(config: ServerConfig, clients: int, seeds: Iterator[int]) -> tuple
         return slowest
 
     with concurrent.futures.ThreadPoolExecutor(clients + 1) as threads:
-        futures = [threads.submit(client) for _ in range(clients)]
+        futures = [threads.submit(client, number) for number in range(clients)]
         health = threads.submit(poll_health)
         answers = [answer for future in futures for answer in future.result()]
         return answers, time.perf_counter() - start, health.result()
 
 
-def ask(config: ServerConfig, seed: int) -> Answer:
-    """Send one request and read the stream."""
-    body = {"messages": [{"role": "user", "content": config.prompt}], "stream": True, "seed": seed}
+def ask(config: ServerConfig, seed: int, stream: bool) -> Answer:
+    """Send one request and read the answer."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": config.prompt}], "stream": stream, "seed": seed}
     body |= {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_k": config.top_k}
-    body |= {"stream_options": {"include_usage": True}}
+    body |= {"stream_options": {"include_usage": True}} if stream else {}
     start, times, tokens = time.perf_counter(), [], 0
     try:
         with request(config, "POST", "/v1/chat/completions", json=body) as response:
+            if not stream:
+                return Answer(None, [], response.json()["usage"]["completion_tokens"])
             for line in response.iter_lines():
                 if line.startswith(b'data: {"error"'):
                     raise UserError(f"{config.url}: {json.loads(line[6:])['error']['message']}")

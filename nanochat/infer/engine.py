@@ -36,7 +36,7 @@ from nanochat.model import Compute, ModelConfig, ParamsLike, kv_cache
 NO_TOKEN, RESUME = -1, -2  # what the host sends a row, besides a token to take
 ROW_STATE = dict(token=torch.int64, live=torch.bool, temperature=torch.float32, top_k=torch.int64, seed=torch.int64)
 MIN_SPAN, MIN_COMPILED_SPAN = 32, 256  # tokens; each further size is one more to compile
-CHUNK = {"cpu": 32, "cuda": 256}  # tokens of a prompt that take about as long as a decode step
+CHUNK = {"cpu": 16, "cuda": 256}  # tokens of a prompt that take no longer than a decode step
 
 
 @dataclasses.dataclass(eq=False)

@@ -6,6 +6,7 @@ and the most likely token at temperature 0.
 Source: Gumbel-max (Maddison et al., arXiv 1411.0030); the mixing function is Wellons' hash32.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,20 +74,29 @@ def draw(
 def most_likely(logits_BV: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return values and ids, (B, n), of the largest logits, the largest first, and of equal ones the lower id.
 
-    Of blocks of the vocabulary, those with the n largest maxima hold them all, and so again within these. `topk` leaves
-    the order of ties to the kernel.
+    Of blocks of the vocabulary, those with the n largest maxima hold them all.
     """
-    id_BV = None
-    while logits_BV.shape[1] > 16 * n:
-        width = logits_BV.shape[1] // (4 * n)
-        logits_BV = F.pad(logits_BV, (0, -logits_BV.shape[1] % width), value=-torch.inf)
-        best_BM = logits_BV.unflatten(1, (-1, width)).amax(2).sort(dim=1, descending=True, stable=True).indices[:, :n]
-        within_W = torch.arange(width, device=logits_BV.device)
-        index_BV = (best_BM.sort(dim=1).values[:, :, None] * width + within_W).flatten(1)
-        id_BV = index_BV if id_BV is None else id_BV.gather(1, index_BV.clamp(max=id_BV.shape[1] - 1))
-        logits_BV = logits_BV.gather(1, index_BV)
-    value_BV, order_BV = logits_BV.sort(dim=1, descending=True, stable=True)
-    return value_BV[:, :n], order_BV[:, :n] if id_BV is None else id_BV.gather(1, order_BV[:, :n])
+    n_vocab = logits_BV.shape[1]
+    if n_vocab <= 16 * n:
+        id_BN = _top(logits_BV, n)
+        return logits_BV.gather(1, id_BN), id_BN
+    width = max(8, math.isqrt(n_vocab // n))  # the fewest values to sort in both rounds
+    block_BMW = F.pad(logits_BV, (0, -n_vocab % width), value=-torch.inf).unflatten(1, (-1, width))
+    best_BN = _top(block_BMW.amax(2), n).sort(dim=1).values
+    value_BV = block_BMW.gather(1, best_BN[:, :, None].expand(-1, -1, width)).flatten(1)
+    index_BN = _top(value_BV, n)
+    return value_BV.gather(1, index_BN), best_BN.gather(1, index_BN // width) * width + index_BN % width
+
+
+def _top(x_BV: Tensor, n: int) -> Tensor:
+    """Return the indices of the n largest values in order, of equal ones the lower index first; `topk` takes any.
+
+    An integer orders both: the bits of a float32 above, those of the index below.
+    """
+    bits_BV = (x_BV.float() + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ordered_BV = bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)
+    rank_BV = ordered_BV.long() * 2**32 - torch.arange(x_BV.shape[1], device=x_BV.device)
+    return rank_BV.topk(n, dim=1).indices
 
 
 def draw_filtered(
