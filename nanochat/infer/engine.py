@@ -225,7 +225,8 @@ def step(engine: Engine, prefill_all: bool = False) -> list[Event]:
         n_rows = _round_up(_compact_slots(engine, rows), engine.row_sizes)
         longest = max(row.length for row in rows) + engine.async_depth
         span = _round_up(longest, engine.span_sizes)
-        for row in constrained if engine.filters else ():
+        for row in constrained:
+            assert engine.filters is not None and row.slot is not None
             end = engine.tools.tokenizer.special("<|assistant_end|>")
             grammar.mask_(engine.filters["bias"][row.slot], row.grammar, row.request.logit_bias, end)
         control, drawing = [NO_TOKEN] * n_rows, []

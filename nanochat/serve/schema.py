@@ -168,7 +168,7 @@ class ToolCall(MessageField):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: Any = Field(None, exclude=True)
+    index: Any = Field(default=None, exclude=True)
 
 
 class Message(MessageField):

@@ -38,9 +38,10 @@ def evaluate(tasks: list[dict[str, Any]], url: str, kind: str = "local-completio
 
     args = {"model": "small", "base_url": url, "max_length": 256} | args
     manager = TaskManager(include_defaults=False)
-    common: dict[str, Any] = {"bootstrap_iters": 0, "task_manager": manager, "log_samples": True}
-    options = {"batch_size": 3} if kind == "local-completions" else {"apply_chat_template": True}
-    return lm_eval.simple_evaluate(model=kind, model_args=args, tasks=tasks, **common, **options)
+    options: dict[str, Any] = {"bootstrap_iters": 0, "task_manager": manager, "log_samples": True}
+    options |= {"batch_size": 3} if kind == "local-completions" else {"apply_chat_template": True}
+    run: Any = lm_eval.simple_evaluate
+    return run(model=kind, model_args=args, tasks=tasks, **options)
 
 
 def task(path: Path, name: str, kind: str, rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:

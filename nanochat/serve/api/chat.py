@@ -61,7 +61,7 @@ async def completion(request: Request, body: CompletionRequest) -> Any:
     header |= {"created": int(time.time()), "model": info.name}
     if body.stream:
         header["object"] += ".chunk"
-        return EventStream(scheduler, streams, _chunks(body, info, streams, updates, header))
+        return EventStream(scheduler, streams, _chunks(body, info, prompt, streams, updates, header))
     pieces: list[list[Piece]] = [[] for _ in streams]
     tokens: list[list[TokenInfo]] = [[] for _ in streams]
     reasons = [""] * len(streams)
@@ -81,12 +81,13 @@ async def completion(request: Request, body: CompletionRequest) -> Any:
         )
         for index, (answer, reason) in enumerate(zip(pieces, reasons))
     ]
-    return schema.Completion(**header, choices=choices, usage=_usage(streams))
+    return schema.Completion(**header, choices=choices, usage=_usage(prompt, streams))
 
 
 async def _chunks(
     body: CompletionRequest,
     info: WorkerInfo,
+    prompt: Sequence[int],
     streams: Sequence[Stream],
     updates: AsyncIterator[Update],
     header: dict[str, Any],
@@ -117,12 +118,12 @@ async def _chunks(
         if error:
             return
     if include_usage:
-        yield answers.encode([header | {"choices": [], "usage": _usage(streams)}])
+        yield answers.encode([header | {"choices": [], "usage": _usage(prompt, streams)}])
     yield b"data: [DONE]\n\n"
 
 
-def _usage(streams: Sequence[Stream]) -> schema.Usage:
-    return answers.usage(len(streams[0].request.prompt), sum(stream.n_tokens for stream in streams))
+def _usage(prompt: Sequence[int], streams: Sequence[Stream]) -> schema.Usage:
+    return answers.usage(len(prompt), sum(stream.n_tokens for stream in streams))
 
 
 def _max_tokens(request: Request, body: schema.ChatRequest | CompletionRequest) -> int:
@@ -249,6 +250,6 @@ def _logprobs(body: CompletionRequest, tokenizer: Tokenizer, tokens: Iterable[To
     for token in tokens:
         if token.kind == "text" and token.logprobs:
             chosen, others = token.logprobs
-            top = [entry(*other) for other in others[: body.top_logprobs or 0]]
+            top = [schema.TokenLogprob(**entry(*other)) for other in others[: body.top_logprobs or 0]]
             content.append(schema.ContentLogprob(**entry(token.id, chosen), top_logprobs=top))
     return schema.ChatLogprobs(content=content)

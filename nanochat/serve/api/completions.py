@@ -177,7 +177,7 @@ def _echoes(
         before = len(prompt.ids) - len(prompt.sent)
         for i, token in enumerate(prompt.sent):
             at = before + i - 1  # of the token that predicts it
-            logprobs = (float(score.logprobs[at]), _alternatives(score, at)) if i else None
+            logprobs = infer.TokenLogprobs(float(score.logprobs[at]), _alternatives(score, at)) if i else None
             _append(echo.logprobs, text_of, token, logprobs, body.logprobs or 0, offset)
             offset += len(decoder.decode(tokenizer.decode_bytes([token])))
     return echoes
@@ -197,7 +197,7 @@ async def _scored_updates(
             continue
         top = _alternatives(scores[index], -1)
         reader = answers.AnswerReader(tokenizer, body.stop, raw=True, with_tokens=True)
-        pieces, tokens = reader.feed([(top[0][0], (top[0][1], top))], ended=True)
+        pieces, tokens = reader.feed([(top[0][0], infer.TokenLogprobs(top[0][1], top))], ended=True)
         is_end = top[0][0] in (tokenizer.bos, tokenizer.special("<|assistant_end|>"))
         yield Update(index, pieces, tokens, reader.finish or ("stop" if is_end else "length"))
 
