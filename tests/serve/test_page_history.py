@@ -83,6 +83,7 @@ def test_tabs_share_the_history_and_neither_loses_anything(chat: Opener) -> None
     say(page, "hello")
     finished(page, 1)
     tab = another_tab(page)
+    expect(answer(tab)).to_have_text("You said: hello")
     assert texts(tab) == ["hello", "You said: hello"]
     say(page, "slow")
     expect(answer(tab)).to_contain_text("word3")  # while it is being written
