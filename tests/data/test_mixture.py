@@ -115,6 +115,7 @@ def test_texts_for_a_tokenizer_come_by_turns(source: str):
     assert chars[0] / sum(chars) == pytest.approx(0.7, abs=0.05) and min(chars) > 0
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_with_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str):
     (tmp_path / "base").mkdir()
     with tiny_run.base_folder(tmp_path / "base") as base:

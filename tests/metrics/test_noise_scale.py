@@ -89,6 +89,7 @@ def test_ranks_count_as_micro_batches_and_sharded_gradients_as_larger_ones():
     assert first["each rank"] != pytest.approx(first["all ranks"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_resumed_run_has_the_numbers_of_an_unbroken_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     settings = ("device_batch_size=2", "metrics.noise_scale_every=2")
     with tiny_run.base_folder(tmp_path):

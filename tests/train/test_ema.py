@@ -80,6 +80,7 @@ def saved_average(folder: Path) -> Any:
     return checkpoint.load_params(folder / "checkpoints", field="ema.params")[0]
 
 
+@pytest.mark.slow
 def test_run_keeps_it_resumes_it_and_average_makes_it_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with tiny_run.base_folder(tmp_path):
         whole = tiny_run.pretrain_run("train.ema=0.5", "name=whole")
