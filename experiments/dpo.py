@@ -69,8 +69,8 @@ class Config(FinetuneConfig):
     device_batch_size: PositiveInt = 4
     num_iterations: PositiveInt | None = None
     rollout: RolloutConfig = RolloutConfig(samples_per_prompt=8)
-    optim: OptimConfig = dataclasses.replace(sft.OPTIM, lr_fraction=0.02, warmup_steps=10, moments=False)
-    lora: LoraConfig = LoraConfig(lr=0.002)
+    optim: OptimConfig = dataclasses.replace(sft.OPTIM, lr_fraction=0.002, warmup_steps=10, moments=False)
+    lora: LoraConfig = LoraConfig(lr=1e-4)
     train: TrainConfig = TrainConfig(attention="sdpa")  # flex, and so perhaps auto, needs sequences of one length
     eval: EvalConfig = EvalConfig(
         every_steps=50, tokens=2**18, sample_every_steps=None, sample_tokens=64, prompts=sft.PROMPTS

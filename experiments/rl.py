@@ -75,7 +75,7 @@ class Config(FinetuneConfig):
     device_batch_size: PositiveInt = 8
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OPTIM
-    lora: LoraConfig = LoraConfig(lr=0.001)
+    lora: LoraConfig = LoraConfig(lr=1e-4)
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=60, keep_last=8)  # all of an epoch of GSM8K
     train: TrainConfig = TrainConfig(attention="sdpa")  # flex, and so perhaps auto, needs sequences of one length
     eval: PassAtKConfig = PassAtKConfig()  # pyright: ignore[reportIncompatibleVariableOverride]

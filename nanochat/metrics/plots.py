@@ -17,6 +17,7 @@ RUN_CHARTS = {
     "loss": ("training loss", "nats per token", {"each step": "train/loss", "smoothed": "train/loss_ema"}),
     "bpb": ("validation", "bits per byte", {"validation": "val/bpb", "average of the weights": "val/bpb_ema"}),
     "noise_scale": ("gradient noise scale", "tokens", {"critical batch": "noise_scale/tokens"}),
+    "preference": ("held-out pairs", "fraction", {"chosen is preferred": "val/preference_accuracy"}),
     "reward": ("reward", "mean reward", {"each step": "rl/reward"}),
     "length": ("length of answers", "tokens", {"answers": "rl/answer_tokens"}),
     "pass": ("pass@k on test problems", "fraction solved", {f"pass@{k}": f"rl/pass_at_{k}" for k in (1, 2, 4, 8)}),
