@@ -108,6 +108,7 @@ def results(runs: Sequence[RunInfo]) -> str:
     others = sorted(name for name in present - NAMED.keys() if re.fullmatch("chat/.*(?<!-lenient)", name))
     names = NAMED | {name: name.removeprefix("chat/") for name in others}
     names |= {n: f"bits per byte, {n[8:]}" for n in sorted(present) if n.startswith(("val/bpb/", "val/bpb_ema"))}
+    names |= {n: n[4:].replace("_", " ") for n in sorted(present) if n.startswith("val/preference_")}
     names |= {f"rl/pass_at_{k}": f"pass@{k}" for k in (1, 8) if f"rl/pass_at_{k}" in present}
     rows = [pair for name, title in names.items() for pair in ((name, title), (f"{name}-lenient", f"{title}, lenient"))]
     lines = [["", *(run.stage.upper() for run in runs)]]
