@@ -51,9 +51,10 @@ def scores(
             texts = [(row["context"].strip(), between + row["continuation"])]
         prompts = []
         for text, answer in texts:
-            context = text.rstrip()  # the harness moves trailing spaces to the answer
-            ids = [tok.bos, *tok.encode(text + answer)]
-            prompts.append(likelihood.Prompt(ids, 1 + len(tok.encode(context)), len(ids)))
+            # As the harness: trailing spaces belong to the answer, whose tokens are what the context's leave of all.
+            context = [tok.bos, *tok.encode(text.rstrip())]
+            ids = context + [tok.bos, *tok.encode(text + answer)][len(context) :]
+            prompts.append(likelihood.Prompt(ids, len(context), len(ids)))
         (scored,) = likelihood.score(params, config, [prompts])
         results.append(scored)
         nats = [score.nats for score in scored]
