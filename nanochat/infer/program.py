@@ -51,9 +51,10 @@ def export(params: Params, context: int) -> dict[str, torch.export.ExportedProgr
         _, cache = prefill(tokens_BT, length_B)
         shapes = {"tokens_BT": {0: batch, 1: length}, "length_B": {0: batch}}
         programs = {"prefill": torch.export.export(prefill, (tokens_BT, length_B), dynamic_shapes=shapes)}
+        token_B = tokens_BT[:, 0].contiguous()  # AOTInductor keeps the strides of the example
         rows = tree.nest({name: {0: batch} for name in tree.flatten(cache)})
         shapes = {"tokens_B": {0: batch}, "cache": rows}
-        programs["decode"] = torch.export.export(Decode(params), (tokens_BT[:, 0], cache), dynamic_shapes=shapes)
+        programs["decode"] = torch.export.export(Decode(params), (token_B, cache), dynamic_shapes=shapes)
     return programs
 
 
