@@ -45,7 +45,7 @@ class _Row:
 
     key: Hashable
     request: Request
-    slot: int | None  # None until its prompt has been computed
+    slot: int  # -1 until its prompt has been computed
     length: int  # in tokens, with the prompt and what is still to feed
     max_length: int
     feed: deque[int]  # what to send it in the next steps; it draws after the last
@@ -179,7 +179,7 @@ def admit(engine: Engine, key: Hashable, request: Request) -> None:
         raise UserError(f"request {key}: {'its key is in use' if key in engine.active else 'no slot is free'}")
     n_prompt = len(request.prompt)
     max_length = min(n_prompt + request.max_tokens, engine.context)
-    engine.active[key] = _Row(key, request, None, n_prompt, max_length, deque([request.prompt[-1]]))
+    engine.active[key] = _Row(key, request, -1, n_prompt, max_length, deque([request.prompt[-1]]))
     if request.grammar:
         engine.active[key].grammar = grammar.start(engine.tools.tokenizer, request.grammar)
     prefill.add(engine.prefill, key, request.prompt)
@@ -204,7 +204,7 @@ def _start_decoding(engine: Engine, prefilled: prefill.Prefilled) -> None:
 def cancel(engine: Engine, key: Hashable) -> None:
     """Remove a row and free its slot; unknown keys are ignored, since the row may just have finished."""
     prefill.remove(engine.prefill, key)
-    if (row := engine.active.pop(key, None)) and row.slot is not None:
+    if (row := engine.active.pop(key, None)) and row.slot >= 0:
         engine.row_state["live"][row.slot] = False
 
 
@@ -215,10 +215,10 @@ def step(engine: Engine, prefill_all: bool = False) -> list[Event]:
     Args:
         prefill_all: compute all new prompts before; otherwise so little that other rows do not wait.
     """
-    n_decoding = sum(row.slot is not None for row in engine.active.values())
+    n_decoding = sum(row.slot >= 0 for row in engine.active.values())
     for prefilled in prefill.advance(engine.prefill, n_decoding > 0, prefill_all):
         _start_decoding(engine, prefilled)
-    rows, events = [row for row in engine.active.values() if row.slot is not None], []
+    rows, events = [row for row in engine.active.values() if row.slot >= 0], []
     constrained = [row for row in rows if row.grammar]  # the next token of which depends on the last one
     depth = 0 if constrained else engine.async_depth
     if rows:
@@ -226,7 +226,7 @@ def step(engine: Engine, prefill_all: bool = False) -> list[Event]:
         longest = max(row.length for row in rows) + engine.async_depth
         span = _round_up(longest, engine.span_sizes)
         for row in constrained:
-            assert engine.filters is not None and row.slot is not None
+            assert engine.filters is not None and row.slot >= 0
             end = engine.tools.tokenizer.special("<|assistant_end|>")
             grammar.mask_(engine.filters["bias"][row.slot], row.grammar, row.request.logit_bias, end)
         control, drawing = [NO_TOKEN] * n_rows, []

@@ -39,7 +39,7 @@ def test_running_rows_wait_for_one_chunk_at_most(computed: Any, async_depth: int
     llm = start(slots=8, async_depth=async_depth, exact=exact, chunk=32)
     for i in range(7):
         engine.admit(llm, i, Request(prompt(5 + i, i), max_tokens=200, temperature=1.0, seed=i))
-    while sum(row.slot is not None for row in llm.active.values()) < 7:
+    while sum(row.slot >= 0 for row in llm.active.values()) < 7:
         engine.step(llm)
     computed.clear()
     engine.admit(llm, "long", long)
