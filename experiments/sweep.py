@@ -220,8 +220,8 @@ def memory(config: Config, r: Round, members: int, runtime: Runtime) -> float:
     setup = dataclasses.replace(train.planner_setup(config, runtime), mode="replicate", world_size=1)
     rows = min(r.rows, config.rows)
     one = train.planner.memory(r.shape, setup, rows=rows, micro_batches=r.rows // rows).parts
-    at_once = one["activations"] + one["logits"] + one["weights"] + one["update"]
-    each = one["parameters"] + one["optimizer"] + one["gradients"]
+    each = one["parameters"] + one["optimizer"]
+    at_once = sum(one.values()) - one["overhead"] - each
     return one["overhead"] + members * each + min(r.chunk_size, members) * at_once
 
 

@@ -64,8 +64,8 @@ def make_members_step(
     Args:
         loss_fn: (params, batch) -> (0-d loss, aux) of one member, with `fold_members` around its attention.
         shared_batch: all members see the same batch (B, T); otherwise a batch has a leading axis, (N, B, T).
-        chunk_size: members that loss and update compute at once, as in `torch.func.vmap`; None: all. Fewer take less
-            memory for activations, and are faster where a single model keeps the machine busy; 1 is one call a member.
+        chunk_size: members computed at once, as in `torch.func.vmap`; None: all. Fewer take less memory for activations
+            and gradients, and are faster where a single model keeps the machine busy: 1 is a step a member.
         compute_dtype: see `make_update`; not float16, whose loss scale changes.
         compile: `distributed.compile_fn` with its settings bound, or None.
     """
@@ -83,37 +83,34 @@ def make_members_step(
         scaled, losses = torch.func.vmap(loss_one, in_dims=(0, None if shared_batch else 0, 0))(params, batch, scale)
         return scaled.sum(), losses
 
+    def norm(grads: TensorDict) -> Tensor:
+        return torch.nn.utils.get_total_norm(tree.leaves(grads), foreach=False)
+
     @torch.no_grad()
     def update_(
-        state: TrainState, grads: TensorDict, grad_scale: Tensor, losses: Tensor, hparams: Hparams
+        state: TrainState, grads: TensorDict, grad_scale: Tensor, loss: Tensor, hparams: Hparams
     ) -> tuple[TrainState, Metrics]:
-        norms = torch.func.vmap(lambda g: torch.nn.utils.get_total_norm(tree.leaves(g), foreach=False))(grads)
-        norms = norms * grad_scale
-        finite = torch.isfinite(losses) & torch.isfinite(norms)
-        for at in chunks(len(losses), chunk_size):
-            options: Any = {"grad_scale": grad_scale[at], "skip": ~finite[at], "muon_dtype": muon_dtype}
-            own = (select(part, at) for part in (grads, state.opt_state, state.params, hparams))
-            optim.update_(*own, rules=rules, **options)
-        state.step.add_(1)
+        grad_norm = (norm if single else torch.func.vmap(norm))(grads) * grad_scale
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        options: Any = {"grad_scale": grad_scale, "skip": ~finite, "muon_dtype": muon_dtype}
+        optim.update_(grads, state.opt_state, state.params, hparams, rules=rules, **options)
         state.scaler["scale"].masked_fill_(~finite, torch.nan)
-        return state, {"loss": losses, "grad_norm": norms, "finite": finite}
+        return state, {"loss": loss, "grad_norm": grad_norm, "finite": finite}
 
     loss = loss_one if single else total
-    of_chunk = transform.value_and_grad(compile(loss) if compile else loss, has_aux=True)
-
-    def value_and_grad(params: TensorDict, batch: Batch, scale: Tensor) -> tuple[TensorDict, tuple[Tensor, Tensor]]:
-        if not single and len(scale) <= (chunk_size or len(scale)):
-            return of_chunk(params, batch, scale)
-        grads, losses = tree.map(torch.empty_like, params), torch.empty_like(scale)
-        for at in chunks(len(scale), chunk_size):
-            part, (_, losses[at]) = of_chunk(
-                select(params, at), batch if shared_batch else select(batch, at), scale[at]
-            )
-            tree.map(lambda whole, g: whole[at].copy_(g), grads, part)  # noqa: B023 (called at once)
-        return grads, (losses.sum(), losses)
+    value_and_grad = transform.value_and_grad(compile(loss) if compile else loss, has_aux=True)
 
     def members_step(state: TrainState, batches: Sequence[Batch], hparams: Hparams) -> tuple[TrainState, Metrics]:
-        return step.train_step(state, batches, hparams, value_and_grad=value_and_grad, update=update_)
+        parts = []
+        for at in chunks(len(state.scaler["scale"]), chunk_size):
+            own = TrainState(state.step, *(select(part, at) for part in state[1:]))  # views: updated in place
+            seen = batches if shared_batch else [select(batch, at) for batch in batches]
+            functions: Any = {"value_and_grad": value_and_grad, "update": update_}
+            parts.append(step.train_step(own, seen, select(hparams, at), **functions)[1])
+        state.step.add_(1)
+        return state, {
+            name: (torch.stack if single else torch.cat)([part[name] for part in parts]) for name in parts[0]
+        }
 
     return members_step
 
