@@ -16,8 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text("utf-8")
 PAGES = {path: path.read_text("utf-8") for path in [*ROOT.glob("*.md"), *ROOT.glob("nanochat/**/*.md")]}
 RECIPES = [(ROOT / path).read_text("utf-8") for path in (".cloud/speedrun.yaml", ".docker/Dockerfile")]
-COMMAND = re.compile(r"(?:torchrun|python)(?: --[\w-]+=\S+| \\\n)* *launch\.py[^`#\n]*")
+COMMAND = re.compile(r"(?:torchrun|python)(?: --[\w-]+=\S+| \\\n)* *launch\.py(?:\\\n|[^`#\n])*")
 COMMANDS = sorted({command for text in [*PAGES.values(), *RECIPES] for command in COMMAND.findall(text)})
+# In tables: what goes behind --experiment=.
+COMMANDS += [
+    f"python launch.py --experiment={words}"
+    for words in re.findall(r"\| `(\w+ --set [^`]*)`", PAGES[ROOT / "README.md"])
+]
 LINKS = [(path, link) for path, text in PAGES.items() for link in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
 
 
