@@ -267,8 +267,7 @@ def train_round(sweep: Sweep, r: Round) -> None:
         if restored:
             abstract = to_global(init_state(r, own, runtime, "meta"), runtime)
             state, meta, arrays = checkpoint.restore(manager, abstract, device=runtime.device)
-            # Copied, because matrix products may round by alignment, and orbax's memory is aligned in any way.
-            state = train.functional.copy(distributed.sharding.local_shards(state))
+            state = distributed.sharding.local_shards(state)
             at = train.progress_from(meta)._replace(loader={"position": meta["loader"], "arrays": arrays})
             if at.done:
                 return

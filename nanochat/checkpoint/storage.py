@@ -66,11 +66,11 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
-    """Return a tensor that shares the memory of `array`, or a copy if that is read-only or not contiguous."""
+    """Return a copy in memory of torch, which aligns it as it does any tensor: products on a CPU round by alignment."""
     array = np.require(array, requirements=["C", "W"])
     if array.dtype == BFLOAT16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16).clone()
+    return torch.from_numpy(array).clone()
 
 
 # Steps in a folder

@@ -4,7 +4,6 @@ from nanochat.train.functional.curvature import Spectrum, hutchinson, hvp, inver
 from nanochat.train.functional.custom_backward import with_visible_backward
 from nanochat.train.functional.members import (
     choose_chunk_size,
-    copy,
     fold_members,
     frozen,
     init_members,

@@ -39,11 +39,6 @@ def init_members(init: Callable[[int], Any], count: int) -> Any:
     return states
 
 
-def copy(states: Any) -> Any:
-    """Return the tree in memory of its own, which torch's allocator aligns."""
-    return tree.map(torch.clone, states)
-
-
 def select(states: Any, index: int | slice) -> Any:
     """Return the tree of one member or a few, as views."""
     return tree.map(lambda x: x[index], states)
