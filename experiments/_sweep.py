@@ -26,7 +26,7 @@ IN_STEP = (*SEEDS, *(f"optim.{name}" for name in (*RATES, "warmdown_ratio", "fin
 IN_ROUNDS = ("depth", "model.aspect_ratio", "model.head_dim", "model.window_pattern", "total_batch_size")
 IN_ROUNDS += ("num_iterations", "target_param_data_ratio")
 MAX_MEMBERS = 4096
-LEGEND_ROWS, CURVE_POINTS = 10, 120  # of the figure
+LEGEND_ROWS, CURVE_POINTS = 8, 120  # of the figure
 
 
 class Member(NamedTuple):

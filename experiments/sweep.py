@@ -278,7 +278,7 @@ def train_round(sweep: Sweep, r: Round) -> None:
             parts = {name: x.split(config.rows, dim=0 if shared_batch else 1) for name, x in batch.items()}
             micro_batches = [dict(zip(parts, values)) for values in zip(*parts.values())]
             state, m = members_step(state, micro_batches, train.functional.stack_hparams(hparams, runtime.device))
-            local = np.stack([m[name].double().cpu().numpy() for name in ("loss", "grad_norm", "finite")])
+            local = np.stack([m[name].cpu().double().numpy() for name in ("loss", "grad_norm", "finite")])
             latest[:] = np.concatenate(distributed.all_gather_object(local), axis=1)[:, : len(r.members)]
             return state, {"loss": math.nan, "finite": True}  # which are of no single model
 

@@ -102,7 +102,7 @@ def line_chart(
     axes.grid(axis="y", color="#d8dee4", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     if series:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize="medium" if len(series) <= 4 else "x-small")
     part = path.with_name(f"{path.name}.part")
     # Neither the date nor random ids: the same data give the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else {}

@@ -176,7 +176,7 @@ def evaluate(
         losses, margins = pair_losses(own, reference, counted.sum(1), objective)
         won = (margins > 0).float() + (margins == 0).float() / 2
         values = [won, margins, own[0::2], own[1::2], losses, kl, counted, torch.ones(len(part) // 2)]
-        sums += torch.stack([x.double().sum().cpu() for x in values])
+        sums += torch.stack([x.cpu().double().sum() for x in values])
     *means, kl, tokens, count = distributed.all_reduce_sum(sums.tolist())
     names = ("accuracy", "margin", "log_prob_chosen", "log_prob_rejected", "loss")
     return {name: x / count for name, x in zip(names, means)} | {"kl": kl / tokens}
