@@ -44,9 +44,13 @@ def measure(config: Config, shape: ModelConfig, runtime: Runtime) -> None:
     single = functools.partial(train.train_step, value_and_grad=value_and_grad, update=update)
     auto = functional.choose_chunk_size(shape, rows * shape.sequence_len, n, runtime.device)
     sizes = config.chunk_sizes or (auto,)
-    folded = loss_fn(functional.fold_members(attend))
     options: Any = {"shared_batch": True, "compute_dtype": runtime.compute_dtype, "compile": compile}
-    together = {size: functional.make_members_step(folded, chunk_size=size, **options) for size in sizes}
+    together = {
+        size: functional.make_members_step(
+            loss_fn(attend if size == 1 else functional.fold_members(attend)), chunk_size=size, **options
+        )
+        for size in sizes
+    }
     alone = [start(i) for i in range(n)]
     stacked = {size: functional.init_members(start, n) for size in sizes}
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -359,7 +359,8 @@ def step_functions(config: Config, r: Round, runtime: Runtime, shared_batch: boo
         config, train=dataclasses.replace(config.train, grad="torch_func")
     )  # which flex is not
     choice = train.build.choose_attention(vmapped, r.shape, runtime)
-    attend = train.functional.fold_members(attention.build(choice.names, r.shape.sequence_len, runtime.device))
+    attend = attention.build(choice.names, r.shape.sequence_len, runtime.device)
+    attend = attend if r.chunk_size == 1 else train.functional.fold_members(attend)
     chunk_tokens = max(train.build.chunk_tokens(config, runtime) // r.chunk_size, 128)  # together, as for one model
     compute = model.Compute(dtype=runtime.compute_dtype, attend=attend)
     loss_fn = functools.partial(model.loss.next_token, config=r.shape, compute=compute, chunk_tokens=chunk_tokens)
@@ -398,15 +399,17 @@ def to_global(state: TrainState, runtime: Runtime) -> TrainState:
 
 def stream(sweep: Sweep, r: Round, split: Literal["train", "val"], rows: int, seed: int, state: Any = None) -> Any:
     """Return the batches in one order of the data; each rank reads them whole."""
-    own = {"position": state["position"][str(seed)]} if state else None
-    own = own and own | {name: state["arrays"][f"{seed}_{name}"] for name in LOADER_ARRAYS}
+    own: Any = None
+    if state:
+        arrays = {name: state["arrays"][f"{seed}_{name}"] for name in LOADER_ARRAYS}
+        own = {"position": state["position"][str(seed)], **arrays}
     return data.loader.batches(
         dataclasses.replace(sweep.config.data, seed=seed), sweep.tok, split=split, rows_per_step=rows,
         sequence_len=r.shape.sequence_len, seed=seed, state=own, device=sweep.runtime.device,
     )  # fmt: skip
 
 
-def members_batches(sweep: Sweep, r: Round, own: Sequence[int], state: Any) -> Iterator[Any]:
+def members_batches(sweep: Sweep, r: Round, own: Sequence[int], state: Any) -> Generator[Any, None, None]:
     """Yield (the batch of all members, or stacked those of each, the loaders' state, no statistics) for `train.fit`."""
     import torch
 

@@ -72,7 +72,7 @@ def random_requests(rng: random.Random, context: int) -> tuple[list[Request], li
         script: list[int | None] = [None] * rng.randrange(6)
         for _ in range(rng.randrange(3)):
             script += [*ids(rng.choice(CALLS)), *[None] * rng.randrange(5)]
-        settings = {"max_tokens": rng.choice((1, 2, 3, 8, 30)), "top_k": rng.choice((0, 1, 50, 100))}
+        settings: dict[str, Any] = {"max_tokens": rng.choice((1, 2, 3, 8, 30)), "top_k": rng.choice((0, 1, 50, 100))}
         requests.append(Request(rng.choice(prompts), temperature=0, seed=seed, **settings))
         scripts.append(script)
     return requests, scripts

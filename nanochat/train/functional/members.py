@@ -62,7 +62,8 @@ def make_members_step(
     The state is updated in place. Hyperparameters are (N,).
 
     Args:
-        loss_fn: (params, batch) -> (0-d loss, aux) of one member, with `fold_members` around its attention.
+        loss_fn: (params, batch) -> (0-d loss, aux) of one member, with `fold_members` around its attention unless
+            `chunk_size` is 1, where nothing is mapped.
         shared_batch: all members see the same batch (B, T); otherwise a batch has a leading axis, (N, B, T).
         chunk_size: members computed at once, as in `torch.func.vmap`; None: all. Fewer take less memory for activations
             and gradients, and are faster where a single model keeps the machine busy: 1 is a step a member.
@@ -192,8 +193,6 @@ def fold_members(attend: Attend) -> Attend:
 
     @torch.compiler.allow_in_graph
     def call(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        if not torch._C._functorch.is_batchedtensor(q):  # a single member
-            return attend(q, k, v, window)
         return Folded.apply(q, k, v, window)  # pyright: ignore
 
     return call
