@@ -88,7 +88,7 @@ class Config(checkpoint.LoadConfig):
     top_k: Annotated[int, "from 0 to 200", lambda x: 0 <= x <= 200] = 50
     top_p: Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1] = 1.0
     min_p: Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1] = 0.0
-    repetition_penalty: Annotated[float, "over 0, at most 2", lambda x: 0 < x <= 2] = 1.0
+    repetition_penalty: Annotated[float, "above 0, at most 2", lambda x: 0 < x <= 2] = 1.0
     max_tokens: Annotated[int, "from 1 to 4096", lambda x: 1 <= x <= 4096] = 512
     model_names: tuple[str, ...] = ("gpt-3.5-turbo", "davinci-002")
 
