@@ -27,11 +27,28 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 # The files that take longest, the longest first: a worker that gets one of them last keeps the other waiting.
-LONG_FILES = (
-    "test_sharding.py test_sharded_checkpoint.py test_bench.py test_sharded_pretrain.py test_speedrun.py test_page.py "
-    "test_engine.py test_research.py test_huggingface.py test_sweep.py test_load.py test_page_history.py test_drain.py "
-    "test_lm_eval.py test_noise_scale.py test_program.py test_overlap.py test_page_looks.py test_openai.py test_app.py"
-).split()
+LONG_FILES = [
+    "test_sharding.py",
+    "test_sharded_checkpoint.py",
+    "test_bench.py",
+    "test_sharded_pretrain.py",
+    "test_speedrun.py",
+    "test_page.py",
+    "test_engine.py",
+    "test_research.py",
+    "test_huggingface.py",
+    "test_sweep.py",
+    "test_load.py",
+    "test_page_history.py",
+    "test_drain.py",
+    "test_lm_eval.py",
+    "test_noise_scale.py",
+    "test_program.py",
+    "test_overlap.py",
+    "test_page_looks.py",
+    "test_openai.py",
+    "test_app.py",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
