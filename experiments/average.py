@@ -21,13 +21,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from experiments import convert, eval_base
 from nanochat import checkpoint, data, distributed, eval, model, train
 from nanochat.config import Device, Dtype, PositiveInt, Settings, UserError
-from nanochat.text import table
+from nanochat.text import format_count, format_duration, table
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -77,9 +78,15 @@ def run(config: Config, runtime: Runtime) -> None:
             raise UserError(f"{label} has another tokenizer than {labels[0]}: their tokens mean different things")
     name = config.name or f"{first.folder.name}_{'ema' if config.method == 'ema' else 'average'}"
     what = "the average in" if config.method == "ema" else f"averaging {len(infos)} checkpoints ({config.method}):"
-    print(f"{what} {', '.join(labels)}", flush=True)
+    count, evaluations = model.count(shape)["total"], 2 * len(infos)
+    memory = f"{format_count(3 * 4 * count)}B of memory"
+    print(f"{what} {', '.join(labels)}; up to {evaluations} evaluations, {memory}", flush=True)
     measure = make_measure(config, first, shape, tok, runtime)
-    scores = [measure(read(info, runtime)) for info in infos]
+    start = time.perf_counter()
+    scores = [measure(read(infos[0], runtime))]
+    seconds = time.perf_counter() - start
+    print(f"an evaluation takes {format_duration(seconds)}, all {format_duration(seconds * evaluations)}", flush=True)
+    scores += [measure(read(info, runtime)) for info in infos[1:]]
     order = sorted(range(len(infos)), key=scores.__getitem__)
     best = infos[order[0]]
     params, score, used = read(best, runtime), scores[order[0]], [order[0]]

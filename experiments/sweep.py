@@ -258,6 +258,8 @@ def round_folder(sweep: Sweep, r: Round) -> Path:
 
 def train_round(sweep: Sweep, r: Round) -> None:
     """Train the members of a round to their end, or to a signal; a round that is done is skipped."""
+    import torch
+
     config, runtime, own = sweep.config, sweep.runtime, r.own(sweep.runtime)
     num_steps, step_tokens, shared_batch = r.plans[0].num_steps, r.plans[0].total_batch_size, len(r.seeds) == 1
     with contextlib.ExitStack() as stack:
@@ -290,7 +292,12 @@ def train_round(sweep: Sweep, r: Round) -> None:
             batches = stack.enter_context(contextlib.closing(members_batches(sweep, r, own, None)))
             for i in range(2):  # on a state that is thrown away; the first step compiles
                 start = time.perf_counter()
-                step_fn(state, batch, 0)
+                try:
+                    step_fn(state, batch, 0)
+                except torch.OutOfMemoryError:
+                    raise UserError(
+                        f"{len(own)} members run out of memory: --set members_per_device={max(len(own) // 2, 1)}"
+                    ) from None
                 seconds[i] = time.perf_counter() - start
             state = init_state(r, own, runtime)
         took = (
