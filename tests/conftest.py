@@ -26,34 +26,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if single or config.option.markexpr == "gpu" else min(os.cpu_count() or 1, 8)
 
 
-# The files that take longest, the longest first: a worker that gets one of them last keeps the other waiting.
-LONG_FILES = [
-    "test_sharding.py",
-    "test_sharded_checkpoint.py",
-    "test_bench.py",
-    "test_sharded_pretrain.py",
-    "test_speedrun.py",
-    "test_page.py",
-    "test_engine.py",
-    "test_research.py",
-    "test_huggingface.py",
-    "test_sweep.py",
-    "test_load.py",
-    "test_page_history.py",
-    "test_drain.py",
-    "test_lm_eval.py",
-    "test_noise_scale.py",
-    "test_program.py",
-    "test_overlap.py",
-    "test_page_looks.py",
-    "test_openai.py",
-    "test_app.py",
-]
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {name: number for number, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -1,6 +1,7 @@
 """The chat page in a real browser: talking, editing, commands and errors."""
 
 import re
+from typing import Any
 
 import pytest
 import scripted
@@ -307,6 +308,21 @@ def test_too_long_message_is_not_sent(chat: Opener) -> None:
     expect(page.locator("#problem")).to_contain_text("the conversation has")
     expect(page.locator("#problem")).to_contain_text("the limit is 32,000")
     assert len(server.requests) == 4
+
+
+def test_message_waits_for_limits_that_come_late(chat: Opener) -> None:
+    page, server = chat({"": ["ok"]}, context=100_000)
+    held: list[Any] = []
+    page.route("**/page", lambda route: held.append(route))
+    page.reload()
+    say(page, "😀" * 8001)
+    page.wait_for_timeout(300)
+    assert held and server.requests == []
+    for route in held:  # of the start, and of the message
+        route.continue_()
+    expect(page.locator("#problem")).to_have_text("This message has 8,001 characters; the limit is 8,000.")
+    expect(page.locator("#count")).to_have_text("8,001 / 8,000")
+    assert server.requests == []
 
 
 def test_rejected_request_is_shown_and_not_sent_again(chat: Opener) -> None:

@@ -157,7 +157,8 @@ function problem(text) {
   $("problem").hidden = !text;
 }
 
-function submit() {
+async function submit() {
+  if (!settings.limits()) await loadSettings().catch(() => {}); // offline: the request will say so
   const text = tidy($("text").value);
   if (text.startsWith("/")) {
     if (command(text)) clearText();
@@ -174,6 +175,11 @@ function submit() {
   setConversation(next);
   if (!state.open) show(next.id, "replace");
   generate(next, node.id);
+}
+
+async function loadSettings() {
+  await settings.load();
+  typed(); // what is in the box may be too long
 }
 
 function clearText() {
@@ -411,7 +417,7 @@ async function connect() {
   let shown;
   try {
     const stats = await api.getJson("/stats");
-    if (!settings.limits()) await settings.load();
+    if (!settings.limits()) await loadSettings();
     shown = describe(stats);
   } catch (error) {
     const token = error.cause === "token"; // was not entered: do not ask again every few seconds
