@@ -481,7 +481,7 @@ def test_slow_clients_are_timed_out() -> None:
             start = time.monotonic()
             got = raw(server, sent)
             assert expected in got.split(b"\r\n")[0] and bool(got) == bool(expected), sent
-            assert time.monotonic() - start < 2
+            assert time.monotonic() - start < 20  # of 30, on a busy machine too
         # a byte now and then gains nothing
         start = time.monotonic()
         raw(server, *[bytes([byte]) for byte in HEAD], pause=0.02)
@@ -514,7 +514,7 @@ def test_client_that_does_not_read_is_disconnected(is_stopping: bool, caplog: py
         if is_stopping:
             server.stop()
         wait_for(lambda: not connections(server))
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 20  # of 30, on a busy machine too
     assert not any(record.exc_info for record in caplog.records)
 
 
