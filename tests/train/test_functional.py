@@ -50,7 +50,9 @@ def test_members_equal_their_own_runs(compile: bool, shared: bool):
         loss_of(functional.fold_members(attention.sdpa)), shared_batch=shared, compile=compile_fn
     )
     stacked = functional.stack_hparams([hparams(lr) for lr in LRS])
-    state, losses = run(together, functional.stack(states()), stacked, shared)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):  # one compilation for all members and steps
+        state, losses = run(together, functional.stack(states()), stacked, shared)
     assert not functional.frozen(state).any()
     value_and_grad = train.gradient(loss_of(attention.sdpa))
     alone = functools.partial(train.train_step, value_and_grad=value_and_grad, update=train.make_update())
