@@ -63,7 +63,7 @@ class Config(Settings):
         show: documents to print.
         chars: to print of each document.
         device: where to compute; auto: CUDA, else MPS, else the CPU.
-        dtype: dtype of the computation; auto: bfloat16 on GPUs from Ampere on, else float32.
+        dtype: dtype of the computation; auto: bfloat16 where a GPU has it, else float16; float32 on CPUs.
     """
 
     run: str | None = None

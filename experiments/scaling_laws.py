@@ -64,7 +64,7 @@ class Config(Settings):
         budgets: FLOPs of a run, for series=budgets.
         base: settings that the runs share; its depth, target_flops, name, device and dtype are set here.
         device: where to compute; auto: CUDA, else MPS, else the CPU.
-        dtype: dtype of the computation; auto: bfloat16 on GPUs from Ampere on, else float32.
+        dtype: dtype of the computation; auto: bfloat16 where a GPU has it, else float16; float32 on CPUs.
     """
 
     series: Literal["depths", "budgets"] = "budgets"

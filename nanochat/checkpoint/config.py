@@ -32,7 +32,7 @@ class LoadConfig(Settings):
         run: a run's name, or the path of its folder; none: the run that was saved last. name@100: its step 100.
         step: of the checkpoint; none: the newest.
         device: where to compute; auto: CUDA, else MPS, else the CPU.
-        dtype: dtype of the computation; auto: bfloat16 on GPUs from Ampere on, else float32.
+        dtype: dtype of the computation; auto: bfloat16 where a GPU has it, else float16; float32 on CPUs.
     """
 
     run: str | None = None

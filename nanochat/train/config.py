@@ -137,7 +137,7 @@ class StageConfig(Settings):
         name: name of the run's folder.
         seed: seed of the initial parameters and of the data order.
         device: where to compute; auto: CUDA, else MPS, else the CPU.
-        dtype: dtype of the computation; auto: bfloat16 on GPUs from Ampere on, else float32.
+        dtype: dtype of the computation; auto: bfloat16 where a GPU has it, else float16; float32 on CPUs.
         compile: use torch.compile.
         resume: continue from the run's last checkpoint.
         resume_step: continue from the run's checkpoint of this step; those after it move to checkpoints.old, and
