@@ -72,11 +72,8 @@ def measured(
         state, metrics = train_step(state, batches, hparams, value_and_grad=recorded)
         if not metrics["finite"]:
             return state, metrics
-        small, tokens, number = (
-            float(torch.stack(squares).cpu().double().mean()),
-            batches[0]["inputs"].numel(),
-            len(squares),
-        )
+        small = float(torch.stack(squares).cpu().double().mean())
+        tokens, number = batches[0]["inputs"].numel(), len(squares)
         if sharding_plan is not None:
             small = distributed.all_reduce_sum([small])[0] / sharding_plan.ranks
             tokens *= sharding_plan.ranks // _groups(sharding_plan)
