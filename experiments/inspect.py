@@ -63,7 +63,7 @@ class Config(Settings):
         show: documents to print.
         chars: to print of each document.
         device: where to compute; auto: CUDA, else MPS, else the CPU.
-        dtype: dtype of the computation; auto: bfloat16 where a GPU has it, else float16; float32 on CPUs.
+        dtype: dtype of the computation; auto: bfloat16 where a GPU has it, else float32, also in place of float16.
     """
 
     run: str | None = None
@@ -83,6 +83,8 @@ config = Config
 
 def run(config: Config, runtime: Runtime) -> None:
     distributed.require_single(runtime, "inspect")
+    if runtime.compute_dtype == distributed.DTYPES["float16"]:  # small gradients would vanish without a loss scale
+        runtime = dataclasses.replace(runtime, compute_dtype=distributed.DTYPES["float32"])
     if not config.prompt and (config.answer or config.sort == "effect"):
         raise UserError(f"{'answer' if config.answer else 'sort=effect'}: set prompt too")
     name, number = checkpoint.split_step(config.run, config.step)

@@ -79,6 +79,13 @@ def test_losses_and_gradients_are_those_of_training(recorded: dict[int, Any], ca
 
 
 @pytest.mark.slow
+def test_gradients_are_computed_in_float32_in_place_of_float16(recorded: dict[int, Any]):
+    inspect_run("run=tiny", "step=6")
+    expected = documents_of("tiny", 6)
+    inspect.run(override(inspect.Config(), ["device=cpu", "run=tiny", "step=6"]), distributed.init("cpu", "float16"))
+    assert documents_of("tiny", 6) == expected
+
+
 def test_branch_begins_with_the_data_of_its_base(recorded: dict[int, Any], corpus: Path):
     source = f"data.source=0.7*{corpus / 'text'},0.3*{corpus / 'other.jsonl'}"
     with recorded_steps.recorded() as rows:
