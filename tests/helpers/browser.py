@@ -112,7 +112,7 @@ def stats(server: scripted.Server) -> dict[str, Any]:
 
 
 def until(page: Page, condition: Callable[[], bool]) -> None:
-    """Wait for a condition of the server while the browser keeps running."""
+    """Wait for a condition of the server or of the page while the browser keeps running."""
     for _ in range(250):
         if condition():
             return

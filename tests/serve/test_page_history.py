@@ -48,9 +48,10 @@ def test_conversations_are_searched_renamed_deleted_and_brought_back(chat: Opene
     page, _ = chat({"first": ["about whales"], "second": ["about ships"]})
     for message in ("first", "second"):
         page.get_by_role("button", name="New chat").click()
+        expect(page.locator("#empty")).to_be_visible()
         say(page, message)
         finished(page, 1)
-    assert chats(page) == ["second", "first"]
+    until(page, lambda: chats(page) == ["second", "first"])
     expect(page).to_have_title("second · nanochat")
     page.keyboard.press("Control+k")
     expect(page.locator("#search")).to_be_focused()
@@ -66,16 +67,37 @@ def test_conversations_are_searched_renamed_deleted_and_brought_back(chat: Opene
     menu(page, "first", "Rename")
     page.keyboard.type("Sea animals")
     page.keyboard.press("Enter")
-    assert chats(page) == ["Sea animals", "second"]
+    until(page, lambda: chats(page) == ["Sea animals", "second"])
     menu(page, "Sea animals", "Delete")
     expect(page.locator("#empty")).to_be_visible()
-    assert chats(page) == ["second"]
+    until(page, lambda: chats(page) == ["second"])
     page.get_by_role("button", name="Undo").click()
     expect(page.locator(".bubble")).to_have_text("first")
-    menu(page, "second", "Delete")
-    page.reload()
+    page.get_by_role("button", name="Menu of second").click()
+    delete = page.locator("#chat-menu [data-act=delete]")
+    with page.expect_navigation():  # before the database has written anything
+        delete.evaluate("button => { button.click(); location.reload(); }")
     expect(answer(page)).to_have_text("about whales")
-    assert chats(page) == ["Sea animals"]
+    until(page, lambda: chats(page) == ["Sea animals"])
+
+
+def test_list_keeps_its_links_and_the_focus_while_an_answer_grows(chat: Opener) -> None:
+    page, _ = chat({"first": ["one"], "long": ["x "] * 100}, delay=0.02)
+    for message in ("first", "long"):
+        page.get_by_role("button", name="New chat").click()
+        expect(page.locator("#empty")).to_be_visible()
+        say(page, message)
+        expect(answer(page)).to_contain_text("one" if message == "first" else "x")
+    link = page.get_by_role("link", name="first")
+    link.focus()
+    same = link.element_handle()
+    expect(answer(page)).to_contain_text("x " * 20)  # drawn again for each of them
+    assert same.evaluate("node => node.isConnected && node === document.activeElement")
+    menu(page, "first", "Rename")
+    page.keyboard.type("renamed")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("link", name="renamed")).to_be_focused()
+    finished(page, 1)
 
 
 def test_tabs_share_the_history_and_neither_loses_anything(chat: Opener) -> None:
@@ -84,7 +106,7 @@ def test_tabs_share_the_history_and_neither_loses_anything(chat: Opener) -> None
     finished(page, 1)
     tab = another_tab(page)
     expect(answer(tab)).to_have_text("You said: hello")
-    assert texts(tab) == ["hello", "You said: hello"]
+    until(tab, lambda: texts(tab) == ["hello", "You said: hello"])
     say(page, "slow")
     expect(answer(tab)).to_contain_text("word3")  # while it is being written
     say(tab, "too early")
@@ -99,7 +121,7 @@ def test_tabs_share_the_history_and_neither_loses_anything(chat: Opener) -> None
     tab.get_by_role("button", name="Previous version").click()
     expect(tab.locator("article")).to_have_count(6)
     assert texts(tab) == texts(page) and texts(page)[4:] == ["here", "You said: here"]
-    assert chats(page) == chats(tab) == ["hello"]
+    until(page, lambda: chats(page) == chats(tab) == ["hello"])
     menu(tab, "hello", "Delete")
     expect(page.locator("#empty")).to_be_visible()
 
@@ -175,7 +197,7 @@ def test_export_is_read_by_customjson_and_comes_back_by_import(
     fresh.locator("#file").set_input_files(file)
     expect(fresh.locator("#toast")).to_contain_text("Imported 1 conversation.")
     expect(fresh.locator(".tool")).to_have_count(3)
-    assert texts(fresh) == shown
+    until(fresh, lambda: texts(fresh) == shown)
     expect(fresh.get_by_role("button", name="Good answer").last).to_have_attribute("aria-pressed", "true")
     fresh.get_by_role("button", name="Previous version").click()  # the other versions came along
     expect(answer(fresh)).to_contain_text("c 2")

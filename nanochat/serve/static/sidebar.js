@@ -5,6 +5,7 @@ import { plain, title } from "./tree.js";
 let state = { conversations: {}, open: null };
 let actions = null; // {rename(id, title), export(id), delete(id)}
 let [renaming, menuOf] = [null, null];
+let drawn = ""; // what the list shows
 
 // Draw the list of `conversations`, with the one that is open marked.
 export function drawList(conversations, open) {
@@ -13,14 +14,20 @@ export function drawList(conversations, open) {
   draw();
 }
 
+// A list that shows the same stays as it is: while an answer grows, links keep the focus and get their clicks.
 function draw() {
   if (renaming && document.activeElement?.closest(".renaming")) return; // not under the user's hands
   const words = $("search").value.trim().toLowerCase();
   const all = Object.values(state.conversations).sort((a, b) => b.updated - a.updated);
   const found = all.map((conversation) => [conversation, match(conversation, words)]).filter(([, matched]) => matched !== null);
   const groups = Map.groupBy ? Map.groupBy(found, ([{ updated }]) => day(updated)) : new Map([["", found]]);
+  const shows = JSON.stringify([[...groups].map(([name, rows]) => [name, rows.map(([conversation, matched]) => [conversation.id, title(conversation), matched])]), state.open, renaming, all.length > 0]);
+  if (shows === drawn) return;
+  drawn = shows;
+  const focused = $("chats").contains(document.activeElement) ? document.activeElement.ariaLabel ?? document.activeElement.hash : null;
   const empty = all.length ? "Nothing found." : "Your conversations appear here. They stay in this browser.";
   $("chats").replaceChildren(...(found.length ? [...groups].flatMap(([name, rows]) => [h("h2", {}, name), h("ul", {}, ...rows.map(entry))]) : [h("p", {}, empty)]));
+  if (focused) [...$("chats").querySelectorAll("a, button")].find((node) => [node.ariaLabel, node.hash].includes(focused))?.focus();
 }
 
 // "" or the text around the first match; null if there is none.
@@ -103,6 +110,7 @@ export function listen(given) {
       renaming = menuOf;
       draw();
       const input = $("chats").querySelector(".renaming input");
+      input?.focus(); // not every browser focuses what it selects
       input?.select();
     } else if (act) actions[act](menuOf);
   });

@@ -22,6 +22,7 @@ export async function open() {
     request.onupgradeneeded = () => ["conversations", "tokens"].forEach((name) => request.result.createObjectStore(name, { keyPath: "id" }));
     database = await asPromise(request);
     database.onversionchange = () => database.close();
+    for (const id of removing()) await remove(id);
     return await asPromise(table("conversations").getAll());
   } catch {
     database = null;
@@ -31,6 +32,7 @@ export async function open() {
 
 // Write a conversation, merged with what another tab has written; not true if that failed.
 export const put = (conversation) => attempt(async () => {
+  tab.set("removing", removing().filter((id) => id !== conversation.id)); // it was brought back
   const store = table("conversations", "readwrite");
   const stored = await asPromise(store.get(conversation.id));
   await asPromise(store.put(merge(stored, conversation)));
@@ -38,8 +40,13 @@ export const put = (conversation) => attempt(async () => {
   return true;
 });
 
+// What is being removed: a reload cancels what the database has not done yet.
+const removing = () => tab.get("removing") ?? [];
+
 export const remove = (id) => attempt(async () => {
+  tab.set("removing", [...removing(), id]);
   await asPromise(table("conversations", "readwrite").delete(id));
+  tab.set("removing", removing().filter((other) => other !== id));
   channel.postMessage(id);
 });
 
