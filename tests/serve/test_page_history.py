@@ -73,6 +73,7 @@ def test_conversations_are_searched_renamed_deleted_and_brought_back(chat: Opene
     until(page, lambda: chats(page) == ["second"])
     page.get_by_role("button", name="Undo").click()
     expect(page.locator(".bubble")).to_have_text("first")
+    page.locator("#chats li", has_text="second").hover()
     page.get_by_role("button", name="Menu of second").click()
     delete = page.locator("#chat-menu [data-act=delete]")
     with page.expect_navigation():  # before the database has written anything
