@@ -3,6 +3,7 @@
     python launch.py --experiment=web                                  # the run that was saved last
     python launch.py --experiment=web --set run=quickstart --set port=8080
     python launch.py --experiment=web --set host=0.0.0.0 --set token_file=token.txt    # for others, with a password
+    python launch.py --experiment=web --set run=quickstart_sft,lora_a,lora_b           # several models: see below
 
 Prints the address of the page once the model is loaded. That takes seconds, and minutes when the decode step is
 compiled for the first time: by default on a GPU, on a CPU with compile=true. There is one worker process for each GPU
@@ -24,12 +25,17 @@ as well: --model local-chat-completions, base_url=…/v1/chat/completions and --
     lm_eval --tasks arc_easy,lambada_openai --model local-completions --model_args \
         model=nanochat,base_url=http://localhost:8000/v1/completions,tokenizer_backend=remote,max_length=2048
 
+Of several runs, a request's `model` names the one that answers, by default the first; the page has a menu, and GET
+/v1/models lists them. They may differ in size and tokenizer. Each has slots and a cache of its own on each worker, and
+they take turns. Weights that are equal are held once: of adapters on one base, all that the adapters do not change.
+
 GET /health, /stats, /metrics (Prometheus) and /openapi.json describe the server. Without host=0.0.0.0 only this machine
 can reach it; conversations are not logged. Behind a proxy, name the host it is called by: --set hosts=chat.example.org.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from pathlib import Path
@@ -44,13 +50,17 @@ class Config(checkpoint.LoadConfig):
     """A server.
 
     Attributes:
+        run: one or more runs, each a name or the path of its folder; none: the run that was saved last. name@100: its
+            step 100.
+        step: of the checkpoint of a single run; none: the newest.
         host: address to listen on.
         port: port to listen on; 0: any free one.
         hosts: further names by which clients call the server, behind a proxy.
         token: bearer token that clients must send. Default: none is needed.
         token_file: file with the token, so that other users of this machine do not see it in the process list.
-        slots: requests that a worker answers at once. Default: 64 on a GPU, 16 elsewhere.
-        queue: requests that may wait for a slot; further ones get status 503.
+        slots: requests that a worker answers at once, of each model. Default: 64 on a GPU and 16 elsewhere, divided by
+            the number of models.
+        queue: requests that may wait for a slot, of each model; further ones get status 503.
         connections: open at once.
         requests_per_minute: of a client, by its address; further ones get status 429. Default: any number. Behind a
             proxy all clients have the proxy's address: limit the rate there.
@@ -61,14 +71,16 @@ class Config(checkpoint.LoadConfig):
         compile: torch.compile the decode step. Default: on a GPU only.
         temperature, top_k, top_p, min_p, repetition_penalty: how tokens are drawn if a request does not say it.
         max_tokens: of an answer in a chat, if a request does not say it.
-        model_names: further names by which requests may call the model; "*" accepts any. Clients that were written for
-            another server often send a name of their own.
-        prefix_tokens: size of the prefix cache of a worker: what prompts that begin alike, such as with a system
-            prompt, have in common is computed once. It takes the memory of so many tokens. Default: 4 x context.
+        model_names: further names by which requests may call the first model; "*" accepts any. Clients that were
+            written for another server often send a name of their own.
+        prefix_tokens: size of the prefix cache of a worker, of each model: what prompts that begin alike, such as with
+            a system prompt, have in common is computed once. It takes the memory of so many tokens. Default: 4 x
+            context.
         exact: always compute all slots, so that a seed gives the same answer whatever the load. Without it rounding
             depends on the load, and in rare cases the sampled token does too. Slower with few requests.
     """
 
+    run: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: Annotated[int, "from 0 to 65535", lambda x: 0 <= x < 2**16] = 8000
     hosts: tuple[str, ...] = ()
@@ -102,39 +114,57 @@ config = Config
 
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
-    """Load the model in a process for each device, and serve it until a signal comes."""
+    """Load the models in a process for each device, and serve them until a signal comes."""
     distributed.require_single(runtime, "web, which starts a process for each GPU by itself,")
-    run, step = checkpoint.split_step(config.run, config.step)
-    folder = checkpoint.find_run(run)  # a wrong name is an error now, not when a process has started
+    models = model_sources(config)  # a wrong name is an error now, not when a process has started
     token = read_token(config)
     limits = serve.Limits(config.host, config.port, token, config.hosts, config.connections, config.grace_seconds)
     limits = dataclasses.replace(limits, requests_per_minute=config.requests_per_minute)
     is_cuda = runtime.device.type == "cuda"
     compile = is_cuda if config.compile is None else config.compile
-    slots = config.slots or (64 if is_cuda else 16)
+    slots = config.slots or max(1, (64 if is_cuda else 16) // len(models))
     dtype = str(runtime.compute_dtype).removeprefix("torch.")
     workers = [
-        serve.WorkerConfig(
-            str(folder), step, device, dtype, slots, config.context, compile, config.exact, config.prefix_tokens
-        )
+        serve.WorkerConfig(models, device, dtype, slots, config.context, compile, config.exact, config.prefix_tokens)
         for device in worker_devices(config.gpus, runtime.device.type)
     ]
-    print(f"loading {folder.name} on {', '.join(worker.device for worker in workers)}", flush=True)
+    names = ", ".join(model.name for model in models)
+    print(f"loading {names} on {', '.join(worker.device for worker in workers)}", flush=True)
     api = serve.ApiConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(serve.ApiConfig)})
     connects = [functools.partial(serve.worker.WorkerHandle, worker) for worker in workers]
     scheduler = serve.scheduler.create(connects, config.queue)
 
     def announce(port: int) -> None:
-        assert scheduler.info
-        print(scheduler.info.about)
-        if scheduler.info.notice:
-            print(f"note: {scheduler.info.notice}")
+        for info in scheduler.models.values():
+            print(info.about)
+        for notice in filter(None, (info.notice for info in scheduler.models.values())):
+            print(f"note: {notice}")
         if not limits.is_local and limits.token is None:
             print("note: whoever can reach this machine can use it; set a password: --set token_file=…")
         name = "localhost" if limits.host in ("127.0.0.1", "0.0.0.0", "::", "::1") else limits.host
         print(f"open http://{name}:{port}   (Ctrl-C stops it)", flush=True)
 
     serve.middleware.run(serve.app.create_app(scheduler, limits, api), scheduler, limits, announce)
+
+
+def model_sources(config: Config) -> tuple[serve.ModelSource, ...]:
+    """Return the models to serve, each named after its run; with the step if several steps of a run are served."""
+    if config.step is not None and len(config.run) > 1:
+        raise UserError(f"step={config.step} is for a single run: write run={config.run[0]}@{config.step},…")
+    sources = []
+    for run in config.run or (None,):
+        name, step = checkpoint.split_step(run, config.step)
+        sources.append((checkpoint.find_run(name), step))
+    count = collections.Counter(folder.name for folder, _ in sources)
+    models = []
+    for folder, step in sources:
+        if count[folder.name] > 1:
+            step = checkpoint.inspect(folder, step).step
+        name = f"{folder.name}@{step}" if count[folder.name] > 1 else folder.name
+        if name in [model.name for model in models]:
+            raise UserError(f"run={','.join(config.run)}: two models would have the name {name}; rename a folder")
+        models.append(serve.ModelSource(name, str(folder), step))
+    return tuple(models)
 
 
 def worker_devices(gpus: int | None, device_type: str) -> list[str]:

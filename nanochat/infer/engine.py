@@ -209,14 +209,14 @@ def cancel(engine: Engine, key: Hashable) -> None:
 
 
 @torch.no_grad()
-def step(engine: Engine, prefill_all: bool = False) -> list[Event]:
+def step(engine: Engine, prefill_all: bool = False, others_wait: bool = False) -> list[Event]:
     """Start to decode one token of every row; returns the events of the step started `async_depth` steps before.
 
     Args:
-        prefill_all: compute all new prompts before; otherwise so little that other rows do not wait.
+        prefill_all: compute all new prompts before; otherwise so little that rows, here or elsewhere, do not wait.
     """
-    n_decoding = sum(row.slot >= 0 for row in engine.active.values())
-    for prefilled in prefill.advance(engine.prefill, n_decoding > 0, prefill_all):
+    others_wait |= any(row.slot >= 0 for row in engine.active.values())
+    for prefilled in prefill.advance(engine.prefill, others_wait, prefill_all):
         _start_decoding(engine, prefilled)
     rows, events = [row for row in engine.active.values() if row.slot >= 0], []
     constrained = [row for row in rows if row.grammar]  # the next token of which depends on the last one

@@ -9,6 +9,6 @@ if TYPE_CHECKING:
     from nanochat.serve.api.answers import ApiConfig
     from nanochat.serve.middleware import Limits
     from nanochat.serve.scheduler import Scheduler
-    from nanochat.serve.worker import WorkerConfig
+    from nanochat.serve.worker import ModelSource, WorkerConfig
 
 __getattr__ = lazy_exports(__name__, __file__)

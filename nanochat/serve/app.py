@@ -108,7 +108,7 @@ async def health(request: Request, response: Response) -> dict[str, Any]:
 
 
 async def stats(request: Request) -> dict[str, Any]:
-    """Return the model, the load and the workers."""
+    """Return the models, the load and the workers."""
     scheduler: Scheduler = request.app.state.scheduler
     info, counts = scheduler.info, scheduler.metrics
     answers = {finish: int(counts.value("answers_total", finish=finish)) for finish in scheduling.FINISHES}
@@ -117,15 +117,21 @@ async def stats(request: Request) -> dict[str, Any]:
             "gpu": index,
             "device": worker.info.device if worker.info else None,
             "ready": bool(worker.info),
-            "slots": worker.info.slots if worker.info else 0,
+            "slots": sum(info.slots for info in worker.models.values()),
             "active": len(worker.streams),
             "restarts": worker.restarts,
             "error": worker.error,
         }
         for index, worker in enumerate(scheduler.workers)
     ]
+    models = []
+    for name, model in scheduler.models.items():
+        waiting, active = scheduler.load_of(name)
+        load = {"waiting": waiting, "active": active, "tokens": int(counts.value("model_tokens_total", model=name))}
+        models.append(_about(model) | {"notice": model.notice} | load)
     return {
-        "model": info and {"name": info.name, "step": info.step, "stage": info.stage, "context": info.context},
+        "model": info and _about(info),
+        "models": models,
         "notice": info.notice if info else None,
         "uptime_seconds": round(time.time() - request.app.state.start_time, 1),
         "queue": {"length": len(scheduler.queue), "limit": scheduler.queue_limit},
@@ -144,14 +150,18 @@ async def metrics(request: Request) -> PlainTextResponse:
 
 
 async def models(request: Request) -> dict[str, Any]:
-    """Return the model, as OpenAI's list."""
-    loaded = request.app.state.scheduler.info
-    return {"object": "list", "data": [_describe(request, loaded)] if loaded else []}
+    """Return the models, as OpenAI's list."""
+    loaded = request.app.state.scheduler.models.values()
+    return {"object": "list", "data": [_describe(request, info) for info in loaded]}
 
 
 async def model(request: Request, name: str) -> dict[str, Any]:
     """Return the model with this name."""
     return _describe(request, answers.ready_model(request.app.state.scheduler, request.app.state.api, name))
+
+
+def _about(info: WorkerInfo) -> dict[str, Any]:
+    return {"name": info.name, "step": info.step, "stage": info.stage, "context": info.context}
 
 
 def _describe(request: Request, info: WorkerInfo) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Stream:
     """An answer in progress: it waits, runs in a slot of a worker, and ends once, with a finish reason or an error."""
 
     key: int
+    model: str
     request: Request | ScoreRequest
     wake: asyncio.Event  # set whenever there are new tokens, or the end
     client: str = ""
@@ -66,15 +67,20 @@ class Worker:
 
     connect: Connect
     handle: WorkerHandle | None = None
-    info: WorkerInfo | None = None  # while it is ready
+    models: dict[str, WorkerInfo] = dataclasses.field(default_factory=dict)  # while it is ready
     streams: dict[int, Stream] = dataclasses.field(default_factory=dict)
     restarts: int = 0
     error: str | None = None  # why it exited last
     last_heartbeat: float = 0.0  # when it last sent or got something
 
     @property
-    def free_slots(self) -> int:
-        return self.info.slots - len(self.streams) if self.info else 0
+    def info(self) -> WorkerInfo | None:
+        """The first model, while it is ready."""
+        return next(iter(self.models.values()), None)
+
+    def free_slots(self, model: str) -> int:
+        active = sum(stream.model == model for stream in self.streams.values())
+        return self.models[model].slots - active if model in self.models else 0
 
 
 class Metrics:
@@ -86,6 +92,8 @@ class Metrics:
         self.responses = Counter("responses", "HTTP responses.", ["code"], **names)
         self.answers = Counter("answers", "Answers by how they ended.", ["finish"], **names)
         self.tokens = Counter("tokens", "Generated tokens.", **names)
+        self.model_answers = Counter("model_answers", "Answers of a model that have ended.", ["model"], **names)
+        self.model_tokens = Counter("model_tokens", "Generated tokens of a model.", ["model"], **names)
         self.prefix_hits = Counter("prefix_cache_hits", "Prompts that began with known tokens.", **names)
         self.prefix_tokens = Counter("prefix_cache_tokens", "Prompt tokens that were not computed again.", **names)
         self.restarts = Counter("restarts", "Restarts of a worker.", ["gpu"], **names)
@@ -104,7 +112,7 @@ class Scheduler:
     workers: list[Worker]
     queue_limit: int
     metrics: Metrics
-    info: WorkerInfo | None = None  # of the model, as soon as a worker has been ready
+    models: dict[str, WorkerInfo] = dataclasses.field(default_factory=dict)  # as soon as a worker has been ready
     fatal_error: str | None = None  # why no worker can ever be ready
     draining: bool = False  # what was accepted is answered, and nothing more is accepted
     queue: dict[int, Stream] = dataclasses.field(default_factory=dict)
@@ -114,13 +122,24 @@ class Scheduler:
     tasks: list[asyncio.Task] = dataclasses.field(default_factory=list)  # one for each worker, which keeps it running
 
     @property
+    def info(self) -> WorkerInfo | None:
+        """The first model, which answers requests that name none."""
+        return next(iter(self.models.values()), None)
+
+    @property
     def ready(self) -> bool:
-        return any(worker.info for worker in self.workers)
+        return any(worker.models for worker in self.workers)
 
     @property
     def active(self) -> int:
         """Number of answers that are being generated."""
         return sum(len(worker.streams) for worker in self.workers)
+
+    def load_of(self, model: str) -> tuple[int, int]:
+        """Return the numbers of a model's requests that wait, and that are being answered."""
+        active = [stream for worker in self.workers for stream in worker.streams.values()]
+        waiting, running = ([s for s in streams if s.model == model] for streams in (self.queue.values(), active))
+        return len(waiting), len(running)
 
 
 def create(connects: Sequence[Connect], queue_limit: int) -> Scheduler:
@@ -160,14 +179,17 @@ def end_streams(scheduler: Scheduler) -> None:
 # Streams
 
 
-def submit(scheduler: Scheduler, requests: Sequence[Request | ScoreRequest], wake: asyncio.Event) -> list[Stream]:
-    """Queue one stream for each request, all of them or none."""
+def submit(
+    scheduler: Scheduler, model: str, requests: Sequence[Request | ScoreRequest], wake: asyncio.Event
+) -> list[Stream]:
+    """Queue one stream for each request to a model, all of them or none."""
     if scheduler.draining:
         raise shutting_down()
-    free = sum(worker.free_slots for worker in scheduler.workers)
-    if max(0, len(scheduler.queue) + len(requests) - free) > scheduler.queue_limit:
-        raise overloaded(f"{len(scheduler.queue)} requests are waiting: try again later", _retry_seconds(scheduler))
-    streams = [Stream(next(scheduler.keys), request, wake, CLIENT.get()) for request in requests]
+    free = sum(worker.free_slots(model) for worker in scheduler.workers)
+    waiting, _ = scheduler.load_of(model)
+    if max(0, waiting + len(requests) - free) > scheduler.queue_limit:
+        raise overloaded(f"{waiting} requests are waiting: try again later", _retry_seconds(scheduler, model, waiting))
+    streams = [Stream(next(scheduler.keys), model, request, wake, CLIENT.get()) for request in requests]
     scheduler.queue.update((stream.key, stream) for stream in streams)
     _dispatch(scheduler)
     return streams
@@ -195,33 +217,38 @@ def shutting_down() -> ApiError:
     return overloaded("the server is shutting down", 5)
 
 
-def _retry_seconds(scheduler: Scheduler) -> int:
-    """Estimate from the answers so far when the queue will have room."""
-    slots = sum(worker.info.slots for worker in scheduler.workers if worker.info)
+def _retry_seconds(scheduler: Scheduler, model: str, waiting: int) -> int:
+    """Estimate from the answers so far when a model's queue will have room."""
+    slots = sum(worker.models[model].slots for worker in scheduler.workers if model in worker.models)
     n_answers, seconds = (scheduler.metrics.value(f"answer_seconds_{name}") for name in ("count", "sum"))
     mean_seconds = seconds / max(1, n_answers)
-    return max(1, min(60, round(mean_seconds * len(scheduler.queue) / slots))) if slots else 5
+    return max(1, min(60, round(mean_seconds * waiting / slots))) if slots else 5
 
 
 def _dispatch(scheduler: Scheduler) -> None:
+    """Give free slots to streams that wait for their models."""
     while scheduler.queue:
-        index = max(range(len(scheduler.workers)), key=lambda i: scheduler.workers[i].free_slots)
-        worker = scheduler.workers[index]
-        if worker.free_slots <= 0 or worker.handle is None:
+        free = {stream.model: (0, 0) for stream in scheduler.queue.values()}  # (most free slots, worker)
+        for model in free:
+            free[model] = max((worker.free_slots(model), -i) for i, worker in enumerate(scheduler.workers))
+        waiting = [stream for stream in scheduler.queue.values() if free[stream.model][0] > 0]
+        if not waiting:
             return
-        stream = _next_stream(scheduler)
-        stream.worker = index
+        stream = _next_stream(scheduler, waiting)
+        stream.worker = index = -free[stream.model][1]
+        worker = scheduler.workers[index]
+        assert worker.handle
         if not worker.streams:
             worker.last_heartbeat = time.monotonic()  # an idle worker is silent
         worker.streams[stream.key] = stream
-        worker.handle.send(("new", stream.key, stream.request))
+        worker.handle.send(("new", stream.key, stream.request, stream.model))
 
 
-def _next_stream(scheduler: Scheduler) -> Stream:
-    """Take a stream from the queue."""
+def _next_stream(scheduler: Scheduler, waiting: Sequence[Stream]) -> Stream:
+    """Take one of the streams from the queue."""
     turns = scheduler.turns
     active = collections.Counter(stream.client for worker in scheduler.workers for stream in worker.streams.values())
-    stream = min(scheduler.queue.values(), key=lambda s: (active[s.client], turns.get(s.client, -1), s.key))
+    stream = min(waiting, key=lambda s: (active[s.client], turns.get(s.client, -1), s.key))
     turns.pop(stream.client, None)
     turns[stream.client] = next(scheduler.turn)
     if len(turns) > MAX_TURNS:
@@ -244,6 +271,7 @@ def _add(
     stream.logprobs.append(logprobs)
     stream.n_tokens += 1
     metrics.tokens.inc()
+    metrics.model_tokens.labels(stream.model).inc()
     if finish:
         _finish(scheduler, worker, stream, finish)
     stream.wake.set()
@@ -253,6 +281,7 @@ def _finish(scheduler: Scheduler, worker: Worker, stream: Stream, finish: str) -
     stream.finish = finish
     del worker.streams[stream.key]
     scheduler.metrics.answers.labels(finish).inc()
+    scheduler.metrics.model_answers.labels(stream.model).inc()
     scheduler.metrics.answer_seconds.observe(time.perf_counter() - stream.arrived)
     stream.wake.set()
 
@@ -282,7 +311,7 @@ async def _supervise(scheduler: Scheduler, index: int) -> None:
             while (message := await _next_message(worker, inbox)) != ("exited",):
                 _handle(scheduler, worker, message)
         finally:
-            worker.handle = worker.info = None
+            worker.handle, worker.models = None, {}
             worker.error = worker.error or "its process ended"
             lost, worker.streams = worker.streams, {}
             for stream in lost.values():
@@ -326,13 +355,14 @@ def _handle(scheduler: Scheduler, worker: Worker, message: Message) -> None:
         case ("prefix_cache", prompts, tokens):
             scheduler.metrics.prefix_hits.inc(prompts)
             scheduler.metrics.prefix_tokens.inc(tokens)
-        case ("ready", info):
-            worker.info, worker.error, scheduler.info = info, None, info
+        case ("ready", *infos):
+            worker.models = scheduler.models = {info.name: info for info in infos}
+            worker.error = None
         case ("refused", key, reason):
             if stream := worker.streams.pop(key, None):
                 _fail(scheduler, stream, server_error(reason))
         case ("failed", reason, is_fatal):
             worker.error = reason
-            if is_fatal and scheduler.info is None:
+            if is_fatal and not scheduler.models:
                 scheduler.fatal_error = reason
     _dispatch(scheduler)

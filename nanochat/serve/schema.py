@@ -241,6 +241,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)
 class ChatRequest(SamplingRequest):
     """A request of our own dialect."""
 
+    model: str | None = None
     messages: Messages
 
 

@@ -1,11 +1,14 @@
 """A process that owns one device and answers many requests at once on it, and the server's handle of it.
 
+It has an engine for each model; leaves that are equal in two models, such as what no adapter of a base changes, are
+held once. The engines take turns, a step each.
+
 Messages are tuples over a pipe. To the worker:
-    ("new", key, request)                       start an answer to an `infer.Request`, or score a `ScoreRequest`
+    ("new", key, request, model)                start an answer to an `infer.Request`, or score a `ScoreRequest`
     ("cancel", key)                             forget it
     ("end",)                                    exit
 From the worker:
-    ("ready", WorkerInfo)                       the model is loaded
+    ("ready", WorkerInfo, ...)                  the models are loaded
     ("tokens", [(key, token, finish, logprobs), ...])    the tokens of one step, in one message; see `infer.Event`
     ("scored", key, {index: SequenceLogprobs}, is_last)    some prompts of a `ScoreRequest`
     ("prefix_cache", prompts, tokens)           prompts that began with known tokens since the last such message
@@ -23,7 +26,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -31,7 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat import checkpoint, infer
+from nanochat import checkpoint, infer, tree
 from nanochat.config import UserError
 from nanochat.data import Tokenizer
 from nanochat.distributed import DTYPES
@@ -50,12 +53,19 @@ Message = tuple[Any, ...]
 Deliver = Callable[[Message], None]  # what a handle calls, from any thread, with each message of its worker
 
 
+class ModelSource(NamedTuple):
+    """A model to serve, under a name that no other has; see `checkpoint.load`."""
+
+    name: str
+    run: str
+    step: int | None
+
+
 @dataclasses.dataclass(frozen=True)
 class WorkerConfig:
-    """What a worker loads and how it runs; see `checkpoint.load` and `infer.start`."""
+    """What a worker loads and how it runs, `slots` and `prefix_tokens` for each model; see `infer.start`."""
 
-    run: str | None = None
-    step: int | None = None
+    models: tuple[ModelSource, ...]
     device: str = "cpu"
     dtype: str = "auto"
     slots: int = 16
@@ -73,7 +83,7 @@ class ScoreRequest(NamedTuple):
 
 
 class WorkerInfo(NamedTuple):
-    """A worker that is ready, and its model."""
+    """A model that a worker is ready to answer with."""
 
     name: str
     step: int
@@ -139,10 +149,10 @@ def main(pipe: Connection, config: WorkerConfig) -> None:
         os.nice(CPU_NICE)
     threading.Thread(target=_exit_with_parent, name="exit with parent", daemon=True).start()
     try:
-        engine, info = load(config)
+        engines, infos = load(config)
         gc.freeze()  # what is loaded stays: collecting it would hold up all streams
-        pipe.send(("ready", info))
-        serve_requests(pipe, engine)
+        pipe.send(("ready", *infos))
+        serve_requests(pipe, engines)
     except (EOFError, ConnectionError):
         pass  # the server is gone
     except Exception as error:
@@ -155,70 +165,115 @@ def main(pipe: Connection, config: WorkerConfig) -> None:
         sys.exit(1)
 
 
-def load(config: WorkerConfig) -> tuple[Engine, WorkerInfo]:
-    """Load the model and start an engine with it."""
+def load(config: WorkerConfig) -> tuple[dict[str, Engine], list[WorkerInfo]]:
+    """Load each model and start an engine with it."""
     device, dtype = torch.device(config.device), DTYPES.get(config.dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    loaded = checkpoint.load(config.run, step=config.step, device=device, dtype=dtype)
-    options: dict[str, Any] = {name: getattr(config, name) for name in WORKER_OPTIONS}
-    if config.prefix_tokens is None:
-        options["prefix_tokens"] = PREFIX_CONTEXTS * (config.context or loaded.config.sequence_len)
-    engine = infer.start(loaded.params, loaded.config, loaded.tokenizer, device=device, dtype=dtype, **options)
-    if config.compile:
+    engines: dict[str, Engine] = {}
+    infos = []
+    for name, run, step in config.models:
+        loaded = checkpoint.load(run, step=step, device=device, dtype=dtype)
+        options: dict[str, Any] = {option: getattr(config, option) for option in WORKER_OPTIONS}
+        if config.prefix_tokens is None:
+            options["prefix_tokens"] = PREFIX_CONTEXTS * (config.context or loaded.config.sequence_len)
+        engine = infer.start(loaded.params, loaded.config, loaded.tokenizer, device=device, dtype=dtype, **options)
+        shared_bytes = sum(share_(engine.params, other.params) for other in engines.values())
+        about = f"{checkpoint.describe_model(loaded)}, {config.slots} requests at once"
+        if len(config.models) > 1:
+            own_bytes = tree.nbytes(engine.params) - shared_bytes
+            about += f"; {own_bytes / 1e6:.1f} MB of weights" + f" beside {shared_bytes / 1e6:.1f} MB shared" * bool(
+                infos
+            )
+            about += f", {tree.nbytes(engine.cache) / 1e6:.1f} MB of cache"
+        engines[name] = engine
+        infos.append(
+            WorkerInfo(
+                name,
+                loaded.step,
+                loaded.stage,
+                checkpoint.warning(loaded),
+                dataclasses.replace(loaded.tokenizer),  # a copy without its caches
+                engine.context,
+                config.slots,
+                torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                about,
+            )
+        )
+    for engine in engines.values() if config.compile else ():
         infer.warm_up(engine)
-    return engine, WorkerInfo(
-        loaded.name,
-        loaded.step,
-        loaded.stage,
-        checkpoint.warning(loaded),
-        dataclasses.replace(loaded.tokenizer),  # a copy without its caches
-        engine.context,
-        config.slots,
-        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        f"{checkpoint.describe_model(loaded)}, {config.slots} requests at once",
-    )
+    return engines, infos
 
 
-def serve_requests(pipe: Connection, engine: Engine) -> None:
-    """Answer requests until an "end" message: idle it waits for messages, busy it reads them between steps.
+def share_(params: dict[str, Any], other: Mapping[str, Any]) -> int:
+    """Replace leaves by those of another model that are equal and have the same name; returns their bytes."""
+    n_bytes = 0
+    for name, x in params.items():
+        if isinstance(x, dict):
+            n_bytes += share_(x, other.get(name, {}))
+        elif name in other and x is not other[name] and torch.equal(x, other[name]):
+            params[name], n_bytes = other[name], n_bytes + tree.nbytes(x)
+    return n_bytes
 
-    Prompts are scored between steps as well, one batch at a time, which is about as long as a prompt's prefill.
-    """
-    waiting: dict[int, Request] = {}
-    scoring: dict[int, tuple[int, Iterator[dict[int, SequenceLogprobs]]]] = {}  # (prompts to score, their batches)
+
+@dataclasses.dataclass(eq=False)
+class _Model:
+    """An engine, and what waits for it."""
+
+    engine: Engine
+    waiting: dict[int, Request] = dataclasses.field(default_factory=dict)
+    # (prompts to score, their batches)
+    scoring: dict[int, tuple[int, Iterator[dict[int, SequenceLogprobs]]]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.waiting or self.scoring or self.engine.active)
+
+
+def serve_requests(pipe: Connection, engines: Mapping[str, Engine]) -> None:
+    """Answer requests until an "end" message: idle it waits for messages, busy it reads them between steps."""
+    models = {name: _Model(engine) for name, engine in engines.items()}
     while True:
-        while pipe.poll(0 if waiting or scoring or engine.active else None):
+        while pipe.poll(0 if any(model.is_busy for model in models.values()) else None):
             match pipe.recv():
-                case ("new", key, ScoreRequest() as request):
-                    scoring[key] = len(request.prompts), score(engine, request)
-                case ("new", key, request):
-                    waiting[key] = request
+                case ("new", key, ScoreRequest() as request, name):
+                    models[name].scoring[key] = len(request.prompts), score(engines[name], request)
+                case ("new", key, request, name):
+                    models[name].waiting[key] = request
                 case ("cancel", key):
-                    waiting.pop(key, None)
-                    scoring.pop(key, None)
-                    infer.cancel(engine, key)
+                    for model in models.values():
+                        model.waiting.pop(key, None)
+                        model.scoring.pop(key, None)
+                        infer.cancel(model.engine, key)
                 case _:
                     return
-        while waiting and infer.free_slots(engine):
-            key = next(iter(waiting))
-            try:
-                infer.admit(engine, key, waiting.pop(key))
-            except UserError as error:
-                pipe.send(("refused", key, str(error)))
-        if scoring:
-            key = next(iter(scoring))
-            n_prompts, batches = scoring.pop(key)
-            scores = next(batches)
-            if n_prompts > len(scores):
-                scoring[key] = n_prompts - len(scores), batches
-            pipe.send(("scored", key, scores, key not in scoring))
-        events, prefixes = infer.step(engine), engine.prefill.prefixes
-        if prefixes.hits:
-            pipe.send(("prefix_cache", prefixes.hits, prefixes.tokens_saved))
-            prefixes.hits = prefixes.tokens_saved = 0
-        if events:
-            pipe.send(("tokens", [(event.key, event.token, event.finish, event.logprobs) for event in events]))
+        busy = [model for model in models.values() if model.is_busy]
+        for model in busy:
+            _take_turn(pipe, model, others_wait=len(busy) > 1)
+
+
+def _take_turn(pipe: Connection, model: _Model, others_wait: bool) -> None:
+    """Admit requests, score one batch of prompts, which is about as long as a prompt's prefill, and decode a step."""
+    engine, scoring = model.engine, model.scoring
+    while model.waiting and infer.free_slots(engine):
+        key = next(iter(model.waiting))
+        try:
+            infer.admit(engine, key, model.waiting.pop(key))
+        except UserError as error:
+            pipe.send(("refused", key, str(error)))
+    if scoring:
+        key = next(iter(scoring))
+        n_prompts, batches = scoring.pop(key)
+        scores = next(batches)
+        if n_prompts > len(scores):
+            scoring[key] = n_prompts - len(scores), batches
+        pipe.send(("scored", key, scores, key not in scoring))
+    events, prefixes = infer.step(engine, others_wait=others_wait), engine.prefill.prefixes
+    if prefixes.hits:
+        pipe.send(("prefix_cache", prefixes.hits, prefixes.tokens_saved))
+        prefixes.hits = prefixes.tokens_saved = 0
+    if events:
+        pipe.send(("tokens", [(event.key, event.token, event.finish, event.logprobs) for event in events]))
 
 
 def score(engine: Engine, request: ScoreRequest) -> Iterator[dict[int, SequenceLogprobs]]:

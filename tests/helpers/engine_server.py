@@ -15,16 +15,16 @@ from nanochat.serve import worker
 class EngineWorker(worker.WorkerHandle):
     """A worker's loop in a thread."""
 
-    def __init__(self, engine: Any, info: worker.WorkerInfo, deliver: Callable[[Any], None]) -> None:
+    def __init__(self, engines: Any, infos: list[worker.WorkerInfo], deliver: Callable[[Any], None]) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
 
         def serve() -> None:
             with contextlib.suppress(EOFError, ConnectionError):
-                worker.serve_requests(theirs, engine)
+                worker.serve_requests(theirs, engines)
             theirs.close()
 
         def read() -> None:
-            deliver(("ready", info))
+            deliver(("ready", *infos))
             with contextlib.suppress(EOFError, OSError):
                 while True:
                     deliver(self._pipe.recv())
@@ -47,5 +47,12 @@ def serve(slots: int = 4, tokenizer: Any = TOKENIZER, engine: Any = None, **opti
     """Run the server with an engine of `small_engine`; options are those of `scripted.serve`."""
     engine = engine or start(slots)
     info = worker.WorkerInfo("small", 1, "sft", None, tokenizer, engine.context, slots, "cpu", "")
-    with scripted.serve({}, connect=lambda deliver: EngineWorker(engine, info, deliver), **options) as server:
+    with serve_models({"small": engine}, [info], **options) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serve_models(engines: Any, infos: list[worker.WorkerInfo], **options: Any) -> Iterator[scripted.Server]:
+    """Run the server with an engine for each model."""
+    with scripted.serve({}, connect=lambda deliver: EngineWorker(engines, infos, deliver), **options) as server:
         yield server

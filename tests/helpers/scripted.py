@@ -122,7 +122,7 @@ class ScriptedWorker(worker.WorkerHandle):
 
     def send(self, message: worker.Message) -> None:
         if message[0] == "new":
-            _, key, request = message
+            _, key, request, _ = message
             last = TOKENIZER.decode(request.prompt).rpartition("<|user_start|>")[2]
             content = last.partition("<|user_end|>")[0]
             self._requests.append((content, request))

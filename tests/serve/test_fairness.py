@@ -77,11 +77,11 @@ def test_rate_limiter_allows_the_rate_and_forgets_quiet_clients(monkeypatch: pyt
 def test_worker_reports_the_prefix_cache_and_metrics_show_it() -> None:
     engine = start(slots=1)
     ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=worker.serve_requests, args=(theirs, engine))
+    thread = threading.Thread(target=worker.serve_requests, args=(theirs, {"small": engine}))
     thread.start()
     received: list[Any] = []
     for key in range(3):
-        ours.send(("new", key, infer.Request((*prompt(64), key), max_tokens=1, logprobs=1)))
+        ours.send(("new", key, infer.Request((*prompt(64), key), max_tokens=1, logprobs=1), "small"))
         while not received or received[-1][0] != "tokens":
             assert ours.poll(20)
             received.append(ours.recv())

@@ -247,7 +247,7 @@ def test_signals_to_all_processes_let_streams_end(servers: list[Running]) -> Non
 
 def serve_until_closed(pipe: Any, engine: infer.Engine) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
-        worker_module.serve_requests(pipe, engine)
+        worker_module.serve_requests(pipe, {"bot": engine})
 
 
 def test_worker_drops_cancelled_requests_at_once() -> None:
@@ -256,11 +256,11 @@ def test_worker_drops_cancelled_requests_at_once() -> None:
     worker = threading.Thread(target=serve_until_closed, args=(theirs, engine))
     worker.start()
     long = infer.Request((TOK.bos, 5, 6), max_tokens=100, temperature=1.0, top_k=0, seed=1)
-    ours.send(("new", "runs", long))
+    ours.send(("new", "runs", long, "bot"))
     assert ours.recv()[0] == "tokens"
-    ours.send(("new", "waits", long))
-    ours.send(("new", "refused", dataclasses.replace(long, prompt=())))
-    ours.send(("new", "short", dataclasses.replace(long, max_tokens=3)))
+    ours.send(("new", "waits", long, "bot"))
+    ours.send(("new", "refused", dataclasses.replace(long, prompt=()), "bot"))
+    ours.send(("new", "short", dataclasses.replace(long, max_tokens=3), "bot"))
     ours.send(("cancel", "waits"))
     ours.send(("cancel", "runs"))
     ours.send(("cancel", "unknown"))

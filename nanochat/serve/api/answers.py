@@ -41,7 +41,7 @@ class ApiConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_tokens: int = 512  # of an answer in a chat
-    model_names: tuple[str, ...] = ("gpt-3.5-turbo", "davinci-002")  # further names of the model; "*" is any name
+    model_names: tuple[str, ...] = ("gpt-3.5-turbo", "davinci-002")  # further names of the first model; "*" is any name
 
 
 class TokenInfo(NamedTuple):
@@ -67,12 +67,15 @@ class Update(NamedTuple):
 
 
 def ready_model(scheduler: Scheduler, config: ApiConfig, model: str | None = None) -> WorkerInfo:
-    """Return the model that is served, if that is the one with this name."""
+    """Return the model with this name, or the first one for a name that any model has."""
     info = scheduler.info
     if info is None:
         raise scheduling.overloaded("the model is loading", 5)
-    if model not in (None, info.name, MODEL_ALIAS, *config.model_names) and "*" not in config.model_names:
-        raise ApiError(404, f"no such model; this server has {info.name}", param="model", code="model_not_found")
+    if model in scheduler.models:
+        return scheduler.models[model]
+    if model not in (None, MODEL_ALIAS, *config.model_names) and "*" not in config.model_names:
+        names = ", ".join(scheduler.models)
+        raise ApiError(404, f"no such model; this server has {names}", param="model", code="model_not_found")
     return info
 
 
@@ -119,7 +122,7 @@ def submit(
 ) -> tuple[list[Stream], AsyncIterator[Update]]:
     """Queue requests; returns their streams and their updates. Options are those of `AnswerReader`."""
     wake = asyncio.Event()
-    streams = scheduling.submit(scheduler, requests, wake)
+    streams = scheduling.submit(scheduler, info.name, requests, wake)
     readers = [AnswerReader(info.tokenizer, **options) for _ in streams]
     return streams, _updates(scheduler, streams, wake, readers)
 

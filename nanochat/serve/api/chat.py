@@ -24,7 +24,7 @@ PART_TYPES = {"text": "text", "python": "python", "output": "python_output"}  # 
 async def chat(request: Request, body: schema.ChatRequest) -> Response:
     """Answer in our own dialect, as a stream."""
     scheduler: Scheduler = request.app.state.scheduler
-    info = answers.ready_model(scheduler, request.app.state.api)
+    info = answers.ready_model(scheduler, request.app.state.api, body.model)
     prompt = await asyncio.to_thread(prompt_ids, info, body.messages)
     requests = answers.sampling_requests(body, request.app.state.api, info, prompt, _max_tokens(request, body))
     streams, updates = answers.submit(scheduler, info, requests)

@@ -56,7 +56,7 @@ async def completion(request: Request, body: TextCompletionRequest) -> Any:
         if is_scored and n == body.max_tokens == 1 and _is_greedy(requests[0]):
             requests = []  # the scores of the prompt say what follows it
     _check_lengths(info, body, prompts, n_answer=int(bool(requests)))
-    scores = await _score(request, scheduler, prompts, body.logprobs or 0) if is_scored else []
+    scores = await _score(request, scheduler, info, prompts, body.logprobs or 0) if is_scored else []
     echoes = await asyncio.to_thread(_echoes, info.tokenizer, body, prompts, scores) if body.echo else []
     if requests:
         streams, updates = answers.submit(scheduler, info, requests, stops=body.stop, raw=True, with_tokens=True)
@@ -151,11 +151,13 @@ def _is_greedy(request: infer.Request) -> bool:
 # Log-probabilities
 
 
-async def _score(request: Request, scheduler: Scheduler, prompts: Sequence[Prompt], top: int) -> list[SequenceLogprobs]:
+async def _score(
+    request: Request, scheduler: Scheduler, info: WorkerInfo, prompts: Sequence[Prompt], top: int
+) -> list[SequenceLogprobs]:
     """Return the log-probabilities of the prompts' tokens, from a worker."""
     wake = asyncio.Event()
     scored = ScoreRequest(tuple(tuple(prompt.ids) for prompt in prompts), max(top, 1))
-    (stream,) = scheduling.submit(scheduler, [scored], wake)
+    (stream,) = scheduling.submit(scheduler, info.name, [scored], wake)
     async with answers.cancelled_on_exit(request.receive, scheduler, [stream]):
         while not stream.ended:
             await wake.wait()
@@ -268,9 +270,9 @@ async def detokenize(request: Request, body: schema.DetokenizeRequest) -> schema
         raise ApiError(400, str(error), param="tokens") from None
 
 
-async def tokenizer_info(request: Request) -> dict[str, Any]:
+async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
     """Return what a client needs to know of the tokenizer."""
-    info = answers.ready_model(request.app.state.scheduler, request.app.state.api)
+    info = answers.ready_model(request.app.state.scheduler, request.app.state.api, model)
     return {
         "tokenizer_class": "nanochat",
         "bos_token": "<|bos|>",

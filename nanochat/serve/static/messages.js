@@ -130,7 +130,7 @@ function speed({ speed, request }) {
   const about = request ? Object.entries(request).filter(([name]) => !["logprobs", "top_logprobs", "system"].includes(name)).map(([name, value]) => `${name} ${value}`).join(", ") : "";
   if (!speed) return [];
   const rate = speed.seconds > 0 && speed.tokens > 1 ? ` · ${number(Math.round((speed.tokens - 1) / speed.seconds))} tokens/s` : "";
-  return [h("span", { class: "speed", title: about }, `${number(speed.tokens)} tokens${rate}`)];
+  return [h("span", { class: "speed", title: about }, `${request?.model ? `${request.model} · ` : ""}${number(speed.tokens)} tokens${rate}`)];
 }
 
 export function announceAnswer(item) {

@@ -412,12 +412,13 @@ function toEnd() {
 // ---- The status line at the top: is the server up, and which model does it serve? ---------------------------------------------
 let retrying = 0;
 let connection = ""; // "up", "down", or "" while the model loads
+let described = null; // the name of the model that the line shows
 async function connect() {
   clearTimeout(retrying);
   let shown;
   try {
     const stats = await api.getJson("/stats");
-    if (!settings.limits()) await loadSettings();
+    if (!settings.limits() || (connection !== "up" && stats.model)) await loadSettings();
     shown = describe(stats);
   } catch (error) {
     const token = error.cause === "token"; // was not entered: do not ask again every few seconds
@@ -438,11 +439,12 @@ function describe(stats) {
     const error = stats.workers.find((worker) => worker.error)?.error;
     return { look: "", text: error ? `not ready: ${error}` : "loading the model…", later: 1000 };
   }
-  const { name, step, stage } = stats.model;
+  described = settings.model();
+  const { name, step, stage, notice } = stats.models.find((model) => model.name === described) ?? stats.models[0];
   const parts = [name, stage, Number.isFinite(step) ? `step ${number(step)}` : ""].filter(Boolean);
-  $("notice").hidden = !stats.notice;
-  $("about").hidden = Boolean(stats.notice); // a base model can do less than that says
-  $("notice").lastElementChild.textContent = stats.notice ?? "";
+  $("notice").hidden = !notice;
+  $("about").hidden = Boolean(notice); // a base model can do less than that says
+  $("notice").lastElementChild.textContent = notice ?? "";
   return { look: "up", text: parts.join(" · "), later: 0 };
 }
 
@@ -557,7 +559,7 @@ async function start() {
   $("commands").append(...Object.values(COMMANDS).flatMap(({ usage, about }) => [h("dt", {}, h("code", {}, usage)), h("dd", {}, about)]));
   listen();
   api.listenToDialog();
-  settings.listen(requestRender);
+  settings.listen(() => { requestRender(); if (described && described !== settings.model()) connect(); });
   sidebar.listen({
     delete: deleteConversation,
     rename: (id, name) => update(id, { ...state.conversations[id], title: name, updated: Date.now() }),

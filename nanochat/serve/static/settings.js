@@ -11,6 +11,7 @@ const ROWS = [ // name, label, step (null: a number that has no slider), help
   ["seed", "Seed", null, "The same seed gives the same answer."],
 ];
 let server = null; // {limits, sampling: {name: {default, minimum, maximum}}}, once it is known
+let models = []; // their names, the default first
 let changed = local.get("settings") ?? {};
 let notify = () => {};
 
@@ -18,12 +19,15 @@ export const limits = () => server?.limits;
 export const range = (name) => server?.sampling[name];
 const value = (name) => changed[name] ?? range(name)?.default;
 
+// The model that answers; one chosen before may not be served any more.
+export const model = () => (models.includes(changed.model) ? changed.model : models[0]);
+
 // What a request has to say, with a seed in any case, so that the answer can be repeated.
 export function sampling() {
   const names = ROWS.map(([name]) => name).filter((name) => value(name) != null);
   const logprobs = changed.logprobs ?? true ? { logprobs: true, top_logprobs: 5 } : {};
-  const model = changed.model && !$("models").hidden ? { model: changed.model } : {};
-  return { seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1, ...Object.fromEntries(names.map((name) => [name, value(name)])), ...logprobs, ...model };
+  const named = models.length > 1 ? { model: model() } : {};
+  return { seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1, ...Object.fromEntries(names.map((name) => [name, value(name)])), ...logprobs, ...named };
 }
 
 export const systemPrompt = () => (changed.system ?? "").trim();
@@ -57,8 +61,9 @@ export function objection(name, text) {
 export async function load() {
   const [page, { data }] = await Promise.all([getJson("/page"), getJson("/v1/models")]);
   server = page;
-  $("models").hidden = data.length < 2;
-  $("sampling").elements.model.replaceChildren(...data.map(({ id }) => h("option", { value: id }, id)));
+  models = data.map(({ id }) => id);
+  $("models").hidden = models.length < 2;
+  $("sampling").elements.model.replaceChildren(...models.map((id) => h("option", { value: id }, id)));
   $("numbers").replaceChildren(...ROWS.map(row));
   fill();
   notify();
@@ -81,20 +86,20 @@ function take(name, input, wrong) {
 }
 
 function fill() {
-  const { system, logprobs, model } = $("sampling").elements;
+  const { system, logprobs, model: menu } = $("sampling").elements;
   if (document.activeElement !== system) system.value = changed.system ?? "";
   logprobs.checked = changed.logprobs ?? true;
-  if (changed.model) model.value = changed.model;
+  if (models.length) menu.value = model();
   for (const input of $("numbers").querySelectorAll("input")) input.value = value(input.name || input.dataset.of) ?? "";
 }
 
 // `changedNow` is called after each change.
 export function listen(changedNow) {
   notify = changedNow;
-  const { system, logprobs, model } = $("sampling").elements;
+  const { system, logprobs, model: menu } = $("sampling").elements;
   system.addEventListener("input", () => set("system", system.value || undefined));
   logprobs.addEventListener("change", () => set("logprobs", logprobs.checked ? undefined : false));
-  model.addEventListener("change", () => set("model", model.value));
+  menu.addEventListener("change", () => set("model", menu.value));
   $("sampling").addEventListener("submit", (event) => event.preventDefault());
   $("defaults").addEventListener("click", () => { changed = {}; system.value = ""; local.set("settings", changed); fill(); notify(); });
   fill();
