@@ -86,7 +86,7 @@ def test_jax_and_orbax_alone_read_a_sharded_checkpoint(saved: Path) -> None:
     """
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, env=env, cwd=saved, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, cwd=saved, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -141,8 +141,8 @@ def test_killed_save_never_damages_a_complete_step(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
 
 
-@pytest.mark.parametrize("kill_all", [False, True])
-def test_save_killed_at_ten_times_never_damages_a_complete_step(tmp_path: Path, kill_all: bool) -> None:
+def test_save_killed_at_ten_times_never_damages_a_complete_step(tmp_path: Path) -> None:
+    """All ranks are killed and one of them, in turns."""
     jobs = [(4, "fsdp"), (2, "fsdp"), (4, "hsdp"), (4, "replicate"), (1, "plain")]
     assert ranks.call(4, resume_and_save, tmp_path, "fsdp", 1) == [0] * 4
     with ranks.start(4, resume_and_save, tmp_path, "fsdp", 2) as job:
@@ -152,7 +152,7 @@ def test_save_killed_at_ten_times_never_damages_a_complete_step(tmp_path: Path, 
     moments += [("returned", (closed - returned) * i / 6) for i in range(6)]
     latest, interrupted, lost = 2, 0, 0
     for number, (phase, delay) in enumerate(moments):
-        size, mode = jobs[number % len(jobs)]
+        (size, mode), kill_all = jobs[number % len(jobs)], number % 2
         with ranks.start(size, resume_and_save, tmp_path, mode, latest + 1) as job:
             while not all(phase in job.output(rank) for rank in range(size)):
                 time.sleep(0.005)
@@ -165,7 +165,7 @@ def test_save_killed_at_ten_times_never_damages_a_complete_step(tmp_path: Path, 
         interrupted += any("tmp" in path.name for path in tmp_path.iterdir())
         latest = check_steps(tmp_path, {latest, latest + 1})
     assert interrupted, f"no kill fell into the {closed - returned:.2f} s of writing"
-    assert kill_all or lost, "no rank met the loss of another"
+    assert lost, "no rank met the loss of another"
 
 
 def test_chunked_arrays_are_read_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

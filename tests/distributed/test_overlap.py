@@ -29,7 +29,7 @@ from nanochat.model import Compute, ModelConfig, loss
 
 pytestmark = pytest.mark.slow
 
-CONFIG = ModelConfig(sequence_len=32, vocab_size=128, n_layer=4, n_head=4, n_kv_head=2, n_embd=32)
+CONFIG = ModelConfig(sequence_len=32, vocab_size=128, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
 COLLECTIVE_MS, PRODUCT_MS = 0.3, 0.1
 
 

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-GRACE_SECONDS = 5.0
+LIMIT_SECONDS = 500.0
+"""For jobs and what they are to do: only a hang takes as long, also where others have the cores."""
+GRACE_SECONDS = 30.0
 """For the other ranks to exit by themselves when one has failed."""
 
 
@@ -77,7 +79,7 @@ class Job:
         for process in self.processes:
             os.kill(process.pid, number)
 
-    def until(self, condition: Callable[[], Any], timeout: float = 120) -> None:
+    def until(self, condition: Callable[[], Any], timeout: float = LIMIT_SECONDS) -> None:
         """Wait for a condition that the running job will fulfill."""
         end = time.monotonic() + timeout
         while not condition():
@@ -90,7 +92,7 @@ class Job:
         paths = [Path(self._file(rank, kind)) for kind in ("out", "err")]
         return "".join(path.read_text() for path in paths if path.exists())  # the process may be just starting
 
-    def wait(self, timeout: float = 240) -> list[Finished]:
+    def wait(self, timeout: float = LIMIT_SECONDS) -> list[Finished]:
         """Return how all ranks ended; those that run on after another has failed, or for too long, are killed."""
         end = time.monotonic() + timeout
         values: dict[int, Any] = {}
@@ -146,7 +148,7 @@ def start(count: int, function: Callable[..., Any], *args: Any, env: Mapping[str
     return Job(count, function, args, env or {})
 
 
-def call(count: int, function: Callable[..., Any], *args: Any, timeout: float = 240, **options: Any) -> list[Any]:
+def call(count: int, function: Callable[..., Any], *args: Any, timeout: float = LIMIT_SECONDS, **options: Any) -> list:
     """Return what `function(*args)` returns on each of so many ranks; fails with their errors if one fails."""
     with start(count, function, *args, **options) as job:
         finished = job.wait(timeout)
@@ -154,7 +156,7 @@ def call(count: int, function: Callable[..., Any], *args: Any, timeout: float = 
     return [f.value for f in finished]
 
 
-def launch(count: int, *words: str, timeout: float = 240, env: Mapping[str, str] | None = None) -> list[str]:
+def launch(count: int, *words: str, timeout: float = LIMIT_SECONDS, env: Mapping[str, str] | None = None) -> list[str]:
     """Return what each of so many ranks of `launch.py <words>` printed; fails with their errors if one fails."""
     with start_launch(count, *words, env=env) as job:
         finished = job.wait(timeout)

@@ -230,7 +230,7 @@ def exit_on_one_rank(folder: Path) -> None:
     with pytest.raises(distributed.LostRankError, match=lost):
         checkpoint.save(manager, place(full_state(2), "fsdp", mesh), {})
     checkpoint.close(manager)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 100
 
 
 def resume_and_save(folder: Path, mode: str, step: int, victims: tuple[int, ...] = (), moment: str = "") -> int:
