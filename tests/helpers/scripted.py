@@ -65,6 +65,7 @@ def serve(
     context: int = 40_000,
     notice: str | None = None,
     workers: int = 1,
+    models: Sequence[str] = ("scripted",),
     wait: bool = True,
     connect: scheduler.Connect | None = None,
     api: ApiConfig = ApiConfig(),
@@ -80,10 +81,11 @@ def serve(
         connect: starts another worker than the scripted one.
     """
     requests, cancelled = [], []
-    info = worker.WorkerInfo("scripted", 1, "base" if notice else "sft", notice, TOKENIZER, context, slots, "cpu", "")
+    info = worker.WorkerInfo("", 1, "base" if notice else "sft", notice, TOKENIZER, context, slots, "cpu", "")
+    infos = [info._replace(name=name) for name in models]
 
     def connect_scripted(deliver: worker.Deliver) -> worker.WorkerHandle:
-        asyncio.get_running_loop().call_later(load_seconds, deliver, ("ready", info))
+        asyncio.get_running_loop().call_later(load_seconds, deliver, ("ready", *infos))
         return ScriptedWorker(replies, delay, deliver, requests, cancelled)
 
     connects, limits_ = (

@@ -257,16 +257,25 @@ def test_token_view_shows_probabilities_and_alternatives(chat: Opener) -> None:
 
 
 def test_models_are_a_choice_if_there_are_several(chat: Opener) -> None:
-    page, _ = chat({})
-    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "one"}, {"id": "scripted"}]}))
+    page, _ = chat({}, models=("one", "two"))
     sent: list[Any] = []
     page.on("request", lambda request: sent.append(request.post_data_json) if "completions" in request.url else None)
-    page.reload()
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Model").select_option("scripted")
+    expect(page.get_by_label("Model")).to_have_value("one")
+    page.get_by_label("Model").select_option("two")
+    expect(page.locator("#model")).to_have_text("two · sft · step 1")
     say(page, "hello")
     finished(page, 1)
-    assert sent[0]["model"] == "scripted"
+    page.evaluate("localStorage['nanochat.settings'] = JSON.stringify({model: 'gone'})")  # a server had it once
+    page.reload()
+    expect(page.locator("#model")).to_have_text("one · sft · step 1")
+    page.get_by_role("button", name="Regenerate answer").click()
+    expect(page.locator(".place")).to_have_text("Version 2/2")
+    finished(page, 1)
+    assert [body["model"] for body in sent] == ["two", "one"]
+    expect(page.locator(".speed")).to_have_text(re.compile("^one · "))
+    page.get_by_role("button", name="Previous version").click()
+    expect(page.locator(".speed")).to_have_text(re.compile("^two · "))
 
 
 # Offline and narrow
