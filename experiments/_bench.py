@@ -113,10 +113,12 @@ def measure(config: "Config", shape: ModelConfig, runtime: Runtime) -> None:
         result |= predictions(config, shape, runtime)
     for key, value in result.items():
         print(f"  {key:32}{value:.4g}" if isinstance(value, float) else f"  {key:32}{value}")
+    report = {"bench": "train", **dataclasses.asdict(config)}
     if config.profile and config.rounds:
+        print(json.dumps(report | result), flush=True)  # if profiling fails, it is kept
         path = Path(config.trace) if config.trace else None
         result |= _trace.print_profile(step, runtime, result["step_seconds"], path)
-    print(json.dumps({"bench": "train", **dataclasses.asdict(config), **result}))
+    print(json.dumps(report | result))
 
 
 def device_name(runtime: Runtime) -> str:
@@ -150,7 +152,7 @@ def alternate(
 ) -> tuple[float, dict[int, float], float]:
     """Return median seconds of a step, of square matmuls by size, and of the model's own matmuls, timed in turns."""
     cuda = runtime.device.type == "cuda"
-    sizes = (2048, 8192) if cuda else (2048,)
+    sizes = (256,) if config.dry_run else (2048, 8192) if cuda else (2048,)
     pairs = {n: [torch.randn(n, n, device=runtime.device).to(runtime.compute_dtype) for _ in range(2)] for n in sizes}
     tokens = (config.batch_size or 1) * shape.sequence_len * config.micro_batches
     rows = min(tokens, MATMUL_ROWS) if cuda else tokens
@@ -215,7 +217,9 @@ def timed(f: Callable[[], Any], runtime: Runtime) -> float:
     return time.perf_counter() - start
 
 
-best_seconds = functools.partial(distributed.time_best, tries=5, repeat=5)  # the first try may compile
+def best_seconds(f: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of a call; the first try may compile, and on a GPU the calls of a try run back to back."""
+    return distributed.time_best(f, device, tries=5, repeat=1 if device.type == "cpu" else 5)
 
 
 def matmuls(shape: ModelConfig, tokens: int, runtime: Runtime) -> Callable[[], None]:
@@ -248,12 +252,13 @@ class Limits(NamedTuple):
     copy: float
 
 
+@functools.cache
 def limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """Measure large square products, and a copy; bytes read and written both count."""
     size, copy_bytes = (1024, 2**29) if device.type == "cpu" else (8192, 2**32)
     tensors = [torch.randn(size, size, device=device) for _ in range(2)]
     a, b = (x.to(dtype) for x in tensors)
-    source = torch.empty(copy_bytes // 2, dtype=torch.uint8, device=device).random_()
+    source = torch.empty(copy_bytes // 2, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     fp8 = None
     if linear.fp8_support(device) == "native":

@@ -1,6 +1,7 @@
 """Benchmarks in subprocesses: each with a time limit, its result as JSON, its failure as one line."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -12,12 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanochat import config as configs
+
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = re.compile(r"(RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|TORCHRUN_)")
 
 
 class RunResult(NamedTuple):
-    """The JSON of the last `{"bench": ...}` line, if it exited with 0; one line with the error, or ""; all lines."""
+    """The JSON of the last `{"bench": ...}` line, one line with the error or "", and all lines.
+
+    Of a benchmark that failed or was stopped, the JSON is what it had measured until then.
+    """
 
     result: dict[str, Any] | None
     error: str
@@ -45,12 +51,34 @@ def run_subprocess(
             stop_process(process)
         file.seek(0)
         lines = file.read().splitlines()
+    error = ""
     if code is None:
-        return RunResult(None, f"stopped after {seconds:.0f} s", lines)
-    if code:
-        status = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        return RunResult(None, _error_line(lines) or status, lines)
-    return RunResult(next((json.loads(line) for line in lines[::-1] if line.startswith('{"bench"')), None), "", lines)
+        error = f"stopped after {seconds:.0f} s"
+    elif code:
+        error = _error_line(lines) or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
+    return RunResult(_last_result(lines), error, lines)
+
+
+def run_in_process(command: Sequence[str], runtime: Any, log: Path) -> RunResult:
+    """Run the experiment that a `launch_command` starts here instead, as quick as that is; keep its output in `log`."""
+    words = command[command.index(str(ROOT / "launch.py")) + 1 :]
+    module = importlib.import_module(f"experiments.{words[0].partition('=')[2]}")
+    error = ""
+    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        try:
+            module.run(configs.override(module.config(), words[2::2]), runtime)
+        except Exception as caught:  # of a unit, which does not stop the others
+            error = f"{caught}" if isinstance(caught, configs.UserError) else f"{type(caught).__name__}: {caught}"
+    lines = log.read_text(encoding="utf-8").splitlines()
+    return RunResult(_last_result(lines), error, lines)
+
+
+def _last_result(lines: Sequence[str]) -> dict[str, Any] | None:
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # a process was stopped within its line
+            if line.startswith('{"bench"'):
+                return json.loads(line)
+    return None
 
 
 def stop_process(process: subprocess.Popen) -> None:

@@ -136,19 +136,21 @@ def measure_decoding(config: Config, runtime: distributed.Runtime) -> None:
     machine = _bench.describe_machine(runtime)
     print(f"{machine}, depth {loaded.config.n_layer}, width {loaded.config.n_embd}")
     print(f"limits: {measured.matmul / 1e12:.3g} TFLOP/s of products, {measured.copy / 1e9:.3g} GB/s of a copy")
-    results: dict[str, Any] = {"prefill": prefill(config, loaded, runtime, measured.matmul)}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "server"} | {"machine": machine}
+    results: dict[str, Any] = {"bench": "infer", "settings": settings, "limits": limits}
+    results["prefill"] = prefill(config, loaded, runtime, measured.matmul)
     rows = [["batch", "first token", "a step", "floor", "tokens/s", "bandwidth", "MFU", "peak memory"]]
     for batch in config.batches:
         row = results[f"batch_{batch}"] = decode(config, loaded, runtime, limits, batch)
-        print(f"batch {batch}: {1e3 * row['step_seconds']:.2f} ms a step", flush=True)
+        print(f"batch {batch}: {1e3 * row['step_seconds']:.2f} ms a step")
+        print(json.dumps(results), flush=True)  # a run that is stopped has printed what it measured
         first, step, floor = (1e3 * row[f"{name}_seconds"] for name in ("first_token", "step", "floor"))
         times = [f"{first:.1f} ms", f"{step:.2f} ms", f"{floor:.2f} ms"]
         shares = [f"{row['bandwidth_use']:.0%}", f"{row['mfu']:.1%}"]
         memory = f"{row['peak_memory_bytes'] / distributed.GIB:.2f} GiB"
         rows.append([str(batch), *times, f"{row['tokens_per_second']:,.0f}", *shares, memory])
     print(table(rows))
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "server"} | {"machine": machine}
-    print(json.dumps({"bench": "infer", "settings": settings, "limits": limits} | results))
+    print(json.dumps(results))
 
 
 def make_tokenizer(config: Config) -> data.Tokenizer:

@@ -6,8 +6,8 @@ r"""Measure the training step: tokens/s, FLOP utilization and memory, beside the
     torchrun --nproc_per_node=8 launch.py --experiment=bench_train --set what=sweep --set depth=20 \
         --set modes=replicate,zero2,fsdp --set precisions=bf16,fp8
     python launch.py --experiment=bench_train --set what=scaling --set depth=20      # all GPUs of this machine
-    python launch.py --experiment=bench_train --set what=gpu                         # checks and times one GPU
-    python launch.py --experiment=bench_train --set what=gpu --set device=cpu ...    # dry run on CPU
+    python launch.py --experiment=bench_train --set suite=gpu --set minutes=12       # checks and times one GPU
+    python launch.py --experiment=bench_train --set suite=gpu --set dry_run=true     # the same in tiny shapes, anywhere
 
 what=step: forward, backward, Muon and AdamW, timed in rounds that alternate with large square matmuls, so that both
 see the same machine. Prints a table, a profile and one JSON line. Two minutes on two CPU cores, most of it compiling.
@@ -19,14 +19,18 @@ what=scaling: jobs of 1, 2, 4, ... ranks. Weak: every rank has one micro-batch. 
 the largest job, so that fewer ranks have more micro-batches. On the CPU all have the same number of threads a rank. One
 to three minutes for every mode and number of ranks.
 
-what=kernels: limits of the machine beside its data sheet, linear layers in both precisions, attention by window.
+what=limits: large products and a copy beside the GPU's data sheet. what=kernels: these, linear layers in both
+precisions, and attention by window.
 
 what=members: N models in one step (`nanochat.train.functional`) beside N single steps: the ratio of their times, and
 how far their losses differ. On a GPU: --set depth=4 --set members=16. Two minutes, most of it compiling.
 
-what=gpu: units that run one after the other, the most important first: pytest -m gpu, the training step of each depth
-in both precisions with a profile, what=kernels, bench_infer. What fails or takes too long does not stop the rest; what
-did not fit into gpu.minutes is listed with the command that runs it.
+suite=gpu: units of work, the most valuable first, each in a process with a time limit that compiling with an empty
+cache fits: pytest -m gpu; limits; training steps of depth 20 with a named attention kernel, then with auto, in bf16 and
+fp8; decoding of 1, 8 and 64 sequences with prefill; 16 members in one step; kernels. It begins with what the GPU's data
+sheet lets expect, and ends with what was measured beside that, as a table for experiments/RESULTS.md. What fails or
+takes too long does not stop the rest; each result is written at once, and another start of the same commit on the same
+machine adds to the table. What does not fit into `minutes` is listed with the command that runs it.
 """
 
 from __future__ import annotations
@@ -55,29 +59,27 @@ NOTE = "record what is worth keeping, with date, machine and commit, in experime
 
 @dataclasses.dataclass(frozen=True)
 class GpuConfig(Settings):
-    """Units of what=gpu; the defaults are for an H100 or H200.
+    """Units of suite=gpu; the defaults are for an H100 or H200.
 
     Attributes:
-        units: names or beginnings of the units to run (tests, train, train:20, train:20:fp8, kernels, decode);
-            default: all.
-        out: folder of the results: bench_gpu.jsonl, the output of each unit, traces; default: $OUT, else
-            runs/bench_gpu.
-        minutes: time limit for everything.
+        units: names or beginnings of the units to run (tests, limits, train, train:auto, train:auto:fp8, decode,
+            members, kernels); default: all.
+        out: folder of the results: bench_gpu.jsonl, the table bench_gpu.md, the output of each unit, traces; default:
+            $OUT, else runs/bench_gpu.
         unit_seconds: time limit of each unit.
-        depths: of the models whose training step is timed, the most important first.
+        kernel: attention kernel of the first training units, which do not try others before they measure.
         batches: micro-batch sizes to try, the largest that fits is timed.
         step_tokens: tokens of a step, reached by gradient accumulation.
-        tests: file or folder of the tests.
+        tests: file of the tests; default: all files with tests for a GPU.
     """
 
     units: tuple[str, ...] = ()
     out: str | None = None
-    minutes: PositiveFloat = 8.5
     unit_seconds: PositiveFloat = 300.0
-    depths: tuple[PositiveInt, ...] = (20, 24, 12)
+    kernel: str = "flash"
     batches: tuple[PositiveInt, ...] = (64, 32, 16, 8)
     step_tokens: PositiveInt = 2**19
-    tests: str = "tests"
+    tests: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +87,9 @@ class Config(Settings):
     """What to measure.
 
     Attributes:
-        what: one step, a sweep over configurations, scaling over ranks, kernels, many models in one step, or everything
-            that needs one GPU.
+        what: one step, a sweep over configurations, scaling over ranks, limits, kernels, or many models in one step.
+        suite: gpu: everything that needs one GPU, in the place of `what`, at most `minutes` long.
+        dry_run: run the suite in tiny shapes, in this process, on any device.
         members: models in one step. chunk_sizes: how many of them are computed at once; default: what a sweep takes.
         depth: of the model, with pretrain's shape at that depth; default: a small shape for a laptop.
         width, head_dim, kv_heads, vocab_size, sequence_len, window_pattern: of the model; default: by depth.
@@ -107,7 +110,10 @@ class Config(Settings):
         job_seconds: time limit of each job of a sweep or of scaling.
     """
 
-    what: Literal["step", "sweep", "scaling", "kernels", "members", "gpu"] = "step"
+    what: Literal["step", "sweep", "scaling", "limits", "kernels", "members"] = "step"
+    suite: Literal["gpu"] | None = None
+    minutes: PositiveFloat = 12.0
+    dry_run: bool = False
     members: PositiveInt = 8
     chunk_sizes: tuple[PositiveInt, ...] = ()
     depth: PositiveInt | None = None
@@ -145,14 +151,17 @@ config = Config
 def run(config: Config, runtime: distributed.Runtime) -> None:
     from experiments import _bench, _gpu, _members
 
-    if config.what in ("scaling", "members", "gpu"):
-        distributed.require_single(runtime, f"what={config.what}")
+    what = f"suite={config.suite}" if config.suite else f"what={config.what}"
+    if config.suite or config.what in ("scaling", "members"):
+        distributed.require_single(runtime, what)
     resolved, shape = resolve(config)  # rejects an impossible shape before any job starts
-    others = {"sweep": sweep, "scaling": scaling, "kernels": _gpu.measure_kernels, "gpu": _gpu.run}
-    if config.what in ("step", "members"):
-        (_bench if config.what == "step" else _members).measure(resolved, shape, runtime)
-    else:
+    others = {"limits": _gpu.measure_limits, "kernels": _gpu.measure_kernels, "sweep": sweep, "scaling": scaling}
+    if config.suite:
+        _gpu.run(config, runtime)
+    elif config.what in others:
         others[config.what](config, runtime)
+    else:
+        (_bench if config.what == "step" else _members).measure(resolved, shape, runtime)
 
 
 def resolve(config: Config) -> tuple[Config, model.ModelConfig]:
@@ -175,7 +184,8 @@ def resolve(config: Config) -> tuple[Config, model.ModelConfig]:
 
 # Sweeps and scaling: one job for each configuration
 
-JOBS_ONLY = ("what", "modes", "kernels", "precisions", "compiles", "cold", "ranks", "scaling", "job_seconds", "gpu")
+JOBS_ONLY = ("what", "suite", "minutes", "modes", "kernels", "precisions", "compiles", "cold", "ranks", "scaling")
+JOBS_ONLY += ("job_seconds", "gpu")
 # Column of a table -> its text for the result of a job
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 
-from experiments import _bench, _jobs, _trace, bench_data, bench_infer, bench_train, pretrain
+from experiments import _bench, _jobs, _members, _trace, bench_data, bench_infer, bench_train, pretrain
 from experiments._bench import Limits
 from experiments._trace import Trace
 from nanochat import model
@@ -115,14 +116,20 @@ def test_failed_job_has_a_one_line_error(code: str, error: str) -> None:
     assert run_python(code)[:2] == (None, error)
 
 
+def test_failed_launch_has_a_one_line_error() -> None:
+    outcome = _jobs.run_subprocess(_jobs.launch_command("bench_train", {"rounds": -1}), seconds=60)
+    assert outcome[:2] == (None, "rounds=-1: must be at least 0")
+
+
 @pytest.mark.slow
 def test_hanging_job_is_stopped_with_its_children(tmp_path: Path) -> None:
     alive = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(alive)!r}).touch()"
-    code = f"import subprocess, sys, time; print('working'); subprocess.Popen([sys.executable, '-c', {child!r}])"
+    code = f"""import subprocess, sys, time; print('working'); print('{{"bench": "a"}}')
+subprocess.Popen([sys.executable, '-c', {child!r}])"""
     code += "; time.sleep(60)"
     begin = time.monotonic()
-    assert run_python(code, seconds=1) == (None, "stopped after 1 s", ["working"])
+    assert run_python(code, seconds=1) == ({"bench": "a"}, "stopped after 1 s", ["working", '{"bench": "a"}'])
     assert time.monotonic() - begin < 20
     time.sleep(2.5)
     assert not alive.exists()
@@ -154,8 +161,9 @@ def test_depth_gives_the_shape_of_pretraining() -> None:
         (bench_train, ["what=sweep"], 2, "one node"),
         (bench_train, ["what=scaling", "ranks=2,3"], 1, "ranks=2: must divide 3"),
         (bench_train, ["what=scaling"], 2, "what=scaling runs in one process"),
-        (bench_train, ["what=gpu"], 1, "needs a CUDA device"),
-        (bench_train, ["what=gpu", "device=cpu", "gpu.units=trian"], 1, "trian: expected some of tests, train:20"),
+        (bench_train, ["suite=gpu"], 1, "needs a CUDA device"),
+        (bench_train, ["suite=gpu", "dry_run=true", "gpu.units=trian"], 1, "trian: expected some of tests, limits, tr"),
+        (bench_train, ["suite=gpu"], 2, "suite=gpu runs in one process"),
         (bench_infer, ["depth=1", "prompt_tokens=500"], 1, "exceed the context"),
         (bench_infer, ["vocab_size=100"], 1, "at least 265"),
     ],
@@ -165,9 +173,22 @@ def test_what_cannot_run_is_rejected(module: Any, settings: list[str], ranks: in
         module.run(override(module.config(), settings), dataclasses.replace(HERE, world_size=ranks))
 
 
-@pytest.mark.slow
-def test_sweep_continues_after_a_failed_configuration(capfd: pytest.CaptureFixture[str]) -> None:
-    settings = [*TINY, "what=sweep", "kernels=cudnn,sdpa", "profile=false"]
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs are forks of a process that has imported torch; a job of its own is in the test above."""
+
+    def run(command: list[str], *, seconds: float, env: Any = None) -> _jobs.RunResult:
+        count = next((int(word.partition("=")[2]) for word in command if word.startswith("--nproc_per_node=")), 1)
+        with ranks.start_launch(count, *command[command.index(str(_jobs.ROOT / "launch.py")) + 1 :], env=env) as job:
+            first, *_ = job.wait(seconds)
+        lines = (first.out + first.err).splitlines()
+        return _jobs.RunResult(_jobs._last_result(lines), _jobs._error_line(lines) if first.code else "", lines)
+
+    monkeypatch.setattr(_jobs, "run_subprocess", run)
+
+
+def test_sweep_continues_after_a_failed_configuration(forked: None, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = [*TINY, "what=sweep", "kernels=cudnn,sdpa", "profile=false", "dry_run=true"]
     bench_train.run(override(bench_train.config(), settings), HERE)
     out = capfd.readouterr().out
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
@@ -184,9 +205,9 @@ def test_sweep_has_all_combinations() -> None:
     assert {case["mode"] for case in bench_train.combinations(config, HERE)} == {"single"}
 
 
-@pytest.mark.slow
-def test_scaling_compares_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_scaling_compares_ranks(forked: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     settings = [*TINY, "what=scaling", "ranks=1,2", "modes=zero2", "scaling=weak", f"trace={tmp_path / 'trace.json'}"]
+    settings.append("dry_run=true")
     bench_train.run(override(bench_train.config(), settings), HERE)
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
     one, two = result["results"]
@@ -197,37 +218,57 @@ def test_scaling_compares_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert 0 < two["communication_exposed_share"] <= two["communication_share"] < 1
 
 
-GPU = ["what=gpu", "device=cpu", "head_dim=64", "sequence_len=256", "vocab_size=512", "rounds=1", "compile=false"]
-GPU += ["gpu.depths=1", "gpu.batches=1,2", "gpu.step_tokens=512"]
+UNITS = ["tests", "limits", "train:named:bf16", "decode", "train:named:fp8", "train:auto:bf16", "members"]
+UNITS += ["train:auto:fp8", "kernels"]
 
 
 @pytest.mark.slow
 def test_gpu_suite_dry_run_on_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = override(bench_train.config(), [*GPU, "gpu.tests=tests/model/test_loss.py", f"gpu.out={tmp_path}"])
-    bench_train.run(config, HERE)
+    settings = ["suite=gpu", "dry_run=true", "gpu.tests=tests/model/test_loss.py", f"gpu.out={tmp_path}"]
+    bench_train.run(override(bench_train.config(), settings), HERE)
     rows = {row["unit"]: row for row in map(json.loads, (tmp_path / "bench_gpu.jsonl").read_text().splitlines())}
-    assert list(rows) == ["tests", "train:1:dense", "train:1:fp8", "kernels:1", "decode:1"]
+    assert list(rows) == UNITS
     assert {row["error"] for row in rows.values()} == {""}
     assert "skipped" in rows["tests"]["last_lines"][-1]
-    for kind in ("dense", "fp8"):
-        step = rows[f"train:1:{kind}"]["result"]
-        assert step["micro_batches"] == 2 and step["predicted_seconds"] > 0 and step["planned_bytes"] > 0
-        assert (tmp_path / f"trace_1_{kind}.json.gz").stat().st_size and (tmp_path / f"train_1_{kind}.txt").exists()
-    assert len(rows["kernels:1"]["result"]["linear"]) == 4 and "batch_32" in rows["decode:1"]["result"]
-    out = capfd.readouterr().out
-    assert "x predicted" in out and "time of a step by operation" in out and "not done" not in out
+    for name in UNITS:
+        assert (tmp_path / f"{name.replace(':', '_')}.txt").stat().st_size
+        if name.startswith("train"):
+            step = rows[name]["result"]
+            assert step["precision"] == ("fp8" if "fp8" in name else "fp32") and step["micro_batches"] == 2
+            assert step["predicted_seconds"] > 0 and step["planned_bytes"] > 0
+            assert (tmp_path / f"trace_{name.replace(':', '_')}.json.gz").stat().st_size
+    assert len(rows["kernels"]["result"]["linear"]) == 4 and "batch_2" in rows["decode"]["result"]
+    before, after = capfd.readouterr().out.split("== tests, at most")
+    assert "time of a step by operation" in after and "not done" not in after
+    assert "| train:auto:fp8 | tokens/s | " in before and "NVIDIA H100, 989 TFLOP/s in 16 bits and 3.35 TB/s" in before
+    table = (tmp_path / "bench_gpu.md").read_text()
+    assert table in after
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    expected = {(unit, quantity): wanted for unit, quantity, wanted, *_ in cells}
+    assert expected["limits", "copy TB/s"] == "3.02" and expected["limits", "16-bit TFLOP/s"] == "791"
+    without = [quantity for _, quantity, wanted, _, ratio in cells[1:] if wanted not in ("", "0") and not ratio]
+    assert without == ["fp8 TFLOP/s"], "the CPU has no float8 products"
 
 
-@pytest.mark.slow
-def test_gpu_suite_continues_after_a_failure_and_lists_the_rest(tmp_path: Path, capfd: Any) -> None:
-    settings = [*GPU, "gpu.units=tests,kernels", "gpu.tests=tests/missing.py", f"gpu.out={tmp_path}"]
+def test_gpu_suite_continues_after_a_failure_and_lists_the_rest(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        print('{"bench": "members", "step_seconds": 0.5}')  # what it has measured is kept
+        raise ValueError("of a bug")
+
+    settings = ["suite=gpu", "dry_run=true", "gpu.units=members,decode", f"gpu.out={tmp_path}", "head_dim=32"]
+    monkeypatch.setattr(_members, "measure", fails)
     bench_train.run(override(bench_train.config(), settings), HERE)
     out = capfd.readouterr().out
-    assert "  tests failed: exit code 4\n" in out and "== kernels:1: done" in out
-    bench_train.run(override(bench_train.config(), [*settings, "gpu.minutes=0.4"]), HERE)
-    last = capfd.readouterr().out.splitlines()[-1]
-    assert last.startswith("not done: tests, kernels:1; next: python launch.py --experiment=bench_train --set what=gpu")
-    assert "--set gpu.units=tests,kernels:1" in last and "--set head_dim=64" in last
+    assert "  members failed: ValueError: of a bug\n" in out and "== decode: done" in out
+    assert "| members | ms a step of all | " in out and " | 500 | " in out
+    last = out.splitlines()[-1]
+    assert last.startswith("not done: members; next: python launch.py --experiment=bench_train --set suite=gpu")
+    assert "--set gpu.units=members" in last and "--set head_dim=32" in last and "--set dry_run=true" in last
+    bench_train.run(override(bench_train.config(), [*settings, "minutes=0.4"]), HERE)
+    out = capfd.readouterr().out
+    assert "\nnot done: decode, members; next" in out and " | 500 | " in out, "a new start forgets the results"
 
 
 def test_bench_infer_reports_every_batch_and_its_floor(capsys: pytest.CaptureFixture[str]) -> None:
