@@ -261,7 +261,7 @@ def test_gpu_suite_continues_after_a_failure_and_lists_the_rest(
     monkeypatch.setattr(_members, "measure", fails)
     bench_train.run(override(bench_train.config(), settings), HERE)
     out = capfd.readouterr().out
-    assert "  members failed: ValueError: of a bug\n" in out and "== decode: done" in out
+    assert "| members | failed: ValueError: of a bug |" in out and "== decode: done" in out
     assert "| members | ms a step of all | " in out and " | 500 | " in out
     last = out.splitlines()[-1]
     assert last.startswith("not done: members; next: python launch.py --experiment=bench_train --set suite=gpu")

@@ -361,28 +361,8 @@ def test_signal_ends_a_wait_for_data(number: signal.Signals, how: str):
 # --- CUDA -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
-def test_compiled_steps_on_cuda_in_bfloat16(kernel: Any):
-    config = ModelConfig(sequence_len=512, vocab_size=1000, n_layer=4, n_head=4, n_kv_head=2, n_embd=256)
-    settings = train.StageConfig(train=train.TrainConfig(attention=kernel, chunk_tokens=300), device_batch_size=4)
-    step, _, kernels = train.build_step_functions(settings, config, CUDA)
-    assert f"attention {kernel}" in kernels
-    batch = {n: x.to(CUDA.device) for n, x in random_batch(config, rows=4).items()}
-    params = model.init(config, 0, device=CUDA.device, dtype=CUDA.compute_dtype)
-    exact = tree.map(lambda x: x.float(), params)
-    wanted, _ = loss.next_token(exact, batch, config=config, compute=Compute(attend=attention.math))
-    state, losses = train.init(params, model.spec(config), CUDA.compute_dtype), []
-    for _ in range(10):
-        state, metrics = step(state, [batch], hparams_of(config))
-        losses.append(metrics["loss"].item())
-    assert math.isclose(losses[0], wanted.item(), rel_tol=1e-2)
-    assert min(losses) < 0.8 * losses[0]  # not the last: at this learning rate a single step can leap
-    assert state.params["wte"].dtype == CUDA.compute_dtype
-
-
 WIDE = ModelConfig(
-    sequence_len=512, vocab_size=4096, n_layer=4, n_head=2, n_kv_head=2, n_embd=256, window_pattern="SSSL"
+    sequence_len=512, vocab_size=4096, n_layer=2, n_head=2, n_kv_head=2, n_embd=256, window_pattern="SSSL"
 )
 
 
