@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nanochat import checkpoint, data, distributed, jsonl, metrics, model
-from nanochat.config import Settings, UserError
+from nanochat.config import Settings, UserError, base_dir
 from nanochat.data import tokenizer
 from nanochat.train import config as stage
 
@@ -41,7 +41,7 @@ class Config(Settings):
     """What to convert.
 
     Attributes:
-        model: the reference's model_*.pt, or a folder.
+        model: the reference's model_*.pt, or a folder; a relative path is also looked up under the base folder.
         meta: its meta_*.json, of which `model_config` is read; default: the one beside it.
         ranks: text file with lines `base64 rank` of the reference's tokenizer; default: ranks.tiktoken beside it, or
             convert without tokenizer.
@@ -53,7 +53,7 @@ class Config(Settings):
     meta: str = ""
     ranks: str | None = None
     name: stage.RunName = "reference"
-    stage: Literal["base", "mid", "sft", "rl"] | None = None
+    stage: Literal["base", "mid", "sft", "dpo", "rl"] | None = None
 
 
 class Weights(NamedTuple):
@@ -80,6 +80,8 @@ def run(config: Config, runtime: Runtime) -> None:
     if not config.model:
         raise UserError("nothing to convert: --set model=model_….pt, or the folder of an export")
     path = Path(config.model).expanduser()
+    if not path.exists() and (base_dir() / path).exists():
+        path = base_dir() / path
     is_reference = not (path / "config.json").exists()
     if not is_reference and (config.meta or config.ranks):
         raise UserError(f"{path}: meta and ranks are for the reference's model_*.pt")
@@ -89,7 +91,7 @@ def run(config: Config, runtime: Runtime) -> None:
     shape = model.config_of(source.params)
     if source.tok and source.tok.vocab_size > shape.vocab_size:
         raise UserError(f"{path}: the tokenizer has {source.tok.vocab_size} tokens, the model {shape.vocab_size}")
-    known = source.stage if source.stage in ("base", "mid", "sft", "rl") else "base"
+    known = source.stage if source.stage in ("base", "mid", "sft", "dpo", "rl") else "base"
     saved = {"stage": config.stage or known, "converted_from": str(config.model)}
     folder = write_run(config.name, source.step, source.params, shape, source.tok, saved)
     print(f"{model.count(shape)['total']:,} parameters of step {source.step} written to {folder}")

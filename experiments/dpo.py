@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from experiments import rl, sft
 from nanochat import checkpoint, distributed, infer, jsonl, model, optim, tasks, train
-from nanochat.config import Fraction, PositiveFloat, PositiveInt, UserError
+from nanochat.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, UserError
 from nanochat.data import chat_format
 from nanochat.optim import FinetunePlan, OptimConfig
 from nanochat.train import EvalConfig, FinetuneConfig, LoraConfig, RolloutConfig, TrainConfig
@@ -48,6 +48,8 @@ class Config(FinetuneConfig):
         beta: how strongly the model is held to the start: the larger, the stronger.
         label_smoothing: of dpo, the probability that chosen and rejected are interchanged.
         length_normalized: divide log-probabilities by the length of the answer.
+        nll_weight: of the chosen answer's negative log-likelihood per token in the loss; 0: plain dpo or ipo, after
+            which the model prefers the chosen answers but may write neither; 1 where it has to write like them.
         long_conversations: truncate them at the context; whole_turns: after the last answer that fits; or drop them.
         pairs_per_step: pairs of an optimizer step, over all ranks.
         device_batch_size: pairs of a micro-batch on each device. Their logits are in memory all at once.
@@ -64,6 +66,7 @@ class Config(FinetuneConfig):
     beta: PositiveFloat = 0.1
     label_smoothing: Annotated[float, "at least 0, below 0.5", lambda x: 0 <= x < 0.5] = 0.0
     length_normalized: bool = False
+    nll_weight: NonNegativeFloat = 0.0
     long_conversations: chat_format.TooLong = "truncate"
     pairs_per_step: PositiveInt = 32
     device_batch_size: PositiveInt = 4
@@ -213,7 +216,9 @@ def dpo_stage(
     assert num_steps
     plan = FinetunePlan(shape.n_embd, weight_decay=config.optim.weight_decay, lora_lr=config.lora.lr if lora else None)
     rates = dataclasses.replace(config.optim, **optim.learning_rates(config.optim, base.settings))
-    objective = train.dpo.Objective(config.loss, config.beta, config.label_smoothing, config.length_normalized)
+    objective = train.dpo.Objective(
+        config.loss, config.beta, config.label_smoothing, config.length_normalized, config.nll_weight
+    )
     content = hashlib.sha256(repr((reference.tolist(), pairs)).encode()).hexdigest()[:16]
 
     def batches(state: Any, _: int) -> Any:

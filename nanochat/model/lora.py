@@ -21,7 +21,6 @@ from nanochat.config import UserError, nearest
 from nanochat.model import params as model
 from nanochat.model.params import ModelConfig, ParamsLike, ParamSpec
 
-GROUP = "matrix"  # of the optimizer: Muon learns more in as many steps than AdamW (experiments/RESULTS.md)
 SCALE_KEY = "lora_scale"  # of the non-tensor data in adapters: alpha / r
 
 
@@ -39,8 +38,9 @@ def spec(config: ModelConfig, rank: int, targets: Sequence[str]) -> dict[str, Pa
     for name, row in matrices.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in targets):
             (n_out, n_in), (out, into) = row.shape, row.axes
-            rows[f"{name}.a"] = ParamSpec((rank, n_in), ("rank", into), model.normal(n_in**-0.5), GROUP)
-            rows[f"{name}.b"] = ParamSpec((n_out, rank), (out, "rank"), model.constant(0.0), GROUP)
+            group = "unembedding" if row.group == "unembedding" else "matrix"  # the rule that the matrix itself has
+            rows[f"{name}.a"] = ParamSpec((rank, n_in), ("rank", into), model.normal(n_in**-0.5), group)
+            rows[f"{name}.b"] = ParamSpec((n_out, rank), (out, "rank"), model.constant(0.0), group)
     return rows
 
 

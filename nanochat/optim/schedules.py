@@ -37,7 +37,7 @@ def hparams(config: OptimConfig, plan: Plan | FinetunePlan, step: int, done: flo
     for group in groups.values():
         group["lr"] *= config.lr_fraction * factor
     if isinstance(plan, FinetunePlan) and plan.lora_lr is not None:
-        matrix["lr"] = plan.lora_lr * factor
+        matrix["lr"] = groups["unembedding"]["lr"] = plan.lora_lr * factor
     return as_hparams(groups)
 
 

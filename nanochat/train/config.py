@@ -120,13 +120,14 @@ class LoraConfig(Settings):
         alpha: what an adapter adds to its matrix is scaled by alpha / rank.
         targets: names of the matrices with adapters, * stands for any text. The output layer is among them because a
             base model does not know the special tokens of conversations.
-        lr: peak learning rate (Muon); of the optim settings, adapters have the schedule alone.
+        lr: peak learning rate, of Muon within the layers and of AdamW for the output layer; of the optim settings,
+            adapters have the schedule alone.
     """
 
     rank: NonNegativeInt = 0
     alpha: PositiveFloat = 16.0
     targets: tuple[str, ...] = ("layers.*.attn.[qkv]", "layers.*.attn.proj", "layers.*.mlp.*", "lm_head")
-    lr: PositiveFloat = 0.02
+    lr: PositiveFloat = 0.015
 
 
 @dataclasses.dataclass(frozen=True)

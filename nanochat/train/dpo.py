@@ -6,8 +6,11 @@ training starts from and log π(answer) is the sum over the answer's tokens, the
     dpo   -(1 - ε)·log σ(β·h) - ε·log σ(-β·h)        ε: label smoothing
     ipo   (h - 1 / (2β))²
 
+plus α·(-log π(chosen) / tokens of chosen), α: `nll_weight`. Either loss asks for a difference alone, and may meet it by
+making both answers less likely; with α the chosen one becomes what the model writes.
 Source: DPO (Rafailov et al. 2023, arXiv 2305.18290), with TRL's label smoothing; IPO (arXiv 2310.12036), which TRL
-applies to log-probabilities per token (`length_normalized`).
+applies to log-probabilities per token (`length_normalized`); α is that of iterative RPO (Pang et al. 2024, arXiv
+2404.19733) and TRL's `rpo_alpha`.
 """
 
 import hashlib
@@ -42,6 +45,7 @@ class Objective(NamedTuple):
     beta: float = 0.1
     label_smoothing: float = 0.0
     length_normalized: bool = False
+    nll_weight: float = 0.0
 
 
 def render(
@@ -76,8 +80,10 @@ def pair_losses(log_probs: Tensor, reference: Tensor, tokens: Tensor, objective:
     ratio = ratio / tokens if objective.length_normalized else ratio
     h, beta, epsilon = ratio[0::2] - ratio[1::2], objective.beta, objective.label_smoothing
     if objective.loss == "ipo":
-        return (h - 1 / (2 * beta)).square(), beta * h
-    return -(1 - epsilon) * F.logsigmoid(beta * h) - epsilon * F.logsigmoid(-beta * h), beta * h
+        losses = (h - 1 / (2 * beta)).square()
+    else:
+        losses = -(1 - epsilon) * F.logsigmoid(beta * h) - epsilon * F.logsigmoid(-beta * h)
+    return losses - objective.nll_weight * log_probs[0::2] / tokens[0::2], beta * h
 
 
 def preference_loss(

@@ -1,6 +1,7 @@
 """What a run starts from: its own checkpoint, or that of a base run with what the stage inherits from it."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -119,7 +120,8 @@ def describe_lora(lora: build.Lora | None, runtime: Runtime) -> dict[str, str]:
     if lora is None:
         return {}
     count, copies = sum(row.numel for row in lora.spec.values()), " on every rank" * (runtime.world_size > 1)
-    moments = count + sum(optim.second_shape(row.shape).numel() for row in lora.spec.values())
+    seconds = (optim.second_shape(row.shape) if row.group == optim.MATRIX else row.shape for row in lora.spec.values())
+    moments = count + sum(map(math.prod, seconds))
     sizes = f"{4 * count / 1e6:.2f} MB, optimizer {4 * moments / 1e6:.2f} MB"
     base = f"frozen, {tree.nbytes(lora.base) / 1e6:.1f} MB{copies}"
     return {"adapters": f"{count:,} parameters on {len(lora.spec) // 2} matrices: {sizes}", "base": base}

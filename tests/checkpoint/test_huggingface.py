@@ -224,7 +224,8 @@ def assert_same(got: Params, want: Params) -> None:
 @pytest.mark.parametrize("format", ["hf", "safetensors", "reference"])
 def test_round_trip(base: Path, folder: Path, format: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder if format == "hf" else run_export(format=format)
-    convert.run(convert.Config(model=str(path), name=f"from_{format}"), distributed.init("cpu"))
+    relative = str(path.relative_to(base))  # to the base folder, not to the current one
+    convert.run(convert.Config(model=relative, name=f"from_{format}"), distributed.init("cpu"))
     loaded = checkpoint.load(f"from_{format}", device="cpu", dtype=torch.float32)
     assert (loaded.step, loaded.stage, loaded.config) == (7, "sft", CONFIG)
     assert_same(loaded.params, make_params())

@@ -44,7 +44,7 @@ def test_run_holds_adapters_alone_and_loads_as_a_merged_model(base: Path, tuned:
     state, meta = tiny_run.saved_state(tuned)
     names = list(tree.flatten(state.params))
     assert len(names) == 2 * (2 * 6 + 1) and all(name.endswith((".a", ".b")) for name in names)
-    assert set(state.opt_state.keys()) == {"step", "matrix"}
+    assert set(state.opt_state.keys()) == {"step", "matrix", "unembedding"}
     whole, loaded = checkpoint.load("base", device="cpu"), checkpoint.load(tuned, device="cpu")
     assert tree.nbytes(state.params) < tree.nbytes(whole.params) / 10
     assert meta["lora"]["base"] == checkpoint.base_reference(base / "runs" / "base", 2)

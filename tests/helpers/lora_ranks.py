@@ -16,7 +16,12 @@ from nanochat.model import Compute, ModelConfig, loss
 
 CONFIG = dataclasses.replace(sharded_steps.CONFIG, n_layer=2)
 TARGETS = ["layers.*.attn.q", "layers.*.mlp.*", "lm_head"]
-HPARAMS = optim.as_hparams({"matrix": {"lr": 0.01, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0}})
+HPARAMS = optim.as_hparams(
+    {
+        "matrix": {"lr": 0.01, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0},
+        "unembedding": {"lr": 0.01, "beta1": 0.9, "beta2": 0.9, "weight_decay": 0.0},
+    }
+)
 
 
 def random_adapters(config: ModelConfig, targets: list[str], rank: int = 3, plan: ShardingPlan | None = None) -> Any:

@@ -40,6 +40,7 @@ TOKENS = torch.tensor([1, 2, 4, 2])
         ),
         (Objective("ipo", beta=0.5), (1.0, -3.0), (0.0, 16.0)),
         (Objective("ipo", beta=0.5, length_normalized=True), (1.0, -1.0), (0.0, 4.0)),
+        (Objective("ipo", beta=0.5, nll_weight=2), (1.0, -3.0), (0.0 + 2 * 1 / 1, 16.0 + 2 * 6 / 4)),
     ],
 )
 def test_losses_of_two_pairs_by_hand(objective: Objective, h: Any, losses: Any):
