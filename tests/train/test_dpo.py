@@ -231,5 +231,5 @@ def test_reinforcement_learning_trains_adapters(base: Path, monkeypatch: Any):
                 "eval.problems=2", "lora.rank=2", "lora.lr=0.01")  # fmt: skip
     rl.run(override(rl.Config(), settings), distributed.init("cpu"))
     state, meta = tiny_run.saved_state(train.run_folder("rl"))
-    assert set(state.opt_state.keys()) == {"step", "matrix"} and meta["stage"] == "rl"
+    assert set(state.opt_state.keys()) == {"step", "matrix", "unembedding"} and meta["stage"] == "rl"
     assert any(x.any() for name, x in tree.flatten(state.params).items() if name.endswith(".b"))
