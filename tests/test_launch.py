@@ -207,7 +207,7 @@ def test_usage_errors_and_help_do_not_import_torch(project: Path) -> None:
     (project / "torch.py").write_text("raise SystemExit('torch was imported')")
     for args, code in (("", 2), ("--help", 0), ("--experiment=tyo", 2), ("--experiment=toy --help", 0)):
         process = start(project, *args.split())
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == code and "torch was imported" not in out + err
 
 
@@ -236,14 +236,14 @@ def test_ctrl_c_is_one_line(project: Path) -> None:
     assert process.stdout and process.stdout.readline().startswith("depth=4")
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (130, "stopped by Ctrl-C\n")
 
 
 @pytest.mark.slow
 def test_torchrun_shows_a_mistake_once_and_in_its_summary(project: Path) -> None:
     process = start(project, "--experiment=tyo", processes=2)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=300)
     line = "error: --experiment=tyo: no such experiment; did you mean toy?"
     assert process.returncode != 0
     assert err.splitlines().count(line) == 1 and "exitcode  : 2" in err and f"traceback : {line}" in err
@@ -252,7 +252,7 @@ def test_torchrun_shows_a_mistake_once_and_in_its_summary(project: Path) -> None
 @pytest.mark.slow
 def test_torchrun_shows_the_error_of_the_rank_that_has_it(project: Path) -> None:
     process = start(project, "--experiment=toy", "--set", "fail=rank1", processes=2)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=300)
     assert process.returncode != 0 and out.count("waiting\n") == 1
     shown = [text for text in err.splitlines() if text.startswith("error:")]
     assert shown == ["error: data/x.parquet: cannot be read by rank 1; download it again"]

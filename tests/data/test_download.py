@@ -223,12 +223,12 @@ download.climbmix(pathlib.Path({str(tmp_path)!r}), 1, base_url={server.url!r}, t
     root, part = Path(__file__).parents[2], tmp_path / "shard_00000.parquet.part"
     with subprocess.Popen([sys.executable, "-c", code], stderr=-1, text=True, cwd=root) as process:
         try:
-            deadline = time.perf_counter() + 20
+            deadline = time.perf_counter() + 100
             while not (part.exists() and part.stat().st_size == 131_072):
                 assert time.perf_counter() < deadline and process.poll() is None
                 time.sleep(0.02)
             process.send_signal(signal.SIGINT)
-            _, output = process.communicate(timeout=10)
+            _, output = process.communicate(timeout=100)
         finally:
             process.kill()
             release.set()

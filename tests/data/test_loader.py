@@ -441,7 +441,7 @@ def test_closing_does_not_wait_for_started_blocks(folder: Path, monkeypatch: pyt
     next(stream)
     started = time.monotonic()
     stream.close()  # type: ignore[attr-defined]
-    assert time.monotonic() - started < 1, "a block takes two seconds"
+    assert time.monotonic() - started < 1.8, "a block takes two seconds"
 
 
 @pytest.mark.gpu

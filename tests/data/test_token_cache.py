@@ -90,7 +90,7 @@ def test_continues_without_a_dead_rank(readers: Readers, monkeypatch: pytest.Mon
     started = time.monotonic()
     assert [read(reader, ref) for ref in REFS[:20]] == [TOKENS] * 20
     seconds = time.monotonic() - started
-    assert 0.6 <= seconds < 3, f"waited {seconds:.1f} s: once for each of the two is right"
+    assert 0.6 <= seconds < 5, f"waited {seconds:.1f} s: once for each of the two is right"
 
 
 def test_unreadable_block_does_not_mark_rank_dead(readers: Readers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_unreadable_block_does_not_mark_rank_dead(readers: Readers, monkeypatch:
     reader = readers(rank=0, world_size=2)
     with pytest.raises(ValueError, match="unreadable"):
         read(reader, REFS[1])
-    monkeypatch.setattr(loader, "OTHER_RANK_SECONDS", 10)
+    monkeypatch.setattr(loader, "OTHER_RANK_SECONDS", 100)
     late = threading.Timer(0.3, loader.write_block, (reader.cache_path(REFS[3]), block_of(TOKENS)))
     late.start()
     assert read(reader, REFS[3]) == TOKENS, "it should have waited for the other rank"
@@ -108,7 +108,7 @@ def test_unreadable_block_does_not_mark_rank_dead(readers: Readers, monkeypatch:
 def test_full_disk_stops_caching_with_one_warning(
     tmp_path: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    both = threading.Barrier(2, timeout=10)  # the first two blocks fail at the same time
+    both = threading.Barrier(2, timeout=100)  # the first two blocks fail at the same time
 
     def full(*_: Any) -> None:
         both.wait()

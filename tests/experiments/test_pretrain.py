@@ -86,7 +86,7 @@ def test_signal_ends_the_wait_for_a_disk(split: str, step: int, monkeypatch: Any
     with pytest.raises(SystemExit) as stopped:
         pretrain_run(f"name=blocked{step}", "data.token_cache=false", "eval.prompts=none")
     released.set()
-    assert stopped.value.code == 130 and time.monotonic() - began < 25
+    assert stopped.value.code == 130 and time.monotonic() - began < 50
     saved = f"step {step} is saved; --resume continues from it" if step else "no step was done"
     assert f"stopped by SIGINT; {saved}" in capsys.readouterr().out
 

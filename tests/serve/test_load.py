@@ -117,7 +117,7 @@ def run_clients(url: str, answers: list[str], requests: int, seed: int) -> int:
 
 def settle(url: str) -> dict[str, Any]:
     """Return /stats as soon as the server is idle."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while True:
         stats = httpx.get(url + "/stats").json()
         if stats["active"] == 0 and stats["queue"]["length"] == 0:
@@ -174,7 +174,7 @@ def most_active(http: httpx.Client) -> int:
 def test_killed_worker_fails_its_streams_and_restarts(servers: list[Running]) -> None:
     url = servers[1].url
     os.kill(servers[1].worker, signal.SIGSTOP)  # or it might answer before it is killed
-    with httpx.stream("POST", url + "/chat/completions", json=QUESTIONS[0], timeout=20) as response:
+    with httpx.stream("POST", url + "/chat/completions", json=QUESTIONS[0], timeout=60) as response:
         os.kill(servers[1].worker, signal.SIGKILL)
         *_, last = [line for line in response.iter_lines() if line.startswith("data: ")]
     assert "try again" in json.loads(last.removeprefix("data: "))["error"]["message"]
@@ -193,7 +193,7 @@ def test_worker_exits_with_its_parent(servers: list[Running]) -> None:
 
 
 def wait_for_exit(pid: int) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < end, "the process is still running"
         time.sleep(0.05)
@@ -213,7 +213,7 @@ def test_sigterm_while_loading_ends_all_processes(base: Path) -> None:
     process = launch(base)
     try:
         assert process.stdout and "loading" in process.stdout.readline()
-        end = time.monotonic() + 20
+        end = time.monotonic() + 100
         while not worker_pids(process.pid):
             assert time.monotonic() < end
             time.sleep(0.01)

@@ -354,7 +354,7 @@ def test_signal_ends_a_wait_for_data(number: signal.Signals, how: str):
     timer.start()
     _, progress = run.fit(9)
     released.set()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50
     assert [saved.step for _, saved in run.saved] == [progress.step] == [2]
 
 
