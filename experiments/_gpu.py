@@ -60,9 +60,8 @@ def run(config: Config, runtime: Runtime) -> None:
     log, done = folder / "bench_gpu.jsonl", {}
     earlier = [row for _, row in jsonl.read(log, missing_ok=True, drop_partial=True)]
     rows = {row["unit"]: row for row in earlier if place.items() <= row.items()}  # the last of each
-    print(
-        f"{len(names)} units in at most {config.minutes:g} minutes; results: {log}\n\n{as_table(units, {}, gpu, place)}"
-    )
+    print(f"{len(names)} units in at most {config.minutes:g} minutes; results: {log}\n")
+    print(as_table(units, {}, gpu, place))
     end = time.monotonic() + 60 * config.minutes
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and so stop the running unit
     try:
@@ -108,20 +107,18 @@ def make_units(config: Config, runtime: Runtime, gpu: GpuSpec, folder: Path) -> 
     given = bench_train.changed_settings(dataclasses.replace(config, dry_run=False))
     given = (TINY if config.dry_run else {"depth": 20, "rounds": 2, "steps_per_round": 3}) | given
     shape = shape_of(given)
-    limits = _bench.Limits(
-        PRODUCTS_SHARE * gpu.half_flops,
-        PRODUCTS_SHARE * (gpu.fp8_flops or 0) or None,
-        COPY_SHARE * BANDWIDTH[gpu.device],
-    )
+    products, fp8 = (PRODUCTS_SHARE * (flops or 0) for flops in (gpu.half_flops, gpu.fp8_flops))
+    limits = _bench.Limits(products, fp8 or None, COPY_SHARE * BANDWIDTH[gpu.device])
     launch = functools.partial(_jobs.launch_command, "bench_train")
 
     def train(kernel: str, precision: str) -> Unit:
         setup = planner.Setup(dtype=torch.bfloat16, fp8=precision == "fp8")
         settings = given | {"train.attention": "sdpa" if config.dry_run else kernel}
-        settings |= {"train.linear": "fp8" if setup.fp8 else "dense"}
-        trials = batch_trials(config, shape, setup, runtime)
-        name = f"train:{'auto' if kernel == 'auto' else 'named'}:{precision}"
+        settings["train.linear"] = "fp8" if setup.fp8 else "dense"
+        trials, auto = batch_trials(config, shape, setup, runtime), kernel == "auto"
+        name = f"train:{'auto' if auto else 'named'}:{precision}"
         settings["trace"] = folder / f"trace_{name.replace(':', '_')}.json.gz"
+        settings |= {"profile": False} if config.dry_run and auto else {}  # it is the same kernel
         rows, micro_batches = trials[0]["batch_size"], trials[0]["micro_batches"]
         seconds = sum(_bench.roofline(shape, rows, limits, torch.bfloat16, setup.fp8, micro_batches).values())
         speed = rows * micro_batches * shape.sequence_len / seconds
@@ -174,10 +171,8 @@ def shape_of(settings: Mapping[str, Any]) -> model.ModelConfig:
     return bench_train.resolve(Config(**{name: value for name, value in settings.items() if name in names}))[1]
 
 
-def batch_trials(
-    config: Config, shape: model.ModelConfig, setup: planner.Setup, runtime: Runtime
-) -> list[dict[str, int]]:
-    """Return batch_size and micro_batches of a step, the largest first that the planner lets fit."""
+def batch_trials(config: Config, shape: Any, setup: planner.Setup, runtime: Runtime) -> list[dict[str, int]]:
+    """Return batch sizes, the largest first that the planner lets fit."""
     if config.dry_run:
         return [{"batch_size": 1, "micro_batches": 2}]
     room, trials = MEMORY_SHARE * torch.cuda.mem_get_info(runtime.device)[0], []

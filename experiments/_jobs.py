@@ -77,7 +77,7 @@ def _last_result(lines: Sequence[str]) -> dict[str, Any] | None:
     for line in reversed(lines):
         with contextlib.suppress(ValueError):  # a process was stopped within its line
             if line.startswith('{"bench"'):
-                return json.loads(line)
+                return json.loads(line, parse_constant=lambda _: None)  # of NaN
     return None
 
 

@@ -25,7 +25,7 @@ Span = tuple[float, float]
 
 
 class Trace(NamedTuple):
-    """One profiled call, and the host's time by operation for it and the call before."""
+    """One profiled call, and the host's time by operation for it and the call before (not with `shapes`)."""
 
     start: float  # in microseconds
     seconds: float
@@ -45,14 +45,15 @@ def trace(f: Callable[[], Any], runtime: Runtime, *, path: Path | None = None, s
             f()
             distributed.synchronize(runtime.device)
     with tempfile.TemporaryDirectory() as folder:
-        path = path or Path(folder) / "trace.json.gz"
+        path = path or Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     mark = next(event for event in events if event["name"] == MARK and event.get("cat") != "gpu_user_annotation")
     start, end = mark["ts"], mark["ts"] + mark["dur"]
     inside = [e for e in events if e is not mark and start <= e["ts"] and e["ts"] + e.get("dur", 0) <= end]
-    host_times = {op.key: op.self_cpu_time_total for op in profiler.key_averages() if op.key != MARK}
+    averages = [] if shapes else profiler.key_averages()  # takes a second
+    host_times = {op.key: op.self_cpu_time_total for op in averages if op.key != MARK}
     return Trace(start, mark["dur"] / 1e6, inside, host_times)
 
 

@@ -243,6 +243,7 @@ def test_training_in_16_and_8_bits_follows_float32(device: str, kernel: Any, lin
     assert ((got - want).abs() / want).max() < (0.005 if linear == "dense" else 0.03)
 
 
+@pytest.mark.slow
 @devices
 def test_a_stopped_run_resumes_bit_for_bit(device: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With deterministic algorithms, which runs on the CPU always have."""
