@@ -162,7 +162,9 @@ def model_sources(config: Config) -> tuple[serve.ModelSource, ...]:
             step = checkpoint.inspect(folder, step).step
         name = f"{folder.name}@{step}" if count[folder.name] > 1 else folder.name
         if name in [model.name for model in models]:
-            raise UserError(f"run={','.join(config.run)}: two models would have the name {name}; rename a folder")
+            raise UserError(
+                f"run={','.join(config.run)}: two models would be called {name}: rename a folder, or name it once"
+            )
         models.append(serve.ModelSource(name, str(folder), step))
     return tuple(models)
 

@@ -156,6 +156,8 @@ def main(pipe: Connection, config: WorkerConfig) -> None:
     except (EOFError, ConnectionError):
         pass  # the server is gone
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = UserError(f"{config.device} is out of memory: set fewer slots, a shorter context, or fewer models")
         is_fatal = isinstance(error, UserError)
         if not is_fatal:
             traceback.print_exc()

@@ -143,7 +143,7 @@ def test_names_of_models_are_those_of_their_runs(base: Path, tmp_path: Path) -> 
     tiny_run.save_run(base, steps=(1, 2))
     other = tiny_run.save_run(base, "other")
     elsewhere = tiny_run.save_run(tmp_path, "other")
-    with pytest.raises(UserError, match="two models would have the name other@1; rename a folder"):
+    with pytest.raises(UserError, match="two models would be called other@1: rename a folder, or"):
         web.model_sources(web.Config(run=("other", str(elsewhere))))
     with pytest.raises(UserError, match="step=1 is for a single run: write run=bot@1,…"):
         web.model_sources(web.Config(run=("bot", "other"), step=1))
