@@ -340,20 +340,22 @@ def param_shards(plan: ShardingPlan, params: TensorDict) -> TensorDict:
     return tree.unflatten(flat, params)
 
 
-def all_gather_params_(plan: ShardingPlan | None, params: TensorDict) -> None:
-    """Copy the shards that the other ranks have updated into full parameters, in place."""
-    if plan is None or not plan.full:
-        return
-    flat, pending = tree.flatten(local_shards(params)), []
-    for name, dim in plan.sharded.items():
-        full = flat[name]
-        shard = _shard(plan, full, dim)
-        if dim == 0:  # without a second copy
-            pending.append(_ops.all_gather_into_tensor_out(shard, plan.shards, plan.group("shard"), out=full))
-        else:
-            full.copy_(_all_gather(plan, {name: shard})[0])
-    for full in pending:
-        _ops.wait_tensor(full)
+def start_all_gather_(plan: ShardingPlan, name: str, param: Tensor) -> Callable[[], Any]:
+    """Start to copy the shards that the other ranks have updated into a full parameter, in place; return the wait.
+
+    In the parameter's own dtype, as its copies must be equal on all ranks. The group is that of all ranks, here the
+    same ones as along the shard axis, so that Muon's exchanges do not queue behind this.
+    """
+    dim = plan.dims[name]
+    if dim is None or not plan.full:
+        return lambda: None
+    full = local_shards(param)
+    shard = _shard(plan, full, dim)
+    if dim == 0:  # without a second copy
+        gathered = _ops.all_gather_into_tensor_out(shard, plan.shards, plan.world, out=full)
+        return lambda: _ops.wait_tensor(gathered)
+    rows = _ops.all_gather_into_tensor(shard.movedim(dim, 0).contiguous(), plan.shards, plan.world)
+    return lambda: full.copy_(_ops.wait_tensor(rows).movedim(0, dim))
 
 
 class MuonAllToAll(NamedTuple):

@@ -14,6 +14,7 @@ import datetime
 import importlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +77,27 @@ def open_log(
     writer = summary_writer and summary_writer(str(folder / "tensorboard"), purge_step=purge_step)
     run = wandb_package and _wandb_run(wandb_package, folder, str(wandb), config, resume_step is not None)
     return Log(path, writer, run)
+
+
+def start_reading(metrics: Mapping[str, Any]) -> Callable[[], tuple[dict[str, float], float]]:
+    """Start one copy of 0-d tensors (and numbers) to the host; the result waits for it, not for what is launched later.
+
+    It returns the numbers, and the time.perf_counter() at which they were there.
+    """
+    import torch
+
+    tensors = {name: x.float() for name, x in metrics.items() if isinstance(x, torch.Tensor)}
+    stacked = torch.stack([*tensors.values()]) if tensors else torch.empty(0)
+    on_host = stacked.to("cpu", non_blocking=stacked.is_cuda)  # in pinned memory
+    event, ready = torch.cuda.current_stream().record_event() if stacked.is_cuda else None, time.perf_counter()
+
+    def read() -> tuple[dict[str, float], float]:
+        if event:
+            event.synchronize()
+        numbers = {name: float(x) for name, x in {**metrics, **dict(zip(tensors, on_host.tolist()))}.items()}
+        return numbers, time.perf_counter() if event else ready
+
+    return read
 
 
 def write(log: Log, step: int, values: Mapping[str, float]) -> None:

@@ -51,17 +51,15 @@ def check(every: int, stage: str, micro_batches: int, sharding_plan: ShardingPla
 
 
 def measured(
-    train_step: Callable[..., Any], value_and_grad: Callable[..., Any], every: int, sharding_plan: ShardingPlan | None
+    train_step: Callable[..., Any], value_and_grad: Callable[..., Any], sharding_plan: ShardingPlan | None
 ) -> Callable[..., Any]:
-    """Return `train_step` whose metrics have |G|² and S after every so many steps, unless the step was skipped.
+    """Return `train_step` whose metrics have |G|² and S, unless the step was skipped. It waits for the device.
 
     Args:
         train_step: `train.train_step` with its functions bound. value_and_grad: the one that it uses.
     """
 
     def step(state: Any, batches: Sequence[Any], hparams: Any) -> tuple[Any, dict[str, Any]]:
-        if (int(state.step) + 1) % every:
-            return train_step(state, batches, hparams)
         squares: list[Tensor] = []
 
         def recorded(params: Any, batch: Any, scale: Tensor) -> Any:

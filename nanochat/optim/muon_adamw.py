@@ -118,13 +118,17 @@ def update_(
     Args:
         rules: None for the plain ones, or those of `compiled`.
     """
-    rules = rules or Rules(adamw_, muon)
-    for _, old, new in _results(rules, grads, opt_state, params, hparams, sharding_plan=sharding_plan, **options):
-        for before, after in zip(old, new):
+    rules, full, waits = rules or Rules(adamw_, muon), tree.flatten(params), []
+    for names, old, new in _results(rules, grads, opt_state, params, hparams, sharding_plan=sharding_plan, **options):
+        for name, before, after in zip(names, old, new):
             if after is not before:
                 before.copy_(after)
+            if sharding_plan is not None and name.startswith("params."):  # sent while the next ones are computed
+                name = name.removeprefix("params.")
+                waits.append(sharding.start_all_gather_(sharding_plan, name, full[name]))
         del old, new
-    sharding.all_gather_params_(sharding_plan, params)
+    for wait in waits:
+        wait()
 
 
 def compiled() -> Rules:
@@ -261,7 +265,7 @@ def muon(
     rows, columns = u.shape[-2:]
     u, new_second = reduce_variance(orthogonalize(u).float(), new_second, h["beta2"])
     if all_to_all is not None:
-        u = all_to_all.scatter(u, all_to_all.dim, len(p))
+        u = all_to_all.scatter(u if dtype is None else u.to(dtype), all_to_all.dim, len(p)).float()
         new_second = all_to_all.scatter(new_second, all_to_all.moment_dim, len(p))
     lr = h["lr"] * max(1.0, rows / columns) ** 0.5
     p32 = p.float()

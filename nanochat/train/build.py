@@ -1,5 +1,6 @@
 """The functions of a run's steps, compiled and sharded as its settings say, and the micro-batch that fits."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -7,7 +8,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,15 @@ from nanochat.distributed import Runtime, ShardingPlan, sharding
 from nanochat.metrics import noise_scale
 from nanochat.model import Compute, ModelConfig, Params, ParamSpec, attention, loss
 from nanochat.model import linear as linears
+from nanochat.optim import MATRIX
+from nanochat.optim.muon_adamw import POLAR_EXPRESS
 from nanochat.train import functional, planner, step
 from nanochat.train.config import StageConfig
 from nanochat.train.step import StepFn, TrainState, Update
 
+# Many micro-batches share an update that takes a small part of the step: a smaller batch would be as fast.
+MANY_MICRO_BATCHES, SMALL_UPDATE = 16, 0.02
+ADAMW_FLOPS = 9000  # of a parameter: it moves 30 bytes, and an H100 multiplies 300 FLOPs in the time of a byte
 CPU_ROWS = 32  # on the CPU, larger micro-batches take memory and save nothing
 
 
@@ -109,10 +115,28 @@ def build_step_functions(
         update=with_ema(update, config.train.ema, sharding_plan) if config.train.ema else update,
         gather=functools.partial(sharding.gather, sharding_plan, dtype=dtype),
     )
-    if every := config.metrics.noise_scale_every:
-        train_step = noise_scale.measured(train_step, value_and_grad, every, sharding_plan)
     eval_fn = compile(functools.partial(next_token, compute=compute))
     return train_step, eval_fn, f"attention {chosen.text}; linear layers {precision}"
+
+
+def make_step_fn(
+    config: StageConfig, train_step: Any, make_step: Callable[..., StepFn], sharding_plan: ShardingPlan | None
+) -> StepFn:
+    """Return the loop's step, which measures the gradient noise scale as often as the settings say.
+
+    Args:
+        train_step: from `build_step_functions`. make_step: see `stage.Stage`.
+    """
+    plain, every = make_step(train_step, config.rows), config.metrics.noise_scale_every
+    if not every:
+        return plain
+    measured = noise_scale.measured(train_step, train_step.keywords["value_and_grad"], sharding_plan)
+    measuring = make_step(measured, config.rows)
+
+    def step_fn(state: TrainState, batch: Any, number: int, stats: step.Stats) -> tuple[TrainState, step.Metrics]:
+        return (plain if (number + 1) % every else measuring)(state, batch, number, stats)
+
+    return step_fn
 
 
 def require_compiler(config: StageConfig, runtime: Runtime) -> None:
@@ -289,6 +313,40 @@ def try_batch_size(
             torch.cuda.empty_cache()
         print(f"device_batch_size={tried} runs out of memory; trying less")
     raise UserError("device_batch_size=auto: not even one row fits; lower depth, or set sharding.mode=fsdp")
+
+
+@contextlib.contextmanager
+def out_of_memory_as_user_error(config: StageConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"device_batch_size={config.device_batch_size} runs out of memory ({str(error).split('. ')[0]}); "
+            "set a smaller one, or auto; --experiment=plan shows what fits"
+        ) from None
+
+
+def advise_accumulation(stage: str, spec: Mapping[str, ParamSpec], micro_batches: int, flops: float) -> None:
+    """Print that the batch may be smaller, if a step is many micro-batches and the optimizer a small part of it.
+
+    Args:
+        spec: of what is trained. flops: of all micro-batches of a step, forward and backward, on a rank.
+    """
+    if stage in ("rl", "dpo") or micro_batches < MANY_MICRO_BATCHES:  # those count prompts and pairs
+        return
+    update = sum(muon_flops(row.shape) if row.group == MATRIX else ADAMW_FLOPS * row.numel for row in spec.values())
+    if (share := update / (update + flops)) < SMALL_UPDATE:
+        print(
+            f"gradient accumulation: a step is {micro_batches} micro-batches, the optimizer about {share:.1%} of it. "
+            "Half the total_batch_size trains on as many tokens a second, in twice the steps; "
+            "--set metrics.noise_scale_every=10 shows which batch still pays"
+        )
+
+
+def muon_flops(shape: Sequence[int]) -> int:
+    """Return the FLOPs of `optim.orthogonalize` on a matrix."""
+    small, large = sorted(shape)
+    return len(POLAR_EXPRESS) * (4 * large * small**2 + 2 * small**3)
 
 
 def advise_all_gpus(runtime: Runtime) -> None:

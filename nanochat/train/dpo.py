@@ -151,6 +151,7 @@ def batches(
         name: stands for the pairs and their reference, which must be the same when a run is resumed.
         pad_tokens: see `rl.micro_batches`.
     """
+    pin = runtime.device.type == "cuda"  # or the copy would wait for the step before
     for numbers, position in row_numbers(name, len(pairs), pairs_per_step, state):
         chosen = [number % len(pairs) for number in numbers]
         rows = [row for i in chosen for row in pairs[i]]
@@ -158,7 +159,9 @@ def batches(
         del batch["weights"]
         mine = [2 * n + side for n in range(runtime.rank, pairs_per_step, runtime.world_size) for side in (0, 1)]
         stats = {"epoch": numbers[0] / len(pairs), "tokens": float(sum(len(row.ids) for row in rows))}
-        yield {name: x[mine].to(runtime.device) for name, x in batch.items()}, {"position": dict(position)}, stats
+        pinned = {name: x[mine].pin_memory() if pin else x[mine] for name, x in batch.items()}
+        moved = {name: x.to(runtime.device, non_blocking=True) for name, x in pinned.items()}
+        yield moved, {"position": dict(position)}, stats
 
 
 @torch.no_grad()

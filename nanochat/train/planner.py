@@ -264,8 +264,8 @@ def traffic(shape: ModelConfig, setup: Setup, *, micro_batches: int) -> dict[str
 
     Of n bytes, an all-gather or a reduce-scatter over W ranks sends n·(W-1)/W from each, an all-reduce twice that. The
     keys are all_gather, reduce_scatter (in fsdp and hsdp once or twice a micro-batch, else once a step), all_reduce
-    (over the replicas, and of small parameters over all ranks) and all_to_all (of Muon: momenta sent in the compute
-    dtype, updates returned in float32).
+    (over the replicas, and of small parameters over all ranks) and all_to_all (of Muon: momenta sent, and updates
+    returned, in bfloat16 if that is the compute dtype).
     """
     shards = setup.shards
     within, across, overall = ((n - 1) / n for n in (shards, setup.world_size // shards, setup.world_size))
@@ -288,11 +288,11 @@ def traffic(shape: ModelConfig, setup: Setup, *, micro_batches: int) -> dict[str
             sent["all_reduce"] += 2 * across * 4 * numel / shards
         if row.group == MATRIX:
             stacks[row.shape] += 1
-    momentum_size = 2 if setup.dtype == torch.bfloat16 else 4
+    muon_size = 2 if setup.dtype == torch.bfloat16 else 4
     for size, n in stacks.items():
         padded = -(-n // shards) * shards
         second = second_shape(size)
-        sent["all_to_all"] += within * padded * math.prod(size) / shards * (momentum_size + 4)
+        sent["all_to_all"] += within * padded * math.prod(size) / shards * 2 * muon_size
         if any(m % shards == 0 for m in second):
             sent["all_to_all"] += within * padded * math.prod(second) / shards * (4 + 4)
         else:  # every rank holds the full tensor, and receives the others' results

@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ import torch
 
 from nanochat import checkpoint, distributed, eval, infer, model
 from nanochat import config as configs
-from nanochat.config import UserError
 from nanochat.data import Tokenizer, mixture, tokenizer
 from nanochat.distributed import Runtime, ShardingPlan, hardware, mark_restart, peak_flops, sharding
 from nanochat.metrics import logger, noise_scale, plots, progress, run_lock
@@ -111,10 +110,10 @@ def run_stage(
     """
     folder = run_folder(str(config.name))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(out_of_memory_as_user_error(config))
+        stack.enter_context(build.out_of_memory_as_user_error(config))
         # Everything that can be refused comes before the run's folder is touched.
-        lora = stage.lora
-        sharding_plan = sharding.make_plan(config.sharding, runtime, lora.spec if lora else model.spec(shape))
+        lora, spec = stage.lora, stage.lora.spec if stage.lora else model.spec(shape)
+        sharding_plan = sharding.make_plan(config.sharding, runtime, spec)
         train_step, loss_fn, kernels = build.build_step_functions(
             config, shape, runtime, sharding_plan, lora, stage.objective
         )
@@ -126,6 +125,8 @@ def run_stage(
         micro_batches = stage.step_tokens // (config.rows * shape.sequence_len * runtime.world_size)
         noise_scale.check(config.metrics.noise_scale_every, stage.name, micro_batches, sharding_plan)
         build.advise_all_gpus(runtime)
+        flops = stage.flops_per_token * stage.step_tokens / runtime.world_size
+        build.advise_accumulation(stage.name, spec, micro_batches, flops)
         limit, limit_from = peak_flops(runtime.device, runtime.compute_dtype)
         print(f"{kernels}; MFU is of {limit / 1e12:.4g} TFLOP/s ({limit_from}); run folder: {folder}")
 
@@ -163,12 +164,13 @@ def run_stage(
                 at,
                 batches,
                 num_steps=stage.num_steps,
-                step_fn=stage.make_step(train_step, config.rows),
+                step_fn=build.make_step_fn(config, train_step, stage.make_step, sharding_plan),
                 after_step=functools.partial(log_step, ctx),
                 save=functools.partial(save_checkpoint, ctx),
                 stop=stop,
                 # float16 overflows now and then; its loss scale shrinks until it does not.
                 skip_nonfinite=config.train.skip_nonfinite or runtime.compute_dtype == torch.float16,
+                needs_state=functools.partial(needs_state, ctx),
             )
         except NonFiniteLossError as error:
             raise with_advice(error, manager) from None
@@ -178,17 +180,6 @@ def run_stage(
         saved = f"step {at.step} is saved; --resume continues from it" if at.step else "no step was done"
         print(f"stopped by {stop.signal.name}; {saved}")
         raise SystemExit(128 + stop.signal)  # the shell's exit code of a signal, so that `&&` does not continue
-
-
-@contextlib.contextmanager
-def out_of_memory_as_user_error(config: StageConfig) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"device_batch_size={config.device_batch_size} runs out of memory ({str(error).split('. ')[0]}); "
-            "set a smaller one, or auto; --experiment=plan shows what fits"
-        ) from None
 
 
 def init_or_restore(
@@ -270,7 +261,6 @@ def log_step(ctx: RunContext, state: TrainState, at: Progress, numbers: dict[str
             "train/loss_ema": smooth,
             "train/tokens": at.tokens,
             "train/skipped_steps": at.skipped_steps,
-            "train/loss_scale": float(state.scaler["scale"]),
             "perf/wall_seconds": at.wall_seconds,
             "perf/tokens_per_second": speed,
             "perf/mfu": mfu,
@@ -282,6 +272,12 @@ def log_step(ctx: RunContext, state: TrainState, at: Progress, numbers: dict[str
         save_checkpoint(ctx, state, at)  # before an evaluation too, which may take long, or fail
     run_evals(ctx, state, at)
     return at
+
+
+def needs_state(ctx: RunContext, step: int, stats: Mapping[str, float]) -> bool:
+    """Return whether the state after a step is saved or evaluated, or the step should be logged at once."""
+    every = [ctx.config.checkpoint.every_steps, *(evaluation.every_steps for evaluation in ctx.stage.evaluations)]
+    return step in (ctx.first_step + 1, ctx.stage.num_steps) or "last" in stats or any(is_due(step, n) for n in every)
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

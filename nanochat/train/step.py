@@ -5,6 +5,7 @@ import functools
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from nanochat import distributed, optim, transform, tree
 from nanochat.config import UserError
 from nanochat.distributed import ShardingPlan, sharding
+from nanochat.metrics import logger
 from nanochat.model import ParamSpec
 from nanochat.optim import Hparams, OptState
 
@@ -84,11 +86,13 @@ def train_step(
     """
     scale, params = state.scaler["scale"], gather(state.params)
     grads, (_, loss) = value_and_grad(params, batches[0], scale)
-    if len(batches) > 1:
-        grads = tree.map(lambda g: g.float(), grads)  # a sum of many in bfloat16 would lose the late ones
+    if len(batches) > 1:  # a sum of many in bfloat16 would lose the late ones
+        for name in [tuple(name.split(".")) for name in tree.flatten(grads)]:
+            grads[name] = grads[name].float()  # one by one: no second copy of all is in memory
     for batch in batches[1:]:
         more, (_, value) = value_and_grad(params, batch, scale)
         tree.map(lambda total, g: total.add_(g), grads, more)  # nobody else has the sum: in place
+        del more  # before the next ones are computed
         loss = loss + value
     del params  # gathered ones take memory that the update can use
     return update(state, grads, 1 / (len(batches) * scale), loss / len(batches), hparams)
@@ -177,7 +181,8 @@ def scheduled(train_step: TrainStep, rows: int | None = None, *, schedule: Sched
         hparams = schedule(number, stats)
         state, metrics = train_step(state, [batch] if rows is None else split_batch(batch, rows), hparams)
         lr_factor = float(hparams["smear"]["lr"]) / optim.SMEAR_LR  # the one learning rate that no setting changes
-        return state, metrics | {"lr_factor": lr_factor, "muon_momentum": float(hparams[optim.MATRIX]["momentum"])}
+        known = {"lr_factor": lr_factor, "muon_momentum": float(hparams[optim.MATRIX]["momentum"])}
+        return state, metrics | known | {"loss_scale": state.scaler["scale"]}
 
     return step_fn
 
@@ -265,6 +270,7 @@ def fit(
     save: Callable[[TrainState, Progress], None],
     stop: StopFlag,
     skip_nonfinite: bool = False,
+    needs_state: Callable[[int, Stats], bool] = lambda step, stats: True,
 ) -> tuple[TrainState, Progress]:
     """Run steps `progress.step` … num_steps - 1, or to the last batch; return the last state and progress.
 
@@ -273,38 +279,52 @@ def fit(
         step_fn: from `scheduled`; may change `state` in place.
         after_step: logs, saves and evaluates as is due, given the step's numbers; returns the progress, updated.
         save: called before the loop ends by a signal, a UserError of the data or (unless skipped) a non-finite step.
+        needs_state: (steps done, statistics of the last batch) -> whether `after_step` reads the parameters. Otherwise
+            it is called once the next step is launched, so that the device does not wait for the host.
     """
-    skipped, began = 0, time.perf_counter() - progress.wall_seconds
-    while num_steps is None or progress.step < num_steps:
-        started = time.perf_counter()
-        try:
-            item, problem = stop.wait(batches), None
-        except UserError as error:
-            item, problem = None, error
-        if stop.agreed(problem is not None):  # on any rank: all ranks stop here together
-            save(state, progress)
-            with distributed.raise_on_any_failure():  # the same message on all
-                if problem:
-                    raise problem
-            break
-        if item is None:
-            break
-        batch, loader, stats = item
-        scaler, waited = state.scaler, time.perf_counter() - started
-        state, metrics = step_fn(state, batch, progress.step, stats)
-        numbers = {name: float(value) for name, value in metrics.items()}  # waits for the device, once per step
-        seconds = time.perf_counter() - started
+    launched, stopped, problem, skipped, since = progress.step, False, None, 0, time.perf_counter()
+    unread, metrics, began = deque[tuple[Any, ...]](), Metrics(), since - progress.wall_seconds
+
+    def finish(state: TrainState, scaler: TensorDict, loader: Any, read: Any, known: Stats) -> None:
+        nonlocal progress, skipped, since
+        numbers, ready = read()  # waits for the device, once per step
         skipped = 0 if numbers.pop("finite") else skipped + 1
         if skipped and (not skip_nonfinite or skipped > MAX_SKIPPED_STEPS):
             save(state._replace(step=torch.full_like(state.step, progress.step), scaler=scaler), progress)
             name = "loss" if not math.isfinite(numbers["loss"]) else "gradient"
             raise NonFiniteLossError(f"step {progress.step}: the {name} is not finite")
+        total = progress.skipped_steps + bool(skipped)
         progress = progress._replace(
-            step=progress.step + 1,
-            loader=loader,
-            skipped_steps=progress.skipped_steps + bool(skipped),
-            wall_seconds=time.perf_counter() - began,
+            step=progress.step + 1, loader=loader, skipped_steps=total, wall_seconds=ready - began
         )
-        numbers |= {**stats, "perf/step_seconds": seconds, "perf/data_wait_seconds": waited}
+        numbers |= {**known, "perf/step_seconds": ready - since}
+        since = ready
         progress = after_step(state, progress, numbers)
+
+    while num_steps is None or launched < num_steps:
+        started = time.perf_counter()
+        try:
+            item = stop.wait(batches)
+        except UserError as error:
+            item, problem = None, error
+        stopped = stop.agreed(problem is not None)  # on any rank: all ranks stop here together
+        if stopped or item is None:
+            break
+        batch, loader, stats = item
+        scaler, known = state.scaler, {**stats, "perf/data_wait_seconds": time.perf_counter() - started}
+        if unread and not skip_nonfinite:  # infinite after a non-finite step, so that this one is skipped as well
+            state = state._replace(scaler=scaler.replace(scale=scaler["scale"] / metrics["finite"]))
+        state, metrics = step_fn(state, batch, launched, stats)
+        unread.append((state, scaler, loader, logger.start_reading(metrics), known))
+        launched += 1
+        while unread and (len(unread) > 1 or skipped or needs_state(launched, stats)):
+            finish(*unread.popleft())
+        since = since if unread else time.perf_counter()  # without saving and evaluating
+    while unread:
+        finish(*unread.popleft())
+    if stopped:
+        save(state, progress)
+        with distributed.raise_on_any_failure():  # the same message on all
+            if problem:
+                raise problem
     return state, progress

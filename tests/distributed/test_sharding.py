@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sharded_steps import CONFIG
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nanochat import model, train, tree
+from nanochat import model, optim, train, tree
 from nanochat.config import UserError
 from nanochat.distributed import Runtime, ShardingConfig, mesh_shape, shard_dim, sharding
 from nanochat.model import ModelConfig
@@ -94,6 +94,11 @@ def check_collectives(row: dict[str, Any]) -> None:
         wanted["all_reduce_coalesced"] += 1  # over the replicas
     if row["mode"] == "zero2":
         wanted |= {"reduce_scatter_tensor_coalesced": 1, "all_gather_into_tensor_out": cut}
+        order, sent = row["order"], "all_gather_into_tensor_out"
+        before_muon, waits = order[: order.index("baddbmm")], order[len(order) - order[::-1].index(sent) :]
+        assert before_muon.count(sent) == 4, "of the tables, while Muon computes: wte, lm_head, two value embeddings"
+        assert order[: len(order) - order[::-1].index("baddbmm")].count(sent) < cut  # of matrices: with their stack
+        assert waits.count("wait_tensor") >= cut, "all are waited for after the last has started"
     elif row["mode"].endswith("once a step"):
         wanted |= {"reduce_scatter_tensor_coalesced": 1, "all_gather_into_tensor_coalesced": 1}
     else:
@@ -140,6 +145,22 @@ def three_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
     yield Runtime(0, 0, 3, 3, 0, torch.device("cpu"), torch.float32)
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_muon_sends_momenta_and_updates_in_the_dtype_of_the_orthogonalization(
+    dtype: torch.dtype | None, three_ranks: Runtime
+) -> None:
+    sharding_plan = sharding.make_plan(ShardingConfig("fsdp"), three_ranks, model.spec(CONFIG))
+    assert sharding_plan is not None
+    exchange = sharding.MuonAllToAll(3, 0, sharding_plan.group("shard"), 0, None)
+    p, second_moment = torch.zeros(6, 4, 9), torch.zeros(6, 12, 1)
+    with sharded_steps.Counter() as counter:
+        new_p, *_ = optim.muon_adamw.muon(
+            p, p, p, second_moment, sharded_steps.hparams(0)["matrix"], None, None, dtype, exchange
+        )
+    assert new_p.dtype == torch.float32 and new_p.shape == p.shape
+    assert counter.sent["all_to_all_single"] == [p.numel() * (4 if dtype is None else 2)] * 2, "there and back"
 
 
 def test_parameters_that_do_not_divide_stay_full_with_one_warning(

@@ -31,15 +31,20 @@ Row = dict[str, Any]
 
 
 class Counter(TorchDispatchMode):
-    """Counts the collectives that are called within."""
+    """Counts the collectives that are called within, and records their order, with Muon's products."""
 
     def __enter__(self) -> Any:
-        self.counts = collections.Counter()
+        self.counts, self.order, self.sent = collections.Counter(), [], collections.defaultdict(list)  # bytes
         return super().__enter__()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op.namespace == "_c10d_functional" and "wait" not in op.name():
-            self.counts[op.name().split("::")[1].split(".")[0].removesuffix("_")] += 1  # in place or not
+        name = op.name().split("::")[1].split(".")[0].removesuffix("_")  # in place or not
+        if op.namespace == "_c10d_functional" or name == "baddbmm":
+            self.order.append(name)
+        if op.namespace == "_c10d_functional" and name != "wait_tensor":
+            self.counts[name] += 1
+            if isinstance(args[0], Tensor):
+                self.sent[name].append(args[0].nbytes)
         return op(*args, **(kwargs or {}))
 
 
@@ -102,6 +107,7 @@ def run_steps(runtime: Runtime, plan: ShardingPlan | None, steps: int) -> Row:
         "losses": torch.tensor(losses),
         "norms": torch.tensor(norms),
         "counts": dict(getattr(counter, "counts", {})),
+        "order": getattr(counter, "order", []),
         "state_bytes": state_bytes,
         "params": full(state.params),
         "moments": full(state.opt_state),
@@ -128,7 +134,9 @@ def modes(runtime: Runtime, steps: int = STEPS) -> list[Row]:
         row = {key: float(((got[key] - alone[key]) / alone[key]).abs().max()) for key in ("losses", "norms")}
         row |= {key: difference(got[key], alone[key]) for key in ("params", "moments")}
         share = got["state_bytes"] / alone["state_bytes"]
-        rows.append(row | {"mode": name, "agree": agree, "share": share, "counts": got["counts"], "cut": got["cut"]})
+        rows.append(
+            row | {"mode": name, "agree": agree, "share": share, **{n: got[n] for n in ("counts", "order", "cut")}}
+        )
     return rows
 
 

@@ -67,7 +67,7 @@ def pretrain_run(*more: str) -> Path:
 @contextlib.contextmanager
 def stop_after(step: int, run: str | None = None) -> Iterator[None]:
     """Send SIGTERM to this process after a step of the run (None: of any), and expect it to exit."""
-    log_step = stage.log_step
+    log_step, needs_state = stage.log_step, stage.needs_state
 
     def and_stop(ctx: Any, state: Any, at: train.Progress, numbers: Any) -> train.Progress:
         at = log_step(ctx, state, at, numbers)
@@ -77,6 +77,7 @@ def stop_after(step: int, run: str | None = None) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(stage, "log_step", and_stop)
+        patch.setattr(stage, "needs_state", lambda ctx, n, stats: n == step or needs_state(ctx, n, stats))  # at once
         yield
     assert stopped.value.code == 128 + signal.SIGTERM
 

@@ -33,7 +33,7 @@ def rows_of(step: int, rows: int) -> torch.Tensor:
 def measured_step(loss_fn: Any, plan: Any = None) -> Any:
     value_and_grad = train.gradient(loss_fn)
     step = functools.partial(train.train_step, value_and_grad=value_and_grad, update=train.make_update(donate=True))
-    return noise_scale.measured(step, value_and_grad, 1, plan)
+    return noise_scale.measured(step, value_and_grad, plan)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_equals_the_value_from_per_example_gradients(micro_rows: int, steps: int
 
 def measure(plan: Any, micro_batches: list[torch.Tensor]) -> list[float]:
     state, step = sharded_steps.start(plan, config=ONE_LAYER)
-    step = noise_scale.measured(step, step.keywords["value_and_grad"], 1, plan)
+    step = noise_scale.measured(step, step.keywords["value_and_grad"], plan)
     _, metrics = step(state, [sharded_steps.batch(rows) for rows in micro_batches], sharded_steps.hparams(0))
     return [metrics[noise_scale.GRAD_SQUARE], metrics[noise_scale.TRACE]]
 

@@ -147,7 +147,7 @@ def test_traffic_matches_hand_calculation() -> None:
     assert traffic == {"all_gather": 0, "reduce_scatter": 0, "all_reduce": everything, "all_to_all": 0}
 
     # Stacks are padded to 4, 4 and 4 matrices, of which a rank has a quarter; second moments are a row or a column.
-    muon = 0.75 * ((2 + 4) * (1024 + 4096 + 4096) + (4 + 4) * (32 + 128 + 128))
+    muon = 0.75 * ((2 + 2) * (1024 + 4096 + 4096) + (4 + 4) * (32 + 128 + 128))
     assert planner.traffic(TINY, Setup("zero2", 4, 4), micro_batches=2) == {
         "all_gather": 0.75 * (2 * 2 * 2048 + 4 * (2048 + MATRICES)),  # wte and value_embed are bfloat16
         "reduce_scatter": 0.75 * 4 * (EMBEDDINGS + MATRICES),
@@ -164,7 +164,7 @@ def test_traffic_matches_hand_calculation() -> None:
         "all_gather": 2 * 0.5 * 2 * (EMBEDDINGS + 2 * MATRICES),
         "reduce_scatter": 2 * 0.5 * 4 * (EMBEDDINGS + MATRICES),
         "all_reduce": 2 * 0.5 * 4 * (EMBEDDINGS + MATRICES) / 2 + small,
-        "all_to_all": 0.5 * ((2 + 4) * (2048 + 4096 + 4096) + (4 + 4) * (64 + 128 + 128)),
+        "all_to_all": 0.5 * ((2 + 2) * (2048 + 4096 + 4096) + (4 + 4) * (64 + 128 + 128)),
     }
 
 

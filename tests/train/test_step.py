@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -132,6 +133,38 @@ def test_nonfinite_step_keeps_parameters_and_moments(poison: int, donate: bool):
     assert new.step == 2 and new.opt_state["step"] == 1, "the data moves on, the moments' count does not"
 
 
+def test_micro_batches_hold_one_sum_and_one_gradient():
+    alive: list[weakref.ref] = []
+    value_and_grad = train.gradient(poisoned_loss)
+
+    def watched(*args: Any) -> Any:
+        assert not any(ref() is not None for ref in alive[n_leaves:]), "gradients of the micro-batch before"
+        grads, aux = value_and_grad(*args)
+        alive.extend(map(weakref.ref, tree.leaves(grads)))
+        return grads, aux
+
+    state = new_state(torch.bfloat16, stored=torch.bfloat16)
+    n_leaves = len(tree.leaves(state.params))
+    _, metrics = make_step()(state, train.split_batch(batch_of(rows=6), 2), HPARAMS, value_and_grad=watched)
+    assert len(alive) == 3 * n_leaves and metrics["finite"]
+    assert all(ref() is None for ref in alive), "the sum is in float32: bfloat16 gradients are freed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_step_reads_nothing_from_the_device(dtype: torch.dtype):
+    """On the meta device, which has no values to read: item, nonzero and copies to the CPU raise."""
+    state = train.init(tree.to(random_params(), "meta"), model.spec(CONFIG), dtype)
+    state = state._replace(ema=train.build.init_ema(state.params, None))
+    update = train.build.with_ema(train.make_update(compute_dtype=dtype, donate=True), 0.9, None)
+    loss_fn = functools.partial(loss.next_token, config=CONFIG, chunk_tokens=4)
+    step = functools.partial(train.train_step, value_and_grad=train.gradient(loss_fn), update=update)
+    batch = tree.to({name: x for name, x in batch_of().items() if name != "poison"}, "meta")
+    state, metrics = train.scheduled(step, 2, schedule=lambda *_: HPARAMS)(state, batch, 0, {})
+    assert [name for name, x in metrics.items() if not isinstance(x, Tensor)] == ["lr_factor", "muon_momentum"]
+    with pytest.raises(RuntimeError, match="meta"):
+        int(state.step)
+
+
 def test_torch_func_trains_like_autograd_with_the_chunked_loss(monkeypatch: pytest.MonkeyPatch):
     settings = [train.StageConfig(compile=False, train=train.TrainConfig(grad=g)) for g in ("autograd", "torch_func")]
     steps = [train.build_step_functions(config, CONFIG, CPU)[0] for config in settings]
@@ -232,8 +265,10 @@ def test_compiled_gradients_match_eager_with_chunked_loss():
 class Run:
     """A loop over seeded batches that records its calls."""
 
-    def __init__(self, poisons: dict[int, int] | None = None, stop_after: int | None = None) -> None:
-        self.poisons, self.stop_after = poisons or {}, stop_after
+    def __init__(
+        self, poisons: dict[int, int] | None = None, stop_after: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.poisons, self.stop_after, self.dtype = poisons or {}, stop_after, dtype
         self.saved: list[tuple[TrainState, Progress]] = []
         self.steps: list[tuple[int, dict[str, float]]] = []
         self.scheduled: list[tuple[int, float]] = []
@@ -256,11 +291,11 @@ class Run:
     def fit(self, num_steps: int, **options: Any) -> tuple[TrainState, Progress]:
         with train.stop_on_signals() as stop:
             return train.fit(
-                new_state(),
+                new_state(self.dtype),
                 Progress(),
                 self.batches(),
                 num_steps=num_steps,
-                step_fn=train.scheduled(make_step(donate=True), 2, schedule=self.schedule),
+                step_fn=train.scheduled(make_step(donate=True, compute_dtype=self.dtype), 2, schedule=self.schedule),
                 after_step=self.after_step,
                 save=lambda state, progress: self.saved.append((copy_of(state), progress)),
                 stop=stop,
@@ -276,7 +311,7 @@ def test_fit_runs_all_steps_and_reports_metrics():
     assert [step for step, _ in run.steps] == [1, 2, 3]
     for i, (_, numbers) in enumerate(run.steps):
         timing = {"perf/step_seconds", "perf/data_wait_seconds"}
-        assert set(numbers) == {"loss", "grad_norm", "epoch", "lr_factor", "muon_momentum", *timing}
+        assert set(numbers) == {"loss", "grad_norm", "epoch", "lr_factor", "muon_momentum", "loss_scale", *timing}
         assert numbers["epoch"] == i / 10 and numbers["lr_factor"] == pytest.approx(1)
         assert numbers["perf/step_seconds"] >= numbers["perf/data_wait_seconds"] >= 0
     assert progress.ema == run.steps[-1][1]["loss"], "after_step's progress is kept"
@@ -306,6 +341,60 @@ def test_skip_nonfinite_raises_after_too_many_in_a_row(monkeypatch: pytest.Monke
         run.fit(9, skip_nonfinite=True)
     assert [progress.step for _, progress in run.saved] == [5]
     assert all(x.isfinite().all() for x in tree.leaves(run.saved[0][0]))
+
+
+def outcome(run: Run, late: bool, **options: Any) -> tuple[Any, Any]:
+    """Return how a run ended, with all that it reported, and its tensors."""
+    state, ended = None, None
+    try:
+        state, ended = run.fit(6, needs_state=lambda step, _: not late, **options)
+    except train.NonFiniteLossError as error:
+        ended = str(error)
+    rows = [(step, {n: x for n, x in numbers.items() if "perf" not in n}) for step, numbers in run.steps]
+    ends = [ended, *(progress for _, progress in run.saved)]
+    ends = [end._replace(wall_seconds=0.0) if isinstance(end, Progress) else end for end in ends]
+    return (rows, ends), [saved for saved, _ in run.saved] if state is None else [state]
+
+
+@pytest.mark.parametrize(
+    "poisons, skip, dtype",
+    [
+        ({}, False, torch.float32),
+        ({2: 1}, False, torch.float32),
+        ({2: 2, 3: 1}, False, torch.bfloat16),
+        ({1: 1, 2: 2, 4: 1}, True, torch.float16),
+        ({0: 1, 2: 1, 3: 2, 4: 1}, True, torch.float32),
+    ],
+)
+def test_numbers_read_a_step_late_are_those_read_at_once(poisons, skip, dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(steps, "MAX_SKIPPED_STEPS", 2)
+    outcomes = [outcome(Run(poisons, dtype=dtype), late, skip_nonfinite=skip) for late in (False, True)]
+    assert repr(outcomes[0][0]) == repr(outcomes[1][0])  # nan equals nan
+    assert_equal(*(tensors for _, tensors in outcomes))
+
+
+def test_next_batch_is_fetched_and_step_launched_before_numbers_are_read():
+    def order(late: bool) -> str:
+        run, events = Run(), []
+        schedule, after_step = run.schedule, run.after_step
+        run.schedule = lambda *args: (events.append(f"launch {args[0]}"), schedule(*args))[1]
+        run.after_step = lambda *args: (events.append(f"log {args[1].step}"), after_step(*args))[1]
+        run.fit(4, needs_state=lambda step, _: not late or step == 3)
+        return ", ".join(events)
+
+    assert order(False) == "launch 0, log 1, launch 1, log 2, launch 2, log 3, launch 3, log 4"
+    assert order(True) == "launch 0, launch 1, log 1, launch 2, log 2, log 3, launch 3, log 4"
+
+
+def test_stop_reports_and_saves_the_step_that_is_under_way():
+    stopped, whole = (Run(stop_after=after) for after in (2, None))
+    (state, progress), (wanted, _) = (run.fit(n, needs_state=lambda *_: False) for run, n in ((stopped, 9), (whole, 3)))
+    assert [step for step, _ in stopped.steps] == [1, 2, 3] and progress.step == 3
+    assert [row["loss"] for _, row in stopped.steps] == [row["loss"] for _, row in whole.steps]
+    [(saved, at)] = stopped.saved
+    assert at.loader == {"next": 3} and at.ema == stopped.steps[-1][1]["loss"]
+    assert_equal(saved, state)
+    assert_equal(saved, wanted)
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
