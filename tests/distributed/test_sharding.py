@@ -97,7 +97,6 @@ def check_collectives(row: dict[str, Any]) -> None:
         order, sent = row["order"], "all_gather_into_tensor_out"
         before_muon, waits = order[: order.index("baddbmm")], order[len(order) - order[::-1].index(sent) :]
         assert before_muon.count(sent) == 4, "of the tables, while Muon computes: wte, lm_head, two value embeddings"
-        assert order[: len(order) - order[::-1].index("baddbmm")].count(sent) < cut  # of matrices: with their stack
         assert waits.count("wait_tensor") >= cut, "all are waited for after the last has started"
     elif row["mode"].endswith("once a step"):
         wanted |= {"reduce_scatter_tensor_coalesced": 1, "all_gather_into_tensor_coalesced": 1}
