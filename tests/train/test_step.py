@@ -259,6 +259,21 @@ def test_compiled_gradients_match_eager_with_chunked_loss():
     assert counters["stats"]["unique_graphs"] == 1, "the second batch compiled anew"
 
 
+# --- advice ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage, depth, micro_batches, advice",
+    [("base", 12, 64, True), ("base", 12, 8, False), ("rl", 12, 64, False), ("base", 2, 64, False)],
+)
+def test_many_micro_batches_and_a_cheap_optimizer_are_worth_a_line(stage, depth, micro_batches, advice, capsys):
+    shape = model.from_depth(depth, vocab_size=32768, sequence_len=2048 if depth > 2 else 16)
+    tokens = 8 * micro_batches * shape.sequence_len
+    train.build.advise_accumulation(stage, model.spec(shape), micro_batches, model.flops_per_token(shape) * tokens)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == advice and (f"a step is {micro_batches} micro-batches" in printed) == advice
+
+
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
