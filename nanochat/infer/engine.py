@@ -36,7 +36,7 @@ from nanochat.model import Compute, ModelConfig, ParamsLike, kv_cache
 NO_TOKEN, RESUME = -1, -2  # what the host sends a row, besides a token to take
 ROW_STATE = dict(token=torch.int64, live=torch.bool, temperature=torch.float32, top_k=torch.int64, seed=torch.int64)
 MIN_SPAN, MIN_COMPILED_SPAN = 32, 256  # tokens; each further size is one more to compile
-CHUNK = {"cpu": 16, "cuda": 256}  # tokens of a prompt that take no longer than a decode step
+CHUNK = {"cpu": 8, "cuda": 256}  # tokens of a prompt that take no longer than a decode step
 
 
 @dataclasses.dataclass(eq=False)
@@ -325,7 +325,8 @@ def _run_step(
         return step_fn(control_B.to(row_state["token"].device)).cpu(), None
     shape = (n_rows, *shape_settings.values())
     if shape not in engine.graphs:
-        engine.graphs[shape] = _capture_graph(step_fn, cache, row_state)
+        pool = next(iter(engine.graphs.values()))[0].pool() if engine.graphs else None  # one, since they run in turns
+        engine.graphs[shape] = _capture_graph(step_fn, cache, row_state, pool)
     graph, input_B, output_B = engine.graphs[shape]
     input_B.copy_(control_B.pin_memory(), non_blocking=True)
     graph.replay()
@@ -337,9 +338,9 @@ def _run_step(
 
 
 def _capture_graph(
-    step_fn: Callable[[Tensor], Tensor], cache: dict[str, Any], row_state: dict[str, Tensor]
+    step_fn: Callable[[Tensor], Tensor], cache: dict[str, Any], row_state: dict[str, Tensor], pool: Any
 ) -> tuple[Any, Tensor, Tensor]:
-    """Return (CUDA graph, its input, its output) of the step at this shape.
+    """Return (CUDA graph, its input, its output) of the step at this shape, its memory from the pool of others.
 
     What the warm-up steps change is restored, but for keys and values: each row's next token overwrites those.
     """
@@ -355,7 +356,7 @@ def _capture_graph(
     for x, old in zip(changed, saved):
         x.copy_(old)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output_B = step_fn(input_B)
     return graph, input_B, output_B
 

@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,8 +180,9 @@ def _compute(state: Prefill, group: Sequence[_Work], limit: int) -> list[Prefill
         "before": torch.stack([_before(state, work.tokens[:start]) for work in group]),
         "layers": {str(i): {"k": kv[i, 0], "v": kv[i, 1]} for i in range(config.n_layer)},
     }
-    padded_BT = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in new], device=device)
-    decode_features(state.params, padded_BT, cache, start=start, config=config, compute=state.compute)
+    padded_BT = _on_device([[*tokens, *[0] * (width - len(tokens))] for tokens in new], device)
+    settings = {"config": config, "compute": state.compute}
+    decode_features(state.params, padded_BT, cache, start=start, cache_only=True, **settings)
     group = [
         _keep_blocks(state, work, start + len(tokens), kv[:, :, row])
         for row, (work, tokens) in enumerate(zip(group, new))
@@ -219,9 +220,14 @@ def _width(state: Prefill, n_tokens: int) -> int:
 
 def _before(state: Prefill, tokens: tuple[int, ...]) -> Tensor:
     """Return what the cache keeps of the last token; zeros if there is none."""
-    params, device = state.params, state.device
-    last = torch.tensor(tokens[-1:] or [0], device=device)
-    return gpt.embed(params, last, state.compute)[0] * bool(tokens)
+    last = _on_device(tokens[-1:] or [0], state.device)
+    return gpt.embed(state.params, last, state.compute)[0] * bool(tokens)
+
+
+def _on_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Return a tensor on the device, without waiting for the steps that it still has to compute."""
+    x = torch.tensor(values)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 # Blocks

@@ -19,17 +19,20 @@ from nanochat.infer.request import MAX_TOP_LOGPROBS, NO_FILTERS, Request, TokenL
 MASK_32 = 2**32 - 1
 WEYL = 0x9E3779B1  # the golden ratio in 32 bits
 # The ways of drawing that are compiled: settings of `draw`, and for the last of `draw_filtered`.
+GREEDY = {"candidates": 1, "full_vocab": False, "filtered": False}
 USUAL = {"candidates": 64, "full_vocab": False, "filtered": False}
 GENERAL = {"candidates": 256, "full_vocab": True, "filtered": False}
 FILTERED = {"candidates": 1, "full_vocab": True, "filtered": True}
-WAYS = (USUAL, GENERAL, FILTERED)
+WAYS = (GREEDY, USUAL, GENERAL, FILTERED)
 
 
 def cheapest_way(requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
     """Return the cheapest way of drawing that serves all requests."""
     if any(request.is_filtered for request in requests):
         return FILTERED
-    top_ks = [request.top_k for request in requests if request.temperature > 0]
+    top_ks = [request.top_k for request in requests if request.temperature > 0 and request.top_k != 1]
+    if not top_ks:
+        return GREEDY
     if all(0 < top_k <= USUAL["candidates"] for top_k in top_ks):
         return USUAL
     return GENERAL if max(top_ks) <= GENERAL["candidates"] else GENERAL | {"candidates": vocab_size}
@@ -58,6 +61,8 @@ def draw(
         candidates: number of most likely tokens to sort out, at least each row's top_k.
         full_vocab: whether a row has top_k 0; otherwise only the candidates get noise. Neither changes what is drawn.
     """
+    if candidates == 1 and not full_vocab:
+        return logits_BV.argmax(dim=1)  # of equal ones the lowest id
     value_BK, id_BK = most_likely(logits_BV, min(candidates, logits_BV.shape[1]))
     if full_vocab:
         last_B1 = (top_k_B - 1).clamp(0, id_BK.shape[1] - 1)[:, None]

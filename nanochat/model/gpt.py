@@ -259,12 +259,14 @@ def decode_features(
     span: int | None = None,
     inplace: bool = False,
     start: int | None = None,
+    cache_only: bool = False,
     compute: Compute = Compute(),
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the final activations (B, T, C) of `decode`, and the new cache as a dict.
 
     Args:
         start: the length of every row of a cache without rings, which is extended in place; see `kv_cache.extend_`.
+        cache_only: with `start`, return (B, 0, C), and compute of the last layer only what the cache needs.
     """
     n_time = tokens_BT.shape[1]
     length_B = cache["length"]
@@ -280,7 +282,8 @@ def decode_features(
         old = cache["layers"][str(i)]
         if start is not None:
             layers[str(i)] = old
-            return kv_cache.extend_(q_BTNH, old, start, k_BTKH, v_BTKH, config.windows[i], compute.attend)
+            queries = q_BTNH[:, :0] if cache_only and i == config.n_layer - 1 else q_BTNH
+            return kv_cache.extend_(queries, old, start, k_BTKH, v_BTKH, config.windows[i], compute.attend)
         if n_time == 1:
             layers[str(i)] = kv_cache.write_one(old, length_B, k_BTKH, v_BTKH, inplace)
             return kv_cache.attend_one(q_BTNH, layers[str(i)], length_B, span)
@@ -290,7 +293,7 @@ def decode_features(
     previous_BTC = torch.cat([cache["before"].to(embedded_BTC.dtype)[:, None], embedded_BTC], dim=1)
     smeared_BTC = smear(top, embedded_BTC, previous_BTC[:, :-1], compute)
     first_BTC = torch.where((position_BT > 0)[..., None], smeared_BTC, embedded_BTC)
-    x_BTC = _layers(params, top, first_BTC, attend, config, compute)
+    x_BTC = _layers(params, top, first_BTC, attend, config, compute, n_time if cache_only else 0)
     last_B1C = added_B[:, None, None].expand(-1, 1, previous_BTC.shape[2])
     new = {"length": length_B + added_B, "before": previous_BTC.gather(1, last_B1C)[:, 0], "layers": layers}
     return x_BTC, new

@@ -83,10 +83,13 @@ def extend_(
 
     Args:
         layer: without a ring: position p of every row is in slot p. The first `start` slots are filled.
+        q_BTNH: of all T tokens, or of none.
         attend: of `Compute`, for tokens that only see one another.
     """
-    end, first = start + q_BTNH.shape[1], max(0, start - window)
+    end, first = start + k_BTKH.shape[1], max(0, start - window)
     layer["k"][:, start:end], layer["v"][:, start:end] = k_BTKH, v_BTKH
+    if not q_BTNH.shape[1]:
+        return q_BTNH
     if start == 0:
         return attend(q_BTNH, k_BTKH, v_BTKH, window)
     key_S = torch.arange(first, end, device=q_BTNH.device)

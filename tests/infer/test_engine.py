@@ -1,10 +1,12 @@
 """The engine: equal to loops without a cache under random loads; independent rows, tool calls, ends, shapes."""
 
+import contextlib
 import dataclasses
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from scripted_draws import script_draws
 from small_engine import CONFIG, PARAMS, TOKENIZER, TOOLS, prompt, rows, start
 from small_model import random_params
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import model, tree
 from nanochat.config import UserError
@@ -207,7 +210,7 @@ def test_warm_up_covers_every_shape_and_changes_nothing():
     warm = set(shapes)
     assert warm == {(rows, span) for rows in (1, 2, 4, 6) for span in (32, 64, 128, 256)}
     assert rows(engine.run(llm, VARIED)) == rows(engine.run(start(slots=6), VARIED))
-    assert set(shapes) == warm and {span for _, span in set(shapes[len(warm) * 3 :])} == {32, 64}
+    assert set(shapes) == warm and {span for _, span in set(shapes[len(warm) * len(sampling.WAYS) :])} == {32, 64}
 
 
 def test_draw_settings_fit_the_largest_top_k():
@@ -215,7 +218,50 @@ def test_draw_settings_fit_the_largest_top_k():
     for top_ks, expected in (([50, 64], sampling.USUAL), ([65, 0], sampling.GENERAL), ([257, 0], all_tokens)):
         requests = [Request((1,), top_k=top_k) for top_k in top_ks]
         assert sampling.cheapest_way(requests, vocab_size=300) == expected
-    assert sampling.cheapest_way([Request((1,), top_k=0, temperature=0)], vocab_size=300) == sampling.USUAL
+    greedy = [Request((1,), top_k=0, temperature=0), Request((1,), top_k=1)]
+    assert sampling.cheapest_way(greedy, vocab_size=300) == sampling.GREEDY
+    assert sampling.cheapest_way([*greedy, Request((1,), top_k=2)], vocab_size=300) == sampling.USUAL
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_greedy_steps_neither_sort_nor_draw_noise(temperature: float):
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+
+    names: set[str] = set()
+    llm = start()
+    with Operators():
+        list(engine.run(llm, [dataclasses.replace(request, temperature=temperature) for request in VARIED]))
+    assert names & {"topk", "sort", "log"} == (set() if temperature == 0 else {"topk", "log"})
+
+
+def test_recorded_graphs_share_one_memory_pool(monkeypatch: pytest.MonkeyPatch):
+    pools: list[Any] = []
+
+    class Graph:
+        def pool(self) -> Any:
+            return self.used
+
+        def replay(self) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def record(graph: Any, pool: Any = None) -> Iterator[None]:
+        graph.used = object() if pool is None else pool
+        pools.append(graph.used)
+        yield
+
+    cuda = mock.MagicMock(CUDAGraph=Graph, graph=record)
+    fake = mock.MagicMock(wraps=torch, cuda=cuda)
+    fake.empty = lambda shape, dtype, pin_memory: torch.empty(shape, dtype=dtype)
+    llm = start(slots=2)
+    llm.graphs = {}
+    monkeypatch.setattr(engine, "torch", fake)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    engine.warm_up(llm)
+    assert len(pools) == len(llm.graphs) == 2 * 4 * len(sampling.WAYS) and len(set(pools)) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

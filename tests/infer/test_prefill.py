@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from small_engine import CONFIG, prompt, rows, start
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.config import UserError
 from nanochat.infer import Event, Request, engine, prefill
@@ -133,3 +135,20 @@ def test_sizes_out_of_range_are_refused() -> None:
     for settings in ({"chunk": 0}, {"prefix_tokens": -1}):
         with pytest.raises(UserError, match="expected at least 1 and 0 tokens"):
             start(**settings)
+
+
+def test_tokens_reach_a_gpu_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is not from pinned memory, or blocking, would wait for the decode step before."""
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cuda:0"):
+                copies.append((args[0].device.type, id(args[0]) in pinned, kwargs.get("non_blocking")))
+            return func(*args, **kwargs or {})
+
+    pinned: set[int] = set()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (pinned.add(id(self)), self)[1])
+    with FakeTensorMode(), Copies():
+        assert prefill._on_device([[1, 2], [3, 0]], torch.device("cuda:0")).shape == (2, 2)
+    assert copies == [("cpu", True, True)]

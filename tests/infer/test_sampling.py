@@ -52,6 +52,8 @@ def test_ties_rank_by_id_and_top_k_is_exact():
         assert torch.equal(drawn, whole)
         greedy = batch_draw(logits, 50, temperature=0.0, top_k=1, full_vocab=False, candidates=candidates)
         assert torch.equal(greedy, torch.full((50,), wanted[0]))
+    greedy = batch_draw(logits, 50, temperature=0.0, top_k=1, full_vocab=False, candidates=1)
+    assert torch.equal(greedy, torch.full((50,), wanted[0]))
 
 
 @pytest.mark.parametrize(
