@@ -94,7 +94,12 @@ def quantize(x: Tensor, dtype: torch.dtype) -> Float8:
     amax = x.abs().amax().float()
     factor = torch.finfo(dtype).max / amax.clamp_min(MIN_AMAX)
     # No clamp: the largest value lands within a float32 ulp of the format's largest, and rounds to it.
-    return Float8((x.float() * factor).to(dtype).contiguous(), factor.reciprocal())
+    return Float8(_one_buffer((x.float() * factor).to(dtype).contiguous()), factor.reciprocal())
+
+
+def _one_buffer(x: Tensor) -> Tensor:
+    """Return `x`; Inductor, which would compute it anew for each product that reads it, has to store this view."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def _multiply(a: Float8, b: Float8, dtype: torch.dtype, *, fast: bool, mode: str) -> Tensor:
@@ -115,7 +120,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _transpose(x: Float8) -> Float8:
-    return Float8(x.values.t().contiguous(), x.scale)
+    return Float8(_one_buffer(x.values.t().contiguous()), x.scale)
 
 
 class Matmuls(NamedTuple):

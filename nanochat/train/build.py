@@ -108,15 +108,25 @@ def build_step_functions(
     loss_fn = functools.partial(objective, config=shape, chunk_tokens=chunk, compute=fast)
     loss_fn = lora.adapted(loss_fn, gather) if lora else loss_fn
     value_and_grad = step.gradient(loss_fn, grad=config.train.grad, compile=compile)
+    casts_once = linear is linears.dense and not lora and not gather  # fp8 quantizes the float32 matrices
+    matrices = [n for n, row in model.spec(shape).items() if casts_once and row.matmul and row.group != "unembedding"]
     update = step.make_update(compute_dtype=dtype, donate=True, compile=config.compile, sharding_plan=sharding_plan)
     train_step = functools.partial(
         step.train_step,
         value_and_grad=value_and_grad,
         update=with_ema(update, config.train.ema, sharding_plan) if config.train.ema else update,
-        gather=functools.partial(sharding.gather, sharding_plan, dtype=dtype),
+        gather=lambda params: cast_params(sharding.gather(sharding_plan, params, dtype), matrices, dtype),
     )
     eval_fn = compile(functools.partial(next_token, compute=compute))
     return train_step, eval_fn, f"attention {chosen.text}; linear layers {precision}"
+
+
+def cast_params(params: TensorDict, names: Sequence[str], dtype: torch.dtype) -> TensorDict:
+    """Return the parameters with those of these names in `dtype`: once a step, not again in every micro-batch."""
+    params = params.copy()
+    for key in (tuple(name.split(".")) for name in names):
+        params[key] = params[key].to(dtype)
+    return params
 
 
 def make_step_fn(

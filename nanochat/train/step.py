@@ -86,9 +86,10 @@ def train_step(
     """
     scale, params = state.scaler["scale"], gather(state.params)
     grads, (_, loss) = value_and_grad(params, batches[0], scale)
-    if len(batches) > 1:  # a sum of many in bfloat16 would lose the late ones
-        for name in [tuple(name.split(".")) for name in tree.flatten(grads)]:
-            grads[name] = grads[name].float()  # one by one: no second copy of all is in memory
+    total_dtype = torch.float32 if len(batches) > 1 else None  # a sum of many in bfloat16 would lose the late ones
+    for name in [tuple(name.split(".")) for name in tree.flatten(grads)]:
+        # One by one: no second copy of all is in memory.
+        grads[name] = grads[name].to(total_dtype or state.params[name].dtype)
     for batch in batches[1:]:
         more, (_, value) = value_and_grad(params, batch, scale)
         tree.map(lambda total, g: total.add_(g), grads, more)  # nobody else has the sum: in place

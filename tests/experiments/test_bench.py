@@ -13,7 +13,7 @@ import pytest
 import ranks
 import torch
 
-from experiments import _bench, _jobs, _members, _trace, bench_data, bench_infer, bench_train, pretrain
+from experiments import _bench, _codegen, _jobs, _members, _trace, bench_data, bench_infer, bench_train, pretrain
 from experiments._bench import Limits
 from experiments._trace import Trace
 from nanochat import model
@@ -310,3 +310,9 @@ def test_core_benchmark_compares_both_ways(capsys: pytest.CaptureFixture[str]) -
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["bench"] == "core" and result["all"]["prompts"] > 0
     assert result["all"]["ratio"] == pytest.approx(result["all"]["single"] / result["all"]["batched"])
+
+
+def test_counting_cuda_kernels_needs_a_torch_that_writes_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match="writes no CUDA code: install a build with CUDA, and triton"):
+        _codegen.training_graphs(model.ModelConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=64))

@@ -88,6 +88,18 @@ def test_sdpa_under_vmap_equals_a_loop():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [0, 1, 5, 16, 39, 40])
+@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
+def test_kernels_for_gpus_before_ampere_see_the_keys_of_the_mask(kernel: str, window: int):
+    """In float16, which such GPUs compute in; value j marks key j."""
+    n_time = 40
+    attend = attention.build({window: kernel}, n_time, CPU)
+    q, k, _ = qkv(n_time, (2, 1), width=n_time, dtype=torch.float16)
+    seen = attend(q[:1] / 8, k[:1] / 8, torch.eye(n_time, dtype=torch.float16)[None, :, None], window) > 0
+    assert torch.equal(seen[0].transpose(0, 1), attention.mask(n_time, window).expand(2, -1, -1))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("n_time", [256, 200])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 def test_flex_forward_equals_math(n_time: int, heads: tuple[int, int]):

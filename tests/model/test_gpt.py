@@ -9,7 +9,7 @@ from small_model import CONFIG, WINDOWED, Unchanged, random_batch, random_params
 from torch import Tensor
 
 from nanochat import model, optim, transform, tree
-from nanochat.model import Compute, ModelConfig, Params, attention, kv_cache, linear, loss
+from nanochat.model import Compute, ModelConfig, Params, attention, gpt, kv_cache, linear, loss
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
@@ -269,3 +269,22 @@ def test_one_compiled_apply_serves_models_of_different_shapes():
         params = random_params(shape)
         tokens = torch.randint(shape.vocab_size, (2, 16))
         assert torch.equal(apply(params, tokens), model.apply(params, tokens, config=shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_equals_that_of_its_halves_bit_for_bit(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 3, 7, 4, 16, generator=generator).to(dtype)
+    angle = torch.arange(7.0)[:, None, None] * gpt.ROTARY_BASE ** -(torch.arange(0, 16, 2) / 16)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def halves(x: Tensor) -> Tensor:
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+    def rotate(x: Tensor) -> Tensor:
+        return gpt.rotate(x, gpt.rotation(torch.arange(7), 16, dtype))
+
+    assert torch.equal(rotate(x), halves(x))
+    got, want = (torch.func.vjp(f, x)[1](grad)[0] for f in (rotate, halves))
+    assert torch.equal(got, want)

@@ -18,6 +18,7 @@ from small_model import CONFIG, Unchanged, assert_trees_close, random_batch, ran
 from tensordict import TensorDict
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import model, optim, train, transform, tree
 from nanochat.config import UserError
@@ -105,6 +106,28 @@ def test_inplace_step_overwrites_state_with_the_same_values(dtype: torch.dtype):
         assert [x.data_ptr() for x in tree.leaves(state[1:3])] == addresses
         assert_equal(state, want)
         assert_equal(metrics, wanted_metrics)
+
+
+@pytest.mark.parametrize("n_batches", [1, 3])
+def test_matrices_are_cast_once_a_step_with_the_same_numbers(n_batches: int):
+    runtime = dataclasses.replace(CPU, compute_dtype=torch.bfloat16)
+    step, _, _ = train.build_step_functions(train.StageConfig(compile=False), CONFIG, runtime)
+    batches = [{k: x for k, x in batch_of(seed=seed).items() if k != "poison"} for seed in range(n_batches)]
+    matrices = [n for n, row in model.spec(CONFIG).items() if row.matmul and n != "lm_head"]
+    state, casts = new_state(torch.bfloat16, torch.bfloat16), []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+                casts.extend(n for n in matrices if args[0].data_ptr() == state.params[tuple(n.split("."))].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    want, wanted_metrics = step(copy_of(state), batches, HPARAMS, gather=lambda params: params)
+    with Casts():
+        got, metrics = step(state, batches, HPARAMS)
+    assert sorted(casts) == sorted(matrices)
+    assert_equal(got, want)
+    assert_equal(metrics, wanted_metrics)
 
 
 def test_micro_batches_match_one_large_batch():
