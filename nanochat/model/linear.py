@@ -94,12 +94,12 @@ def quantize(x: Tensor, dtype: torch.dtype) -> Float8:
     amax = x.abs().amax().float()
     factor = torch.finfo(dtype).max / amax.clamp_min(MIN_AMAX)
     # No clamp: the largest value lands within a float32 ulp of the format's largest, and rounds to it.
-    return Float8(_one_buffer((x.float() * factor).to(dtype).contiguous()), factor.reciprocal())
+    return Float8((x.float() * factor).to(dtype).contiguous(), factor.reciprocal())
 
 
-def _one_buffer(x: Tensor) -> Tensor:
-    """Return `x`; Inductor, which would compute it anew for each product that reads it, has to store this view."""
-    return x.as_strided(x.shape, x.stride())
+def _stored(x: Float8) -> Float8:
+    """Return `x` as a view that makes Inductor store it once; else it writes a copy for each product that reads it."""
+    return Float8(x.values.as_strided(x.values.shape, x.values.stride()), x.scale)
 
 
 def _multiply(a: Float8, b: Float8, dtype: torch.dtype, *, fast: bool, mode: str) -> Tensor:
@@ -120,7 +120,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _transpose(x: Float8) -> Float8:
-    return Float8(_one_buffer(x.values.t().contiguous()), x.scale)
+    return Float8(x.values.t().contiguous(), x.scale)
 
 
 class Matmuls(NamedTuple):
@@ -142,10 +142,10 @@ def matmuls(name: str, rows: int, weight: Tensor) -> Matmuls:
 
 def _fp8_matmuls(mode: str) -> Matmuls:
     return Matmuls(
-        lambda x, _: quantize(x, torch.float8_e4m3fn),
+        lambda x, _: _stored(quantize(x, torch.float8_e4m3fn)),
         lambda grad, _: quantize(grad, torch.float8_e5m2),
         lambda x, weight, dtype: _multiply(x, weight, dtype, fast=True, mode=mode),
-        lambda grad, weight, dtype: _multiply(grad, _transpose(weight), dtype, fast=False, mode=mode),
+        lambda grad, weight, dtype: _multiply(grad, _stored(_transpose(weight)), dtype, fast=False, mode=mode),
         lambda grad, x, dtype: _multiply(_transpose(grad), _transpose(x), dtype, fast=False, mode=mode),
     )
 
