@@ -17,6 +17,7 @@ Source: Orca (Yu et al., OSDI 2022).
 import dataclasses
 import functools
 import itertools
+import types
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any
@@ -131,7 +132,7 @@ def start(
     }
     tools, compute = tool_use.tool_tokens(tokenizer), Compute(dtype)
     cache = kv_cache.empty(config, slots, context, dtype=dtype, device=device)
-    step_fn = compile_fn(_step_, dynamic=None) if compile else _step_
+    step_fn = compile_fn(_step_of(config), dynamic=None) if compile else _step_
     fused = model.fuse_qkv(tree.nest(stored))
     return Engine(
         params=fused,
@@ -235,8 +236,8 @@ def step(engine: Engine, prefill_all: bool = False, others_wait: bool = False) -
                 control[row.slot] = row.feed.popleft()
             if not row.feed:
                 drawing.append((row.slot, row))
-        draw_settings = sampling.cheapest_way([row.request for row in rows], engine.config.vocab_size)
-        drawn_B, ready = _run_step(engine, torch.tensor(control), n_rows, span=span, **draw_settings)
+        way = sampling.cheapest_way([row.request for row in rows])
+        drawn_B, ready = _run_step(engine, torch.tensor(control), n_rows, span, way)
         engine.pending.append((drawn_B, ready, drawing))
     while engine.pending and (len(engine.pending) > depth or not rows):
         events += _collect_step(engine, *engine.pending.popleft())
@@ -276,8 +277,9 @@ def warm_up(engine: Engine) -> None:
     """Compile (and record) the step of an idle engine for every shape: minutes, if the compiler's cache is cold."""
     assert not engine.active
     _allocate_filters_(engine)
-    for n_rows, span, draw_settings in itertools.product(engine.row_sizes, engine.span_sizes, sampling.WAYS):
-        _run_step(engine, torch.full((n_rows,), NO_TOKEN), n_rows, span=span, **draw_settings)
+    ways = [way for way in sampling.WAYS if way != "sorted"]
+    for n_rows, span, way in itertools.product(engine.row_sizes, engine.span_sizes, ways):
+        _run_step(engine, torch.full((n_rows,), NO_TOKEN), n_rows, span, way)
 
 
 def _allocate_filters_(engine: Engine) -> None:
@@ -314,16 +316,16 @@ def _compact_slots(engine: Engine, rows: Sequence[_Row]) -> int:
 
 
 def _run_step(
-    engine: Engine, control_B: Tensor, n_rows: int, **shape_settings: Any
+    engine: Engine, control_B: Tensor, n_rows: int, span: int, way: str
 ) -> tuple[Tensor, torch.cuda.Event | None]:
     """Run the step for the first rows; returns the drawn ids on the host, and the event after which they are valid."""
     cache = kv_cache.first_rows(engine.cache, n_rows)
-    tensors = engine.row_state | ((engine.filters or {}) if shape_settings["filtered"] else {})
+    tensors = engine.row_state | ((engine.filters or {}) if way == "filtered" else {})
     row_state = {name: x[:n_rows] for name, x in tensors.items()}
-    step_fn = functools.partial(engine.step_fn, engine.params, cache, row_state, **shape_settings)
+    step_fn = functools.partial(engine.step_fn, engine.params, cache, row_state, span=span, way=way)
     if engine.graphs is None:
         return step_fn(control_B.to(row_state["token"].device)).cpu(), None
-    shape = (n_rows, *shape_settings.values())
+    shape = (n_rows, span, way)
     if shape not in engine.graphs:
         pool = next(iter(engine.graphs.values()))[0].pool() if engine.graphs else None  # one, since they run in turns
         engine.graphs[shape] = _capture_graph(step_fn, cache, row_state, pool)
@@ -393,6 +395,12 @@ def _collect_step(
     return events
 
 
+@functools.lru_cache
+def _step_of(config: ModelConfig) -> Callable[..., Tensor]:
+    """Return `_step_` under a name of its own, or torch would make the sizes symbolic in which models differ."""
+    return types.FunctionType(_step_.__code__.replace(co_name=f"_step_{hash(config)}"), globals())
+
+
 def _step_(
     params: ParamsLike,
     cache: dict[str, Any],
@@ -403,13 +411,11 @@ def _step_(
     compute: Compute,
     blocking: tuple[int, ...],
     span: int,
-    candidates: int,
-    full_vocab: bool,
-    filtered: bool,
+    way: str,
 ) -> Tensor:
     """Take one step of every row, in place; returns the drawn ids (B,), NO_TOKEN for a waiting row.
 
-    If `filtered`, returns what `sampling.pack` makes of them.
+    If the `way` of drawing is filtered, returns what `sampling.pack` makes of them.
 
     A row waits once it has drawn one of `blocking`, until `control_B` gives it a token or RESUME. It is computed like
     the others, but its length stays, and with it the slot that is written.
@@ -428,8 +434,8 @@ def _step_(
         compute=compute,
     )
     settings: dict[str, Any] = {f"{name}_B": row_state[name] for name in ("temperature", "top_k", "seed")}
-    settings |= {"position_B": new["length"], "candidates": candidates, "full_vocab": full_vocab}
-    if filtered:
+    settings |= sampling.WAYS[way] | {"position_B": new["length"]}
+    if way == "filtered":
         drawn_B = sampling.draw_filtered(logits_BTV[:, 0], row_state, fed_B=token_B, is_new_B=live_B, **settings)
     else:
         drawn_B = sampling.draw(logits_BTV[:, 0], **settings)
@@ -439,4 +445,4 @@ def _step_(
     continues_B = functools.reduce(torch.logical_and, [drawn_B != token for token in blocking])
     row_state["live"].copy_(live_B & continues_B)
     drawn_B = torch.where(live_B, drawn_B, NO_TOKEN)
-    return sampling.pack(drawn_B, logits_BTV[:, 0]) if filtered else drawn_B
+    return sampling.pack(drawn_B, logits_BTV[:, 0]) if way == "filtered" else drawn_B

@@ -18,24 +18,27 @@ from nanochat.infer.request import MAX_TOP_LOGPROBS, NO_FILTERS, Request, TokenL
 
 MASK_32 = 2**32 - 1
 WEYL = 0x9E3779B1  # the golden ratio in 32 bits
-# The ways of drawing that are compiled: settings of `draw`, and for the last of `draw_filtered`.
-GREEDY = {"candidates": 1, "full_vocab": False, "filtered": False}
-USUAL = {"candidates": 64, "full_vocab": False, "filtered": False}
-GENERAL = {"candidates": 256, "full_vocab": True, "filtered": False}
-FILTERED = {"candidates": 1, "full_vocab": True, "filtered": True}
-WAYS = (GREEDY, USUAL, GENERAL, FILTERED)
+# The ways of drawing: settings of `draw`, and of `draw_filtered`. A way has a name, since torch.compile makes a number
+# that changes between calls symbolic, but not one that it finds under a name.
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"candidates": 1, "full_vocab": False},
+    "usual": {"candidates": 64, "full_vocab": False},
+    "general": {"candidates": 256, "full_vocab": True},
+    "filtered": {"candidates": 1, "full_vocab": True},
+    "sorted": {"candidates": 2**31, "full_vocab": True},  # rare, so compiled when it is first needed
+}
 
 
-def cheapest_way(requests: Sequence[Request], vocab_size: int) -> dict[str, Any]:
-    """Return the cheapest way of drawing that serves all requests."""
+def cheapest_way(requests: Sequence[Request]) -> str:
+    """Return the name of the cheapest way of drawing that serves all requests."""
     if any(request.is_filtered for request in requests):
-        return FILTERED
+        return "filtered"
     top_ks = [request.top_k for request in requests if request.temperature > 0 and request.top_k != 1]
     if not top_ks:
-        return GREEDY
-    if all(0 < top_k <= USUAL["candidates"] for top_k in top_ks):
-        return USUAL
-    return GENERAL if max(top_ks) <= GENERAL["candidates"] else GENERAL | {"candidates": vocab_size}
+        return "greedy"
+    if all(0 < top_k <= WAYS["usual"]["candidates"] for top_k in top_ks):
+        return "usual"
+    return "general" if max(top_ks) <= WAYS["general"]["candidates"] else "sorted"
 
 
 def draw(

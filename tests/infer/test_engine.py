@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -210,17 +211,28 @@ def test_warm_up_covers_every_shape_and_changes_nothing():
     warm = set(shapes)
     assert warm == {(rows, span) for rows in (1, 2, 4, 6) for span in (32, 64, 128, 256)}
     assert rows(engine.run(llm, VARIED)) == rows(engine.run(start(slots=6), VARIED))
-    assert set(shapes) == warm and {span for _, span in set(shapes[len(warm) * len(sampling.WAYS) :])} == {32, 64}
+    assert set(shapes) == warm and {span for _, span in set(shapes[len(warm) * (len(sampling.WAYS) - 1) :])} == {32, 64}
 
 
-def test_draw_settings_fit_the_largest_top_k():
-    all_tokens = sampling.GENERAL | {"candidates": 300}
-    for top_ks, expected in (([50, 64], sampling.USUAL), ([65, 0], sampling.GENERAL), ([257, 0], all_tokens)):
-        requests = [Request((1,), top_k=top_k) for top_k in top_ks]
-        assert sampling.cheapest_way(requests, vocab_size=300) == expected
+def test_every_way_of_drawing_compiles_for_models_of_several_sizes(monkeypatch: pytest.MonkeyPatch):
+    """With numbers in place of symbols, in a graph of its own."""
+    compiler = functools.partial(torch.compile, fullgraph=True, backend="eager")
+    monkeypatch.setattr(engine, "compile_fn", compiler)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for count, (width, vocab_size) in enumerate(((32, 2048), (64, 4096)), 1):
+        config = dataclasses.replace(CONFIG, n_layer=1, n_embd=width, vocab_size=vocab_size)
+        llm = engine.start(random_params(config), config, TOKENIZER, slots=1, context=32, compile=True)
+        engine.warm_up(llm)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == count * (len(sampling.WAYS) - 1)
+
+
+def test_way_of_drawing_fits_the_largest_top_k():
+    for top_ks, expected in (([50, 64], "usual"), ([65, 0], "general"), ([257, 0], "sorted")):
+        assert sampling.cheapest_way([Request((1,), top_k=top_k) for top_k in top_ks]) == expected
     greedy = [Request((1,), top_k=0, temperature=0), Request((1,), top_k=1)]
-    assert sampling.cheapest_way(greedy, vocab_size=300) == sampling.GREEDY
-    assert sampling.cheapest_way([*greedy, Request((1,), top_k=2)], vocab_size=300) == sampling.USUAL
+    assert sampling.cheapest_way(greedy) == "greedy"
+    assert sampling.cheapest_way([*greedy, Request((1,), top_k=2)]) == "usual"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -261,7 +273,7 @@ def test_recorded_graphs_share_one_memory_pool(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine, "torch", fake)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     engine.warm_up(llm)
-    assert len(pools) == len(llm.graphs) == 2 * 4 * len(sampling.WAYS) and len(set(pools)) == 1
+    assert len(pools) == len(llm.graphs) == 2 * 4 * (len(sampling.WAYS) - 1) and len(set(pools)) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
