@@ -214,6 +214,7 @@ def test_warm_up_covers_every_shape_and_changes_nothing():
     assert set(shapes) == warm and {span for _, span in set(shapes[len(warm) * (len(sampling.WAYS) - 1) :])} == {32, 64}
 
 
+@pytest.mark.slow
 def test_every_way_of_drawing_compiles_for_models_of_several_sizes(monkeypatch: pytest.MonkeyPatch):
     """With numbers in place of symbols, in a graph of its own."""
     compiler = functools.partial(torch.compile, fullgraph=True, backend="eager")
