@@ -2,6 +2,7 @@
 
     python launch.py --experiment=plan --set depth=20 --set world_size=8 --set gpu=h100
     python launch.py --experiment=plan --set depth=12 --set gpu=rtx3060
+    python launch.py --experiment=plan --set fit=8gb            # the largest depth that fits, and how
     python launch.py --experiment=plan --set depth=32 --set world_size=32 --set gpu=h100 --set mode=hsdp
 
 Takes seconds; nothing is allocated or downloaded. Prints parameters, tokens and FLOPs (exact), memory of a GPU by part
@@ -12,12 +13,22 @@ the command to run next. Settings shared with --experiment=pretrain mean the sam
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from experiments import pretrain
+from experiments import _fit, pretrain
 from nanochat import distributed, model, optim, train
-from nanochat.config import NonNegativeFloat, PositiveFloat, PositiveInt, Settings, UserError, flatten, nearest
+from nanochat.config import (
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    UserError,
+    flatten,
+    nearest,
+)
 from nanochat.text import format_count, format_duration, table
 
 DEPTHS = (12, 16, 20, 24, 26, 30, 34)
@@ -34,7 +45,10 @@ class Config(Settings):
     Attributes:
         depth, model, total_batch_size, num_iterations, target_flops, target_param_data_ratio: as for pretrain.
         world_size: GPUs of the job.
-        gpu: type of GPU, a name of GPU_SPECS.
+        gpu: type of GPU, a name of GPU_SPECS; auto: h100, or with fit the first of those with that memory.
+        fit: GPU memory to fill, such as 8gb, or auto: all that gpu has. As in pretrain, the planner chooses the largest
+            depth that fits, the batch, memory_budget and embedding_moments, where these have their defaults.
+        memory_budget, embedding_moments: train.memory_budget and train.embedding_moments.
         gpus_per_node: GPUs that share a fast link.
         mode: sharding mode, or all of them.
         shard_ranks: ranks that share one copy of the state in hsdp; default: the GPUs of a node.
@@ -48,13 +62,16 @@ class Config(Settings):
         table: whether to print the table over depths and GPUs.
     """
 
-    depth: PositiveInt = 20
+    depth: PositiveInt | None = None
+    fit: _fit.Fit | None = None
     world_size: PositiveInt = 1
-    gpu: str = "h100"
+    gpu: str = "auto"
     gpus_per_node: PositiveInt = 8
     mode: Literal["all", "replicate", "zero2", "fsdp", "hsdp"] = "all"
     shard_ranks: PositiveInt | None = None
     device_batch_size: PositiveInt | Literal["auto"] = "auto"
+    memory_budget: Fraction = 1.0
+    embedding_moments: Literal["float32", "bfloat16"] = "float32"
     ema: bool = False
     fp8: bool = False
     mfu: Annotated[float, "above 0, at most 1", lambda x: 0 < x <= 1] = 0.5
@@ -78,16 +95,17 @@ config = Config
 
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
-    name, specs = config.gpu.lower(), distributed.GPU_SPECS
-    if name not in specs:
-        raise UserError(f"gpu={config.gpu}: not in GPU_SPECS of nanochat/distributed/hardware.py{nearest(name, specs)}")
-    gpu, modes = specs[name], sharding_modes(config)
+    config, gpu = choose_gpu(config, runtime)
+    modes = sharding_modes(config)
+    if config.fit:
+        config = fitted(config, gpu, modes, runtime)
+    config = dataclasses.replace(config, depth=config.depth or pretrain.DEPTH)
     shape, plan = resolve(config, config.depth)
     for rows in {1, config.rows or 1}:  # refuses what does not divide
         optim.scaling.accumulation_steps(plan.total_batch_size, rows, shape.sequence_len, config.world_size)
     if not runtime.is_main:
         return
-    print(f"plan: depth {config.depth} on {config.world_size} x {config.gpu} ({gpu.memory_gib:g} GiB each)\n")
+    print(f"plan: depth {config.depth} on {config.world_size} x {config.gpu} ({gpu.memory_gib:.4g} GiB each)\n")
     print(counts(shape, plan), flush=True)
     estimates = {mode: estimate(config, mode, shape, plan, gpu) for mode in modes}
     print("\nmemory of one GPU in GiB, at the peak of a step\n" + memory_table(config, shape, plan, gpu, estimates))
@@ -98,6 +116,44 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
         print(f"\nall depths on other GPUs: {legend}\n{sweep(config)}", flush=True)
     print("\nassumed\n" + assumptions(config, gpu))
     print(f"\nnext: {command(config, estimates)}")
+
+
+def choose_gpu(config: Config, runtime: distributed.Runtime) -> tuple[Config, distributed.GpuSpec]:
+    """Return the settings with a type of GPU, and its row of the table, with the memory of `fit` if that is a size."""
+    specs, size, name = distributed.GPU_SPECS, _fit.size_bytes(config.fit or ""), config.gpu.lower()
+    if name == "auto" and config.fit and not size:
+        name = _fit.device_name(runtime.device)
+        found = [n for n, spec in specs.items() if spec is distributed.hardware.gpu_spec(name)]
+        if not found:
+            raise UserError(f"fit=auto: this device ({name}) is not in the table of GPUs: set gpu=rtx3060, or fit=8gb")
+        name = found[0]
+    elif name == "auto":
+        enough = [n for n, spec in specs.items() if spec.memory_gib * 2**30 >= size]
+        smallest = sorted(enough, key=lambda n: specs[n].memory_gib) if size else ["h100"]
+        if not smallest:
+            raise UserError(f"fit={config.fit}: no GPU of the table has so much memory; set gpu, or a smaller fit")
+        name = smallest[0]
+    if name not in specs:
+        raise UserError(f"gpu={config.gpu}: not in GPU_SPECS of nanochat/distributed/hardware.py{nearest(name, specs)}")
+    gpu = specs[name]._replace(memory_gib=size / 2**30) if size else specs[name]
+    return dataclasses.replace(config, gpu=name), gpu
+
+
+def fitted(config: Config, gpu: distributed.GpuSpec, modes: Sequence[str], runtime: distributed.Runtime) -> Config:
+    """Return the settings that the planner chooses to fill the GPU's memory; they are printed."""
+    mode = next(mode for mode in PREFERRED if mode in modes)
+    base = pretrain.Config(
+        depth=config.depth,
+        fit=config.fit,
+        device_batch_size=config.device_batch_size,
+        train=train.TrainConfig(memory_budget=config.memory_budget, embedding_moments=config.embedding_moments),
+    )
+    resolve_depth = functools.partial(resolve, config)
+    chosen = _fit.largest(base, step_setup(config, mode), int(gpu.memory_gib * 2**30), resolve_depth)
+    if runtime.is_main:
+        print(_fit.describe(chosen, str(config.fit), config.gpu, resolve_depth, config.mfu) + "\n", flush=True)
+    changes = {name.removeprefix("train."): value for name, value in chosen.settings().items()}
+    return dataclasses.replace(config, **changes, table=False)
 
 
 def sharding_modes(config: Config) -> Sequence[str]:
@@ -127,6 +183,8 @@ def step_setup(config: Config, mode: str) -> train.planner.Setup:
         config.shard_ranks or min(config.gpus_per_node, config.world_size),
         fp8=config.fp8,
         ema=config.ema,
+        memory_budget=config.memory_budget,
+        embedding_moments=distributed.DTYPES[config.embedding_moments],
         chunk_tokens=config.chunk_tokens,
         node_ranks=config.gpus_per_node,
         lora_rank=config.lora.rank,
@@ -258,6 +316,9 @@ def command(config: Config, estimates: Mapping[str, train.Estimate | None]) -> s
         settings["train.linear"] = "fp8"
     if config.ema:
         settings["train.ema"] = 0.999
+    for name in ("memory_budget", "embedding_moments"):
+        if getattr(config, name) != getattr(Config, name):
+            settings[f"train.{name}"] = getattr(config, name)
     defaults = set(flatten(Config()))
     settings |= {name: x for name, x in flatten(config) if (name, x) not in defaults and name.startswith(SHARED)}
     return " ".join([f"{start} --experiment=pretrain", *(f"--set {name}={value}" for name, value in settings.items())])

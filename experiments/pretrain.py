@@ -1,6 +1,7 @@
 """Pretrain a base model of a given depth; the scaling rules give all other numbers.
 
     torchrun launch.py --experiment=pretrain --set depth=16
+    python launch.py --experiment=pretrain --set fit=auto               # the largest model that fits into this GPU
     torchrun launch.py --experiment=pretrain_d20 --set dry_run=true     # print the plan, allocate nothing
     torchrun launch.py --experiment=pretrain_d20 --resume               # continue a stopped run
     torchrun launch.py --experiment=pretrain_d20 --set init_from=d20@4000 --set name=d20_cooldown \
@@ -21,6 +22,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from experiments import _fit
 from nanochat import checkpoint, data, distributed, eval, model, optim, train
 from nanochat.config import PositiveFloat, PositiveInt, Settings, UserError, flatten, override
 from nanochat.data import DataConfig, mixture, sources, tokenizer
@@ -28,6 +30,7 @@ from nanochat.eval import core_bundle
 from nanochat.optim import OptimConfig, scaling
 from nanochat.train import StageConfig
 
+DEPTH = 20
 INHERITED = ("depth", "model.", "total_batch_size", "device_batch_size")  # by a run that branches from another
 
 
@@ -70,7 +73,9 @@ class Config(StageConfig):
     """A pretraining run.
 
     Attributes:
-        depth: number of layers, from which everything else follows.
+        depth: number of layers, from which everything else follows; none: 20, or by fit.
+        fit: GPU memory to fill, such as 8gb, or auto: this device's. The planner chooses the largest depth that fits,
+            the batch, train.memory_budget and train.embedding_moments, where these have their defaults.
         dry_run: print the plan and stop, without allocating anything.
         init_from: a run, or run@step, that this new run branches from: it continues with the weights, the optimizer
             state, the step count, the place in the data and the tokenizer of that checkpoint, and its own settings; by
@@ -82,7 +87,8 @@ class Config(StageConfig):
         target_param_data_ratio: tokens per scaling parameter (matrices and unembedding).
     """
 
-    depth: PositiveInt = 20
+    depth: PositiveInt | None = None
+    fit: _fit.Fit | None = None
     dry_run: bool = False
     init_from: str | None = None
     tokenizer: str | None = None
@@ -101,12 +107,18 @@ config = Config
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
     """Resolve the configuration, print the plan, and pretrain."""
-    config = dataclasses.replace(config, name=config.name or f"d{config.depth}")
+    by_fit = config.fit and not config.depth
+    config = dataclasses.replace(
+        config, name=config.name or (f"fit_{config.fit}" if by_fit else f"d{config.depth or DEPTH}")
+    )
     config = train.resume_after_restart(config, str(config.name), runtime)
+    if config.fit:
+        _fit.capacity_bytes(config, runtime)  # refuses a device without such a limit
     if not config.dry_run:
         sources.shards_of(config.data, "train")  # report missing data first
     config, start = load_start(config)
     tok = load_tokenizer(config, start, required=not config.dry_run)
+    config = fitted(config, tok, runtime, start)
     shape, plan = resolve(config, tok)
     if start and branches_at(config, start) and start.step >= plan.num_steps:
         raise UserError(
@@ -127,6 +139,24 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
         train.run_stage(
             config, base_stage(config, shape, plan, tok, runtime, start), shape, tok, runtime, try_rows=auto
         )
+
+
+def fitted(
+    config: Config, tok: data.Tokenizer | None, runtime: distributed.Runtime, start: train.InitCheckpoint | None = None
+) -> Config:
+    """Return the settings with the depth, and with `fit` with what the planner chooses, which is printed."""
+    if not config.fit:
+        return dataclasses.replace(config, depth=config.depth or DEPTH)
+    if start and start.resumed:
+        config = dataclasses.replace(config, depth=config.depth or start.shape.n_layer)
+
+    def at_depth(depth: int) -> tuple[model.ModelConfig, optim.Plan]:
+        return resolve(dataclasses.replace(config, depth=depth), tok)
+
+    capacity = _fit.capacity_bytes(config, runtime)
+    chosen = _fit.largest(config, train.planner_setup(config, runtime), capacity, at_depth)
+    print(_fit.describe(chosen, config.fit, _fit.device_name(runtime.device), at_depth), flush=True)
+    return override(config, [f"{name}={value}" for name, value in chosen.settings().items()])
 
 
 def tokenizer_folder(config: Config) -> Path:
@@ -269,7 +299,9 @@ def resolve(config: Config, tok: data.Tokenizer | None) -> tuple[model.ModelConf
         )
     fields = {**dataclasses.asdict(config.model), "vocab_size": vocab_size}
     try:
-        shape, reference = (model.from_depth(depth, **fields) for depth in (config.depth, scaling.REFERENCE_DEPTH))
+        shape, reference = (
+            model.from_depth(depth, **fields) for depth in (config.depth or DEPTH, scaling.REFERENCE_DEPTH)
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     plan = scaling.plan(

@@ -25,7 +25,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from experiments import _pipeline, data, eval_base, eval_chat, pretrain, report, sft, tokenizer
+from experiments import _fit, _pipeline, data, eval_base, eval_chat, pretrain, report, sft, tokenizer
 from experiments.data import Config as DataConfig
 from experiments.eval_base import Config as EvalBaseConfig
 from experiments.eval_chat import Config as EvalChatConfig
@@ -243,7 +243,7 @@ def make_stages(config: Config) -> list[Stage]:
         Stage(
             "pretrain",
             config.pretrain,
-            f"depth {config.pretrain.depth}, {matmuls}",
+            f"depth {config.pretrain.depth or 'by fit'}, {matmuls}",
             base_run,
             lambda: has_steps(base_run),
         ),
@@ -284,23 +284,22 @@ def overview(config: Config, stages: list[Stage], runtime: distributed.Runtime) 
 
 def estimate(config: Config, runtime: distributed.Runtime) -> str:
     """Return the size, time and cost of pretraining, as estimated by the planner."""
-    import torch
-
     if "pretrain" not in config.stages:
         return ""
     vocab_size = config.pretrain.model.vocab_size or config.tokenizer.vocab_size
     with_vocab = dataclasses.replace(config.pretrain.model, vocab_size=vocab_size)
-    shape, plan = pretrain.resolve(dataclasses.replace(config.pretrain, model=with_vocab), None)
+    settings = pretrain.fitted(dataclasses.replace(config.pretrain, model=with_vocab), None, runtime)
+    shape, plan = pretrain.resolve(settings, None)
     size = (
         f"pretraining: {format_count(model.count(shape)['total'])} parameters, {plan.num_steps:,} steps, "
         f"{format_count(plan.total_tokens)} tokens, {plan.total_flops:.3g} FLOPs"
     )
-    name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else runtime.device.type
+    name = _fit.device_name(runtime.device)
     gpu = hardware.gpu_spec(name)
     if gpu is None:
         return f"{size}; no estimate of time and cost: {name} is not in hardware.GPU_SPECS"
-    setup = train.planner_setup(config.pretrain, runtime)
-    rows = None if config.pretrain.device_batch_size == "auto" else config.pretrain.device_batch_size
+    setup = train.planner_setup(settings, runtime)
+    rows = None if settings.device_batch_size == "auto" else settings.device_batch_size
     cost = train.planner.estimate(shape, plan, gpu, setup, rows=rows)
     if cost is None:
         return f"{size}; it does not fit by the planner's estimate: --experiment=plan shows what does"

@@ -110,10 +110,10 @@ class Sweep(NamedTuple):
 
 
 def run(config: Config, runtime: Runtime) -> None:
-    name = config.name or f"d{config.depth}_sweep"
+    name = config.name or f"d{config.depth or pretrain.DEPTH}_sweep"
     config = train.resume_after_restart(dataclasses.replace(config, name=name), name, runtime)
-    if config.init_from or config.resume_step or config.device_batch_size == "auto":
-        raise UserError("a sweep takes no init_from, no resume_step, and a number as device_batch_size: unset them")
+    if config.init_from or config.resume_step or config.fit or config.device_batch_size == "auto":
+        raise UserError("a sweep takes no init_from, resume_step or fit, and a number as device_batch_size: unset them")
     if config.train.linear == "fp8" or runtime.compute_dtype not in map(
         distributed.DTYPES.get, ("float32", "bfloat16")
     ):
@@ -383,8 +383,9 @@ def init_state(r: Round, own: Sequence[int], runtime: Runtime, device: Any = Non
     device, dtype, spec = device or runtime.device, runtime.compute_dtype, model.spec(r.shape)
 
     def one(i: int) -> TrainState:
-        params = model.init(r.shape, r.members[own[i]].config.seed, device=device, dtype=dtype)
-        return train.init(params, spec, dtype)
+        settings = r.members[own[i]].config
+        params = model.init(r.shape, settings.seed, device=device, dtype=dtype)
+        return train.build.with_embedding_moments(settings.train.embedding_moments, train.init(params, spec, dtype))
 
     state = train.functional.init_members(one, len(own))
     return state._replace(step=state.step[0].clone())

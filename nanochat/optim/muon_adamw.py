@@ -208,7 +208,7 @@ def adamw(
     grad_scale: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (p, m, v) after one step of AdamW, computed in float32 and returned in the dtype of `p`.
+    """Return (p, m, v) after one step of AdamW, computed in float32 and returned in the dtypes of the arguments.
 
     p ← p·(1 - lr·wd); m ← lerp(m, g, 1-β1); v ← lerp(v, g², 1-β2); p ← p - lr·m̂ / (sqrt(v̂) + eps).
     `h` holds lr, beta1, beta2 and weight_decay; `step` counts from 1. Source: arXiv 1711.05101.
@@ -222,7 +222,7 @@ def adamw(
     denominator = (new_v / (1 - beta2**t)).clamp_min(1e-36).sqrt() + ADAM_EPS
     decayed = p.float() * (1 - lr * h["weight_decay"])
     new_p = (decayed - (lr / (1 - beta1**t)) * (new_m / denominator)).to(p.dtype)
-    return _where_skipped(skip, (p, m, v), (new_p, new_m, new_v))
+    return _where_skipped(skip, (p, m, v), (new_p, new_m.to(m.dtype), new_v.to(v.dtype)))
 
 
 def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -193,9 +193,33 @@ def init_state(
     if lora:
         settings = {name: lora.meta[name] for name in ("rank", "targets", "alpha")}
         adapters = model.lora.init(shape, config.seed, **settings, **options)
-        return require_ema(config, step.init(adapters, lora.spec, dtype, sharding_plan), sharding_plan)
+        return as_configured(config, step.init(adapters, lora.spec, dtype, sharding_plan), sharding_plan)
     params = model.init(shape, config.seed, dtype=dtype, **options)
-    return require_ema(config, step.init(params, model.spec(shape), dtype, sharding_plan), sharding_plan)
+    return as_configured(config, step.init(params, model.spec(shape), dtype, sharding_plan), sharding_plan)
+
+
+def as_configured(config: StageConfig, state: TrainState, sharding_plan: ShardingPlan | None) -> TrainState:
+    """Return the state with the average of the weights and the dtype of moments that the settings ask for."""
+    return require_ema(config, with_embedding_moments(config.train.embedding_moments, state), sharding_plan)
+
+
+def with_embedding_moments(dtype: str, state: TrainState) -> TrainState:
+    """Return the state with AdamW's moments of token and value embeddings stored in `dtype`."""
+    groups = [group for group in planner.EMBEDDINGS if group in state.opt_state.keys()]  # noqa: SIM118 (adapters)
+    cast = {group: tree.map(lambda x: x.to(getattr(torch, dtype)), state.opt_state[group]) for group in groups}
+    return state._replace(opt_state=TensorDict({**state.opt_state, **cast}, batch_size=[]))
+
+
+def like_saved(abstract: TrainState, saved: Mapping[str, Any]) -> TrainState:
+    """Return the state to restore into: with an average of the weights and moments as those of a checkpoint.
+
+    Args:
+        saved: the state that `checkpoint.inspect` describes.
+    """
+    names = [name for name in saved if name.startswith(tuple(f"opt_state.{group}." for group in planner.EMBEDDINGS))]
+    if names:
+        abstract = with_embedding_moments(saved[names[0]]["dtype"], abstract)
+    return abstract if any(name.startswith("ema.") for name in saved) else abstract._replace(ema=step.NO_EMA)
 
 
 # The exponential average of the weights, `train.ema`
@@ -275,6 +299,8 @@ def planner_setup(config: StageConfig, runtime: Runtime) -> planner.Setup:
         lora_rank=config.lora.rank,
         lora_targets=config.lora.targets,
         ema=config.train.ema > 0,
+        memory_budget=config.train.memory_budget,
+        embedding_moments=getattr(torch, config.train.embedding_moments),
     )
 
 

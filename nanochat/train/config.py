@@ -55,6 +55,8 @@ class TrainConfig(Settings):
         skip_nonfinite: skip a step whose loss or gradient is not finite, instead of stopping.
         ema: decay of an exponential average of the weights, kept beside them and evaluated as val/bpb_ema; 0: none.
             0.999 averages over about the last 1000 steps. --experiment=average --set method=ema makes it a run.
+        embedding_moments: dtype in which AdamW's moments of token and value embeddings are stored between steps;
+            bfloat16 takes half of their memory. They are computed in float32.
     """
 
     grad: Literal["autograd", "torch_func"] = "autograd"
@@ -64,6 +66,7 @@ class TrainConfig(Settings):
     memory_budget: Fraction = 1.0
     skip_nonfinite: bool = False
     ema: Annotated[float, "at least 0 and below 1", lambda x: 0 <= x < 1] = 0.0
+    embedding_moments: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,9 +192,10 @@ def init_state_from(
     """
     checkpoints, spec, dtype = base.folder / "checkpoints", model.spec(base.shape), runtime.compute_dtype
     if moments and base.moments:
-        stored = getattr(torch, checkpoint.inspect(base.folder, base.step).state["params.wte"]["dtype"])
+        saved = checkpoint.inspect(base.folder, base.step).state
+        stored = getattr(torch, saved["params.wte"]["dtype"])
         params = model.init(base.shape, 0, device="meta", dtype=stored, sharding_plan=sharding_plan)
-        abstract = train.init(params, spec, stored, sharding_plan)
+        abstract = build.like_saved(train.init(params, spec, stored, sharding_plan), saved)._replace(ema=train.NO_EMA)
         state, _, _ = checkpoint.restore(checkpoints, abstract, base.step, device=runtime.device)
         flat = {n: x.to(model.storage_dtype(spec[n], dtype)) for n, x in tree.flatten(state.params).items()}
         scaler = train.init_scaler(dtype, runtime.device)

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,11 @@ from nanochat.model import ModelConfig
 from nanochat.optim import MATRIX, Plan, second_shape
 
 MODES = ("replicate", "zero2", "fsdp", "hsdp")
+EMBEDDINGS = ("embedding", "value_embedding")  # groups of the optimizer whose moments may have two bytes
 CONTEXT_BYTES = 700 * 2**20  # CUDA context, loaded kernels, cuBLAS workspaces
 NCCL_BYTES = 900 * 2**20  # channel buffers, with several ranks
 RESERVE = 0.05  # share of a GPU's memory left free for fragmentation
+ENOUGH_TOKENS = 8192  # of a micro-batch: fewer may not keep a GPU busy
 MFU = 0.5  # default share of the 16-bit peak that a step reaches
 
 
@@ -39,6 +41,8 @@ class Setup:
     lora_rank: int = 0  # of adapters on a base that is full on every rank, in `dtype`; 0: all parameters are trained
     lora_targets: tuple[str, ...] = ()
     ema: bool = False  # whether there is an average of the weights
+    memory_budget: float = 1.0  # fraction of the activations kept for the backward pass
+    embedding_moments: torch.dtype = torch.float32  # dtype of the moments of token and value embeddings
 
     @property
     def shards(self) -> int:
@@ -101,6 +105,17 @@ STEP_BYTES = {
     (2, False): StepBytes(37.0, 13, 6, 102, 6),
     (2, True): StepBytes(27.5, 13, 17, 70, 6),
 }
+# The same at a memory budget from RECOMPUTE_BUDGET to below 1, where torch recomputes elementwise operations, if what is
+# kept takes more than the parameters, against which it measures a budget. Fitted to traces at depths 4 and 8, batches 4
+# and 8. At 0.4 and less it recomputes products too, those of many layers at once: a step of depth 4 took more memory at
+# its peak than without a budget. Nothing is saved in the plan for budgets below RECOMPUTE_BUDGET.
+RECOMPUTE_BUDGET = 0.75
+RECOMPUTED = {
+    (4, False): StepBytes(42.0, 14, 36, 100, 4),
+    (4, True): StepBytes(37.5, 14, 48, 82, 4),
+    (2, False): StepBytes(21.0, 13, 12, 102, 6),
+    (2, True): StepBytes(18.75, 13, 24, 70, 6),
+}
 ROUND_UP = 1.01  # the fit is off by up to 0.7% in either direction
 LOSS_CHUNKS = 8  # a chunked loss keeps lm_head's gradient and its input for each of so many chunks
 
@@ -143,14 +158,19 @@ def _micro_batch_bytes(shape: ModelConfig, setup: Setup, rows: int) -> dict[str,
     spec = model.spec(shape).values()
     width, embedding = shape.n_embd, shape.padded_vocab * shape.n_embd
     itemsize, gathered = setup.dtype.itemsize, setup.sharded_params
-    c = STEP_BYTES[itemsize, setup.fp8]
+    c, recomputed = (costs[itemsize, setup.fp8] for costs in (STEP_BYTES, RECOMPUTED))
     tokens = rows * shape.sequence_len
     chunk, chunks = (tokens, 1) if tokens <= setup.chunk_tokens else (setup.chunk_tokens, LOSS_CHUNKS)
-    saved = tokens * (shape.n_layer * (c.layer * width + c.head * shape.n_head + 8) + 20)
+    saved, less = (
+        tokens * (shape.n_layer * (x.layer * width + x.head * shape.n_head + 8) + 20) for x in (c, recomputed)
+    )
     cast_size = 1 if setup.fp8 else 2 if itemsize == 2 and not gathered else 0  # of float32 matrices, kept for backward
     if setup.lora_rank:  # merged matrices are new in every dtype
         cast_size = itemsize + setup.fp8
     casts = cast_size * sum(math.prod(row.shape) for row in spec if row.group == MATRIX)
+    stored = sum(math.prod(row.shape) * model.storage_dtype(row, setup.dtype).itemsize for row in spec)
+    if RECOMPUTE_BUDGET <= setup.memory_budget < 1 and saved + casts > stored:
+        c, saved = recomputed, less
     # Gradients become float32 shards when they are reduced; without sharding they keep their dtype until the end.
     shards = setup.shards if gathered else 1
     grads = (
@@ -209,7 +229,7 @@ def state_bytes(shape: ModelConfig, setup: Setup) -> Mapping[str, int]:
             even = dim is not None and any(n % shards == 0 for n in second)
             sizes["optimizer"] += 4 * (shard + math.prod(second) // (shards if even else 1))
         else:
-            sizes["optimizer"] += 2 * 4 * shard
+            sizes["optimizer"] += 2 * shard * (setup.embedding_moments.itemsize if row.group in EMBEDDINGS else 4)
         sizes["optimizer"] += 4 * shard if setup.ema else 0
         sizes["full_f32"] += 4 * numel
         sizes["shards_f32"] += 4 * shard
@@ -249,6 +269,35 @@ def largest_batch(shape: ModelConfig, setup: Setup, rows_per_rank: int, capacity
         if fits(memory(shape, setup, rows=rows, micro_batches=rows_per_rank // rows), capacity_bytes):
             return rows
     return None
+
+
+class Choice(NamedTuple):
+    """How to compute a step, with how many sequences in a micro-batch, and its memory."""
+
+    setup: Setup
+    rows: int
+    memory: Memory
+
+
+def choose(
+    shape: ModelConfig, setups: Sequence[Setup], rows_per_rank: int, capacity_bytes: int, rows: int | None = None
+) -> Choice | None:
+    """Return the first of `setups` that fits with ENOUGH_TOKENS, else that with the largest batch; None: none fits.
+
+    Args:
+        rows_per_rank: sequences of a step on one rank. rows: of a micro-batch; default: the most that fit.
+    """
+    best: Choice | None = None
+    for setup in setups:
+        most = rows or largest_batch(shape, setup, rows_per_rank, capacity_bytes) or 0
+        if most <= (best.rows if best else 0):
+            continue
+        needed = memory(shape, setup, rows=most, micro_batches=rows_per_rank // most)
+        if fits(needed, capacity_bytes):
+            best = Choice(setup, most, needed)
+        if best and most * shape.sequence_len >= ENOUGH_TOKENS:
+            break
+    return best
 
 
 def fits(needed: Memory, capacity_bytes: float) -> bool:

@@ -194,13 +194,12 @@ def init_or_restore(
     if start is None:
         init = functools.partial(build.init_state, config, shape, runtime, lora=stage.lora)
         state = (init if stage.lora else stage.initial_state or init)(sharding_plan)
-        return build.require_ema(config, state, sharding_plan), Progress()
+        return build.as_configured(config, state, sharding_plan), Progress()
     folder, step = start
     abstract = build.init_state(config, shape, runtime, sharding_plan, device="meta", lora=stage.lora)
-    if not any(name.startswith("ema.") for name in checkpoint.inspect(folder, step).state):
-        abstract = abstract._replace(ema=train.NO_EMA)
+    abstract = build.like_saved(abstract, checkpoint.inspect(folder, step).state)
     state, meta, arrays = checkpoint.restore(folder / "checkpoints", abstract, step, device=runtime.device)
-    state = build.require_ema(config, state, sharding_plan)
+    state = build.as_configured(config, state, sharding_plan)
     now = json.loads(json.dumps(dict(configs.flatten(config))))
     for name, value in now.items():
         before = meta["config"].get(name, value)

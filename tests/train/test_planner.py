@@ -90,15 +90,14 @@ def four_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
 
 
 @pytest.mark.parametrize("mode", planner.MODES)
-@pytest.mark.parametrize("kv_heads", [4, 1])
-def test_planned_state_size_matches_real_state(mode: Any, kv_heads: int, four_ranks: Runtime) -> None:
+@pytest.mark.parametrize(("kv_heads", "moments"), [(4, "float32"), (1, "bfloat16")])
+def test_planned_state_size_matches_real_state(mode: Any, kv_heads: int, moments: str, four_ranks: Runtime) -> None:
     shape = ModelConfig(sequence_len=16, vocab_size=100, n_layer=3, n_head=4, n_kv_head=kv_heads, n_embd=32)
     spec = model.spec(shape)
     sharding_plan = sharding.make_plan(sharding.ShardingConfig(mode=mode, shard_ranks=2), four_ranks, spec)
-    real = sharding.local_shards(
-        train.init(model.init(shape, 0, dtype=BF16, sharding_plan=sharding_plan), spec, BF16, sharding_plan)
-    )
-    planned = planner.state_bytes(shape, Setup(mode, 4, 2))
+    state = train.init(model.init(shape, 0, dtype=BF16, sharding_plan=sharding_plan), spec, BF16, sharding_plan)
+    real = sharding.local_shards(train.build.with_embedding_moments(moments, state))
+    planned = planner.state_bytes(shape, Setup(mode, 4, 2, embedding_moments=getattr(torch, moments)))
     assert planned["parameters"] == tree.nbytes(real.params)
     assert planned["optimizer"] == tree.nbytes([real.step, real.opt_state, real.scaler])
 
