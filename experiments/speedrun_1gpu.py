@@ -1,8 +1,8 @@
 """Train a chat model on one GPU of 24 GB in an evening: depth 12; stages and output are those of --experiment=speedrun.
 
-Pretraining: 286,261,730 parameters, 880,803,840 tokens (8 per scaling parameter), by the planner 2h15m on an RTX 4090 and
-5h14m on an RTX 3090, at 50% MFU; the other stages come on top. Expected bits per byte: no estimate, since the scaling
-rules give no loss. The run prints this for the GPU that it finds.
+Pretraining: 286,261,730 parameters, 880,803,840 tokens (8 per scaling parameter), by the planner 2h15m on an RTX 4090
+and 5h14m on an RTX 3090, at 50% MFU; the other stages come on top. Expected bits per byte: no estimate, since the
+scaling rules give no loss. The run prints this for the GPU that it finds.
 """
 
 import dataclasses

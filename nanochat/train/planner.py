@@ -105,10 +105,10 @@ STEP_BYTES = {
     (2, False): StepBytes(37.0, 13, 6, 102, 6),
     (2, True): StepBytes(27.5, 13, 17, 70, 6),
 }
-# The same at a memory budget from RECOMPUTE_BUDGET to below 1, where torch recomputes elementwise operations, if what is
-# kept takes more than the parameters, against which it measures a budget. Fitted to traces at depths 4 and 8, batches 4
-# and 8. At 0.4 and less it recomputes products too, those of many layers at once: a step of depth 4 took more memory at
-# its peak than without a budget. Nothing is saved in the plan for budgets below RECOMPUTE_BUDGET.
+# The same at a memory budget from RECOMPUTE_BUDGET to below 1: torch recomputes elementwise operations, if what is kept
+# takes more than the parameters, against which it measures a budget. Fitted to traces at depths 4 and 8, batches 4 and
+# 8. At 0.4 and less it recomputes products too, those of many layers at once: a step of depth 4 took more memory at its
+# peak than without a budget. Nothing is saved in the plan for budgets below RECOMPUTE_BUDGET.
 RECOMPUTE_BUDGET = 0.75
 RECOMPUTED = {
     (4, False): StepBytes(42.0, 14, 36, 100, 4),
