@@ -3,6 +3,7 @@
     python launch.py --experiment=plan --set depth=20 --set world_size=8 --set gpu=h100
     python launch.py --experiment=plan --set depth=12 --set gpu=rtx3060
     python launch.py --experiment=plan --set fit=8gb            # the largest depth that fits, and how
+    python launch.py --experiment=plan --set hours=24           # what common GPUs train in a day
     python launch.py --experiment=plan --set depth=32 --set world_size=32 --set gpu=h100 --set mode=hsdp
 
 Takes seconds; nothing is allocated or downloaded. Prints parameters, tokens and FLOPs (exact), memory of a GPU by part
@@ -35,6 +36,11 @@ DEPTHS = (12, 16, 20, 24, 26, 30, 34)
 SINGLE_GPUS = ("rtx3070", "rtx3060", "rtx4090", "rtx5090", "l40s", "a100-80gb", "h100", "h200", "b200")
 EIGHT_GPUS = ("rtx3060", "rtx4090", "a100-80gb", "h100", "h200", "b200")
 PREFERRED = ("zero2", "hsdp", "fsdp", "replicate")  # the command uses the first that fits
+HALF = ("t4", "v100")  # GPUs without bfloat16: they compute in float16
+CARDS = {  # of the table for `hours`: GPUs of the job by name
+    **dict.fromkeys(("rtx3070", "rtx3060", "rtx4070", "t4", "m1-max", "rtx3090", "rtx4090", "a100-80gb"), (1,)),
+    "h100": (1, 8),
+}
 SHARED = ("model", "total_batch_size", "num_iterations", "target_flops", "target_param_data_ratio")
 
 
@@ -60,6 +66,7 @@ class Config(Settings):
         chunk_tokens: tokens whose logits the loss computes at once.
         lora: of a fine-tuning step on adapters in place of a pretraining step.
         table: whether to print the table over depths and GPUs.
+        hours: print only a table, in Markdown, of what common GPUs train within so many hours, and the commands.
     """
 
     depth: PositiveInt | None = None
@@ -78,6 +85,7 @@ class Config(Settings):
     dollars_per_hour: NonNegativeFloat | None = None
     chunk_tokens: PositiveInt = 8192
     table: bool = True
+    hours: PositiveFloat | None = None
     total_batch_size: PositiveInt | None = None
     num_iterations: PositiveInt | None = None
     target_flops: PositiveFloat | None = None
@@ -95,6 +103,8 @@ config = Config
 
 
 def run(config: Config, runtime: distributed.Runtime) -> None:
+    if config.hours:
+        return print("\n".join(cards(config, config.hours)))
     config, gpu = choose_gpu(config, runtime)
     modes = sharding_modes(config)
     if config.fit:
@@ -156,6 +166,37 @@ def fitted(config: Config, gpu: distributed.GpuSpec, modes: Sequence[str], runti
     return dataclasses.replace(config, **changes, table=False)
 
 
+def cards(config: Config, hours: float) -> list[str]:
+    """Return a Markdown table: for each of CARDS the largest model of even depth that is trained within `hours`."""
+    lines = ["| GPU | memory | command, after `launch.py --experiment=pretrain --set fit=auto` | tokens | time |"]
+    lines.append("|---|---|---|---|---|")
+    for name, world_size in [(name, n) for name, sizes in CARDS.items() for n in sizes]:
+        here = dataclasses.replace(config, gpu=name, world_size=world_size)
+        setup, gpu = step_setup(here, "replicate" if world_size == 1 else "zero2"), distributed.GPU_SPECS[name]
+        best = None
+        for depth in range(_fit.LEAST_DEPTH, _fit.MOST_DEPTH, 2):
+            base = pretrain.Config(depth=depth, fit="auto", device_batch_size="auto")
+            try:
+                fitted = _fit.largest(base, setup, int(gpu.memory_gib * 2**30), functools.partial(resolve, here))
+            except UserError:
+                break
+            cost = train.planner.estimate(
+                fitted.shape, fitted.plan, gpu, fitted.choice.setup, mfu=config.mfu, rows=fitted.choice.rows
+            )
+            if not cost or cost.hours > hours:
+                break
+            best = fitted, cost
+        if best:
+            (shape, plan, *_), cost = best
+            start = f"torchrun --nproc_per_node={world_size} …" if world_size > 1 else "python …"
+            tokens, time = format_count(plan.total_tokens), format_duration(3600 * cost.hours)
+            cells = [f"{world_size} x {name}", f"{gpu.memory_gib:g} GiB", f"`{start} --set depth={shape.n_layer}`"]
+            lines.append(f"| {' | '.join([*cells, tokens, time])} |")
+    if len(lines) == 2:
+        raise UserError(f"hours={hours:g}: no GPU of the table trains depth {_fit.LEAST_DEPTH} in that time; set more")
+    return lines
+
+
 def sharding_modes(config: Config) -> Sequence[str]:
     """Return the modes to compare: one for a single GPU; hsdp only for several groups."""
     modes, shards = train.planner.MODES, config.shard_ranks or min(config.gpus_per_node, config.world_size)
@@ -181,6 +222,7 @@ def step_setup(config: Config, mode: str) -> train.planner.Setup:
         mode,
         config.world_size,
         config.shard_ranks or min(config.gpus_per_node, config.world_size),
+        dtype=distributed.DTYPES["float16" if config.gpu.lower() in HALF else "bfloat16"],
         fp8=config.fp8,
         ema=config.ema,
         memory_budget=config.memory_budget,

@@ -51,6 +51,8 @@ GPU_SPECS = {
     "h200": GpuSpec("NVIDIA H200", 139.7, 989e12, 494e12, 1979e12, 450e9, 50e9, 3.50),
     "b200": GpuSpec("NVIDIA B200", 178.3, 2250e12, 1125e12, 4500e12, 900e9, 50e9, 5.00),
     "gb200": GpuSpec("NVIDIA GB200", 184.0, 2500e12, 1250e12, 5000e12, 900e9, 50e9, 6.00),
+    # 32 GB, of which Metal recommends two thirds; Apple's 10.4 TFLOP/s of 32 cores, taken to be the same in 16 bits.
+    "m1-max": GpuSpec("Apple M1 Max", 21.3, 10.4e12, 10.4e12, None, 20e9, 1e9, 0.0),
     "mi300x": GpuSpec("AMD Instinct MI300X", 191.5, 1307e12, 653e12, 2614e12, 64e9, 50e9, 2.50),
 }  # fmt: skip
 

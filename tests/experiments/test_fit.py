@@ -98,6 +98,17 @@ def test_plan_offers_the_command_that_pretrain_chooses_itself(capsys: pytest.Cap
     assert "fit=auto: 13.87 GiB of 14.60 GiB" in capsys.readouterr().out
 
 
+def test_table_of_gpus_names_what_trains_within_the_hours(capsys: pytest.CaptureFixture[str]):
+    plan.run(override(plan.config(), ["hours=2"]), GPU)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    depths = {row[0]: int(re.findall(r"depth=(\d+)", row[2])[0]) for row in rows}
+    assert depths["1 x rtx3070"] <= depths["1 x rtx4090"] < depths["1 x h100"] < depths["8 x h100"]
+    for *_, time in rows:
+        assert re.fullmatch(r"1h\d\dm|2h00m|\d+m\d\ds", time), time
+    with pytest.raises(UserError, match="hours=0.001: no GPU of the table trains depth 4 in that time"):
+        plan.run(override(plan.config(), ["hours=0.001"]), GPU)
+
+
 @pytest.mark.parametrize(("preset", "gpus"), [(speedrun_1gpu, ("rtx4090", "rtx3090")), (speedrun_8gb, ("rtx3070",))])
 def test_presets_fit_and_take_the_time_that_they_name(preset: Any, gpus: tuple[str, ...]):
     config: speedrun.Config = preset.config()
