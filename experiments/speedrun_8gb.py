@@ -1,4 +1,4 @@
-"""Train a chat model on one GPU of 8 GB in an evening: depth 10; stages and output are those of --experiment=speedrun.
+"""Train a chat model on one 8 GB GPU in an evening: depth 10; stages and output are those of --experiment=speedrun.
 
 Pretraining: 195,952,986 parameters, 560,988,160 tokens (8 per scaling parameter), by the planner 3h48m on an RTX 3070
 at 50% MFU; the other stages come on top. Expected bits per byte: no estimate, since the scaling rules give no loss.
