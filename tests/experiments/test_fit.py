@@ -105,8 +105,8 @@ def test_table_of_gpus_names_what_trains_within_the_hours(capsys: pytest.Capture
     assert depths["1 x rtx3070"] <= depths["1 x rtx4090"] < depths["1 x h100"] < depths["8 x h100"]
     for *_, time in rows:
         assert re.fullmatch(r"1h\d\dm|2h00m|\d+m\d\ds", time), time
-    with pytest.raises(UserError, match=r"hours=0\.001: no GPU of the table trains depth 4 in that time"):
-        plan.run(override(plan.config(), ["hours=0.001"]), GPU)
+    with pytest.raises(UserError, match=r"hours=0\.0001: no GPU of the table trains depth 4 in that time"):
+        plan.run(override(plan.config(), ["hours=0.0001"]), GPU)
 
 
 @pytest.mark.parametrize(("preset", "gpus"), [(speedrun_1gpu, ("rtx4090", "rtx3090")), (speedrun_8gb, ("rtx3070",))])

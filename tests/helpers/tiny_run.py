@@ -92,10 +92,10 @@ def saved_steps(folder: Path) -> list[int]:
 
 def saved_state(folder: Path, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
     """Return the state and the metadata of a run's checkpoint."""
-    meta = checkpoint.inspect(folder, step).meta
-    config, lora = ModelConfig(**meta["model"]), meta.get("lora")
+    info = checkpoint.inspect(folder, step)
+    config, lora = ModelConfig(**info.meta["model"]), info.meta.get("lora")
     rows = model.lora.spec(config, lora["rank"], lora["targets"]) if lora else model.spec(config)
-    abstract = train.init(model.params.init_rows(rows, 0, device="meta"), rows)
+    abstract = train.build.like_saved(train.init(model.params.init_rows(rows, 0, device="meta"), rows), info.state)
     state, meta, _ = checkpoint.restore(folder / "checkpoints", abstract, step=step)
     return state, meta
 
