@@ -109,8 +109,9 @@ def run(config: Config, runtime: distributed.Runtime) -> None:
     modes = sharding_modes(config)
     if config.fit:
         config = fitted(config, gpu, modes, runtime)
-    config = dataclasses.replace(config, depth=config.depth or pretrain.DEPTH)
-    shape, plan = resolve(config, config.depth)
+    depth = config.depth or pretrain.DEPTH
+    config = dataclasses.replace(config, depth=depth)
+    shape, plan = resolve(config, depth)
     for rows in {1, config.rows or 1}:  # refuses what does not divide
         optim.scaling.accumulation_steps(plan.total_batch_size, rows, shape.sequence_len, config.world_size)
     if not runtime.is_main:

@@ -155,7 +155,7 @@ def fitted(
 
     capacity = _fit.capacity_bytes(config, runtime)
     chosen = _fit.largest(config, train.planner_setup(config, runtime), capacity, at_depth)
-    print(_fit.describe(chosen, config.fit, _fit.device_name(runtime.device), at_depth), flush=True)
+    print(_fit.describe(chosen, str(config.fit), _fit.device_name(runtime.device), at_depth), flush=True)
     return override(config, [f"{name}={value}" for name, value in chosen.settings().items()])
 
 
