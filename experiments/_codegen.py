@@ -25,6 +25,7 @@ from torch._guards import detect_fake_mode
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import NopKernelSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_aggregate
 
 from nanochat import distributed, model, train, tree
 from nanochat.config import UserError
@@ -64,7 +65,7 @@ def recorded(graphs: list[Graph]) -> Iterator[None]:
 
     def on_cuda(self: Any, graph: torch.fx.GraphModule, inputs: Any, *args: Any) -> Any:
         for node in graph.graph.nodes:
-            node.args, node.kwargs = torch.fx.node.map_aggregate(
+            node.args, node.kwargs = map_aggregate(
                 (node.args, node.kwargs), lambda x: cuda if isinstance(x, torch.device) else x
             )
         graph.recompile()

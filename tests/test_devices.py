@@ -85,6 +85,7 @@ def test_decoding_equals_rows_alone_on_the_cpu(device: str, dtype: torch.dtype, 
     assert 254 + len(got[2]) > 256 + llm.async_depth and moves, "a span and a move less than meant"
     for key, request in enumerate(requests):
         for i, event in enumerate(engine.run(alone, [dataclasses.replace(request, logprobs=2)])):
+            assert event.logprobs
             best, second = (p for _, p in event.logprobs.top[:2])
             if best - second < least:
                 break
@@ -130,10 +131,11 @@ def test_recorded_steps_use_reloaded_parameters(device: str) -> None:
     want = [rows(engine.run(start(params, device), requests)) for params in (first, second)]
     llm = start(first, device, copy_params=True)
     assert rows(engine.run(llm, requests)) == want[0] != want[1]
-    graphs = dict(llm.graphs or {})
+    graphs = llm.graphs or {}
+    recorded = dict(graphs)
     engine.load_params_(llm, second)
     assert rows(engine.run(llm, requests)) == want[1]
-    assert bool(graphs) == (device == "cuda") and all(llm.graphs[shape] is graphs[shape] for shape in graphs)
+    assert bool(recorded) == (device == "cuda") and all(graphs[shape] is recorded[shape] for shape in recorded)
 
 
 # Training
@@ -275,7 +277,8 @@ def test_a_stopped_run_resumes_bit_for_bit(device: str, corpus: Path, monkeypatc
 @contextlib.contextmanager
 def group_of_one(device: str) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
     finally:
@@ -299,7 +302,8 @@ def test_every_collective_on_a_mesh_of_one(device: str) -> None:
     want = one_step(None)
     with group_of_one(device), sharded_steps.Counter() as called:
         mesh = sharding._mesh(place.device.type, (1, 1), dist.group.WORLD)
-        for mode, gather in (("replicate", "layer"), ("zero2", "layer"), ("fsdp", "step")):
+        modes: Any = (("replicate", "layer"), ("zero2", "layer"), ("fsdp", "step"))
+        for mode, gather in modes:
             plan = ShardingPlan(ShardingConfig(mode).resolved_mode, mesh, dims, no_regather, gather)
             assert plan.sharded
             got = one_step(plan)
@@ -308,7 +312,7 @@ def test_every_collective_on_a_mesh_of_one(device: str) -> None:
         x = torch.randn(4, 6, device=place.device, requires_grad=True)
         (gathered,) = sharding._Gather.apply((1,), 1, plan.group("shard"), torch.float32, x)  # of a layer
         gathered.square().sum().backward()
-        assert torch.equal(gathered, x) and torch.equal(x.grad, 2 * x)
+        assert x.grad is not None and torch.equal(gathered, x) and torch.equal(x.grad, 2 * x)
     used = {word.split("(")[0] for word in Path(sharding.__file__).read_text().split("_ops.")[1:]} - {"wait_tensor"}
     assert set(called.counts) == {name.removesuffix("_") for name in used}
 

@@ -254,6 +254,8 @@ def test_recorded_graphs_share_one_memory_pool(monkeypatch: pytest.MonkeyPatch):
     pools: list[Any] = []
 
     class Graph:
+        used: Any = None
+
         def pool(self) -> Any:
             return self.used
 

@@ -413,7 +413,8 @@ def test_numbers_read_a_step_late_are_those_read_at_once(poisons, skip, dtype, m
 
 def test_next_batch_is_fetched_and_step_launched_before_numbers_are_read():
     def order(late: bool) -> str:
-        run, events = Run(), []
+        run: Any = Run()
+        events: list[str] = []
         schedule, after_step = run.schedule, run.after_step
         run.schedule = lambda *args: (events.append(f"launch {args[0]}"), schedule(*args))[1]
         run.after_step = lambda *args: (events.append(f"log {args[1].step}"), after_step(*args))[1]
