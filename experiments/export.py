@@ -192,8 +192,10 @@ while (token := logits.argmax(-1)).item() != tok.token_to_id("<|assistant_end|>"
     logits, cache = decode(token, cache)
 ```
 
-A row has room for CONTEXT tokens. With *_aot.pt2: `torch._inductor.aoti_load_package`, which is called
-the same way.
+The calculator is not in these lines: where the model writes `<|python_start|>12*3<|python_end|>`, decode the tokens of
+`<|output_start|>36<|output_end|>` before going on, or it invents the result.
+
+A row has room for CONTEXT tokens. With *_aot.pt2: `torch._inductor.aoti_load_package`, which is called the same way.
 """
 CHAT = """\
 messages = [{"role": "user", "content": "What is 12*3?"}]

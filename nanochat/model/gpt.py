@@ -203,7 +203,10 @@ def rotate(x_BTNH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the two halves of every head by its position. Source: RoFormer (arXiv 2104.09864)."""
     cos, sin = rotary
     halves = x_BTNH.unflatten(-1, (2, -1))
-    # Not `cat` of the rotated halves: Inductor computes its gradient in five kernels, and that of `flip` in one.
+    if x_BTNH.dtype == torch.float32:  # as on CPUs, for which Inductor does not vectorize `flip`
+        (x1, x2), cos, sin = halves.unbind(-2), cos[..., 0, :], sin[..., 0, :]
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+    # On GPUs Inductor computes the gradient of `cat` in five kernels, and that of `flip` in one.
     return (halves * cos + halves.flip(-2) * sin).flatten(-2)
 
 
