@@ -228,10 +228,12 @@ def _retry_seconds(scheduler: Scheduler, model: str, waiting: int) -> int:
 def _dispatch(scheduler: Scheduler) -> None:
     """Give free slots to streams that wait for their models."""
     while scheduler.queue:
-        free = {stream.model: (0, 0) for stream in scheduler.queue.values()}  # (most free slots, worker)
-        for model in free:
-            free[model] = max((worker.free_slots(model), -i) for i, worker in enumerate(scheduler.workers))
-        waiting = [stream for stream in scheduler.queue.values() if free[stream.model][0] > 0]
+        free = {}  # model: (most free slots, worker)
+        for model in scheduler.models:
+            best = max((worker.free_slots(model), -i) for i, worker in enumerate(scheduler.workers))
+            if best[0] > 0:
+                free[model] = best
+        waiting = [stream for stream in scheduler.queue.values() if stream.model in free] if free else []
         if not waiting:
             return
         stream = _next_stream(scheduler, waiting)
