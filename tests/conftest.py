@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -38,6 +39,14 @@ def one_measurement() -> Iterator[None]:
     """Let the runs of all tests share what each would measure for its MFU: that takes longer than their training."""
     with mock.patch.object(runtime, "measure_matmul", functools.cache(runtime.measure_matmul)):
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_excepthook() -> Iterator[None]:
+    """Undo what init_process_group does to tracebacks: it puts the rank before each line."""
+    before = sys.excepthook
+    yield
+    sys.excepthook = before
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Sharded training: every mode gives what a single process gives, in a share of the memory, by as many collectives."""
 
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,9 +137,8 @@ def test_mesh_shape() -> None:
 
 
 @pytest.fixture
-def three_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+def three_ranks() -> Iterator[Runtime]:
     """The first of three ranks whose collectives do nothing."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # init_process_group replaces it
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
     yield Runtime(0, 0, 3, 3, 0, torch.device("cpu"), torch.float32)
     dist.destroy_process_group()

@@ -34,6 +34,6 @@ def script_draws(patch: pytest.MonkeyPatch, script: Script) -> list[infer.Reques
         return token_B
 
     patch.setattr(sampling, "draw", drawn)
-    for module in (engine, infer):
+    for module in (infer, engine):  # the page first: its name is looked up in the module when it is first used
         patch.setattr(module, "admit", recorded)
     return requests

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,11 +78,10 @@ def test_planned_peak_matches_compiled_step() -> None:
 
 
 @pytest.fixture
-def four_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+def four_ranks() -> Iterator[Runtime]:
     """This process as rank 1 of 4, with collectives that do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # init_process_group replaces it
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     yield dataclasses.replace(HERE, rank=1, local_rank=1, world_size=4, node_ranks=4)
     dist.destroy_process_group()
